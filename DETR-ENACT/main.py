@@ -1,0 +1,24 @@
+"""Train and evaluate DETR, with ENACT or plain: `python DETR-ENACT/main.py --help`."""
+
+import sys
+from pathlib import Path
+
+# A checkout whose dependencies alone are installed works too.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from enact_common.arguments import VariantParser, common_parser  # noqa: E402
+from enact_common.run import main  # noqa: E402
+
+
+def get_args_parser() -> VariantParser:
+    """DETR's command line: the shared flags, at the defaults of the published training."""
+    parser = common_parser("DETR with ENACT (default) or plain (--encoder_attention mhsa)")
+    parser.add_argument("--eos_coef", type=float, default=0.1, metavar="W", help="loss: weight of the no-object class")
+    return parser
+
+
+if __name__ == "__main__":
+    from datasets import build_dataset
+    from models import build_model
+
+    sys.exit(main("detr", get_args_parser(), build_model, build_dataset))

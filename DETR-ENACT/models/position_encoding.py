@@ -1,0 +1,9 @@
+"""DETR's position encodings: the shared ones."""
+
+from enact_common.position_encoding import (
+    PositionEmbeddingLearned,
+    PositionEmbeddingSine,
+    build_position_encoding,
+)
+
+__all__ = ["PositionEmbeddingLearned", "PositionEmbeddingSine", "build_position_encoding"]

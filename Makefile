@@ -1,0 +1,49 @@
+# Every target does its own set-up: on a fresh checkout `make test` or `make demo` is all there is to type.
+PYTHON ?= python3
+VENV ?= .venv
+VARIANT ?= detr
+
+python := $(VENV)/bin/python
+# Notes that the environment is ready, and for which checkout: an editable install points to one folder,
+# so an environment that several checkouts share has to be pointed to this one again.
+stamp := $(VENV)/.enact-installed
+other_checkout := $(if $(filter-out "$(CURDIR)","$(shell cat $(stamp) 2>/dev/null)"),force)
+
+.PHONY: help install test lint demo clean force
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1:/p' Makefile | awk -F: '{ printf "  make %-9s%s\n", $$1, $$2 }'
+	@echo "Settings, with their present values:"
+	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  VARIANT=$(VARIANT)"
+
+install: $(stamp)  ## make the environment and install the package into it
+
+test: $(stamp)  ## run the tests
+	$(python) -m pytest
+
+lint: $(stamp)  ## check the code with ruff
+	$(python) -m ruff check .
+
+demo: $(stamp)  ## train a small model on made-up images; the results go to demo/
+	$(python) -m enact_common.demo --variant $(VARIANT) --output_dir demo
+
+clean:  ## remove what runs leave behind (not the environment, not outputs/)
+	rm -rf demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
+
+# An environment without a working pip is a half-made one and made again.
+$(stamp): pyproject.toml constraints.txt $(other_checkout)
+	@if ! $(python) -m pip --version >/dev/null 2>&1; then \
+	    fail() { echo "error: $$1" >&2; exit 1; }; \
+	    command -v $(PYTHON) >/dev/null \
+	        || fail "no $(PYTHON) here; name a Python 3.10 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; \
+	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	        || fail "$(PYTHON) is older than Python 3.10; name another: make PYTHON=python3.11 $(MAKECMDGOALS)"; \
+	    $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
+	        || fail "$(PYTHON) cannot make environments; on Debian and Ubuntu: apt install python3-venv"; \
+	    $(PYTHON) -m venv $(VENV); \
+	fi
+	$(python) -m pip install -c constraints.txt -e ".[dev]"
+	@echo "$(CURDIR)" > $(stamp)
+
+force:

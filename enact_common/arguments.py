@@ -1,0 +1,246 @@
+"""The command line that the variants share. Each variant's `main.py` adds what is its own and sets its defaults."""
+
+import argparse
+
+from enact_common.backbone import BACKBONES, NORMS
+from enact_common.errors import UserError
+from enact_common.layers import ENCODER_ATTENTIONS
+
+# The learning rates of the published trainings.
+ENACT_LR = 5e-5
+PLAIN_LR = 1e-4
+
+AMP_DTYPES = ("none", "bf16", "fp16")
+LR_SCHEDULES = ("step", "cosine")
+
+# Flags that decide which tensors a model has and what they mean: a checkpoint fits only a run that agrees on them.
+MODEL_FLAGS = (
+    "encoder_attention", "smoothing_sigma", "backbone", "dilation", "backbone_norm", "position_embedding",
+    "enc_layers", "dec_layers", "dim_feedforward", "hidden_dim", "nheads", "num_queries", "pre_norm", "num_classes",
+)  # fmt: skip
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults stand behind each help text, except where the text says itself what happens without the flag."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, "", False, True) or "default" in (action.help or ""):
+            return action.help
+        return super()._get_help_string(action)
+
+
+class VariantParser(argparse.ArgumentParser):
+    """A parser in which `--encoder_attention mhsa` brings the plain models' learning rate, unless `--lr` is given."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        parsed, rest = super().parse_known_args(args, namespace)
+        if namespace is None and getattr(parsed, "encoder_attention", None) == "mhsa":
+            return super().parse_known_args(args, argparse.Namespace(lr=PLAIN_LR))
+        return parsed, rest
+
+
+def positive_int(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def natural_int(text: str) -> int:
+    """An integer of at least 0, for argparse."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
+    return value
+
+
+def common_parser(description: str) -> VariantParser:
+    """A parser with the flags of all variants, at DETR's defaults where variants differ.
+
+    Args:
+        description: the first line of `--help`.
+    """
+    parser = VariantParser(description=description, formatter_class=HelpFormatter)
+    add_data_flags(parser.add_argument_group("data"))
+    add_model_flags(parser.add_argument_group("model"))
+    add_loss_flags(parser.add_argument_group("matching and losses"))
+    add_training_flags(parser.add_argument_group("training"))
+    add_segmentation_flags(parser.add_argument_group("segmentation (not available yet)"))
+    add_run_flags(parser.add_argument_group("run"))
+    return parser
+
+
+def add_data_flags(group) -> None:
+    """Where the images are and how they are resized."""
+    group.add_argument("--dataset_file", default="coco", help="kind of data set: coco")
+    group.add_argument(
+        "--coco_path", type=str, metavar="DIR",
+        help="folder with train2017/, val2017/ (or images/train2017, ...) and annotations/instances_*2017.json",
+    )  # fmt: skip
+    group.add_argument(
+        "--num_classes", type=positive_int, metavar="N",
+        help="labels; default: 91 where the categories are COCO's own, else as many as the annotations have",
+    )  # fmt: skip
+    group.add_argument(
+        "--train_sizes", type=positive_int, nargs="+", metavar="PIXELS", default=list(range(480, 801, 32)),
+        help="shorter sides to choose from in training; the crops of the augmentation scale with the largest",
+    )  # fmt: skip
+    group.add_argument(
+        "--eval_size", type=positive_int, default=800, metavar="PIXELS", help="shorter side in evaluation"
+    )
+    group.add_argument(
+        "--max_size", type=positive_int, default=1333, metavar="PIXELS", help="longer side is at most this"
+    )
+    group.add_argument("--limit_train", type=positive_int, metavar="N", help="train on the first N images only")
+    group.add_argument("--limit_val", type=positive_int, metavar="N", help="evaluate on the first N images only")
+    group.add_argument(
+        "--no_augmentation", dest="augmentation", action="store_false",
+        help="train on whole images at the evaluation's size: no flips, scales or crops",
+    )  # fmt: skip
+
+
+def add_model_flags(group) -> None:
+    """What the network looks like."""
+    group.add_argument(
+        "--encoder_attention", choices=ENCODER_ATTENTIONS, default="enact",
+        help="encoder self-attention: clustered by entropy, or the original model's",
+    )  # fmt: skip
+    group.add_argument(
+        "--smoothing_sigma", type=float, default=3.0, metavar="TOKENS",
+        help="ENACT: standard deviation of the entropy's smoothing; larger gives fewer clusters",
+    )  # fmt: skip
+    group.add_argument("--backbone", type=str, choices=BACKBONES, default="resnet50", help="ResNet from torchvision")
+    group.add_argument(
+        "--backbone_weights", type=str, default="default", metavar="default|none|PATH",
+        help="torchvision's ImageNet weights (downloaded and cached), random ones, or a state dict's file",
+    )  # fmt: skip
+    group.add_argument(
+        "--backbone_norm", choices=tuple(NORMS), default="frozen",
+        help="batch norm as loaded, or trained (from scratch; then the whole backbone trains)",
+    )  # fmt: skip
+    group.add_argument(
+        "--dilation", action="store_true", help="stride 16 in place of 32 in the last backbone stage (DC5)"
+    )
+    group.add_argument(
+        "--position_embedding", type=str, default="sine", choices=("sine", "learned"), help="of the feature map"
+    )
+    group.add_argument("--enc_layers", type=natural_int, default=6, metavar="N", help="encoder layers")
+    group.add_argument("--dec_layers", type=positive_int, default=6, metavar="N", help="decoder layers")
+    group.add_argument(
+        "--dim_feedforward", type=positive_int, default=2048, metavar="CHANNELS", help="in feed-forward networks"
+    )
+    group.add_argument("--hidden_dim", type=positive_int, default=256, metavar="CHANNELS", help="of the transformer")
+    group.add_argument("--dropout", type=float, default=0.1, metavar="P", help="in the transformer, probability")
+    group.add_argument("--nheads", type=positive_int, default=8, metavar="N", help="attention heads")
+    group.add_argument(
+        "--num_queries", type=positive_int, default=100, metavar="N", help="objects that one image can hold"
+    )
+    group.add_argument("--pre_norm", action="store_true", help="layer norm before each block rather than after it")
+
+
+def add_loss_flags(group) -> None:
+    """Weights of matching costs and losses."""
+    group.add_argument(
+        "--no_aux_loss", dest="aux_loss", action="store_false", help="supervise the last decoder layer alone"
+    )
+    group.add_argument("--set_cost_class", type=float, default=1, metavar="W", help="matching: class")
+    group.add_argument("--set_cost_bbox", type=float, default=5, metavar="W", help="matching: L1 of the box")
+    group.add_argument("--set_cost_giou", type=float, default=2, metavar="W", help="matching: generalized IoU")
+    group.add_argument("--bbox_loss_coef", type=float, default=5, metavar="W", help="loss: L1 of the box")
+    group.add_argument("--giou_loss_coef", type=float, default=2, metavar="W", help="loss: generalized IoU")
+
+
+def add_training_flags(group) -> None:
+    """Optimisation."""
+    group.add_argument(
+        "--lr", type=float, default=ENACT_LR, metavar="RATE",
+        help=f"learning rate; default: {ENACT_LR:g}, with --encoder_attention mhsa {PLAIN_LR:g}",
+    )  # fmt: skip
+    group.add_argument("--lr_backbone", type=float, default=1e-5, metavar="RATE", help="the backbone's; 0 freezes it")
+    group.add_argument(
+        "--batch_size", type=positive_int, default=2, metavar="N", help="images a process and a forward pass"
+    )
+    group.add_argument(
+        "--accumulate", type=positive_int, default=1, metavar="N", help="batches whose gradients make one step"
+    )
+    group.add_argument("--weight_decay", type=float, default=1e-4, metavar="RATE", help="AdamW's")
+    group.add_argument("--epochs", type=natural_int, default=300, metavar="N", help="train up to this many in all")
+    group.add_argument(
+        "--lr_schedule", choices=LR_SCHEDULES, default="step",
+        help="learning rate: a tenth after every --lr_drop epochs, or falling along a cosine in every step",
+    )  # fmt: skip
+    group.add_argument("--lr_drop", type=positive_int, default=200, metavar="EPOCHS", help="for --lr_schedule step")
+    group.add_argument(
+        "--warmup_steps", type=natural_int, default=0, metavar="STEPS", help="learning rates rise from 0 over these"
+    )
+    group.add_argument(
+        "--clip_max_norm", type=float, default=0.1, metavar="NORM", help="largest gradient norm; 0 does not clip"
+    )
+    group.add_argument(
+        "--amp", choices=AMP_DTYPES, default="none", help="mixed precision; fp16 scales the loss and needs a GPU"
+    )
+
+
+def add_segmentation_flags(group) -> None:
+    """The reference's flags for masks. They are known so that scripts parse; what needs a mask head is refused."""
+    group.add_argument("--masks", action="store_true", help="train a mask head")
+    group.add_argument("--frozen_weights", type=str, metavar="PATH", help="detector to freeze under the mask head")
+    group.add_argument("--coco_panoptic_path", type=str, metavar="DIR", help="panoptic annotations")
+    group.add_argument("--mask_loss_coef", type=float, default=1, metavar="W", help="loss: focal loss of masks")
+    group.add_argument("--dice_loss_coef", type=float, default=1, metavar="W", help="loss: dice loss of masks")
+
+
+def add_run_flags(group) -> None:
+    """Where and how it runs."""
+    group.add_argument(
+        "--output_dir", default="", metavar="DIR", help="for log, checkpoints and results; without it none is written"
+    )
+    group.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu")
+    group.add_argument("--seed", default=42, type=int, help="of weights, order and augmentation")
+    group.add_argument(
+        "--resume", default="", metavar="CKPT", help="checkpoint to go on from or to evaluate: a path or an https URL"
+    )
+    group.add_argument("--start_epoch", default=0, type=natural_int, metavar="N", help="count epochs from here")
+    group.add_argument("--eval", action="store_true", help="evaluate and end")
+    group.add_argument("--num_workers", default=2, type=natural_int, metavar="N", help="processes that load images")
+    group.add_argument(
+        "--print_freq", default=10, type=positive_int, metavar="STEPS", help="steps between two lines of progress"
+    )
+    group.add_argument("--world_size", default=1, type=positive_int, metavar="N", help="processes; torchrun sets it")
+    group.add_argument("--dist_url", default="env://", help="where processes meet")
+
+
+def check_arguments(args) -> None:
+    """Refuse what cannot work, before any work starts.
+
+    Raises:
+        UserError: naming the flag and the way out.
+    """
+    if args.masks or args.frozen_weights or args.coco_panoptic_path or args.dataset_file == "coco_panoptic":
+        raise UserError(
+            "--masks, --frozen_weights, --coco_panoptic_path and --dataset_file coco_panoptic: masks and panoptic "
+            "segmentation are not available yet. Train boxes without these flags."
+        )
+    if args.dataset_file != "coco":
+        raise UserError(f"--dataset_file {args.dataset_file}: no such kind of data set, use coco")
+    if not args.coco_path:
+        raise UserError("--coco_path is missing: pass the folder that holds train2017, val2017 and annotations")
+    if args.hidden_dim % args.nheads or args.hidden_dim % 4:
+        raise UserError(
+            f"--hidden_dim {args.hidden_dim}: must be a multiple of --nheads ({args.nheads}) and of 4, so that heads "
+            "and position encodings divide it"
+        )
+    if not args.smoothing_sigma > 1 / 3:
+        raise UserError(f"--smoothing_sigma {args.smoothing_sigma}: must be above 1/3 token")
+    if not 0 <= args.dropout < 1:
+        raise UserError(f"--dropout {args.dropout}: must be a probability below 1")
+    if args.max_size < max(*args.train_sizes, args.eval_size):
+        raise UserError(
+            f"--max_size {args.max_size}: must not be below the largest of --train_sizes and --eval_size, "
+            f"{max(*args.train_sizes, args.eval_size)}"
+        )
+    if args.backbone_norm == "batch" and args.backbone_weights == "none" and args.lr_backbone <= 0:
+        raise UserError("--lr_backbone 0 would leave a backbone of random weights untrained: pass a rate, 1e-4 say")
+    if args.eval and not args.resume:
+        raise UserError("--eval needs the checkpoint to evaluate: pass --resume CKPT")

@@ -1,0 +1,102 @@
+"""ENACT's self-attention layer, called as `torch.nn.MultiheadAttention` is.
+
+Source: Savathrakis and Argyros, "ENACT: Entropy-based Clustering of Attention Input for Reducing the Computational
+Needs of Object Detection Transformers", arXiv:2409.07541.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from enact_common.clustering import EntropyClustering
+
+
+class EnactSelfAttention(EntropyClustering):
+    """Multi-head attention whose keys and values are clustered by entropy before they are projected.
+
+    `W_o(softmax(Q K^T) V / e)` over M clusters in place of N keys, e = embed_dim / num_heads. The (queries x
+    clusters) matrix is never stored where `scaled_dot_product_attention` has a fused kernel, which a dropout above 0
+    rules out on CPUs.
+
+    Modifications of multi-head attention, as in the reference:
+        - the logits are not scaled; the division by e comes after the softmax;
+        - projections are four `nn.Linear`, so checkpoints have `W_q, W_k, W_v, W_o` in place of `in_proj`;
+        - neither attention weights nor attention masks exist, since the keys are no longer the tokens.
+
+    Args:
+        embed_dim: channels d of queries, keys, values and output; a multiple of num_heads.
+        num_heads: attention heads.
+        dropout: probability of dropping an attention weight in training. The reference has none.
+        sigma: standard deviation of the information's smoothing, tokens.
+        batch_first: tensors are (batch, N, d) rather than (N, batch, d).
+
+    Raises:
+        ValueError: embed_dim is not a multiple of num_heads.
+    """
+
+    # Read by nn.TransformerEncoderLayer, which takes its own fused path only where it finds a packed bias.
+    in_proj_bias = None
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, dropout: float = 0.0, sigma: float = 3.0, batch_first: bool = False
+    ):
+        super().__init__(embed_dim, sigma)
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim ({embed_dim}) must be a multiple of num_heads ({num_heads})")
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.batch_first = batch_first
+        self.W_q = nn.Linear(embed_dim, embed_dim)
+        self.W_k = nn.Linear(embed_dim, embed_dim)
+        self.W_v = nn.Linear(embed_dim, embed_dim)
+        self.W_o = nn.Linear(embed_dim, embed_dim)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        """Attend from every query to the clusters of the keys.
+
+        Args:
+            query: (L, batch, d), or (batch, L, d) if batch_first.
+            key, value: (N, batch, d), or (batch, N, d) if batch_first; N in row-major order of the feature map.
+            key_padding_mask: (batch, N), True where padded. It has no effect yet: as in the reference, padded
+                tokens are clustered and attended to like any other.
+            need_weights, attn_mask, is_causal: those of `nn.MultiheadAttention`, at values that ask for nothing.
+
+        Returns:
+            (output, None); output has the query's shape.
+
+        Raises:
+            ValueError: weights or an attention mask are asked for, or shapes do not fit.
+        """
+        if need_weights or attn_mask is not None or is_causal:
+            raise ValueError(
+                "EnactSelfAttention attends to clusters, not to tokens: it has no weights to return and takes no "
+                "attention mask. Call it with need_weights=False, attn_mask=None, is_causal=False."
+            )
+        if not self.batch_first:
+            query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
+        head_width = self.embed_dim // self.num_heads
+
+        key, value = super().forward(key, value)  # (batch, M, d) each
+        q, k, v = (
+            # (batch, L or M, d) -> (batch, heads, L or M, e)
+            projection(tensor).unflatten(-1, (self.num_heads, head_width)).transpose(1, 2)
+            for projection, tensor in ((self.W_q, query), (self.W_k, key), (self.W_v, value))
+        )
+        # The division by e is linear in V: cheapest where there are M rows rather than L.
+        attended = F.scaled_dot_product_attention(
+            q, k, v / head_width, dropout_p=self.dropout if self.training else 0.0, scale=1.0
+        )
+        output = self.W_o(attended.transpose(1, 2).flatten(2))  # (batch, heads, L, e) -> (batch, L, d)
+        return (output if self.batch_first else output.transpose(0, 1)), None
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, dropout={self.dropout}, {super().extra_repr()}"

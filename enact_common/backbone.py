@@ -1,0 +1,179 @@
+"""ResNet backbones from torchvision, with frozen or trained batch norm, and where their weights come from."""
+
+import pickle
+from pathlib import Path
+from urllib.error import URLError
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import FrozenBatchNorm2d
+
+from enact_common.errors import UserError
+from enact_common.nested_tensor import NestedTensor
+from enact_common.position_encoding import build_position_encoding
+
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
+NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
+
+WEIGHTS_WAYS_OUT = (
+    "pass --backbone_weights PATH for a state dict of a torchvision ResNet that you have as a file, or train from "
+    "scratch with --backbone_weights none --backbone_norm batch"
+)
+
+
+class BackboneBase(nn.Module):
+    """A ResNet without its head.
+
+    Args:
+        backbone: a torchvision ResNet.
+        train_backbone: train it; otherwise all its parameters are frozen.
+        num_channels: channels of the last feature map.
+        return_interm_layers: return the maps of all four stages rather than the last one alone.
+        train_stem: with train_backbone, train the stem and the first stage too, which are frozen otherwise.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        train_backbone: bool,
+        num_channels: int,
+        return_interm_layers: bool,
+        train_stem: bool = False,
+    ):
+        super().__init__()
+        for name, parameter in backbone.named_parameters():
+            deep = name.startswith(("layer2", "layer3", "layer4"))
+            parameter.requires_grad_(train_backbone and (deep or train_stem))
+        stages = {"layer1": "0", "layer2": "1", "layer3": "2", "layer4": "3"}
+        self.body = IntermediateLayerGetter(backbone, stages if return_interm_layers else {"layer4": "0"})
+        self.num_channels = num_channels
+
+    def forward(self, images: NestedTensor) -> dict[str, NestedTensor]:
+        """Images (batch, 3, H, W) give feature maps (batch, channels, h, w) by name, masks scaled along.
+
+        Strides are 4, 8, 16 and 32 pixels (16 for the last with dilation).
+        """
+        features = self.body(images.tensors)
+        return {name: NestedTensor(map_, resize_mask(images.mask, map_)) for name, map_ in features.items()}
+
+
+def resize_mask(mask: Tensor, features: Tensor) -> Tensor:
+    """A padding mask (batch, H, W) sampled at the cells of features (batch, channels, h, w): bool (batch, h, w)."""
+    return F.interpolate(mask.unsqueeze(1).float(), size=features.shape[-2:]).squeeze(1).bool()
+
+
+class Backbone(BackboneBase):
+    """A torchvision ResNet as a backbone.
+
+    Args:
+        name: one of `BACKBONES`.
+        train_backbone: train it from the second stage on; otherwise it is frozen.
+        return_interm_layers: return all four stages.
+        dilation: stride 16 in place of 32 by dilating the last stage (DC5). ResNet-50 and 101 only.
+        weights: "default" for torchvision's ImageNet weights, "none" for random ones, or a state dict's path.
+        norm: "frozen" for batch norm whose statistics and affine parameters stay as loaded; "batch" for one that
+            trains, and then the stem and the first stage train too.
+
+    Raises:
+        UserError: the weights cannot be had, or the ResNet cannot be dilated.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        train_backbone: bool = True,
+        return_interm_layers: bool = False,
+        dilation: bool = False,
+        weights: str = "default",
+        norm: str = "frozen",
+    ):
+        shallow = name in ("resnet18", "resnet34")
+        if dilation and shallow:
+            raise UserError(f"--dilation needs --backbone resnet50 or resnet101: {name} has no dilated form")
+        resnet = torchvision.models.get_model(
+            name, weights=None, norm_layer=NORMS[norm], replace_stride_with_dilation=[False, False, dilation]
+        )
+        state = load_backbone_weights(name, weights)
+        if state is not None:
+            missing, _ = resnet.load_state_dict(state, strict=False)
+            missing = [key for key in missing if not key.startswith("fc.") and "num_batches" not in key]
+            if missing:
+                raise UserError(
+                    f"--backbone_weights {weights}: not a {name} state dict, {len(missing)} tensors are missing, "
+                    f"{missing[0]} first"
+                )
+        super().__init__(
+            resnet, train_backbone, 512 if shallow else 2048, return_interm_layers, train_stem=norm == "batch"
+        )
+
+
+def load_backbone_weights(name: str, weights: str) -> dict[str, Tensor] | None:
+    """The state dict that `--backbone_weights` names, None for "none".
+
+    "default" are torchvision's IMAGENET1K_V1 weights, with which the published detectors were trained, through
+    torchvision's own download and cache.
+
+    Raises:
+        UserError: the download fails, or the file is missing or is no state dict.
+    """
+    if weights == "none":
+        return None
+    if weights == "default":
+        source = torchvision.models.get_model_weights(name).IMAGENET1K_V1
+        try:
+            return source.get_state_dict(progress=True, check_hash=True)
+        except (URLError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"--backbone_weights default: could not download {source.url} ({error}). Ways out: {WEIGHTS_WAYS_OUT}"
+            ) from error
+    if not Path(weights).is_file():
+        raise UserError(f"--backbone_weights {weights}: no such file. Ways out: {WEIGHTS_WAYS_OUT}")
+    try:
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise UserError(
+            f"--backbone_weights {weights}: not a file of tensors that torch.load can read ({error})"
+        ) from error
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UserError(f"--backbone_weights {weights}: expected a state dict of a torchvision {name}")
+    return state
+
+
+class Joiner(nn.Sequential):
+    """A backbone followed by the position encoding of each of its feature maps.
+
+    Args:
+        backbone: gives a dict of NestedTensor.
+        position_embedding: gives a position encoding for a NestedTensor.
+    """
+
+    def __init__(self, backbone: BackboneBase, position_embedding: nn.Module):
+        super().__init__(backbone, position_embedding)
+        self.num_channels = backbone.num_channels
+
+    def forward(self, images: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
+        """The feature maps, deepest last, and the position encoding (batch, d, h, w) of each, in their dtype."""
+        features = list(self[0](images).values())
+        return features, [self[1](map_).to(map_.tensors.dtype) for map_ in features]
+
+
+def build_backbone(args) -> Joiner:
+    """The backbone and position encoding that the arguments ask for.
+
+    With `--resume` or `--eval` nothing is fetched: the checkpoint has the backbone's weights.
+    """
+    from_checkpoint = args.resume or args.eval
+    backbone = Backbone(
+        args.backbone,
+        train_backbone=args.lr_backbone > 0,
+        dilation=args.dilation,
+        weights="none" if from_checkpoint else args.backbone_weights,
+        norm=args.backbone_norm,
+    )
+    return Joiner(backbone, build_position_encoding(args))

@@ -1,0 +1,104 @@
+"""The set prediction loss (Carion et al., ECCV 2020, section 3.1), of all decoder layers in one pass."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from enact_common.boxes import box_cxcywh_to_xyxy, paired_box_giou
+from enact_common.distributed import world_mean
+from enact_common.matcher import HungarianMatcher, Matches
+
+
+class SetCriterion(nn.Module):
+    """Matches predictions to objects, then supervises the class of every query and the box of the matched ones.
+
+    Args:
+        num_classes: labels; the logits have one more, the last, for no object.
+        matcher: assigns queries to objects.
+        weight_dict: name of a loss to its weight in the total. Losses that are not in it are for the log.
+        eos_coef: weight of the no-object class in the classification loss.
+        losses: some of "labels", "boxes", "cardinality".
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        matcher: HungarianMatcher,
+        weight_dict: dict[str, float],
+        eos_coef: float,
+        losses: tuple[str, ...] = ("labels", "boxes", "cardinality"),
+    ):
+        super().__init__()
+        self.num_classes = num_classes
+        self.matcher = matcher
+        self.weight_dict = weight_dict
+        self.losses = losses
+        class_weight = torch.ones(num_classes + 1)
+        class_weight[-1] = eos_coef
+        self.register_buffer("class_weight", class_weight, persistent=False)
+
+    def forward(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """All losses, unweighted.
+
+        Args:
+            outputs: `pred_logits` (batch, Q, num_classes + 1), `pred_boxes` (batch, Q, 4) cxcywh in [0, 1], and
+                where there are auxiliary losses `aux_outputs`, a list of the same for each earlier decoder layer.
+            targets: for each image `labels` int64 (n,) in 0..num_classes - 1, `boxes` (n, 4) cxcywh in [0, 1].
+
+        Returns:
+            scalars by name: `loss_ce, loss_bbox, loss_giou`, and, without gradient, `class_error` (percent) and
+            `cardinality_error` (objects). Earlier layers' have the layer's number as suffix (`loss_ce_0`), and no
+            `class_error`.
+        """
+        layers = [*outputs.get("aux_outputs", []), outputs]
+        logits = torch.stack([layer["pred_logits"] for layer in layers]).float()  # (layers, batch, Q, classes + 1)
+        boxes = torch.stack([layer["pred_boxes"] for layer in layers]).float()  # (layers, batch, Q, 4)
+        with torch.autocast(logits.device.type, enabled=False):
+            matches = self.matcher.match_layers(logits, boxes, targets)
+            per_layer = {}
+            for loss in self.losses:
+                per_layer |= getattr(self, f"loss_{loss}")(logits, boxes, targets, matches)
+
+        result = {name: values[-1] for name, values in per_layer.items()}
+        for i in range(len(layers) - 1):
+            result |= {f"{name}_{i}": values[i] for name, values in per_layer.items() if name != "class_error"}
+        return result
+
+    def total(self, losses: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of the losses: what is minimised."""
+        return sum(loss * self.weight_dict[name] for name, loss in losses.items() if name in self.weight_dict)
+
+    def loss_labels(self, logits, boxes, targets, matches: Matches) -> dict[str, Tensor]:
+        """Cross-entropy over the classes and no object, and the last layer's error on matched queries."""
+        layer = torch.arange(len(logits), device=logits.device).unsqueeze(1)  # (layers, 1)
+        labels = torch.cat([target["labels"] for target in targets])[matches.target]  # (layers, P)
+        classes = logits.new_full(logits.shape[:3], self.num_classes, dtype=torch.int64)  # (layers, batch, Q)
+        classes[layer, matches.image, matches.query] = labels
+
+        loss = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), self.class_weight, reduction="none")
+        loss = loss.view_as(classes).sum(dim=(1, 2)) / self.class_weight[classes].sum(dim=(1, 2))  # (layers,)
+
+        # An image set without objects counts as all wrong, as in the original.
+        predicted = logits[-1, matches.image, matches.query[-1]].argmax(dim=-1)  # (P,)
+        hits = (predicted == labels[-1]).sum() / max(labels.shape[1], 1)
+        return {"loss_ce": loss, "class_error": (100 - 100 * hits).unsqueeze(0)}
+
+    def loss_boxes(self, logits, boxes, targets, matches: Matches) -> dict[str, Tensor]:
+        """L1 distance (cxcywh) and 1 - generalized IoU of the matched boxes, over the objects of the batch."""
+        layer = torch.arange(len(boxes), device=boxes.device).unsqueeze(1)  # (layers, 1)
+        predicted = boxes[layer, matches.image, matches.query]  # (layers, P, 4)
+        wanted = torch.cat([target["boxes"] for target in targets])[matches.target]  # (layers, P, 4)
+        # The mean over all processes' batches, so that their losses add up as one batch's would.
+        objects = max(world_mean(sum(len(target["labels"]) for target in targets), boxes.device), 1)
+
+        distance = (predicted - wanted).abs().sum(dim=(1, 2))
+        giou = paired_box_giou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(wanted))  # (layers, P)
+        return {"loss_bbox": distance / objects, "loss_giou": (1 - giou).sum(dim=1) / objects}
+
+    @torch.no_grad()
+    def loss_cardinality(self, logits, boxes, targets, matches: Matches) -> dict[str, Tensor]:
+        """How far the number of queries that predict an object is from the number of objects: for the log."""
+        counts = torch.tensor([len(target["labels"]) for target in targets])
+        counts = counts.to(logits.device, non_blocking=True)  # (batch,)
+        predicted = (logits.argmax(dim=-1) != self.num_classes).sum(dim=-1)  # (layers, batch)
+        return {"cardinality_error": (predicted - counts).abs().float().mean(dim=1)}

@@ -1,0 +1,284 @@
+"""COCO-format detection data: annotations checked and packed, images decoded, batches collated."""
+
+import contextlib
+import io
+import json
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from enact_common.data.categories import LabelMap
+from enact_common.data.transforms import drop_degenerate
+from enact_common.errors import UserError
+from enact_common.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+
+logger = logging.getLogger(__name__)
+
+LAYOUT = "expected <coco_path>/{split}2017 or <coco_path>/images/{split}2017, and <coco_path>/annotations/{file}"
+
+
+def find_split(coco_path: str, split: str) -> tuple[Path, Path]:
+    """The image folder and the annotation file of a split, in COCO's layout or with an `images/` folder between.
+
+    Args:
+        coco_path: `--coco_path`.
+        split: "train" or "val".
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    root = Path(coco_path)
+    file = f"instances_{split}2017.json"
+    annotations = root / "annotations" / file
+    folders = [root / f"{split}2017", root / "images" / f"{split}2017"]
+    if not root.is_dir():
+        raise UserError(f"--coco_path {coco_path}: no such folder")
+    images = next((folder for folder in folders if folder.is_dir()), None)
+    if images is None or not annotations.is_file():
+        missing = annotations if images else folders[0]
+        raise UserError(f"--coco_path {coco_path}: {missing} is missing ({LAYOUT.format(split=split, file=file)})")
+    return images, annotations
+
+
+def load_annotations(path: Path) -> dict:
+    """A COCO-format annotation file, checked.
+
+    Annotations are numbered anew from 1: pycocotools takes an id of 0 for "not matched" and overlooks repeated
+    ones, both without a word. What COCO's evaluation needs and some files lack (`iscrowd`, `area`) is filled in.
+
+    Returns:
+        a dict with `images`, `annotations` and `categories`.
+
+    Raises:
+        UserError: naming the file and the entry at fault.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from error
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(data, dict) or not isinstance(data.get(key), list):
+            raise UserError(f"{path}: not a COCO annotation file, it has no list {key!r}")
+    for key, wanted in (("images", ("id", "file_name")), ("categories", ("id", "name"))):
+        if not data[key]:
+            raise UserError(f"{path}: the list {key!r} is empty")
+        for entry in data[key]:
+            if not isinstance(entry, dict) or any(name not in entry for name in wanted):
+                raise UserError(f"{path}: an entry of {key!r} lacks one of {', '.join(wanted)}: {str(entry)[:100]}")
+        if len({entry["id"] for entry in data[key]}) < len(data[key]):
+            raise UserError(f"{path}: an id stands twice in {key!r}")
+
+    images = {image["id"] for image in data["images"]}
+    categories = {category["id"] for category in data["categories"]}
+    annotations = []
+    for number, annotation in enumerate(data["annotations"], start=1):
+        if not isinstance(annotation, dict):
+            raise UserError(f"{path}: annotation {number} is no object: {str(annotation)[:100]}")
+        where = f"{path}: annotation {annotation.get('id', number)}"
+        if annotation.get("image_id") not in images:
+            raise UserError(f"{where} belongs to image {annotation.get('image_id')!r}, which is not in 'images'")
+        if annotation.get("category_id") not in categories:
+            raise UserError(f"{where} has category {annotation.get('category_id')!r}, which is not in 'categories'")
+        box = annotation.get("bbox")
+        if not (
+            isinstance(box, list)
+            and len(box) == 4
+            and all(isinstance(side, int | float) and math.isfinite(side) for side in box)
+        ):
+            raise UserError(f"{where} has bbox {box!r}: expected four finite numbers, x, y, width, height in pixels")
+        defaults = {"iscrowd": 0, "area": max(box[2], 0) * max(box[3], 0)}
+        annotations.append({**defaults, **annotation, "id": number})
+    return {"images": data["images"], "annotations": annotations, "categories": data["categories"]}
+
+
+def decode_image(path: Path) -> Tensor:
+    """An image file as RGB, uint8 (3, height, width), whatever its colours; EXIF rotation is not applied.
+
+    COCO's boxes refer to the pixels as stored, so a rotation flag must not turn them.
+
+    Raises:
+        UserError: the file is missing, or is no image that can be read whole.
+    """
+    try:
+        encoded = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    try:
+        # torchvision notices a truncated JPEG, where OpenCV fills in grey; OpenCV reads all other formats.
+        if encoded[:2].tobytes() == b"\xff\xd8":
+            return decode_jpeg(torch.from_numpy(encoded), mode=ImageReadMode.RGB)
+        bgr = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if len(encoded) else None
+    except (RuntimeError, cv2.error) as error:
+        raise UserError(f"{path}: not an image that can be read ({str(error).splitlines()[0]})") from error
+    if bgr is None:
+        raise UserError(f"{path}: not an image that can be read")
+    rgb = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)  # (height, width, 3)
+    return torch.from_numpy(rgb).permute(2, 0, 1).contiguous()
+
+
+@contextlib.contextmanager
+def seeded(*numbers: int):
+    """Random numbers of PyTorch's CPU generator that depend on these numbers alone; its state is put back."""
+    state = torch.get_rng_state()
+    seed = np.random.SeedSequence(numbers).generate_state(1, dtype=np.uint64)[0]
+    # Not torch.manual_seed, which would reseed the GPUs too.
+    torch.default_generator.manual_seed(int(seed) >> 1)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+class CocoDetection(Dataset):
+    """Images with their boxes and labels.
+
+    An item's augmentation depends on the seed, the epoch and the item alone, not on workers or on what was drawn
+    before: a resumed run sees what an uninterrupted one would have seen.
+
+    Crowd annotations are left out of the targets; boxes without area inside the image are dropped and counted.
+
+    Args:
+        image_folder: where the files are.
+        annotation_file: COCO-format JSON.
+        transforms: from (image, target) to the model's input.
+        label_map: which label each category is; None for the one that the file's own categories make.
+        num_classes: with label_map None, the labels to make room for.
+        limit: keep the first so many images, in the order of their ids; None keeps all.
+        seed: of the augmentation.
+
+    Raises:
+        UserError: the annotations are at fault, do not fit the label map, or image files are missing.
+    """
+
+    def __init__(
+        self,
+        image_folder: Path,
+        annotation_file: Path,
+        transforms: Callable[[tv_tensors.Image, dict], tuple[Tensor, dict]],
+        label_map: LabelMap | None = None,
+        num_classes: int | None = None,
+        limit: int | None = None,
+        seed: int = 0,
+    ):
+        annotations = load_annotations(Path(annotation_file))
+        if label_map is None:
+            label_map = LabelMap.from_categories(annotations["categories"], num_classes)
+        label_map.check_categories(annotations["categories"], str(annotation_file))
+        self.image_folder = Path(image_folder)
+        self.annotation_file = Path(annotation_file)
+        self.transforms = transforms
+        self.label_map = label_map
+        self.seed = seed
+        # Shared, so that workers which live longer than an epoch see it change.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+        images = sorted(annotations["images"], key=lambda image: image["id"])[:limit]
+        self.image_ids = [image["id"] for image in images]
+        self.file_names = [image["file_name"] for image in images]
+        self.check_files()
+        self.pack(annotations["annotations"])
+
+    def check_files(self) -> None:
+        """Refuse a data set whose image files are not all there, by one listing of each folder."""
+        by_folder = defaultdict(list)
+        for name in self.file_names:
+            path = self.image_folder / name
+            by_folder[path.parent].append(path.name)
+        missing = []
+        for folder, names in by_folder.items():
+            present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+            missing += [folder / name for name in names if name not in present]
+        if missing:
+            raise UserError(
+                f"{self.annotation_file}: {len(missing)} of its {len(self.file_names)} image files are missing, "
+                f"{missing[0]} first"
+            )
+
+    def pack(self, annotations: list[dict]) -> None:
+        """Keep boxes (xyxy) and labels as arrays: what every worker process holds, without a copy of the JSON."""
+        index = {image_id: i for i, image_id in enumerate(self.image_ids)}
+        labels = self.label_map.labels()
+        rows = [
+            (index[a["image_id"]], labels[a["category_id"]], *a["bbox"])
+            for a in annotations
+            if a["image_id"] in index and not a["iscrowd"]
+        ]
+        table = np.array(rows, dtype=np.float64).reshape(-1, 6)  # image, label, x, y, width, height
+        table[:, 2:4] = table[:, 2:4].clip(min=0)
+        whole = (table[:, 4:] > 0).all(axis=1)
+        if not whole.all():
+            logger.warning("%s: %d boxes without area are dropped", self.annotation_file, (~whole).sum())
+        table = table[whole]
+        table = table[np.argsort(table[:, 0], kind="stable")]
+        self._first = np.searchsorted(table[:, 0], np.arange(len(self.image_ids) + 1))
+        self._labels = torch.from_numpy(table[:, 1].astype(np.int64))
+        table[:, 4:] += table[:, 2:4]
+        self._boxes = torch.from_numpy(table[:, 2:].astype(np.float32))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the augmentation of this epoch follow."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def num_objects(self) -> int:
+        """Boxes in all targets together."""
+        return len(self._labels)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """One image, as `transforms` leaves it, and its target.
+
+        The target has `image_id` int64 (1,); `orig_size` and `size` int64 (2,), (height, width) in pixels as stored
+        and as given; `labels` int64 (n,) and `boxes` float32 (n, 4) cxcywh in [0, 1].
+
+        Raises:
+            UserError: the image cannot be read.
+        """
+        image = tv_tensors.Image(decode_image(self.image_folder / self.file_names[index]))
+        height, width = image.shape[-2:]
+        objects = slice(self._first[index], self._first[index + 1])
+        boxes = tv_tensors.BoundingBoxes(self._boxes[objects].clone(), format="XYXY", canvas_size=(height, width))
+        target = {
+            "image_id": torch.tensor([self.image_ids[index]]),
+            "orig_size": torch.tensor([height, width]),
+            "boxes": boxes,
+            "labels": self._labels[objects],
+        }
+        with seeded(self.seed, int(self._epoch), index):
+            return self.transforms(image, drop_degenerate(target))
+
+    def coco_api(self) -> COCO:
+        """The ground truth of these images as pycocotools has it, crowds included."""
+        data = load_annotations(self.annotation_file)
+        kept = set(self.image_ids)
+        coco = COCO()
+        coco.dataset = {
+            # pycocotools copies both into its results; a file need not have them.
+            "info": {},
+            "licenses": [],
+            "images": [image for image in data["images"] if image["id"] in kept],
+            "annotations": [a for a in data["annotations"] if a["image_id"] in kept],
+            "categories": data["categories"],
+        }
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+        return coco
+
+
+def collate(items: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
+    """A padded batch of images, and the list of their targets."""
+    images, targets = zip(*items, strict=True)
+    return nested_tensor_from_tensor_list(list(images)), list(targets)

@@ -1,0 +1,127 @@
+"""What happens to an image and its boxes on the way to the model: DETR's augmentation and evaluation resize.
+
+Images are `tv_tensors.Image` uint8 (3, h, w); targets are dicts with `boxes`, `tv_tensors.BoundingBoxes` (n, 4) xyxy
+in pixels, and `labels` int64 (n,). All randomness is PyTorch's default generator.
+"""
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from enact_common.boxes import box_xyxy_to_cxcywh
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# The original's augmentation was written for a largest training size of 800 pixels.
+REFERENCE_SIZE = 800
+SIZES_BEFORE_CROP = (400, 500, 600)
+CROP_RANGE = (384, 600)
+
+
+def resized_shape(height: int, width: int, size: int, max_size: int) -> tuple[int, int]:
+    """The (height, width) at which the shorter side is `size`, or smaller where the longer would pass `max_size`.
+
+    Rounds as the original does; torchvision's own rule can differ by a pixel, and evaluation should not.
+    """
+    shorter, longer = sorted((height, width))
+    if longer / shorter * size > max_size:
+        size = max(round(max_size * shorter / longer), 1)
+    if height <= width:
+        return size, max(int(size * width / height), 1)
+    return max(int(size * height / width), 1), size
+
+
+def random_index(count: int) -> int:
+    """A random integer in 0..count - 1."""
+    return int(torch.randint(count, ()))
+
+
+class RandomResize:
+    """Resize to one of several lengths of the shorter side.
+
+    Args:
+        sizes: pixels, to choose from.
+        max_size: pixels that the longer side may have.
+    """
+
+    def __init__(self, sizes: list[int], max_size: int):
+        self.sizes = sizes
+        self.max_size = max_size
+
+    def __call__(self, image: tv_tensors.Image, target: dict) -> tuple[tv_tensors.Image, dict]:
+        size = self.sizes[random_index(len(self.sizes))]
+        shape = list(resized_shape(*image.shape[-2:], size, self.max_size))
+        return F.resize(image, shape, antialias=True), {**target, "boxes": F.resize(target["boxes"], shape)}
+
+
+class RandomSizeCrop:
+    """Cut out a rectangle of random size and place; boxes are clipped to it, those outside it are dropped.
+
+    Args:
+        min_size, max_size: pixels of each side; an image that is smaller keeps that side.
+    """
+
+    def __init__(self, min_size: int, max_size: int):
+        self.min_size = min_size
+        self.max_size = max_size
+
+    def __call__(self, image: tv_tensors.Image, target: dict) -> tuple[tv_tensors.Image, dict]:
+        sides = []
+        for length in image.shape[-2:]:
+            low, high = min(self.min_size, length), min(self.max_size, length)
+            sides.append(low + random_index(high - low + 1))
+        (h, w), (height, width) = sides, image.shape[-2:]
+        top, left = random_index(height - h + 1), random_index(width - w + 1)
+        target = {**target, "boxes": F.crop(target["boxes"], top, left, h, w)}
+        return F.crop(image, top, left, h, w), drop_degenerate(target)
+
+
+def drop_degenerate(target: dict) -> dict:
+    """Clip boxes to the image and drop those that are left without area, with their labels."""
+    boxes = F.clamp_bounding_boxes(target["boxes"])
+    keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    return {**target, "boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": target["labels"][keep]}
+
+
+def to_model_input(image: tv_tensors.Image, target: dict) -> tuple[Tensor, dict]:
+    """The last step: a normalised image, float32 (3, h, w), and boxes as cxcywh fractions of it, float32 (n, 4).
+
+    `size` in the target becomes the image's (height, width) in pixels.
+    """
+    height, width = image.shape[-2:]
+    scale = torch.tensor([width, height, width, height], dtype=torch.float32)
+    boxes = box_xyxy_to_cxcywh(target["boxes"].as_subclass(Tensor).float()) / scale
+    image = F.normalize(F.to_dtype(image, torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD)
+    return image.as_subclass(Tensor), {**target, "boxes": boxes, "size": torch.tensor([height, width])}
+
+
+def train_transforms(sizes: list[int], max_size: int) -> v2.Compose:
+    """DETR's augmentation: a flip, then in half of the cases a crop from a smaller resize, then a resize.
+
+    Args:
+        sizes: pixels of the shorter side, to choose from; the crop's sizes scale with the largest (800 in the
+            original, which crops 384 to 600 pixels out of a resize to 400, 500 or 600).
+        max_size: pixels that the longer side may have.
+    """
+    ratio = max(sizes) / REFERENCE_SIZE
+    low, high = (max(round(side * ratio), 1) for side in CROP_RANGE)
+    before_crop = [max(round(side * ratio), 1) for side in SIZES_BEFORE_CROP]
+    crop = v2.Compose(
+        [
+            # The original does not bound the longer side here.
+            RandomResize(before_crop, max_size=10**6),
+            RandomSizeCrop(low, high),
+            RandomResize(sizes, max_size),
+        ]
+    )
+    return v2.Compose(
+        [v2.RandomHorizontalFlip(), v2.RandomChoice([RandomResize(sizes, max_size), crop]), to_model_input]
+    )
+
+
+def eval_transforms(size: int, max_size: int) -> v2.Compose:
+    """The evaluation's resize: the shorter side to `size`, the longer to at most `max_size` pixels."""
+    return v2.Compose([RandomResize([size], max_size), to_model_input])

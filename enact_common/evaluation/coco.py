@@ -1,0 +1,139 @@
+"""COCO's box average precision by pycocotools, merged over processes, and results in COCO's format."""
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from enact_common.data.categories import LabelMap
+from enact_common.distributed import gather_objects
+
+# COCO's twelve figures, in the order of `COCOeval.stats`.
+FIGURES = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
+
+
+class CocoBoxEvaluator:
+    """Collects detections image by image and computes COCO's figures.
+
+    Detections are kept as one array of seven numbers each (image, x, y, width, height, score, category), on the
+    host.
+
+    Args:
+        coco: the ground truth; its images are what is evaluated, those without a detection included.
+        label_map: the category of each label. Labels without one are no detection.
+    """
+
+    def __init__(self, coco: COCO, label_map: LabelMap):
+        self.coco = coco
+        self._has_category = np.array([i is not None for i in label_map.category_ids])
+        self._category = np.array([0 if i is None else i for i in label_map.category_ids])
+        self._by_image: dict[int, np.ndarray] = {}
+
+    def update(self, image_ids: Iterable[int], results: list[dict[str, Tensor]]) -> None:
+        """Add a batch.
+
+        Args:
+            image_ids: of each image. An image that is given again (distributed samplers repeat some) replaces
+                itself.
+            results: of each image `scores` (Q,), `labels` (Q,), `boxes` (Q, 4) xyxy in pixels.
+        """
+        for image_id, result in zip(image_ids, results, strict=True):
+            labels = result["labels"].cpu().numpy()
+            boxes = result["boxes"].cpu().double().numpy()
+            scores = result["scores"].cpu().double().numpy()
+            rows = np.column_stack(
+                (
+                    np.full(len(labels), image_id),
+                    boxes[:, :2],
+                    boxes[:, 2:] - boxes[:, :2],
+                    scores,
+                    self._category[labels],
+                )
+            )
+            self._by_image[image_id] = rows[self._has_category[labels]]
+
+    def synchronize(self) -> None:
+        """Bring the detections of all processes together in each."""
+        merged: dict[int, np.ndarray] = {}
+        for part in gather_objects(self._by_image):
+            merged |= part
+        self._by_image = merged
+
+    def detections(self) -> np.ndarray:
+        """All detections, float64 (n, 7), in the order of the image ids."""
+        rows = [self._by_image[image_id] for image_id in sorted(self._by_image)]
+        return np.concatenate(rows) if rows else np.zeros((0, 7))
+
+    def evaluate(self) -> COCOeval:
+        """Match detections to ground truth and accumulate. Its `stats` are the twelve `FIGURES`."""
+        detections = self.detections()
+        with contextlib.redirect_stdout(io.StringIO()):
+            # pycocotools cannot load an empty list.
+            found = self.coco.loadRes(detections) if len(detections) else COCO()
+            evaluation = COCOeval(self.coco, found, iouType="bbox")
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        return evaluation
+
+    def write_results(self, path: Path) -> int:
+        """Write the detections as COCO's results format, whole or not at all.
+
+        Returns:
+            how many there are.
+        """
+        results = [
+            {
+                "image_id": int(row[0]),
+                "category_id": int(row[6]),
+                "bbox": [round(float(side), 2) for side in row[1:5]],
+                "score": round(float(row[5]), 5),
+            }
+            for row in self.detections()
+        ]
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(results))
+        os.replace(partial, path)
+        return len(results)
+
+
+def figures_text(stats: Iterable[float]) -> str:
+    """COCO's twelve figures in its customary words, a line each; -1 where nothing of that size exists."""
+    rows = [
+        ("Average Precision", "AP", "0.50:0.95", "all", 100),
+        ("Average Precision", "AP", "0.50", "all", 100),
+        ("Average Precision", "AP", "0.75", "all", 100),
+        ("Average Precision", "AP", "0.50:0.95", "small", 100),
+        ("Average Precision", "AP", "0.50:0.95", "medium", 100),
+        ("Average Precision", "AP", "0.50:0.95", "large", 100),
+        ("Average Recall", "AR", "0.50:0.95", "all", 1),
+        ("Average Recall", "AR", "0.50:0.95", "all", 10),
+        ("Average Recall", "AR", "0.50:0.95", "all", 100),
+        ("Average Recall", "AR", "0.50:0.95", "small", 100),
+        ("Average Recall", "AR", "0.50:0.95", "medium", 100),
+        ("Average Recall", "AR", "0.50:0.95", "large", 100),
+    ]
+    return "\n".join(
+        f" {title:<18} ({short}) @[ IoU={iou:<9} | area={area:>6s} | maxDets={dets:>3d} ] = {value:.3f}"
+        for (title, short, iou, area, dets), value in zip(rows, stats, strict=True)
+    )
+
+
+def per_class_text(evaluation: COCOeval) -> str:
+    """AP and AP50 of each category that has ground truth, a line each, in the order of the category ids."""
+    precision = evaluation.eval["precision"]  # (10 IoU thresholds, 101 recalls, categories, areas, max detections)
+    lines = [f"{'class':<24} {'objects':>8} {'AP':>7} {'AP50':>7}"]
+    for k, category in enumerate(evaluation.params.catIds):
+        curve = precision[:, :, k, 0, -1]  # (10, 101): all areas, 100 detections
+        if (curve > -1).any():
+            name = evaluation.cocoGt.cats[category]["name"]
+            objects = len(evaluation.cocoGt.getAnnIds(catIds=[category], iscrowd=False))
+            lines.append(f"{name:<24} {objects:>8} {curve.mean():7.3f} {curve[0].mean():7.3f}")
+    return "\n".join(lines)

@@ -1,0 +1,113 @@
+"""Building blocks that the three detectors share: the encoder layer and the prediction head's MLP."""
+
+import copy
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from enact_common.attention import EnactSelfAttention
+
+ENCODER_ATTENTIONS = ("enact", "mhsa")
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them.
+
+    Args:
+        input_dim: channels in.
+        hidden_dim: channels between.
+        output_dim: channels out.
+        num_layers: linear layers, at least one.
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int):
+        super().__init__()
+        widths = [input_dim] + [hidden_dim] * (num_layers - 1) + [output_dim]
+        self.layers = nn.ModuleList(nn.Linear(n, m) for n, m in zip(widths, widths[1:], strict=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., input_dim) to (..., output_dim)."""
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = F.relu(layer(x))
+        return last(x)
+
+
+def clone_layers(layer: nn.Module, count: int) -> nn.ModuleList:
+    """As many copies of a layer, with equal first weights and none in common."""
+    return nn.ModuleList(copy.deepcopy(layer) for _ in range(count))
+
+
+def encoder_self_attention(
+    kind: str, embed_dim: int, num_heads: int, dropout: float, sigma: float
+) -> EnactSelfAttention | nn.MultiheadAttention:
+    """The encoder's self-attention, on (N, batch, d).
+
+    Args:
+        kind: "enact", or "mhsa" for `nn.MultiheadAttention`.
+        embed_dim, num_heads: channels and heads.
+        dropout: of the attention weights, for "mhsa" alone: ENACT's reference encoder has none.
+        sigma: of the entropy's smoothing, tokens, for "enact" alone.
+    """
+    if kind == "enact":
+        return EnactSelfAttention(embed_dim, num_heads, sigma=sigma)
+    return nn.MultiheadAttention(embed_dim, num_heads, dropout=dropout)
+
+
+class TransformerEncoderLayer(nn.Module):
+    """Self-attention and a feed-forward network, each with a residual connection and a layer norm.
+
+    The attention comes from outside, so that clustered and plain attention share this one code path.
+
+    Args:
+        self_attn: called as `nn.MultiheadAttention` is, on (N, batch, d).
+        d_model: channels d.
+        dim_feedforward: hidden channels of the feed-forward network.
+        dropout: probability, after the attention, inside and after the feed-forward network.
+        normalize_before: normalise what goes into a block rather than what comes out of it (pre-norm).
+    """
+
+    def __init__(
+        self,
+        self_attn: nn.Module,
+        d_model: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        normalize_before: bool = False,
+    ):
+        super().__init__()
+        self.self_attn = self_attn
+        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(dim_feedforward, d_model)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
+        self.normalize_before = normalize_before
+
+    def forward(self, src: Tensor, key_padding_mask: Tensor | None = None, pos: Tensor | None = None) -> Tensor:
+        """One layer.
+
+        Args:
+            src: (N, batch, d).
+            key_padding_mask: bool (batch, N), True where padded.
+            pos: (N, batch, d), added to queries and keys but not to values.
+
+        Returns:
+            (N, batch, d).
+        """
+        if self.normalize_before:
+            src = src + self.dropout1(self.attend(self.norm1(src), key_padding_mask, pos))
+            return src + self.dropout2(self.feed_forward(self.norm2(src)))
+        src = self.norm1(src + self.dropout1(self.attend(src, key_padding_mask, pos)))
+        return self.norm2(src + self.dropout2(self.feed_forward(src)))
+
+    def attend(self, x: Tensor, key_padding_mask: Tensor | None, pos: Tensor | None) -> Tensor:
+        """Self-attention of (N, batch, d)."""
+        placed = x if pos is None else x + pos
+        return self.self_attn(placed, placed, value=x, key_padding_mask=key_padding_mask, need_weights=False)[0]
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Two linear maps of (N, batch, d) with ReLU and dropout between them."""
+        return self.linear2(self.dropout(F.relu(self.linear1(x))))

@@ -1,0 +1,157 @@
+"""What a run says: progress on the terminal, averages of losses, `log.txt`, TensorBoard."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from enact_common.distributed import is_main_process, world_sum
+
+logger = logging.getLogger("enact")
+
+
+def setup_logging() -> None:
+    """Plain messages on standard output, from the main process alone."""
+    logging.basicConfig(
+        level=logging.INFO if is_main_process() else logging.ERROR,
+        format="%(message)s",
+        stream=sys.stdout,
+        force=True,
+    )
+
+
+class AverageMeter:
+    """Running means of named scalars. They stay on their device, so that adding to them waits for nothing."""
+
+    def __init__(self):
+        self._names: tuple[str, ...] = ()
+        self._sums: Tensor | None = None
+        self._count = 0
+
+    def update(self, values: dict[str, Tensor]) -> None:
+        """Add one value of each scalar; names are the same in every call."""
+        stacked = torch.stack([value.detach().double() for value in values.values()])
+        self._names = tuple(values)
+        self._sums = stacked if self._sums is None else self._sums + stacked
+        self._count += 1
+
+    def averages(self) -> dict[str, float]:
+        """Means over this process's values."""
+        return self._divide(self._sums, self._count)
+
+    def synchronized(self) -> dict[str, float]:
+        """Means over the values of all processes."""
+        if self._sums is None:
+            return {}
+        count = torch.tensor([float(self._count)], dtype=torch.float64, device=self._sums.device)
+        *sums, count = world_sum(torch.cat((self._sums, count))).tolist()
+        return dict(zip(self._names, (value / count for value in sums), strict=True))
+
+    def _divide(self, sums: Tensor | None, count: int) -> dict[str, float]:
+        if sums is None:
+            return {}
+        return dict(zip(self._names, (sums / count).tolist(), strict=True))
+
+
+class Progress:
+    """Iterate with a bar on a terminal, or with a line every few steps elsewhere; the main process alone prints.
+
+    Args:
+        batches: what to iterate over; has a length.
+        title: stands at the start of each line.
+        images_per_step: images of all processes, for the rate.
+        print_freq: steps between two lines, and between two reads of `status`.
+    """
+
+    def __init__(self, batches: Iterable, title: str, images_per_step: int, print_freq: int):
+        self.batches = batches
+        self.title = title
+        self.images_per_step = images_per_step
+        self.print_freq = print_freq
+
+    def __iter__(self) -> Iterator[tuple[int, object]]:
+        """Step numbers from 0, and batches."""
+        self._start = time.perf_counter()
+        terminal = sys.stdout.isatty()
+        self._bar = tqdm(
+            total=len(self.batches),
+            desc=self.title,
+            unit="step",
+            file=sys.stdout,
+            disable=not (terminal and is_main_process()),
+            dynamic_ncols=True,
+        )
+        with self._bar:
+            for step, batch in enumerate(self.batches):
+                yield step, batch
+                self._bar.update()
+
+    def due(self, step: int) -> bool:
+        """Whether `show` would print now; ask before computing what costs a wait for the device."""
+        return (step + 1) % self.print_freq == 0 or step + 1 == len(self.batches)
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """Print values, with the rate and the remaining time."""
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        done, elapsed = step + 1, time.perf_counter() - self._start
+        rate = done * self.images_per_step / elapsed
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"{text}  {rate:.1f} images/s", refresh=False)
+            return
+        remaining = timedelta(seconds=round(elapsed / done * (len(self.batches) - done)))
+        width = len(str(len(self.batches)))
+        logger.info(
+            "%s [%*d/%d]  %s  %.1f images/s  %s left",
+            self.title, width, done, len(self.batches), text, rate, remaining,
+        )  # fmt: skip
+
+
+class RunLog:
+    """`log.txt`, one JSON object an epoch under the original's keys, and TensorBoard scalars beside it.
+
+    Args:
+        output_dir: folder of both; None writes nothing.
+    """
+
+    def __init__(self, output_dir: Path | None):
+        self._path = output_dir / "log.txt" if output_dir and is_main_process() else None
+        self._board = None
+        if self._path:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                logger.info("TensorBoard is not installed: no event files (pip install tensorboard brings them)")
+            else:
+                self._board = SummaryWriter(output_dir / "tensorboard")
+
+    def has_epoch(self, epoch: int) -> bool:
+        """Whether the log holds this epoch already."""
+        if not self._path or not self._path.is_file():
+            return False
+        return any(json.loads(line).get("epoch") == epoch for line in self._path.read_text().splitlines() if line)
+
+    def write(self, epoch: int, stats: dict) -> None:
+        """Add an epoch: scalars, and the list `test_coco_eval_bbox` of COCO's twelve figures."""
+        if not self._path:
+            return
+        with open(self._path, "a") as file:
+            file.write(json.dumps({**stats, "epoch": epoch}) + "\n")
+        if self._board:
+            for name, value in stats.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(name.replace("_", "/", 1), value, epoch)
+            for name, value in zip(("AP", "AP50"), stats.get("test_coco_eval_bbox", ()), strict=False):
+                self._board.add_scalar(f"test/{name}", value, epoch)
+            self._board.flush()
+
+    def close(self) -> None:
+        """End the event file."""
+        if self._board:
+            self._board.close()

@@ -1,0 +1,59 @@
+"""Images of different sizes in one padded batch, with a mask of what is padding."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class NestedTensor:
+    """A padded batch.
+
+    Attributes:
+        tensors: (batch, channels, H, W), zero where padded.
+        mask: bool (batch, H, W), True where padded; None where nothing is known of padding.
+    """
+
+    tensors: Tensor
+    mask: Tensor | None
+
+    def to(self, device, non_blocking: bool = False) -> "NestedTensor":
+        """The same batch on another device."""
+        mask = None if self.mask is None else self.mask.to(device, non_blocking=non_blocking)
+        return NestedTensor(self.tensors.to(device, non_blocking=non_blocking), mask)
+
+    def pin_memory(self) -> "NestedTensor":
+        """The same batch in page-locked memory; `DataLoader(pin_memory=True)` calls this."""
+        return NestedTensor(self.tensors.pin_memory(), None if self.mask is None else self.mask.pin_memory())
+
+    def decompose(self) -> tuple[Tensor, Tensor | None]:
+        """(tensors, mask)."""
+        return self.tensors, self.mask
+
+
+def nested_tensor_from_tensor_list(images: list[Tensor]) -> NestedTensor:
+    """Pad images at the right and bottom to the largest height and the largest width among them.
+
+    Args:
+        images: each (channels, h, w), one dtype and one number of channels; or one tensor (batch, channels, h, w).
+
+    Returns:
+        NestedTensor of (batch, channels, H, W).
+
+    Raises:
+        ValueError: there is no image, or one is not (channels, h, w) like the first.
+    """
+    if len(images) == 0:
+        raise ValueError("a batch needs at least one image")
+    if any(image.ndim != 3 or image.shape[0] != images[0].shape[0] for image in images):
+        shapes = [tuple(image.shape) for image in images]
+        raise ValueError(f"expected images (channels, height, width) of one number of channels, got {shapes}")
+    height = max(image.shape[1] for image in images)
+    width = max(image.shape[2] for image in images)
+    tensors = images[0].new_zeros(len(images), images[0].shape[0], height, width)
+    mask = torch.ones(len(images), height, width, dtype=torch.bool, device=images[0].device)
+    for i, image in enumerate(images):
+        tensors[i, :, : image.shape[1], : image.shape[2]] = image
+        mask[i, : image.shape[1], : image.shape[2]] = False
+    return NestedTensor(tensors, mask)

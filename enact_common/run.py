@@ -1,0 +1,428 @@
+"""From parsed arguments to a trained or evaluated model: what every variant's `main.py` calls."""
+
+import argparse
+import logging
+import math
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from enact_common.arguments import VariantParser, check_arguments
+from enact_common.backbone import load_backbone_weights
+from enact_common.checkpoint import (
+    check_model_flags,
+    load_checkpoint,
+    load_model,
+    plain_arguments,
+    random_states,
+    restore_random_states,
+    save_checkpoint,
+)
+from enact_common.data.categories import LabelMap
+from enact_common.data.coco import CocoDetection, collate, find_split
+from enact_common.distributed import gather_objects, get_rank, get_world_size, init_distributed_mode, is_main_process
+from enact_common.engine import NonFiniteLossError, Optimization, evaluate, train_one_epoch
+from enact_common.errors import UserError
+from enact_common.evaluation.coco import CocoBoxEvaluator, figures_text, per_class_text
+from enact_common.logs import RunLog, setup_logging
+
+logger = logging.getLogger("enact")
+
+# Checkpoints that are kept beside the latest, every so many epochs, as the original does.
+KEEP_EVERY = 100
+
+
+def main(
+    variant: str,
+    parser: VariantParser,
+    build_model: Callable,
+    build_dataset: Callable,
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run a variant's command line.
+
+    Args:
+        variant: its name, which goes into checkpoints.
+        parser: its command line.
+        build_model: from arguments to (model, criterion, postprocessors).
+        build_dataset: from ("train" or "val", arguments, label map or None) to a data set.
+        argv: the command line's words; None for the process's own.
+
+    Returns:
+        the exit status: 0; 2 for what the user can mend; 1 for a loss that is not finite.
+    """
+    args = parser.parse_args(argv)
+    try:
+        Run(variant, args, build_model, build_dataset).start()
+    except UserError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except NonFiniteLossError as error:
+        print(f"{parser.prog}: stopped: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+def find_device(name: str) -> torch.device:
+    """The device that `--device` names.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: not a device's name; use cuda, cuda:1 or cpu") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: PyTorch sees no GPU here; pass --device cpu, or check the driver")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here")
+    return device
+
+
+def parameter_groups(model: nn.Module, lr: float, lr_backbone: float) -> list[dict]:
+    """Trained parameters, the backbone's with a learning rate of their own."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for name, p in trained if "backbone" not in name], "lr": lr, "initial_lr": lr},
+        {"params": [p for name, p in trained if "backbone" in name], "lr": lr_backbone, "initial_lr": lr_backbone},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate_factor(
+    schedule: str, step: float, epoch: int, total_steps: int, lr_drop: int, warmup_steps: int
+) -> float:
+    """What a base learning rate is multiplied by.
+
+    Args:
+        schedule: "step", a tenth after every `lr_drop` epochs; or "cosine", from 1 to 0 over the whole run.
+        step: optimizer steps done before, in all epochs.
+        epoch: epochs done before.
+        total_steps: of the whole run.
+        lr_drop: epochs.
+        warmup_steps: the factor rises linearly from near 0 over these.
+
+    Returns:
+        in [0, 1].
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    if schedule == "step":
+        return 0.1 ** (epoch // lr_drop)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(total_steps - warmup_steps, 1)))
+
+
+def use_one_thread(worker: int) -> None:
+    """Keep OpenCV in a loader's worker process to one thread: the workers are the parallelism."""
+    cv2.setNumThreads(0)
+
+
+class Run:
+    """One run of a command line.
+
+    Args:
+        variant: its name.
+        args: parsed arguments.
+        build_model, build_dataset: as in `main`.
+    """
+
+    def __init__(self, variant: str, args: argparse.Namespace, build_model: Callable, build_dataset: Callable):
+        self.variant = variant
+        self.args = args
+        self.build_model = build_model
+        self.build_dataset = build_dataset
+
+    def start(self) -> None:
+        """Check everything, set up, then train or evaluate.
+
+        Raises:
+            UserError: something is wrong that the user can mend; nothing was written.
+            NonFiniteLossError: training broke down.
+        """
+        args = self.args
+        check_arguments(args)
+        self.device = find_device(args.device)
+        if args.amp == "fp16" and self.device.type == "cpu":
+            raise UserError("--amp fp16 needs a GPU: use --amp bf16 or none with --device cpu")
+        init_distributed_mode(args)
+        self.device = torch.device(args.device)
+        setup_logging()
+        checkpoint = load_checkpoint(args.resume) if args.resume else None
+        if checkpoint and checkpoint.get("variant", self.variant) != self.variant:
+            raise UserError(f"{args.resume}: is a checkpoint of the variant {checkpoint['variant']}")
+        self.check_paths()
+        if not args.resume:
+            # Fails here, before annotations are read, where weights cannot be had.
+            load_backbone_weights(args.backbone, args.backbone_weights)
+        self.seed()
+        self.load_data(checkpoint)
+        self.load_model(checkpoint)
+
+        if args.eval:
+            self.describe()
+            self.report(self.evaluate()[1], per_class=True)
+        else:
+            self.train(checkpoint)
+
+    def check_paths(self) -> None:
+        """Refuse missing data, and an output folder that another run would be lost in; create that folder."""
+        args = self.args
+        for split in ("val",) if args.eval else ("train", "val"):
+            find_split(args.coco_path, split)
+        self.output_dir = Path(args.output_dir) if args.output_dir else None
+        if self.output_dir is None:
+            return
+        latest = self.output_dir / "checkpoint.pth"
+        goes_on = args.resume and Path(args.resume).resolve().parent == self.output_dir.resolve()
+        if latest.exists() and not goes_on and not args.eval:
+            raise UserError(
+                f"--output_dir {args.output_dir}: holds a run already; go on with --resume {latest}, or choose "
+                "another folder"
+            )
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output_dir {args.output_dir}: cannot be created ({error.strerror})") from error
+
+    def seed(self) -> None:
+        """Seed all generators; each process differently, so that dropout differs."""
+        seed = self.args.seed + get_rank()
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+
+    def load_data(self, checkpoint: dict | None) -> None:
+        """Build the data sets and the label map, which a checkpoint of ours brings along."""
+        args = self.args
+        label_map = None
+        if checkpoint and "label_map" in checkpoint:
+            label_map = LabelMap.from_dict(checkpoint["label_map"])
+        self.train_set: CocoDetection | None = None
+        if not args.eval:
+            self.train_set = self.build_dataset("train", args, label_map)
+            label_map = self.train_set.label_map
+        self.val_set: CocoDetection = self.build_dataset("val", args, label_map)
+        self.label_map = self.val_set.label_map
+        if args.num_classes not in (None, self.label_map.num_classes):
+            raise UserError(
+                f"--num_classes {args.num_classes}: {args.resume} was trained with {self.label_map.num_classes}"
+            )
+        args.num_classes = self.label_map.num_classes
+
+        self.val_loader = self.loader(self.val_set, train=False)
+        if self.train_set:
+            self.train_loader = self.loader(self.train_set, train=True)
+            if len(self.train_loader) == 0:
+                raise UserError(
+                    f"--batch_size {args.batch_size}: {get_world_size()} processes' batches need more than the "
+                    f"{len(self.train_set)} images there are to train on"
+                )
+
+    def loader(self, dataset: CocoDetection, train: bool) -> DataLoader:
+        """Batches of a data set, in an order that depends on the seed and the epoch alone."""
+        args = self.args
+        sampler = DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=train, seed=args.seed)
+        return DataLoader(
+            dataset,
+            batch_size=args.batch_size,
+            sampler=sampler,
+            num_workers=args.num_workers,
+            collate_fn=collate,
+            drop_last=train,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=train and args.num_workers > 0,
+            worker_init_fn=use_one_thread,
+            # Its own, so that iterating draws nothing from the generator that dropout uses.
+            generator=torch.Generator(),
+        )
+
+    def load_model(self, checkpoint: dict | None) -> None:
+        """Build the model, with the checkpoint's weights where there is one."""
+        args = self.args
+        if checkpoint:
+            check_model_flags(args.resume, checkpoint.get("args", {}), args)
+        self.model, self.criterion, self.postprocessors = self.build_model(args)
+        if checkpoint:
+            load_model(self.model, checkpoint["model"], args.resume)
+        self.model.to(self.device)
+        self.criterion.to(self.device)
+        self.wrapped = self.model
+        if args.distributed and not args.eval:
+            gpus = [self.device] if self.device.type == "cuda" else None
+            self.wrapped = nn.parallel.DistributedDataParallel(self.model, device_ids=gpus)
+        self.num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def describe(self) -> None:
+        """Say what will happen."""
+        args = self.args
+        attention = "multi-head" if args.encoder_attention == "mhsa" else f"ENACT, sigma {args.smoothing_sigma:g}"
+        weights = args.resume or f"backbone {args.backbone_weights}, the rest random"
+        names = [
+            name for i, name in zip(self.label_map.category_ids, self.label_map.names, strict=True) if i is not None
+        ]
+        shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+        rows = [
+            ("model", f"{self.variant}, {args.backbone}{' DC5' if args.dilation else ''}, {args.num_queries} queries"),
+            ("encoder attention", attention),
+            ("parameters", f"{self.num_parameters:,} trained"),
+            ("weights", weights),
+            ("classes", f"{len(names)} ({shown}), {args.num_classes} labels"),
+            (
+                "device",
+                f"{self.device}, {get_world_size()} processes, precision {'float32' if args.amp == 'none' else args.amp}",
+            ),
+        ]
+        if self.train_set:
+            batch = args.batch_size * args.accumulate * get_world_size()
+            rows += [
+                ("train images", f"{len(self.train_set):,} with {self.train_set.num_objects:,} objects"),
+                (
+                    "effective batch",
+                    f"{batch} = {args.batch_size} images x {args.accumulate} accumulated x {get_world_size()} processes",
+                ),
+                ("learning rates", f"{args.lr:g}, backbone {args.lr_backbone:g}, {args.lr_schedule} schedule"),
+                ("epochs", f"{args.start_epoch} to {args.epochs}, {len(self.train_loader)} batches each"),
+            ]
+        rows.append(("val images", f"{len(self.val_set):,} with {self.val_set.num_objects:,} objects"))
+        rows.append(("output", str(self.output_dir or "none (--output_dir)")))
+        logger.info("\n".join(f"{name:<18} {text}" for name, text in rows))
+        if args.backbone_norm == "frozen" and args.backbone_weights == "none" and not args.resume:
+            logger.info(
+                "note: random backbone weights under frozen batch norm hardly train: --backbone_norm batch does"
+            )
+
+    def build_optimization(self) -> Optimization:
+        """The optimizer and what goes with it."""
+        args = self.args
+        groups = parameter_groups(self.model, args.lr, args.lr_backbone)
+        optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+
+        def set_learning_rate(epoch: int, step: int, steps: int) -> None:
+            factor = learning_rate_factor(
+                args.lr_schedule, epoch * steps + step, epoch, args.epochs * steps, args.lr_drop, args.warmup_steps
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+
+        scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
+        return Optimization(optimizer, set_learning_rate, args.amp, scaler, args.clip_max_norm, args.accumulate)
+
+    def resume(self, checkpoint: dict, optimization: Optimization) -> None:
+        """Put the optimizer, the scaler, the random states and the epoch count where the checkpoint left them."""
+        args = self.args
+        if "optimizer" not in checkpoint or "epoch" not in checkpoint:
+            logger.info("%s has weights alone: training starts from them at epoch %d", args.resume, args.start_epoch)
+            return
+        try:
+            optimization.optimizer.load_state_dict(checkpoint["optimizer"])
+        except ValueError as error:
+            raise UserError(f"{args.resume}: its optimizer state does not fit ({error})") from error
+        if checkpoint.get("scaler"):
+            optimization.scaler.load_state_dict(checkpoint["scaler"])
+        if "random_states" in checkpoint:
+            restore_random_states(checkpoint["random_states"][get_rank() % len(checkpoint["random_states"])])
+        args.start_epoch = checkpoint["epoch"] + 1
+
+    def train(self, checkpoint: dict | None) -> None:
+        """Train to the last epoch; after each, save, evaluate and log."""
+        args = self.args
+        optimization = self.build_optimization()
+        if checkpoint:
+            self.resume(checkpoint, optimization)
+        self.describe()
+        log = RunLog(self.output_dir)
+        begin = time.perf_counter()
+        if checkpoint and "train_stats" in checkpoint and not log.has_epoch(checkpoint["epoch"]):
+            # The run was stopped between its checkpoint and its evaluation.
+            self.finish_epoch(checkpoint["epoch"], checkpoint["train_stats"], log)
+        for epoch in range(args.start_epoch, args.epochs):
+            self.train_loader.sampler.set_epoch(epoch)
+            self.train_set.set_epoch(epoch)
+            stats = train_one_epoch(
+                self.wrapped, self.criterion, self.train_loader, optimization, self.device, epoch, args.print_freq
+            )
+            self.save(epoch, optimization, stats)
+            self.finish_epoch(epoch, stats, log)
+        log.close()
+        logger.info("training took %s", timedelta(seconds=round(time.perf_counter() - begin)))
+
+    def finish_epoch(self, epoch: int, train_stats: dict[str, float], log: RunLog) -> None:
+        """Evaluate and log."""
+        test_stats, evaluator = self.evaluate()
+        figures = self.report(evaluator)
+        stats = {f"train_{name}": value for name, value in train_stats.items()}
+        stats |= {f"test_{name}": value for name, value in test_stats.items()}
+        if figures is not None:
+            stats["test_coco_eval_bbox"] = figures
+        log.write(epoch, {**stats, "n_parameters": self.num_parameters})
+
+    def save(self, epoch: int, optimization: Optimization, stats: dict[str, float]) -> None:
+        """Write `checkpoint.pth`, and a numbered one before the learning rate drops and every hundred epochs."""
+        args = self.args
+        states = gather_objects(random_states())
+        if self.output_dir is None or not is_main_process():
+            return
+        names = ["checkpoint.pth"]
+        drops = args.lr_schedule == "step" and (epoch + 1) % args.lr_drop == 0
+        if drops or (epoch + 1) % KEEP_EVERY == 0:
+            names.append(f"checkpoint{epoch:04}.pth")
+        for name in names:
+            save_checkpoint(
+                self.output_dir / name,
+                {
+                    "model": self.model.state_dict(),
+                    "optimizer": optimization.optimizer.state_dict(),
+                    "scaler": optimization.scaler.state_dict(),
+                    "epoch": epoch,
+                    "args": plain_arguments(args),
+                    "variant": self.variant,
+                    "label_map": self.label_map.to_dict(),
+                    "random_states": states,
+                    "train_stats": stats,
+                },
+            )
+
+    def evaluate(self) -> tuple[dict[str, float], CocoBoxEvaluator]:
+        """Losses on the validation images, and the evaluator with their detections."""
+        evaluator = CocoBoxEvaluator(self.val_set.coco_api(), self.label_map)
+        stats = evaluate(
+            self.model,
+            self.criterion,
+            self.postprocessors["bbox"],
+            self.val_loader,
+            evaluator,
+            self.device,
+            self.args.amp,
+            self.args.print_freq,
+        )
+        return stats, evaluator
+
+    def report(self, evaluator: CocoBoxEvaluator, per_class: bool = False) -> list[float] | None:
+        """Print COCO's figures, and with `per_class` each class's and write `results.json`.
+
+        Returns:
+            the twelve figures, in the main process; None in the others.
+        """
+        if not is_main_process():
+            return None
+        evaluation = evaluator.evaluate()
+        logger.info("%s", figures_text(evaluation.stats))
+        if per_class:
+            logger.info("%s", per_class_text(evaluation))
+            if self.output_dir:
+                path = self.output_dir / "results.json"
+                logger.info("%d detections written to %s", evaluator.write_results(path), path)
+        return [float(value) for value in evaluation.stats]
