@@ -1,0 +1,16 @@
+"""What the detectors of this project share; the names here are for users' own code."""
+
+from enact_common.attention import EnactSelfAttention
+from enact_common.clustering import EntropyClustering
+from enact_common.errors import UserError
+from enact_common.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from enact_common.variants import load_variant
+
+__all__ = [
+    "EnactSelfAttention",
+    "EntropyClustering",
+    "NestedTensor",
+    "UserError",
+    "load_variant",
+    "nested_tensor_from_tensor_list",
+]

@@ -133,7 +133,7 @@ def load_backbone_weights(name: str, weights: str) -> dict[str, Tensor] | None:
         raise UserError(f"--backbone_weights {weights}: no such file. Ways out: {WEIGHTS_WAYS_OUT}")
     try:
         state = torch.load(weights, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         raise UserError(
             f"--backbone_weights {weights}: not a file of tensors that torch.load can read ({error})"
         ) from error

@@ -72,7 +72,7 @@ def read_checkpoint_file(path: Path) -> Any:
         raise UserError(f"{path}: no such checkpoint file")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: truncated, or no checkpoint ({first[:200]}); expected {EXPECTED}") from error
 

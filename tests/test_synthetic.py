@@ -157,7 +157,7 @@ def test_size_can_ask_for_small_objects_only():
         ("square", 2 / math.pi, 1.0),
         ("triangle", 0.75 * math.sqrt(3) / math.pi, 1.0),
         ("star", 0.393, 0.519),
-        ("crescent", 0.41, 0.59),
+        ("crescent", 0.470, 0.574),
         ("cross", 0.633, 0.711),
     ],
 )

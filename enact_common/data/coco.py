@@ -12,11 +12,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from enact_common.data.categories import LabelMap
 from enact_common.data.transforms import drop_degenerate
@@ -114,16 +114,17 @@ def decode_image(path: Path) -> Tensor:
         encoded = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    # OpenCV is the fastest reader, but fills a truncated JPEG up with grey: one without its end marker goes to PIL,
+    # which tells a truncated file from one with something behind its end. PIL also knows a few formats more.
+    truncated_jpeg = encoded[:2].tobytes() == b"\xff\xd8" and encoded[-2:].tobytes() != b"\xff\xd9"
+    if len(encoded) and not truncated_jpeg:
+        bgr = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)  # (height, width, 3)
+        if bgr is not None:
+            return torch.from_numpy(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)).permute(2, 0, 1).contiguous()
     try:
-        # torchvision notices a truncated JPEG, where OpenCV fills in grey; OpenCV reads all other formats.
-        if encoded[:2].tobytes() == b"\xff\xd8":
-            return decode_jpeg(torch.from_numpy(encoded), mode=ImageReadMode.RGB)
-        bgr = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if len(encoded) else None
-    except (RuntimeError, cv2.error) as error:
-        raise UserError(f"{path}: not an image that can be read ({str(error).splitlines()[0]})") from error
-    if bgr is None:
-        raise UserError(f"{path}: not an image that can be read")
-    rgb = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)  # (height, width, 3)
+        rgb = np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))  # (height, width, 3)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: not an image that can be read whole ({error})") from error
     return torch.from_numpy(rgb).permute(2, 0, 1).contiguous()
 
 

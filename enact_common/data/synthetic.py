@@ -398,7 +398,7 @@ def make_shapes(
         object_size: least and greatest object extent as a fraction of the shorter image side, see
             `draw_scene`. An object below 32 pixels is always "small" to COCO's evaluation.
         classes: names out of SHAPES; category ids count from 1 in this order.
-        progress: show a progress bar on standard error.
+        progress: show a progress bar on standard error, where that is a terminal.
         force: replace the set that this function made here before, whatever its parameters. Only
             the files of that set are removed.
 
@@ -408,9 +408,9 @@ def make_shapes(
     Raises:
         ValueError: a parameter is out of range; nothing was written.
         TypeError: a parameter that must be an integer is none; nothing was written.
-        FileExistsError: the folder holds something else, or a set made with other parameters and
-            `force` is not given; nothing was changed.
-        NotADirectoryError: `output_dir` is a file.
+        FileExistsError: `output_dir` is a file, or holds something else, or holds a set made with
+            other parameters and `force` is not given; nothing was changed.
+        NotADirectoryError: a parent of `output_dir` is a file.
     """
     parameters = _checked_parameters(train, val, size, seed, objects, object_size, classes)
     root = Path(output_dir)
@@ -509,7 +509,7 @@ def _make_split(root: Path, split: str, record: dict, progress: bool) -> None:
     annotated = annotation_path.exists()
     (root / split).mkdir(exist_ok=True)
     images, annotations = [], []
-    for index in tqdm(range(_count(record, split)), desc=split, unit="image", disable=not progress):
+    for index in tqdm(range(_count(record, split)), desc=split, unit="image", disable=None if progress else True):
         image_path = _image_path(root, split, index + 1)
         written = image_path.exists()
         if written and annotated:

@@ -1,0 +1,100 @@
+"""A demonstration that needs no data: draw shapes, train a small detector on them, evaluate it, show what it finds.
+
+`make demo`, or `python -m enact_common.demo --output_dir demo`. It runs the same command line that trains on COCO,
+and prints it.
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from enact_common.data.coco import decode_image, load_annotations
+from enact_common.data.synthetic import make_shapes
+from enact_common.plots import plot_detections, plot_log
+from enact_common.variants import VARIANTS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SHAPES = {"train": 8000, "val": 200, "size": 128, "objects": (1, 4), "object_size": (0.2, 0.5)}
+
+# What a small detector needs to learn on two CPU cores in minutes; docs/demo.md says why.
+TRAINING = (
+    "--device cpu --backbone resnet18 --backbone_weights none --backbone_norm batch --enc_layers 2 --dec_layers 3 "
+    "--dim_feedforward 512 --num_queries 10 --dropout 0 --pre_norm --no_augmentation --train_sizes 128 "
+    "--eval_size 128 --max_size 128 --batch_size 16 --epochs 3 --lr 5e-4 --lr_backbone 5e-4 --lr_schedule cosine "
+    "--warmup_steps 50 --num_workers 1 --print_freq 50"
+).split()
+
+PICTURED = 6
+THRESHOLD = 0.5
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The demo's command line."""
+    parser = argparse.ArgumentParser(prog="python -m enact_common.demo", description=__doc__.splitlines()[0])
+    parser.add_argument("--variant", choices=tuple(VARIANTS), default="detr", help="detector (default: detr)")
+    parser.add_argument("--output_dir", default="demo", metavar="DIR", help="pictures and run (default: demo)")
+    return parser
+
+
+def run_variant(variant: str, *argv: str) -> None:
+    """Print a variant's command line and run it.
+
+    Raises:
+        SystemExit: it failed, with its status.
+    """
+    script = Path(VARIANTS[variant][0]) / "main.py"
+    print(f"\n$ python {script} {shlex.join(argv)}\n", flush=True)
+    status = subprocess.run([sys.executable, str(ROOT / script), *argv], check=False).returncode
+    if status:
+        sys.exit(status)
+
+
+def picture_detections(data: Path, results: Path, picture: Path) -> None:
+    """Draw the first validation images with their annotations and what was detected in them."""
+    annotations = load_annotations(data / "annotations" / "instances_val2017.json")
+    truths, detections = defaultdict(list), defaultdict(list)
+    for annotation in annotations["annotations"]:
+        truths[annotation["image_id"]].append(annotation)
+    for detection in json.loads(results.read_text()):
+        if detection["score"] >= THRESHOLD:
+            detections[detection["image_id"]].append(detection)
+    images = annotations["images"][:PICTURED]
+    plot_detections(
+        [decode_image(data / "val2017" / image["file_name"]).permute(1, 2, 0).numpy() for image in images],
+        [truths[image["id"]] for image in images],
+        [detections[image["id"]] for image in images],
+        {category["id"]: category["name"] for category in annotations["categories"]},
+        picture,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the demo; its exit status."""
+    args = build_parser().parse_args(argv)
+    output = Path(args.output_dir)
+    run = output / "run"
+    data = make_shapes(output / "shapes", **SHAPES, progress=True)
+    # An earlier demo's run: this one makes it anew.
+    shutil.rmtree(run, ignore_errors=True)
+    paths = ["--coco_path", str(data), "--output_dir", str(run)]
+    run_variant(args.variant, *paths, *TRAINING)
+    run_variant(args.variant, *paths, *TRAINING, "--resume", str(run / "checkpoint.pth"), "--eval")
+
+    plot_log(run / "log.txt", output / "curves.png")
+    picture_detections(data, run / "results.json", output / "detections.png")
+    last = json.loads((run / "log.txt").read_text().splitlines()[-1])
+    ap, ap50 = last["test_coco_eval_bbox"][:2]
+    print(f"\nAP {ap:.3f}, AP50 {ap50:.3f} on {SHAPES['val']} images that it was not trained on")
+    print(f"detections beside the truth: {output / 'detections.png'}")
+    print(f"loss and AP curves:          {output / 'curves.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""What the tests share: small data, small models, and runs of a variant's command line."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from enact_common.data.synthetic import make_shapes
+from enact_common.nested_tensor import nested_tensor_from_tensor_list
+from enact_common.run import main
+from enact_common.variants import VARIANTS, load_variant
+
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(GOLDEN))
+
+ATTENTIONS = ("enact", "mhsa")
+
+# A model that a test can afford, from random weights.
+SMALL_MODEL = (
+    "--device cpu --backbone resnet18 --backbone_weights none --backbone_norm batch --hidden_dim 32 --nheads 4 "
+    "--dim_feedforward 64 --enc_layers 1 --dec_layers 2 --num_queries 8 --num_workers 0 --batch_size 4 "
+    "--train_sizes 64 72 --eval_size 64 --max_size 96 --lr 1e-3 --lr_backbone 1e-4"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def one_seed():
+    """Each test starts from the same random numbers, whichever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=[(v, a) for v in VARIANTS for a in ATTENTIONS], ids="-".join)
+def variant_and_attention(request):
+    """Every variant, with and without ENACT."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory) -> Path:
+    """A data set of drawn shapes in COCO's layout: 12 images to train on, 6 to evaluate."""
+    return make_shapes(tmp_path_factory.mktemp("shapes") / "data", train=12, val=6, size=(64, 80), seed=3)
+
+
+@pytest.fixture
+def coco_mini() -> Path:
+    """Real COCO images, where the environment says where they are."""
+    return real_data("ENACT_COCO_MINI")
+
+
+def real_data(variable: str) -> Path:
+    """The folder that an environment variable names; skips the test where it names none."""
+    folder = os.environ.get(variable)
+    if not folder:
+        pytest.skip(f"{variable} does not say where the data set is")
+    return Path(folder)
+
+
+def parse(variant: str, *argv: str):
+    """Arguments of a variant."""
+    return load_variant(variant).main.get_args_parser().parse_args(list(argv))
+
+
+def build(variant: str, *argv: str):
+    """(model, criterion, postprocessors) of a variant."""
+    return load_variant(variant).models.build_model(parse(variant, *argv))
+
+
+def run(variant: str, *argv: str) -> int:
+    """The exit status of a variant's command line, run in this process."""
+    package = load_variant(variant)
+    return main(
+        variant,
+        package.main.get_args_parser(),
+        package.models.build_model,
+        package.datasets.build_dataset,
+        [str(word) for word in argv],
+    )
+
+
+def read_log(output_dir: Path) -> list[dict]:
+    """The epochs in `log.txt`."""
+    return [json.loads(line) for line in (output_dir / "log.txt").read_text().splitlines()]
+
+
+def golden_batch(spec: dict):
+    """The images, as a padded batch, and the targets of a recorded case."""
+    import recipe
+
+    images = [torch.from_numpy(recipe.image(i + spec["seed"], *hw)) for i, hw in enumerate(spec["sizes"])]
+    targets = [
+        {name: torch.from_numpy(value) for name, value in recipe.targets(i + spec["seed"], count).items()}
+        for i, count in enumerate(spec["objects"])
+    ]
+    return nested_tensor_from_tensor_list(images), targets
+
+
+def assert_close(actual, expected, tolerance: float = 1e-4) -> None:
+    """Equal within a relative and absolute tolerance."""
+    actual = actual.detach() if isinstance(actual, torch.Tensor) else actual
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=tolerance, atol=tolerance)

@@ -1,0 +1,137 @@
+"""ENACT's self-attention: the recorded reference, and its place as a stand-in for `nn.MultiheadAttention`."""
+
+import json
+
+import pytest
+import torch
+from conftest import assert_close
+from test_clustering import RECORDED
+from torch import nn
+from torch.testing import assert_close as assert_tensors_close
+
+from enact_common import EnactSelfAttention
+
+
+@pytest.mark.parametrize("name", sorted({key.split("/")[0] for key in RECORDED.files if key.startswith("mhsa")}))
+def test_recorded_attention(name):
+    import recipe
+
+    meta = json.loads(str(RECORDED[f"{name}/meta"]))
+    layer = EnactSelfAttention(meta["d_model"], meta["heads"], sigma=meta["sigma"])
+    recipe.fill(layer)
+    with torch.no_grad():
+        layer.W_prob.weight.mul_(meta["w_prob_gain"])
+    inputs = {
+        part: recipe.tokens(f"{name}/{part}", meta["batch"], meta["tokens"], meta["d_model"])
+        .transpose(0, 1)
+        .contiguous()
+        .requires_grad_()
+        for part in "qkv"
+    }
+    output, weights = layer(*inputs.values())
+    assert weights is None
+    assert_close(output, RECORDED[f"{name}/out"])
+
+    (output * recipe.tokens(f"{name}/g", *output.shape, smooth=False)).sum().backward()
+    for part, tensor in inputs.items():
+        assert_close(tensor.grad, RECORDED[f"{name}/d{part}"])
+    for parameter, tensor in layer.named_parameters():
+        assert_close(tensor.grad, RECORDED[f"{name}/grad/{parameter}"])
+
+
+def by_definition(layer: EnactSelfAttention, query, key, value):
+    """The layer written out for batch-first tensors: softmax of unscaled logits, then a division by the head width."""
+    key, value = super(EnactSelfAttention, layer).forward(key, value)
+    width = layer.embed_dim // layer.num_heads
+
+    def heads(x):
+        return x.unflatten(-1, (layer.num_heads, width)).transpose(1, 2)
+
+    q, k, v = heads(layer.W_q(query)), heads(layer.W_k(key)), heads(layer.W_v(value))
+    attended = (q @ k.transpose(-1, -2)).softmax(-1) @ v / width
+    return layer.W_o(attended.transpose(1, 2).flatten(2))
+
+
+def test_batch_first_is_the_same_with_axes_swapped():
+    layer = EnactSelfAttention(32, 4)
+    first = EnactSelfAttention(32, 4, batch_first=True)
+    first.load_state_dict(layer.state_dict())
+    q, k, v = torch.randn(3, 2, 40, 32)
+    expected = by_definition(layer, q, k, v)
+    assert_tensors_close(first(q, k, v)[0], expected)
+    assert_tensors_close(layer(*(x.transpose(0, 1) for x in (q, k, v)))[0], expected.transpose(0, 1))
+
+
+def test_queries_may_be_others_than_the_keys():
+    layer = EnactSelfAttention(32, 4, batch_first=True)
+    q, k, v = torch.randn(2, 7, 32), torch.randn(2, 40, 32), torch.randn(2, 40, 32)
+    assert_tensors_close(layer(q, k, v)[0], by_definition(layer, q, k, v))
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+def test_stands_in_for_multihead_attention_in_pytorchs_encoder(batch_first, training, grad):
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=batch_first), 2, enable_nested_tensor=False
+    )
+    for layer in encoder.layers:
+        layer.self_attn = EnactSelfAttention(32, 4, batch_first=batch_first)
+    encoder.train(training)
+    x = torch.randn(2, 30, 32)
+    padding = torch.zeros(2, 30, dtype=torch.bool)
+    with torch.set_grad_enabled(grad):
+        out = encoder(x if batch_first else x.transpose(0, 1), src_key_padding_mask=padding)
+        out = out if batch_first else out.transpose(0, 1)
+        expected = x
+        for layer in encoder.layers:
+            attended = by_definition(layer.self_attn, expected, expected, expected)
+            expected = layer.norm1(expected + attended)
+            expected = layer.norm2(expected + layer.linear2(layer.linear1(expected).relu()))
+    assert_tensors_close(out, expected)
+
+
+def test_padding_mask_has_no_effect_yet():
+    layer = EnactSelfAttention(16, 2)
+    x = torch.randn(20, 2, 16)
+    padding = torch.arange(20).expand(2, 20) > 12
+    assert_tensors_close(layer(x, x, x, key_padding_mask=padding)[0], layer(x, x, x)[0])
+
+
+@pytest.mark.parametrize(
+    "request_", [{"need_weights": True}, {"attn_mask": torch.zeros(20, 20)}, {"is_causal": True}], ids=str
+)
+def test_what_clusters_cannot_give_is_refused(request_):
+    x = torch.randn(20, 2, 16)
+    with pytest.raises(ValueError, match="need_weights=False"):
+        EnactSelfAttention(16, 2)(x, x, x, **request_)
+
+
+def test_heads_must_divide_the_channels():
+    with pytest.raises(ValueError, match="multiple"):
+        EnactSelfAttention(30, 4)
+
+
+def test_parameters_have_the_references_names():
+    names = {name.split(".")[0] for name in EnactSelfAttention(16, 2).state_dict()}
+    assert names == {"W_q", "W_k", "W_v", "W_o", "W_prob"}
+
+
+def test_dropout_acts_in_training_alone():
+    layer = EnactSelfAttention(16, 2, dropout=0.5)
+    x = torch.randn(40, 1, 16)
+    assert not torch.equal(layer(x, x, x)[0], layer(x, x, x)[0])
+    layer.eval()
+    assert torch.equal(layer(x, x, x)[0], layer(x, x, x)[0])
+
+
+def test_the_attention_matrix_is_not_kept_for_the_backward_pass():
+    tokens, heads = 600, 8
+    layer = EnactSelfAttention(64, heads)
+    x = torch.randn(tokens, 1, 64, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        layer(x, x, x)
+    clusters = super(EnactSelfAttention, layer).forward(x.transpose(0, 1))[0].shape[1]
+    assert clusters >= 60
+    assert max(saved) < heads * tokens * clusters / 4

@@ -1,0 +1,85 @@
+"""The command line: help, defaults, and errors that say the way out before any work starts."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import SMALL_MODEL, parse, run
+
+from enact_common.variants import VARIANTS, load_variant
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_help_shows_every_flag_in_a_group_with_its_default(variant):
+    parser = load_variant(variant).main.get_args_parser()
+    text = " ".join(parser.format_help().split())
+    for title in ("data:", "model:", "matching and losses:", "training:", "run:"):
+        assert title in text
+    for action in parser._actions:
+        assert action.help, action.option_strings
+        if action.default not in (None, "", False, True, "==SUPPRESS=="):
+            assert "default" in " ".join(parser._get_formatter()._expand_help(action).split()), action.option_strings
+
+
+def test_the_learning_rate_follows_the_attention_unless_given():
+    assert parse("detr").lr == 5e-5
+    assert parse("detr", "--encoder_attention", "mhsa").lr == 1e-4
+    assert parse("detr", "--encoder_attention", "mhsa", "--lr", "5e-5").lr == 5e-5
+    assert parse("detr", "--lr", "2e-4", "--encoder_attention", "mhsa").lr == 2e-4
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--coco_path", "/nowhere/at/all"], "--coco_path /nowhere/at/all: no such folder"),
+        (["--device", "cuda:99"], "pass --device cpu|GPUs here"),
+        (["--device", "gpu"], "--device gpu: not a device's name"),
+        (["--masks"], "--masks.*not available yet"),
+        (["--dataset_file", "coco_panoptic"], "not available yet"),
+        (["--dataset_file", "voc"], "--dataset_file voc"),
+        (["--eval"], "--eval needs the checkpoint"),
+        (["--hidden_dim", "30"], "--hidden_dim 30"),
+        (["--max_size", "60"], "--max_size 60"),
+        (["--smoothing_sigma", "0.2"], "--smoothing_sigma 0.2"),
+        (["--dropout", "1"], "--dropout 1"),
+        (["--amp", "fp16"], "--amp fp16 needs a GPU"),
+        (["--lr_backbone", "0"], "--lr_backbone 0"),
+        (["--world_size", "4"], "torchrun --nproc_per_node=4"),
+        (["--num_classes", "3"], "--num_classes 3: .* need at least 6"),
+        (["--batch_size", "64"], "--batch_size 64: .* the 12 images"),
+        (["--resume", "/nowhere.pth"], "/nowhere.pth: no such checkpoint file"),
+        (["--backbone_weights", "/nowhere.pth"], "--backbone_weights /nowhere.pth: no such file"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_errors_name_the_flag_and_the_way_out(shapes, tmp_path, capsys, argv, message):
+    import re
+
+    output = tmp_path / "out"
+    assert run("detr", "--coco_path", shapes, "--output_dir", output, *SMALL_MODEL, "--epochs", "1", *argv) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error.replace("\n", " ")), error
+    assert "Traceback" not in error
+    # Nothing was trained or written.
+    assert not output.exists() or not list(output.iterdir())
+
+
+def test_a_missing_coco_path_is_said(capsys):
+    assert run("detr", "--device", "cpu") == 2
+    assert "--coco_path is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--batch_size", "0"], ["--accumulate", "0"], ["--epochs", "-1"], ["--backbone", "vgg"]], ids=" ".join)
+def test_values_out_of_range_are_refused_by_the_parser(argv, capsys):
+    with pytest.raises(SystemExit):
+        parse("detr", *argv)
+    assert argv[0] in capsys.readouterr().err
+
+
+def test_the_exit_status_reaches_the_shell(tmp_path):
+    command = [sys.executable, str(ROOT / "DETR-ENACT" / "main.py"), "--coco_path", str(tmp_path / "none"), "--device", "cpu"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and "no such folder" in result.stderr and "Traceback" not in result.stderr

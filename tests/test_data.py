@@ -1,0 +1,402 @@
+"""From files to batches: annotations, categories, decoding, augmentation."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import parse, real_data
+from PIL import Image
+from torch.testing import assert_close
+from torch.utils.data import DataLoader
+from torchvision import tv_tensors
+
+from enact_common import UserError
+from enact_common.data.build import build_dataset
+from enact_common.data.categories import LabelMap, coco_names
+from enact_common.data.coco import CocoDetection, collate, decode_image, find_split, load_annotations, seeded
+from enact_common.data.transforms import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    RandomResize,
+    RandomSizeCrop,
+    eval_transforms,
+    resized_shape,
+    train_transforms,
+)
+
+COCO_CATEGORIES = [{"id": i, "name": name} for i, name in enumerate(coco_names()) if name != "N/A"]
+OWN_CATEGORIES = [{"id": 7, "name": "bolt"}, {"id": 3, "name": "nut"}]
+
+
+# Categories ---------------------------------------------------------------------------------------------------------
+
+
+def test_cocos_categories_keep_their_ids():
+    label_map = LabelMap.from_categories(COCO_CATEGORIES)
+    assert label_map.num_classes == 91
+    assert label_map.labels()[90] == 90 and label_map.names[90] == "toothbrush"
+    # 12 is no category.
+    assert label_map.category_ids[12] is None and 12 not in label_map.labels()
+
+
+def test_some_of_cocos_categories_are_cocos():
+    assert LabelMap.from_categories(COCO_CATEGORIES[:3]).num_classes == 91
+
+
+def test_other_categories_are_numbered_in_the_order_of_their_ids():
+    label_map = LabelMap.from_categories(OWN_CATEGORIES)
+    assert label_map.category_ids == (3, 7) and label_map.names == ("nut", "bolt")
+
+
+def test_cocos_ids_with_other_names_are_not_cocos():
+    # Blood cells, say, are numbered 1 to 3 as person, bicycle and car are.
+    label_map = LabelMap.from_categories([{"id": 1, "name": "RBC"}, {"id": 2, "name": "WBC"}])
+    assert label_map.num_classes == 2
+
+
+def test_num_classes_can_leave_room_but_not_be_too_small():
+    assert LabelMap.from_categories(OWN_CATEGORIES, 5).category_ids == (3, 7, None, None, None)
+    with pytest.raises(UserError, match="--num_classes 1: .* at least 2"):
+        LabelMap.from_categories(OWN_CATEGORIES, 1)
+    with pytest.raises(UserError, match="at least 91"):
+        LabelMap.from_categories(COCO_CATEGORIES, 80)
+
+
+def test_label_map_survives_a_checkpoint():
+    label_map = LabelMap.from_categories(COCO_CATEGORIES)
+    assert LabelMap.from_dict(json.loads(json.dumps(label_map.to_dict()))) == label_map
+
+
+def test_categories_that_do_not_fit_are_named():
+    label_map = LabelMap.from_categories(OWN_CATEGORIES)
+    with pytest.raises(UserError, match=r"val.json: category 7 \(screw\)"):
+        label_map.check_categories([{"id": 7, "name": "screw"}], "val.json")
+
+
+# Annotations --------------------------------------------------------------------------------------------------------
+
+
+def annotation_file(folder, **changes):
+    """A small COCO-format file in `folder/annotations.json`, with some of its lists replaced."""
+    data = {
+        "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}],
+        "annotations": [
+            {"id": 0, "image_id": 1, "category_id": 3, "bbox": [1, 2, 10, 20], "area": 90.0},
+            {"id": 0, "image_id": 1, "category_id": 7, "bbox": [5, 5, 4, 4], "iscrowd": 1},
+            {"id": 5, "image_id": 1, "category_id": 7, "bbox": [5, 5, 0, 4]},
+            {"id": 6, "image_id": 1, "category_id": 7, "bbox": [30, 30, 50, 50]},
+        ],
+        "categories": OWN_CATEGORIES,
+        **changes,
+    }
+    path = folder / "annotations.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.fixture
+def two_images(tmp_path):
+    """A data set of two 40 x 50 images, the second without objects."""
+    for name in ("a.png", "b.png"):
+        cv2.imwrite(str(tmp_path / name), np.full((40, 50, 3), 100, np.uint8))
+    return CocoDetection(tmp_path, annotation_file(tmp_path), eval_transforms(40, 100))
+
+
+def test_annotations_are_renumbered_and_completed(tmp_path):
+    annotations = load_annotations(annotation_file(tmp_path))["annotations"]
+    assert [a["id"] for a in annotations] == [1, 2, 3, 4]
+    assert [a["iscrowd"] for a in annotations] == [0, 1, 0, 0]
+    assert [a["area"] for a in annotations] == [90.0, 16, 0, 2500]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"categories": None}, "no list 'categories'"),
+        ({"categories": []}, "'categories' is empty"),
+        ({"images": []}, "'images' is empty"),
+        ({"images": [{"id": 1}]}, "lacks one of id, file_name"),
+        ({"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]}, "an id stands twice in 'images'"),
+        ({"annotations": [{"id": 4, "image_id": 9, "category_id": 3, "bbox": [0, 0, 1, 1]}]}, "annotation 4 .* image 9"),
+        ({"annotations": [{"id": 4, "image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}]}, "category 1"),
+        ({"annotations": [{"id": 4, "image_id": 1, "category_id": 3, "bbox": [0, 0, 1]}]}, r"bbox \[0, 0, 1\]"),
+        (
+            {"annotations": [{"id": 4, "image_id": 1, "category_id": 3, "bbox": [0, float("nan"), 1, 1]}]},
+            "four finite numbers",
+        ),
+        ({"annotations": [{"id": 4, "image_id": 1, "category_id": 3}]}, "bbox None"),
+        ({"annotations": [5]}, "annotation 1 is no object"),
+    ],
+)
+def test_annotation_faults_are_named_with_their_file(tmp_path, changes, message):
+    path = annotation_file(tmp_path, **changes)
+    with pytest.raises(UserError, match=message) as error:
+        load_annotations(path)
+    assert str(path) in str(error.value)
+
+
+def test_broken_json_is_named(tmp_path):
+    path = tmp_path / "broken.json"
+    path.write_text('{"images": [')
+    with pytest.raises(UserError, match="broken.json: not a JSON file"):
+        load_annotations(path)
+
+
+def test_targets_leave_out_crowds_and_boxes_without_area(two_images, caplog):
+    _, target = two_images[0]
+    assert target["labels"].tolist() == [0, 1]
+    # The second reaches beyond the image and is clipped to it.
+    expected = torch.tensor([[6 / 50, 12 / 40, 10 / 50, 20 / 40], [40 / 50, 35 / 40, 20 / 50, 10 / 40]])
+    assert_close(target["boxes"], expected)
+    assert target["orig_size"].tolist() == [40, 50] and target["image_id"].tolist() == [1]
+
+
+def test_boxes_without_area_are_counted(tmp_path, caplog, two_images):
+    with caplog.at_level("WARNING"):
+        CocoDetection(tmp_path, annotation_file(tmp_path), eval_transforms(40, 100))
+    assert "1 boxes without area are dropped" in caplog.text
+
+
+def test_an_image_without_objects_is_an_item(two_images):
+    image, target = two_images[1]
+    assert image.shape == (3, 40, 50)
+    assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
+
+
+def test_limit_keeps_the_first_images(tmp_path, two_images):
+    dataset = CocoDetection(tmp_path, annotation_file(tmp_path), eval_transforms(40, 100), limit=1)
+    assert dataset.image_ids == [1] and len(dataset.coco_api().getImgIds()) == 1
+
+
+def test_missing_images_are_counted_and_named(tmp_path, two_images):
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(UserError, match=r"1 of its 2 image files are missing, .*b\.png"):
+        CocoDetection(tmp_path, annotation_file(tmp_path), eval_transforms(40, 100))
+
+
+def test_ground_truth_keeps_crowds_and_every_annotation(two_images):
+    coco = two_images.coco_api()
+    assert len(coco.getAnnIds()) == 4 and len(coco.getAnnIds(iscrowd=True)) == 1
+    assert len(coco.getImgIds()) == 2
+
+
+def test_both_folder_layouts_are_found(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances_val2017.json").write_text("{}")
+    with pytest.raises(UserError, match="val2017 is missing"):
+        find_split(str(tmp_path), "val")
+    (tmp_path / "images" / "val2017").mkdir(parents=True)
+    assert find_split(str(tmp_path), "val")[0] == tmp_path / "images" / "val2017"
+    (tmp_path / "val2017").mkdir()
+    assert find_split(str(tmp_path), "val")[0] == tmp_path / "val2017"
+    with pytest.raises(UserError, match="no such folder"):
+        find_split(str(tmp_path / "nowhere"), "val")
+
+
+# Decoding -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def picture():
+    """A smooth RGB picture, 60 x 80, PIL."""
+    y, x = np.mgrid[0:60, 0:80]
+    return Image.fromarray(np.stack([x * 3, y * 4, 255 - x * 2], axis=-1).astype(np.uint8))
+
+
+@pytest.mark.parametrize("name", ["rgb.jpg", "rgb.png", "rgb.bmp", "rgb.webp"])
+def test_decoding_agrees_with_pil(tmp_path, picture, name):
+    picture.save(tmp_path / name)
+    expected = torch.from_numpy(np.array(Image.open(tmp_path / name).convert("RGB"))).permute(2, 0, 1)
+    assert_close(decode_image(tmp_path / name).int(), expected.int(), atol=1, rtol=0)
+
+
+@pytest.mark.parametrize("mode, name", [("L", "g.jpg"), ("L", "g.png"), ("CMYK", "c.jpg"), ("RGBA", "a.png"), ("P", "p.png")])
+def test_other_colours_become_rgb(tmp_path, picture, mode, name):
+    picture.convert(mode).save(tmp_path / name)
+    expected = torch.from_numpy(np.array(Image.open(tmp_path / name).convert("RGB"))).permute(2, 0, 1)
+    decoded = decode_image(tmp_path / name)
+    assert decoded.shape == (3, 60, 80) and decoded.dtype == torch.uint8
+    # OpenCV converts CMYK a little differently.
+    assert_close(decoded.int(), expected.int(), atol=4 if mode == "CMYK" else 1, rtol=0)
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+    ramp = np.linspace(0, 65535, 80, dtype=np.uint16)[None].repeat(60, axis=0)
+    cv2.imwrite(str(tmp_path / "deep.png"), ramp)
+    assert_close(decode_image(tmp_path / "deep.png")[0, 0].int(), torch.from_numpy(ramp[0] // 257).int(), atol=1, rtol=0)
+
+
+def test_bytes_behind_the_end_of_a_jpeg_do_no_harm(tmp_path, picture):
+    picture.save(tmp_path / "plain.jpg")
+    (tmp_path / "longer.jpg").write_bytes((tmp_path / "plain.jpg").read_bytes() + b"camera maker's notes")
+    assert_close(decode_image(tmp_path / "longer.jpg").int(), decode_image(tmp_path / "plain.jpg").int(), atol=1, rtol=0)
+
+
+def test_exif_rotation_is_left_alone(tmp_path, picture):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be shown turned by a quarter
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    picture.save(tmp_path / "plain.jpg")
+    assert torch.equal(decode_image(tmp_path / "turned.jpg"), decode_image(tmp_path / "plain.jpg"))
+
+
+@pytest.mark.parametrize("content", [b"", b"plain text", "truncated"], ids=str)
+def test_what_is_no_image_is_named(tmp_path, picture, content):
+    path = tmp_path / "bad.jpg"
+    if content == "truncated":
+        picture.resize((400, 300)).save(path)
+        content = path.read_bytes()[:3000]
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="bad.jpg: not an image"):
+        decode_image(path)
+    with pytest.raises(UserError, match=r"gone.jpg: cannot be read \(No such file"):
+        decode_image(tmp_path / "gone.jpg")
+
+
+# Transforms ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "shape, size, max_size, expected",
+    [
+        ((480, 640), 800, 1333, (800, 1066)),
+        ((640, 480), 800, 1333, (1066, 800)),
+        ((426, 640), 800, 1333, (800, 1201)),
+        ((300, 900), 800, 1333, (444, 1332)),  # the longer side is bounded
+        ((500, 500), 600, 1333, (600, 600)),
+        ((1, 1000), 800, 1333, (1, 1000)),
+    ],
+)
+def test_resize_rounds_as_the_original(shape, size, max_size, expected):
+    assert resized_shape(*shape, size, max_size) == expected
+
+
+def marked_image(height=100, width=160, box=(40, 30, 80, 60)):
+    """A black image with a white box, and its target."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    left, top, right, bottom = box
+    image[:, top:bottom, left:right] = 255
+    boxes = tv_tensors.BoundingBoxes([box], format="XYXY", canvas_size=(height, width), dtype=torch.float32)
+    return tv_tensors.Image(image), {"boxes": boxes, "labels": torch.tensor([4])}
+
+
+def white_box(image):
+    """cxcywh, as fractions, of what is white in a normalised image."""
+    mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    rows, columns = torch.where((image * std + mean).mean(0) > 0.5)
+    height, width = image.shape[-2:]
+    left, right, top, bottom = columns.min(), columns.max() + 1, rows.min(), rows.max() + 1
+    return torch.tensor([(left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width, (bottom - top) / height])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_boxes_stay_with_their_pixels(seed):
+    transform = train_transforms([96, 128, 160], 200)
+    with seeded(seed):
+        image, target = transform(*marked_image())
+    assert max(image.shape[-2:]) <= 200
+    assert target["size"].tolist() == list(image.shape[-2:])
+    if len(target["boxes"]):
+        assert_close(target["boxes"][0], white_box(image), atol=0.02, rtol=0)
+        assert target["labels"].tolist() == [4]
+
+
+def test_augmentation_varies_and_follows_the_seed():
+    transform = train_transforms([96, 128, 160], 200)
+    seen = []
+    for seed in [*range(30), 0]:
+        with seeded(seed):
+            image, target = transform(*marked_image())
+        seen.append((tuple(image.shape), tuple(target["boxes"].flatten().tolist())))
+    assert seen[0] == seen[-1]
+    assert len(set(seen)) > 20
+    flipped = [boxes[0] > 0.5 for shape, boxes in seen if shape == (3, 125, 200) and boxes]
+    assert len(set(flipped)) == 2
+
+
+def test_crops_drop_what_they_leave_out():
+    crop = RandomSizeCrop(20, 30)
+    kept = 0
+    for seed in range(30):
+        with seeded(seed):
+            image, target = crop(*marked_image())
+        assert 20 <= image.shape[1] <= 30 and 20 <= image.shape[2] <= 30
+        assert len(target["boxes"]) == len(target["labels"]) == int(bool((image > 0).any()))
+        kept += len(target["boxes"])
+    assert 0 < kept < 30
+
+
+def test_crops_of_small_images_keep_their_sides():
+    image, target = RandomSizeCrop(384, 600)(*marked_image())
+    assert image.shape == (3, 100, 160) and len(target["boxes"]) == 1
+
+
+def test_resize_moves_boxes_along():
+    image, target = RandomResize([50], 1000)(*marked_image())
+    assert image.shape == (3, 50, 80)
+    assert target["boxes"].tolist() == [[20, 15, 40, 30]]
+
+
+def test_random_numbers_of_a_seed_leave_the_generator_alone():
+    state = torch.get_rng_state()
+    with seeded(1, 2, 3):
+        first = torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), state)
+    with seeded(1, 2, 3):
+        assert torch.equal(torch.rand(3), first)
+    with seeded(1, 2, 4):
+        assert not torch.equal(torch.rand(3), first)
+
+
+# Data sets ----------------------------------------------------------------------------------------------------------
+
+
+def shapes_set(shapes, split="train", *argv):
+    """The drawn shapes, as a variant's arguments ask for them."""
+    args = parse("detr", "--coco_path", str(shapes), "--train_sizes", "48", "64", "--eval_size", "64", *argv)
+    return build_dataset(split, args)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_augmentation_depends_on_the_epoch_not_on_the_workers(shapes, workers):
+    dataset = shapes_set(shapes)
+    loader = DataLoader(dataset, 3, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0)
+    expected = {}
+    for epoch in (0, 1):
+        dataset.set_epoch(epoch)
+        expected[epoch] = [dataset[i][0] for i in range(len(dataset))]
+    assert any(not torch.equal(a, b) for a, b in zip(expected[0], expected[1], strict=True))
+    for epoch in (0, 1, 0):
+        dataset.set_epoch(epoch)
+        i = 0
+        for batch, _ in loader:
+            for tensor, mask in zip(batch.tensors, batch.mask, strict=True):
+                h, w = (~mask).any(1).sum(), (~mask).any(0).sum()
+                assert torch.equal(tensor[:, :h, :w], expected[epoch][i])
+                i += 1
+
+
+def test_no_augmentation_gives_whole_images(shapes):
+    dataset = shapes_set(shapes, "train", "--no_augmentation")
+    assert {dataset[i][0].shape for i in range(len(dataset))} == {(3, 64, 80)}
+    dataset.set_epoch(1)
+    assert dataset[0][0].shape == (3, 64, 80)
+
+
+def test_real_coco_images(coco_mini):
+    args = parse("detr", "--coco_path", str(coco_mini), "--train_sizes", "160", "--eval_size", "160")
+    train, val = (build_dataset(split, args) for split in ("train", "val"))
+    assert len(train) == 295 and len(val) == 188
+    assert train.label_map.num_classes == 91
+    image, target = val[0]
+    assert min(image.shape[-2:]) == 160 and set(target["labels"].tolist()) <= set(train.label_map.labels().values())
+    assert len(val.coco_api().getAnnIds()) == 1692
+
+
+def test_real_data_of_ones_own():
+    args = parse("detr", "--coco_path", str(real_data("ENACT_BCCD")))
+    dataset = build_dataset("train", args)
+    assert dataset.label_map.names == ("RBC", "WBC", "Platelets") and dataset.label_map.num_classes == 3
+    assert len(dataset) == 292

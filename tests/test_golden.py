@@ -1,0 +1,139 @@
+"""Whole models against what the reference implementations computed: the proof that published checkpoints work.
+
+The tolerances are those that `golden/README`'s authors give for a right implementation in float32 on a CPU.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, assert_close, build, golden_batch, parse
+
+from enact_common.run import parameter_groups
+
+# recorded file: (variant, encoder attention)
+FILES = {"detr_enact": ("detr", "enact"), "detr_mhsa": ("detr", "mhsa")}
+RECORDED = {file: np.load(GOLDEN / f"{file}.npz") for file in FILES}
+
+
+def cases(suffix: str) -> list[tuple[str, str]]:
+    """(file, case) of all cases with this entry. Masks are not supported yet."""
+    return [
+        (file, key.split("/")[0])
+        for file, data in RECORDED.items()
+        for key in data.files
+        if key.endswith(f"/{suffix}") and "masks" not in key
+    ]
+
+
+def arguments(file: str, argv: list[str]) -> list[str]:
+    """The flags with which our models are the recorded ones. No weights are fetched: `fill` makes them."""
+    return [*argv, "--encoder_attention", FILES[file][1], "--backbone_weights", "none"]
+
+
+@pytest.fixture(scope="module", params=cases("spec"), ids="-".join)
+def case(request):
+    """(recorded entries of the case by name, spec, arguments, model, criterion, postprocessors)."""
+    import recipe
+
+    file, name = request.param
+    data = RECORDED[file]
+    recorded = {key.removeprefix(f"{name}/"): data[key] for key in data.files if key.startswith(f"{name}/")}
+    spec = json.loads(str(recorded["spec"]))
+    argv = arguments(file, spec["argv"])
+    variant = FILES[file][0]
+    model, criterion, postprocessors = build(variant, *argv)
+    recipe.fill(model)
+    return recorded, spec, parse(variant, *argv), model, criterion, postprocessors
+
+
+def test_outputs_and_boxes(case):
+    recorded, spec, _, model, _, postprocessors = case
+    samples, _ = golden_batch(spec)
+    model.eval()
+    with torch.no_grad():
+        outputs = model(samples)
+    for name in ("pred_logits", "pred_boxes"):
+        assert_close(outputs[name], recorded[f"eval/{name}"])
+    results = postprocessors["bbox"](outputs, torch.tensor([[2 * h, 2 * w] for h, w in spec["sizes"]]))
+    assert len(results) == len(spec["sizes"])
+    for i, result in enumerate(results):
+        for name in ("scores", "labels", "boxes"):
+            assert_close(result[name], recorded[f"post/{i}/{name}"])
+
+
+def test_losses_matches_and_gradients(case):
+    recorded, spec, _, model, criterion, _ = case
+    samples, targets = golden_batch(spec)
+    model.train()
+    model.zero_grad()
+    outputs = model(samples)
+    losses = criterion(outputs, targets)
+    assert set(losses) == {key.split("/")[1] for key in recorded if key.startswith("loss/")}
+    for name, value in losses.items():
+        assert_close(value, recorded[f"loss/{name}"])
+    assert criterion.weight_dict == json.loads(str(recorded["weight_dict"]))
+    total = criterion.total(losses)
+    assert_close(total, recorded["loss_total"])
+
+    for i, (queries, objects) in enumerate(criterion.matcher(outputs, targets)):
+        assert np.array_equal(np.stack((queries, objects)), recorded[f"match/{i}"])
+
+    total.backward()
+    norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    expected = json.loads(str(recorded["grad_norms"]))
+    assert norms.keys() == expected.keys()
+    for name, norm in norms.items():
+        # A key's bias has no gradient but rounding: what is far below all others is compared absolutely.
+        assert norm == pytest.approx(expected[name], rel=1e-3, abs=1e-6), name
+
+
+def test_five_training_steps(case):
+    recorded, spec, args, model, criterion, _ = case
+    import recipe
+
+    recipe.fill(model)
+    samples, targets = golden_batch(spec)
+    model.train()
+    groups = parameter_groups(model, args.lr, args.lr_backbone)
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+    totals = []
+    for _ in range(5):
+        total = criterion.total(criterion(model(samples), targets))
+        totals.append(total.item())
+        optimizer.zero_grad()
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_max_norm)
+        optimizer.step()
+    np.testing.assert_allclose(totals, recorded["train5"], rtol=1e-3)
+
+
+@pytest.mark.parametrize("file, name", cases("argv"))
+def test_parameters_of_the_published_models(file, name):
+    data = RECORDED[file]
+    argv = arguments(file, json.loads(str(data[f"{name}/argv"])))
+    model, _, _ = build(FILES[file][0], *argv)
+    expected = json.loads(str(data[f"{name}/params"]))
+    assert {key: list(tensor.shape) for key, tensor in model.state_dict().items()} == expected
+    if f"{name}/n_trainable" in data.files:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert trained == int(data[f"{name}/n_trainable"])
+
+
+# Not taken over: the flags of a data set that is no longer published, and one that never had an effect.
+GONE = {"dataset_path", "remove_difficult"}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_references_flags_have_its_defaults(file):
+    variant, attention = FILES[file]
+    flags = json.loads(str(RECORDED[file]["flags"]))
+    ours = vars(parse(variant, "--encoder_attention", attention))
+    for name, flag in flags.items():
+        if name in GONE:
+            continue
+        assert ours[name] == flag["default"], name
+        # The flag itself is known, and takes as many words.
+        words = [] if flag["nargs"] == 0 else [str((flag["choices"] or [flag["default"] or "1"])[0])]
+        parse(variant, flag["options"][0], *words)

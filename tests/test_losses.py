@@ -1,0 +1,177 @@
+"""Matching and losses, on cases worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_close
+
+from enact_common.boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, generalized_box_iou, paired_box_giou
+from enact_common.criterion import SetCriterion
+from enact_common.matcher import HungarianMatcher
+
+# xyxy: a square, one that covers its right half and as much beyond, one far away.
+SQUARE, SHIFTED, AWAY = [0.0, 0.0, 2.0, 2.0], [1.0, 0.0, 3.0, 2.0], [4.0, 0.0, 6.0, 2.0]
+
+
+def test_generalized_iou_by_hand():
+    boxes = torch.tensor([SQUARE, SHIFTED, AWAY])
+    giou = paired_box_giou(boxes[:, None], boxes[None])
+    # Overlap 2 of union 6, hull 6; no overlap, union 8, hull 12; the same from the other side, hull 10.
+    assert_close(giou, [[1, 1 / 3, -1 / 3], [1 / 3, 1, 0 - 2 / 10], [-1 / 3, -2 / 10, 1]], 1e-6)
+    assert_close(giou, generalized_box_iou(boxes, boxes), 1e-6)
+
+
+def test_box_formats_convert_and_back():
+    boxes = torch.tensor([[0.5, 0.25, 0.2, 0.5]])
+    assert_close(box_cxcywh_to_xyxy(boxes), [[0.4, 0.0, 0.6, 0.5]], 1e-6)
+    assert_close(box_xyxy_to_cxcywh(box_cxcywh_to_xyxy(boxes)), boxes, 1e-6)
+
+
+def target(labels, boxes):
+    """One image's objects."""
+    return {
+        "labels": torch.tensor(labels, dtype=torch.int64),
+        "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+    }
+
+
+LEFT, RIGHT = [0.25, 0.5, 0.2, 0.2], [0.75, 0.5, 0.2, 0.2]
+
+
+def predictions(boxes, labels=None, classes=3, certainty=5.0):
+    """One image's outputs: boxes, and logits that name these labels (the last class, no object, without)."""
+    logits = torch.zeros(1, len(boxes), classes + 1)
+    for i, label in enumerate(labels or [classes] * len(boxes)):
+        logits[0, i, label] = certainty
+    return {"pred_logits": logits, "pred_boxes": torch.tensor([boxes])}
+
+
+def test_each_object_gets_the_nearest_query():
+    outputs = predictions([RIGHT, [0.5, 0.5, 0.9, 0.9], LEFT])
+    ((queries, objects),) = HungarianMatcher(1, 5, 2)(outputs, [target([0, 1], [LEFT, RIGHT])])
+    assert dict(zip(queries.tolist(), objects.tolist(), strict=True)) == {2: 0, 0: 1}
+    assert queries.dtype == objects.dtype == torch.int64
+
+
+def test_the_class_decides_between_equal_boxes():
+    outputs = predictions([LEFT, LEFT], labels=[2, 1])
+    ((queries, objects),) = HungarianMatcher(1, 5, 2)(outputs, [target([1, 2], [LEFT, LEFT])])
+    assert dict(zip(queries.tolist(), objects.tolist(), strict=True)) == {0: 1, 1: 0}
+
+
+def test_the_matching_is_least_in_sum_not_greedy():
+    # Distances to (0.1, 0.2): query 0 is 0.1 and 0.05 away, query 1 is 0.3 and 0.25.
+    outputs = predictions([[0.15, 0.5, 0.1, 0.1], [0.4, 0.5, 0.1, 0.1]])
+    objects = target([0, 0], [[0.2, 0.5, 0.1, 0.1], [0.1, 0.5, 0.1, 0.1]])
+    ((queries, matched),) = HungarianMatcher(0, 1, 0)(outputs, [objects])
+    assert dict(zip(queries.tolist(), matched.tolist(), strict=True)) in ({0: 1, 1: 0}, {0: 0, 1: 1})
+    cost = (outputs["pred_boxes"][0, queries, 0] - objects["boxes"][matched, 0]).abs().sum().item()
+    assert cost == pytest.approx(0.25)
+
+
+def test_more_objects_than_queries_match_as_far_as_they_go():
+    boxes = [LEFT, RIGHT, [0.5, 0.1, 0.1, 0.1]]
+    ((queries, objects),) = HungarianMatcher(1, 5, 2)(predictions([RIGHT]), [target([0, 1, 2], boxes)])
+    assert queries.tolist() == [0] and objects.tolist() == [1]
+
+
+def test_images_without_objects_match_nothing():
+    outputs = {k: v.expand(3, -1, -1) for k, v in predictions([LEFT, RIGHT]).items()}
+    targets = [target([], []), target([1], [RIGHT]), target([], [])]
+    matched = HungarianMatcher(1, 5, 2)(outputs, targets)
+    assert [len(queries) for queries, _ in matched] == [0, 1, 0]
+    assert matched[1][0].tolist() == [1]
+
+
+def test_layers_are_matched_as_each_alone():
+    torch.manual_seed(2)
+    logits, boxes = torch.randn(3, 2, 7, 5), torch.rand(3, 2, 7, 4) * 0.4 + 0.1
+    targets = [target([0, 3], torch.rand(2, 4).tolist()), target([1, 2, 2], torch.rand(3, 4).tolist())]
+    matcher = HungarianMatcher(1, 5, 2)
+    together = matcher.match_layers(logits, boxes, targets)
+    assert together.image.tolist() == [0, 0, 1, 1, 1]
+    for layer in range(3):
+        alone = matcher({"pred_logits": logits[layer], "pred_boxes": boxes[layer]}, targets)
+        assert together.query[layer].tolist() == torch.cat([q for q, _ in alone]).tolist()
+        assert together.target[layer].tolist() == torch.cat([alone[0][1], alone[1][1] + 2]).tolist()
+
+
+def test_costs_that_are_not_finite_do_not_end_the_matching():
+    outputs = predictions([LEFT, [math.nan] * 4, RIGHT])
+    ((queries, objects),) = HungarianMatcher(1, 5, 2)(outputs, [target([0, 1], [LEFT, RIGHT])])
+    assert queries.tolist() == [0, 2] and objects.tolist() == [0, 1]
+
+
+def test_matching_without_any_cost_is_refused():
+    with pytest.raises(ValueError, match="--set_cost_class"):
+        HungarianMatcher(0, 0, 0)
+
+
+def criterion(eos_coef=0.1, classes=3):
+    """DETR's criterion with DETR's weights."""
+    weights = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
+    return SetCriterion(classes, HungarianMatcher(1, 5, 2), weights, eos_coef)
+
+
+def test_losses_by_hand():
+    outputs = predictions([[0.3, 0.5, 0.2, 0.2], RIGHT], labels=[1, 3], certainty=2.0)
+    losses = criterion()(outputs, [target([1], [LEFT])])
+    # Both queries are right: each has -log(e^2 / (e^2 + 3)), so their weights do not matter.
+    assert losses["loss_ce"].item() == pytest.approx(-math.log(math.e**2 / (math.e**2 + 3)), rel=1e-5)
+    assert losses["loss_bbox"].item() == pytest.approx(0.05, rel=1e-4)
+    # Overlap 0.15 x 0.2 of union 0.05, and the hull is the union.
+    assert losses["loss_giou"].item() == pytest.approx(1 - 0.03 / 0.05, rel=1e-4)
+    assert losses["class_error"].item() == 0
+    assert losses["cardinality_error"].item() == 0
+    total = losses["loss_ce"] + 5 * losses["loss_bbox"] + 2 * losses["loss_giou"]
+    assert criterion().total(losses).item() == pytest.approx(total.item())
+
+
+def test_no_object_weighs_less():
+    # Query 0 is right about the object with certainty, query 1 wrongly sees class 0.
+    outputs = predictions([LEFT, RIGHT], labels=[1, 0], certainty=2.0)
+    z = math.log(math.e**2 + 3)
+    right, wrong = z - 2, z
+    for eos in (1.0, 0.1):
+        loss = criterion(eos)(outputs, [target([1], [LEFT])])["loss_ce"].item()
+        assert loss == pytest.approx((right + eos * wrong) / (1 + eos), rel=1e-5)
+
+
+def test_boxes_are_averaged_over_the_batchs_objects():
+    outputs = {k: v.expand(2, -1, -1) for k, v in predictions([LEFT, RIGHT]).items()}
+    shifted = [LEFT[0] + 0.1, *LEFT[1:]]
+    losses = criterion()(outputs, [target([0], [shifted]), target([0, 1], [LEFT, RIGHT])])
+    assert losses["loss_bbox"].item() == pytest.approx(0.1 / 3, rel=1e-4)
+
+
+def test_a_batch_without_objects_has_losses_and_gradients():
+    outputs = {name: value.requires_grad_() for name, value in predictions([LEFT, RIGHT]).items()}
+    losses = criterion()(outputs, [target([], [])])
+    assert losses["loss_bbox"].item() == losses["loss_giou"].item() == 0
+    assert losses["class_error"].item() == 100
+    criterion().total(losses).backward()
+    assert torch.isfinite(outputs["pred_boxes"].grad).all() and outputs["pred_logits"].grad.abs().sum() > 0
+
+
+def test_class_error_counts_the_last_layers_matched_queries():
+    outputs = predictions([LEFT, RIGHT], labels=[1, 2])
+    outputs["aux_outputs"] = [predictions([LEFT, RIGHT], labels=[0, 0])]
+    losses = criterion()(outputs, [target([1, 0], [LEFT, RIGHT])])
+    assert losses["class_error"].item() == 50
+    assert "class_error_0" not in losses and "loss_ce_0" in losses
+
+
+def test_losses_are_float32_under_autocast():
+    outputs = {name: value.bfloat16() for name, value in predictions([LEFT, RIGHT]).items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = criterion()(outputs, [target([1], [LEFT])])
+    assert {value.dtype for value in losses.values()} == {torch.float32}
+
+
+def test_paired_giou_has_the_loss_gradient():
+    boxes = torch.tensor([SQUARE, SHIFTED], dtype=torch.float64, requires_grad=True)
+    others = torch.tensor([[0.3, 0.1, 1.7, 2.2], [3.3, 0.2, 4.0, 1.0]], dtype=torch.float64)
+    assert torch.autograd.gradcheck(paired_box_giou, (boxes, others))
+    assert np.isfinite(paired_box_giou(boxes, others).detach().numpy()).all()

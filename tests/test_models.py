@@ -1,0 +1,240 @@
+"""Every variant's model, with and without ENACT: shapes, inputs, and what its builders promise."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ATTENTIONS, SMALL_MODEL, build, parse
+from torch.testing import assert_close
+
+from enact_common import NestedTensor, UserError, load_variant, nested_tensor_from_tensor_list
+from enact_common.backbone import Backbone, load_backbone_weights
+from enact_common.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
+from enact_common.variants import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def small(variant_and_attention, *argv):
+    """A small model of a variant with the given attention."""
+    variant, attention = variant_and_attention
+    return build(variant, *SMALL_MODEL, "--encoder_attention", attention, "--num_classes", "5", *argv)
+
+
+def test_forward_gives_logits_and_boxes(variant_and_attention):
+    model, _, _ = small(variant_and_attention)
+    outputs = model([torch.randn(3, 64, 96), torch.randn(3, 80, 64)])
+    assert outputs["pred_logits"].shape[:2] == outputs["pred_boxes"].shape[:2] == (2, 8)
+    assert outputs["pred_boxes"].shape[2] == 4
+    assert ((outputs["pred_boxes"] >= 0) & (outputs["pred_boxes"] <= 1)).all()
+    assert len(outputs["aux_outputs"]) == 1
+    assert outputs["aux_outputs"][0]["pred_logits"].shape == outputs["pred_logits"].shape
+
+
+def test_a_list_a_tensor_and_a_nested_tensor_are_the_same(variant_and_attention):
+    model, _, _ = small(variant_and_attention)
+    model.eval()
+    images = torch.randn(2, 3, 64, 96)
+    expected = model(nested_tensor_from_tensor_list(images))["pred_boxes"]
+    assert_close(model(images)["pred_boxes"], expected)
+    assert_close(model(list(images))["pred_boxes"], expected)
+
+
+def test_losses_reach_every_trained_parameter(variant_and_attention):
+    model, criterion, _ = small(variant_and_attention)
+    targets = [{"labels": torch.tensor([1, 4]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.1, 0.4]])}]
+    losses = criterion(model([torch.randn(3, 96, 96)]), targets)
+    assert set(criterion.weight_dict) <= set(losses)
+    criterion.total(losses).backward()
+    unreached = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not unreached
+
+
+def test_no_aux_loss(variant_and_attention):
+    model, criterion, _ = small(variant_and_attention, "--no_aux_loss")
+    outputs = model(torch.randn(1, 3, 64, 64))
+    assert "aux_outputs" not in outputs
+    assert not any(name.endswith("_0") for name in criterion.weight_dict)
+
+
+def test_postprocess_scales_boxes_to_the_asked_size(variant_and_attention):
+    _, _, postprocessors = small(variant_and_attention)
+    logits = torch.full((1, 2, 6), -10.0)
+    logits[0, 0, 3] = 10
+    logits[0, 1, 1] = 10
+    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.25, 0.5, 0.5, 1.0]]])
+    # (height, width)
+    (result,) = postprocessors["bbox"]({"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([[100, 200]]))
+    assert result["labels"].tolist() == [3, 1]
+    assert_close(result["boxes"], torch.tensor([[80.0, 30.0, 120.0, 70.0], [0.0, 0.0, 100.0, 100.0]]))
+    assert (result["scores"] > 0.99).all()
+    with pytest.raises(ValueError, match="target_sizes"):
+        postprocessors["bbox"]({"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([100, 200]))
+
+
+def test_detr_scores_leave_out_no_object():
+    _, _, postprocessors = small(("detr", "enact"))
+    logits = torch.tensor([[[0.0, 1.0, 0.0, 0.0, 0.0, 9.0]]])
+    (result,) = postprocessors["bbox"](
+        {"pred_logits": logits, "pred_boxes": torch.full((1, 1, 4), 0.5)}, torch.tensor([[10, 10]])
+    )
+    assert result["labels"].tolist() == [1]
+    assert_close(result["scores"], logits.softmax(-1)[0, :, 1])
+
+
+@pytest.mark.parametrize("flags", [["--pre_norm"], ["--position_embedding", "learned"], ["--enc_layers", "0"]], ids=str)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_detr_options_build_and_run(attention, flags):
+    model, _, _ = small(("detr", attention), *flags)
+    assert model(torch.randn(1, 3, 64, 64))["pred_logits"].shape == (1, 8, 6)
+
+
+def test_pre_norm_leaves_enact_layers_post_norm():
+    # As in the reference: pre-norm checkpoints of it were trained so.
+    for attention, before in (("enact", False), ("mhsa", True)):
+        model, _, _ = small(("detr", attention), "--pre_norm")
+        assert model.transformer.encoder.layers[0].normalize_before is before
+        assert model.transformer.encoder.norm is not None
+        assert model.transformer.decoder.layers[0].normalize_before
+
+
+def test_dilation_halves_the_stride():
+    argv = ["--backbone_weights", "none", "--backbone", "resnet50"]
+    images = torch.zeros(1, 3, 64, 64)
+    batch = NestedTensor(images, torch.zeros(1, 64, 64, dtype=torch.bool))
+    for flags, side in (([], 2), (["--dilation"], 4)):
+        joiner = load_variant("detr").models.backbone.build_backbone(parse("detr", *argv, *flags))
+        features, pos = joiner(batch)
+        assert features[-1].tensors.shape == (1, 2048, side, side)
+        assert features[-1].mask.shape == (1, side, side) and pos[-1].shape == (1, 256, side, side)
+
+
+def test_shallow_backbones_cannot_be_dilated():
+    with pytest.raises(UserError, match="--dilation needs --backbone resnet50"):
+        build("detr", "--backbone", "resnet18", "--dilation", "--backbone_weights", "none")
+
+
+def test_frozen_norm_freezes_the_stem_and_batch_norm_trains_it():
+    frozen = Backbone("resnet18", weights="none", norm="frozen")
+    trained = {name.split(".")[1] for name, p in frozen.named_parameters() if p.requires_grad}
+    assert trained == {"layer2", "layer3", "layer4"}
+    batch = Backbone("resnet18", weights="none", norm="batch")
+    assert all(p.requires_grad for p in batch.parameters())
+    assert not any(p.requires_grad for p in Backbone("resnet18", False, weights="none").parameters())
+
+
+def test_backbone_weights_from_a_file(tmp_path):
+    source = Backbone("resnet18", weights="none", norm="frozen")
+    state = {name.removeprefix("body."): tensor for name, tensor in source.state_dict().items()}
+    path = tmp_path / "weights.pth"
+    torch.save({"model": {**state, "fc.weight": torch.zeros(1000, 512), "fc.bias": torch.zeros(1000)}}, path)
+    loaded = Backbone("resnet18", weights=str(path), norm="frozen")
+    for name, tensor in source.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "no such file"),
+        (b"not tensors", "torch.load can read"),
+        ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "not a resnet18 state dict"),
+        ([1, 2], "expected a state dict"),
+    ],
+    ids=["missing", "garbage", "part", "list"],
+)
+def test_backbone_weights_that_cannot_be_used(tmp_path, content, message):
+    path = tmp_path / "weights.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(UserError, match=message):
+        Backbone("resnet18", weights=str(path))
+
+
+def test_default_weights_without_a_network_name_the_ways_out(monkeypatch, tmp_path):
+    from urllib.error import URLError
+
+    def offline(*args, **kwargs):
+        raise URLError("no route to host")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", offline)
+    with pytest.raises(UserError, match="--backbone_weights PATH.*--backbone_weights none --backbone_norm batch"):
+        load_backbone_weights("resnet50", "default")
+
+
+def test_no_weights_are_fetched_for_a_checkpoint(monkeypatch):
+    def fetch(*args, **kwargs):
+        raise AssertionError("fetched")
+
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", fetch)
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
+    build("detr", "--backbone", "resnet18", "--resume", "checkpoint.pth")
+    build("detr", "--backbone", "resnet18", "--eval")
+    with pytest.raises(AssertionError, match="fetched"):
+        build("detr", "--backbone", "resnet18")
+
+
+def test_sine_encoding_counts_what_is_not_padding():
+    mask = torch.zeros(1, 4, 8, dtype=torch.bool)
+    mask[:, :, 4:] = True
+    features = NestedTensor(torch.zeros(1, 3, 4, 8), mask)
+    pos = PositionEmbeddingSine(8, normalize=True)(features)
+    assert pos.shape == (1, 16, 4, 8)
+    # The last column that is no padding stands at the full circle; so does the last row.
+    angle = torch.tensor(2 * torch.pi)
+    assert pos[0, 8, 0, 3].item() == pytest.approx(angle.sin().item(), abs=1e-4)
+    assert pos[0, 9, 0, 1].item() == pytest.approx((angle / 2).cos().item(), abs=1e-4)
+    assert pos[0, 0, 0, 0].item() == pytest.approx((angle / 4).sin().item(), abs=1e-4)
+
+
+def test_learned_encoding_refuses_maps_that_are_too_large():
+    features = NestedTensor(torch.zeros(1, 3, 51, 8), None)
+    with pytest.raises(ValueError, match="--position_embedding sine"):
+        PositionEmbeddingLearned(8)(features)
+
+
+@pytest.mark.parametrize("images", [[], [torch.zeros(3, 4)], [torch.zeros(3, 4, 4), torch.zeros(1, 4, 4)]])
+def test_what_is_no_batch_of_images_is_refused(images):
+    with pytest.raises(ValueError):
+        nested_tensor_from_tensor_list(images)
+
+
+def test_padding_is_zero_and_marked():
+    batch = nested_tensor_from_tensor_list([torch.ones(3, 2, 5), torch.ones(3, 4, 3)])
+    assert batch.tensors.shape == (2, 3, 4, 5)
+    assert torch.equal(batch.tensors[:, 0] == 0, batch.mask)
+    assert batch.mask[0, 2:].all() and not batch.mask[0, :2].any()
+    assert batch.mask[1, :, 3:].all() and not batch.mask[1, :, :3].any()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_folder_works_from_inside(variant):
+    # As users of the original repositories import it.
+    code = (
+        "from models import build_model; from models.matcher import HungarianMatcher; "
+        "from models.position_encoding import PositionEmbeddingSine; from models.backbone import Backbone, Joiner; "
+        "from main import get_args_parser; from datasets import build_dataset"
+    )
+    folder = ROOT / VARIANTS[variant][0]
+    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variant_packages_import_relatively(variant):
+    # Absolute imports of `models` or `datasets` would find another variant's, or none.
+    folder = ROOT / VARIANTS[variant][0]
+    for part in ("models", "datasets"):
+        for path in (folder / part).rglob("*.py"):
+            for line in path.read_text().splitlines():
+                assert not line.startswith(("from models", "from datasets", "import models", "import datasets")), path
+
+
+def test_an_unknown_variant_is_named():
+    with pytest.raises(UserError, match="no variant 'yolo'.*detr"):
+        load_variant("yolo")
