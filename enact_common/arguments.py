@@ -95,6 +95,12 @@ def add_data_flags(group) -> None:
     group.add_argument("--limit_train", type=positive_int, metavar="N", help="train on the first N images only")
     group.add_argument("--limit_val", type=positive_int, metavar="N", help="evaluate on the first N images only")
     group.add_argument(
+        "--eval_set",
+        choices=("val", "train"),
+        default="val",
+        help="images to evaluate on; those of the training show how far it has learned them by heart",
+    )
+    group.add_argument(
         "--no_augmentation", dest="augmentation", action="store_false",
         help="train on whole images at the evaluation's size: no flips, scales or crops",
     )  # fmt: skip

@@ -90,9 +90,7 @@ def plot_detections(
         picture: PNG to write.
     """
     label = {category: i for i, category in enumerate(names)}
-    figure, rows = plt.subplots(
-        2, len(images), figsize=(2.6 * len(images), 5.6), layout="constrained", squeeze=False
-    )
+    figure, rows = plt.subplots(2, len(images), figsize=(2.6 * len(images), 5.6), layout="constrained", squeeze=False)
     for column, image in enumerate(images):
         for axes, objects in ((rows[0][column], truths[column]), (rows[1][column], detections[column])):
             draw_boxes(

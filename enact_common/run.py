@@ -180,7 +180,7 @@ class Run:
     def check_paths(self) -> None:
         """Refuse missing data, and an output folder that another run would be lost in; create that folder."""
         args = self.args
-        for split in ("val",) if args.eval else ("train", "val"):
+        for split in (args.eval_set,) if args.eval else ("train", args.eval_set):
             find_split(args.coco_path, split)
         self.output_dir = Path(args.output_dir) if args.output_dir else None
         if self.output_dir is None:
@@ -222,6 +222,7 @@ class Run:
             )
         args.num_classes = self.label_map.num_classes
 
+        self.ground_truth = self.val_set.coco_api()
         self.val_loader = self.loader(self.val_set, train=False)
         if self.train_set:
             self.train_loader = self.loader(self.train_set, train=True)
@@ -267,42 +268,35 @@ class Run:
 
     def describe(self) -> None:
         """Say what will happen."""
-        args = self.args
+        args, processes = self.args, get_world_size()
         attention = "multi-head" if args.encoder_attention == "mhsa" else f"ENACT, sigma {args.smoothing_sigma:g}"
-        weights = args.resume or f"backbone {args.backbone_weights}, the rest random"
-        names = [
-            name for i, name in zip(self.label_map.category_ids, self.label_map.names, strict=True) if i is not None
-        ]
+        dilated = " DC5" if args.dilation else ""
+        names = [name for i, name in zip(*self.label_map.to_dict().values(), strict=True) if i is not None]
         shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-        rows = [
-            ("model", f"{self.variant}, {args.backbone}{' DC5' if args.dilation else ''}, {args.num_queries} queries"),
-            ("encoder attention", attention),
-            ("parameters", f"{self.num_parameters:,} trained"),
-            ("weights", weights),
-            ("classes", f"{len(names)} ({shown}), {args.num_classes} labels"),
-            (
-                "device",
-                f"{self.device}, {get_world_size()} processes, precision {'float32' if args.amp == 'none' else args.amp}",
-            ),
-        ]
+        precision = "float32" if args.amp == "none" else args.amp
+        rows = {
+            "model": f"{self.variant}, {args.backbone}{dilated}, {args.num_queries} queries",
+            "encoder attention": attention,
+            "parameters": f"{self.num_parameters:,} trained",
+            "weights": args.resume or f"backbone {args.backbone_weights}, the rest random",
+            "classes": f"{len(names)} ({shown}), {args.num_classes} labels",
+            "device": f"{self.device}, {processes} {'process' if processes == 1 else 'processes'}, {precision}",
+        }
         if self.train_set:
-            batch = args.batch_size * args.accumulate * get_world_size()
-            rows += [
-                ("train images", f"{len(self.train_set):,} with {self.train_set.num_objects:,} objects"),
-                (
-                    "effective batch",
-                    f"{batch} = {args.batch_size} images x {args.accumulate} accumulated x {get_world_size()} processes",
-                ),
-                ("learning rates", f"{args.lr:g}, backbone {args.lr_backbone:g}, {args.lr_schedule} schedule"),
-                ("epochs", f"{args.start_epoch} to {args.epochs}, {len(self.train_loader)} batches each"),
-            ]
-        rows.append(("val images", f"{len(self.val_set):,} with {self.val_set.num_objects:,} objects"))
-        rows.append(("output", str(self.output_dir or "none (--output_dir)")))
-        logger.info("\n".join(f"{name:<18} {text}" for name, text in rows))
+            batch = args.batch_size * args.accumulate * processes
+            made_of = f"{args.batch_size} images x {args.accumulate} accumulated x {processes} processes"
+            rows |= {
+                "train images": f"{len(self.train_set):,} with {self.train_set.num_objects:,} objects",
+                "effective batch": f"{batch} = {made_of}",
+                "learning rates": f"{args.lr:g}, backbone {args.lr_backbone:g}, {args.lr_schedule} schedule",
+                "epochs": f"{args.start_epoch} to {args.epochs}, {len(self.train_loader)} batches each",
+            }
+        evaluated = f"{len(self.val_set):,} with {self.val_set.num_objects:,} objects, of {args.eval_set}"
+        rows["evaluated images"] = evaluated
+        rows["output"] = str(self.output_dir or "none (--output_dir)")
+        logger.info("\n".join(f"{name:<18} {text}" for name, text in rows.items()))
         if args.backbone_norm == "frozen" and args.backbone_weights == "none" and not args.resume:
-            logger.info(
-                "note: random backbone weights under frozen batch norm hardly train: --backbone_norm batch does"
-            )
+            logger.info("note: a random backbone hardly trains under frozen batch norm; --backbone_norm batch does")
 
     def build_optimization(self) -> Optimization:
         """The optimizer and what goes with it."""
@@ -397,7 +391,7 @@ class Run:
 
     def evaluate(self) -> tuple[dict[str, float], CocoBoxEvaluator]:
         """Losses on the validation images, and the evaluator with their detections."""
-        evaluator = CocoBoxEvaluator(self.val_set.coco_api(), self.label_map)
+        evaluator = CocoBoxEvaluator(self.ground_truth, self.label_map)
         stats = evaluate(
             self.model,
             self.criterion,

@@ -1,5 +1,6 @@
 """The command line: help, defaults, and errors that say the way out before any work starts."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,8 +57,6 @@ def test_the_learning_rate_follows_the_attention_unless_given():
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_errors_name_the_flag_and_the_way_out(shapes, tmp_path, capsys, argv, message):
-    import re
-
     output = tmp_path / "out"
     assert run("detr", "--coco_path", shapes, "--output_dir", output, *SMALL_MODEL, "--epochs", "1", *argv) == 2
     error = capsys.readouterr().err
@@ -72,7 +71,9 @@ def test_a_missing_coco_path_is_said(capsys):
     assert "--coco_path is missing" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["--batch_size", "0"], ["--accumulate", "0"], ["--epochs", "-1"], ["--backbone", "vgg"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv", [["--batch_size", "0"], ["--accumulate", "0"], ["--epochs", "-1"], ["--backbone", "vgg"]], ids=" ".join
+)
 def test_values_out_of_range_are_refused_by_the_parser(argv, capsys):
     with pytest.raises(SystemExit):
         parse("detr", *argv)
@@ -80,6 +81,13 @@ def test_values_out_of_range_are_refused_by_the_parser(argv, capsys):
 
 
 def test_the_exit_status_reaches_the_shell(tmp_path):
-    command = [sys.executable, str(ROOT / "DETR-ENACT" / "main.py"), "--coco_path", str(tmp_path / "none"), "--device", "cpu"]
+    command = [
+        sys.executable,
+        str(ROOT / "DETR-ENACT" / "main.py"),
+        "--coco_path",
+        str(tmp_path / "none"),
+        "--device",
+        "cpu",
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "no such folder" in result.stderr and "Traceback" not in result.stderr

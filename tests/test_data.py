@@ -119,7 +119,10 @@ def test_annotations_are_renumbered_and_completed(tmp_path):
         ({"images": []}, "'images' is empty"),
         ({"images": [{"id": 1}]}, "lacks one of id, file_name"),
         ({"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]}, "an id stands twice in 'images'"),
-        ({"annotations": [{"id": 4, "image_id": 9, "category_id": 3, "bbox": [0, 0, 1, 1]}]}, "annotation 4 .* image 9"),
+        (
+            {"annotations": [{"id": 4, "image_id": 9, "category_id": 3, "bbox": [0, 0, 1, 1]}]},
+            "annotation 4 .* image 9",
+        ),
         ({"annotations": [{"id": 4, "image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1]}]}, "category 1"),
         ({"annotations": [{"id": 4, "image_id": 1, "category_id": 3, "bbox": [0, 0, 1]}]}, r"bbox \[0, 0, 1\]"),
         (
@@ -212,7 +215,9 @@ def test_decoding_agrees_with_pil(tmp_path, picture, name):
     assert_close(decode_image(tmp_path / name).int(), expected.int(), atol=1, rtol=0)
 
 
-@pytest.mark.parametrize("mode, name", [("L", "g.jpg"), ("L", "g.png"), ("CMYK", "c.jpg"), ("RGBA", "a.png"), ("P", "p.png")])
+@pytest.mark.parametrize(
+    "mode, name", [("L", "g.jpg"), ("L", "g.png"), ("CMYK", "c.jpg"), ("RGBA", "a.png"), ("P", "p.png")]
+)
 def test_other_colours_become_rgb(tmp_path, picture, mode, name):
     picture.convert(mode).save(tmp_path / name)
     expected = torch.from_numpy(np.array(Image.open(tmp_path / name).convert("RGB"))).permute(2, 0, 1)
@@ -225,13 +230,17 @@ def test_other_colours_become_rgb(tmp_path, picture, mode, name):
 def test_sixteen_bits_become_eight(tmp_path):
     ramp = np.linspace(0, 65535, 80, dtype=np.uint16)[None].repeat(60, axis=0)
     cv2.imwrite(str(tmp_path / "deep.png"), ramp)
-    assert_close(decode_image(tmp_path / "deep.png")[0, 0].int(), torch.from_numpy(ramp[0] // 257).int(), atol=1, rtol=0)
+    assert_close(
+        decode_image(tmp_path / "deep.png")[0, 0].int(), torch.from_numpy(ramp[0] // 257).int(), atol=1, rtol=0
+    )
 
 
 def test_bytes_behind_the_end_of_a_jpeg_do_no_harm(tmp_path, picture):
     picture.save(tmp_path / "plain.jpg")
     (tmp_path / "longer.jpg").write_bytes((tmp_path / "plain.jpg").read_bytes() + b"camera maker's notes")
-    assert_close(decode_image(tmp_path / "longer.jpg").int(), decode_image(tmp_path / "plain.jpg").int(), atol=1, rtol=0)
+    assert_close(
+        decode_image(tmp_path / "longer.jpg").int(), decode_image(tmp_path / "plain.jpg").int(), atol=1, rtol=0
+    )
 
 
 def test_exif_rotation_is_left_alone(tmp_path, picture):
@@ -288,7 +297,9 @@ def white_box(image):
     rows, columns = torch.where((image * std + mean).mean(0) > 0.5)
     height, width = image.shape[-2:]
     left, right, top, bottom = columns.min(), columns.max() + 1, rows.min(), rows.max() + 1
-    return torch.tensor([(left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width, (bottom - top) / height])
+    return torch.tensor(
+        [(left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width, (bottom - top) / height]
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -400,3 +411,10 @@ def test_real_data_of_ones_own():
     dataset = build_dataset("train", args)
     assert dataset.label_map.names == ("RBC", "WBC", "Platelets") and dataset.label_map.num_classes == 3
     assert len(dataset) == 292
+
+
+def test_evaluation_can_be_on_the_training_images(shapes):
+    dataset = shapes_set(shapes, "val", "--eval_set", "train", "--limit_val", "5")
+    assert len(dataset) == 5 and dataset.image_folder == shapes / "train2017"
+    # Whole images, not augmented ones.
+    assert {dataset[i][0].shape for i in range(5)} == {(3, 64, 80)}

@@ -1,8 +1,10 @@
 """Runs of the whole command line on small data: training, evaluation, resuming, and how a run can fail."""
 
+import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -44,7 +46,12 @@ def test_train_then_evaluate(variant_and_attention, shapes, tmp_path, capsys):
     argv = ["--encoder_attention", attention]
     assert train(variant, shapes, tmp_path, "--epochs", "1", *argv) == 0
     text = capsys.readouterr().out
-    for said in ("train images       12 with", "effective batch    4 =", "classes            6 (circle", "epoch 0 [3/3]"):
+    for said in (
+        "train images       12 with",
+        "effective batch    4 =",
+        "classes            6 (circle",
+        "epoch 0 [3/3]",
+    ):
         assert said in text
     (epoch,) = read_log(tmp_path)
     # The original's keys.
@@ -97,7 +104,10 @@ def test_a_killed_run_goes_on_where_it_stopped(shapes, trained, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert subprocess.run([*command, "--resume", str(tmp_path / "checkpoint.pth")], stdout=subprocess.DEVNULL).returncode == 0
+    assert (
+        subprocess.run([*command, "--resume", str(tmp_path / "checkpoint.pth")], stdout=subprocess.DEVNULL).returncode
+        == 0
+    )
     # It was killed before it had evaluated the first epoch, or after: the log has both all the same.
     ours, theirs = read_log(tmp_path), read_log(trained)
     assert [row["epoch"] for row in ours] == [0, 1]
@@ -140,7 +150,9 @@ def test_original_checkpoints_load(shapes, trained, tmp_path):
     state = load_checkpoint(str(trained / "checkpoint.pth"))
     path = tmp_path / "original.pth"
     original_args = Namespace(hidden_dim=32, position_embedding="sine", lr=1e-4)
-    torch.save({"model": state["model"], "optimizer": {}, "lr_scheduler": {}, "epoch": 299, "args": original_args}, path)
+    torch.save(
+        {"model": state["model"], "optimizer": {}, "lr_scheduler": {}, "epoch": 299, "args": original_args}, path
+    )
     assert train("detr", shapes, "", "--resume", path, "--eval") == 0
     # Weights alone, as published: training starts from them.
     torch.save({"model": state["model"]}, path)
@@ -177,16 +189,12 @@ def test_checkpoints_that_do_not_fit_are_named(shapes, trained, tmp_path, capsys
     path = tmp_path / "bad.pth"
     make(path, load_checkpoint(str(trained / "checkpoint.pth")))
     assert train("detr", shapes, tmp_path / "out", "--resume", path, "--eval") == 2
-    import re
-
     error = capsys.readouterr().err
     assert "bad.pth" in error and re.search(message, error)
 
 
 def torch_bytes(state) -> bytes:
     """What torch.save writes."""
-    import io
-
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()

@@ -6,24 +6,25 @@ from enact_common.data.transforms import eval_transforms, train_transforms
 
 
 def build_dataset(image_set: str, args, label_map: LabelMap | None = None) -> CocoDetection:
-    """The data set of a split, as the arguments ask for it.
+    """The data set to train on or to evaluate on, as the arguments ask for it.
 
     Args:
-        image_set: "train" or "val".
+        image_set: "train" for the augmented training images; "val" for those to evaluate on, which `--eval_set` names.
         args: parsed arguments.
-        label_map: the model's labels; None takes them from the split's own annotations.
+        label_map: the model's labels; None takes them from the data set's own annotations.
 
     Raises:
         UserError: something about the data is wrong.
     """
-    augmented = image_set == "train" and args.augmentation
+    train = image_set == "train"
+    augmented = train and args.augmentation
     return CocoDetection(
-        *find_split(args.coco_path, image_set),
+        *find_split(args.coco_path, "train" if train else args.eval_set),
         transforms=train_transforms(args.train_sizes, args.max_size)
         if augmented
         else eval_transforms(args.eval_size, args.max_size),
         label_map=label_map,
         num_classes=args.num_classes,
-        limit=args.limit_train if image_set == "train" else args.limit_val,
+        limit=args.limit_train if train else args.limit_val,
         seed=args.seed,
     )
