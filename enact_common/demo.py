@@ -20,14 +20,21 @@ from enact_common.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
 
-SHAPES = {"train": 8000, "val": 200, "size": 128, "objects": (1, 4), "object_size": (0.2, 0.5)}
+SHAPES = {
+    "train": 6000,
+    "val": 200,
+    "size": 112,
+    "objects": (1, 3),
+    "object_size": (0.25, 0.6),
+    "classes": ("circle", "square", "triangle", "star"),
+}
 
 # What a small detector needs to learn on two CPU cores in minutes; docs/demo.md says why.
 TRAINING = (
     "--device cpu --backbone resnet18 --backbone_weights none --backbone_norm batch --enc_layers 2 --dec_layers 3 "
-    "--dim_feedforward 512 --num_queries 10 --dropout 0 --pre_norm --no_augmentation --train_sizes 128 "
-    "--eval_size 128 --max_size 128 --batch_size 16 --epochs 3 --lr 5e-4 --lr_backbone 5e-4 --lr_schedule cosine "
-    "--warmup_steps 50 --num_workers 1 --print_freq 50"
+    "--dim_feedforward 512 --num_queries 10 --dropout 0 --no_augmentation --train_sizes 112 --eval_size 112 "
+    "--max_size 112 --batch_size 16 --epochs 3 --lr 2e-4 --lr_backbone 1e-3 --lr_schedule cosine --warmup_steps 50 "
+    "--bbox_loss_coef 1.25 --giou_loss_coef 0.5 --eos_coef 0.4 --num_workers 1 --print_freq 50"
 ).split()
 
 PICTURED = 6

@@ -258,7 +258,8 @@ class Run:
         self.model, self.criterion, self.postprocessors = self.build_model(args)
         if checkpoint:
             load_model(self.model, checkpoint["model"], args.resume)
-        self.model.to(self.device)
+        # Convolutions are fastest with channels innermost, on CPUs and GPUs alike.
+        self.model.to(self.device, memory_format=torch.channels_last)
         self.criterion.to(self.device)
         self.wrapped = self.model
         if args.distributed and not args.eval:

@@ -1,0 +1,66 @@
+"""The demonstration's parts and the benchmark, on next to nothing."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from enact_common import benchmark, demo
+from enact_common.plots import plot_log
+
+TINY = (
+    "--device cpu --backbone resnet18 --backbone_weights none --backbone_norm batch --hidden_dim 32 --nheads 4 "
+    "--dim_feedforward 32 --enc_layers 1 --dec_layers 1 --num_queries 5 --train_sizes 64 --eval_size 64 "
+    "--max_size 64 --no_augmentation --batch_size 4 --epochs 2 --num_workers 0"
+).split()
+
+
+@pytest.fixture
+def tiny_demo(monkeypatch):
+    """The demo at a size that says nothing about learning."""
+    monkeypatch.setattr(demo, "SHAPES", {**demo.SHAPES, "train": 8, "val": 7, "size": 64})
+    monkeypatch.setattr(demo, "TRAINING", TINY)
+
+
+def test_the_demo_trains_evaluates_and_draws(tiny_demo, tmp_path, capfd):
+    assert demo.main(["--output_dir", str(tmp_path / "demo")]) == 0
+    text = capfd.readouterr().out
+    assert "$ python DETR-ENACT/main.py --coco_path" in text and "--eval" in text
+    last = json.loads((tmp_path / "demo" / "run" / "log.txt").read_text().splitlines()[-1])
+    assert f"AP {last['test_coco_eval_bbox'][0]:.3f}, AP50" in text
+    for name in ("detections.png", "curves.png"):
+        assert str(tmp_path / "demo" / name) in text
+        with Image.open(tmp_path / "demo" / name) as picture:
+            assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(2**24)) > 50
+    # A second demo starts its run anew, on the same images.
+    assert demo.main(["--output_dir", str(tmp_path / "demo")]) == 0
+    assert len((tmp_path / "demo" / "run" / "log.txt").read_text().splitlines()) == 2
+
+
+def test_a_training_that_fails_ends_the_demo(tiny_demo, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "TRAINING", [*TINY, "--dropout", "2"])
+    with pytest.raises(SystemExit) as stop:
+        demo.main(["--output_dir", str(tmp_path)])
+    assert stop.value.code == 2
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_curves_do_without_missing_keys(tmp_path):
+    log, picture = tmp_path / "log.txt", tmp_path / "curves.png"
+    log.write_text('{"epoch": 0, "train_loss": 3.0}\n\n{"epoch": 1, "test_loss": 2.0}\n')
+    plot_log(log, picture)
+    with Image.open(picture) as image:
+        assert image.size[0] > 500
+
+
+def test_the_benchmark_compares_with_plain_attention(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    argv = ["scaling", "--tokens", "40", "--channels", "16", "--heads", "2", "--repeat", "2", "--output", str(path)]
+    assert benchmark.main(argv) == 0
+    figures = json.loads(path.read_text())
+    plain, enact = figures["rows"]
+    assert plain["layer"] == "nn.MultiheadAttention" and plain["time_ratio"] == plain["memory_ratio"] == 1
+    assert enact["time_ratio"] == pytest.approx(enact["seconds"] / plain["seconds"])
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 40 ")]
+    assert len(table) == 2 and f"PyTorch {torch.__version__}" in figures["machine"]
