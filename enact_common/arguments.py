@@ -211,6 +211,13 @@ def add_run_flags(group) -> None:
     group.add_argument("--eval", action="store_true", help="evaluate and end")
     group.add_argument("--num_workers", default=2, type=natural_int, metavar="N", help="processes that load images")
     group.add_argument(
+        "--eval_every",
+        default=1,
+        type=positive_int,
+        metavar="EPOCHS",
+        help="evaluate after every so many epochs, and after the last",
+    )
+    group.add_argument(
         "--print_freq", default=10, type=positive_int, metavar="STEPS", help="steps between two lines of progress"
     )
     group.add_argument("--world_size", default=1, type=positive_int, metavar="N", help="processes; torchrun sets it")

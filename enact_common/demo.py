@@ -21,7 +21,7 @@ from enact_common.variants import VARIANTS
 ROOT = Path(__file__).resolve().parent.parent
 
 SHAPES = {
-    "train": 6000,
+    "train": 5000,
     "val": 200,
     "size": 112,
     "objects": (1, 3),
@@ -46,6 +46,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m enact_common.demo", description=__doc__.splitlines()[0])
     parser.add_argument("--variant", choices=tuple(VARIANTS), default="detr", help="detector (default: detr)")
     parser.add_argument("--output_dir", default="demo", metavar="DIR", help="pictures and run (default: demo)")
+    parser.add_argument(
+        "flags", nargs="*", metavar="FLAG", help="after --: training flags that take the place of the demo's own"
+    )
     return parser
 
 
@@ -89,9 +92,10 @@ def main(argv: list[str] | None = None) -> int:
     data = make_shapes(output / "shapes", **SHAPES, progress=True)
     # An earlier demo's run: this one makes it anew.
     shutil.rmtree(run, ignore_errors=True)
-    paths = ["--coco_path", str(data), "--output_dir", str(run)]
-    run_variant(args.variant, *paths, *TRAINING)
-    run_variant(args.variant, *paths, *TRAINING, "--resume", str(run / "checkpoint.pth"), "--eval")
+    # Of a flag that is given twice, the last counts.
+    flags = ["--coco_path", str(data), "--output_dir", str(run), *TRAINING, *args.flags]
+    run_variant(args.variant, *flags)
+    run_variant(args.variant, *flags, "--resume", str(run / "checkpoint.pth"), "--eval")
 
     plot_log(run / "log.txt", output / "curves.png")
     picture_detections(data, run / "results.json", output / "detections.png")

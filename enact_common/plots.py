@@ -64,7 +64,7 @@ def draw_boxes(axes, image: np.ndarray, boxes: Sequence[Sequence[float]], texts:
         above = y > 0.08 * image.shape[0]
         axes.text(
             np.clip(x, 0, 0.75 * image.shape[1]),
-            y if above else 0,
+            y if above else 0.02 * image.shape[0],
             text,
             fontsize=8,
             color="white",

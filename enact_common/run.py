@@ -355,13 +355,14 @@ class Run:
         logger.info("training took %s", timedelta(seconds=round(time.perf_counter() - begin)))
 
     def finish_epoch(self, epoch: int, train_stats: dict[str, float], log: RunLog) -> None:
-        """Evaluate and log."""
-        test_stats, evaluator = self.evaluate()
-        figures = self.report(evaluator)
+        """Evaluate, where this epoch's turn it is, and log."""
         stats = {f"train_{name}": value for name, value in train_stats.items()}
-        stats |= {f"test_{name}": value for name, value in test_stats.items()}
-        if figures is not None:
-            stats["test_coco_eval_bbox"] = figures
+        if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs:
+            test_stats, evaluator = self.evaluate()
+            figures = self.report(evaluator)
+            stats |= {f"test_{name}": value for name, value in test_stats.items()}
+            if figures is not None:
+                stats["test_coco_eval_bbox"] = figures
         log.write(epoch, {**stats, "n_parameters": self.num_parameters})
 
     def save(self, epoch: int, optimization: Optimization, stats: dict[str, float]) -> None:

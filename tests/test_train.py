@@ -145,6 +145,11 @@ def test_numbered_checkpoints_before_the_rate_drops(shapes, tmp_path):
     assert rates == pytest.approx([1e-3, 1e-4])
 
 
+def test_evaluation_can_be_rarer_than_epochs(shapes, tmp_path):
+    assert train("detr", shapes, tmp_path, "--epochs", "3", "--eval_every", "2", "--limit_val", "1") == 0
+    assert ["test_coco_eval_bbox" in row for row in read_log(tmp_path)] == [False, True, True]
+
+
 def test_original_checkpoints_load(shapes, trained, tmp_path):
     # The original keeps its arguments in a Namespace, and knows nothing of label maps.
     state = load_checkpoint(str(trained / "checkpoint.pth"))
