@@ -1,4 +1,4 @@
-# Trains and evaluates any of the variants:
+# Trains and evaluates:
 #   docker build -t enact .
 #   docker run --rm enact DETR-ENACT/main.py --help
 # docker-compose.yml adds the GPUs, the data and the folder for the results.

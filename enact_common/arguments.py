@@ -1,10 +1,12 @@
 """The command line that the variants share. Each variant's `main.py` adds what is its own and sets its defaults."""
 
 import argparse
+import math
 
 from enact_common.backbone import BACKBONES, NORMS
 from enact_common.errors import UserError
 from enact_common.layers import ENCODER_ATTENTIONS
+from enact_common.position_encoding import PositionEmbeddingLearned
 
 # The learning rates of the published trainings.
 ENACT_LR = 5e-5
@@ -12,6 +14,9 @@ PLAIN_LR = 1e-4
 
 AMP_DTYPES = ("none", "bf16", "fp16")
 LR_SCHEDULES = ("step", "cosine")
+
+# The group of flags that variants add to.
+LOSSES = "matching and losses"
 
 # Flags that decide which tensors a model has and what they mean: a checkpoint fits only a run that agrees on them.
 MODEL_FLAGS = (
@@ -31,6 +36,14 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 class VariantParser(argparse.ArgumentParser):
     """A parser in which `--encoder_attention mhsa` brings the plain models' learning rate, unless `--lr` is given."""
+
+    def group(self, title: str):
+        """The group of this title, for a variant's own flags.
+
+        Raises:
+            KeyError: there is none.
+        """
+        return {group.title: group for group in self._action_groups}[title]
 
     def parse_known_args(self, args=None, namespace=None):
         parsed, rest = super().parse_known_args(args, namespace)
@@ -55,6 +68,14 @@ def natural_int(text: str) -> int:
     return value
 
 
+def non_negative_float(text: str) -> float:
+    """A finite number of at least 0, for argparse."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
+    return value
+
+
 def common_parser(description: str) -> VariantParser:
     """A parser with the flags of all variants, at DETR's defaults where variants differ.
 
@@ -64,7 +85,7 @@ def common_parser(description: str) -> VariantParser:
     parser = VariantParser(description=description, formatter_class=HelpFormatter)
     add_data_flags(parser.add_argument_group("data"))
     add_model_flags(parser.add_argument_group("model"))
-    add_loss_flags(parser.add_argument_group("matching and losses"))
+    add_loss_flags(parser.add_argument_group(LOSSES))
     add_training_flags(parser.add_argument_group("training"))
     add_segmentation_flags(parser.add_argument_group("segmentation (not available yet)"))
     add_run_flags(parser.add_argument_group("run"))
@@ -150,27 +171,35 @@ def add_loss_flags(group) -> None:
     group.add_argument(
         "--no_aux_loss", dest="aux_loss", action="store_false", help="supervise the last decoder layer alone"
     )
-    group.add_argument("--set_cost_class", type=float, default=1, metavar="W", help="matching: class")
-    group.add_argument("--set_cost_bbox", type=float, default=5, metavar="W", help="matching: L1 of the box")
-    group.add_argument("--set_cost_giou", type=float, default=2, metavar="W", help="matching: generalized IoU")
-    group.add_argument("--bbox_loss_coef", type=float, default=5, metavar="W", help="loss: L1 of the box")
-    group.add_argument("--giou_loss_coef", type=float, default=2, metavar="W", help="loss: generalized IoU")
+    group.add_argument("--set_cost_class", type=non_negative_float, default=1, metavar="W", help="matching: class")
+    group.add_argument(
+        "--set_cost_bbox", type=non_negative_float, default=5, metavar="W", help="matching: L1 of the box"
+    )
+    group.add_argument(
+        "--set_cost_giou", type=non_negative_float, default=2, metavar="W", help="matching: generalized IoU"
+    )
+    group.add_argument("--bbox_loss_coef", type=non_negative_float, default=5, metavar="W", help="loss: L1 of the box")
+    group.add_argument(
+        "--giou_loss_coef", type=non_negative_float, default=2, metavar="W", help="loss: generalized IoU"
+    )
 
 
 def add_training_flags(group) -> None:
     """Optimisation."""
     group.add_argument(
-        "--lr", type=float, default=ENACT_LR, metavar="RATE",
+        "--lr", type=non_negative_float, default=ENACT_LR, metavar="RATE",
         help=f"learning rate; default: {ENACT_LR:g}, with --encoder_attention mhsa {PLAIN_LR:g}",
     )  # fmt: skip
-    group.add_argument("--lr_backbone", type=float, default=1e-5, metavar="RATE", help="the backbone's; 0 freezes it")
+    group.add_argument(
+        "--lr_backbone", type=non_negative_float, default=1e-5, metavar="RATE", help="the backbone's; 0 freezes it"
+    )
     group.add_argument(
         "--batch_size", type=positive_int, default=2, metavar="N", help="images a process and a forward pass"
     )
     group.add_argument(
         "--accumulate", type=positive_int, default=1, metavar="N", help="batches whose gradients make one step"
     )
-    group.add_argument("--weight_decay", type=float, default=1e-4, metavar="RATE", help="AdamW's")
+    group.add_argument("--weight_decay", type=non_negative_float, default=1e-4, metavar="RATE", help="AdamW's")
     group.add_argument("--epochs", type=natural_int, default=300, metavar="N", help="train up to this many in all")
     group.add_argument(
         "--lr_schedule", choices=LR_SCHEDULES, default="step",
@@ -181,7 +210,11 @@ def add_training_flags(group) -> None:
         "--warmup_steps", type=natural_int, default=0, metavar="STEPS", help="learning rates rise from 0 over these"
     )
     group.add_argument(
-        "--clip_max_norm", type=float, default=0.1, metavar="NORM", help="largest gradient norm; 0 does not clip"
+        "--clip_max_norm",
+        type=non_negative_float,
+        default=0.1,
+        metavar="NORM",
+        help="largest gradient norm; 0 does not clip",
     )
     group.add_argument(
         "--amp", choices=AMP_DTYPES, default="none", help="mixed precision; fp16 scales the loss and needs a GPU"
@@ -193,8 +226,12 @@ def add_segmentation_flags(group) -> None:
     group.add_argument("--masks", action="store_true", help="train a mask head")
     group.add_argument("--frozen_weights", type=str, metavar="PATH", help="detector to freeze under the mask head")
     group.add_argument("--coco_panoptic_path", type=str, metavar="DIR", help="panoptic annotations")
-    group.add_argument("--mask_loss_coef", type=float, default=1, metavar="W", help="loss: focal loss of masks")
-    group.add_argument("--dice_loss_coef", type=float, default=1, metavar="W", help="loss: dice loss of masks")
+    group.add_argument(
+        "--mask_loss_coef", type=non_negative_float, default=1, metavar="W", help="loss: focal loss of masks"
+    )
+    group.add_argument(
+        "--dice_loss_coef", type=non_negative_float, default=1, metavar="W", help="loss: dice loss of masks"
+    )
 
 
 def add_run_flags(group) -> None:
@@ -203,7 +240,7 @@ def add_run_flags(group) -> None:
         "--output_dir", default="", metavar="DIR", help="for log, checkpoints and results; without it none is written"
     )
     group.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu")
-    group.add_argument("--seed", default=42, type=int, help="of weights, order and augmentation")
+    group.add_argument("--seed", default=42, type=natural_int, metavar="N", help="of weights, order and augmentation")
     group.add_argument(
         "--resume", default="", metavar="CKPT", help="checkpoint to go on from or to evaluate: a path or an https URL"
     )
@@ -257,3 +294,11 @@ def check_arguments(args) -> None:
         raise UserError("--lr_backbone 0 would leave a backbone of random weights untrained: pass a rate, 1e-4 say")
     if args.eval and not args.resume:
         raise UserError("--eval needs the checkpoint to evaluate: pass --resume CKPT")
+    if args.set_cost_class == args.set_cost_bbox == args.set_cost_giou == 0:
+        raise UserError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: matching needs one of them")
+    cells = math.ceil(args.max_size / (16 if args.dilation else 32))
+    if args.position_embedding == "learned" and cells > PositionEmbeddingLearned.MAX_CELLS:
+        raise UserError(
+            f"--position_embedding learned knows {PositionEmbeddingLearned.MAX_CELLS} rows and columns of the feature "
+            f"map, --max_size {args.max_size} needs {cells}: use sine, a smaller --max_size, or no --dilation"
+        )

@@ -33,8 +33,10 @@ class EnactSelfAttention(EntropyClustering):
         ValueError: embed_dim is not a multiple of num_heads.
     """
 
-    # Read by nn.TransformerEncoderLayer, which takes its own fused path only where it finds a packed bias.
+    # Read by nn.TransformerEncoder and its layer, which take fused paths of their own only where they find packed
+    # projections.
     in_proj_bias = None
+    _qkv_same_embed_dim = False
 
     def __init__(
         self, embed_dim: int, num_heads: int, dropout: float = 0.0, sigma: float = 3.0, batch_first: bool = False

@@ -1,10 +1,8 @@
 """ResNet backbones from torchvision, with frozen or trained batch norm, and where their weights come from."""
 
-import pickle
 from pathlib import Path
 from urllib.error import URLError
 
-import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,6 +10,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.ops import FrozenBatchNorm2d
 
 from enact_common.errors import UserError
+from enact_common.files import read_tensors
 from enact_common.nested_tensor import NestedTensor
 from enact_common.position_encoding import build_position_encoding
 
@@ -131,12 +130,7 @@ def load_backbone_weights(name: str, weights: str) -> dict[str, Tensor] | None:
             ) from error
     if not Path(weights).is_file():
         raise UserError(f"--backbone_weights {weights}: no such file. Ways out: {WEIGHTS_WAYS_OUT}")
-    try:
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise UserError(
-            f"--backbone_weights {weights}: not a file of tensors that torch.load can read ({error})"
-        ) from error
+    state = read_tensors(Path(weights), f"a state dict of a torchvision {name}, for --backbone_weights")
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

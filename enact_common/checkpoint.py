@@ -1,11 +1,10 @@
 """Checkpoints: plain tensors and built-in types, written whole or not at all."""
 
 import argparse
-import os
-import pickle
 import random
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -13,31 +12,21 @@ from torch import nn
 
 from enact_common.arguments import MODEL_FLAGS
 from enact_common.errors import UserError
-
-# The original repositories keep their arguments in one; nothing else beyond tensors and built-in types is let in.
-torch.serialization.add_safe_globals([argparse.Namespace])
+from enact_common.files import read_tensors, write_atomically
 
 EXPECTED = "a file that torch.save wrote, holding a dict with the key 'model' (a state dict)"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` beside `path` and rename it into place, so that a file of this name is always complete."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Write `state`, whole or not at all."""
+    write_atomically(path, lambda file: torch.save(state, file))
 
 
 def load_checkpoint(source: str) -> dict[str, Any]:
     """Read a checkpoint of ours or of the original repositories; tensors come to the CPU.
 
     Args:
-        source: a path, or an https URL, which goes through PyTorch's own download cache.
+        source: a path, or a URL, which goes through PyTorch's own download cache.
 
     Returns:
         a dict with at least `model`; `args`, where there are any, as a dict.
@@ -45,41 +34,32 @@ def load_checkpoint(source: str) -> dict[str, Any]:
     Raises:
         UserError: naming the file and what was expected.
     """
-    if source.startswith("https:"):
-        try:
-            state = torch.hub.load_state_dict_from_url(source, map_location="cpu", check_hash=True, weights_only=True)
-        except OSError as error:
-            raise UserError(
-                f"--resume {source}: cannot be downloaded ({error}); download it elsewhere and pass its path"
-            ) from error
-    else:
-        state = read_checkpoint_file(Path(source))
+    path = download(source) if source.startswith(("https:", "http:")) else Path(source)
+    state = read_tensors(path, EXPECTED)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         keys = f"keys {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
-        raise UserError(f"{source}: not a checkpoint ({keys}); expected {EXPECTED}")
-    if isinstance(state.get("args"), argparse.Namespace):
-        state["args"] = vars(state["args"])
+        raise UserError(f"{path}: not a checkpoint ({keys}); expected {EXPECTED}")
+    args = state.get("args") or {}
+    state["args"] = vars(args) if isinstance(args, argparse.Namespace) else args
     return state
 
 
-def read_checkpoint_file(path: Path) -> Any:
-    """What `torch.load` finds in a file, tensors and built-in types alone.
+def download(url: str) -> Path:
+    """The file behind a URL, in PyTorch's cache of checkpoints.
 
     Raises:
-        UserError: the file is missing, truncated, or holds something else.
+        UserError: it cannot be had.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such checkpoint file")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: truncated, or no checkpoint ({first[:200]}); expected {EXPECTED}") from error
-
-
-def plain_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments as built-in types, for a checkpoint."""
-    return dict(vars(args))
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path))
+        except OSError as error:
+            raise UserError(
+                f"--resume {url}: cannot be downloaded ({error}); download it elsewhere and pass its path"
+            ) from error
+    return path
 
 
 def check_model_flags(source: str, saved: dict[str, Any], args: argparse.Namespace) -> None:
@@ -93,14 +73,22 @@ def check_model_flags(source: str, saved: dict[str, Any], args: argparse.Namespa
     Raises:
         UserError: naming the flags to pass.
     """
+    flags = [flag for flag in MODEL_FLAGS if flag != "smoothing_sigma" or args.encoder_attention == "enact"]
     differing = [
-        (flag, saved[flag], getattr(args, flag))
-        for flag in MODEL_FLAGS
-        if flag in saved and None not in (saved[flag], getattr(args, flag)) and saved[flag] != getattr(args, flag)
+        flag
+        for flag in flags
+        if None not in (saved.get(flag), getattr(args, flag, None)) and saved[flag] != getattr(args, flag)
     ]
     if differing:
-        listed = "; ".join(f"--{flag} was {then}, is {now}" for flag, then, now in differing)
-        raise UserError(f"{source}: was made with other flags than this run's: {listed}. Pass those it was made with.")
+        asked = ", ".join(written(flag, saved[flag]) for flag in differing)
+        raise UserError(f"{source}: was made with other flags than this run's. Pass, as then: {asked}")
+
+
+def written(flag: str, value: Any) -> str:
+    """A flag as it is typed to have this value."""
+    if isinstance(value, bool):
+        return f"--{flag}" if value else f"no --{flag}"
+    return f"--{flag} {value}"
 
 
 def load_model(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
@@ -112,10 +100,11 @@ def load_model(model: nn.Module, state: dict[str, torch.Tensor], source: str) ->
     own = model.state_dict()
     faults = [f"{name} is missing" for name in own if name not in state]
     faults += [f"{name} is not in the model" for name in state if name not in own]
+    shapes = {name: tuple(getattr(value, "shape", ("no tensor",))) for name, value in state.items()}
     faults += [
-        f"{name} is {tuple(state[name].shape)}, expected {tuple(tensor.shape)}"
+        f"{name} is {shapes[name]}, expected {tuple(tensor.shape)}"
         for name, tensor in own.items()
-        if name in state and state[name].shape != tensor.shape
+        if name in state and shapes[name] != tuple(tensor.shape)
     ]
     if faults:
         raise UserError(
@@ -123,6 +112,48 @@ def load_model(model: nn.Module, state: dict[str, torch.Tensor], source: str) ->
             "variant, --encoder_attention, --backbone, --num_classes, --num_queries and the layer counts."
         )
     model.load_state_dict(state)
+
+
+def optimizer_state_by_name(
+    checkpoint: dict[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """A checkpoint's optimizer state in the order of this optimizer's parameters.
+
+    Optimizers number their parameters in the order in which modules were made, and the reference made them in
+    another order than we do. The checkpoint's own state dict knows its order, so the numbers can be given names.
+
+    Args:
+        checkpoint: with `model` and `optimizer`.
+        model: ours, of the same names.
+        optimizer: over the model's parameters.
+
+    Raises:
+        UserError: the groups or the numbers of parameters differ.
+    """
+    saved = checkpoint["optimizer"]
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    state, groups = {}, []
+    fits = isinstance(saved, dict) and len(saved.get("param_groups", ())) == len(optimizer.param_groups)
+    position = 0
+    for group, saved_group in zip(optimizer.param_groups, saved["param_groups"] if fits else (), strict=False):
+        ours = [name_of[parameter] for parameter in group["params"]]
+        theirs = [name for name in checkpoint["model"] if name in set(ours)]
+        fits = fits and len(theirs) == len(ours) == len(saved_group["params"])
+        if not fits:
+            break
+        number = dict(zip(theirs, saved_group["params"], strict=True))
+        groups.append({**saved_group, "params": list(range(position, position + len(ours)))})
+        for i, (name, parameter) in enumerate(zip(ours, group["params"], strict=True), start=position):
+            if number[name] in saved["state"]:
+                state[i] = saved["state"][number[name]]
+                fits = fits and all(t.shape == parameter.shape for t in state[i].values() if getattr(t, "ndim", 0))
+        position += len(ours)
+    if not fits:
+        raise UserError(
+            "the checkpoint's optimizer state does not fit this run's parameters: take the flags that it was trained "
+            "with, or remove its 'optimizer' to start from the weights alone"
+        )
+    return {"state": state, "param_groups": groups}
 
 
 def random_states() -> dict[str, Any]:

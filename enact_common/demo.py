@@ -15,6 +15,7 @@ from pathlib import Path
 
 from enact_common.data.coco import decode_image, load_annotations
 from enact_common.data.synthetic import make_shapes
+from enact_common.logs import read_log
 from enact_common.plots import plot_detections, plot_log
 from enact_common.variants import VARIANTS
 
@@ -89,7 +90,11 @@ def main(argv: list[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     output = Path(args.output_dir)
     run = output / "run"
-    data = make_shapes(output / "shapes", **SHAPES, progress=True)
+    try:
+        data = make_shapes(output / "shapes", **SHAPES, progress=True)
+    except FileExistsError:
+        # An earlier version's demo drew others; a folder that is not such a data set is refused again.
+        data = make_shapes(output / "shapes", **SHAPES, progress=True, force=True)
     # An earlier demo's run: this one makes it anew.
     shutil.rmtree(run, ignore_errors=True)
     # Of a flag that is given twice, the last counts.
@@ -99,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
 
     plot_log(run / "log.txt", output / "curves.png")
     picture_detections(data, run / "results.json", output / "detections.png")
-    last = json.loads((run / "log.txt").read_text().splitlines()[-1])
+    last = read_log(run / "log.txt")[-1]
     ap, ap50 = last["test_coco_eval_bbox"][:2]
     print(f"\nAP {ap:.3f}, AP50 {ap50:.3f} on {SHAPES['val']} images that it was not trained on")
     print(f"detections beside the truth: {output / 'detections.png'}")

@@ -56,12 +56,6 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-def barrier() -> None:
-    """Wait for all processes."""
-    if is_distributed():
-        dist.barrier()
-
-
 def world_mean(value: float, device) -> float:
     """The mean of a host number over all processes."""
     if not is_distributed():

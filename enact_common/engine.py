@@ -113,7 +113,10 @@ def train_one_epoch(
             losses = criterion(outputs, targets)
             total = criterion.total(losses)
             if not torch.isfinite(total).item():
-                raise NonFiniteLossError(describe_non_finite(model, samples, targets, losses, epoch, i))
+                # Without the wrapper, whose forward would wait for the other processes.
+                alone = getattr(model, "module", model)
+                where = f"epoch {epoch}, step {i}"
+                raise NonFiniteLossError(describe_non_finite(alone, samples, targets, losses, where, optimization.amp))
             scaler.scale(total / batches_in_group).backward()
 
         if complete:
@@ -137,25 +140,32 @@ def describe_non_finite(
     samples: NestedTensor,
     targets: list[dict[str, Tensor]],
     losses: dict[str, Tensor],
-    epoch: int,
-    step: int,
+    where: str,
+    amp: str,
 ) -> str:
-    """Where a loss that is not finite arose: the images, the step, and the first tensor at fault.
+    """How a loss that is not finite arose: the images, the step, and the first tensor at fault.
 
-    Runs the batch through the model once more, in float32, watching every module's output.
+    Runs the batch through the model once more, watching every module's output.
+
+    Args:
+        model, samples, targets, losses: of the step.
+        where: the step, in words.
+        amp: the precision it ran in, a key of `AMP_DTYPE`.
     """
     images = ", ".join(str(int(target["image_id"])) for target in targets if "image_id" in target)
     candidates = [("input images", samples.tensors)]
-    candidates += [(f"target {name}", t[name]) for t in targets for name in ("boxes",)]
+    candidates += [("target boxes", target["boxes"]) for target in targets]
     candidates += [(f"parameter {name}", parameter) for name, parameter in model.named_parameters()]
     candidates += [(f"buffer {name}", buffer) for name, buffer in model.named_buffers()]
     fault = next((name for name, tensor in candidates if not is_finite(tensor)), None)
     if fault is None:
-        fault = first_non_finite_output(model, samples)
+        with autocast(samples.tensors.device, amp):
+            fault = first_non_finite_output(model, samples)
     if fault is None:
-        fault = next(f"loss {name}" for name, value in losses.items() if not is_finite(value))
+        faults = (f"loss {name}" for name, value in losses.items() if not is_finite(value))
+        fault = next(faults, "the weighted total")
     return (
-        f"the loss is not finite at epoch {epoch}, step {step}, images {images}; first tensor at fault: {fault}. "
+        f"the loss is not finite at {where}, images {images}; first tensor at fault: {fault}. "
         "The last checkpoint is from before. A smaller --lr, a smaller --clip_max_norm or --amp none may help."
     )
 

@@ -1,5 +1,6 @@
 """What a run says: progress on the terminal, averages of losses, `log.txt`, TensorBoard."""
 
+import contextlib
 import json
 import logging
 import sys
@@ -27,6 +28,15 @@ def setup_logging() -> None:
     )
 
 
+def read_log(path: Path) -> list[dict]:
+    """The epochs in a `log.txt`; a line that a killed run left unfinished is passed over."""
+    rows = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
 class AverageMeter:
     """Running means of named scalars. They stay on their device, so that adding to them waits for nothing."""
 
@@ -44,7 +54,9 @@ class AverageMeter:
 
     def averages(self) -> dict[str, float]:
         """Means over this process's values."""
-        return self._divide(self._sums, self._count)
+        if self._sums is None:
+            return {}
+        return dict(zip(self._names, (self._sums / self._count).tolist(), strict=True))
 
     def synchronized(self) -> dict[str, float]:
         """Means over the values of all processes."""
@@ -53,11 +65,6 @@ class AverageMeter:
         count = torch.tensor([float(self._count)], dtype=torch.float64, device=self._sums.device)
         *sums, count = world_sum(torch.cat((self._sums, count))).tolist()
         return dict(zip(self._names, (value / count for value in sums), strict=True))
-
-    def _divide(self, sums: Tensor | None, count: int) -> dict[str, float]:
-        if sums is None:
-            return {}
-        return dict(zip(self._names, (sums / count).tolist(), strict=True))
 
 
 class Progress:
@@ -135,14 +142,16 @@ class RunLog:
         """Whether the log holds this epoch already."""
         if not self._path or not self._path.is_file():
             return False
-        return any(json.loads(line).get("epoch") == epoch for line in self._path.read_text().splitlines() if line)
+        return any(row.get("epoch") == epoch for row in read_log(self._path))
 
     def write(self, epoch: int, stats: dict) -> None:
         """Add an epoch: scalars, and the list `test_coco_eval_bbox` of COCO's twelve figures."""
         if not self._path:
             return
+        # A run that was killed while it wrote may have left half a line.
+        torn = self._path.is_file() and self._path.read_bytes()[-1:] not in (b"", b"\n")
         with open(self._path, "a") as file:
-            file.write(json.dumps({**stats, "epoch": epoch}) + "\n")
+            file.write(("\n" if torn else "") + json.dumps({**stats, "epoch": epoch}) + "\n")
         if self._board:
             for name, value in stats.items():
                 if isinstance(value, int | float):

@@ -12,22 +12,21 @@ class NestedTensor:
 
     Attributes:
         tensors: (batch, channels, H, W), zero where padded.
-        mask: bool (batch, H, W), True where padded; None where nothing is known of padding.
+        mask: bool (batch, H, W), True where padded.
     """
 
     tensors: Tensor
-    mask: Tensor | None
+    mask: Tensor
 
     def to(self, device, non_blocking: bool = False) -> "NestedTensor":
         """The same batch on another device."""
-        mask = None if self.mask is None else self.mask.to(device, non_blocking=non_blocking)
-        return NestedTensor(self.tensors.to(device, non_blocking=non_blocking), mask)
+        return NestedTensor(*(tensor.to(device, non_blocking=non_blocking) for tensor in self.decompose()))
 
     def pin_memory(self) -> "NestedTensor":
         """The same batch in page-locked memory; `DataLoader(pin_memory=True)` calls this."""
-        return NestedTensor(self.tensors.pin_memory(), None if self.mask is None else self.mask.pin_memory())
+        return NestedTensor(*(tensor.pin_memory() for tensor in self.decompose()))
 
-    def decompose(self) -> tuple[Tensor, Tensor | None]:
+    def decompose(self) -> tuple[Tensor, Tensor]:
         """(tensors, mask)."""
         return self.tensors, self.mask
 

@@ -1,6 +1,5 @@
 """Pictures of a run: its loss and AP curves, and detections beside the truth. Needs matplotlib (extra `plots`)."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,6 +10,8 @@ matplotlib.use("Agg")
 import numpy as np  # noqa: E402
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.ticker import MaxNLocator  # noqa: E402
+
+from enact_common.logs import read_log  # noqa: E402
 
 # One colour a label, in turn.
 COLOURS = plt.get_cmap("tab10").colors
@@ -23,7 +24,7 @@ def plot_log(log: Path, picture: Path) -> None:
         log: one JSON object a line; keys that are missing are left out of the picture.
         picture: PNG to write.
     """
-    epochs = [json.loads(line) for line in log.read_text().splitlines() if line]
+    epochs = read_log(log)
     figure, (losses, precision) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for key, name in (("train_loss", "training"), ("test_loss", "validation")):
         points = [(row["epoch"] + 1, row[key]) for row in epochs if key in row]

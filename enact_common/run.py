@@ -22,7 +22,7 @@ from enact_common.checkpoint import (
     check_model_flags,
     load_checkpoint,
     load_model,
-    plain_arguments,
+    optimizer_state_by_name,
     random_states,
     restore_random_states,
     save_checkpoint,
@@ -64,7 +64,9 @@ def main(
     try:
         Run(variant, args, build_model, build_dataset).start()
     except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        # One that a loader's worker raised comes with that process's traceback before it.
+        message = str(error).rsplit("UserError: ", 1)[-1].strip()
+        print(f"{parser.prog}: error: {message}", file=sys.stderr)
         return 2
     except NonFiniteLossError as error:
         print(f"{parser.prog}: stopped: {error}", file=sys.stderr)
@@ -103,7 +105,7 @@ def parameter_groups(model: nn.Module, lr: float, lr_backbone: float) -> list[di
 
 
 def learning_rate_factor(
-    schedule: str, step: float, epoch: int, total_steps: int, lr_drop: int, warmup_steps: int
+    schedule: str, step: int, epoch: int, total_steps: int, lr_drop: int, warmup_steps: int
 ) -> float:
     """What a base learning rate is multiplied by.
 
@@ -149,7 +151,8 @@ class Run:
         """Check everything, set up, then train or evaluate.
 
         Raises:
-            UserError: something is wrong that the user can mend; nothing was written.
+            UserError: something is wrong that the user can mend. All but unreadable images is found before any work
+                starts.
             NonFiniteLossError: training broke down.
         """
         args = self.args
@@ -222,7 +225,8 @@ class Run:
             )
         args.num_classes = self.label_map.num_classes
 
-        self.ground_truth = self.val_set.coco_api()
+        # The main process alone computes the figures.
+        self.ground_truth = self.val_set.coco_api() if is_main_process() else None
         self.val_loader = self.loader(self.val_set, train=False)
         if self.train_set:
             self.train_loader = self.loader(self.train_set, train=True)
@@ -267,8 +271,8 @@ class Run:
             self.wrapped = nn.parallel.DistributedDataParallel(self.model, device_ids=gpus)
         self.num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
-    def describe(self) -> None:
-        """Say what will happen."""
+    def describe(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Say what will happen; with an optimizer, in training."""
         args, processes = self.args, get_world_size()
         attention = "multi-head" if args.encoder_attention == "mhsa" else f"ENACT, sigma {args.smoothing_sigma:g}"
         dilated = " DC5" if args.dilation else ""
@@ -283,13 +287,15 @@ class Run:
             "classes": f"{len(names)} ({shown}), {args.num_classes} labels",
             "device": f"{self.device}, {processes} {'process' if processes == 1 else 'processes'}, {precision}",
         }
-        if self.train_set:
+        if optimizer:
+            bases = [group["initial_lr"] for group in optimizer.param_groups]
+            rates = ", ".join(f"{of}{base:g}" for of, base in zip(("", "backbone "), bases, strict=False))
             batch = args.batch_size * args.accumulate * processes
             made_of = f"{args.batch_size} images x {args.accumulate} accumulated x {processes} processes"
             rows |= {
                 "train images": f"{len(self.train_set):,} with {self.train_set.num_objects:,} objects",
                 "effective batch": f"{batch} = {made_of}",
-                "learning rates": f"{args.lr:g}, backbone {args.lr_backbone:g}, {args.lr_schedule} schedule",
+                "learning rates": f"{rates}; {args.lr_schedule} schedule",
                 "epochs": f"{args.start_epoch} to {args.epochs}, {len(self.train_loader)} batches each",
             }
         evaluated = f"{len(self.val_set):,} with {self.val_set.num_objects:,} objects, of {args.eval_set}"
@@ -322,9 +328,16 @@ class Run:
             logger.info("%s has weights alone: training starts from them at epoch %d", args.resume, args.start_epoch)
             return
         try:
-            optimization.optimizer.load_state_dict(checkpoint["optimizer"])
-        except ValueError as error:
-            raise UserError(f"{args.resume}: its optimizer state does not fit ({error})") from error
+            state = optimizer_state_by_name(checkpoint, self.model, optimization.optimizer)
+        except UserError as error:
+            raise UserError(f"{args.resume}: {error}") from error
+        asked = [group["initial_lr"] for group in optimization.optimizer.param_groups]
+        optimization.optimizer.load_state_dict(state)
+        for group in optimization.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        kept = [group["initial_lr"] for group in optimization.optimizer.param_groups]
+        if kept != asked:
+            logger.info("note: the checkpoint's learning rates go on, not this command's --lr and --lr_backbone")
         if checkpoint.get("scaler"):
             optimization.scaler.load_state_dict(checkpoint["scaler"])
         if "random_states" in checkpoint:
@@ -337,12 +350,16 @@ class Run:
         optimization = self.build_optimization()
         if checkpoint:
             self.resume(checkpoint, optimization)
-        self.describe()
+        self.describe(optimization.optimizer)
         log = RunLog(self.output_dir)
         begin = time.perf_counter()
-        if checkpoint and "train_stats" in checkpoint and not log.has_epoch(checkpoint["epoch"]):
-            # The run was stopped between its checkpoint and its evaluation.
+        # A run may have been stopped between its checkpoint and its evaluation. The main process has the log.
+        if checkpoint and "train_stats" in checkpoint and not gather_objects(log.has_epoch(checkpoint["epoch"]))[0]:
             self.finish_epoch(checkpoint["epoch"], checkpoint["train_stats"], log)
+        if args.start_epoch >= args.epochs:
+            logger.info(
+                "nothing left to train: %d epochs are done, --epochs asks for %d", args.start_epoch, args.epochs
+            )
         for epoch in range(args.start_epoch, args.epochs):
             self.train_loader.sampler.set_epoch(epoch)
             self.train_set.set_epoch(epoch)
@@ -383,7 +400,7 @@ class Run:
                     "optimizer": optimization.optimizer.state_dict(),
                     "scaler": optimization.scaler.state_dict(),
                     "epoch": epoch,
-                    "args": plain_arguments(args),
+                    "args": dict(vars(args)),
                     "variant": self.variant,
                     "label_map": self.label_map.to_dict(),
                     "random_states": states,
@@ -393,7 +410,7 @@ class Run:
 
     def evaluate(self) -> tuple[dict[str, float], CocoBoxEvaluator]:
         """Losses on the validation images, and the evaluator with their detections."""
-        evaluator = CocoBoxEvaluator(self.ground_truth, self.label_map)
+        evaluator = CocoBoxEvaluator(self.label_map)
         stats = evaluate(
             self.model,
             self.criterion,
@@ -414,7 +431,7 @@ class Run:
         """
         if not is_main_process():
             return None
-        evaluation = evaluator.evaluate()
+        evaluation = evaluator.evaluate(self.ground_truth)
         logger.info("%s", figures_text(evaluation.stats))
         if per_class:
             logger.info("%s", per_class_text(evaluation))

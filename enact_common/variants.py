@@ -44,12 +44,3 @@ def load_variant(name: str) -> ModuleType:
     for part in ("models", "datasets", "main"):
         importlib.import_module(f"{alias}.{part}")
     return package
-
-
-def variant_of(folder: str) -> str:
-    """The name of the variant that a folder holds.
-
-    Raises:
-        KeyError: it holds none.
-    """
-    return {place: name for name, (place, _) in VARIANTS.items()}[Path(folder).resolve().name]

@@ -72,11 +72,9 @@ def test_queries_may_be_others_than_the_keys():
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
 def test_stands_in_for_multihead_attention_in_pytorchs_encoder(batch_first, training, grad):
-    encoder = nn.TransformerEncoder(
-        nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=batch_first), 2, enable_nested_tensor=False
-    )
-    for layer in encoder.layers:
-        layer.self_attn = EnactSelfAttention(32, 4, batch_first=batch_first)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=batch_first)
+    layer.self_attn = EnactSelfAttention(32, 4, batch_first=batch_first)
+    encoder = nn.TransformerEncoder(layer, 2)
     encoder.train(training)
     x = torch.randn(2, 30, 32)
     padding = torch.zeros(2, 30, dtype=torch.bool)

@@ -19,6 +19,7 @@ def test_help_shows_every_flag_in_a_group_with_its_default(variant):
     text = " ".join(parser.format_help().split())
     for title in ("data:", "model:", "matching and losses:", "training:", "run:"):
         assert title in text
+    assert [action.dest for action in parser.group("options")._group_actions] == ["help"]
     for action in parser._actions:
         assert action.help, action.option_strings
         if action.default not in (None, "", False, True, "==SUPPRESS=="):
@@ -48,10 +49,12 @@ def test_the_learning_rate_follows_the_attention_unless_given():
         (["--dropout", "1"], "--dropout 1"),
         (["--amp", "fp16"], "--amp fp16 needs a GPU"),
         (["--lr_backbone", "0"], "--lr_backbone 0"),
+        (["--set_cost_class", "0", "--set_cost_bbox", "0", "--set_cost_giou", "0"], "are all 0"),
+        (["--position_embedding", "learned", "--max_size", "1632"], "--position_embedding learned .* needs 51"),
         (["--world_size", "4"], "torchrun --nproc_per_node=4"),
         (["--num_classes", "3"], "--num_classes 3: .* need at least 6"),
         (["--batch_size", "64"], "--batch_size 64: .* the 12 images"),
-        (["--resume", "/nowhere.pth"], "/nowhere.pth: no such checkpoint file"),
+        (["--resume", "/nowhere.pth"], "/nowhere.pth: no such file"),
         (["--backbone_weights", "/nowhere.pth"], "--backbone_weights /nowhere.pth: no such file"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -72,7 +75,16 @@ def test_a_missing_coco_path_is_said(capsys):
 
 
 @pytest.mark.parametrize(
-    "argv", [["--batch_size", "0"], ["--accumulate", "0"], ["--epochs", "-1"], ["--backbone", "vgg"]], ids=" ".join
+    "argv",
+    [
+        ["--batch_size", "0"],
+        ["--lr", "-1"],
+        ["--seed", "-1"],
+        ["--accumulate", "0"],
+        ["--epochs", "-1"],
+        ["--backbone", "vgg"],
+    ],
+    ids=" ".join,
 )
 def test_values_out_of_range_are_refused_by_the_parser(argv, capsys):
     with pytest.raises(SystemExit):

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from enact_common import UserError
+from enact_common.boxes import box_cxcywh_to_xyxy
 from enact_common.data.build import build_dataset
 from enact_common.data.categories import LabelMap, coco_names
 from enact_common.data.coco import CocoDetection, collate, decode_image, find_split, load_annotations, seeded
@@ -118,6 +119,7 @@ def test_annotations_are_renumbered_and_completed(tmp_path):
         ({"categories": []}, "'categories' is empty"),
         ({"images": []}, "'images' is empty"),
         ({"images": [{"id": 1}]}, "lacks one of id, file_name"),
+        ({"images": [{"id": "1", "file_name": "a"}]}, "an id in 'images' is no integer"),
         ({"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]}, "an id stands twice in 'images'"),
         (
             {"annotations": [{"id": 4, "image_id": 9, "category_id": 3, "bbox": [0, 0, 1, 1]}]},
@@ -160,6 +162,30 @@ def test_boxes_without_area_are_counted(tmp_path, caplog, two_images):
     with caplog.at_level("WARNING"):
         CocoDetection(tmp_path, annotation_file(tmp_path), eval_transforms(40, 100))
     assert "1 boxes without area are dropped" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "box, clipped",
+    [
+        ([-10, 0, 30, 20], [0, 0, 20, 20]),
+        ([-50, 0, 30, 20], None),
+        ([60, 5, 10, 10], None),
+        ([40, 30, 50, 50], [40, 30, 50, 40]),
+    ],
+)
+@pytest.mark.parametrize("sizes_known", [False, True])
+def test_boxes_are_cut_at_the_images_edges(tmp_path, two_images, box, clipped, sizes_known):
+    size = {"width": 50, "height": 40} if sizes_known else {}
+    path = annotation_file(
+        tmp_path,
+        images=[{"id": 1, "file_name": "a.png", **size}],
+        annotations=[{"id": 1, "image_id": 1, "category_id": 3, "bbox": box}],
+    )
+    dataset = CocoDetection(tmp_path, path, eval_transforms(40, 100))
+    boxes = box_cxcywh_to_xyxy(dataset[0][1]["boxes"]) * torch.tensor([50, 40, 50, 40])
+    assert_close(boxes, torch.tensor([clipped] if clipped else []).reshape(-1, 4).float())
+    if sizes_known:
+        assert dataset.num_objects == len(boxes)
 
 
 def test_an_image_without_objects_is_an_item(two_images):

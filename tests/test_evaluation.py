@@ -43,13 +43,13 @@ def detected(*rows):
 TWO_NUTS = [(1, 3, [10, 10, 40, 40]), (2, 3, [50, 50, 40, 40])]
 
 
-def figures(evaluator):
-    """The twelve figures by name."""
-    return dict(zip(FIGURES, evaluator.evaluate().stats, strict=True))
+def figures(evaluator, boxes=TWO_NUTS, images=(1, 2)):
+    """The twelve figures by name, for a ground truth of these boxes."""
+    return dict(zip(FIGURES, evaluator.evaluate(ground_truth(boxes, images)).stats, strict=True))
 
 
 def test_perfect_detections_have_ap_one():
-    evaluator = CocoBoxEvaluator(ground_truth(TWO_NUTS), LABELS)
+    evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update(
         [1, 2], [detected((0, 0.9, [10, 10, 50, 50])), detected((0, 0.8, [50, 50, 90, 90]), (1, 0.1, [0, 0, 5, 5]))]
     )
@@ -60,7 +60,7 @@ def test_perfect_detections_have_ap_one():
 
 
 def test_a_false_alarm_before_the_second_hit():
-    evaluator = CocoBoxEvaluator(ground_truth(TWO_NUTS), LABELS)
+    evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update(
         [1, 2],
         [detected((0, 0.9, [10, 10, 50, 50]), (0, 0.8, [120, 120, 160, 160])), detected((0, 0.7, [50, 50, 90, 90]))],
@@ -70,29 +70,29 @@ def test_a_false_alarm_before_the_second_hit():
 
 
 def test_overlap_decides_at_which_thresholds_a_box_counts():
-    evaluator = CocoBoxEvaluator(ground_truth(TWO_NUTS[:1], images=(1,)), LABELS)
+    evaluator = CocoBoxEvaluator(LABELS)
     # 40 x 30 of 40 x 40: IoU 0.75, right at 0.50, 0.55, ..., 0.75, wrong at the four above.
     evaluator.update([1], [detected((0, 0.9, [10, 10, 50, 40]))])
-    result = figures(evaluator)
+    result = figures(evaluator, TWO_NUTS[:1], images=(1,))
     assert result["AP50"] == result["AP75"] == pytest.approx(1)
     assert result["AP"] == pytest.approx(0.6)
 
 
 def test_images_without_a_detection_count():
-    evaluator = CocoBoxEvaluator(ground_truth(TWO_NUTS), LABELS)
+    evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1, 2], [detected((0, 0.9, [10, 10, 50, 50])), detected()])
     assert figures(evaluator)["AP50"] == pytest.approx(51 / 101)
 
 
 def test_no_detection_at_all_is_ap_zero():
-    evaluator = CocoBoxEvaluator(ground_truth(TWO_NUTS), LABELS)
+    evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1, 2], [detected(), detected()])
     assert figures(evaluator)["AP"] == 0
 
 
 def test_an_image_given_twice_counts_once(monkeypatch):
     perfect = [detected((0, 0.9, [10, 10, 50, 50])), detected((0, 0.8, [50, 50, 90, 90]))]
-    evaluator = CocoBoxEvaluator(ground_truth(TWO_NUTS), LABELS)
+    evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1, 2], perfect)
     # Another process has image 2 too, as a sampler's padding.
     monkeypatch.setattr("enact_common.evaluation.coco.gather_objects", lambda value: [value, {2: value[2]}])
@@ -102,7 +102,7 @@ def test_an_image_given_twice_counts_once(monkeypatch):
 
 
 def test_results_are_in_the_data_sets_own_ids_and_pixels(tmp_path):
-    evaluator = CocoBoxEvaluator(ground_truth(TWO_NUTS), LABELS)
+    evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1, 2], [detected((1, 0.5, [10, 20, 40, 80])), detected((0, 0.25, [0, 0, 1, 1]))])
     path = tmp_path / "results.json"
     assert evaluator.write_results(path) == 2
@@ -115,16 +115,16 @@ def test_results_are_in_the_data_sets_own_ids_and_pixels(tmp_path):
 
 def test_labels_that_mean_nothing_are_no_detections():
     roomy = LabelMap.from_categories(CATEGORIES, num_classes=4)
-    evaluator = CocoBoxEvaluator(ground_truth(TWO_NUTS), roomy)
+    evaluator = CocoBoxEvaluator(roomy)
     evaluator.update([1], [detected((3, 0.9, [10, 10, 50, 50]), (0, 0.8, [10, 10, 50, 50]))])
     assert np.array_equal(evaluator.detections()[:, 6], [3])
 
 
 def test_the_twelve_lines_and_the_classes():
     truth = [*TWO_NUTS, (2, 7, [100, 100, 50, 50])]
-    evaluator = CocoBoxEvaluator(ground_truth(truth), LABELS)
+    evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1, 2], [detected((0, 0.9, [10, 10, 50, 50])), detected((0, 0.8, [50, 50, 90, 90]))])
-    evaluation = evaluator.evaluate()
+    evaluation = evaluator.evaluate(ground_truth(truth))
     lines = figures_text(evaluation.stats).splitlines()
     assert len(lines) == 12
     assert lines[1] == " Average Precision  (AP) @[ IoU=0.50      | area=   all | maxDets=100 ] = 0.500"

@@ -140,7 +140,7 @@ def test_backbone_weights_from_a_file(tmp_path):
     "content, message",
     [
         (None, "no such file"),
-        (b"not tensors", "torch.load can read"),
+        (b"not tensors", "not a file of tensors"),
         ({"conv1.weight": torch.zeros(64, 3, 7, 7)}, "not a resnet18 state dict"),
         ([1, 2], "expected a state dict"),
     ],
@@ -194,7 +194,7 @@ def test_sine_encoding_counts_what_is_not_padding():
 
 
 def test_learned_encoding_refuses_maps_that_are_too_large():
-    features = NestedTensor(torch.zeros(1, 3, 51, 8), None)
+    features = NestedTensor(torch.zeros(1, 3, 51, 8), torch.zeros(1, 51, 8, dtype=torch.bool))
     with pytest.raises(ValueError, match="--position_embedding sine"):
         PositionEmbeddingLearned(8)(features)
 

@@ -18,6 +18,7 @@ import torch
 from conftest import SMALL_MODEL, read_log, run
 
 from enact_common.checkpoint import load_checkpoint, save_checkpoint
+from enact_common.data.synthetic import make_shapes
 from enact_common.engine import describe_non_finite
 from enact_common.logs import AverageMeter
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
@@ -165,19 +166,93 @@ def test_original_checkpoints_load(shapes, trained, tmp_path):
     assert read_log(tmp_path / "tuned")[0]["epoch"] == 0
 
 
+def test_a_checkpoint_of_another_parameter_order_resumes(shapes, trained, tmp_path):
+    # The reference made its modules in another order, and optimizers number parameters by it.
+    state = load_checkpoint(str(trained / "checkpoint.pth"))
+    model = state["model"]
+    trained_names = [
+        name for name in model if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    ]
+    groups = [[n for n in trained_names if ("backbone" in n) == backbone] for backbone in (False, True)]
+    number = {name: i for i, name in enumerate([*groups[0], *groups[1]])}
+    turned = [list(reversed(group)) for group in groups]
+    order = [*turned[0], *turned[1]]
+    foreign = {
+        "model": {name: model[name] for name in [*reversed(list(model))]},
+        "epoch": 1,
+        "optimizer": {
+            "state": {i: state["optimizer"]["state"][number[name]] for i, name in enumerate(order)},
+            "param_groups": state["optimizer"]["param_groups"],
+        },
+    }
+    torch.save(foreign, tmp_path / "foreign.pth")
+    argv = ["--epochs", "3", "--dropout", "0", "--limit_val", "1"]
+    assert train("detr", shapes, tmp_path / "a", *argv, "--resume", tmp_path / "foreign.pth") == 0
+    assert train("detr", shapes, tmp_path / "b", *argv, "--resume", trained / "checkpoint.pth") == 0
+    ours, theirs = (load_checkpoint(str(tmp_path / name / "checkpoint.pth")) for name in "ab")
+    assert equal_states(ours["model"], theirs["model"]) and equal_states(ours["optimizer"], theirs["optimizer"])
+
+
+def test_an_optimizer_state_that_does_not_fit_is_said(shapes, trained, tmp_path, capsys):
+    state = load_checkpoint(str(trained / "checkpoint.pth"))
+    for optimizer in ({}, {"state": {}, "param_groups": [{"params": [0]}, {"params": [1]}]}):
+        torch.save({**state, "optimizer": optimizer}, tmp_path / "bad.pth")
+        assert train("detr", shapes, tmp_path / "out", "--resume", tmp_path / "bad.pth") == 2
+        assert "bad.pth: the checkpoint's optimizer state does not fit" in capsys.readouterr().err
+
+
+def test_the_checkpoints_learning_rate_goes_on(shapes, trained, tmp_path, capsys):
+    argv = ["--epochs", "3", "--lr", "5", "--limit_val", "1", "--resume", trained / "checkpoint.pth"]
+    assert train("detr", shapes, tmp_path, *argv) == 0
+    text = capsys.readouterr().out
+    assert "the checkpoint's learning rates go on" in text and "learning rates     0.001, backbone 0.0001;" in text
+    assert read_log(tmp_path)[0]["train_lr"] == 1e-3
+
+
+def test_nothing_left_to_train_is_said(shapes, trained, tmp_path, capsys):
+    assert train("detr", shapes, tmp_path, "--epochs", "2", "--resume", trained / "checkpoint.pth") == 0
+    assert "nothing left to train: 2 epochs are done, --epochs asks for 2" in capsys.readouterr().out
+
+
+def test_half_a_line_in_the_log_does_no_harm(shapes, trained, tmp_path):
+    shutil.copy(trained / "checkpoint.pth", tmp_path)
+    (tmp_path / "log.txt").write_text('{"train_lo')
+    argv = ["--epochs", "3", "--limit_val", "1", "--resume", tmp_path / "checkpoint.pth"]
+    assert train("detr", shapes, tmp_path, *argv) == 0
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert lines[0] == '{"train_lo' and [json.loads(line)["epoch"] for line in lines[1:]] == [1, 2]
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_unreadable_image_is_named(shapes, tmp_path, capsys, workers):
+    data = shutil.copytree(shapes, tmp_path / "data")
+    bad = sorted((data / "train2017").iterdir())[3]
+    bad.write_bytes(b"no image")
+    assert train("detr", data, tmp_path / "out", "--num_workers", workers, "--epochs", "1") == 2
+    error = capsys.readouterr().err
+    assert f"error: {bad}: not an image" in error and "Traceback" not in error
+
+
+def test_a_terminal_gets_a_bar_and_no_lines(shapes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert train("detr", shapes, tmp_path, "--epochs", "1", "--print_freq", "1") == 0
+    text = capsys.readouterr().out
+    assert re.search(r"epoch 0: 100%.*3/3 \[.*<.*loss .* images/s", text) and "epoch 0 [" not in text
+
+
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda path, state: path.write_bytes(b"PK not a checkpoint"), "truncated, or no checkpoint"),
-        (lambda path, state: path.write_bytes(torch_bytes(state)[:20000]), "truncated, or no checkpoint"),
+        (lambda path, state: path.write_bytes(b"PK not a checkpoint"), "truncated, or not a file of tensors"),
+        (lambda path, state: path.write_bytes(torch_bytes(state)[:20000]), "truncated, or not a file of tensors"),
         (lambda path, state: torch.save(state["model"], path), "not a checkpoint .*the key 'model'"),
         (lambda path, state: torch.save([1], path), "not a checkpoint"),
-        (lambda path, state: torch.save({"model": Path("x")}, path), "truncated, or no checkpoint"),
-        (lambda path, state: None, "no such checkpoint file"),
+        (lambda path, state: torch.save({"model": Path("x")}, path), "truncated, or not a file of tensors"),
+        (lambda path, state: None, "no such file"),
         (lambda path, state: torch.save({**state, "variant": "other"}, path), "is a checkpoint of the variant other"),
         (
             lambda path, state: torch.save({**state, "args": {**state["args"], "nheads": 2}}, path),
-            "--nheads was 2, is 4",
+            "Pass, as then: --nheads 2",
         ),
         (
             lambda path, state: torch.save({"model": without(state["model"], "class_embed.bias")}, path),
@@ -228,19 +303,19 @@ def test_an_unevaluated_epoch_is_evaluated_on_resuming(shapes, trained, tmp_path
 
 def test_a_loss_that_is_not_finite_stops_the_run(shapes, tmp_path, capsys):
     assert train("detr", shapes, tmp_path, "--epochs", "1") == 0
-    good = (tmp_path / "checkpoint.pth").read_bytes()
-    argv = ["--epochs", "3", "--resume", tmp_path / "checkpoint.pth"]
     state = load_checkpoint(str(tmp_path / "checkpoint.pth"))
     state["model"]["transformer.decoder.layers.1.linear1.weight"][0, 0] = math.inf
     poisoned = tmp_path / "poisoned" / "checkpoint.pth"
     poisoned.parent.mkdir()
     torch.save(state, poisoned)
-    argv[-1] = poisoned
-    assert train("detr", shapes, tmp_path / "poisoned", *argv) == 1
+    before = poisoned.read_bytes()
+    assert train("detr", shapes, poisoned.parent, "--epochs", "3", "--resume", poisoned, "--eval_every", "9") == 1
     error = capsys.readouterr().err
     assert "not finite at epoch 1, step 0, images" in error
     assert "parameter transformer.decoder.layers.1.linear1.weight" in error
-    assert poisoned.read_bytes() != good and load_checkpoint(str(poisoned))["epoch"] == 0
+    assert poisoned.read_bytes() == before
+    # The epoch that did not come to its end is not in the log.
+    assert [row["epoch"] for row in read_log(poisoned.parent)] == [0]
 
 
 class Diverging(torch.nn.Module):
@@ -261,7 +336,7 @@ class Diverging(torch.nn.Module):
 def test_the_first_module_at_fault_is_named():
     samples = nested_tensor_from_tensor_list([torch.ones(3, 4, 4)])
     targets = [{"image_id": torch.tensor([17]), "boxes": torch.zeros(0, 4)}]
-    text = describe_non_finite(Diverging(), samples, targets, {}, epoch=2, step=5)
+    text = describe_non_finite(Diverging(), samples, targets, {}, "epoch 2, step 5", "none")
     assert "epoch 2, step 5, images 17" in text and "output of second (Conv2d)" in text
 
 
@@ -269,20 +344,35 @@ def test_bad_pixels_and_boxes_are_named_before_weights():
     good = nested_tensor_from_tensor_list([torch.zeros(3, 4, 4)])
     bad = nested_tensor_from_tensor_list([torch.full((3, 4, 4), math.nan)])
     targets = [{"image_id": torch.tensor([1]), "boxes": torch.zeros(1, 4)}]
-    assert "input images" in describe_non_finite(Diverging(), bad, targets, {}, 0, 0)
+    assert "input images" in describe_non_finite(Diverging(), bad, targets, {}, "epoch 0, step 0", "none")
     targets[0]["boxes"][0, 2] = math.inf
-    assert "target boxes" in describe_non_finite(Diverging(), good, targets, {}, 0, 0)
+    assert "target boxes" in describe_non_finite(Diverging(), good, targets, {}, "epoch 0, step 0", "none")
 
 
-@pytest.mark.parametrize("accumulate, batch", [(1, 4), (2, 2), (4, 1)])
-def test_accumulated_batches_make_the_same_step(shapes, tmp_path, accumulate, batch):
-    # Without batch norm (frozen) and with one image's objects each, the mean of gradients is what differs by
-    # grouping of objects only; the number of optimizer steps is the same.
-    argv = ["--backbone_norm", "frozen", "--epochs", "1", "--limit_train", "8", "--limit_val", "1"]
-    argv += ["--accumulate", str(accumulate), "--batch_size", str(batch)]
-    assert train("detr", shapes, tmp_path, *argv) == 0
-    state = load_checkpoint(str(tmp_path / "checkpoint.pth"))["optimizer"]["state"]
-    assert {int(entry["step"]) for entry in state.values()} == {2}
+def after_one_step(shapes, folder, *argv) -> dict:
+    """The checkpoint after one step on four images."""
+    # With frozen norm and without dropout, only how gradients are put together can differ.
+    flags = ["--backbone_norm", "frozen", "--dropout", "0", "--epochs", "1", "--limit_train", "4", "--limit_val", "1"]
+    assert train("detr", shapes, folder, *flags, "--no_augmentation", "--encoder_attention", "mhsa", *argv) == 0
+    return load_checkpoint(str(folder / "checkpoint.pth"))
+
+
+@pytest.fixture
+def one_object_each(tmp_path):
+    """Four images of one object each, so that the mean over batches is the mean over objects."""
+    return make_shapes(tmp_path / "single", train=4, val=1, size=(64, 80), seed=5, objects=(1, 1))
+
+
+@pytest.mark.parametrize("accumulate, batch", [(2, 2), (4, 1)])
+def test_accumulated_batches_make_the_same_step(one_object_each, tmp_path, accumulate, batch):
+    whole = after_one_step(one_object_each, tmp_path / "whole")
+    argv = ["--accumulate", str(accumulate), "--batch_size", str(batch)]
+    parts = after_one_step(one_object_each, tmp_path / "parts", *argv)
+    # Adam's first moment after one step is a tenth of the gradient: unlike the weights, it shows its size.
+    for i, entry in whole["optimizer"]["state"].items():
+        ours = parts["optimizer"]["state"][i]
+        assert entry["step"] == ours["step"] == 1
+        torch.testing.assert_close(ours["exp_avg"], entry["exp_avg"], rtol=1e-3, atol=1e-7)
 
 
 def test_a_last_group_that_is_smaller_still_steps(shapes, tmp_path):
@@ -298,27 +388,46 @@ def test_bf16_trains_like_float32(shapes, trained, tmp_path):
         assert ours["train_loss"] == pytest.approx(theirs["train_loss"], rel=0.1)
 
 
-def test_two_processes_train_and_evaluate_as_one(shapes, tmp_path):
-    def launch(output, *argv):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                   str(ROOT / "DETR-ENACT" / "main.py"), "--coco_path", str(shapes), "--output_dir", str(output),
-                   *SMALL_MODEL, "--limit_val", "5", *argv]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+def launch(processes: int, shapes, output, *argv) -> str:
+    """Run the small model by torchrun; its standard output."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+               str(ROOT / "DETR-ENACT" / "main.py"), "--coco_path", str(shapes), "--output_dir", str(output),
+               *SMALL_MODEL, *map(str, argv)]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
-    text = launch(tmp_path, "--epochs", "1", "--batch_size", "2", "--backbone_norm", "batch")
+
+def test_two_processes_make_the_step_of_one(one_object_each, tmp_path):
+    alone = after_one_step(one_object_each, tmp_path / "one")
+    flags = ["--backbone_norm", "frozen", "--dropout", "0", "--epochs", "1", "--limit_val", "1", "--no_augmentation"]
+    flags += ["--encoder_attention", "mhsa", "--batch_size", "2"]
+    text = launch(2, one_object_each, tmp_path / "two", *flags)
     assert text.count("effective batch    4 = 2 images x 1 accumulated x 2 processes") == 1
-    (epoch,) = read_log(tmp_path)
-    # One process evaluates the same five images, none of them twice.
-    assert train("detr", shapes, tmp_path, "--limit_val", "5", "--resume", tmp_path / "checkpoint.pth", "--eval") == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results) == 5 * 8
-    launch(tmp_path / "two", "--resume", tmp_path / "checkpoint.pth", "--eval")
-    both = json.loads((tmp_path / "two" / "results.json").read_text())
-    for ours, theirs in zip(results, both, strict=True):
-        assert ours["image_id"] == theirs["image_id"]
-    assert len(epoch["test_coco_eval_bbox"]) == 12
+    together = load_checkpoint(str(tmp_path / "two" / "checkpoint.pth"))
+    for i, entry in alone["optimizer"]["state"].items():
+        ours = together["optimizer"]["state"][i]
+        torch.testing.assert_close(ours["exp_avg"], entry["exp_avg"], rtol=1e-3, atol=1e-7)
+    assert len(together["random_states"]) == 2
+    # Both go on together, also where the first epoch was not evaluated.
+    (tmp_path / "two" / "log.txt").unlink()
+    resume = ["--resume", tmp_path / "two" / "checkpoint.pth", "--epochs", "2"]
+    launch(2, one_object_each, tmp_path / "two", *flags, *resume)
+    assert [row["epoch"] for row in read_log(tmp_path / "two")] == [0, 1]
+
+
+def test_two_processes_evaluate_as_one(shapes, trained, tmp_path):
+    # An image at a time, since ENACT's windows depend on the batch; five images for two processes.
+    argv = ["--limit_val", "5", "--batch_size", "1", "--resume", trained / "checkpoint.pth", "--eval"]
+    assert train("detr", shapes, tmp_path / "one", *argv) == 0
+    text = launch(2, shapes, tmp_path / "two", *argv)
+    assert text.count("Average Precision") == 6
+    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
+    assert len(one) == len(two) == 5 * 8
+    for ours, theirs in zip(one, two, strict=True):
+        assert ours["image_id"] == theirs["image_id"] and ours["category_id"] == theirs["category_id"]
+        assert ours["score"] == pytest.approx(theirs["score"], abs=1e-4)
+        assert ours["bbox"] == pytest.approx(theirs["bbox"], abs=0.05)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -326,7 +435,7 @@ def test_main_runs_from_anywhere_without_the_package(variant, shapes, tmp_path):
     # A checkout whose dependencies alone are installed: nothing but the script says where enact_common is.
     script = ROOT / VARIANTS[variant][0] / "main.py"
     code = (
-        "import runpy, sys; sys.path = [p for p in sys.path if 'enact' not in p.lower()]; "
+        f"import runpy, sys; sys.path = [p for p in sys.path if p not in ('', {str(ROOT)!r})]; "
         "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
         f"sys.argv = ['main.py', '--help']; sys.path.insert(0, {str(script.parent)!r}); "
         f"runpy.run_path({str(script)!r}, run_name='__main__')"

@@ -106,26 +106,23 @@ class TransformerDecoder(nn.Module):
         decoder_layer: the layer, copied.
         num_layers: how many.
         norm: applied to the output of every layer.
-        return_intermediate: return all layers' outputs rather than the last one's.
     """
 
-    def __init__(self, decoder_layer: nn.Module, num_layers: int, norm: nn.Module, return_intermediate: bool = False):
+    def __init__(self, decoder_layer: nn.Module, num_layers: int, norm: nn.Module):
         super().__init__()
         self.layers = clone_layers(decoder_layer, num_layers)
         self.norm = norm
-        self.return_intermediate = return_intermediate
 
     def forward(
         self, tgt: Tensor, memory: Tensor, key_padding_mask: Tensor | None, pos: Tensor, query_pos: Tensor
     ) -> Tensor:
-        """tgt and query_pos (Q, batch, d), memory and pos (N, batch, d) give (layers or 1, Q, batch, d)."""
+        """tgt and query_pos (Q, batch, d), memory and pos (N, batch, d) give (layers, Q, batch, d)."""
         memory_key = memory + pos
         outputs = []
         for layer in self.layers:
             tgt = layer(tgt, memory, memory_key, key_padding_mask, query_pos)
             outputs.append(tgt)
-        kept = outputs if self.return_intermediate else outputs[-1:]
-        return self.norm(torch.stack(kept))
+        return self.norm(torch.stack(outputs))
 
 
 class Transformer(nn.Module):
@@ -138,7 +135,6 @@ class Transformer(nn.Module):
         dim_feedforward: hidden channels of the feed-forward networks.
         dropout: probability.
         normalize_before: pre-norm in place of post-norm.
-        return_intermediate_dec: return all decoder layers' outputs.
         encoder_attention: "enact" or "mhsa".
         sigma: of the entropy's smoothing, tokens.
 
@@ -156,13 +152,11 @@ class Transformer(nn.Module):
         dim_feedforward: int = 2048,
         dropout: float = 0.1,
         normalize_before: bool = False,
-        return_intermediate_dec: bool = False,
         encoder_attention: str = "enact",
         sigma: float = 3.0,
     ):
         super().__init__()
         self.d_model = d_model
-        self.nhead = nhead
         encoder_layer = TransformerEncoderLayer(
             encoder_self_attention(encoder_attention, d_model, nhead, dropout, sigma),
             d_model,
@@ -173,9 +167,7 @@ class Transformer(nn.Module):
         encoder_norm = nn.LayerNorm(d_model) if normalize_before else None
         self.encoder = TransformerEncoder(encoder_layer, num_encoder_layers, encoder_norm)
         decoder_layer = TransformerDecoderLayer(d_model, nhead, dim_feedforward, dropout, normalize_before)
-        self.decoder = TransformerDecoder(
-            decoder_layer, num_decoder_layers, nn.LayerNorm(d_model), return_intermediate_dec
-        )
+        self.decoder = TransformerDecoder(decoder_layer, num_decoder_layers, nn.LayerNorm(d_model))
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
@@ -190,7 +182,7 @@ class Transformer(nn.Module):
             pos_embed: (batch, d, h, w).
 
         Returns:
-            the decoder's outputs (layers or 1, batch, Q, d), and the memory (batch, d, h, w).
+            the decoder layers' outputs (layers, batch, Q, d), and the memory (batch, d, h, w).
         """
         batch, _, h, w = src.shape
         tokens = src.flatten(2).permute(2, 0, 1)  # (batch, d, h, w) -> (h w, batch, d)
@@ -213,7 +205,6 @@ def build_transformer(args) -> Transformer:
         dim_feedforward=args.dim_feedforward,
         dropout=args.dropout,
         normalize_before=args.pre_norm,
-        return_intermediate_dec=True,
         encoder_attention=args.encoder_attention,
         sigma=args.smoothing_sigma,
     )

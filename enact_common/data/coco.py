@@ -76,6 +76,8 @@ def load_annotations(path: Path) -> dict:
         for entry in data[key]:
             if not isinstance(entry, dict) or any(name not in entry for name in wanted):
                 raise UserError(f"{path}: an entry of {key!r} lacks one of {', '.join(wanted)}: {str(entry)[:100]}")
+            if not isinstance(entry["id"], int):
+                raise UserError(f"{path}: an id in {key!r} is no integer: {str(entry)[:100]}")
         if len({entry["id"] for entry in data[key]}) < len(data[key]):
             raise UserError(f"{path}: an id stands twice in {key!r}")
 
@@ -188,7 +190,9 @@ class CocoDetection(Dataset):
         self.image_ids = [image["id"] for image in images]
         self.file_names = [image["file_name"] for image in images]
         self.check_files()
-        self.pack(annotations["annotations"])
+        # Files need not say how large their images are; boxes are clipped once more when an image is read.
+        sizes = [(image.get("width") or math.inf, image.get("height") or math.inf) for image in images]
+        self.pack(annotations["annotations"], np.array(sizes, dtype=np.float64))
 
     def check_files(self) -> None:
         """Refuse a data set whose image files are not all there, by one listing of each folder."""
@@ -206,8 +210,13 @@ class CocoDetection(Dataset):
                 f"{missing[0]} first"
             )
 
-    def pack(self, annotations: list[dict]) -> None:
-        """Keep boxes (xyxy) and labels as arrays: what every worker process holds, without a copy of the JSON."""
+    def pack(self, annotations: list[dict], sizes: np.ndarray) -> None:
+        """Keep boxes (xyxy) and labels as arrays: what every worker process holds, without a copy of the JSON.
+
+        Args:
+            annotations: of all images of the file.
+            sizes: (images, 2), (width, height) in pixels, infinite where unknown.
+        """
         index = {image_id: i for i, image_id in enumerate(self.image_ids)}
         labels = self.label_map.labels()
         rows = [
@@ -216,15 +225,16 @@ class CocoDetection(Dataset):
             if a["image_id"] in index and not a["iscrowd"]
         ]
         table = np.array(rows, dtype=np.float64).reshape(-1, 6)  # image, label, x, y, width, height
-        table[:, 2:4] = table[:, 2:4].clip(min=0)
-        whole = (table[:, 4:] > 0).all(axis=1)
+        table[:, 4:] += table[:, 2:4]  # image, label, left, top, right, bottom
+        size = sizes[table[:, 0].astype(np.int64)]
+        table[:, 2:] = table[:, 2:].clip(0, np.tile(size, 2))
+        whole = (table[:, 4:] > table[:, 2:4]).all(axis=1)
         if not whole.all():
             logger.warning("%s: %d boxes without area are dropped", self.annotation_file, (~whole).sum())
         table = table[whole]
         table = table[np.argsort(table[:, 0], kind="stable")]
         self._first = np.searchsorted(table[:, 0], np.arange(len(self.image_ids) + 1))
         self._labels = torch.from_numpy(table[:, 1].astype(np.int64))
-        table[:, 4:] += table[:, 2:4]
         self._boxes = torch.from_numpy(table[:, 2:].astype(np.float32))
 
     def set_epoch(self, epoch: int) -> None:

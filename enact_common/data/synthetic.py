@@ -36,6 +36,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from enact_common.files import write_atomically
+
 SHAPES = ("circle", "square", "triangle", "star", "crescent", "cross")
 SPLITS = ("train2017", "val2017")
 MARKER = "synthetic_shapes.json"
@@ -561,13 +563,8 @@ def _to_json(content: dict) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file in one step: it appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a file in one step. A set that a power cut damages can be made again."""
+    write_atomically(path, lambda file: file.write(content), sync=False)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from enact_common.data.categories import LabelMap
 from enact_common.distributed import gather_objects
+from enact_common.files import write_atomically
 
 # COCO's twelve figures, in the order of `COCOeval.stats`.
 FIGURES = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
@@ -26,12 +26,10 @@ class CocoBoxEvaluator:
     host.
 
     Args:
-        coco: the ground truth; its images are what is evaluated, those without a detection included.
         label_map: the category of each label. Labels without one are no detection.
     """
 
-    def __init__(self, coco: COCO, label_map: LabelMap):
-        self.coco = coco
+    def __init__(self, label_map: LabelMap):
         self._has_category = np.array([i is not None for i in label_map.category_ids])
         self._category = np.array([0 if i is None else i for i in label_map.category_ids])
         self._by_image: dict[int, np.ndarray] = {}
@@ -71,13 +69,17 @@ class CocoBoxEvaluator:
         rows = [self._by_image[image_id] for image_id in sorted(self._by_image)]
         return np.concatenate(rows) if rows else np.zeros((0, 7))
 
-    def evaluate(self) -> COCOeval:
-        """Match detections to ground truth and accumulate. Its `stats` are the twelve `FIGURES`."""
+    def evaluate(self, coco: COCO) -> COCOeval:
+        """Match detections to ground truth and accumulate. The result's `stats` are the twelve `FIGURES`.
+
+        Args:
+            coco: the ground truth; its images are what is evaluated, those without a detection included.
+        """
         detections = self.detections()
         with contextlib.redirect_stdout(io.StringIO()):
             # pycocotools cannot load an empty list.
-            found = self.coco.loadRes(detections) if len(detections) else COCO()
-            evaluation = COCOeval(self.coco, found, iouType="bbox")
+            found = coco.loadRes(detections) if len(detections) else COCO()
+            evaluation = COCOeval(coco, found, iouType="bbox")
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
@@ -98,9 +100,7 @@ class CocoBoxEvaluator:
             }
             for row in self.detections()
         ]
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(results))
-        os.replace(partial, path)
+        write_atomically(path, lambda file: file.write(json.dumps(results).encode()))
         return len(results)
 
 

@@ -1,0 +1,56 @@
+"""Files that are written whole or not at all, and files of tensors from anywhere."""
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from enact_common.errors import UserError
+
+# The original repositories keep their arguments in one; nothing else beyond tensors and built-in types is let in.
+torch.serialization.add_safe_globals([argparse.Namespace])
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], object], sync: bool = True) -> None:
+    """Write beside `path` and rename into place: a file of this name is always complete, the old one or the new.
+
+    Args:
+        path: the file to make or replace.
+        write: puts the content into an open binary file.
+        sync: wait until the disk has it, so that a power cut loses nothing; costs milliseconds a file.
+
+    Raises:
+        OSError: the disk is full, say; the old file is still there.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_tensors(path: Path, expected: str) -> Any:
+    """What `torch.save` put into a file: tensors and built-in types alone, on the CPU.
+
+    Args:
+        path: the file.
+        expected: what it should hold, for the message.
+
+    Raises:
+        UserError: it is missing, truncated, or something else.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected {expected}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what a damaged pickle or archive raises has no end: struct.error, IndexError, ...
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: truncated, or not a file of tensors ({first[:200]}); expected {expected}") from error
