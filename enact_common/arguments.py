@@ -29,7 +29,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults stand behind each help text, except where the text says itself what happens without the flag."""
 
     def _get_help_string(self, action):
-        if action.default in (None, "", False, True) or "default" in (action.help or ""):
+        if action.default in (None, "") or isinstance(action.default, bool) or "default" in action.help:
             return action.help
         return super()._get_help_string(action)
 

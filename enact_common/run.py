@@ -432,7 +432,7 @@ class Run:
         if not is_main_process():
             return None
         evaluation = evaluator.evaluate(self.ground_truth)
-        logger.info("%s", figures_text(evaluation.stats))
+        logger.info("%s", figures_text(evaluation))
         if per_class:
             logger.info("%s", per_class_text(evaluation))
             if self.output_dir:

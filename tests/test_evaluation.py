@@ -125,7 +125,7 @@ def test_the_twelve_lines_and_the_classes():
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1, 2], [detected((0, 0.9, [10, 10, 50, 50])), detected((0, 0.8, [50, 50, 90, 90]))])
     evaluation = evaluator.evaluate(ground_truth(truth))
-    lines = figures_text(evaluation.stats).splitlines()
+    lines = figures_text(evaluation).splitlines()
     assert len(lines) == 12
     assert lines[1] == " Average Precision  (AP) @[ IoU=0.50      | area=   all | maxDets=100 ] = 0.500"
     rows = [line.split() for line in per_class_text(evaluation).splitlines()[1:]]

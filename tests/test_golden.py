@@ -1,6 +1,6 @@
 """Whole models against what the reference implementations computed: the proof that published checkpoints work.
 
-The tolerances are those that `golden/README`'s authors give for a right implementation in float32 on a CPU.
+`golden/README.md` says what is recorded, and which tolerances a right implementation meets in float32 on a CPU.
 """
 
 import json

@@ -104,26 +104,11 @@ class CocoBoxEvaluator:
         return len(results)
 
 
-def figures_text(stats: Iterable[float]) -> str:
+def figures_text(evaluation: COCOeval) -> str:
     """COCO's twelve figures in its customary words, a line each; -1 where nothing of that size exists."""
-    rows = [
-        ("Average Precision", "AP", "0.50:0.95", "all", 100),
-        ("Average Precision", "AP", "0.50", "all", 100),
-        ("Average Precision", "AP", "0.75", "all", 100),
-        ("Average Precision", "AP", "0.50:0.95", "small", 100),
-        ("Average Precision", "AP", "0.50:0.95", "medium", 100),
-        ("Average Precision", "AP", "0.50:0.95", "large", 100),
-        ("Average Recall", "AR", "0.50:0.95", "all", 1),
-        ("Average Recall", "AR", "0.50:0.95", "all", 10),
-        ("Average Recall", "AR", "0.50:0.95", "all", 100),
-        ("Average Recall", "AR", "0.50:0.95", "small", 100),
-        ("Average Recall", "AR", "0.50:0.95", "medium", 100),
-        ("Average Recall", "AR", "0.50:0.95", "large", 100),
-    ]
-    return "\n".join(
-        f" {title:<18} ({short}) @[ IoU={iou:<9} | area={area:>6s} | maxDets={dets:>3d} ] = {value:.3f}"
-        for (title, short, iou, area, dets), value in zip(rows, stats, strict=True)
-    )
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        evaluation.summarize()
+    return text.getvalue().rstrip()
 
 
 def per_class_text(evaluation: COCOeval) -> str:
