@@ -14,6 +14,9 @@ from enact_common.arguments import MODEL_FLAGS
 from enact_common.errors import UserError
 from enact_common.files import read_tensors, write_atomically
 
+# What DETR's first versions called their position embeddings.
+OLD_NAMES = {"v2": "sine", "v3": "learned"}
+
 EXPECTED = "a file that torch.save wrote, holding a dict with the key 'model' (a state dict)"
 
 
@@ -40,8 +43,10 @@ def load_checkpoint(source: str) -> dict[str, Any]:
         keys = f"keys {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{path}: not a checkpoint ({keys}); expected {EXPECTED}")
     args = state.get("args") or {}
-    state["args"] = vars(args) if isinstance(args, argparse.Namespace) else args
-    return state
+    args = dict(vars(args) if isinstance(args, argparse.Namespace) else args)
+    if "position_embedding" in args:
+        args["position_embedding"] = OLD_NAMES.get(args["position_embedding"], args["position_embedding"])
+    return {**state, "args": args}
 
 
 def download(url: str) -> Path:

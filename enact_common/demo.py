@@ -22,7 +22,7 @@ from enact_common.variants import VARIANTS
 ROOT = Path(__file__).resolve().parent.parent
 
 SHAPES = {
-    "train": 5000,
+    "train": 6000,
     "val": 200,
     "size": 112,
     "objects": (1, 3),

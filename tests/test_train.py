@@ -155,7 +155,7 @@ def test_original_checkpoints_load(shapes, trained, tmp_path):
     # The original keeps its arguments in a Namespace, and knows nothing of label maps.
     state = load_checkpoint(str(trained / "checkpoint.pth"))
     path = tmp_path / "original.pth"
-    original_args = Namespace(hidden_dim=32, position_embedding="sine", lr=1e-4)
+    original_args = Namespace(hidden_dim=32, position_embedding="v2", lr=1e-4)
     torch.save(
         {"model": state["model"], "optimizer": {}, "lr_scheduler": {}, "epoch": 299, "args": original_args}, path
     )
