@@ -59,8 +59,10 @@ def download(url: str) -> Path:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(path))
-        except OSError as error:
+            # Published files carry the beginning of their SHA-256 in their names.
+            named = torch.hub.HASH_REGEX.search(path.name)
+            torch.hub.download_url_to_file(url, str(path), named.group(1) if named else None)
+        except (OSError, RuntimeError) as error:
             raise UserError(
                 f"--resume {url}: cannot be downloaded ({error}); download it elsewhere and pass its path"
             ) from error

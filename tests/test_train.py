@@ -1,5 +1,8 @@
 """Runs of the whole command line on small data: training, evaluation, resuming, and how a run can fail."""
 
+import functools
+import hashlib
+import http.server
 import io
 import json
 import math
@@ -9,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -191,6 +195,28 @@ def test_a_checkpoint_of_another_parameter_order_resumes(shapes, trained, tmp_pa
     assert train("detr", shapes, tmp_path / "b", *argv, "--resume", trained / "checkpoint.pth") == 0
     ours, theirs = (load_checkpoint(str(tmp_path / name / "checkpoint.pth")) for name in "ab")
     assert equal_states(ours["model"], theirs["model"]) and equal_states(ours["optimizer"], theirs["optimizer"])
+
+
+def test_a_checkpoint_behind_a_url(shapes, trained, tmp_path, monkeypatch, capsys):
+    content = (trained / "checkpoint.pth").read_bytes()
+    digest = hashlib.sha256(content).hexdigest()[:8]
+    served = tmp_path / "served"
+    served.mkdir()
+    for name in (f"right-{digest}.pth", "wrong-00000000.pth"):
+        (served / name).write_bytes(content)
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(served))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        assert train("detr", shapes, "", "--resume", f"{url}/right-{digest}.pth", "--eval") == 0
+        assert train("detr", shapes, "", "--resume", f"{url}/wrong-00000000.pth", "--eval") == 2
+        assert "wrong-00000000.pth: cannot be downloaded (invalid hash" in capsys.readouterr().err
+        server.shutdown()
+    # The second time it comes from the cache.
+    assert train("detr", shapes, "", "--resume", f"{url}/right-{digest}.pth", "--eval") == 0
+    assert train("detr", shapes, "", "--resume", f"{url}/wrong-00000000.pth", "--eval") == 2
 
 
 def test_an_optimizer_state_that_does_not_fit_is_said(shapes, trained, tmp_path, capsys):
