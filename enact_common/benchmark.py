@@ -146,12 +146,25 @@ def build_parser() -> argparse.ArgumentParser:
     command = commands.add_parser("scaling", help="one attention layer by number of tokens, on the CPU")
     command.set_defaults(run=scaling)
     command.add_argument(
-        "--tokens", type=positive_int, nargs="+", default=[300, 1050, 4200], metavar="N", help="(default: %(default)s)"
+        "--tokens",
+        type=positive_int,
+        nargs="+",
+        default=[300, 1050, 4200],
+        metavar="N",
+        help="tokens an image (default: %(default)s)",
     )
-    command.add_argument("--batch", type=positive_int, default=2, metavar="N", help="images (default: %(default)s)")
-    command.add_argument("--channels", type=positive_int, default=256, metavar="D", help="(default: %(default)s)")
-    command.add_argument("--heads", type=positive_int, default=8, metavar="N", help="(default: %(default)s)")
-    command.add_argument("--repeat", type=positive_int, default=9, metavar="N", help="runs (default: %(default)s)")
+    command.add_argument(
+        "--batch", type=positive_int, default=2, metavar="N", help="images a batch (default: %(default)s)"
+    )
+    command.add_argument(
+        "--channels", type=positive_int, default=256, metavar="D", help="of each token (default: %(default)s)"
+    )
+    command.add_argument(
+        "--heads", type=positive_int, default=8, metavar="N", help="attention heads (default: %(default)s)"
+    )
+    command.add_argument(
+        "--repeat", type=positive_int, default=9, metavar="N", help="timed runs of each layer (default: %(default)s)"
+    )
     command.add_argument("--output", metavar="FILE", help="write the figures as JSON too")
     return parser
 

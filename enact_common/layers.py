@@ -34,7 +34,7 @@ class MLP(nn.Module):
 
 
 def clone_layers(layer: nn.Module, count: int) -> nn.ModuleList:
-    """As many copies of a layer, with equal first weights and none in common."""
+    """Copies of a layer: their weights begin equal, and train apart."""
     return nn.ModuleList(copy.deepcopy(layer) for _ in range(count))
 
 
