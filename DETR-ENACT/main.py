@@ -6,13 +6,20 @@ from pathlib import Path
 # A checkout whose dependencies alone are installed works too.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from enact_common.arguments import LOSSES, VariantParser, common_parser, non_negative_float  # noqa: E402
+from enact_common.arguments import (  # noqa: E402
+    LOSSES,
+    VariantParser,
+    add_query_flags,
+    common_parser,
+    non_negative_float,
+)
 from enact_common.run import main  # noqa: E402
 
 
 def get_args_parser() -> VariantParser:
     """DETR's command line: the shared flags, at the defaults of the published training."""
     parser = common_parser("DETR with ENACT (default) or plain (--encoder_attention mhsa)")
+    add_query_flags(parser, num_queries=100)
     parser.group(LOSSES).add_argument(
         "--eos_coef", type=non_negative_float, default=0.1, metavar="W", help="loss: weight of the no-object class"
     )

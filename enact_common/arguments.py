@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Callable
 
 from enact_common.backbone import BACKBONES, NORMS
 from enact_common.errors import UserError
@@ -15,27 +16,53 @@ PLAIN_LR = 1e-4
 AMP_DTYPES = ("none", "bf16", "fp16")
 LR_SCHEDULES = ("step", "cosine")
 
-# The group of flags that variants add to.
+# The groups of flags that variants add to.
+MODEL = "model"
 LOSSES = "matching and losses"
 
 # Flags that decide which tensors a model has and what they mean: a checkpoint fits only a run that agrees on them.
 MODEL_FLAGS = (
     "encoder_attention", "smoothing_sigma", "backbone", "dilation", "backbone_norm", "position_embedding",
     "enc_layers", "dec_layers", "dim_feedforward", "hidden_dim", "nheads", "num_queries", "pre_norm", "num_classes",
+    "num_feature_levels", "num_query_position", "num_query_pattern", "spatial_prior", "attention_type",
 )  # fmt: skip
+
+# Booleans that can also be switched off, `--no-dilation`: a variant may have them on by default.
+NEGATABLE_FLAGS = ("dilation",)
+
+TRUE_WORDS = ("true", "1", "yes")
+FALSE_WORDS = ("false", "0", "no")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Defaults stand behind each help text, except where the text says itself what happens without the flag."""
 
     def _get_help_string(self, action):
-        if action.default in (None, "") or isinstance(action.default, bool) or "default" in action.help:
+        switch = isinstance(action.default, bool) and action.nargs == 0
+        if action.default in (None, "") or switch or "default" in action.help:
             return action.help
         return super()._get_help_string(action)
 
 
 class VariantParser(argparse.ArgumentParser):
-    """A parser in which `--encoder_attention mhsa` brings the plain models' learning rate, unless `--lr` is given."""
+    """A parser in which `--encoder_attention mhsa` brings the plain models' learning rate, unless `--lr` is given.
+
+    Attributes:
+        checks: what `check` calls: functions of the parsed arguments that raise a UserError.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.checks: list[Callable[[argparse.Namespace], None]] = []
+
+    def check(self, args: argparse.Namespace) -> None:
+        """Refuse what cannot work, before any work starts.
+
+        Raises:
+            UserError: naming the flag and the way out.
+        """
+        for check in self.checks:
+            check(args)
 
     def group(self, title: str):
         """The group of this title, for a variant's own flags.
@@ -76,6 +103,22 @@ def non_negative_float(text: str) -> float:
     return value
 
 
+def fraction(text: str) -> float:
+    """A number from 0 to 1, for argparse."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text}")
+    return value
+
+
+def boolean(text: str) -> bool:
+    """True or false in one of the customary words, for argparse."""
+    word = text.lower()
+    if word not in TRUE_WORDS + FALSE_WORDS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(TRUE_WORDS + FALSE_WORDS)}, got {text}")
+    return word in TRUE_WORDS
+
+
 def common_parser(description: str) -> VariantParser:
     """A parser with the flags of all variants, at DETR's defaults where variants differ.
 
@@ -84,12 +127,46 @@ def common_parser(description: str) -> VariantParser:
     """
     parser = VariantParser(description=description, formatter_class=HelpFormatter)
     add_data_flags(parser.add_argument_group("data"))
-    add_model_flags(parser.add_argument_group("model"))
+    add_model_flags(parser.add_argument_group(MODEL))
     add_loss_flags(parser.add_argument_group(LOSSES))
     add_training_flags(parser.add_argument_group("training"))
     add_segmentation_flags(parser.add_argument_group("segmentation (not available yet)"))
     add_run_flags(parser.add_argument_group("run"))
+    parser.checks.append(check_arguments)
     return parser
+
+
+def add_query_flags(parser: VariantParser, num_queries: int) -> None:
+    """What DETR and Conditional DETR have in common: learned queries, position embeddings and pre-norm.
+
+    Args:
+        parser: of `common_parser`.
+        num_queries: default.
+    """
+    group = parser.group(MODEL)
+    group.add_argument(
+        "--position_embedding", type=str, default="sine", choices=("sine", "learned"), help="of the feature map"
+    )
+    group.add_argument(
+        "--num_queries", type=positive_int, default=num_queries, metavar="N", help="objects that one image can hold"
+    )
+    group.add_argument("--pre_norm", action="store_true", help="layer norm before each block rather than after it")
+    parser.checks.append(check_position_embedding)
+
+
+def add_focal_flags(parser: VariantParser) -> None:
+    """A focal classification loss, and the matching cost of the class that goes with it.
+
+    Args:
+        parser: of `common_parser`.
+    """
+    group = parser.group(LOSSES)
+    group.add_argument("--cls_loss_coef", type=non_negative_float, default=2, metavar="W", help="loss: class")
+    group.add_argument(
+        "--focal_alpha", type=fraction, default=0.25, metavar="A",
+        help="focal loss: weight of the object's class, against 1 - A for all others; 0 to 1",
+    )  # fmt: skip
+    parser.set_defaults(set_cost_class=2)
 
 
 def add_data_flags(group) -> None:
@@ -116,11 +193,18 @@ def add_data_flags(group) -> None:
     group.add_argument("--limit_train", type=positive_int, metavar="N", help="train on the first N images only")
     group.add_argument("--limit_val", type=positive_int, metavar="N", help="evaluate on the first N images only")
     group.add_argument(
-        "--eval_set",
-        choices=("val", "train"),
-        default="val",
-        help="images to evaluate on; those of the training show how far it has learned them by heart",
-    )
+        "--eval_set", choices=("val", "train", "test"), default="val",
+        help="images to evaluate on; train shows how far it has learned them by heart; test has no annotations: --eval "
+        "writes results.json for COCO's server",
+    )  # fmt: skip
+    group.add_argument(
+        "--remove_difficult", action="store_true",
+        help='treat annotations marked "difficult": 1 (Pascal VOC) as crowds: not trained on, nor right or wrong',
+    )  # fmt: skip
+    group.add_argument(
+        "--cache_mode", action="store_true",
+        help="read the image files once and hold them, encoded, in memory: once for each process of torchrun",
+    )  # fmt: skip
     group.add_argument(
         "--no_augmentation", dest="augmentation", action="store_false",
         help="train on whole images at the evaluation's size: no flips, scales or crops",
@@ -147,11 +231,13 @@ def add_model_flags(group) -> None:
         help="batch norm as loaded, or trained (from scratch; then the whole backbone trains)",
     )  # fmt: skip
     group.add_argument(
-        "--dilation", action="store_true", help="stride 16 in place of 32 in the last backbone stage (DC5)"
-    )
+        "--dilation", type=boolean, nargs="?", const=True, default=False, metavar="BOOL",
+        help="stride 16 in place of 32 in the last backbone stage (DC5)",
+    )  # fmt: skip
     group.add_argument(
-        "--position_embedding", type=str, default="sine", choices=("sine", "learned"), help="of the feature map"
-    )
+        "--no-dilation", dest="dilation", action="store_false", default=argparse.SUPPRESS,
+        help="stride 32 in the last backbone stage (C5)",
+    )  # fmt: skip
     group.add_argument("--enc_layers", type=natural_int, default=6, metavar="N", help="encoder layers")
     group.add_argument("--dec_layers", type=positive_int, default=6, metavar="N", help="decoder layers")
     group.add_argument(
@@ -160,10 +246,6 @@ def add_model_flags(group) -> None:
     group.add_argument("--hidden_dim", type=positive_int, default=256, metavar="CHANNELS", help="of the transformer")
     group.add_argument("--dropout", type=float, default=0.1, metavar="P", help="in the transformer, probability")
     group.add_argument("--nheads", type=positive_int, default=8, metavar="N", help="attention heads")
-    group.add_argument(
-        "--num_queries", type=positive_int, default=100, metavar="N", help="objects that one image can hold"
-    )
-    group.add_argument("--pre_norm", action="store_true", help="layer norm before each block rather than after it")
 
 
 def add_loss_flags(group) -> None:
@@ -194,18 +276,35 @@ def add_training_flags(group) -> None:
         "--lr_backbone", type=non_negative_float, default=1e-5, metavar="RATE", help="the backbone's; 0 freezes it"
     )
     group.add_argument(
+        "--lr_backbone_names", nargs="+", default=["backbone"], metavar="NAME",
+        help="parameters whose name contains one of these learn at --lr_backbone",
+    )  # fmt: skip
+    group.add_argument(
+        "--lr_linear_proj_names", nargs="+", default=[], metavar="NAME",
+        help="parameters whose name contains one of these learn at --lr times --lr_linear_proj_mult; default: none",
+    )  # fmt: skip
+    group.add_argument(
+        "--lr_linear_proj_mult", type=non_negative_float, default=0.1, metavar="FACTOR",
+        help="learning rate of --lr_linear_proj_names, as a part of --lr",
+    )  # fmt: skip
+    group.add_argument("--sgd", action="store_true", help="SGD with momentum 0.9 in place of AdamW")
+    group.add_argument(
         "--batch_size", type=positive_int, default=2, metavar="N", help="images a process and a forward pass"
     )
     group.add_argument(
         "--accumulate", type=positive_int, default=1, metavar="N", help="batches whose gradients make one step"
     )
-    group.add_argument("--weight_decay", type=non_negative_float, default=1e-4, metavar="RATE", help="AdamW's")
+    group.add_argument("--weight_decay", type=non_negative_float, default=1e-4, metavar="RATE", help="the optimizer's")
     group.add_argument("--epochs", type=natural_int, default=300, metavar="N", help="train up to this many in all")
     group.add_argument(
         "--lr_schedule", choices=LR_SCHEDULES, default="step",
         help="learning rate: a tenth after every --lr_drop epochs, or falling along a cosine in every step",
     )  # fmt: skip
     group.add_argument("--lr_drop", type=positive_int, default=200, metavar="EPOCHS", help="for --lr_schedule step")
+    group.add_argument(
+        "--lr_drop_epochs", type=positive_int, nargs="+", metavar="EPOCH",
+        help="for --lr_schedule step: a tenth after each of these epochs, rather than every --lr_drop",
+    )  # fmt: skip
     group.add_argument(
         "--warmup_steps", type=natural_int, default=0, metavar="STEPS", help="learning rates rise from 0 over these"
     )
@@ -244,6 +343,10 @@ def add_run_flags(group) -> None:
     group.add_argument(
         "--resume", default="", metavar="CKPT", help="checkpoint to go on from or to evaluate: a path or an https URL"
     )
+    group.add_argument(
+        "--auto_resume", action="store_true",
+        help="go on from OUTPUT_DIR/checkpoint.pth where there is one, else start anew; --resume goes before it",
+    )  # fmt: skip
     group.add_argument("--start_epoch", default=0, type=natural_int, metavar="N", help="count epochs from here")
     group.add_argument("--eval", action="store_true", help="evaluate and end")
     group.add_argument("--num_workers", default=2, type=natural_int, metavar="N", help="processes that load images")
@@ -262,7 +365,7 @@ def add_run_flags(group) -> None:
 
 
 def check_arguments(args) -> None:
-    """Refuse what cannot work, before any work starts.
+    """Refuse what no variant can work with.
 
     Raises:
         UserError: naming the flag and the way out.
@@ -292,13 +395,30 @@ def check_arguments(args) -> None:
         )
     if args.backbone_norm == "batch" and args.backbone_weights == "none" and args.lr_backbone <= 0:
         raise UserError("--lr_backbone 0 would leave a backbone of random weights untrained: pass a rate, 1e-4 say")
+    if args.auto_resume and not args.output_dir:
+        raise UserError("--auto_resume needs the folder to go on in: pass --output_dir DIR")
+    if args.eval_set == "test" and not args.eval:
+        raise UserError(
+            "--eval_set test: its images have no annotations, so there is nothing to follow a training with; pass "
+            "--eval --resume CKPT, or another --eval_set"
+        )
     if args.eval and not args.resume:
         raise UserError("--eval needs the checkpoint to evaluate: pass --resume CKPT")
+    if args.eval_set == "test" and not args.output_dir:
+        raise UserError("--eval_set test needs a folder for results.json, nothing else remains: pass --output_dir DIR")
     if args.set_cost_class == args.set_cost_bbox == args.set_cost_giou == 0:
         raise UserError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: matching needs one of them")
+
+
+def check_position_embedding(args) -> None:
+    """Refuse feature maps that are larger than the learned position embedding.
+
+    Raises:
+        UserError: naming the ways out.
+    """
     cells = math.ceil(args.max_size / (16 if args.dilation else 32))
     if args.position_embedding == "learned" and cells > PositionEmbeddingLearned.MAX_CELLS:
         raise UserError(
             f"--position_embedding learned knows {PositionEmbeddingLearned.MAX_CELLS} rows and columns of the feature "
-            f"map, --max_size {args.max_size} needs {cells}: use sine, a smaller --max_size, or no --dilation"
+            f"map, --max_size {args.max_size} needs {cells}: use sine, a smaller --max_size, or --no-dilation"
         )

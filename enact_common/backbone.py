@@ -157,17 +157,22 @@ class Joiner(nn.Sequential):
         return features, [self[1](map_).to(map_.tensors.dtype) for map_ in features]
 
 
-def build_backbone(args) -> Joiner:
-    """The backbone and position encoding that the arguments ask for.
+def build_resnet(args, return_interm_layers: bool = False) -> Backbone:
+    """The backbone that the arguments ask for, without position encoding.
 
     With `--resume` or `--eval` nothing is fetched: the checkpoint has the backbone's weights.
     """
     from_checkpoint = args.resume or args.eval
-    backbone = Backbone(
+    return Backbone(
         args.backbone,
         train_backbone=args.lr_backbone > 0,
+        return_interm_layers=return_interm_layers,
         dilation=args.dilation,
         weights="none" if from_checkpoint else args.backbone_weights,
         norm=args.backbone_norm,
     )
-    return Joiner(backbone, build_position_encoding(args))
+
+
+def build_backbone(args) -> Joiner:
+    """The backbone and position encoding that the arguments ask for."""
+    return Joiner(build_resnet(args), build_position_encoding(args))

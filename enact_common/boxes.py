@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
 
-__all__ = ["box_cxcywh_to_xyxy", "box_xyxy_to_cxcywh", "generalized_box_iou", "paired_box_giou"]
+__all__ = ["box_cxcywh_to_xyxy", "box_xyxy_to_cxcywh", "boxes_at_points", "generalized_box_iou", "paired_box_giou"]
 
 
 def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
@@ -44,3 +44,18 @@ def paired_box_giou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
     hull_bottom_right = torch.maximum(boxes1[..., 2:], boxes2[..., 2:])
     hull = (hull_bottom_right - hull_top_left).prod(dim=-1)
     return intersection / union - (hull - union) / hull
+
+
+def boxes_at_points(points: Tensor, offsets: Tensor) -> Tensor:
+    """Boxes whose centres are predicted relative to reference points (Meng et al., ICCV 2021, section 3.1).
+
+    Args:
+        points: (..., 2), (x, y) in [0, 1]; broadcasts against the offsets' leading axes.
+        offsets: (..., 4): of the centre from the point, before the sigmoid; width and height before the sigmoid.
+
+    Returns:
+        float32 (..., 4) cxcywh in [0, 1].
+    """
+    offsets = offsets.float()
+    centre = offsets[..., :2] + points.float().logit(eps=1e-5)
+    return torch.cat((centre, offsets[..., 2:]), dim=-1).sigmoid()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from enact_common.arguments import MODEL_FLAGS
+from enact_common.arguments import MODEL_FLAGS, NEGATABLE_FLAGS
 from enact_common.errors import UserError
 from enact_common.files import read_tensors, write_atomically
 
@@ -46,6 +46,9 @@ def load_checkpoint(source: str) -> dict[str, Any]:
     args = dict(vars(args) if isinstance(args, argparse.Namespace) else args)
     if "position_embedding" in args:
         args["position_embedding"] = OLD_NAMES.get(args["position_embedding"], args["position_embedding"])
+    # Anchor DETR's parser kept the word that was typed, and built a dilated backbone for any.
+    if "dilation" in args:
+        args["dilation"] = bool(args["dilation"])
     return {**state, "args": args}
 
 
@@ -94,7 +97,8 @@ def check_model_flags(source: str, saved: dict[str, Any], args: argparse.Namespa
 def written(flag: str, value: Any) -> str:
     """A flag as it is typed to have this value."""
     if isinstance(value, bool):
-        return f"--{flag}" if value else f"no --{flag}"
+        off = f"--no-{flag}" if flag in NEGATABLE_FLAGS else f"no --{flag}"
+        return f"--{flag}" if value else off
     return f"--{flag} {value}"
 
 
@@ -116,7 +120,7 @@ def load_model(model: nn.Module, state: dict[str, torch.Tensor], source: str) ->
     if faults:
         raise UserError(
             f"{source}: does not fit this model, {len(faults)} tensors differ: {'; '.join(faults[:3])}. Check the "
-            "variant, --encoder_attention, --backbone, --num_classes, --num_queries and the layer counts."
+            "variant, --encoder_attention, --backbone, --num_classes, and the numbers of queries and layers."
         )
     model.load_state_dict(state)
 
@@ -128,6 +132,7 @@ def optimizer_state_by_name(
 
     Optimizers number their parameters in the order in which modules were made, and the reference made them in
     another order than we do. The checkpoint's own state dict knows its order, so the numbers can be given names.
+    Groups without parameters, such as Anchor DETR's third, are passed over: ours has none.
 
     Args:
         checkpoint: with `model` and `optimizer`.
@@ -135,16 +140,20 @@ def optimizer_state_by_name(
         optimizer: over the model's parameters.
 
     Raises:
-        UserError: the groups or the numbers of parameters differ.
+        UserError: the optimizer's kind, the groups or the numbers of parameters differ.
     """
     saved = checkpoint["optimizer"]
     name_of = {parameter: name for name, parameter in model.named_parameters()}
     state, groups = {}, []
-    fits = isinstance(saved, dict) and len(saved.get("param_groups", ())) == len(optimizer.param_groups)
+    saved_groups = saved.get("param_groups", ()) if isinstance(saved, dict) else ()
+    saved_groups = [group for group in saved_groups if group["params"]]
+    fits = len(saved_groups) == len(optimizer.param_groups)
     position = 0
-    for group, saved_group in zip(optimizer.param_groups, saved["param_groups"] if fits else (), strict=False):
+    for group, saved_group in zip(optimizer.param_groups, saved_groups, strict=False):
         ours = [name_of[parameter] for parameter in group["params"]]
         theirs = [name for name in checkpoint["model"] if name in set(ours)]
+        # SGD's groups know a momentum, AdamW's do not.
+        fits = fits and ("momentum" in saved_group) == ("momentum" in group)
         fits = fits and len(theirs) == len(ours) == len(saved_group["params"])
         if not fits:
             break

@@ -149,19 +149,36 @@ class EntropyClustering(nn.Module):
         Raises:
             ValueError: a tensor is not (batch, N, channels) with the first one's batch and N, or N is 0.
         """
-        for tensor in (scored, *others):
-            if tensor.ndim != 3 or tensor.shape[:2] != scored.shape[:2] or tensor.shape[1] == 0:
-                shapes = [tuple(t.shape) for t in (scored, *others)]
+        return self.cluster((scored,), (scored, *others))
+
+    def cluster(self, parts: tuple[Tensor, ...], pooled: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Score a sum of tensors, without building it, and pool tensors with the weights that result.
+
+        Args:
+            parts: of the sum that is scored, each (batch, N, d), row-major order of the feature map, N >= 1.
+            pooled: each (batch, N, channels).
+
+        Returns:
+            of each tensor in pooled (batch, M, channels) in its own dtype; 1 <= M <= N.
+
+        Raises:
+            ValueError: as in `forward`.
+        """
+        for tensor in (*parts, *pooled):
+            if tensor.ndim != 3 or tensor.shape[:2] != parts[0].shape[:2] or tensor.shape[1] == 0:
+                shapes = [tuple(t.shape) for t in (*parts, *pooled)]
                 raise ValueError(f"expected tensors (batch, N, channels) of one batch and one N >= 1, got {shapes}")
 
         # bf16 cannot tell the probabilities of thousands of tokens apart: float32 whatever autocast says.
-        with torch.autocast(scored.device.type, enabled=False):
-            weights = self.window_weights(scored.to(self.W_prob.weight.dtype))
-            return tuple(pool_windows(weights, tensor) for tensor in (scored, *others))
+        with torch.autocast(parts[0].device.type, enabled=False):
+            weight, bias = self.W_prob.weight, self.W_prob.bias
+            logits = sum(F.linear(part.to(weight.dtype), weight) for part in parts) + bias  # (batch, N, 1)
+            weights = self.window_weights(logits.squeeze(-1))
+            return tuple(pool_windows(weights, tensor) for tensor in pooled)
 
-    def window_weights(self, scored: Tensor) -> Tensor:
-        """Weights (batch, M, length) of the tokens in each window, for scored tokens (batch, N, d)."""
-        information = smooth(self_information(self.W_prob(scored).squeeze(-1)), self.kernel)  # (batch, N)
+    def window_weights(self, logits: Tensor) -> Tensor:
+        """Weights (batch, M, length) of the tokens in each window, for their scores (batch, N)."""
+        information = smooth(self_information(logits), self.kernel)  # (batch, N)
         regions = count_regions(information).tolist()
         length = window_length(information.shape[1], regions)
         return cut_windows(information, length).softmax(dim=-1)  # (batch, M, length)

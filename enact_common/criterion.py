@@ -1,22 +1,100 @@
-"""The set prediction loss (Carion et al., ECCV 2020, section 3.1), of all decoder layers in one pass."""
+"""The set prediction loss (Carion et al., ECCV 2020, section 3.1), of all decoder layers in one pass.
+
+What a class is to a model comes from outside: `SoftmaxClassLoss` (DETR) or `FocalClassLoss` (Conditional and Anchor
+DETR).
+"""
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
 
 from enact_common.boxes import box_cxcywh_to_xyxy, paired_box_giou
 from enact_common.distributed import world_mean
 from enact_common.matcher import HungarianMatcher, Matches
 
 
+def loss_weights(cls: float, bbox: float, giou: float, aux_layers: int) -> dict[str, float]:
+    """The weights of the losses in the total, by the losses' names.
+
+    Args:
+        cls, bbox, giou: of classes, of the boxes' L1 distance and of their generalized IoU.
+        aux_layers: decoder layers before the last that are supervised as well.
+    """
+    weights = {"loss_ce": cls, "loss_bbox": bbox, "loss_giou": giou}
+    auxiliary = {f"{name}_{i}": weight for i in range(aux_layers) for name, weight in weights.items()}
+    return weights | auxiliary
+
+
+class SoftmaxClassLoss(nn.Module):
+    """Cross-entropy over the classes and one more, the last, for no object (DETR).
+
+    Args:
+        num_classes: labels.
+        eos_coef: weight of no object, against 1 for every other class.
+    """
+
+    def __init__(self, num_classes: int, eos_coef: float):
+        super().__init__()
+        class_weight = torch.ones(num_classes + 1)
+        class_weight[-1] = eos_coef
+        self.register_buffer("class_weight", class_weight, persistent=False)
+
+    def forward(self, logits: Tensor, classes: Tensor, objects: float) -> Tensor:
+        """The weighted mean over a layer's queries, (layers,).
+
+        Args:
+            logits: (layers, batch, Q, num_classes + 1).
+            classes: int64 (layers, batch, Q), num_classes for no object.
+            objects: in the batch; without effect here.
+        """
+        loss = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), self.class_weight, reduction="none")
+        return loss.view_as(classes).sum(dim=(1, 2)) / self.class_weight[classes].sum(dim=(1, 2))
+
+    def predicts_object(self, logits: Tensor) -> Tensor:
+        """Which queries (layers, batch, Q) see an object more than none: bool, from (layers, batch, Q, classes)."""
+        return logits.argmax(dim=-1) != logits.shape[-1] - 1
+
+
+class FocalClassLoss(nn.Module):
+    """The focal loss of independent classes (Lin et al., ICCV 2017): no object is a low probability of each.
+
+    Args:
+        alpha: weight of a class that is present, 1 - alpha of one that is not.
+    """
+
+    GAMMA = 2.0
+
+    def __init__(self, alpha: float):
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, logits: Tensor, classes: Tensor, objects: float) -> Tensor:
+        """The sum over a layer's queries and classes, divided by the number of objects, (layers,).
+
+        Args:
+            logits: (layers, batch, Q, num_classes).
+            classes: int64 (layers, batch, Q), num_classes for no object.
+            objects: in the batch, at least 1.
+        """
+        present = logits.new_zeros(*logits.shape[:3], logits.shape[3] + 1)
+        present.scatter_(-1, classes.unsqueeze(-1), 1)  # (layers, batch, Q, num_classes + 1)
+        loss = sigmoid_focal_loss(logits, present[..., :-1], self.alpha, self.GAMMA, reduction="none")
+        return loss.sum(dim=(1, 2, 3)) / objects
+
+    def predicts_object(self, logits: Tensor) -> Tensor:
+        """Which queries (layers, batch, Q) hold some class likelier than not: bool, from (layers, batch, Q, classes)."""
+        return logits.amax(dim=-1) > 0
+
+
 class SetCriterion(nn.Module):
     """Matches predictions to objects, then supervises the class of every query and the box of the matched ones.
 
     Args:
-        num_classes: labels; the logits have one more, the last, for no object.
+        num_classes: labels.
         matcher: assigns queries to objects.
         weight_dict: name of a loss to its weight in the total. Losses that are not in it are for the log.
-        eos_coef: weight of the no-object class in the classification loss.
+        class_loss: from (logits, classes, objects) to the classification loss of each layer.
         losses: some of "labels", "boxes", "cardinality".
     """
 
@@ -25,24 +103,22 @@ class SetCriterion(nn.Module):
         num_classes: int,
         matcher: HungarianMatcher,
         weight_dict: dict[str, float],
-        eos_coef: float,
+        class_loss: SoftmaxClassLoss | FocalClassLoss,
         losses: tuple[str, ...] = ("labels", "boxes", "cardinality"),
     ):
         super().__init__()
         self.num_classes = num_classes
         self.matcher = matcher
         self.weight_dict = weight_dict
+        self.class_loss = class_loss
         self.losses = losses
-        class_weight = torch.ones(num_classes + 1)
-        class_weight[-1] = eos_coef
-        self.register_buffer("class_weight", class_weight, persistent=False)
 
     def forward(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """All losses, unweighted.
 
         Args:
-            outputs: `pred_logits` (batch, Q, num_classes + 1), `pred_boxes` (batch, Q, 4) cxcywh in [0, 1], and
-                where there are auxiliary losses `aux_outputs`, a list of the same for each earlier decoder layer.
+            outputs: `pred_logits` (batch, Q, logits), `pred_boxes` (batch, Q, 4) cxcywh in [0, 1], and where there
+                are auxiliary losses `aux_outputs`, a list of the same for each earlier decoder layer.
             targets: for each image `labels` int64 (n,) in 0..num_classes - 1, `boxes` (n, 4) cxcywh in [0, 1].
 
         Returns:
@@ -51,13 +127,15 @@ class SetCriterion(nn.Module):
             `class_error`.
         """
         layers = [*outputs.get("aux_outputs", []), outputs]
-        logits = torch.stack([layer["pred_logits"] for layer in layers]).float()  # (layers, batch, Q, classes + 1)
+        logits = torch.stack([layer["pred_logits"] for layer in layers]).float()  # (layers, batch, Q, logits)
         boxes = torch.stack([layer["pred_boxes"] for layer in layers]).float()  # (layers, batch, Q, 4)
         with torch.autocast(logits.device.type, enabled=False):
             matches = self.matcher.match_layers(logits, boxes, targets)
+            # The mean over all processes' batches, so that their losses add up as one batch's would.
+            objects = max(world_mean(sum(len(target["labels"]) for target in targets), boxes.device), 1)
             per_layer = {}
             for loss in self.losses:
-                per_layer |= getattr(self, f"loss_{loss}")(logits, boxes, targets, matches)
+                per_layer |= getattr(self, f"loss_{loss}")(logits, boxes, targets, matches, objects)
 
         result = {name: values[-1] for name, values in per_layer.items()}
         for i in range(len(layers) - 1):
@@ -68,37 +146,32 @@ class SetCriterion(nn.Module):
         """The weighted sum of the losses: what is minimised."""
         return sum(loss * self.weight_dict[name] for name, loss in losses.items() if name in self.weight_dict)
 
-    def loss_labels(self, logits, boxes, targets, matches: Matches) -> dict[str, Tensor]:
-        """Cross-entropy over the classes and no object, and the last layer's error on matched queries."""
+    def loss_labels(self, logits, boxes, targets, matches: Matches, objects) -> dict[str, Tensor]:
+        """The classification loss of all queries, and the last layer's error on matched ones."""
         layer = torch.arange(len(logits), device=logits.device).unsqueeze(1)  # (layers, 1)
         labels = torch.cat([target["labels"] for target in targets])[matches.target]  # (layers, P)
         classes = logits.new_full(logits.shape[:3], self.num_classes, dtype=torch.int64)  # (layers, batch, Q)
         classes[layer, matches.image, matches.query] = labels
-
-        loss = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), self.class_weight, reduction="none")
-        loss = loss.view_as(classes).sum(dim=(1, 2)) / self.class_weight[classes].sum(dim=(1, 2))  # (layers,)
+        loss = self.class_loss(logits, classes, objects)  # (layers,)
 
         # An image set without objects counts as all wrong, as in the original.
         predicted = logits[-1, matches.image, matches.query[-1]].argmax(dim=-1)  # (P,)
         hits = (predicted == labels[-1]).sum() / max(labels.shape[1], 1)
         return {"loss_ce": loss, "class_error": (100 - 100 * hits).unsqueeze(0)}
 
-    def loss_boxes(self, logits, boxes, targets, matches: Matches) -> dict[str, Tensor]:
+    def loss_boxes(self, logits, boxes, targets, matches: Matches, objects) -> dict[str, Tensor]:
         """L1 distance (cxcywh) and 1 - generalized IoU of the matched boxes, over the objects of the batch."""
         layer = torch.arange(len(boxes), device=boxes.device).unsqueeze(1)  # (layers, 1)
         predicted = boxes[layer, matches.image, matches.query]  # (layers, P, 4)
         wanted = torch.cat([target["boxes"] for target in targets])[matches.target]  # (layers, P, 4)
-        # The mean over all processes' batches, so that their losses add up as one batch's would.
-        objects = max(world_mean(sum(len(target["labels"]) for target in targets), boxes.device), 1)
-
         distance = (predicted - wanted).abs().sum(dim=(1, 2))
         giou = paired_box_giou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(wanted))  # (layers, P)
         return {"loss_bbox": distance / objects, "loss_giou": (1 - giou).sum(dim=1) / objects}
 
     @torch.no_grad()
-    def loss_cardinality(self, logits, boxes, targets, matches: Matches) -> dict[str, Tensor]:
+    def loss_cardinality(self, logits, boxes, targets, matches: Matches, objects) -> dict[str, Tensor]:
         """How far the number of queries that predict an object is from the number of objects: for the log."""
         counts = torch.tensor([len(target["labels"]) for target in targets])
         counts = counts.to(logits.device, non_blocking=True)  # (batch,)
-        predicted = (logits.argmax(dim=-1) != self.num_classes).sum(dim=-1)  # (layers, batch)
+        predicted = self.class_loss.predicts_object(logits).sum(dim=-1)  # (layers, batch)
         return {"cardinality_error": (predicted - counts).abs().float().mean(dim=1)}

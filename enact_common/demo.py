@@ -30,13 +30,20 @@ SHAPES = {
     "classes": ("circle", "square", "triangle", "star"),
 }
 
-# What a small detector needs to learn on two CPU cores in minutes; docs/demo.md says why.
+# What a small detector of any variant needs to learn on two CPU cores in minutes; docs/demo.md says why.
 TRAINING = (
     "--device cpu --backbone resnet18 --backbone_weights none --backbone_norm batch --enc_layers 2 --dec_layers 3 "
-    "--dim_feedforward 512 --num_queries 10 --dropout 0 --no_augmentation --train_sizes 112 --eval_size 112 "
+    "--dim_feedforward 512 --dropout 0 --no_augmentation --train_sizes 112 --eval_size 112 "
     "--max_size 112 --batch_size 16 --epochs 3 --lr 2e-4 --lr_backbone 1e-3 --lr_schedule cosine --warmup_steps 50 "
-    "--bbox_loss_coef 1.25 --giou_loss_coef 0.5 --eos_coef 0.4 --num_workers 1 --print_freq 50"
+    "--bbox_loss_coef 1.25 --giou_loss_coef 0.5 --num_workers 1 --print_freq 50"
 ).split()
+
+# What it needs beyond that, by variant.
+OWN = {
+    "detr": "--num_queries 10 --eos_coef 0.4".split(),
+    "conditional": "--num_queries 10".split(),
+    "anchor": "--num_query_position 10 --num_query_pattern 1 --no-dilation".split(),
+}
 
 PICTURED = 6
 THRESHOLD = 0.5
@@ -98,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     # An earlier demo's run: this one makes it anew.
     shutil.rmtree(run, ignore_errors=True)
     # Of a flag that is given twice, the last counts.
-    flags = ["--coco_path", str(data), "--output_dir", str(run), *TRAINING, *args.flags]
+    flags = ["--coco_path", str(data), "--output_dir", str(run), *TRAINING, *OWN[args.variant], *args.flags]
     run_variant(args.variant, *flags)
     run_variant(args.variant, *flags, "--resume", str(run / "checkpoint.pth"), "--eval")
 

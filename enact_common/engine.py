@@ -200,7 +200,7 @@ def first_non_finite_output(model: nn.Module, samples: NestedTensor) -> str | No
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    criterion: nn.Module,
+    criterion: nn.Module | None,
     postprocess: nn.Module,
     loader: DataLoader,
     evaluator: CocoBoxEvaluator,
@@ -210,11 +210,22 @@ def evaluate(
 ) -> dict[str, float]:
     """Detect in every image, and hand the detections, in pixels of the original images, to the evaluator.
 
+    Args:
+        model: not wrapped.
+        criterion: gives losses and their weights; None where the images have no annotations.
+        postprocess: from the model's outputs and the images' sizes to detections.
+        loader: gives (NestedTensor, targets).
+        evaluator: collects.
+        device: where the model is.
+        amp: a key of `AMP_DTYPE`.
+        print_freq: steps between two reports.
+
     Returns:
-        means of the losses. The evaluator holds the detections of all processes.
+        means of the losses; empty without a criterion. The evaluator holds the detections of all processes.
     """
     model.eval()
-    criterion.eval()
+    if criterion is not None:
+        criterion.eval()
     meter = AverageMeter()
     progress = Progress(loader, "evaluation", loader.batch_size * get_world_size(), print_freq)
     for i, (samples, targets) in progress:
@@ -222,11 +233,12 @@ def evaluate(
         samples, targets = to_device(samples, targets, device)
         with autocast(device, amp):
             outputs = model(samples)
-        meter.update(loss_report(criterion(outputs, targets), criterion.weight_dict))
+        if criterion is not None:
+            meter.update(loss_report(criterion(outputs, targets), criterion.weight_dict))
         sizes = torch.stack([target["orig_size"] for target in targets])
         evaluator.update(image_ids, postprocess(outputs, sizes))
         if progress.due(i):
             averages = meter.averages()
-            progress.show(i, {name: averages[name] for name in ("loss", "class_error")})
+            progress.show(i, {name: averages[name] for name in ("loss", "class_error") if name in averages})
     evaluator.synchronize()
     return meter.synchronized()

@@ -1,6 +1,8 @@
-"""Building blocks that the three detectors share: the encoder layer and the prediction head's MLP."""
+"""Building blocks of the three detectors' transformers and heads."""
 
 import copy
+import math
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -8,6 +10,10 @@ from torch.nn import functional as F
 from enact_common.attention import EnactSelfAttention
 
 ENCODER_ATTENTIONS = ("enact", "mhsa")
+
+# What a classifier of rare objects says before it has learned (Lin et al., "Focal Loss for Dense Object Detection",
+# ICCV 2017, section 3.3): with a probability of 0.01, the many empty queries do not swamp the first steps.
+PRIOR_LOGIT = math.log(0.01 / 0.99)
 
 
 class MLP(nn.Module):
@@ -39,19 +45,20 @@ def clone_layers(layer: nn.Module, count: int) -> nn.ModuleList:
 
 
 def encoder_self_attention(
-    kind: str, embed_dim: int, num_heads: int, dropout: float, sigma: float
+    kind: str, embed_dim: int, num_heads: int, dropout: float, sigma: float, batch_first: bool = False
 ) -> EnactSelfAttention | nn.MultiheadAttention:
-    """The encoder's self-attention, on (N, batch, d).
+    """The encoder's self-attention, on tokens.
 
     Args:
         kind: "enact", or "mhsa" for `nn.MultiheadAttention`.
         embed_dim, num_heads: channels and heads.
         dropout: of the attention weights, for "mhsa" alone: ENACT's reference encoder has none.
         sigma: of the entropy's smoothing, tokens, for "enact" alone.
+        batch_first: tokens are (batch, N, d) rather than (N, batch, d).
     """
     if kind == "enact":
-        return EnactSelfAttention(embed_dim, num_heads, sigma=sigma)
-    return nn.MultiheadAttention(embed_dim, num_heads, dropout=dropout)
+        return EnactSelfAttention(embed_dim, num_heads, sigma=sigma, batch_first=batch_first)
+    return nn.MultiheadAttention(embed_dim, num_heads, dropout=dropout, batch_first=batch_first)
 
 
 class TransformerEncoderLayer(nn.Module):
@@ -110,4 +117,47 @@ class TransformerEncoderLayer(nn.Module):
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Two linear maps of (N, batch, d) with ReLU and dropout between them."""
+        return self.linear2(self.dropout(F.relu(self.linear1(x))))
+
+
+class DecoderLayer(nn.Module):
+    """Three residual blocks: attention among the queries, attention to the memory, a feed-forward network.
+
+    A base class: how a layer attends is its subclass's own.
+
+    Args:
+        d_model: channels d.
+        dim_feedforward: hidden channels of the feed-forward network.
+        dropout: probability, after every block and inside the feed-forward network.
+        normalize_before: normalise what goes into a block rather than what comes out of it (pre-norm).
+    """
+
+    def __init__(self, d_model: int, dim_feedforward: int, dropout: float, normalize_before: bool):
+        super().__init__()
+        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(dim_feedforward, d_model)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.norm3 = nn.LayerNorm(d_model)
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
+        self.dropout3 = nn.Dropout(dropout)
+        self.normalize_before = normalize_before
+
+    def run_blocks(
+        self, tgt: Tensor, attend_queries: Callable[[Tensor], Tensor], attend_memory: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The queries tgt (Q, batch, d) after all three blocks; each of the two functions keeps that shape."""
+        blocks = (
+            (attend_queries, self.norm1, self.dropout1),
+            (attend_memory, self.norm2, self.dropout2),
+            (self.feed_forward, self.norm3, self.dropout3),
+        )
+        for block, norm, dropout in blocks:
+            tgt = tgt + dropout(block(norm(tgt))) if self.normalize_before else norm(tgt + dropout(block(tgt)))
+        return tgt
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Two linear maps of (Q, batch, d) with ReLU and dropout between them."""
         return self.linear2(self.dropout(F.relu(self.linear1(x))))

@@ -106,16 +106,16 @@ class Progress:
 
     def show(self, step: int, values: dict[str, float]) -> None:
         """Print values, with the rate and the remaining time."""
-        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        text = "".join(f"{name} {value:.4g}  " for name, value in values.items())
         done, elapsed = step + 1, time.perf_counter() - self._start
         rate = done * self.images_per_step / elapsed
         if not self._bar.disable:
-            self._bar.set_postfix_str(f"{text}  {rate:.1f} images/s", refresh=False)
+            self._bar.set_postfix_str(f"{text}{rate:.1f} images/s", refresh=False)
             return
         remaining = timedelta(seconds=round(elapsed / done * (len(self.batches) - done)))
         width = len(str(len(self.batches)))
         logger.info(
-            "%s [%*d/%d]  %s  %.1f images/s  %s left",
+            "%s [%*d/%d]  %s%.1f images/s  %s left",
             self.title, width, done, len(self.batches), text, rate, remaining,
         )  # fmt: skip
 

@@ -56,3 +56,8 @@ def nested_tensor_from_tensor_list(images: list[Tensor]) -> NestedTensor:
         tensors[i, :, : image.shape[1], : image.shape[2]] = image
         mask[i, : image.shape[1], : image.shape[2]] = False
     return NestedTensor(tensors, mask)
+
+
+def as_nested_tensor(samples: NestedTensor | list[Tensor] | Tensor) -> NestedTensor:
+    """A padded batch as it is; images as a list of (channels, h, w) or a tensor (batch, channels, H, W) padded."""
+    return samples if isinstance(samples, NestedTensor) else nested_tensor_from_tensor_list(samples)

@@ -1,4 +1,5 @@
-"""Position encodings of a feature map (Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020)."""
+"""Position encodings of feature maps (Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020) and
+of points in the image (Meng et al., "Conditional DETR for Fast Training Convergence", ICCV 2021)."""
 
 import math
 
@@ -6,6 +7,29 @@ import torch
 from torch import Tensor, nn
 
 from enact_common.nested_tensor import NestedTensor
+
+
+def sine_encoding(position: Tensor, channels: int, temperature: float = 10000) -> Tensor:
+    """Sines (even channels) and cosines (odd ones) of a position at falling frequencies (Vaswani et al., 2017).
+
+    Args:
+        position: (...), radians at the highest frequency.
+        channels: even.
+        temperature: ratio of the longest to the shortest wavelength.
+
+    Returns:
+        (..., channels), in [-1, 1].
+    """
+    channel = torch.arange(channels, dtype=torch.float32, device=position.device)
+    frequency = temperature ** (-2 * (channel // 2) / channels)
+    angle = position.unsqueeze(-1) * frequency  # (..., channels)
+    return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-2)
+
+
+def encode_points(points: Tensor, channels: int) -> Tensor:
+    """Points (..., 2), (x, y) as fractions of the image's sides, to (..., channels): first y's encoding, then x's."""
+    encoding = sine_encoding(points.flip(-1) * (2 * math.pi), channels // 2)  # (..., 2, channels / 2)
+    return encoding.flatten(-2)
 
 
 class PositionEmbeddingSine(nn.Module):
@@ -44,15 +68,8 @@ class PositionEmbeddingSine(nn.Module):
             if self.normalize:
                 last = position.narrow(axis, -1, 1)
                 position = position / (last + 1e-6) * self.scale
-            axes.append(self.encode(position))
+            axes.append(sine_encoding(position, self.num_pos_feats, self.temperature))
         return torch.cat(axes, dim=-1).permute(0, 3, 1, 2)  # (batch, 2 num_pos_feats, h, w)
-
-    def encode(self, position: Tensor) -> Tensor:
-        """Positions (...) in radians or pixels to their encoding (..., num_pos_feats)."""
-        channel = torch.arange(self.num_pos_feats, dtype=torch.float32, device=position.device)
-        frequency = self.temperature ** (-2 * (channel // 2) / self.num_pos_feats)
-        angle = position.unsqueeze(-1) * frequency  # (..., num_pos_feats)
-        return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-2)
 
 
 class PositionEmbeddingLearned(nn.Module):

@@ -6,6 +6,25 @@ from torch import Tensor, nn
 from enact_common.boxes import box_cxcywh_to_xyxy
 
 
+def boxes_in_pixels(boxes: Tensor, target_sizes: Tensor) -> Tensor:
+    """Boxes (batch, n, 4), cxcywh in [0, 1], to xyxy in pixels of images of target_sizes (batch, 2), (height, width).
+
+    Raises:
+        ValueError: target_sizes is not (batch, 2).
+    """
+    if target_sizes.shape != (len(boxes), 2):
+        raise ValueError(f"target_sizes must be ({len(boxes)}, 2), got {tuple(target_sizes.shape)}")
+    height, width = target_sizes.to(boxes).unbind(dim=1)
+    scale = torch.stack((width, height, width, height), dim=1).unsqueeze(1)  # (batch, 1, 4)
+    return box_cxcywh_to_xyxy(boxes) * scale
+
+
+def detections(scores: Tensor, labels: Tensor, boxes: Tensor) -> list[dict[str, Tensor]]:
+    """Tensors (batch, n, ...) as a dict for each image."""
+    images = zip(scores, labels, boxes, strict=True)
+    return [{"scores": score, "labels": label, "boxes": box} for score, label, box in images]
+
+
 class PostProcess(nn.Module):
     """Each query's best class that is an object, its probability, and its box in pixels (DETR)."""
 
@@ -26,14 +45,43 @@ class PostProcess(nn.Module):
         Raises:
             ValueError: target_sizes is not (batch, 2).
         """
-        logits, boxes = outputs["pred_logits"].float(), outputs["pred_boxes"].float()
-        if target_sizes.shape != (len(logits), 2):
-            raise ValueError(f"target_sizes must be ({len(logits)}, 2), got {tuple(target_sizes.shape)}")
-        scores, labels = logits.softmax(dim=-1)[..., :-1].max(dim=-1)  # (batch, Q) each
-        height, width = target_sizes.to(boxes).unbind(dim=1)
-        scale = torch.stack((width, height, width, height), dim=1).unsqueeze(1)  # (batch, 1, 4)
-        boxes = box_cxcywh_to_xyxy(boxes) * scale
-        return [
-            {"scores": score, "labels": label, "boxes": box}
-            for score, label, box in zip(scores, labels, boxes, strict=True)
-        ]
+        boxes = boxes_in_pixels(outputs["pred_boxes"].float(), target_sizes)
+        scores, labels = outputs["pred_logits"].float().softmax(dim=-1)[..., :-1].max(dim=-1)  # (batch, Q) each
+        return detections(scores, labels, boxes)
+
+
+class TopKPostProcess(nn.Module):
+    """The likeliest pairs of a query and a class, where classes are independent (Conditional and Anchor DETR).
+
+    A query may be found several times, with different labels.
+
+    Args:
+        count: detections kept of an image: COCO's evaluation takes 100.
+    """
+
+    def __init__(self, count: int = 100):
+        super().__init__()
+        self.count = count
+
+    @torch.no_grad()
+    def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> list[dict[str, Tensor]]:
+        """Decode a batch.
+
+        Args:
+            outputs: `pred_logits` (batch, Q, classes), before the sigmoid; `pred_boxes` (batch, Q, 4) cxcywh in [0, 1].
+            target_sizes: as for `PostProcess`.
+
+        Returns:
+            for each image, with n = min(count, Q classes): `scores` (n,) in [0, 1], falling, `labels` int64 (n,),
+            `boxes` (n, 4) xyxy in pixels.
+
+        Raises:
+            ValueError: target_sizes is not (batch, 2).
+        """
+        boxes = boxes_in_pixels(outputs["pred_boxes"].float(), target_sizes)  # (batch, Q, 4)
+        probability = outputs["pred_logits"].float().sigmoid()
+        num_classes = probability.shape[-1]
+        pairs = probability.flatten(1)  # (batch, Q classes)
+        scores, index = pairs.topk(min(self.count, pairs.shape[1]), dim=1)  # (batch, n) each
+        query = (index // num_classes).unsqueeze(-1).expand(-1, -1, 4)  # (batch, n, 4)
+        return detections(scores, index % num_classes, boxes.gather(1, query))

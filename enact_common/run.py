@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
-from enact_common.arguments import VariantParser, check_arguments
+from enact_common.arguments import VariantParser
 from enact_common.backbone import load_backbone_weights
 from enact_common.checkpoint import (
     check_model_flags,
@@ -28,7 +28,7 @@ from enact_common.checkpoint import (
     save_checkpoint,
 )
 from enact_common.data.categories import LabelMap
-from enact_common.data.coco import CocoDetection, collate, find_split
+from enact_common.data.coco import CocoDetection, cache_files, collate, find_split
 from enact_common.distributed import gather_objects, get_rank, get_world_size, init_distributed_mode, is_main_process
 from enact_common.engine import NonFiniteLossError, Optimization, evaluate, train_one_epoch
 from enact_common.errors import UserError
@@ -36,6 +36,9 @@ from enact_common.evaluation.coco import CocoBoxEvaluator, figures_text, per_cla
 from enact_common.logs import RunLog, setup_logging
 
 logger = logging.getLogger("enact")
+
+# The checkpoint that each epoch replaces, in `--output_dir`.
+LATEST = "checkpoint.pth"
 
 # Checkpoints that are kept beside the latest, every so many epochs, as the original does.
 KEEP_EVERY = 100
@@ -62,6 +65,8 @@ def main(
     """
     args = parser.parse_args(argv)
     try:
+        find_latest(args)
+        parser.check(args)
         Run(variant, args, build_model, build_dataset).start()
     except UserError as error:
         # One that a loader's worker raised comes with that process's traceback before it.
@@ -75,6 +80,16 @@ def main(
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0
+
+
+def find_latest(args: argparse.Namespace) -> None:
+    """With `--auto_resume` and no `--resume`, let `args.resume` be the latest checkpoint, where there is one.
+
+    Every process looks for itself: none writes a checkpoint before all have met.
+    """
+    if args.auto_resume and args.output_dir and not args.resume:
+        latest = Path(args.output_dir) / LATEST
+        args.resume = str(latest) if latest.is_file() else ""
 
 
 def find_device(name: str) -> torch.device:
@@ -94,28 +109,90 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def parameter_groups(model: nn.Module, lr: float, lr_backbone: float) -> list[dict]:
-    """Trained parameters, the backbone's with a learning rate of their own."""
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for name, p in trained if "backbone" not in name], "lr": lr, "initial_lr": lr},
-        {"params": [p for name, p in trained if "backbone" in name], "lr": lr_backbone, "initial_lr": lr_backbone},
+def parameter_groups(
+    model: nn.Module,
+    lr: float,
+    lr_backbone: float,
+    backbone_names: Sequence[str] = ("backbone",),
+    linear_proj_names: Sequence[str] = (),
+    linear_proj_mult: float = 0.1,
+) -> list[dict]:
+    """Trained parameters, the backbone's and some linear projections' with learning rates of their own.
+
+    Args:
+        model: its parameters' names decide.
+        lr, lr_backbone: learning rates.
+        backbone_names: a parameter whose name contains one of these is the backbone's.
+        linear_proj_names: one of the rest whose name contains one of these is a linear projection's.
+        linear_proj_mult: their learning rate as a part of `lr`.
+
+    Returns:
+        the groups that have parameters, each with a `name` ("" for the rest), in the order of the reference.
+    """
+    rates = {"": lr, "backbone": lr_backbone, "linear projections": lr * linear_proj_mult}
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            in_backbone = any(part in name for part in backbone_names)
+            in_projections = any(part in name for part in linear_proj_names)
+            group = "backbone" if in_backbone else "linear projections" if in_projections else ""
+            members[group].append(parameter)
+    return [
+        {"params": members[name], "lr": rate, "initial_lr": rate, "name": name}
+        for name, rate in rates.items()
+        if members[name]
     ]
-    return [group for group in groups if group["params"]]
+
+
+def check_parameter_names(model: nn.Module, flag: str, parts: Sequence[str]) -> None:
+    """Refuse a part of a name that no parameter has.
+
+    Args:
+        model: its parameters, frozen ones included, are looked at.
+        flag: where the parts come from, for the message.
+        parts: each must be contained in some parameter's name.
+
+    Raises:
+        UserError: naming the flag, the part and some parameters.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for part in parts:
+        if not any(part in name for name in names):
+            # Every so many, so that they come from all over the model.
+            some = ", ".join(names[:: max(len(names) // 6, 1)])
+            raise UserError(f"{flag} {part}: no parameter's name contains it; names are, say, {some}")
+
+
+def drops_until(epoch: int, lr_drop: int, drop_epochs: Sequence[int] | None) -> int:
+    """How often the step schedule's rate has fallen when `epoch` epochs are done.
+
+    Args:
+        epoch: epochs done.
+        lr_drop: it falls after every so many.
+        drop_epochs: it falls after each of these instead; None for `lr_drop`.
+    """
+    return epoch // lr_drop if drop_epochs is None else sum(epoch >= drop for drop in set(drop_epochs))
 
 
 def learning_rate_factor(
-    schedule: str, step: int, epoch: int, total_steps: int, lr_drop: int, warmup_steps: int
+    schedule: str,
+    step: int,
+    epoch: int,
+    total_steps: int,
+    lr_drop: int,
+    warmup_steps: int,
+    drop_epochs: Sequence[int] | None = None,
 ) -> float:
     """What a base learning rate is multiplied by.
 
     Args:
-        schedule: "step", a tenth after every `lr_drop` epochs; or "cosine", from 1 to 0 over the whole run.
+        schedule: "step", a tenth after every drop; or "cosine", from 1 to 0 over the whole run.
         step: optimizer steps done before, in all epochs.
         epoch: epochs done before.
         total_steps: of the whole run.
-        lr_drop: epochs.
+        lr_drop: epochs between two drops.
         warmup_steps: the factor rises linearly from near 0 over these.
+        drop_epochs: epochs after which a drop comes, in place of every `lr_drop`.
 
     Returns:
         in [0, 1].
@@ -123,7 +200,7 @@ def learning_rate_factor(
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)
     if schedule == "step":
-        return 0.1 ** (epoch // lr_drop)
+        return 0.1 ** drops_until(epoch, lr_drop, drop_epochs)
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(total_steps - warmup_steps, 1)))
 
 
@@ -148,7 +225,7 @@ class Run:
         self.build_dataset = build_dataset
 
     def start(self) -> None:
-        """Check everything, set up, then train or evaluate.
+        """Check what the parser cannot, set up, then train or evaluate.
 
         Raises:
             UserError: something is wrong that the user can mend. All but unreadable images is found before any work
@@ -156,13 +233,17 @@ class Run:
             NonFiniteLossError: training broke down.
         """
         args = self.args
-        check_arguments(args)
         self.device = find_device(args.device)
         if args.amp == "fp16" and self.device.type == "cpu":
             raise UserError("--amp fp16 needs a GPU: use --amp bf16 or none with --device cpu")
         init_distributed_mode(args)
         self.device = torch.device(args.device)
         setup_logging()
+        if args.auto_resume and len(set(gather_objects(args.resume))) > 1:
+            raise UserError(
+                f"--auto_resume: {Path(args.output_dir) / LATEST} is there for some processes alone; --output_dir must "
+                "be a folder that all machines share, or pass --resume CKPT"
+            )
         checkpoint = load_checkpoint(args.resume) if args.resume else None
         if checkpoint and checkpoint.get("variant", self.variant) != self.variant:
             raise UserError(f"{args.resume}: is a checkpoint of the variant {checkpoint['variant']}")
@@ -176,6 +257,7 @@ class Run:
 
         if args.eval:
             self.describe()
+            self.cache_images()
             self.report(self.evaluate()[1], per_class=True)
         else:
             self.train(checkpoint)
@@ -188,7 +270,7 @@ class Run:
         self.output_dir = Path(args.output_dir) if args.output_dir else None
         if self.output_dir is None:
             return
-        latest = self.output_dir / "checkpoint.pth"
+        latest = self.output_dir / LATEST
         goes_on = args.resume and Path(args.resume).resolve().parent == self.output_dir.resolve()
         if latest.exists() and not goes_on and not args.eval:
             raise UserError(
@@ -226,7 +308,8 @@ class Run:
         args.num_classes = self.label_map.num_classes
 
         # The main process alone computes the figures.
-        self.ground_truth = self.val_set.coco_api() if is_main_process() else None
+        has_truth = args.eval_set != "test"
+        self.ground_truth = self.val_set.coco_api() if has_truth and is_main_process() else None
         self.val_loader = self.loader(self.val_set, train=False)
         if self.train_set:
             self.train_loader = self.loader(self.train_set, train=True)
@@ -254,6 +337,11 @@ class Run:
             generator=torch.Generator(),
         )
 
+    def cache_images(self) -> None:
+        """With `--cache_mode`, read all image files: before the loaders' workers start, after all else is checked."""
+        if self.args.cache_mode:
+            cache_files([dataset for dataset in (self.train_set, self.val_set) if dataset is not None])
+
     def load_model(self, checkpoint: dict | None) -> None:
         """Build the model, with the checkpoint's weights where there is one."""
         args = self.args
@@ -280,7 +368,7 @@ class Run:
         shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
         precision = "float32" if args.amp == "none" else args.amp
         rows = {
-            "model": f"{self.variant}, {args.backbone}{dilated}, {args.num_queries} queries",
+            "model": f"{self.variant}, {args.backbone}{dilated}, {self.model.num_queries} queries",
             "encoder attention": attention,
             "parameters": f"{self.num_parameters:,} trained",
             "weights": args.resume or f"backbone {args.backbone_weights}, the rest random",
@@ -288,8 +376,7 @@ class Run:
             "device": f"{self.device}, {processes} {'process' if processes == 1 else 'processes'}, {precision}",
         }
         if optimizer:
-            bases = [group["initial_lr"] for group in optimizer.param_groups]
-            rates = ", ".join(f"{of}{base:g}" for of, base in zip(("", "backbone "), bases, strict=False))
+            rates = ", ".join(f"{g['name']} {g['initial_lr']:g}".strip() for g in optimizer.param_groups)
             batch = args.batch_size * args.accumulate * processes
             made_of = f"{args.batch_size} images x {args.accumulate} accumulated x {processes} processes"
             rows |= {
@@ -298,22 +385,45 @@ class Run:
                 "learning rates": f"{rates}; {args.lr_schedule} schedule",
                 "epochs": f"{args.start_epoch} to {args.epochs}, {len(self.train_loader)} batches each",
             }
-        evaluated = f"{len(self.val_set):,} with {self.val_set.num_objects:,} objects, of {args.eval_set}"
-        rows["evaluated images"] = evaluated
+        truth = "" if args.eval_set == "test" else f" with {self.val_set.num_objects:,} objects"
+        rows["evaluated images"] = f"{len(self.val_set):,}{truth}, of {args.eval_set}"
         rows["output"] = str(self.output_dir or "none (--output_dir)")
         logger.info("\n".join(f"{name:<18} {text}" for name, text in rows.items()))
         if args.backbone_norm == "frozen" and args.backbone_weights == "none" and not args.resume:
             logger.info("note: a random backbone hardly trains under frozen batch norm; --backbone_norm batch does")
 
     def build_optimization(self) -> Optimization:
-        """The optimizer and what goes with it."""
+        """The optimizer and what goes with it.
+
+        Raises:
+            UserError: a name that asks for a learning rate fits no parameter.
+        """
         args = self.args
-        groups = parameter_groups(self.model, args.lr, args.lr_backbone)
-        optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
+        for flag in ("lr_backbone_names", "lr_linear_proj_names"):
+            check_parameter_names(self.model, f"--{flag}", getattr(args, flag))
+        groups = parameter_groups(
+            self.model,
+            args.lr,
+            args.lr_backbone,
+            args.lr_backbone_names,
+            args.lr_linear_proj_names,
+            args.lr_linear_proj_mult,
+        )
+        optimizer: torch.optim.Optimizer
+        if args.sgd:
+            optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
 
         def set_learning_rate(epoch: int, step: int, steps: int) -> None:
             factor = learning_rate_factor(
-                args.lr_schedule, epoch * steps + step, epoch, args.epochs * steps, args.lr_drop, args.warmup_steps
+                args.lr_schedule,
+                epoch * steps + step,
+                epoch,
+                args.epochs * steps,
+                args.lr_drop,
+                args.warmup_steps,
+                args.lr_drop_epochs,
             )
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * factor
@@ -331,11 +441,13 @@ class Run:
             state = optimizer_state_by_name(checkpoint, self.model, optimization.optimizer)
         except UserError as error:
             raise UserError(f"{args.resume}: {error}") from error
-        asked = [group["initial_lr"] for group in optimization.optimizer.param_groups]
+        asked = [(group["name"], group["initial_lr"]) for group in optimization.optimizer.param_groups]
         optimization.optimizer.load_state_dict(state)
-        for group in optimization.optimizer.param_groups:
+        for group, (name, _) in zip(optimization.optimizer.param_groups, asked, strict=True):
+            # What other projects save has neither.
+            group["name"] = name
             group.setdefault("initial_lr", group["lr"])
-        kept = [group["initial_lr"] for group in optimization.optimizer.param_groups]
+        kept = [(group["name"], group["initial_lr"]) for group in optimization.optimizer.param_groups]
         if kept != asked:
             logger.info("note: the checkpoint's learning rates go on, not this command's --lr and --lr_backbone")
         if checkpoint.get("scaler"):
@@ -351,6 +463,7 @@ class Run:
         if checkpoint:
             self.resume(checkpoint, optimization)
         self.describe(optimization.optimizer)
+        self.cache_images()
         log = RunLog(self.output_dir)
         begin = time.perf_counter()
         # A run may have been stopped between its checkpoint and its evaluation. The main process has the log.
@@ -388,8 +501,9 @@ class Run:
         states = gather_objects(random_states())
         if self.output_dir is None or not is_main_process():
             return
-        names = ["checkpoint.pth"]
-        drops = args.lr_schedule == "step" and (epoch + 1) % args.lr_drop == 0
+        names = [LATEST]
+        before, after = (drops_until(done, args.lr_drop, args.lr_drop_epochs) for done in (epoch, epoch + 1))
+        drops = args.lr_schedule == "step" and after > before
         if drops or (epoch + 1) % KEEP_EVERY == 0:
             names.append(f"checkpoint{epoch:04}.pth")
         for name in names:
@@ -409,11 +523,11 @@ class Run:
             )
 
     def evaluate(self) -> tuple[dict[str, float], CocoBoxEvaluator]:
-        """Losses on the validation images, and the evaluator with their detections."""
+        """Losses on the images to evaluate on, where they have annotations, and the evaluator with the detections."""
         evaluator = CocoBoxEvaluator(self.label_map)
         stats = evaluate(
             self.model,
-            self.criterion,
+            None if self.args.eval_set == "test" else self.criterion,
             self.postprocessors["bbox"],
             self.val_loader,
             evaluator,
@@ -426,16 +540,21 @@ class Run:
     def report(self, evaluator: CocoBoxEvaluator, per_class: bool = False) -> list[float] | None:
         """Print COCO's figures, and with `per_class` each class's and write `results.json`.
 
+        Without ground truth there are no figures.
+
         Returns:
-            the twelve figures, in the main process; None in the others.
+            the twelve figures, in the main process; None in the others and without ground truth.
         """
         if not is_main_process():
             return None
-        evaluation = evaluator.evaluate(self.ground_truth)
-        logger.info("%s", figures_text(evaluation))
-        if per_class:
-            logger.info("%s", per_class_text(evaluation))
-            if self.output_dir:
-                path = self.output_dir / "results.json"
-                logger.info("%d detections written to %s", evaluator.write_results(path), path)
-        return [float(value) for value in evaluation.stats]
+        figures = None
+        if self.ground_truth is not None:
+            evaluation = evaluator.evaluate(self.ground_truth)
+            figures = [float(value) for value in evaluation.stats]
+            logger.info("%s", figures_text(evaluation))
+            if per_class:
+                logger.info("%s", per_class_text(evaluation))
+        if per_class and self.output_dir:
+            path = self.output_dir / "results.json"
+            logger.info("%d detections written to %s", evaluator.write_results(path), path)
+        return figures

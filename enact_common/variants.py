@@ -15,7 +15,11 @@ from types import ModuleType
 from enact_common.errors import UserError
 
 # name: (folder, alias)
-VARIANTS = {"detr": ("DETR-ENACT", "detr_enact")}
+VARIANTS = {
+    "detr": ("DETR-ENACT", "detr_enact"),
+    "conditional": ("Conditional-DETR-ENACT", "conditional_detr_enact"),
+    "anchor": ("Anchor-DETR-ENACT", "anchor_detr_enact"),
+}
 
 
 def load_variant(name: str) -> ModuleType:

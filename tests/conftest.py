@@ -19,12 +19,19 @@ sys.path.insert(0, str(GOLDEN))
 
 ATTENTIONS = ("enact", "mhsa")
 
-# A model that a test can afford, from random weights.
-SMALL_MODEL = (
-    "--device cpu --backbone resnet18 --backbone_weights none --backbone_norm batch --hidden_dim 32 --nheads 4 "
-    "--dim_feedforward 64 --enc_layers 1 --dec_layers 2 --num_queries 8 --num_workers 0 --batch_size 4 "
-    "--train_sizes 64 72 --eval_size 64 --max_size 96 --lr 1e-3 --lr_backbone 1e-4"
-).split()
+# Of each variant, a model of 8 queries that a test can afford, from random weights.
+SMALL_MODEL = {
+    variant: (
+        "--device cpu --backbone resnet18 --backbone_weights none --backbone_norm batch --hidden_dim 32 --nheads 4 "
+        "--dim_feedforward 64 --enc_layers 1 --dec_layers 2 --num_workers 0 --batch_size 4 --train_sizes 64 72 "
+        f"--eval_size 64 --max_size 96 --lr 1e-3 --lr_backbone 1e-4 {own}"
+    ).split()
+    for variant, own in {
+        "detr": "--num_queries 8",
+        "conditional": "--num_queries 8",
+        "anchor": "--num_query_position 4 --num_query_pattern 2 --no-dilation",
+    }.items()
+}
 
 
 @pytest.fixture(autouse=True)

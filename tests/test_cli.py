@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import SMALL_MODEL, parse, run
 
+from enact_common import UserError, demo
+from enact_common.arguments import add_focal_flags, add_query_flags, common_parser
 from enact_common.variants import VARIANTS, load_variant
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,7 +24,8 @@ def test_help_shows_every_flag_in_a_group_with_its_default(variant):
     assert [action.dest for action in parser.group("options")._group_actions] == ["help"]
     for action in parser._actions:
         assert action.help, action.option_strings
-        if action.default not in (None, "", "==SUPPRESS==") and not isinstance(action.default, bool):
+        switch = isinstance(action.default, bool) and action.nargs == 0
+        if action.default not in (None, "", "==SUPPRESS==") and not switch:
             assert "default" in " ".join(parser._get_formatter()._expand_help(action).split()), action.option_strings
 
 
@@ -31,6 +34,62 @@ def test_the_learning_rate_follows_the_attention_unless_given():
     assert parse("detr", "--encoder_attention", "mhsa").lr == 1e-4
     assert parse("detr", "--encoder_attention", "mhsa", "--lr", "5e-5").lr == 5e-5
     assert parse("detr", "--lr", "2e-4", "--encoder_attention", "mhsa").lr == 2e-4
+
+
+@pytest.mark.parametrize("default", [False, True])
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ([], None),
+        (["--dilation"], True),
+        (["--no-dilation"], False),
+        *((["--dilation", word], True) for word in ("True", "true", "1", "yes")),
+        *((["--dilation", word], False) for word in ("False", "false", "0", "no")),
+        (["--dilation", "--no-dilation"], False),
+        (["--no-dilation", "--dilation", "--eval"], True),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_dilation_can_be_switched_on_and_off(default, argv, expected):
+    parser = common_parser("")
+    assert parser.parse_args([]).dilation is False
+    parser.set_defaults(dilation=default)
+    assert parser.parse_args(argv).dilation is (default if expected is None else expected)
+
+
+def test_query_flags_are_of_the_variants_that_take_them(capsys):
+    parser = common_parser("")
+    assert not {"num_queries", "position_embedding", "pre_norm"} & set(vars(parser.parse_args([])))
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--num_queries", "5"])
+    add_query_flags(parser, num_queries=7)
+    args = parser.parse_args(["--coco_path", "data", "--position_embedding", "learned", "--max_size", "1632"])
+    assert args.num_queries == 7 and args.pre_norm is False
+    with pytest.raises(UserError, match="needs 51: use sine, a smaller --max_size, or --no-dilation"):
+        parser.check(args)
+    assert "num_queries" in [action.dest for action in parser.group("model")._group_actions]
+
+
+def test_focal_flags_bring_their_matching_cost(capsys):
+    parser = common_parser("")
+    assert parser.parse_args([]).set_cost_class == 1
+    add_focal_flags(parser)
+    args = parser.parse_args([])
+    assert (args.set_cost_class, args.cls_loss_coef, args.focal_alpha) == (2, 2, 0.25)
+    assert parser.parse_args(["--focal_alpha", "1"]).focal_alpha == 1
+    for value in ("-0.1", "1.1", "nan"):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--focal_alpha", value])
+        assert "--focal_alpha: must be a number from 0 to 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_demos_flags_are_each_variants(variant):
+    parser = load_variant(variant).main.get_args_parser()
+    argv = ["--coco_path", "data", *demo.TRAINING, *demo.OWN[variant], "--dim_feedforward", "64"]
+    args = parser.parse_args(argv)
+    parser.check(args)
+    assert args.dilation is False and args.dim_feedforward == 64
 
 
 @pytest.mark.parametrize(
@@ -56,12 +115,19 @@ def test_the_learning_rate_follows_the_attention_unless_given():
         (["--batch_size", "64"], "--batch_size 64: .* the 12 images"),
         (["--resume", "/nowhere.pth"], "/nowhere.pth: no such file"),
         (["--backbone_weights", "/nowhere.pth"], "--backbone_weights /nowhere.pth: no such file"),
+        (["--auto_resume", "--output_dir", ""], "--auto_resume needs the folder .* pass --output_dir DIR"),
+        (["--auto_resume", "--eval"], "--eval needs the checkpoint"),
+        (["--eval_set", "test"], "--eval_set test: .* no annotations, .* pass --eval --resume CKPT"),
+        (["--eval_set", "test", "--eval"], "--eval needs the checkpoint"),
+        (["--eval_set", "test", "--eval", "--resume", "x.pth", "--output_dir", ""], "pass --output_dir DIR"),
+        (["--lr_linear_proj_names", "query_embed", "moon"], "--lr_linear_proj_names moon: .* names are, say, .*backb"),
+        (["--lr_backbone_names", "neck"], "--lr_backbone_names neck: no parameter's name contains it; .*transformer"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_errors_name_the_flag_and_the_way_out(shapes, tmp_path, capsys, argv, message):
     output = tmp_path / "out"
-    assert run("detr", "--coco_path", shapes, "--output_dir", output, *SMALL_MODEL, "--epochs", "1", *argv) == 2
+    assert run("detr", "--coco_path", shapes, "--output_dir", output, *SMALL_MODEL["detr"], "--epochs", "1", *argv) == 2
     error = capsys.readouterr().err
     assert re.search(message, error.replace("\n", " ")), error
     assert "Traceback" not in error
@@ -83,6 +149,11 @@ def test_a_missing_coco_path_is_said(capsys):
         ["--accumulate", "0"],
         ["--epochs", "-1"],
         ["--backbone", "vgg"],
+        ["--dilation", "maybe"],
+        ["--dilation", "2"],
+        ["--lr_drop_epochs", "3", "0"],
+        ["--lr_linear_proj_mult", "-1"],
+        ["--eval_set", "minival"],
     ],
     ids=" ".join,
 )

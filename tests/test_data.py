@@ -1,6 +1,7 @@
 """From files to batches: annotations, categories, decoding, augmentation."""
 
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -14,9 +15,18 @@ from torchvision import tv_tensors
 
 from enact_common import UserError
 from enact_common.boxes import box_cxcywh_to_xyxy
+from enact_common.data import coco
 from enact_common.data.build import build_dataset
 from enact_common.data.categories import LabelMap, coco_names
-from enact_common.data.coco import CocoDetection, collate, decode_image, find_split, load_annotations, seeded
+from enact_common.data.coco import (
+    CocoDetection,
+    cache_files,
+    collate,
+    decode_image,
+    find_split,
+    load_annotations,
+    seeded,
+)
 from enact_common.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -209,6 +219,52 @@ def test_ground_truth_keeps_crowds_and_every_annotation(two_images):
     coco = two_images.coco_api()
     assert len(coco.getAnnIds()) == 4 and len(coco.getAnnIds(iscrowd=True)) == 1
     assert len(coco.getImgIds()) == 2
+
+
+@pytest.mark.parametrize("mark, left_out", [(1, True), (True, True), ("1", True), (0, False), ("0", False)])
+def test_difficult_annotations_become_crowds_where_asked(tmp_path, two_images, mark, left_out):
+    boxes = [[1, 2, 10, 20], [20, 20, 5, 5]]
+    annotations = [{"id": n, "image_id": 1, "category_id": 3, "bbox": box} for n, box in enumerate(boxes)]
+    annotations[1] |= {"difficult": mark, "iscrowd": 0}
+    path = annotation_file(tmp_path, annotations=annotations)
+    assert [a["iscrowd"] for a in load_annotations(path)["annotations"]] == [0, 0]
+    for asked in (False, True):
+        dataset = CocoDetection(tmp_path, path, eval_transforms(40, 100), remove_difficult=asked)
+        assert len(dataset[0][1]["labels"]) == dataset.num_objects == (1 if asked and left_out else 2)
+        # The ground truth of the evaluation keeps them as crowds, which are neither right nor wrong to find.
+        truth = dataset.coco_api()
+        assert len(truth.getAnnIds()) == 2 and len(truth.getAnnIds(iscrowd=True)) == (asked and left_out)
+
+
+def test_image_lists_without_annotations_are_for_the_test_split(tmp_path, two_images):
+    path = annotation_file(tmp_path)
+    data = json.loads(path.read_text())
+    del data["annotations"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match="no list 'annotations'"):
+        load_annotations(path)
+    assert load_annotations(path, annotated=False) == {**data, "annotations": []}
+    dataset = CocoDetection(tmp_path, path, eval_transforms(40, 100), annotated=False)
+    image, target = dataset[1]
+    assert len(dataset) == 2 and image.shape == (3, 40, 50) and target["boxes"].shape == (0, 4)
+    assert target["orig_size"].tolist() == [40, 50] and target["image_id"].tolist() == [2]
+    # Its images and categories are checked all the same.
+    path.write_text(json.dumps({**data, "images": []}))
+    with pytest.raises(UserError, match="'images' is empty"):
+        load_annotations(path, annotated=False)
+
+
+def test_the_test_split_is_test_dev_or_the_whole(tmp_path):
+    annotations = tmp_path / "annotations"
+    (tmp_path / "images" / "test2017").mkdir(parents=True)
+    annotations.mkdir()
+    with pytest.raises(UserError, match="image_info_test-dev2017.json is missing .* or image_info_test2017.json"):
+        find_split(str(tmp_path), "test")
+    for name in ("image_info_test2017.json", "image_info_test-dev2017.json"):
+        (annotations / name).write_text("{}")
+        assert find_split(str(tmp_path), "test") == (tmp_path / "images" / "test2017", annotations / name)
+    (tmp_path / "test2017").mkdir()
+    assert find_split(str(tmp_path), "test")[0] == tmp_path / "test2017"
 
 
 def test_both_folder_layouts_are_found(tmp_path):
@@ -415,6 +471,53 @@ def test_augmentation_depends_on_the_epoch_not_on_the_workers(shapes, workers):
                 i += 1
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_cached_files_give_the_same_items_without_the_disk(shapes, tmp_path, workers):
+    data = shutil.copytree(shapes, tmp_path / "data")
+    train, val = shapes_set(data), shapes_set(data, "val", "--limit_val", "4")
+    expected = [[dataset[i] for i in range(len(dataset))] for dataset in (train, val)]
+    cache_files([train, val])
+    for split in ("train2017", "val2017"):
+        shutil.rmtree(data / split)
+    for dataset, items in zip((train, val), expected, strict=True):
+        loader = DataLoader(dataset, None, num_workers=workers)
+        for (image, target), (wanted, wanted_target) in zip(loader, items, strict=True):
+            assert torch.equal(image, wanted)
+            assert all(torch.equal(target[name], value) for name, value in wanted_target.items())
+
+
+def test_caching_names_files_that_cannot_be_read(tmp_path, two_images):
+    path = tmp_path / "b.png"
+    path.write_bytes(b"no image")
+    cache_files([two_images])
+    assert two_images[0][0].shape == (3, 40, 50)
+    with pytest.raises(UserError, match="b.png: not an image that can be read whole"):
+        two_images[1]
+    path.unlink()
+    with pytest.raises(UserError, match=r"b.png: cannot be read \(No such file"):
+        cache_files([two_images])
+
+
+def test_a_file_that_changes_while_it_is_cached_is_named(tmp_path, two_images, monkeypatch):
+    monkeypatch.setattr(coco, "read_file", lambda path: np.zeros(3, np.uint8))
+    with pytest.raises(UserError, match="a.png: changed while it was read"):
+        cache_files([two_images])
+
+
+def test_caching_more_than_the_memory_is_refused(tmp_path, two_images, monkeypatch):
+    size = sum((tmp_path / name).stat().st_size for name in ("a.png", "b.png"))
+    assert coco.physical_memory() > 2**28
+    monkeypatch.setattr(coco, "physical_memory", lambda: size)
+    cache_files([two_images])
+    sizes = rf"--cache_mode: the image files are {2 * size / 2**30:.4g} GiB, .* memory is {size / 2**30:.4g} GiB"
+    with pytest.raises(UserError, match=sizes):
+        cache_files([two_images, two_images])
+    # Each process that torchrun starts on a machine holds its own.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="GiB in each of 2 processes"):
+        cache_files([two_images])
+
+
 def test_no_augmentation_gives_whole_images(shapes):
     dataset = shapes_set(shapes, "train", "--no_augmentation")
     assert {dataset[i][0].shape for i in range(len(dataset))} == {(3, 64, 80)}
@@ -437,6 +540,17 @@ def test_real_data_of_ones_own():
     dataset = build_dataset("train", args)
     assert dataset.label_map.names == ("RBC", "WBC", "Platelets") and dataset.label_map.num_classes == 3
     assert len(dataset) == 292
+
+
+def test_difficult_objects_are_left_out_by_flag(shapes, tmp_path):
+    data = shutil.copytree(shapes, tmp_path / "data")
+    for split in ("train", "val"):
+        path = data / "annotations" / f"instances_{split}2017.json"
+        content = json.loads(path.read_text())
+        content["annotations"][0]["difficult"] = 1
+        path.write_text(json.dumps(content))
+        every = shapes_set(data, split).num_objects
+        assert shapes_set(data, split, "--remove_difficult").num_objects == every - 1
 
 
 def test_evaluation_can_be_on_the_training_images(shapes):

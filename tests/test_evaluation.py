@@ -8,6 +8,8 @@ import torch
 from pycocotools.coco import COCO
 
 from enact_common.data.categories import LabelMap
+from enact_common.data.coco import CocoDetection
+from enact_common.data.transforms import eval_transforms
 from enact_common.evaluation.coco import FIGURES, CocoBoxEvaluator, figures_text, per_class_text
 
 CATEGORIES = [{"id": 3, "name": "nut"}, {"id": 7, "name": "bolt"}]
@@ -82,6 +84,31 @@ def test_images_without_a_detection_count():
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1, 2], [detected((0, 0.9, [10, 10, 50, 50])), detected()])
     assert figures(evaluator)["AP50"] == pytest.approx(51 / 101)
+
+
+@pytest.mark.parametrize(
+    "remove, found, ap50",
+    [
+        (False, ("easy",), 51 / 101),  # half of what there is
+        (True, ("easy",), 1),  # what is difficult need not be found
+        (True, ("difficult", "easy"), 1),  # nor is it wrong to find it, even first
+        (True, ("difficult",), 0),  # it does not stand for what must be found
+    ],
+)
+def test_difficult_objects_are_neither_right_nor_wrong(tmp_path, remove, found, ap50):
+    boxes = {"easy": [10, 10, 40, 40], "difficult": [100, 100, 40, 40]}
+    annotations = [
+        {"id": n, "image_id": 1, "category_id": 3, "bbox": box, "difficult": int(name == "difficult")}
+        for n, (name, box) in enumerate(boxes.items())
+    ]
+    content = {"images": [{"id": 1, "file_name": "a.png"}], "categories": CATEGORIES, "annotations": annotations}
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    (tmp_path / "a.png").touch()
+    dataset = CocoDetection(tmp_path, tmp_path / "truth.json", eval_transforms(64, 64), remove_difficult=remove)
+    evaluator = CocoBoxEvaluator(LABELS)
+    rows = [(0, 0.9 - i / 10, [*boxes[name][:2], *(c + 40 for c in boxes[name][:2])]) for i, name in enumerate(found)]
+    evaluator.update([1], [detected(*rows)])
+    assert evaluator.evaluate(dataset.coco_api()).stats[1] == pytest.approx(ap50)
 
 
 def test_no_detection_at_all_is_ap_zero():

@@ -7,9 +7,15 @@ import pytest
 import torch
 from conftest import assert_close
 
-from enact_common.boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, generalized_box_iou, paired_box_giou
-from enact_common.criterion import SetCriterion
-from enact_common.matcher import HungarianMatcher
+from enact_common.boxes import (
+    box_cxcywh_to_xyxy,
+    box_xyxy_to_cxcywh,
+    boxes_at_points,
+    generalized_box_iou,
+    paired_box_giou,
+)
+from enact_common.criterion import FocalClassLoss, SetCriterion, SoftmaxClassLoss, loss_weights
+from enact_common.matcher import HungarianMatcher, focal_class_cost
 
 # xyxy: a square, one that covers its right half and as much beyond, one far away.
 SQUARE, SHIFTED, AWAY = [0.0, 0.0, 2.0, 2.0], [1.0, 0.0, 3.0, 2.0], [4.0, 0.0, 6.0, 2.0]
@@ -111,8 +117,14 @@ def test_matching_without_any_cost_is_refused():
 
 def criterion(eos_coef=0.1, classes=3):
     """DETR's criterion with DETR's weights."""
-    weights = {"loss_ce": 1, "loss_bbox": 5, "loss_giou": 2}
-    return SetCriterion(classes, HungarianMatcher(1, 5, 2), weights, eos_coef)
+    class_loss = SoftmaxClassLoss(classes, eos_coef)
+    return SetCriterion(classes, HungarianMatcher(1, 5, 2), loss_weights(1, 5, 2, aux_layers=0), class_loss)
+
+
+def focal_criterion(classes=3):
+    """Conditional DETR's criterion with its weights."""
+    matcher = HungarianMatcher(2, 5, 2, focal_class_cost)
+    return SetCriterion(classes, matcher, loss_weights(2, 5, 2, aux_layers=1), FocalClassLoss(0.25))
 
 
 def test_losses_by_hand():
@@ -175,3 +187,57 @@ def test_paired_giou_has_the_loss_gradient():
     others = torch.tensor([[0.3, 0.1, 1.7, 2.2], [3.3, 0.2, 4.0, 1.0]], dtype=torch.float64)
     assert torch.autograd.gradcheck(paired_box_giou, (boxes, others))
     assert np.isfinite(paired_box_giou(boxes, others).detach().numpy()).all()
+
+
+def test_focal_loss_by_hand():
+    # Query 0 gives its object's class probability 0.9 and the others 0.5; query 1 gives every class 0.1.
+    rare, even = math.log(0.1 / 0.9), 0.0
+    outputs = {
+        "pred_logits": torch.tensor([[[even, -rare, even], [rare, rare, rare]]]),
+        "pred_boxes": torch.tensor([[LEFT, RIGHT]]),
+    }
+    losses = focal_criterion()(outputs, [target([1], [LEFT])])
+    present = 0.25 * 0.1**2 * -math.log(0.9)
+    absent = 0.75 * (2 * 0.5**2 * -math.log(0.5) + 3 * 0.1**2 * -math.log(0.9))
+    assert losses["loss_ce"].item() == pytest.approx(present + absent, rel=1e-5)
+    assert losses["class_error"].item() == 0
+    # Query 0 alone holds a class likelier than not.
+    assert losses["cardinality_error"].item() == 0
+
+
+def test_focal_loss_is_an_average_over_objects_not_over_queries():
+    outputs = predictions([LEFT, RIGHT], labels=[1, 2])
+    outputs["pred_logits"] = outputs["pred_logits"][..., :3]
+    twice = {name: value.repeat(2, 1, 1) for name, value in outputs.items()}
+    objects = target([1, 2], [LEFT, RIGHT])
+    one, two = focal_criterion()(outputs, [objects]), focal_criterion()(twice, [objects, objects])
+    assert one["loss_ce"].item() == pytest.approx(two["loss_ce"].item())
+    without = focal_criterion()(outputs, [target([], [])])["loss_ce"].item()
+    # Nothing to divide by but one: and each of the confident labels is wrong.
+    assert without > one["loss_ce"].item() * 2
+
+
+def test_focal_cost_is_the_loss_that_a_match_would_change():
+    logits = torch.tensor([-3.0, 0.0, 2.0])
+    p = logits.sigmoid()
+    present, absent = -0.25 * (1 - p) ** 2 * p.log(), -0.75 * p**2 * (1 - p).log()
+    assert_close(focal_class_cost(logits), present - absent, 1e-5)
+    # The surer the class, the cheaper the match.
+    assert focal_class_cost(logits).diff().lt(0).all()
+
+
+def test_weights_name_every_supervised_layer():
+    assert loss_weights(2, 5, 3, aux_layers=2) == {
+        **{"loss_ce": 2, "loss_bbox": 5, "loss_giou": 3},
+        **{"loss_ce_0": 2, "loss_bbox_0": 5, "loss_giou_0": 3},
+        **{"loss_ce_1": 2, "loss_bbox_1": 5, "loss_giou_1": 3},
+    }
+
+
+def test_boxes_at_points_by_hand():
+    points = torch.tensor([[0.25, 0.8], [0.0, 1.0]])
+    offsets = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, math.log(3), 0.0]])
+    boxes = boxes_at_points(points, offsets)
+    # A point on the border stays there, without a logarithm of zero.
+    assert_close(boxes, [[0.25, 0.8, 0.5, 0.5], [0.0, 1.0, 0.75, 0.5]], 2e-5)
+    assert boxes_at_points(points, offsets.bfloat16()).dtype == torch.float32

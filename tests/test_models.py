@@ -18,10 +18,13 @@ from enact_common.variants import VARIANTS
 ROOT = Path(__file__).resolve().parents[1]
 
 
+SOME_OBJECTS = {"labels": torch.tensor([1, 4]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.1, 0.4]])}
+
+
 def small(variant_and_attention, *argv):
     """A small model of a variant with the given attention."""
     variant, attention = variant_and_attention
-    return build(variant, *SMALL_MODEL, "--encoder_attention", attention, "--num_classes", "5", *argv)
+    return build(variant, *SMALL_MODEL[variant], "--encoder_attention", attention, "--num_classes", "5", *argv)
 
 
 def test_forward_gives_logits_and_boxes(variant_and_attention):
@@ -45,9 +48,9 @@ def test_a_list_a_tensor_and_a_nested_tensor_are_the_same(variant_and_attention)
 
 def test_losses_reach_every_trained_parameter(variant_and_attention):
     model, criterion, _ = small(variant_and_attention)
-    targets = [{"labels": torch.tensor([1, 4]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.1, 0.4]])}]
-    losses = criterion(model([torch.randn(3, 96, 96)]), targets)
-    assert set(criterion.weight_dict) <= set(losses)
+    losses = criterion(model([torch.randn(3, 96, 96)]), [SOME_OBJECTS])
+    # Anchor DETR lists weights of losses that it does not have.
+    assert {name for name in criterion.weight_dict if not name.endswith("_enc")} <= set(losses)
     criterion.total(losses).backward()
     unreached = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not unreached
@@ -61,16 +64,17 @@ def test_no_aux_loss(variant_and_attention):
 
 
 def test_postprocess_scales_boxes_to_the_asked_size(variant_and_attention):
-    _, _, postprocessors = small(variant_and_attention)
-    logits = torch.full((1, 2, 6), -10.0)
+    model, _, postprocessors = small(variant_and_attention)
+    width = model(torch.zeros(1, 3, 64, 64))["pred_logits"].shape[-1]
+    logits = torch.full((1, 2, width), -10.0)
     logits[0, 0, 3] = 10
-    logits[0, 1, 1] = 10
+    logits[0, 1, 1] = 9
     boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.25, 0.5, 0.5, 1.0]]])
     # (height, width)
     (result,) = postprocessors["bbox"]({"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([[100, 200]]))
-    assert result["labels"].tolist() == [3, 1]
-    assert_close(result["boxes"], torch.tensor([[80.0, 30.0, 120.0, 70.0], [0.0, 0.0, 100.0, 100.0]]))
-    assert (result["scores"] > 0.99).all()
+    assert result["labels"].tolist()[:2] == [3, 1]
+    assert_close(result["boxes"][:2], torch.tensor([[80.0, 30.0, 120.0, 70.0], [0.0, 0.0, 100.0, 100.0]]))
+    assert (result["scores"][:2] > 0.99).all()
     with pytest.raises(ValueError, match="target_sizes"):
         postprocessors["bbox"]({"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([100, 200]))
 
@@ -85,11 +89,96 @@ def test_detr_scores_leave_out_no_object():
     assert_close(result["scores"], logits.softmax(-1)[0, :, 1])
 
 
+def test_independent_classes_are_ranked_over_all_queries():
+    _, _, postprocessors = small(("conditional", "enact"))
+    logits = torch.tensor([[[0.0, 3.0, -9.0, 2.0, -9.0], [-9.0, -9.0, -9.0, -9.0, 1.0]]])
+    boxes = torch.tensor([[[0.5, 0.5, 1.0, 1.0], [0.25, 0.25, 0.5, 0.5]]])
+    (result,) = postprocessors["bbox"]({"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([[10, 10]]))
+    # Ten pairs of a query and a class, the likeliest first: query 0 has three of the first four.
+    assert result["labels"].tolist()[:4] == [1, 3, 4, 0]
+    assert_close(result["scores"][:4], torch.tensor([3.0, 2.0, 1.0, 0.0]).sigmoid())
+    assert result["boxes"][:4, 2].tolist() == [10, 10, 5, 10]
+    assert len(result["scores"]) == 10
+    many = {"pred_logits": logits.repeat(1, 50, 1), "pred_boxes": boxes.repeat(1, 50, 1)}
+    assert len(postprocessors["bbox"](many, torch.tensor([[10, 10]]))[0]["scores"]) == 100
+
+
 @pytest.mark.parametrize("flags", [["--pre_norm"], ["--position_embedding", "learned"], ["--enc_layers", "0"]], ids=str)
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_detr_options_build_and_run(attention, flags):
-    model, _, _ = small(("detr", attention), *flags)
-    assert model(torch.randn(1, 3, 64, 64))["pred_logits"].shape == (1, 8, 6)
+@pytest.mark.parametrize("variant", ["detr", "conditional"])
+def test_options_of_detr_and_conditional_detr_build_and_run(variant, attention, flags):
+    model, _, _ = small((variant, attention), *flags)
+    assert model(torch.randn(1, 3, 64, 64))["pred_logits"].shape[:2] == (1, 8)
+
+
+@pytest.mark.parametrize(
+    "flags, queries",
+    [
+        (["--spatial_prior", "grid", "--num_query_position", "10"], 18),
+        (["--attention_type", "nn.MultiheadAttention"], 8),
+        (["--num_feature_levels", "3", "--backbone", "resnet50", "--dilation"], 8),
+        (
+            ["--num_feature_levels", "3", "--backbone", "resnet50", "--dilation", "--separate_images"]
+            + ["--attention_type", "nn.MultiheadAttention"],
+            8,
+        ),
+    ],
+    ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
+)
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_options_of_anchor_detr_build_run_and_train(attention, flags, queries):
+    model, criterion, _ = small(("anchor", attention), "--enc_layers", "2", *flags)
+    outputs = model([torch.randn(3, 70, 64), torch.randn(3, 64, 96)])
+    assert outputs["pred_logits"].shape == (2, queries, 5) and model.num_queries == queries
+    criterion.total(criterion(outputs, [SOME_OBJECTS, SOME_OBJECTS])).backward()
+    assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_a_grid_of_anchor_points_covers_the_image_evenly():
+    model, _, _ = small(("anchor", "enact"), "--spatial_prior", "grid", "--num_query_position", "5")
+    points = model.transformer.anchor_points()
+    # The nearest square number to 5 is 4: the centres of the four quarters.
+    assert sorted(points.tolist()) == [[0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]
+    assert not any("grid" in name for name in model.state_dict())
+    assert model.to("meta").transformer.anchor_points().device.type == "meta"
+
+
+def test_boxes_begin_at_the_reference_points():
+    model, _, _ = small(("anchor", "enact"))
+    boxes = model(torch.randn(1, 3, 64, 64))["pred_boxes"][0]
+    assert_close(boxes[:, :2], model.transformer.position.weight.repeat(2, 1), rtol=1e-4, atol=1e-4)
+    assert_close(boxes[:, 2:], torch.full((8, 2), -2.0).sigmoid())
+    model, _, _ = small(("conditional", "enact"))
+    boxes = model(torch.randn(1, 3, 64, 64))["pred_boxes"][0]
+    points = model.transformer.decoder.ref_point_head(model.query_embed.weight).sigmoid()
+    assert_close(boxes, torch.cat((points, torch.full((8, 2), 0.5)), dim=1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_separate_images_keep_levels_of_a_batch_apart(attention):
+    flags = "--num_feature_levels 3 --backbone resnet50 --dilation --enc_layers 4 --backbone_norm frozen".split()
+    images = torch.randn(2, 3, 64, 64)
+    differs = {}
+    for own in ([], ["--separate_images"]):
+        torch.manual_seed(0)
+        model, _, _ = small(("anchor", attention), *flags, *own)
+        # One window length whatever the batch: what is left to depend on batch mates is what the flag is about.
+        for module in model.modules():
+            if hasattr(module, "window_weights"):
+                module.window_weights = lambda logits: logits.unflatten(1, (-1, 2)).softmax(-1)
+        model.eval()
+        together, alone = model(images)["pred_logits"][:1], model(images[:1])["pred_logits"]
+        differs[len(own)] = not torch.allclose(together, alone, rtol=1e-4, atol=1e-4)
+    assert differs == {0: True, 1: False}
+
+
+def test_anchor_detr_refuses_levels_that_differ_in_size():
+    args = parse("anchor", "--num_feature_levels", "3", "--no-dilation", "--coco_path", "x")
+    with pytest.raises(UserError, match="--num_feature_levels 3 needs --dilation"):
+        load_variant("anchor").main.get_args_parser().check(args)
+    args = parse("anchor", "--hidden_dim", "48", "--nheads", "4", "--coco_path", "x")
+    with pytest.raises(UserError, match="--hidden_dim 48: must be a multiple of 32"):
+        load_variant("anchor").main.get_args_parser().check(args)
 
 
 def test_pre_norm_leaves_enact_layers_post_norm():
@@ -216,13 +305,22 @@ def test_padding_is_zero_and_marked():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_folder_works_from_inside(variant):
     # As users of the original repositories import it.
+    encodings = "encode_points" if variant == "anchor" else "PositionEmbeddingSine, PositionEmbeddingLearned"
     code = (
-        "from models import build_model; from models.matcher import HungarianMatcher; "
-        "from models.position_encoding import PositionEmbeddingSine; from models.backbone import Backbone, Joiner; "
-        "from main import get_args_parser; from datasets import build_dataset"
+        "from models import build_model; from models.matcher import HungarianMatcher, build_matcher; "
+        f"from models.position_encoding import {encodings}; from models.backbone import Backbone, BackboneBase; "
+        "from models.transformer import Transformer, build_transformer; from main import get_args_parser; "
+        "from datasets import build_dataset"
     )
     folder = ROOT / VARIANTS[variant][0]
     subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def test_variants_stand_side_by_side():
+    packages = {variant: load_variant(variant) for variant in VARIANTS}
+    assert len({package.models.build_model for package in packages.values()}) == len(VARIANTS) == 3
+    for variant, package in packages.items():
+        assert Path(package.main.__file__) == ROOT / VARIANTS[variant][0] / "main.py"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -2,11 +2,14 @@
 
 import re
 import subprocess
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+
+from enact_common.variants import VARIANTS
 
 try:
     import tomllib
@@ -100,6 +103,18 @@ def test_no_file_holds_a_home_folder_or_a_registry_host():
             if HOME.search(line) or REGISTRY.search(line):
                 found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()[:100]}")
     assert found == []
+
+
+def test_variant_folders_do_not_repeat_one_another():
+    # What two variants have in common belongs into enact_common: no run of six lines stands in two folders.
+    run = 6
+    folders = defaultdict(set)
+    for folder, _ in VARIANTS.values():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            for i in range(len(lines) - run + 1):
+                folders["\n".join(lines[i : i + run])].add(folder)
+    assert [text for text, where in folders.items() if len(where) > 1] == []
 
 
 def test_makefile_has_the_targets_that_the_readme_names():

@@ -15,18 +15,21 @@ import sys
 import threading
 import time
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL_MODEL, read_log, run
 
-from enact_common.checkpoint import load_checkpoint, save_checkpoint
+from enact_common import UserError
+from enact_common.checkpoint import check_model_flags, load_checkpoint, save_checkpoint
+from enact_common.data import coco
 from enact_common.data.synthetic import make_shapes
 from enact_common.engine import describe_non_finite
 from enact_common.logs import AverageMeter
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
-from enact_common.run import learning_rate_factor
+from enact_common.run import learning_rate_factor, parameter_groups
 from enact_common.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def train(variant, shapes, output, *argv):
     """Train a small model of a variant on the shapes; the exit status."""
-    return run(variant, "--coco_path", shapes, "--output_dir", output, *SMALL_MODEL, *argv)
+    return run(variant, "--coco_path", shapes, "--output_dir", output, *SMALL_MODEL[variant], *argv)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +49,19 @@ def trained(shapes, tmp_path_factory):
     return output
 
 
-def test_train_then_evaluate(variant_and_attention, shapes, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def unannotated(shapes, tmp_path_factory):
+    """The validation images as COCO publishes its test images: a list of them, and no annotations."""
+    root = tmp_path_factory.mktemp("unannotated")
+    shutil.copytree(shapes / "val2017", root / "test2017")
+    content = json.loads((shapes / "annotations" / "instances_val2017.json").read_text())
+    del content["annotations"]
+    (root / "annotations").mkdir()
+    (root / "annotations" / "image_info_test-dev2017.json").write_text(json.dumps(content))
+    return root
+
+
+def test_train_then_evaluate(variant_and_attention, shapes, unannotated, tmp_path, capsys):
     variant, attention = variant_and_attention
     argv = ["--encoder_attention", attention]
     assert train(variant, shapes, tmp_path, "--epochs", "1", *argv) == 0
@@ -56,12 +71,15 @@ def test_train_then_evaluate(variant_and_attention, shapes, tmp_path, capsys):
         "effective batch    4 =",
         "classes            6 (circle",
         "epoch 0 [3/3]",
+        ", 8 queries",
     ):
         assert said in text
     (epoch,) = read_log(tmp_path)
     # The original's keys.
     wanted = {"train_lr", "train_loss", "train_loss_ce", "train_loss_bbox_0", "train_class_error", "test_loss",
-              "train_loss_giou_unscaled", "train_cardinality_error_unscaled", "epoch", "n_parameters"}  # fmt: skip
+              "train_loss_giou_unscaled", "epoch", "n_parameters"}  # fmt: skip
+    # Anchor DETR's has no count of objects.
+    wanted |= {"train_cardinality_error_unscaled"} if variant != "anchor" else set()
     assert wanted <= set(epoch) and len(epoch["test_coco_eval_bbox"]) == 12
     assert list((tmp_path / "tensorboard").iterdir())
 
@@ -69,11 +87,21 @@ def test_train_then_evaluate(variant_and_attention, shapes, tmp_path, capsys):
     text = capsys.readouterr().out
     assert text.count("Average Precision") == 6 and "crescent" in text
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results) == 6 * 8  # images times queries
+    # As many of each image; DETR's one a query.
+    assert len(results) >= 6 * 8 and len(set(Counter(r["image_id"] for r in results).values())) == 1
+    assert variant != "detr" or len(results) == 6 * 8
     assert {r["category_id"] for r in results} <= set(range(1, 7))
     # Evaluating again gives what the epoch's own evaluation gave.
     figure = f"{epoch['test_coco_eval_bbox'][0]:.3f}"
     assert f"area=   all | maxDets=100 ] = {figure}" in text
+
+    # The same images without annotations: the same detections, and no figures.
+    argv += ["--resume", tmp_path / "checkpoint.pth", "--eval", "--eval_set", "test"]
+    assert train(variant, unannotated, tmp_path / "test", *argv) == 0
+    text = capsys.readouterr().out
+    assert "evaluated images   6, of test" in text and "evaluation [2/2]  " in text
+    assert "Average Precision" not in text and "loss" not in text and "crescent  " not in text
+    assert json.loads((tmp_path / "test" / "results.json").read_text()) == results
 
 
 def equal_states(first, second) -> bool:
@@ -87,21 +115,62 @@ def equal_states(first, second) -> bool:
     return first == second
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_resumed_run_equals_the_uninterrupted_one(shapes, trained, tmp_path, workers):
-    argv = ["--dropout", "0.1", "--num_workers", workers]
+@pytest.mark.parametrize(
+    "argv",
+    [["--num_workers", "0"], ["--num_workers", "2"], ["--auto_resume"], ["--cache_mode", "--num_workers", "1"]],
+    ids=" ".join,
+)
+def test_a_resumed_run_equals_the_uninterrupted_one(shapes, trained, tmp_path, argv):
+    argv = ["--dropout", "0.1", *argv]
     assert train("detr", shapes, tmp_path, "--epochs", "1", *argv) == 0
     torch.manual_seed(99)
-    assert train("detr", shapes, tmp_path, "--epochs", "2", "--resume", tmp_path / "checkpoint.pth", *argv) == 0
+    resume = [] if "--auto_resume" in argv else ["--resume", tmp_path / "checkpoint.pth"]
+    assert train("detr", shapes, tmp_path, "--epochs", "2", *resume, *argv) == 0
     ours, theirs = (load_checkpoint(str(folder / "checkpoint.pth")) for folder in (tmp_path, trained))
     for key in ("model", "optimizer", "scaler", "epoch", "random_states", "train_stats"):
         assert equal_states(ours[key], theirs[key]), key
     assert read_log(tmp_path) == read_log(trained)
 
 
+def test_an_explicit_checkpoint_goes_before_the_latest(shapes, trained, tmp_path, capsys):
+    argv = ["--auto_resume", "--epochs", "3", "--limit_train", "4", "--limit_val", "1"]
+    assert train("detr", shapes, tmp_path, *argv, "--resume", trained / "checkpoint.pth") == 0
+    assert f"weights            {trained / 'checkpoint.pth'}" in capsys.readouterr().out
+    assert train("detr", shapes, tmp_path, *argv) == 0
+    text = capsys.readouterr().out
+    assert f"weights            {tmp_path / 'checkpoint.pth'}" in text and "nothing left to train: 3 epochs" in text
+    # It is a latest checkpoint for --eval as well.
+    assert train("detr", shapes, tmp_path, "--auto_resume", "--eval", "--limit_val", "1") == 0
+    # One of another run does not overwrite it, as without the flag.
+    assert train("detr", shapes, tmp_path, *argv, "--resume", trained / "checkpoint.pth") == 2
+
+
+def test_processes_that_do_not_share_a_folder_are_told(shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("enact_common.run.gather_objects", lambda value: [value, "elsewhere/checkpoint.pth"])
+    assert train("detr", shapes, tmp_path, "--auto_resume") == 2
+    assert "checkpoint.pth is there for some processes alone" in capsys.readouterr().err
+
+
+def test_cached_images_are_read_once(shapes, trained, tmp_path, monkeypatch, capsys):
+    read = []
+    monkeypatch.setattr(coco, "read_file", lambda path, original=coco.read_file: read.append(path) or original(path))
+    assert train("detr", shapes, tmp_path, "--epochs", "2", "--dropout", "0.1", "--cache_mode") == 0
+    assert len(read) == len(set(read)) == 12 + 6
+    text = capsys.readouterr().out
+    assert "reading train2017 into memory [12/12]" in text and "reading val2017 into memory [6/6]" in text
+    assert read_log(tmp_path) == read_log(trained)
+
+
+def test_images_that_do_not_fit_into_memory_are_refused(shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(coco, "physical_memory", lambda: 1024)
+    assert train("detr", shapes, tmp_path, "--cache_mode") == 2
+    assert re.search(r"--cache_mode: the image files are .* GiB, .* memory is 9.537e-07 GiB", capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_killed_run_goes_on_where_it_stopped(shapes, trained, tmp_path):
     command = [sys.executable, str(ROOT / "DETR-ENACT" / "main.py"), "--coco_path", str(shapes), "--output_dir",
-               str(tmp_path), *SMALL_MODEL, "--epochs", "2", "--dropout", "0.1"]  # fmt: skip
+               str(tmp_path), *SMALL_MODEL["detr"], "--epochs", "2", "--dropout", "0.1"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not (tmp_path / "checkpoint.pth").exists():
@@ -150,6 +219,83 @@ def test_numbered_checkpoints_before_the_rate_drops(shapes, tmp_path):
     assert rates == pytest.approx([1e-3, 1e-4])
 
 
+def test_the_rate_can_drop_after_epochs_of_ones_choice(shapes, tmp_path):
+    few = ["--limit_train", "4", "--limit_val", "1", "--eval_every", "9"]
+    argv = ["--epochs", "4", "--lr_drop", "1", "--lr_drop_epochs", "3", "1", "3"]
+    assert train("detr", shapes, tmp_path, *argv, *few) == 0
+    assert {p.name for p in tmp_path.glob("*.pth")} == {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0002.pth"}
+    rates = [row["train_lr"] for row in read_log(tmp_path)]
+    assert rates == pytest.approx([1e-3, 1e-4, 1e-4, 1e-5])
+
+
+def test_each_group_of_parameters_has_its_rate(shapes, tmp_path, capsys):
+    few = ["--limit_train", "4", "--limit_val", "1", "--eval_every", "9"]
+    argv = ["--lr_linear_proj_names", "query_embed", "linear", "--lr_linear_proj_mult", "0.5", *few]
+    assert train("detr", shapes, tmp_path, "--epochs", "1", *argv) == 0
+    said = "learning rates     0.001, backbone 0.0001, linear projections 0.0005; step schedule"
+    assert said in capsys.readouterr().out
+    resume = ["--resume", tmp_path / "checkpoint.pth", "--epochs", "2"]
+    assert train("detr", shapes, tmp_path, *resume, *argv) == 0
+    text = capsys.readouterr().out
+    assert said in text and "the checkpoint's learning rates go on" not in text
+    groups = load_checkpoint(str(tmp_path / "checkpoint.pth"))["optimizer"]["param_groups"]
+    assert [group["lr"] for group in groups] == [1e-3, 1e-4, 5e-4]
+    # Groups of another number are not those of the checkpoint.
+    assert train("detr", shapes, tmp_path, *resume, *few) == 2
+    assert "optimizer state does not fit" in capsys.readouterr().err
+    # A backbone that is frozen has no rate.
+    frozen = ["--lr_backbone", "0", "--backbone_norm", "frozen", "--epochs", "0", *argv]
+    assert train("detr", shapes, tmp_path / "frozen", *frozen) == 0
+    assert "learning rates     0.001, linear projections 0.0005; " in capsys.readouterr().out
+
+
+class Named(torch.nn.Module):
+    """Parameters by whose names rates are given."""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("backbone_conv", "backbone_offsets", "frozen", "offsets", "head"):
+            self.register_parameter(name, torch.nn.Parameter(torch.zeros(1), requires_grad=name != "frozen"))
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        ({}, {1: ["frozen", "head", "offsets"], 2: ["backbone_conv", "backbone_offsets"]}),
+        (
+            {"linear_proj_names": ["offsets"], "linear_proj_mult": 3},
+            {1: ["head"], 2: ["backbone_conv", "backbone_offsets"], 3: ["offsets"]},
+        ),
+        (
+            {"backbone_names": ["conv", "frozen"], "linear_proj_names": ["offsets", "head"], "linear_proj_mult": 3},
+            {2: ["backbone_conv"], 3: ["backbone_offsets", "head", "offsets"]},
+        ),
+    ],
+)
+def test_parameter_groups(names, expected):
+    model = Named()
+    groups = parameter_groups(model, lr=1, lr_backbone=2, **names)
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    found = {group["lr"]: sorted(name_of[parameter] for parameter in group["params"]) for group in groups}
+    assert found == {rate: [name for name in members if name != "frozen"] for rate, members in expected.items()}
+    assert [group["initial_lr"] for group in groups] == list(found)
+
+
+def test_sgd_trains_and_goes_on(shapes, trained, tmp_path, capsys):
+    few = ["--limit_train", "8", "--limit_val", "1", "--eval_every", "9", "--lr", "1e-2"]
+    resume = ["--resume", tmp_path / "half" / "checkpoint.pth"]
+    assert train("detr", shapes, tmp_path / "whole", "--sgd", "--epochs", "2", *few) == 0
+    assert train("detr", shapes, tmp_path / "half", "--sgd", "--epochs", "1", *few) == 0
+    assert train("detr", shapes, tmp_path / "half", "--sgd", "--epochs", "2", *resume, *few) == 0
+    ours, theirs = (load_checkpoint(str(tmp_path / name / "checkpoint.pth")) for name in ("half", "whole"))
+    assert equal_states(ours["optimizer"], theirs["optimizer"]) and equal_states(ours["model"], theirs["model"])
+    assert {group["momentum"] for group in ours["optimizer"]["param_groups"]} == {0.9}
+    # What another optimizer remembers does not help this one.
+    for flags in (["--resume", trained / "checkpoint.pth", "--sgd"], resume):
+        assert train("detr", shapes, tmp_path / "other", *flags, *few) == 2
+        assert "optimizer state does not fit" in capsys.readouterr().err
+
+
 def test_evaluation_can_be_rarer_than_epochs(shapes, tmp_path):
     assert train("detr", shapes, tmp_path, "--epochs", "3", "--eval_every", "2", "--limit_val", "1") == 0
     assert ["test_coco_eval_bbox" in row for row in read_log(tmp_path)] == [False, True, True]
@@ -186,7 +332,14 @@ def test_a_checkpoint_of_another_parameter_order_resumes(shapes, trained, tmp_pa
         "epoch": 1,
         "optimizer": {
             "state": {i: state["optimizer"]["state"][number[name]] for i, name in enumerate(order)},
-            "param_groups": state["optimizer"]["param_groups"],
+            # Anchor DETR's has a third group, of no parameters, and none has a name.
+            "param_groups": [
+                *(
+                    {key: value for key, value in g.items() if key != "name"}
+                    for g in state["optimizer"]["param_groups"]
+                ),
+                {"params": [], "lr": 1e-5, "initial_lr": 1e-5},
+            ],
         },
     }
     torch.save(foreign, tmp_path / "foreign.pth")
@@ -264,6 +417,34 @@ def test_a_terminal_gets_a_bar_and_no_lines(shapes, tmp_path, capsys, monkeypatc
     assert train("detr", shapes, tmp_path, "--epochs", "1", "--print_freq", "1") == 0
     text = capsys.readouterr().out
     assert re.search(r"epoch 0: 100%.*3/3 \[.*<.*loss .* images/s", text) and "epoch 0 [" not in text
+
+
+@pytest.mark.parametrize(
+    "saved, asked",
+    [
+        ({"dilation": False}, "--no-dilation"),
+        ({"pre_norm": True, "nheads": 8}, "--pre_norm"),
+        ({"pre_norm": False, "num_query_pattern": 3}, "--num_query_pattern 3"),
+        ({"spatial_prior": "grid", "attention_type": "RCDA"}, "--spatial_prior grid"),
+    ],
+)
+def test_differing_model_flags_are_written_as_they_are_typed(saved, asked):
+    args = Namespace(
+        encoder_attention="enact", dilation=True, pre_norm=False, num_query_pattern=1, spatial_prior="learned", nheads=8
+    )
+    with pytest.raises(UserError, match=f"x.pth: was made .* Pass, as then: {asked}$"):
+        check_model_flags("x.pth", saved, args)
+    args.pre_norm = True
+    with pytest.raises(UserError, match="no --pre_norm$"):
+        check_model_flags("x.pth", {"pre_norm": False}, args)
+    # What one of the two does not know is passed over.
+    check_model_flags("x.pth", {"num_feature_levels": 3, "num_query_position": None, "lr": 1}, args)
+
+
+@pytest.mark.parametrize("word", [True, "True", "False"])
+def test_anchor_detrs_word_for_dilation_is_true_whatever_it_is(tmp_path, word):
+    torch.save({"model": {}, "args": Namespace(dilation=word)}, tmp_path / "anchor.pth")
+    assert load_checkpoint(str(tmp_path / "anchor.pth"))["args"] == {"dilation": True}
 
 
 @pytest.mark.parametrize(
@@ -418,7 +599,7 @@ def launch(processes: int, shapes, output, *argv) -> str:
     """Run the small model by torchrun; its standard output."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                str(ROOT / "DETR-ENACT" / "main.py"), "--coco_path", str(shapes), "--output_dir", str(output),
-               *SMALL_MODEL, *map(str, argv)]  # fmt: skip
+               *SMALL_MODEL["detr"], *map(str, argv)]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -437,8 +618,7 @@ def test_two_processes_make_the_step_of_one(one_object_each, tmp_path):
     assert len(together["random_states"]) == 2
     # Both go on together, also where the first epoch was not evaluated.
     (tmp_path / "two" / "log.txt").unlink()
-    resume = ["--resume", tmp_path / "two" / "checkpoint.pth", "--epochs", "2"]
-    launch(2, one_object_each, tmp_path / "two", *flags, *resume)
+    launch(2, one_object_each, tmp_path / "two", *flags, "--epochs", "2", "--auto_resume", "--cache_mode")
     assert [row["epoch"] for row in read_log(tmp_path / "two")] == [0, 1]
 
 
@@ -471,13 +651,14 @@ def test_main_runs_from_anywhere_without_the_package(variant, shapes, tmp_path):
     assert "--encoder_attention" in result.stdout
 
 
-def test_overfitting_one_image_drives_the_loss_down(variant_and_attention, shapes, tmp_path):
+def test_overfitting_one_image_drives_the_loss_down(variant_and_attention, shapes, capsys):
     variant, attention = variant_and_attention
     argv = ["--encoder_attention", attention, "--limit_train", "1", "--batch_size", "1", "--limit_val", "1"]
-    argv += ["--no_augmentation", "--epochs", "30", "--dropout", "0", "--backbone_norm", "frozen"]
-    assert train(variant, shapes, tmp_path, *argv) == 0
-    losses = [row["train_loss"] for row in read_log(tmp_path)]
-    assert losses[-1] < 0.6 * losses[0]
+    argv += ["--no_augmentation", "--epochs", "25", "--eval_every", "25", "--dropout", "0"]
+    # Without a folder, so that no epoch waits for the disk.
+    assert train(variant, shapes, "", *argv, "--backbone_norm", "frozen", "--lr", "3e-3") == 0
+    losses = [float(loss) for loss in re.findall(r"epoch \d+ \[1/1\]  loss (\S+)", capsys.readouterr().out)]
+    assert len(losses) == 25 and losses[-1] < 0.6 * losses[0]
 
 
 @pytest.mark.parametrize(
@@ -496,6 +677,12 @@ def test_overfitting_one_image_drives_the_loss_down(variant_and_attention, shape
 )
 def test_learning_rate_factor(schedule, epoch, step, expected):
     factor = learning_rate_factor(schedule, step, epoch, total_steps=105, lr_drop=2, warmup_steps=5)
+    assert factor == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("epoch, expected", [(0, 1), (2, 1), (3, 0.1), (6, 0.1), (7, 0.01), (99, 0.01)])
+def test_learning_rate_factor_with_epochs_to_drop_after(epoch, expected):
+    factor = learning_rate_factor("step", 50, epoch, 105, lr_drop=2, warmup_steps=0, drop_epochs=[7, 3])
     assert factor == pytest.approx(expected, abs=1e-9)
 
 

@@ -18,8 +18,9 @@ def build_dataset(image_set: str, args, label_map: LabelMap | None = None) -> Co
     """
     train = image_set == "train"
     augmented = train and args.augmentation
+    split = "train" if train else args.eval_set
     return CocoDetection(
-        *find_split(args.coco_path, "train" if train else args.eval_set),
+        *find_split(args.coco_path, split),
         transforms=train_transforms(args.train_sizes, args.max_size)
         if augmented
         else eval_transforms(args.eval_size, args.max_size),
@@ -27,4 +28,6 @@ def build_dataset(image_set: str, args, label_map: LabelMap | None = None) -> Co
         num_classes=args.num_classes,
         limit=args.limit_train if train else args.limit_val,
         seed=args.seed,
+        annotated=split != "test",
+        remove_difficult=args.remove_difficult,
     )

@@ -5,8 +5,9 @@ import io
 import json
 import logging
 import math
+import os
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cv2
@@ -21,11 +22,15 @@ from torchvision import tv_tensors
 from enact_common.data.categories import LabelMap
 from enact_common.data.transforms import drop_degenerate
 from enact_common.errors import UserError
+from enact_common.logs import Progress
 from enact_common.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
 logger = logging.getLogger(__name__)
 
 LAYOUT = "expected <coco_path>/{split}2017 or <coco_path>/images/{split}2017, and <coco_path>/annotations/{file}"
+
+# The test images have no annotations. COCO's server takes results on the smaller list, test-dev.
+TEST_FILES = ("image_info_test-dev2017.json", "image_info_test2017.json")
 
 
 def find_split(coco_path: str, split: str) -> tuple[Path, Path]:
@@ -33,29 +38,37 @@ def find_split(coco_path: str, split: str) -> tuple[Path, Path]:
 
     Args:
         coco_path: `--coco_path`.
-        split: "train" or "val".
+        split: "train", "val" or "test".
 
     Raises:
         UserError: naming what is missing.
     """
     root = Path(coco_path)
-    file = f"instances_{split}2017.json"
-    annotations = root / "annotations" / file
+    files = TEST_FILES if split == "test" else (f"instances_{split}2017.json",)
+    candidates = [root / "annotations" / file for file in files]
+    annotations = next((path for path in candidates if path.is_file()), None)
     folders = [root / f"{split}2017", root / "images" / f"{split}2017"]
     if not root.is_dir():
         raise UserError(f"--coco_path {coco_path}: no such folder")
     images = next((folder for folder in folders if folder.is_dir()), None)
-    if images is None or not annotations.is_file():
-        missing = annotations if images else folders[0]
-        raise UserError(f"--coco_path {coco_path}: {missing} is missing ({LAYOUT.format(split=split, file=file)})")
+    if images is None or annotations is None:
+        missing = candidates[0] if images else folders[0]
+        layout = LAYOUT.format(split=split, file=" or ".join(files))
+        raise UserError(f"--coco_path {coco_path}: {missing} is missing ({layout})")
     return images, annotations
 
 
-def load_annotations(path: Path) -> dict:
+def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool = False) -> dict:
     """A COCO-format annotation file, checked.
 
     Annotations are numbered anew from 1: pycocotools takes an id of 0 for "not matched" and overlooks repeated
     ones, both without a word. What COCO's evaluation needs and some files lack (`iscrowd`, `area`) is filled in.
+
+    Args:
+        path: the file.
+        annotated: False for a list of test images: it need not have `annotations`, and none are taken from it.
+        remove_difficult: make crowds of the annotations with `"difficult": 1`, which converters write for those that
+            Pascal VOC leaves out of training and of its figures.
 
     Returns:
         a dict with `images`, `annotations` and `categories`.
@@ -67,7 +80,7 @@ def load_annotations(path: Path) -> dict:
         data = json.loads(path.read_bytes())
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a JSON file ({error})") from error
-    for key in ("images", "annotations", "categories"):
+    for key in ("images", "annotations", "categories") if annotated else ("images", "categories"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             raise UserError(f"{path}: not a COCO annotation file, it has no list {key!r}")
     for key, wanted in (("images", ("id", "file_name")), ("categories", ("id", "name"))):
@@ -84,7 +97,7 @@ def load_annotations(path: Path) -> dict:
     images = {image["id"] for image in data["images"]}
     categories = {category["id"] for category in data["categories"]}
     annotations = []
-    for number, annotation in enumerate(data["annotations"], start=1):
+    for number, annotation in enumerate(data["annotations"] if annotated else (), start=1):
         if not isinstance(annotation, dict):
             raise UserError(f"{path}: annotation {number} is no object: {str(annotation)[:100]}")
         where = f"{path}: annotation {annotation.get('id', number)}"
@@ -100,22 +113,44 @@ def load_annotations(path: Path) -> dict:
         ):
             raise UserError(f"{where} has bbox {box!r}: expected four finite numbers, x, y, width, height in pixels")
         defaults = {"iscrowd": 0, "area": max(box[2], 0) * max(box[3], 0)}
-        annotations.append({**defaults, **annotation, "id": number})
+        crowd = {"iscrowd": 1} if remove_difficult and annotation.get("difficult") in (1, "1") else {}
+        annotations.append({**defaults, **annotation, **crowd, "id": number})
     return {"images": data["images"], "annotations": annotations, "categories": data["categories"]}
 
 
-def decode_image(path: Path) -> Tensor:
-    """An image file as RGB, uint8 (3, height, width), whatever its colours; EXIF rotation is not applied.
+def read_file(path: Path) -> np.ndarray:
+    """A file's bytes, uint8 (bytes,).
 
-    COCO's boxes refer to the pixels as stored, so a rotation flag must not turn them.
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def decode_image(path: Path) -> Tensor:
+    """An image file as `decode_bytes` gives it.
 
     Raises:
         UserError: the file is missing, or is no image that can be read whole.
     """
-    try:
-        encoded = np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    return decode_bytes(read_file(path), path)
+
+
+def decode_bytes(encoded: np.ndarray, path: Path) -> Tensor:
+    """An encoded image as RGB, uint8 (3, height, width), whatever its colours; EXIF rotation is not applied.
+
+    COCO's boxes refer to the pixels as stored, so a rotation flag must not turn them.
+
+    Args:
+        encoded: uint8 (bytes,).
+        path: the file it was read from, for the message.
+
+    Raises:
+        UserError: it is no image that can be read whole.
+    """
     # OpenCV is the fastest reader, but fills a truncated JPEG up with grey: one without its end marker goes to PIL,
     # which tells a truncated file from one with something behind its end. PIL also knows a few formats more.
     truncated_jpeg = encoded[:2].tobytes() == b"\xff\xd8" and encoded[-2:].tobytes() != b"\xff\xd9"
@@ -159,6 +194,8 @@ class CocoDetection(Dataset):
         num_classes: with label_map None, the labels to make room for.
         limit: keep the first so many images, in the order of their ids; None keeps all.
         seed: of the augmentation.
+        annotated: False for a list of test images, whose targets have no boxes.
+        remove_difficult: treat annotations marked as difficult as crowds.
 
     Raises:
         UserError: the annotations are at fault, do not fit the label map, or image files are missing.
@@ -173,8 +210,12 @@ class CocoDetection(Dataset):
         num_classes: int | None = None,
         limit: int | None = None,
         seed: int = 0,
+        annotated: bool = True,
+        remove_difficult: bool = False,
     ):
-        annotations = load_annotations(Path(annotation_file))
+        self.annotated = annotated
+        self.remove_difficult = remove_difficult
+        annotations = load_annotations(Path(annotation_file), annotated, remove_difficult)
         if label_map is None:
             label_map = LabelMap.from_categories(annotations["categories"], num_classes)
         label_map.check_categories(annotations["categories"], str(annotation_file))
@@ -190,6 +231,7 @@ class CocoDetection(Dataset):
         self.image_ids = [image["id"] for image in images]
         self.file_names = [image["file_name"] for image in images]
         self.check_files()
+        self._cache: tuple[Tensor, Tensor] | None = None
         # Files need not say how large their images are; boxes are clipped once more when an image is read.
         sizes = [(image.get("width") or math.inf, image.get("height") or math.inf) for image in images]
         self.pack(annotations["annotations"], np.array(sizes, dtype=np.float64))
@@ -241,6 +283,26 @@ class CocoDetection(Dataset):
         """Let the augmentation of this epoch follow."""
         self._epoch.fill_(epoch)
 
+    def path(self, index: int) -> Path:
+        """An item's image file."""
+        return self.image_folder / self.file_names[index]
+
+    def set_cache(self, files: Tensor, offsets: Tensor) -> None:
+        """Take the image files from memory from now on.
+
+        Args:
+            files: uint8 (bytes,), the items' files, one behind the other.
+            offsets: int64 (items + 1,), where each begins, and the end.
+        """
+        self._cache = (files, offsets)
+
+    def encoded(self, index: int) -> np.ndarray:
+        """An item's image file, uint8 (bytes,), from the disk or from the cache."""
+        if self._cache is None:
+            return read_file(self.path(index))
+        files, offsets = self._cache
+        return files[offsets[index] : offsets[index + 1]].numpy()
+
     @property
     def num_objects(self) -> int:
         """Boxes in all targets together."""
@@ -258,7 +320,7 @@ class CocoDetection(Dataset):
         Raises:
             UserError: the image cannot be read.
         """
-        image = tv_tensors.Image(decode_image(self.image_folder / self.file_names[index]))
+        image = tv_tensors.Image(decode_bytes(self.encoded(index), self.path(index)))
         height, width = image.shape[-2:]
         objects = slice(self._first[index], self._first[index + 1])
         boxes = tv_tensors.BoundingBoxes(self._boxes[objects].clone(), format="XYXY", canvas_size=(height, width))
@@ -273,7 +335,7 @@ class CocoDetection(Dataset):
 
     def coco_api(self) -> COCO:
         """The ground truth of these images as pycocotools has it, crowds included."""
-        data = load_annotations(self.annotation_file)
+        data = load_annotations(self.annotation_file, self.annotated, self.remove_difficult)
         kept = set(self.image_ids)
         coco = COCO()
         coco.dataset = {
@@ -287,6 +349,63 @@ class CocoDetection(Dataset):
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
         return coco
+
+
+def physical_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cache_files(datasets: Sequence[CocoDetection]) -> None:
+    """Read the image files of data sets into memory, encoded as they are; from then on they are taken from there.
+
+    Each data set's files make one tensor, not a list of objects: worker processes that are forked afterwards share
+    its pages, since nothing in them changes, not even a reference count.
+
+    Raises:
+        UserError: a file cannot be read, or all of them together are larger than this machine's memory.
+    """
+    paths = [[dataset.path(i) for i in range(len(dataset))] for dataset in datasets]
+    sizes = [torch.tensor([file_size(path) for path in part], dtype=torch.int64) for part in paths]
+    # Each process that torchrun starts on this machine reads its own.
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    total, memory = sum(int(part.sum()) for part in sizes), physical_memory()
+    if total * processes > memory:
+        each = f" in each of {processes} processes" if processes > 1 else ""
+        raise UserError(
+            f"--cache_mode: the image files are {gibibytes(total)}{each}, this machine's memory is "
+            f"{gibibytes(memory)}; leave the flag out"
+        )
+    for dataset, part, size in zip(datasets, paths, sizes, strict=True):
+        offsets = torch.cat((torch.zeros(1, dtype=torch.int64), size.cumsum(0)))
+        files = torch.empty(int(offsets[-1]), dtype=torch.uint8)
+        title = f"reading {dataset.image_folder.name} into memory"
+        progress = Progress(part, title, images_per_step=1, print_freq=max(len(part) // 10, 1))
+        for i, path in progress:
+            encoded = read_file(path)
+            if len(encoded) != size[i]:
+                raise UserError(f"{path}: changed while it was read")
+            files[offsets[i] : offsets[i + 1]] = torch.from_numpy(encoded)
+            if progress.due(i):
+                progress.show(i, {"GiB": int(offsets[i + 1]) / 2**30})
+        dataset.set_cache(files, offsets)
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a file.
+
+    Raises:
+        UserError: it cannot be found.
+    """
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def gibibytes(size: int) -> str:
+    """Bytes in words."""
+    return f"{size / 2**30:.4g} GiB"
 
 
 def collate(items: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[NestedTensor, list[dict[str, Tensor]]]:

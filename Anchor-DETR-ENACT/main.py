@@ -1,0 +1,67 @@
+"""Train and evaluate Anchor DETR, with ENACT or plain: `python Anchor-DETR-ENACT/main.py --help`."""
+
+import sys
+from pathlib import Path
+
+# A checkout whose dependencies alone are installed works too.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from enact_common.arguments import MODEL, VariantParser, add_focal_flags, common_parser, positive_int  # noqa: E402
+from enact_common.errors import UserError  # noqa: E402
+from enact_common.run import main  # noqa: E402
+
+
+def get_args_parser() -> VariantParser:
+    """Anchor DETR's command line: the shared flags and its own, at the defaults of the published training."""
+    parser = common_parser("Anchor DETR with ENACT (default) or plain (--encoder_attention mhsa)")
+    group = parser.group(MODEL)
+    group.add_argument(
+        "--attention_type", choices=("RCDA", "nn.MultiheadAttention"), default="RCDA",
+        help="attention to the feature map: row-column decoupled, or cell by cell",
+    )  # fmt: skip
+    group.add_argument(
+        "--num_feature_levels", type=int, choices=(1, 3), default=1,
+        help="feature maps: the backbone's last, or its last three (with --dilation, which gives them one size)",
+    )  # fmt: skip
+    group.add_argument(
+        "--separate_images", action="store_true",
+        help="with --num_feature_levels 3: keep the images of a batch apart, which the reference mixes among levels",
+    )  # fmt: skip
+    group.add_argument(
+        "--spatial_prior", choices=("learned", "grid"), default="learned", help="where the anchor points are"
+    )
+    group.add_argument(
+        "--num_query_position", type=positive_int, default=300, metavar="N",
+        help="anchor points; a grid takes the nearest square number",
+    )  # fmt: skip
+    group.add_argument(
+        "--num_query_pattern", type=positive_int, default=3, metavar="N", help="objects that one anchor point can hold"
+    )
+    add_focal_flags(parser)
+    parser.set_defaults(
+        coco_path="/data/coco", dilation=True, smoothing_sigma=5.0, dim_feedforward=1024, dropout=0.0, batch_size=1,
+        epochs=50, lr_drop=40,
+    )  # fmt: skip
+    parser.checks.append(check_arguments)
+    return parser
+
+
+def check_arguments(args) -> None:
+    """Refuse what Anchor DETR cannot be built with.
+
+    Raises:
+        UserError: naming the flag and the way out.
+    """
+    if args.num_feature_levels > 1 and not args.dilation:
+        raise UserError(
+            f"--num_feature_levels {args.num_feature_levels} needs --dilation: without it the maps differ in size"
+        )
+    if args.hidden_dim % 32:
+        raise UserError(f"--hidden_dim {args.hidden_dim}: must be a multiple of 32, the groups of the group norm")
+
+
+if __name__ == "__main__":
+    from datasets import build_dataset
+    from models import build_model
+
+    sys.exit(main("anchor", get_args_parser(), build_model, build_dataset))

@@ -1,0 +1,81 @@
+"""Anchor DETR (Wang et al., "Anchor DETR: Query Design for Transformer-Based Object Detection", AAAI 2022)."""
+
+import torch
+from torch import Tensor, nn
+
+from enact_common.criterion import FocalClassLoss, SetCriterion, loss_weights
+from enact_common.detector import detector_outputs, num_classes_of
+from enact_common.nested_tensor import NestedTensor, as_nested_tensor
+from enact_common.postprocess import TopKPostProcess
+
+from .backbone import build_backbone
+from .matcher import build_matcher
+from .transformer import build_transformer
+
+# Of the group norm behind each map's projection.
+GROUPS = 32
+
+
+class AnchorDETR(nn.Module):
+    """Detects objects near anchor points, several patterns of them at each point.
+
+    Args:
+        backbone: gives feature maps.
+        transformer: from maps of one size to logits and boxes.
+        num_feature_levels: the last so many of the backbone's maps are used. Three of them have one size only behind a
+            dilated backbone, where the first is the only one with a smaller stride.
+        aux_loss: return the predictions of all decoder layers.
+    """
+
+    def __init__(self, backbone: nn.Module, transformer: nn.Module, num_feature_levels: int = 1, aux_loss: bool = True):
+        super().__init__()
+        self.num_queries = transformer.num_queries
+        self.transformer = transformer
+        # A ResNet's channels double from stage to stage.
+        channels = [backbone.num_channels >> level for level in reversed(range(num_feature_levels))]
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(width, transformer.d_model, kernel_size=3, stride=2, padding=1)
+                if level < num_feature_levels - 2
+                else nn.Conv2d(width, transformer.d_model, kernel_size=1),
+                nn.GroupNorm(GROUPS, transformer.d_model),
+            )
+            for level, width in enumerate(channels)
+        )
+        for convolution, _ in self.input_proj:
+            nn.init.xavier_uniform_(convolution.weight)
+            nn.init.zeros_(convolution.bias)
+        self.backbone = backbone
+        self.aux_loss = aux_loss
+
+    def forward(self, samples: NestedTensor | list[Tensor] | Tensor) -> dict:
+        """Detect.
+
+        Args:
+            samples: a padded batch; or images, each (3, h, w), or a tensor (batch, 3, H, W), normalised by
+                ImageNet's mean and standard deviation.
+
+        Returns:
+            with Q = patterns * points: `pred_logits` (batch, Q, num_classes), before the sigmoid; `pred_boxes`
+            (batch, Q, 4): centre x, centre y, width, height as fractions of the image's width and height, in [0, 1]
+            (padding counts as outside); with aux_loss `aux_outputs`, a list of the same for each earlier layer.
+        """
+        features = list(self.backbone(as_nested_tensor(samples)).values())[-len(self.input_proj) :]
+        maps = [project(level.tensors) for project, level in zip(self.input_proj, features, strict=True)]
+        logits, boxes = self.transformer(torch.stack(maps, dim=1), features[-1].mask)
+        return detector_outputs(logits, boxes, self.aux_loss)
+
+
+def build(args) -> tuple[AnchorDETR, SetCriterion, dict[str, nn.Module]]:
+    """(model, criterion, postprocessors) that the arguments ask for."""
+    num_classes = num_classes_of(args)
+    transformer = build_transformer(args, num_classes)
+    model = AnchorDETR(build_backbone(args), transformer, args.num_feature_levels, args.aux_loss)
+    coefficients = (args.cls_loss_coef, args.bbox_loss_coef, args.giou_loss_coef)
+    weights = loss_weights(*coefficients, args.dec_layers - 1 if args.aux_loss else 0)
+    if args.aux_loss:
+        # The original lists weights for losses of its encoder, which it does not have; so do its checkpoints' readers.
+        weights |= {f"{name}_enc": weight for name, weight in loss_weights(*coefficients, 0).items()}
+    class_loss = FocalClassLoss(args.focal_alpha)
+    criterion = SetCriterion(num_classes, build_matcher(args), weights, class_loss, losses=("labels", "boxes"))
+    return model, criterion, {"bbox": TopKPostProcess()}

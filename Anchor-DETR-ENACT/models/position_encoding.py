@@ -1,0 +1,39 @@
+"""Where cells and queries are, and how that is encoded (Wang et al., "Anchor DETR", AAAI 2022, section 3.2)."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from enact_common.position_encoding import encode_points, sine_encoding
+
+__all__ = ["cell_centres", "encode_coordinates", "encode_points", "grid_points"]
+
+
+def encode_coordinates(coordinates: Tensor, channels: int) -> Tensor:
+    """Coordinates (...) in [0, 1] along one side of the image to (..., channels), in [-1, 1]."""
+    return sine_encoding(coordinates * (2 * math.pi), channels)
+
+
+def cell_centres(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The centres of a map's columns and rows as fractions of the image, which begins at the top left of the map.
+
+    Args:
+        mask: bool (batch, H, W), True where padded. Each image is a rectangle.
+
+    Returns:
+        x (batch, W) and y (batch, H), float32: in (0, 1) inside the image, near 1 in its padding.
+    """
+    centres = []
+    for line in (~mask[:, 0, :], ~mask[:, :, 0]):
+        count = line.cumsum(1, dtype=torch.float32)
+        centres.append((count - 0.5) / count[:, -1:])
+    x, y = centres
+    return x, y
+
+
+def grid_points(count: int) -> Tensor:
+    """About so many points on a regular grid: (n * n, 2), (x, y) in (0, 1), n = round(sqrt(count))."""
+    n = round(math.sqrt(count))
+    centres = (torch.arange(n) + 0.5) / n
+    return torch.cartesian_prod(centres, centres)  # (n n, 2)

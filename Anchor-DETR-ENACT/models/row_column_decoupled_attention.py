@@ -1,0 +1,138 @@
+"""Row-column decoupled attention, plain (Wang et al., "Anchor DETR", AAAI 2022, section 3.4) and over the clusters of
+ENACT (Savathrakis and Argyros, arXiv:2409.07541).
+
+Attention to a map's cell is the product of attention to its column and to its row. What either sums over is never
+held whole: see `row_column_product`.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .row_column_product import clustered_row_column_product, row_column_product
+
+
+class RowColumnAttention(nn.Module):
+    """What both have: five packed input projections, heads, and the output projection.
+
+    Args:
+        embed_dim: channels d; a multiple of num_heads.
+        num_heads: attention heads.
+        dropout: probability of dropping a row's or a column's attention weight in training.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(torch.empty(5 * embed_dim, embed_dim))
+        self.in_proj_bias = nn.Parameter(torch.zeros(5 * embed_dim))
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def project(self, which: int, x: Tensor) -> Tensor:
+        """One of the five projections, of (..., d)."""
+        return F.linear(x, self.in_proj_weight.chunk(5)[which], self.in_proj_bias.chunk(5)[which])
+
+    def project_place(self, which: int, place: Tensor) -> Tensor:
+        """One of the five projections without its bias: what a position adds to a projected content, (..., d)."""
+        return F.linear(place, self.in_proj_weight.chunk(5)[which])
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(batch, L, d) to (batch, heads, L, e)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def weights(self, query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention weights of projected queries (batch, L, d) over keys (batch, S, d): (batch * heads, L, S).
+
+        Args:
+            query, key: projected.
+            mask: bool (batch, S), True where padded.
+        """
+        query, key = self.heads(query), self.heads(key)
+        # Scaled where there are fewer of them.
+        logits = query @ (key * key.shape[-1] ** -0.5).transpose(-2, -1)  # (batch, heads, L, S)
+        if mask is not None:
+            logits = logits.masked_fill(mask[:, None, None], -torch.inf)
+        weights = F.dropout(logits.softmax(dim=-1), self.dropout, self.training)
+        # Autocast's softmax is float32: the products that follow run in the projections' precision.
+        return weights.to(query.dtype).flatten(0, 1)
+
+
+class MultiheadRCDA(RowColumnAttention):
+    """Queries attend to a map: the columns' weights and the rows' weights over its cells.
+
+    The five projections are of row queries, column queries, row keys, column keys and values. "Row" is what lies along
+    a row: its keys are the map's W columns, averaged over the height.
+    """
+
+    def forward(
+        self,
+        query: Tensor,
+        query_row_place: Tensor,
+        query_col_place: Tensor,
+        key_row: Tensor,
+        key_col: Tensor,
+        value: Tensor,
+        mask_row: Tensor | None = None,
+        mask_col: Tensor | None = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (batch, ..., d), contents.
+            query_row_place, query_col_place: broadcast against the query: embeddings of its x and its y.
+            key_row: (batch, W, d), the map's mean over its rows, with the embedding of x.
+            key_col: (batch, H, d), its mean over its columns, with the embedding of y.
+            value: (batch, H, W, d).
+            mask_row, mask_col: bool (batch, W) and (batch, H), True where padded.
+
+        Returns:
+            the query's shape.
+        """
+        # A projected sum is the sum of the projections: contents and places need not be added at full size first.
+        q_row = self.project(0, query) + self.project_place(0, query_row_place)
+        q_col = self.project(1, query) + self.project_place(1, query_col_place)
+        row = self.weights(q_row.flatten(1, -2), self.project(2, key_row), mask_row)  # (batch * heads, Q, W)
+        col = self.weights(q_col.flatten(1, -2), self.project(3, key_col), mask_col)  # (batch * heads, Q, H)
+        v = self.project(4, value).unflatten(-1, (self.num_heads, -1))  # (batch, H, W, heads, e)
+        v = v.permute(0, 3, 1, 2, 4).flatten(0, 1)  # (batch * heads, H, W, e)
+        attended = row_column_product(row, col, v)  # (batch * heads, Q, e)
+        attended = attended.unflatten(0, (-1, self.num_heads)).transpose(1, 2).flatten(2)  # (batch, Q, d)
+        return self.out_proj(attended).view_as(query)
+
+
+class ClusteredRCDA(RowColumnAttention):
+    """A map's cells attend to clusters of them: a column's and a row's weights over the clusters, multiplied.
+
+    `out[h, w] = W_o sum_m A_col[h, m] A_row[w, m] V[m]`, not normalised again. The five projections are of the
+    clusters' row keys, their column keys, row queries, column queries and values: the other way round than in
+    `MultiheadRCDA`, as released weights have it. Row queries are the map's W columns, averaged over the height.
+    """
+
+    def forward(
+        self,
+        query_row: Tensor,
+        query_col: Tensor,
+        clusters_row: Tensor,
+        clusters_col: Tensor,
+        clusters: Tensor,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query_row: (batch, W, d), the map's mean over its rows, with the embedding of x.
+            query_col: (batch, H, d), its mean over its columns, with the embedding of y.
+            clusters_row, clusters_col: (batch, M, d), clusters with the embeddings of their cells' x and y.
+            clusters: (batch, M, d).
+
+        Returns:
+            (batch, H, W, d).
+        """
+        row = self.weights(self.project(2, query_row), self.project(0, clusters_row))  # (batch * heads, W, M)
+        col = self.weights(self.project(3, query_col), self.project(1, clusters_col))  # (batch * heads, H, M)
+        v = self.heads(self.project(4, clusters)).flatten(0, 1)  # (batch * heads, M, e)
+        attended = clustered_row_column_product(col, row, v)  # (batch * heads, H, W, e)
+        attended = attended.unflatten(0, (-1, self.num_heads)).permute(0, 2, 3, 1, 4)  # (batch, H, W, heads, e)
+        return self.out_proj(attended.flatten(3))

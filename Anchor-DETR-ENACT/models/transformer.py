@@ -1,0 +1,475 @@
+"""Anchor DETR's transformer (Wang et al., "Anchor DETR: Query Design for Transformer-Based Object Detection", AAAI
+2022), with clustered or plain attention in its encoder.
+
+Maps stay (batch, H, W, d) from the first layer to the last. Queries are anchor points, each with every pattern.
+Positions are the same in every layer, so their embeddings are made once.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from enact_common.boxes import boxes_at_points
+from enact_common.clustering import EntropyClustering
+from enact_common.layers import MLP, PRIOR_LOGIT, clone_layers, encoder_self_attention
+
+from .position_encoding import cell_centres, encode_coordinates, encode_points, grid_points
+from .row_column_decoupled_attention import ClusteredRCDA, MultiheadRCDA
+
+ROW_COLUMN, TOKENS = ATTENTION_TYPES = ("RCDA", "nn.MultiheadAttention")
+
+
+@dataclass
+class RowColumnPlaces:
+    """Embedded positions for row-column attention.
+
+    Attributes:
+        x: (batch, W, d), of a map's columns.
+        y: (batch, H, d), of its rows.
+        mask: bool (batch, H, W), True where padded.
+        query_x, query_y: (Q, d), of the anchor points.
+    """
+
+    x: Tensor
+    y: Tensor
+    mask: Tensor
+    query_x: Tensor
+    query_y: Tensor
+
+    @cached_property
+    def x_of_cells(self) -> Tensor:
+        """(batch, H W, d)."""
+        return self.x.unsqueeze(1).expand(-1, self.y.shape[1], -1, -1).flatten(1, 2)
+
+    @cached_property
+    def y_of_cells(self) -> Tensor:
+        """(batch, H W, d)."""
+        return self.y.unsqueeze(2).expand(-1, -1, self.x.shape[1], -1).flatten(1, 2)
+
+    def rows(self, maps: Tensor) -> Tensor:
+        """Maps (batch, H, W, d) averaged over the height, with the embedding of x: (batch, W, d)."""
+        return maps.mean(dim=1) + self.x
+
+    def columns(self, maps: Tensor) -> Tensor:
+        """Maps (batch, H, W, d) averaged over the width, with the embedding of y: (batch, H, d)."""
+        return maps.mean(dim=2) + self.y
+
+
+@dataclass
+class TokenPlaces:
+    """Embedded positions for attention among single cells.
+
+    Attributes:
+        cells: (batch, H, W, d).
+        mask: bool (batch, H, W), True where padded.
+        query: (Q, d), of the anchor points.
+    """
+
+    cells: Tensor
+    mask: Tensor
+    query: Tensor
+
+
+class FFN(nn.Module):
+    """A feed-forward network with its residual connection and layer norm.
+
+    Args:
+        d_model: channels d.
+        d_ffn: hidden channels.
+        dropout: probability, inside and after.
+    """
+
+    def __init__(self, d_model: int, d_ffn: int, dropout: float):
+        super().__init__()
+        self.linear1 = nn.Linear(d_model, d_ffn)
+        self.dropout2 = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(d_ffn, d_model)
+        self.dropout3 = nn.Dropout(dropout)
+        self.norm2 = nn.LayerNorm(d_model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) to (..., d)."""
+        return self.norm2(x + self.dropout3(self.linear2(self.dropout2(F.relu(self.linear1(x))))))
+
+
+class TransformerEncoderLayerSpatial(nn.Module):
+    """Self-attention within each map, and a feed-forward network: a base class, its subclasses say how it attends.
+
+    Args:
+        self_attn: the attention.
+        d_model: channels d.
+        d_ffn: hidden channels of the feed-forward network.
+        dropout: probability.
+    """
+
+    def __init__(self, self_attn: nn.Module, d_model: int, d_ffn: int, dropout: float):
+        super().__init__()
+        self.self_attn = self_attn
+        self.dropout1 = nn.Dropout(dropout)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.ffn = FFN(d_model, d_ffn, dropout)
+
+    def forward(self, src: Tensor, places: RowColumnPlaces | TokenPlaces) -> Tensor:
+        """Maps (batch, H, W, d) to the same shape."""
+        return self.ffn(self.norm1(src + self.dropout1(self.attend(src, places))))
+
+    def attend(self, src: Tensor, places) -> Tensor:
+        """Self-attention of maps (batch, H, W, d)."""
+        raise NotImplementedError
+
+
+class RowColumnEncoderLayer(TransformerEncoderLayerSpatial):
+    """Cells attend to the map's rows and columns; `self_attn` is a `MultiheadRCDA`."""
+
+    def attend(self, src: Tensor, places: RowColumnPlaces) -> Tensor:
+        return self.self_attn(
+            src,
+            places.x.unsqueeze(1),
+            places.y.unsqueeze(2),
+            places.rows(src),
+            places.columns(src),
+            src,
+            places.mask[:, 0, :],
+            places.mask[:, :, 0],
+        )
+
+
+class ClusteredEncoderLayer(TransformerEncoderLayerSpatial):
+    """Cells attend to clusters of cells; `self_attn` is a `ClusteredRCDA`.
+
+    The clustering is scored by the row keys, and pools row keys, column keys and values with the same weights. Padding
+    takes part.
+
+    Args:
+        sigma: of the entropy's smoothing, tokens.
+    """
+
+    def __init__(self, self_attn: nn.Module, d_model: int, d_ffn: int, dropout: float, sigma: float):
+        super().__init__(self_attn, d_model, d_ffn, dropout)
+        self.ENACT = EntropyClustering(d_model, sigma)
+
+    def attend(self, src: Tensor, places: RowColumnPlaces) -> Tensor:
+        tokens = src.flatten(1, 2)  # (batch, H W, d)
+        # Keys are sums of content and place. Scores and pooling are linear: they take the two apart, and no layer
+        # has to build and keep the sums.
+        x, y = places.x_of_cells, places.y_of_cells
+        content, x, y = self.ENACT.cluster((tokens, x), (tokens, x, y))  # (batch, M, d) each
+        return self.self_attn(places.rows(src), places.columns(src), content + x, content + y, content)
+
+
+class TokenEncoderLayer(TransformerEncoderLayerSpatial):
+    """Cells attend to cells or to clusters of them; `self_attn` is called as `nn.MultiheadAttention`, batch first."""
+
+    def attend(self, src: Tensor, places: TokenPlaces) -> Tensor:
+        placed = (src + places.cells).flatten(1, 2)  # (batch, H W, d)
+        attended, _ = self.self_attn(
+            placed, placed, src.flatten(1, 2), key_padding_mask=places.mask.flatten(1), need_weights=False
+        )
+        return attended.view_as(src)
+
+
+class TransformerEncoderLayerLevel(nn.Module):
+    """Attention among the levels at each cell, and a feed-forward network.
+
+    Args:
+        d_model: channels d.
+        d_ffn: hidden channels of the feed-forward network.
+        dropout: probability.
+        n_heads: attention heads.
+        separate_images: attend to the image's own levels, rather than to those of all images of the batch as the
+            reference does.
+    """
+
+    def __init__(self, d_model: int, d_ffn: int, dropout: float, n_heads: int, separate_images: bool):
+        super().__init__()
+        self.separate_images = separate_images
+        self.self_attn_level = nn.MultiheadAttention(d_model, n_heads, dropout=dropout)
+        self.dropout1 = nn.Dropout(dropout)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.ffn = FFN(d_model, d_ffn, dropout)
+
+    def forward(self, src: Tensor, level_embed: Tensor) -> Tensor:
+        """Maps (batch * levels, H, W, d), an image's levels in a row, and (levels, d) to the same shape."""
+        levels = len(level_embed)
+        tokens = src.flatten(1, 2).unflatten(0, (-1, levels))  # (batch, levels, H W, d)
+        placed = tokens + level_embed.unsqueeze(1)
+        # What attends to one another comes first, then what nn.MultiheadAttention takes for a batch: the cells.
+        if self.separate_images:
+            tokens, placed = (t.transpose(0, 1).flatten(1, 2) for t in (tokens, placed))  # (levels, batch H W, d)
+        else:
+            tokens, placed = (t.flatten(0, 1) for t in (tokens, placed))  # (batch levels, H W, d)
+        attended, _ = self.self_attn_level(placed, placed, tokens, need_weights=False)
+        if self.separate_images:
+            attended = attended.unflatten(1, (len(src) // levels, -1)).transpose(0, 1)  # (batch, levels, H W, d)
+        return self.ffn(self.norm1(src + self.dropout1(attended.reshape(src.shape))))
+
+
+class TransformerDecoderLayer(nn.Module):
+    """Self-attention among the queries, attention to the maps, and a feed-forward network: a base class, its
+    subclasses say how it attends to the maps.
+
+    Args:
+        cross_attn: the attention to the maps.
+        d_model: channels d.
+        d_ffn: hidden channels of the feed-forward network.
+        dropout: probability.
+        n_heads: attention heads.
+        n_levels: maps an image.
+        separate_images: an image's maps meet its own queries. Otherwise, with several levels, they meet those of its
+            batch mates in turn, as in the reference, which lays out queries level by level but maps image by image.
+    """
+
+    def __init__(
+        self,
+        cross_attn: nn.Module,
+        d_model: int,
+        d_ffn: int,
+        dropout: float,
+        n_heads: int,
+        n_levels: int,
+        separate_images: bool,
+    ):
+        super().__init__()
+        self.cross_attn = cross_attn
+        self.dropout1 = nn.Dropout(dropout)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.self_attn = nn.MultiheadAttention(d_model, n_heads, dropout=dropout, batch_first=True)
+        self.dropout2 = nn.Dropout(dropout)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.n_levels = n_levels
+        self.separate_images = separate_images
+        if n_levels > 1:
+            self.level_fc = nn.Linear(d_model * n_levels, d_model)
+        self.ffn = FFN(d_model, d_ffn, dropout)
+
+    def forward(self, tgt: Tensor, query_pos: Tensor, maps: tuple[Tensor, ...], places) -> Tensor:
+        """One layer.
+
+        Args:
+            tgt: (batch, Q, d).
+            query_pos: (Q, d), the anchor points' embedding.
+            maps: what `prepare` made of the encoder's maps.
+            places: embedded positions.
+
+        Returns:
+            (batch, Q, d).
+        """
+        placed = tgt + query_pos
+        attended, _ = self.self_attn(placed, placed, tgt, need_weights=False)
+        tgt = self.norm2(tgt + self.dropout2(attended))
+
+        attended = self.attend_maps(self.for_levels(tgt), maps, places)  # (batch levels, Q, d)
+        if self.n_levels > 1:
+            attended = attended.unflatten(0, (-1, self.n_levels)).permute(0, 2, 3, 1)  # (batch, Q, d, levels)
+            attended = self.level_fc(attended.flatten(2))
+        return self.ffn(self.norm1(tgt + self.dropout1(attended)))
+
+    def for_levels(self, tgt: Tensor) -> Tensor:
+        """Queries (batch, Q, d) once for each map: (batch * levels, Q, d)."""
+        if self.separate_images:
+            return tgt.repeat_interleave(self.n_levels, dim=0)
+        return tgt.repeat(self.n_levels, 1, 1)
+
+    @staticmethod
+    def prepare(src: Tensor, places) -> tuple[Tensor, ...]:
+        """What all layers take from the maps (batch * levels, H, W, d)."""
+        raise NotImplementedError
+
+    def attend_maps(self, tgt: Tensor, maps: tuple[Tensor, ...], places) -> Tensor:
+        """Queries (batch * levels, Q, d) attend to one map each."""
+        raise NotImplementedError
+
+
+class RowColumnDecoderLayer(TransformerDecoderLayer):
+    """Queries attend to rows and columns; `cross_attn` is a `MultiheadRCDA`."""
+
+    @staticmethod
+    def prepare(src: Tensor, places: RowColumnPlaces) -> tuple[Tensor, ...]:
+        """Row keys (batch * levels, W, d), column keys (batch * levels, H, d) and the maps."""
+        return places.rows(src), places.columns(src), src
+
+    def attend_maps(self, tgt: Tensor, maps: tuple[Tensor, ...], places: RowColumnPlaces) -> Tensor:
+        return self.cross_attn(
+            tgt, places.query_x, places.query_y, *maps, places.mask[:, 0, :], places.mask[:, :, 0]
+        )
+
+
+class TokenDecoderLayer(TransformerDecoderLayer):
+    """Queries attend to cells; `cross_attn` is an `nn.MultiheadAttention`, batch first."""
+
+    @staticmethod
+    def prepare(src: Tensor, places: TokenPlaces) -> tuple[Tensor, ...]:
+        """Keys and values, (batch * levels, H W, d) each."""
+        return (src + places.cells).flatten(1, 2), src.flatten(1, 2)
+
+    def attend_maps(self, tgt: Tensor, maps: tuple[Tensor, ...], places: TokenPlaces) -> Tensor:
+        return self.cross_attn(
+            tgt + places.query, *maps, key_padding_mask=places.mask.flatten(1), need_weights=False
+        )[0]
+
+
+class Transformer(nn.Module):
+    """From feature maps to the logits and boxes of every decoder layer.
+
+    Args:
+        d_model: channels d.
+        nhead: attention heads.
+        num_encoder_layers: with several levels, half of them attend among levels.
+        num_decoder_layers: layers.
+        dim_feedforward: hidden channels of the feed-forward networks.
+        dropout: probability.
+        num_classes: labels, one logit each.
+        num_feature_levels: maps an image, of one size.
+        num_query_position: anchor points; the grid takes the nearest square number.
+        num_query_pattern: objects that each of them can find.
+        spatial_prior: "learned" or "grid", where the anchor points are.
+        attention_type: "RCDA" or "nn.MultiheadAttention", to the maps.
+        encoder_attention: "enact" or "mhsa" (plain).
+        sigma: of the entropy's smoothing, tokens.
+        separate_images: with several levels, keep the images of a batch apart, which the reference does not.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 256,
+        nhead: int = 8,
+        num_encoder_layers: int = 6,
+        num_decoder_layers: int = 6,
+        dim_feedforward: int = 1024,
+        dropout: float = 0.0,
+        num_classes: int = 91,
+        num_feature_levels: int = 1,
+        num_query_position: int = 300,
+        num_query_pattern: int = 3,
+        spatial_prior: str = "learned",
+        attention_type: str = ROW_COLUMN,
+        encoder_attention: str = "enact",
+        sigma: float = 5.0,
+        separate_images: bool = False,
+    ):
+        super().__init__()
+        self.d_model = d_model
+        self.attention_type = attention_type
+        sizes = (d_model, dim_feedforward, dropout)
+        clustered = encoder_attention == "enact"
+        if attention_type == TOKENS:
+            attention = encoder_self_attention(encoder_attention, d_model, nhead, dropout, sigma, batch_first=True)
+            encoder_layer = TokenEncoderLayer(attention, *sizes)
+            cross_attn = nn.MultiheadAttention(d_model, nhead, dropout=dropout, batch_first=True)
+        else:
+            attention = (ClusteredRCDA if clustered else MultiheadRCDA)(d_model, nhead, dropout)
+            if clustered:
+                encoder_layer = ClusteredEncoderLayer(attention, *sizes, sigma)
+            else:
+                encoder_layer = RowColumnEncoderLayer(attention, *sizes)
+            cross_attn = MultiheadRCDA(d_model, nhead, dropout)
+        decoder_layer = (TokenDecoderLayer if attention_type == TOKENS else RowColumnDecoderLayer)(
+            cross_attn, *sizes, nhead, num_feature_levels, separate_images
+        )
+        level_layer = TransformerEncoderLayerLevel(*sizes, nhead, separate_images)
+        level_layers = num_encoder_layers // 2 if num_feature_levels > 1 else 0
+        self.encoder_layers = clone_layers(encoder_layer, num_encoder_layers - level_layers)
+        self.encoder_layers_level = clone_layers(level_layer, level_layers)
+        self.decoder_layers = clone_layers(decoder_layer, num_decoder_layers)
+
+        if num_feature_levels > 1:
+            self.level_embed = nn.Embedding(num_feature_levels, d_model)
+        self.pattern = nn.Embedding(num_query_pattern, d_model)
+        self.spatial_prior = spatial_prior
+        if spatial_prior == "learned":
+            self.position = nn.Embedding(num_query_position, 2)
+            nn.init.uniform_(self.position.weight)
+        else:
+            self.register_buffer("grid", grid_points(num_query_position), persistent=False)
+        self.num_queries = num_query_pattern * len(self.anchor_points())
+
+        self.adapt_pos2d = nn.Sequential(nn.Linear(d_model, d_model), nn.ReLU(), nn.Linear(d_model, d_model))
+        self.adapt_pos1d = nn.Sequential(nn.Linear(d_model, d_model), nn.ReLU(), nn.Linear(d_model, d_model))
+        # In checkpoints of either kind, but without use here: nothing would reach it in training.
+        self.adapt_pos1d.requires_grad_(attention_type == ROW_COLUMN)
+
+        class_embed = nn.Linear(d_model, num_classes)
+        nn.init.constant_(class_embed.bias, PRIOR_LOGIT)
+        bbox_embed = MLP(d_model, d_model, 4, 3)
+        # Boxes begin at the anchor points, and small.
+        nn.init.zeros_(bbox_embed.layers[-1].weight)
+        nn.init.zeros_(bbox_embed.layers[-1].bias)
+        nn.init.constant_(bbox_embed.layers[-1].bias[2:], -2.0)
+        # One head for all decoder layers, of which checkpoints list every one.
+        self.class_embed = nn.ModuleList([class_embed] * num_decoder_layers)
+        self.bbox_embed = nn.ModuleList([bbox_embed] * num_decoder_layers)
+
+    def anchor_points(self) -> Tensor:
+        """(points, 2), (x, y) as fractions of the image's sides."""
+        return self.position.weight if self.spatial_prior == "learned" else self.grid
+
+    def forward(self, srcs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Encode the maps, decode the queries.
+
+        Args:
+            srcs: (batch, levels, d, H, W).
+            mask: bool (batch, H, W), True where padded.
+
+        Returns:
+            logits (layers, batch, Q, num_classes); boxes (layers, batch, Q, 4) cxcywh in [0, 1].
+        """
+        batch, levels = srcs.shape[:2]
+        points = self.anchor_points().repeat(self.pattern.num_embeddings, 1)  # (Q, 2), pattern by pattern
+        query_pos = self.adapt_pos2d(encode_points(points, self.d_model))  # (Q, d)
+        places = self.embed_places(mask.repeat_interleave(levels, dim=0), points, query_pos)
+
+        maps = srcs.flatten(0, 1).permute(0, 2, 3, 1)  # (batch levels, H, W, d)
+        for i, layer in enumerate(self.encoder_layers):
+            maps = layer(maps, places)
+            if i < len(self.encoder_layers_level):
+                maps = self.encoder_layers_level[i](maps, self.level_embed.weight)
+
+        tgt = self.pattern.weight.repeat_interleave(len(points) // self.pattern.num_embeddings, dim=0)  # (Q, d)
+        tgt = tgt.expand(batch, -1, -1)
+        prepared = self.decoder_layers[0].prepare(maps, places)
+        outputs = []
+        for layer in self.decoder_layers:
+            tgt = layer(tgt, query_pos, prepared, places)
+            outputs.append(tgt)
+        hs = torch.stack(outputs)  # (layers, batch, Q, d)
+        return self.class_embed[0](hs), boxes_at_points(points, self.bbox_embed[0](hs))
+
+    def embed_places(self, mask: Tensor, points: Tensor, query_pos: Tensor) -> RowColumnPlaces | TokenPlaces:
+        """Positions for the attention to the maps.
+
+        Args:
+            mask: bool (batch * levels, H, W), True where padded.
+            points: (Q, 2), anchor points.
+            query_pos: (Q, d), their embedding in two dimensions.
+        """
+        x, y = cell_centres(mask)  # (batch levels, W), (batch levels, H)
+        if self.attention_type == TOKENS:
+            cells = torch.stack(torch.broadcast_tensors(x.unsqueeze(1), y.unsqueeze(2)), dim=-1)  # (..., H, W, 2)
+            return TokenPlaces(self.adapt_pos2d(encode_points(cells, self.d_model)), mask, query_pos)
+        embedded = (self.adapt_pos1d(encode_coordinates(c, self.d_model)) for c in (x, y, *points.unbind(-1)))
+        x, y, query_x, query_y = embedded
+        return RowColumnPlaces(x, y, mask, query_x, query_y)
+
+
+def build_transformer(args, num_classes: int) -> Transformer:
+    """The transformer that the arguments ask for."""
+    return Transformer(
+        d_model=args.hidden_dim,
+        nhead=args.nheads,
+        num_encoder_layers=args.enc_layers,
+        num_decoder_layers=args.dec_layers,
+        dim_feedforward=args.dim_feedforward,
+        dropout=args.dropout,
+        num_classes=num_classes,
+        num_feature_levels=args.num_feature_levels,
+        num_query_position=args.num_query_position,
+        num_query_pattern=args.num_query_pattern,
+        spatial_prior=args.spatial_prior,
+        attention_type=args.attention_type,
+        encoder_attention=args.encoder_attention,
+        sigma=args.smoothing_sigma,
+        separate_images=args.separate_images,
+    )

@@ -1,0 +1,26 @@
+"""Train and evaluate Conditional DETR, with ENACT or plain: `python Conditional-DETR-ENACT/main.py --help`."""
+
+import sys
+from pathlib import Path
+
+# A checkout whose dependencies alone are installed works too.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from enact_common.arguments import VariantParser, add_focal_flags, add_query_flags, common_parser  # noqa: E402
+from enact_common.run import main  # noqa: E402
+
+
+def get_args_parser() -> VariantParser:
+    """Conditional DETR's command line: the shared flags, at the defaults of the published training."""
+    parser = common_parser("Conditional DETR with ENACT (default) or plain (--encoder_attention mhsa)")
+    add_query_flags(parser, num_queries=300)
+    add_focal_flags(parser)
+    parser.set_defaults(backbone="resnet101", epochs=50, lr_drop=40)
+    return parser
+
+
+if __name__ == "__main__":
+    from datasets import build_dataset
+    from models import build_model
+
+    sys.exit(main("conditional", get_args_parser(), build_model, build_dataset))

@@ -1,0 +1,76 @@
+"""What the detectors have in common around their transformers."""
+
+from torch import Tensor, nn
+
+from enact_common.layers import MLP
+from enact_common.nested_tensor import NestedTensor, as_nested_tensor
+
+# COCO's category ids go up to 90, and the published models use them as labels.
+COCO_LABELS = 91
+
+
+def num_classes_of(args) -> int:
+    """The labels that the arguments ask for: COCO's, where they do not say."""
+    return COCO_LABELS if args.num_classes is None else args.num_classes
+
+
+def detector_outputs(logits: Tensor, boxes: Tensor, aux_loss: bool) -> dict:
+    """The predictions of all decoder layers in the form that criteria and post-processing take.
+
+    Args:
+        logits: (layers, batch, Q, classes).
+        boxes: (layers, batch, Q, 4).
+        aux_loss: keep the earlier layers.
+    """
+    layers = [{"pred_logits": c, "pred_boxes": b} for c, b in zip(logits, boxes, strict=True)]
+    outputs = layers.pop()
+    if aux_loss:
+        outputs["aux_outputs"] = layers
+    return outputs
+
+
+class Detector(nn.Module):
+    """Finds a fixed number of objects in parallel: a base class, to which a model adds how its heads predict.
+
+    Args:
+        backbone: gives feature maps and their position encodings.
+        transformer: encodes the last map and decodes the queries.
+        num_logits: of each query.
+        num_queries: objects that can be found in one image.
+        aux_loss: return the predictions of all decoder layers.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, transformer: nn.Module, num_logits: int, num_queries: int, aux_loss: bool = False
+    ):
+        super().__init__()
+        hidden_dim = transformer.d_model
+        self.num_queries = num_queries
+        self.transformer = transformer
+        self.class_embed = nn.Linear(hidden_dim, num_logits)
+        self.bbox_embed = MLP(hidden_dim, hidden_dim, 4, 3)
+        self.query_embed = nn.Embedding(num_queries, hidden_dim)
+        self.input_proj = nn.Conv2d(backbone.num_channels, hidden_dim, kernel_size=1)
+        self.backbone = backbone
+        self.aux_loss = aux_loss
+
+    def forward(self, samples: NestedTensor | list[Tensor] | Tensor) -> dict:
+        """Detect.
+
+        Args:
+            samples: a padded batch; or images, each (3, h, w), or a tensor (batch, 3, H, W), normalised by
+                ImageNet's mean and standard deviation.
+
+        Returns:
+            `pred_logits` (batch, Q, num_logits), before softmax or sigmoid; `pred_boxes` (batch, Q, 4): centre x,
+            centre y, width, height as fractions of the image's width and height, in [0, 1] (padding counts as
+            outside); with aux_loss `aux_outputs`, a list of the same for each earlier decoder layer.
+        """
+        features, pos = self.backbone(as_nested_tensor(samples))
+        src, mask = features[-1].decompose()
+        decoded, _ = self.transformer(self.input_proj(src), mask, self.query_embed.weight, pos[-1])
+        return detector_outputs(*self.predict(decoded), self.aux_loss)
+
+    def predict(self, decoded) -> tuple[Tensor, Tensor]:
+        """From what the decoder returned to logits (layers, batch, Q, num_logits) and boxes (layers, batch, Q, 4)."""
+        raise NotImplementedError

@@ -1,0 +1,202 @@
+"""The sums of Anchor DETR's attention: equal to their definitions, and kept small."""
+
+import json
+import statistics
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from enact_common import benchmark
+from enact_common.benchmark import Product, naive_clustered, naive_row_column
+from enact_common.variants import load_variant
+
+product = load_variant("anchor").models.row_column_product
+
+# (B, H, W, clusters or queries, e)
+SIZES = [
+    (2, 3, 4, 5, 2),
+    (1, 4, 3, 1, 3),
+    (3, 1, 1, 2, 1),
+    (2, 1, 5, 3, 2),
+    (2, 5, 1, 3, 2),
+    (1, 2, 7, 12, 1),
+    (5, 6, 2, 4, 8),
+]
+KINDS = ("clustered", "plain")
+
+
+def functions(kind):
+    """(what is tested, its definition)."""
+    if kind == "clustered":
+        return product.clustered_row_column_product, naive_clustered
+    return product.row_column_product, naive_row_column
+
+
+def shapes(kind, batch, height, width, others, channels):
+    """Shapes of a function's three arguments."""
+    if kind == "clustered":
+        return [(batch, height, others), (batch, width, others), (batch, others, channels)]
+    return [(batch, others, width), (batch, others, height), (batch, height, width, channels)]
+
+
+def arguments(kind, sizes, dtype=torch.float64, **kwargs):
+    """Random arguments."""
+    return [torch.randn(shape, dtype=dtype, **kwargs) for shape in shapes(kind, *sizes)]
+
+
+def gradients(function, inputs, weights):
+    """Gradients of a weighted sum of the output."""
+    return torch.autograd.grad(function(*inputs), inputs, weights)
+
+
+@pytest.fixture(params=[True, False], ids=["cached", "uncached"])
+def device_kind(request, monkeypatch):
+    """The ways of CPUs and of other devices, both on the CPU."""
+    monkeypatch.setattr(product, "_cached", lambda device: request.param)
+
+
+@pytest.fixture(params=[1, 7, 30, 2**20])
+def slice_elements(request, monkeypatch):
+    """Slices from one place at a time up to everything at once, most not dividing evenly."""
+    monkeypatch.setattr(product, "CACHE_SLICE", request.param)
+    monkeypatch.setattr(product, "MEMORY_SLICE", request.param)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_its_definition(kind, sizes, device_kind, slice_elements):
+    function, naive = functions(kind)
+    inputs = arguments(kind, sizes, requires_grad=True)
+    expected = naive(*inputs)
+    assert_close(function(*inputs), expected)
+    weights = torch.randn_like(expected)
+    assert_close(gradients(function, inputs, weights), gradients(naive, inputs, weights))
+    with torch.no_grad():
+        assert_close(function(*inputs), expected)
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients(kind, sizes, device_kind, monkeypatch):
+    monkeypatch.setattr(product, "CACHE_SLICE", 20)
+    monkeypatch.setattr(product, "MEMORY_SLICE", 20)
+    assert torch.autograd.gradcheck(functions(kind)[0], arguments(kind, sizes, requires_grad=True))
+
+
+@pytest.mark.parametrize("wanted", range(3))
+@pytest.mark.parametrize("sizes", SIZES[:2], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_of_one_argument(kind, sizes, wanted, device_kind):
+    function, naive = functions(kind)
+    inputs = arguments(kind, sizes)
+    inputs[wanted].requires_grad_()
+    weights = torch.randn_like(naive(*inputs))
+    actual, expected = (torch.autograd.grad(f(*inputs), inputs[wanted], weights) for f in (function, naive))
+    assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("sizes", [SIZES[0], SIZES[-1]], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_permuted_and_expanded_arguments(kind, sizes, device_kind, slice_elements):
+    function, naive = functions(kind)
+    permuted = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in arguments(kind, sizes)]
+    expanded = [x[:1].expand_as(x) for x in arguments(kind, sizes)]
+    for inputs in (permuted, expanded):
+        inputs = [x.requires_grad_() for x in inputs]
+        expected = naive(*inputs)
+        assert_close(function(*inputs), expected)
+        # A gradient that is permuted, and one that is expanded.
+        for weights in (torch.randn_like(expected.mT.contiguous()).mT, torch.ones(()).double().expand_as(expected)):
+            assert_close(gradients(function, inputs, weights), gradients(naive, inputs, weights))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_result_is_contiguous(kind):
+    function = functions(kind)[0]
+    assert function(*arguments(kind, (2, 3, 4, 5, 2))).is_contiguous()
+    tall = function(*arguments(kind, (2, 4, 3, 5, 2)))
+    assert (tall.transpose(1, 2) if kind == "clustered" else tall).is_contiguous()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_backward_pass_keeps_the_inputs_alone(kind):
+    inputs = arguments(kind, (4, 9, 11, 40, 8), requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        functions(kind)[0](*inputs)
+    assert {x.untyped_storage().data_ptr() for x in saved} == {x.untyped_storage().data_ptr() for x in inputs}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bytes_saved_against_the_definition(kind):
+    sizes = shapes(kind, 4, 12, 15, 40 if kind == "clustered" else 12 * 15, 8)
+    ours, naive = (Product(f, sizes, torch.device("cpu")).saved_bytes() for f in functions(kind))
+    assert ours == 4 * sum(torch.Size(shape).numel() for shape in sizes)
+    assert ours < 0.35 * naive
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_is_close(kind, dtype, device_kind):
+    function = functions(kind)[0]
+    inputs = [x.to(dtype).float().requires_grad_() for x in arguments(kind, (2, 6, 9, 20, 4))]
+    halves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    expected, actual = function(*inputs), function(*halves)
+    assert actual.dtype == dtype
+    weights = torch.randn_like(expected).to(dtype)
+    results = [actual, *gradients(function, halves, weights)]
+    for half, full in zip(results, [expected, *gradients(function, inputs, weights.float())], strict=True):
+        assert half.dtype == dtype
+        assert (half.float() - full).norm() < 0.02 * full.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_leaves_it_alone(kind, device_kind):
+    function, naive = functions(kind)
+    inputs = arguments(kind, (2, 6, 9, 20, 4), torch.float32, requires_grad=True)
+    weights = torch.randn_like(naive(*inputs))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = function(*inputs)
+        actual = gradients(function, inputs, weights)
+    assert_close(output, naive(*inputs))
+    assert_close(actual, gradients(naive, inputs, weights))
+
+
+@pytest.mark.parametrize("change", [(0, 0), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_shapes_that_do_not_fit_are_refused(kind, change):
+    which, axis = change
+    inputs = arguments(kind, (2, 3, 4, 5, 2))
+    inputs[which] = inputs[which].repeat_interleave(2, axis)
+    with pytest.raises(ValueError, match="expected (row|col) .B, .*, got ") as error:
+        functions(kind)[0](*inputs)
+    assert str([tuple(x.shape) for x in inputs]) in str(error.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_ranks_and_mixed_dtypes_are_refused(kind):
+    inputs = arguments(kind, (2, 3, 4, 5, 2))
+    for wrong in ([x[0] for x in inputs], [*inputs[:2], inputs[2].unsqueeze(0)]):
+        with pytest.raises(ValueError, match="expected (row|col) "):
+            functions(kind)[0](*wrong)
+    with pytest.raises(ValueError, match="one dtype.*float64.*float32"):
+        functions(kind)[0](*inputs[:2], inputs[2].float())
+
+
+def test_the_benchmark_compares_with_the_definitions(tmp_path, capsys):
+    path = tmp_path / "figures.json"
+    argv = "rowcol --clustered 3 4 5 --plain 3 4 12 --plain 3 4 2 --batch 2 --channels 2 --repeat 2 --output".split()
+    assert benchmark.main([*argv, str(path)]) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["case"] for row in rows] == ["3 x 4, 5 clusters", "3 x 4, 12 queries", "3 x 4, 2 queries"]
+    for row in rows:
+        median = {name: statistics.median(runs) for name, runs in row["seconds"].items()}
+        assert row["time_ratio"] == pytest.approx(median["ours"] / median["naive"])
+        assert row["saved_ratio"] == row["saved_bytes"]["ours"] / row["saved_bytes"]["naive"] < 1
+    assert sum(line.startswith("| 3 x 4, ") for line in capsys.readouterr().out.splitlines()) == 3
+
+
+def test_the_benchmark_refuses_what_is_no_device(capsys):
+    assert benchmark.main(["rowcol", "--device", "nowhere"]) == 2
+    assert "--device nowhere" in capsys.readouterr().err
