@@ -1,7 +1,7 @@
 # Every target does its own set-up: on a fresh checkout `make test` or `make demo` is all there is to type.
 PYTHON ?= python3
 VENV ?= .venv
-VARIANT ?= detr
+VARIANT ?= conditional
 
 python := $(VENV)/bin/python
 # Notes that the environment is ready, and for which checkout: an editable install points to one folder,

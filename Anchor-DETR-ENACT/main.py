@@ -25,7 +25,8 @@ def get_args_parser() -> VariantParser:
     )  # fmt: skip
     group.add_argument(
         "--separate_images", action="store_true",
-        help="with --num_feature_levels 3: keep the images of a batch apart, which the reference mixes among levels",
+        help="with --num_feature_levels 3: keep the images of a batch, which the reference mixes among levels, apart "
+        "in all but ENACT's window length",
     )  # fmt: skip
     group.add_argument(
         "--spatial_prior", choices=("learned", "grid"), default="learned", help="where the anchor points are"
@@ -56,8 +57,8 @@ def check_arguments(args) -> None:
         raise UserError(
             f"--num_feature_levels {args.num_feature_levels} needs --dilation: without it the maps differ in size"
         )
-    if args.hidden_dim % 32:
-        raise UserError(f"--hidden_dim {args.hidden_dim}: must be a multiple of 32, the groups of the group norm")
+    if args.separate_images and args.num_feature_levels == 1:
+        raise UserError("--separate_images has no effect on one feature level: leave it out")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import argparse
 import math
 from collections.abc import Callable
 
-from enact_common.backbone import BACKBONES, NORMS
+from enact_common.backbone import BACKBONES, NORMS, SHALLOW_BACKBONES
 from enact_common.errors import UserError
 from enact_common.layers import ENCODER_ATTENTIONS
 from enact_common.position_encoding import PositionEmbeddingLearned
@@ -25,6 +25,7 @@ MODEL_FLAGS = (
     "encoder_attention", "smoothing_sigma", "backbone", "dilation", "backbone_norm", "position_embedding",
     "enc_layers", "dec_layers", "dim_feedforward", "hidden_dim", "nheads", "num_queries", "pre_norm", "num_classes",
     "num_feature_levels", "num_query_position", "num_query_pattern", "spatial_prior", "attention_type",
+    "separate_images",
 )  # fmt: skip
 
 # Booleans that can also be switched off, `--no-dilation`: a variant may have them on by default.
@@ -379,6 +380,10 @@ def check_arguments(args) -> None:
         raise UserError(f"--dataset_file {args.dataset_file}: no such kind of data set, use coco")
     if not args.coco_path:
         raise UserError("--coco_path is missing: pass the folder that holds train2017, val2017 and annotations")
+    if args.dilation and args.backbone in SHALLOW_BACKBONES:
+        raise UserError(
+            f"--backbone {args.backbone} has no dilated form: pass --no-dilation, or --backbone resnet50 or resnet101"
+        )
     if args.hidden_dim % args.nheads or args.hidden_dim % 4:
         raise UserError(
             f"--hidden_dim {args.hidden_dim}: must be a multiple of --nheads ({args.nheads}) and of 4, so that heads "

@@ -15,6 +15,8 @@ from enact_common.nested_tensor import NestedTensor
 from enact_common.position_encoding import build_position_encoding
 
 BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
+# Without bottlenecks: 512 channels in place of 2048, and no dilated form.
+SHALLOW_BACKBONES = ("resnet18", "resnet34")
 NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
 
 WEIGHTS_WAYS_OUT = (
@@ -89,7 +91,7 @@ class Backbone(BackboneBase):
         weights: str = "default",
         norm: str = "frozen",
     ):
-        shallow = name in ("resnet18", "resnet34")
+        shallow = name in SHALLOW_BACKBONES
         if dilation and shallow:
             raise UserError(f"--dilation needs --backbone resnet50 or resnet101: {name} has no dilated form")
         resnet = torchvision.models.get_model(

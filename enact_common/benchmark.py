@@ -164,7 +164,12 @@ class Product:
             tensor.grad = None
 
     def saved_bytes(self) -> int:
-        """What the forward pass keeps for the backward pass, each storage counted once."""
+        """What the forward pass keeps for the backward pass."""
+        return self.count_saved(lambda: self.function(*self.inputs))
+
+    @staticmethod
+    def count_saved(forward: Callable[[], Tensor]) -> int:
+        """The bytes that a computation keeps for its backward pass, each storage counted once."""
         storages = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -173,7 +178,7 @@ class Product:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = self.function(*self.inputs)  # noqa: F841, holds the storages until they are counted
+            output = forward()  # noqa: F841, holds the storages until they are counted
         return sum(storages.values())
 
 

@@ -111,8 +111,27 @@ def pool_windows(weights: Tensor, tokens: Tensor) -> Tensor:
     Returns:
         (batch, M, d), in the tokens' dtype.
     """
-    windows = cut_windows(tokens, weights.shape[-1])  # (batch, M, length, d)
-    return (weights.unsqueeze(2) @ windows.to(weights.dtype)).squeeze(2).to(tokens.dtype)
+    windows = cut_windows(tokens, weights.shape[-1]).to(weights.dtype)  # (batch, M, length, d)
+    # Image by image: over the whole batch, the product would copy windows that leave tokens over, and keep the copy.
+    pooled = [w.unsqueeze(1) @ image for w, image in zip(weights, windows, strict=True)]  # (M, 1, d) each
+    return torch.stack(pooled).squeeze(2).to(tokens.dtype)
+
+
+def pool_shared(weights: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    """`pool_windows` of tokens that share their values, without laying these out for every token.
+
+    Args:
+        weights: (batch, M, length), each window's adding up to one.
+        values: (batch, S, d).
+        index: int64 (N,), which of the S values each token has.
+
+    Returns:
+        (batch, M, d), in the values' dtype.
+    """
+    (windows,) = cut_windows(index.unsqueeze(0), weights.shape[-1])  # (M, length)
+    member = F.one_hot(windows, values.shape[1]).to(weights.dtype)  # (M, length, S)
+    shares = torch.einsum("bml,mls->bms", weights, member)
+    return (shares @ values.to(weights.dtype)).to(values.dtype)
 
 
 class EntropyClustering(nn.Module):
@@ -149,32 +168,15 @@ class EntropyClustering(nn.Module):
         Raises:
             ValueError: a tensor is not (batch, N, channels) with the first one's batch and N, or N is 0.
         """
-        return self.cluster((scored,), (scored, *others))
-
-    def cluster(self, parts: tuple[Tensor, ...], pooled: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Score a sum of tensors, without building it, and pool tensors with the weights that result.
-
-        Args:
-            parts: of the sum that is scored, each (batch, N, d), row-major order of the feature map, N >= 1.
-            pooled: each (batch, N, channels).
-
-        Returns:
-            of each tensor in pooled (batch, M, channels) in its own dtype; 1 <= M <= N.
-
-        Raises:
-            ValueError: as in `forward`.
-        """
-        for tensor in (*parts, *pooled):
-            if tensor.ndim != 3 or tensor.shape[:2] != parts[0].shape[:2] or tensor.shape[1] == 0:
-                shapes = [tuple(t.shape) for t in (*parts, *pooled)]
+        for tensor in (scored, *others):
+            if tensor.ndim != 3 or tensor.shape[:2] != scored.shape[:2] or tensor.shape[1] == 0:
+                shapes = [tuple(t.shape) for t in (scored, *others)]
                 raise ValueError(f"expected tensors (batch, N, channels) of one batch and one N >= 1, got {shapes}")
 
         # bf16 cannot tell the probabilities of thousands of tokens apart: float32 whatever autocast says.
-        with torch.autocast(parts[0].device.type, enabled=False):
-            weight, bias = self.W_prob.weight, self.W_prob.bias
-            logits = sum(F.linear(part.to(weight.dtype), weight) for part in parts) + bias  # (batch, N, 1)
-            weights = self.window_weights(logits.squeeze(-1))
-            return tuple(pool_windows(weights, tensor) for tensor in pooled)
+        with torch.autocast(scored.device.type, enabled=False):
+            weights = self.window_weights(self.W_prob(scored.to(self.W_prob.weight.dtype)).squeeze(-1))
+            return tuple(pool_windows(weights, tensor) for tensor in (scored, *others))
 
     def window_weights(self, logits: Tensor) -> Tensor:
         """Weights (batch, M, length) of the tokens in each window, for their scores (batch, N)."""

@@ -14,16 +14,16 @@ from enact_common.distributed import world_mean
 from enact_common.matcher import HungarianMatcher, Matches
 
 
-def loss_weights(cls: float, bbox: float, giou: float, aux_layers: int) -> dict[str, float]:
-    """The weights of the losses in the total, by the losses' names.
+def build_weights(args, class_weight: float) -> dict[str, float]:
+    """The weights of the losses in the total, by the losses' names, earlier decoder layers' included where supervised.
 
     Args:
-        cls, bbox, giou: of classes, of the boxes' L1 distance and of their generalized IoU.
-        aux_layers: decoder layers before the last that are supervised as well.
+        args: parsed arguments.
+        class_weight: of the classification loss.
     """
-    weights = {"loss_ce": cls, "loss_bbox": bbox, "loss_giou": giou}
-    auxiliary = {f"{name}_{i}": weight for i in range(aux_layers) for name, weight in weights.items()}
-    return weights | auxiliary
+    weights = {"loss_ce": class_weight, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
+    aux_layers = range(args.dec_layers - 1 if args.aux_loss else 0)
+    return weights | {f"{name}_{i}": weight for i in aux_layers for name, weight in weights.items()}
 
 
 class SoftmaxClassLoss(nn.Module):
@@ -52,12 +52,16 @@ class SoftmaxClassLoss(nn.Module):
         return loss.view_as(classes).sum(dim=(1, 2)) / self.class_weight[classes].sum(dim=(1, 2))
 
     def predicts_object(self, logits: Tensor) -> Tensor:
-        """Which queries (layers, batch, Q) see an object more than none: bool, from (layers, batch, Q, classes)."""
+        """Which queries find an object likelier than none: (layers, batch, Q, classes) to bool (layers, batch, Q)."""
         return logits.argmax(dim=-1) != logits.shape[-1] - 1
 
 
 class FocalClassLoss(nn.Module):
     """The focal loss of independent classes (Lin et al., ICCV 2017): no object is a low probability of each.
+
+    Modifications:
+        - what the log counts as an object for `cardinality_error`: the originals took over DETR's rule, in which every
+          query whose likeliest class is not the last one counts.
 
     Args:
         alpha: weight of a class that is present, 1 - alpha of one that is not.
@@ -83,7 +87,7 @@ class FocalClassLoss(nn.Module):
         return loss.sum(dim=(1, 2, 3)) / objects
 
     def predicts_object(self, logits: Tensor) -> Tensor:
-        """Which queries (layers, batch, Q) hold some class likelier than not: bool, from (layers, batch, Q, classes)."""
+        """Which queries hold some class likelier than not: (layers, batch, Q, classes) to bool (layers, batch, Q)."""
         return logits.amax(dim=-1) > 0
 
 
@@ -123,8 +127,8 @@ class SetCriterion(nn.Module):
 
         Returns:
             scalars by name: `loss_ce, loss_bbox, loss_giou`, and, without gradient, `class_error` (percent) and
-            `cardinality_error` (objects). Earlier layers' have the layer's number as suffix (`loss_ce_0`), and no
-            `class_error`.
+            `cardinality_error` (objects), as far as `losses` asks for them. Earlier layers' have the layer's number
+            as suffix (`loss_ce_0`), and no `class_error`.
         """
         layers = [*outputs.get("aux_outputs", []), outputs]
         logits = torch.stack([layer["pred_logits"] for layer in layers]).float()  # (layers, batch, Q, logits)

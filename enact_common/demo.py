@@ -38,11 +38,13 @@ TRAINING = (
     "--bbox_loss_coef 1.25 --giou_loss_coef 0.5 --num_workers 1 --print_freq 50"
 ).split()
 
-# What it needs beyond that, by variant.
+# What it needs beyond or in place of that, by variant.
 OWN = {
     "detr": "--num_queries 10 --eos_coef 0.4".split(),
     "conditional": "--num_queries 10".split(),
-    "anchor": "--num_query_position 10 --num_query_pattern 1 --no-dilation".split(),
+    "anchor": (
+        "--num_query_position 20 --num_query_pattern 1 --no-dilation --lr 3e-4 --batch_size 8 --warmup_steps 100"
+    ).split(),
 }
 
 PICTURED = 6
@@ -52,7 +54,9 @@ THRESHOLD = 0.5
 def build_parser() -> argparse.ArgumentParser:
     """The demo's command line."""
     parser = argparse.ArgumentParser(prog="python -m enact_common.demo", description=__doc__.splitlines()[0])
-    parser.add_argument("--variant", choices=tuple(VARIANTS), default="detr", help="detector (default: detr)")
+    parser.add_argument(
+        "--variant", choices=tuple(VARIANTS), default="conditional", help="detector (default: %(default)s)"
+    )
     parser.add_argument("--output_dir", default="demo", metavar="DIR", help="pictures and run (default: demo)")
     parser.add_argument(
         "flags", nargs="*", metavar="FLAG", help="after --: training flags that take the place of the demo's own"

@@ -72,5 +72,8 @@ class Detector(nn.Module):
         return detector_outputs(*self.predict(decoded), self.aux_loss)
 
     def predict(self, decoded) -> tuple[Tensor, Tensor]:
-        """From what the decoder returned to logits (layers, batch, Q, num_logits) and boxes (layers, batch, Q, 4)."""
+        """From what the decoder returned to logits (layers, batch, Q, num_logits) and boxes (layers, batch, Q, 4).
+
+        Boxes are float32 whatever autocast says: bf16 would round them by pixels.
+        """
         raise NotImplementedError

@@ -61,7 +61,27 @@ def encoder_self_attention(
     return nn.MultiheadAttention(embed_dim, num_heads, dropout=dropout, batch_first=batch_first)
 
 
-class TransformerEncoderLayer(nn.Module):
+class FeedForwardLayer(nn.Module):
+    """A layer's feed-forward network: a base class, to which layers add attention and norms.
+
+    Args:
+        d_model: channels d.
+        dim_feedforward: hidden channels.
+        dropout: probability, between the two linear maps.
+    """
+
+    def __init__(self, d_model: int, dim_feedforward: int, dropout: float):
+        super().__init__()
+        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(dim_feedforward, d_model)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Two linear maps of (..., d) with ReLU and dropout between them."""
+        return self.linear2(self.dropout(F.relu(self.linear1(x))))
+
+
+class TransformerEncoderLayer(FeedForwardLayer):
     """Self-attention and a feed-forward network, each with a residual connection and a layer norm.
 
     The attention comes from outside, so that clustered and plain attention share this one code path.
@@ -82,11 +102,8 @@ class TransformerEncoderLayer(nn.Module):
         dropout: float = 0.1,
         normalize_before: bool = False,
     ):
-        super().__init__()
+        super().__init__(d_model, dim_feedforward, dropout)
         self.self_attn = self_attn
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
-        self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(dim_feedforward, d_model)
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
         self.dropout1 = nn.Dropout(dropout)
@@ -115,12 +132,8 @@ class TransformerEncoderLayer(nn.Module):
         placed = x if pos is None else x + pos
         return self.self_attn(placed, placed, value=x, key_padding_mask=key_padding_mask, need_weights=False)[0]
 
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """Two linear maps of (N, batch, d) with ReLU and dropout between them."""
-        return self.linear2(self.dropout(F.relu(self.linear1(x))))
 
-
-class DecoderLayer(nn.Module):
+class DecoderLayer(FeedForwardLayer):
     """Three residual blocks: attention among the queries, attention to the memory, a feed-forward network.
 
     A base class: how a layer attends is its subclass's own.
@@ -133,10 +146,7 @@ class DecoderLayer(nn.Module):
     """
 
     def __init__(self, d_model: int, dim_feedforward: int, dropout: float, normalize_before: bool):
-        super().__init__()
-        self.linear1 = nn.Linear(d_model, dim_feedforward)
-        self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(dim_feedforward, d_model)
+        super().__init__(d_model, dim_feedforward, dropout)
         self.norm1 = nn.LayerNorm(d_model)
         self.norm2 = nn.LayerNorm(d_model)
         self.norm3 = nn.LayerNorm(d_model)
@@ -157,7 +167,3 @@ class DecoderLayer(nn.Module):
         for block, norm, dropout in blocks:
             tgt = tgt + dropout(block(norm(tgt))) if self.normalize_before else norm(tgt + dropout(block(tgt)))
         return tgt
-
-    def feed_forward(self, x: Tensor) -> Tensor:
-        """Two linear maps of (Q, batch, d) with ReLU and dropout between them."""
-        return self.linear2(self.dropout(F.relu(self.linear1(x))))

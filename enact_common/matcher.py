@@ -136,6 +136,11 @@ class HungarianMatcher(nn.Module):
             return self.cost_class * class_cost + self.cost_bbox * distance - self.cost_giou * giou
 
 
+def build_matcher(args, class_cost: Callable[[Tensor], Tensor] = softmax_class_cost) -> HungarianMatcher:
+    """The matcher with the weights of `--set_cost_class`, `--set_cost_bbox` and `--set_cost_giou`."""
+    return HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou, class_cost)
+
+
 def build_focal_matcher(args) -> HungarianMatcher:
-    """The matcher of the models with focal loss, at the weights of `--set_cost_class`, `_bbox` and `_giou`."""
-    return HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou, focal_class_cost)
+    """The matcher of the models with a focal loss."""
+    return build_matcher(args, focal_class_cost)

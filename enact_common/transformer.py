@@ -59,7 +59,7 @@ class Transformer(nn.Module):
             pos_embed: (batch, d, h, w).
 
         Returns:
-            what the decoder returns, and the memory (batch, d, h, w).
+            what the decoder returns, and, for heads that look at the map, the memory (batch, d, h, w).
         """
         batch, _, h, w = src.shape
         tokens = src.flatten(2).permute(2, 0, 1)  # (batch, d, h, w) -> (h w, batch, d)

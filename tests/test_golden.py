@@ -130,8 +130,15 @@ def test_parameters_of_the_published_models(file, name):
         assert trained == int(data[f"{name}/n_trainable"])
 
 
-# Not taken over: the flags of a data set that is no longer published, and one that never had an effect.
-GONE = {"dataset_path", "remove_difficult"}
+# Not taken over: the flag of a data set that is no longer published. Not brought by `--encoder_attention mhsa`:
+# defaults in which the plain models' own parsers differ from those with ENACT by more than the learning rate, since on
+# and off are to be compared on equal terms.
+GONE = {
+    "detr_enact": {"dataset_path"},
+    "detr_mhsa": {"dataset_path"},
+    "conditional_mhsa": {"backbone"},
+    "anchor_rcda": {"output_dir"},
+}
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -140,9 +147,14 @@ def test_the_references_flags_have_its_defaults(file):
     flags = json.loads(str(RECORDED[file]["flags"]))
     ours = vars(parse(variant, "--encoder_attention", attention))
     for name, flag in flags.items():
-        if name in GONE:
+        if name in GONE.get(file, ()):
             continue
         assert ours[name] == flag["default"], name
         # The flag itself is known, and takes as many words.
-        words = [] if flag["nargs"] == 0 else [str((flag["choices"] or [flag["default"] or "1"])[0])]
+        words = [] if flag["nargs"] == 0 else [str((flag["choices"] or [first(flag["default"]) or "1"])[0])]
         parse(variant, flag["options"][0], *words)
+
+
+def first(default):
+    """A flag's default, or the first of them."""
+    return default[0] if isinstance(default, list) and default else default

@@ -1,6 +1,7 @@
 """Matching and losses, on cases worked out by hand."""
 
 import math
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from enact_common.boxes import (
     generalized_box_iou,
     paired_box_giou,
 )
-from enact_common.criterion import FocalClassLoss, SetCriterion, SoftmaxClassLoss, loss_weights
+from enact_common.criterion import FocalClassLoss, SetCriterion, SoftmaxClassLoss, build_weights
 from enact_common.matcher import HungarianMatcher, focal_class_cost
 
 # xyxy: a square, one that covers its right half and as much beyond, one far away.
@@ -115,16 +116,21 @@ def test_matching_without_any_cost_is_refused():
         HungarianMatcher(0, 0, 0)
 
 
+def weights(cls, layers, aux_loss=True):
+    """Losses' weights with the published ones of boxes."""
+    return build_weights(Namespace(bbox_loss_coef=5, giou_loss_coef=2, dec_layers=layers, aux_loss=aux_loss), cls)
+
+
 def criterion(eos_coef=0.1, classes=3):
     """DETR's criterion with DETR's weights."""
     class_loss = SoftmaxClassLoss(classes, eos_coef)
-    return SetCriterion(classes, HungarianMatcher(1, 5, 2), loss_weights(1, 5, 2, aux_layers=0), class_loss)
+    return SetCriterion(classes, HungarianMatcher(1, 5, 2), weights(1, layers=1), class_loss)
 
 
 def focal_criterion(classes=3):
     """Conditional DETR's criterion with its weights."""
     matcher = HungarianMatcher(2, 5, 2, focal_class_cost)
-    return SetCriterion(classes, matcher, loss_weights(2, 5, 2, aux_layers=1), FocalClassLoss(0.25))
+    return SetCriterion(classes, matcher, weights(2, layers=2), FocalClassLoss(0.25))
 
 
 def test_losses_by_hand():
@@ -227,11 +233,13 @@ def test_focal_cost_is_the_loss_that_a_match_would_change():
 
 
 def test_weights_name_every_supervised_layer():
-    assert loss_weights(2, 5, 3, aux_layers=2) == {
-        **{"loss_ce": 2, "loss_bbox": 5, "loss_giou": 3},
-        **{"loss_ce_0": 2, "loss_bbox_0": 5, "loss_giou_0": 3},
-        **{"loss_ce_1": 2, "loss_bbox_1": 5, "loss_giou_1": 3},
+    last = {"loss_ce": 3, "loss_bbox": 5, "loss_giou": 2}
+    assert weights(3, layers=3) == {
+        **last,
+        **{"loss_ce_0": 3, "loss_bbox_0": 5, "loss_giou_0": 2},
+        **{"loss_ce_1": 3, "loss_bbox_1": 5, "loss_giou_1": 2},
     }
+    assert weights(3, layers=3, aux_loss=False) == last
 
 
 def test_boxes_at_points_by_hand():

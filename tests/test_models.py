@@ -46,14 +46,29 @@ def test_a_list_a_tensor_and_a_nested_tensor_are_the_same(variant_and_attention)
     assert_close(model(list(images))["pred_boxes"], expected)
 
 
-def test_losses_reach_every_trained_parameter(variant_and_attention):
-    model, criterion, _ = small(variant_and_attention)
+@pytest.mark.parametrize("layers", ["0 1", "1 1", "2 2"])
+def test_losses_reach_every_trained_parameter(variant_and_attention, layers):
+    # Or processes that train together would wait for its gradient.
+    enc_layers, dec_layers = layers.split()
+    model, criterion, _ = small(variant_and_attention, "--enc_layers", enc_layers, "--dec_layers", dec_layers)
     losses = criterion(model([torch.randn(3, 96, 96)]), [SOME_OBJECTS])
     # Anchor DETR lists weights of losses that it does not have.
     assert {name for name in criterion.weight_dict if not name.endswith("_enc")} <= set(losses)
     criterion.total(losses).backward()
     unreached = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not unreached
+
+
+def test_mixed_precision_keeps_boxes_in_float32_and_near(variant_and_attention):
+    model, criterion, _ = small(variant_and_attention)
+    images = torch.randn(2, 3, 96, 64)
+    expected = model(images)["pred_boxes"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(images)
+    assert outputs["pred_boxes"].dtype == outputs["aux_outputs"][0]["pred_boxes"].dtype == torch.float32
+    assert_close(outputs["pred_boxes"], expected, rtol=0, atol=0.1)
+    criterion.total(criterion(outputs, [SOME_OBJECTS] * 2)).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
 
 
 def test_no_aux_loss(variant_and_attention):
@@ -117,6 +132,8 @@ def test_options_of_detr_and_conditional_detr_build_and_run(variant, attention, 
         (["--spatial_prior", "grid", "--num_query_position", "10"], 18),
         (["--attention_type", "nn.MultiheadAttention"], 8),
         (["--num_feature_levels", "3", "--backbone", "resnet50", "--dilation"], 8),
+        (["--num_feature_levels", "3", "--backbone", "resnet50", "--dilation", "--enc_layers", "1"], 8),
+        (["--hidden_dim", "48"], 8),
         (
             ["--num_feature_levels", "3", "--backbone", "resnet50", "--dilation", "--separate_images"]
             + ["--attention_type", "nn.MultiheadAttention"],
@@ -176,9 +193,16 @@ def test_anchor_detr_refuses_levels_that_differ_in_size():
     args = parse("anchor", "--num_feature_levels", "3", "--no-dilation", "--coco_path", "x")
     with pytest.raises(UserError, match="--num_feature_levels 3 needs --dilation"):
         load_variant("anchor").main.get_args_parser().check(args)
-    args = parse("anchor", "--hidden_dim", "48", "--nheads", "4", "--coco_path", "x")
-    with pytest.raises(UserError, match="--hidden_dim 48: must be a multiple of 32"):
+    args = parse("anchor", "--separate_images", "--coco_path", "x")
+    with pytest.raises(UserError, match="--separate_images has no effect"):
         load_variant("anchor").main.get_args_parser().check(args)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shallow_backbones_are_refused_before_any_work(variant):
+    args = parse(variant, "--coco_path", "x", "--backbone", "resnet18", "--dilation")
+    with pytest.raises(UserError, match="--backbone resnet18 has no dilated form: pass --no-dilation"):
+        load_variant(variant).main.get_args_parser().check(args)
 
 
 def test_pre_norm_leaves_enact_layers_post_norm():

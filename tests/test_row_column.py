@@ -9,9 +9,11 @@ from torch.testing import assert_close
 
 from enact_common import benchmark
 from enact_common.benchmark import Product, naive_clustered, naive_row_column
+from enact_common.clustering import EntropyClustering, cut_windows
 from enact_common.variants import load_variant
 
-product = load_variant("anchor").models.row_column_product
+models = load_variant("anchor").models
+product, rcda, transformer = models.row_column_product, models.row_column_decoupled_attention, models.transformer
 
 # (B, H, W, clusters or queries, e)
 SIZES = [
@@ -112,14 +114,6 @@ def test_permuted_and_expanded_arguments(kind, sizes, device_kind, slice_element
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_result_is_contiguous(kind):
-    function = functions(kind)[0]
-    assert function(*arguments(kind, (2, 3, 4, 5, 2))).is_contiguous()
-    tall = function(*arguments(kind, (2, 4, 3, 5, 2)))
-    assert (tall.transpose(1, 2) if kind == "clustered" else tall).is_contiguous()
-
-
-@pytest.mark.parametrize("kind", KINDS)
 def test_the_backward_pass_keeps_the_inputs_alone(kind):
     inputs = arguments(kind, (4, 9, 11, 40, 8), requires_grad=True)
     saved = []
@@ -200,3 +194,79 @@ def test_the_benchmark_compares_with_the_definitions(tmp_path, capsys):
 def test_the_benchmark_refuses_what_is_no_device(capsys):
     assert benchmark.main(["rowcol", "--device", "nowhere"]) == 2
     assert "--device nowhere" in capsys.readouterr().err
+
+
+def heads(x, count):
+    """(batch, ..., d) to (batch, ..., heads, d / heads)."""
+    return x.unflatten(-1, (count, -1))
+
+
+MAPS = [(5, 3), (3, 5)]
+
+
+@pytest.mark.parametrize("height, width", MAPS)
+def test_attention_to_rows_and_columns_by_its_definition(height, width):
+    attention = rcda.MultiheadRCDA(8, 2).double()
+    torch.nn.init.normal_(attention.in_proj_bias)
+    value, query = torch.randn(2, height, width, 8).double(), torch.randn(2, 4, 8).double()
+    query_x, query_y, x, y = (torch.randn(*shape, 8).double() for shape in ((4,), (4,), (2, width), (2, height)))
+    mask_row = torch.tensor([[False] * width, [False] * (width - 1) + [True]])
+    mask_col = torch.tensor([[False] * (height - 1) + [True], [False] * height])
+    key_row, key_col = value.mean(1) + x, value.mean(2) + y
+
+    inputs = (query + query_x, query + query_y, key_row, key_col, value)
+    parts = zip(inputs, attention.in_proj_weight.chunk(5), attention.in_proj_bias.chunk(5), strict=True)
+    q_row, q_col, k_row, k_col, v = (heads(tensor @ w.T + b, 2) for tensor, w, b in parts)
+    row = torch.einsum("bqne,bwne->bnqw", q_row, k_row) / 2  # the root of 4 channels a head
+    col = torch.einsum("bqne,bhne->bnqh", q_col, k_col) / 2
+    row = row.masked_fill(mask_row[:, None, None], -torch.inf).softmax(-1)
+    col = col.masked_fill(mask_col[:, None, None], -torch.inf).softmax(-1)
+    expected = attention.out_proj(torch.einsum("bnqw,bnqh,bhwne->bqne", row, col, v).flatten(2))
+    assert_close(attention(query, query_x, query_y, key_row, key_col, value, mask_row, mask_col), expected)
+
+
+@pytest.mark.parametrize("height, width", MAPS)
+def test_attention_to_clusters_by_its_definition(height, width):
+    attention = rcda.ClusteredRCDA(8, 2).double()
+    torch.nn.init.normal_(attention.in_proj_bias)
+    rows, columns = torch.randn(2, width, 8).double(), torch.randn(2, height, 8).double()
+    clusters_row, clusters_col, clusters = torch.randn(3, 2, 6, 8).double()
+
+    inputs = (clusters_row, clusters_col, rows, columns, clusters)
+    parts = zip(inputs, attention.in_proj_weight.chunk(5), attention.in_proj_bias.chunk(5), strict=True)
+    k_row, k_col, q_row, q_col, v = (heads(tensor @ w.T + b, 2) for tensor, w, b in parts)
+    row = (torch.einsum("bwne,bmne->bnwm", q_row, k_row) / 2).softmax(-1)
+    col = (torch.einsum("bhne,bmne->bnhm", q_col, k_col) / 2).softmax(-1)
+    expected = attention.out_proj(torch.einsum("bnhm,bnwm,bmne->bhwne", col, row, v).flatten(3))
+    assert_close(attention(rows, columns, clusters_row, clusters_col, clusters), expected)
+
+
+def test_a_map_is_clustered_as_its_keys_laid_out_would_be():
+    clustering = transformer.MapClustering(8, sigma=1.0).double()
+    src, x, y = (torch.randn(*shape, 8).double() for shape in ((2, 5, 7), (2, 7), (2, 5)))
+    row, col, content = clustering(src, x, y)
+    k_row, k_col = ((src + position).flatten(1, 2) for position in (x.unsqueeze(1), y.unsqueeze(2)))
+    expected = EntropyClustering.forward(clustering, k_row, k_col, src.flatten(1, 2))
+    for ours, laid_out in zip((row, col, content), expected, strict=True):
+        assert_close(ours, laid_out)
+
+
+def saved_maps(layer, height, width, dtype) -> float:
+    """What a layer keeps for its backward pass, in units of the float32 map that it is given."""
+    src = torch.randn(2, height, width, 64, requires_grad=True)
+    x, y = (torch.randn(2, side, 64, requires_grad=True).to(dtype) for side in (width, height))
+    positions = transformer.RowColumnPositions(x, y, torch.zeros(2, height, width, dtype=torch.bool), None, None)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        return Product.count_saved(lambda: layer.attend(src, positions)) / (src.numel() * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_encoder_layer_keeps_less_with_clusters(monkeypatch, dtype):
+    sizes = (64, 64, 0.0)
+    clustered = transformer.ClusteredEncoderLayer(rcda.ClusteredRCDA(64, 4), *sizes, sigma=1.0)
+    monkeypatch.setattr(clustered.ENACT, "window_weights", lambda scores: cut_windows(scores, 9).softmax(-1))
+    plain = transformer.RowColumnEncoderLayer(rcda.MultiheadRCDA(64, 4), *sizes)
+    # With tokens left over behind the last window and without, on maps of nearly one size.
+    fitting, left_over = (saved_maps(clustered, 18, width, dtype) for width in (24, 25))
+    assert left_over == pytest.approx(fitting, rel=0.05)
+    assert left_over < 0.7 * saved_maps(plain, 18, 25, dtype)

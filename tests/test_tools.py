@@ -8,10 +8,11 @@ from PIL import Image
 
 from enact_common import benchmark, demo
 from enact_common.plots import plot_log
+from enact_common.variants import VARIANTS
 
 TINY = (
     "--device cpu --backbone resnet18 --backbone_weights none --backbone_norm batch --hidden_dim 32 --nheads 4 "
-    "--dim_feedforward 32 --enc_layers 1 --dec_layers 1 --num_queries 5 --train_sizes 64 --eval_size 64 "
+    "--dim_feedforward 32 --enc_layers 1 --dec_layers 1 --train_sizes 64 --eval_size 64 "
     "--max_size 64 --no_augmentation --batch_size 4 --epochs 2 --num_workers 0"
 ).split()
 
@@ -23,18 +24,26 @@ def tiny_demo(monkeypatch):
     monkeypatch.setattr(demo, "TRAINING", TINY)
 
 
-def test_the_demo_trains_evaluates_and_draws(tiny_demo, tmp_path, capfd):
-    assert demo.main(["--output_dir", str(tmp_path / "demo")]) == 0
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_demo_trains_evaluates_and_draws(variant, tiny_demo, tmp_path, capfd):
+    assert demo.main(["--variant", variant, "--output_dir", str(tmp_path / "demo")]) == 0
     text = capfd.readouterr().out
-    assert "$ python DETR-ENACT/main.py --coco_path" in text and "--eval" in text
+    assert f"$ python {VARIANTS[variant][0]}/main.py --coco_path" in text and "--eval" in text
     last = json.loads((tmp_path / "demo" / "run" / "log.txt").read_text().splitlines()[-1])
     assert f"AP {last['test_coco_eval_bbox'][0]:.3f}, AP50" in text
     for name in ("detections.png", "curves.png"):
         assert str(tmp_path / "demo" / name) in text
         with Image.open(tmp_path / "demo" / name) as picture:
             assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(2**24)) > 50
-    # A second demo starts its run anew, on the same images, with other flags.
-    assert demo.main(["--output_dir", str(tmp_path / "demo"), "--", "--epochs", "1"]) == 0
+
+
+def test_a_second_demo_starts_its_run_anew_on_the_same_images(tiny_demo, tmp_path):
+    images = tmp_path / "demo" / "shapes" / "val2017"
+    made = []
+    for flags in ([], ["--", "--epochs", "1"]):
+        assert demo.main(["--output_dir", str(tmp_path / "demo"), *flags]) == 0
+        made.append({path.name: path.stat().st_mtime_ns for path in images.iterdir()})
+    assert made[0] == made[1]
     assert len((tmp_path / "demo" / "run" / "log.txt").read_text().splitlines()) == 1
 
 
@@ -56,11 +65,11 @@ def test_curves_do_without_missing_keys(tmp_path):
 
 def test_the_benchmark_compares_with_plain_attention(tmp_path, capsys):
     path = tmp_path / "figures.json"
-    argv = ["scaling", "--tokens", "40", "--channels", "16", "--heads", "2", "--repeat", "2", "--output", str(path)]
+    argv = ["scaling", "--tokens", "1000", "--channels", "32", "--heads", "2", "--repeat", "2", "--output", str(path)]
     assert benchmark.main(argv) == 0
     figures = json.loads(path.read_text())
     plain, enact = figures["rows"]
     assert plain["layer"] == "nn.MultiheadAttention" and plain["time_ratio"] == plain["memory_ratio"] == 1
     assert enact["time_ratio"] == pytest.approx(enact["seconds"] / plain["seconds"])
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 40 ")]
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 1000 ")]
     assert len(table) == 2 and f"PyTorch {torch.__version__}" in figures["machine"]

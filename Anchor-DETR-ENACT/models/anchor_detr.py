@@ -1,9 +1,11 @@
 """Anchor DETR (Wang et al., "Anchor DETR: Query Design for Transformer-Based Object Detection", AAAI 2022)."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from enact_common.criterion import FocalClassLoss, SetCriterion, loss_weights
+from enact_common.criterion import FocalClassLoss, SetCriterion, build_weights
 from enact_common.detector import detector_outputs, num_classes_of
 from enact_common.nested_tensor import NestedTensor, as_nested_tensor
 from enact_common.postprocess import TopKPostProcess
@@ -12,7 +14,7 @@ from .backbone import build_backbone
 from .matcher import build_matcher
 from .transformer import build_transformer
 
-# Of the group norm behind each map's projection.
+# Of the group norm behind each map's projection, where the channels are a multiple.
 GROUPS = 32
 
 
@@ -27,7 +29,7 @@ class AnchorDETR(nn.Module):
         aux_loss: return the predictions of all decoder layers.
     """
 
-    def __init__(self, backbone: nn.Module, transformer: nn.Module, num_feature_levels: int = 1, aux_loss: bool = True):
+    def __init__(self, backbone: nn.Module, transformer: nn.Module, num_feature_levels: int, aux_loss: bool):
         super().__init__()
         self.num_queries = transformer.num_queries
         self.transformer = transformer
@@ -38,7 +40,7 @@ class AnchorDETR(nn.Module):
                 nn.Conv2d(width, transformer.d_model, kernel_size=3, stride=2, padding=1)
                 if level < num_feature_levels - 2
                 else nn.Conv2d(width, transformer.d_model, kernel_size=1),
-                nn.GroupNorm(GROUPS, transformer.d_model),
+                nn.GroupNorm(math.gcd(GROUPS, transformer.d_model), transformer.d_model),
             )
             for level, width in enumerate(channels)
         )
@@ -61,7 +63,10 @@ class AnchorDETR(nn.Module):
             (padding counts as outside); with aux_loss `aux_outputs`, a list of the same for each earlier layer.
         """
         features = list(self.backbone(as_nested_tensor(samples)).values())[-len(self.input_proj) :]
-        maps = [project(level.tensors) for project, level in zip(self.input_proj, features, strict=True)]
+        maps = [
+            project(level.tensors).permute(0, 2, 3, 1)  # (batch, d, h, w) -> (batch, h, w, d)
+            for project, level in zip(self.input_proj, features, strict=True)
+        ]
         logits, boxes = self.transformer(torch.stack(maps, dim=1), features[-1].mask)
         return detector_outputs(logits, boxes, self.aux_loss)
 
@@ -71,11 +76,10 @@ def build(args) -> tuple[AnchorDETR, SetCriterion, dict[str, nn.Module]]:
     num_classes = num_classes_of(args)
     transformer = build_transformer(args, num_classes)
     model = AnchorDETR(build_backbone(args), transformer, args.num_feature_levels, args.aux_loss)
-    coefficients = (args.cls_loss_coef, args.bbox_loss_coef, args.giou_loss_coef)
-    weights = loss_weights(*coefficients, args.dec_layers - 1 if args.aux_loss else 0)
+    weights = build_weights(args, args.cls_loss_coef)
     if args.aux_loss:
-        # The original lists weights for losses of its encoder, which it does not have; so do its checkpoints' readers.
-        weights |= {f"{name}_enc": weight for name, weight in loss_weights(*coefficients, 0).items()}
+        # The original's list has weights for an encoder's losses, which no part of it computes.
+        weights |= {f"{name}_enc": weights[name] for name in ("loss_ce", "loss_bbox", "loss_giou")}
     class_loss = FocalClassLoss(args.focal_alpha)
     criterion = SetCriterion(num_classes, build_matcher(args), weights, class_loss, losses=("labels", "boxes"))
     return model, criterion, {"bbox": TopKPostProcess()}

@@ -31,13 +31,9 @@ class RowColumnAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def project(self, which: int, x: Tensor) -> Tensor:
-        """One of the five projections, of (..., d)."""
-        return F.linear(x, self.in_proj_weight.chunk(5)[which], self.in_proj_bias.chunk(5)[which])
-
-    def project_place(self, which: int, place: Tensor) -> Tensor:
-        """One of the five projections without its bias: what a position adds to a projected content, (..., d)."""
-        return F.linear(place, self.in_proj_weight.chunk(5)[which])
+    def projections(self) -> list[tuple[Tensor, Tensor]]:
+        """(weight (d, d), bias (d,)) of each of the five, to be taken once a call: each cut costs the backward one."""
+        return list(zip(self.in_proj_weight.chunk(5), self.in_proj_bias.chunk(5), strict=True))
 
     def heads(self, x: Tensor) -> Tensor:
         """(batch, L, d) to (batch, heads, L, e)."""
@@ -70,8 +66,8 @@ class MultiheadRCDA(RowColumnAttention):
     def forward(
         self,
         query: Tensor,
-        query_row_place: Tensor,
-        query_col_place: Tensor,
+        query_row_pos: Tensor,
+        query_col_pos: Tensor,
         key_row: Tensor,
         key_col: Tensor,
         value: Tensor,
@@ -82,7 +78,7 @@ class MultiheadRCDA(RowColumnAttention):
 
         Args:
             query: (batch, ..., d), contents.
-            query_row_place, query_col_place: broadcast against the query: embeddings of its x and its y.
+            query_row_pos, query_col_pos: broadcast against the query: embeddings of its x and its y.
             key_row: (batch, W, d), the map's mean over its rows, with the embedding of x.
             key_col: (batch, H, d), its mean over its columns, with the embedding of y.
             value: (batch, H, W, d).
@@ -91,12 +87,13 @@ class MultiheadRCDA(RowColumnAttention):
         Returns:
             the query's shape.
         """
-        # A projected sum is the sum of the projections: contents and places need not be added at full size first.
-        q_row = self.project(0, query) + self.project_place(0, query_row_place)
-        q_col = self.project(1, query) + self.project_place(1, query_col_place)
-        row = self.weights(q_row.flatten(1, -2), self.project(2, key_row), mask_row)  # (batch * heads, Q, W)
-        col = self.weights(q_col.flatten(1, -2), self.project(3, key_col), mask_col)  # (batch * heads, Q, H)
-        v = self.project(4, value).unflatten(-1, (self.num_heads, -1))  # (batch, H, W, heads, e)
+        query_row, query_col, row_key, col_key, values = self.projections()
+        # A projected sum is the sum of the projections: contents and positions need not be added at full size first.
+        q_row = F.linear(query, *query_row) + F.linear(query_row_pos, query_row[0])
+        q_col = F.linear(query, *query_col) + F.linear(query_col_pos, query_col[0])
+        row = self.weights(q_row.flatten(1, -2), F.linear(key_row, *row_key), mask_row)  # (batch * heads, Q, W)
+        col = self.weights(q_col.flatten(1, -2), F.linear(key_col, *col_key), mask_col)  # (batch * heads, Q, H)
+        v = F.linear(value, *values).unflatten(-1, (self.num_heads, -1))  # (batch, H, W, heads, e)
         v = v.permute(0, 3, 1, 2, 4).flatten(0, 1)  # (batch * heads, H, W, e)
         attended = row_column_product(row, col, v)  # (batch * heads, Q, e)
         attended = attended.unflatten(0, (-1, self.num_heads)).transpose(1, 2).flatten(2)  # (batch, Q, d)
@@ -109,6 +106,9 @@ class ClusteredRCDA(RowColumnAttention):
     `out[h, w] = W_o sum_m A_col[h, m] A_row[w, m] V[m]`, not normalised again. The five projections are of the
     clusters' row keys, their column keys, row queries, column queries and values: the other way round than in
     `MultiheadRCDA`, as released weights have it. Row queries are the map's W columns, averaged over the height.
+
+    Modifications:
+        - batches of two or more images keep their batch and row axes apart, which the reference mixes up.
     """
 
     def forward(
@@ -130,9 +130,10 @@ class ClusteredRCDA(RowColumnAttention):
         Returns:
             (batch, H, W, d).
         """
-        row = self.weights(self.project(2, query_row), self.project(0, clusters_row))  # (batch * heads, W, M)
-        col = self.weights(self.project(3, query_col), self.project(1, clusters_col))  # (batch * heads, H, M)
-        v = self.heads(self.project(4, clusters)).flatten(0, 1)  # (batch * heads, M, e)
+        row_key, col_key, row_query, col_query, values = self.projections()
+        row = self.weights(F.linear(query_row, *row_query), F.linear(clusters_row, *row_key))  # (batch * heads, W, M)
+        col = self.weights(F.linear(query_col, *col_query), F.linear(clusters_col, *col_key))  # (batch * heads, H, M)
+        v = self.heads(F.linear(clusters, *values)).flatten(0, 1)  # (batch * heads, M, e)
         attended = clustered_row_column_product(col, row, v)  # (batch * heads, H, W, e)
         attended = attended.unflatten(0, (-1, self.num_heads)).permute(0, 2, 3, 1, 4)  # (batch, H, W, heads, e)
         return self.out_proj(attended.flatten(3))

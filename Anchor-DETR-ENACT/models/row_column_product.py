@@ -2,9 +2,9 @@
 
 Weights over a map's cells, or of its cells over clusters, are products of a column's and a row's weights (Wang et al.,
 "Anchor DETR", AAAI 2022, section 3.4; over clusters: Savathrakis and Argyros, arXiv:2409.07541). Only one of the two
-need multiply the values, and the other follows as a matrix product: nothing as large as all pairs of weights arises.
-What does arise is as large as all queries times one side of the map, so it is made in slices, which the backward pass
-makes anew: it keeps the inputs alone.
+need multiply the values, and the other follows as a matrix product. What arises between them, one side of the map times
+the clusters or the queries times the channels, is made in slices, which the backward pass makes anew: it keeps the
+inputs alone.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,8 +32,8 @@ def clustered_row_column_product(col: Tensor, row: Tensor, value: Tensor) -> Ten
         value: (B, M, e).
 
     Returns:
-        (B, H, W, e) in the inputs' dtype, which autocast leaves alone; contiguous where H <= W, else it is as a
-        (B, W, H, e). It can be differentiated once.
+        (B, H, W, e) in the inputs' dtype, which autocast leaves alone; in memory, the longer side comes first. It can
+        be differentiated once.
 
     Raises:
         ValueError: shapes do not fit one another, or dtypes differ.
@@ -42,8 +42,8 @@ def clustered_row_column_product(col: Tensor, row: Tensor, value: Tensor) -> Ten
     fits = fits and col.shape[::2] == row.shape[::2] == value.shape[:2]
     _check(fits, "col (B, H, M), row (B, W, M), value (B, M, e)", col, row, value)
     if col.shape[1] > row.shape[1]:
-        return _ClusteredProduct.apply(row, col, value).transpose(1, 2)
-    return _ClusteredProduct.apply(col, row, value)
+        return _ClusteredProduct.apply(row, col, value)
+    return _ClusteredProduct.apply(col, row, value).transpose(1, 2)
 
 
 def row_column_product(row: Tensor, col: Tensor, value: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def _slices(device: torch.device, batch: int, length: int, elements: int) -> Ite
 
 
 class _ClusteredProduct(torch.autograd.Function):
-    """`clustered_row_column_product` for H <= W.
+    """`clustered_row_column_product` for H <= W, as (B, W, H, e).
 
     With U[m, (h, e)] = col[h, m] value[m, e], the result is row @ U. Sliced by B and h.
     """
@@ -108,11 +108,11 @@ class _ClusteredProduct(torch.autograd.Function):
     def forward(ctx, col: Tensor, row: Tensor, value: Tensor) -> Tensor:
         ctx.save_for_backward(col, row, value)
         (batch, height, clusters), width, channels = col.shape, row.shape[1], value.shape[2]
-        out = value.new_empty(batch, height, width, channels)
+        out = value.new_empty(batch, width, height, channels)
         with torch.autocast(col.device.type, enabled=False):
             for b, h in _slices(col.device, batch, height, clusters * channels):
                 sums = row[b] @ _scale(col[b, h], value[b]).flatten(2)  # (b, W, h e)
-                out[b, h] = sums.unflatten(2, (-1, channels)).transpose(1, 2)
+                out[b, :, h] = sums.unflatten(2, (-1, channels))
         return out
 
     @staticmethod
@@ -124,7 +124,7 @@ class _ClusteredProduct(torch.autograd.Function):
         grads = grad_col, grad_row, grad_value = [x.new_zeros(x.shape) for x in (col, row, value)]
         with torch.autocast(col.device.type, enabled=False):
             for b, h in _slices(col.device, batch, height, clusters * channels):
-                grad_sums = grad[b, h].transpose(1, 2).flatten(2)  # (b, W, h e)
+                grad_sums = grad[b, :, h].flatten(2)  # (b, W, h e)
                 if needs_row:
                     grad_row[b].baddbmm_(grad_sums, _scale(col[b, h], value[b]).flatten(2).transpose(1, 2))
                 if needs_col or needs_value:
@@ -154,8 +154,10 @@ class _RowColumnProduct(torch.autograd.Function):
         (batch, queries, _), height, channels = row.shape, value.shape[1], value.shape[3]
         out = value.new_empty(batch, queries, channels)
         with torch.autocast(row.device.type, enabled=False):
+            columns = _by_column(value)  # (B, W, H e)
             for b, q in _slices(row.device, batch, queries, height * channels):
-                out[b, q] = (col[b, q].unsqueeze(2) @ _sum_rows(row[b, q], value[b])).squeeze(2)
+                sums = (row[b, q] @ columns[b]).unflatten(2, (height, channels))  # (b, q, H, e)
+                out[b, q] = (col[b, q].unsqueeze(2) @ sums).squeeze(2)
         return out
 
     @staticmethod
@@ -168,8 +170,10 @@ class _RowColumnProduct(torch.autograd.Function):
         grad_row, grad_col = row.new_empty(row.shape), col.new_empty(col.shape)
         grad_value = value.new_zeros(batch, width, height * channels)
         with torch.autocast(row.device.type, enabled=False):
+            # (B, H W, e) or (B, W, H e)
+            values = value.flatten(1, 2) if cached else _by_column(value)
             for b, q in _slices(row.device, batch, queries, height * max(channels, width if cached else 0)):
-                part = row[b, q], col[b, q], value[b], grad[b, q]
+                part = row[b, q], col[b, q], values[b], grad[b, q]
                 grad_sums = (col[b, q].unsqueeze(3) * grad[b, q].unsqueeze(2)).flatten(2)  # (b, q, H e)
                 if needs_value:
                     grad_value[b].baddbmm_(row[b, q].transpose(1, 2), grad_sums)
@@ -186,25 +190,24 @@ def _by_column(value: Tensor) -> Tensor:
     return value.transpose(1, 2).flatten(2)
 
 
-def _sum_rows(row: Tensor, value: Tensor) -> Tensor:
-    """The sum of each row of values (b, H, W, e) with weights (b, q, W): (b, q, H, e)."""
-    return (row @ _by_column(value)).unflatten(2, value.shape[1::2])
-
-
-def _weight_grads_by_pair(row: Tensor, col: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the slices `row` and `col`, from that of their products."""
-    grad_pairs = grad @ value.flatten(1, 2).transpose(1, 2)
-    grad_pairs = grad_pairs.unflatten(2, value.shape[1:3])  # (b, q, H, W)
+def _weight_grads_by_pair(row: Tensor, col: Tensor, values: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the slices `row` and `col`, from that of their products. values: (b, H W, e)."""
+    grad_pairs = grad @ values.transpose(1, 2)
+    grad_pairs = grad_pairs.unflatten(2, (col.shape[2], row.shape[2]))  # (b, q, H, W)
     grad_row = (col.unsqueeze(2) @ grad_pairs).squeeze(2)
     return grad_row, grad_pairs.mul_(row.unsqueeze(2)).sum(3)
 
 
 def _weight_grads_by_sum(
-    row: Tensor, col: Tensor, value: Tensor, grad: Tensor, grad_sums: Tensor
+    row: Tensor, col: Tensor, values: Tensor, grad: Tensor, grad_sums: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the slices `row` and `col`, from the rows' sums and their gradient (b, q, H e)."""
-    grad_col = _sum_rows(row, value).mul_(grad.unsqueeze(2)).sum(3)
-    return grad_sums @ _by_column(value).transpose(1, 2), grad_col
+    """Gradients of the slices `row` and `col`, from the rows' sums and those sums' gradient (b, q, H e).
+
+    values: (b, W, H e).
+    """
+    sums = (row @ values).unflatten(2, (col.shape[2], -1))  # (b, q, H, e)
+    grad_col = sums.mul_(grad.unsqueeze(2)).sum(3)
+    return grad_sums @ values.transpose(1, 2), grad_col
 
 
 def _needed(ctx, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

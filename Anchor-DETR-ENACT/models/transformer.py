@@ -6,24 +6,24 @@ Positions are the same in every layer, so their embeddings are made once.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from enact_common.boxes import boxes_at_points
-from enact_common.clustering import EntropyClustering
+from enact_common.clustering import EntropyClustering, pool_shared, pool_windows
 from enact_common.layers import MLP, PRIOR_LOGIT, clone_layers, encoder_self_attention
 
 from .position_encoding import cell_centres, encode_coordinates, encode_points, grid_points
 from .row_column_decoupled_attention import ClusteredRCDA, MultiheadRCDA
 
-ROW_COLUMN, TOKENS = ATTENTION_TYPES = ("RCDA", "nn.MultiheadAttention")
+# Values of `--attention_type`.
+ROW_COLUMN, TOKENS = "RCDA", "nn.MultiheadAttention"
 
 
 @dataclass
-class RowColumnPlaces:
+class RowColumnPositions:
     """Embedded positions for row-column attention.
 
     Attributes:
@@ -39,16 +39,6 @@ class RowColumnPlaces:
     query_x: Tensor
     query_y: Tensor
 
-    @cached_property
-    def x_of_cells(self) -> Tensor:
-        """(batch, H W, d)."""
-        return self.x.unsqueeze(1).expand(-1, self.y.shape[1], -1, -1).flatten(1, 2)
-
-    @cached_property
-    def y_of_cells(self) -> Tensor:
-        """(batch, H W, d)."""
-        return self.y.unsqueeze(2).expand(-1, -1, self.x.shape[1], -1).flatten(1, 2)
-
     def rows(self, maps: Tensor) -> Tensor:
         """Maps (batch, H, W, d) averaged over the height, with the embedding of x: (batch, W, d)."""
         return maps.mean(dim=1) + self.x
@@ -59,7 +49,7 @@ class RowColumnPlaces:
 
 
 @dataclass
-class TokenPlaces:
+class TokenPositions:
     """Embedded positions for attention among single cells.
 
     Attributes:
@@ -112,11 +102,11 @@ class TransformerEncoderLayerSpatial(nn.Module):
         self.norm1 = nn.LayerNorm(d_model)
         self.ffn = FFN(d_model, d_ffn, dropout)
 
-    def forward(self, src: Tensor, places: RowColumnPlaces | TokenPlaces) -> Tensor:
+    def forward(self, src: Tensor, positions: RowColumnPositions | TokenPositions) -> Tensor:
         """Maps (batch, H, W, d) to the same shape."""
-        return self.ffn(self.norm1(src + self.dropout1(self.attend(src, places))))
+        return self.ffn(self.norm1(src + self.dropout1(self.attend(src, positions))))
 
-    def attend(self, src: Tensor, places) -> Tensor:
+    def attend(self, src: Tensor, positions) -> Tensor:
         """Self-attention of maps (batch, H, W, d)."""
         raise NotImplementedError
 
@@ -124,24 +114,53 @@ class TransformerEncoderLayerSpatial(nn.Module):
 class RowColumnEncoderLayer(TransformerEncoderLayerSpatial):
     """Cells attend to the map's rows and columns; `self_attn` is a `MultiheadRCDA`."""
 
-    def attend(self, src: Tensor, places: RowColumnPlaces) -> Tensor:
+    def attend(self, src: Tensor, positions: RowColumnPositions) -> Tensor:
         return self.self_attn(
             src,
-            places.x.unsqueeze(1),
-            places.y.unsqueeze(2),
-            places.rows(src),
-            places.columns(src),
+            positions.x.unsqueeze(1),
+            positions.y.unsqueeze(2),
+            positions.rows(src),
+            positions.columns(src),
             src,
-            places.mask[:, 0, :],
-            places.mask[:, :, 0],
+            positions.mask[:, 0, :],
+            positions.mask[:, :, 0],
         )
 
 
-class ClusteredEncoderLayer(TransformerEncoderLayerSpatial):
-    """Cells attend to clusters of cells; `self_attn` is a `ClusteredRCDA`.
+class MapClustering(EntropyClustering):
+    """Entropy clustering of a map for row-column attention.
 
-    The clustering is scored by the row keys, and pools row keys, column keys and values with the same weights. Padding
-    takes part.
+    Scored are the row keys; pooled are row keys, column keys and values, with the same weights. Keys are contents plus
+    positions, and scores and pooling are linear: so contents and positions are taken apart, positions at their own
+    size, and no layer builds or keeps the sums.
+    """
+
+    def forward(self, src: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Pool.
+
+        Args:
+            src: (batch, H, W, d), contents.
+            x: (batch, W, d), positions of the map's columns.
+            y: (batch, H, d), of its rows.
+
+        Returns:
+            row keys, column keys and values of the clusters, (batch, M, d) each, 1 <= M <= H W.
+        """
+        height, width = src.shape[1:3]
+        cell = torch.arange(height * width, device=src.device)
+        with torch.autocast(src.device.type, enabled=False):
+            dtype = self.W_prob.weight.dtype
+            x_scores = F.linear(x.to(dtype), self.W_prob.weight)  # (batch, W, 1)
+            scores = self.W_prob(src.to(dtype)) + x_scores.unsqueeze(1)  # (batch, H, W, 1)
+            weights = self.window_weights(scores.flatten(1))  # (batch, M, length)
+            content = pool_windows(weights, src.flatten(1, 2))
+            row = content + pool_shared(weights, x, cell % width)
+            col = content + pool_shared(weights, y, cell // width)
+        return row, col, content
+
+
+class ClusteredEncoderLayer(TransformerEncoderLayerSpatial):
+    """Cells attend to clusters of cells; `self_attn` is a `ClusteredRCDA`. Padding takes part in the clustering.
 
     Args:
         sigma: of the entropy's smoothing, tokens.
@@ -149,24 +168,20 @@ class ClusteredEncoderLayer(TransformerEncoderLayerSpatial):
 
     def __init__(self, self_attn: nn.Module, d_model: int, d_ffn: int, dropout: float, sigma: float):
         super().__init__(self_attn, d_model, d_ffn, dropout)
-        self.ENACT = EntropyClustering(d_model, sigma)
+        self.ENACT = MapClustering(d_model, sigma)
 
-    def attend(self, src: Tensor, places: RowColumnPlaces) -> Tensor:
-        tokens = src.flatten(1, 2)  # (batch, H W, d)
-        # Keys are sums of content and place. Scores and pooling are linear: they take the two apart, and no layer
-        # has to build and keep the sums.
-        x, y = places.x_of_cells, places.y_of_cells
-        content, x, y = self.ENACT.cluster((tokens, x), (tokens, x, y))  # (batch, M, d) each
-        return self.self_attn(places.rows(src), places.columns(src), content + x, content + y, content)
+    def attend(self, src: Tensor, positions: RowColumnPositions) -> Tensor:
+        clusters = self.ENACT(src, positions.x, positions.y)
+        return self.self_attn(positions.rows(src), positions.columns(src), *clusters)
 
 
 class TokenEncoderLayer(TransformerEncoderLayerSpatial):
     """Cells attend to cells or to clusters of them; `self_attn` is called as `nn.MultiheadAttention`, batch first."""
 
-    def attend(self, src: Tensor, places: TokenPlaces) -> Tensor:
-        placed = (src + places.cells).flatten(1, 2)  # (batch, H W, d)
+    def attend(self, src: Tensor, positions: TokenPositions) -> Tensor:
+        with_pos = (src + positions.cells).flatten(1, 2)  # (batch, H W, d)
         attended, _ = self.self_attn(
-            placed, placed, src.flatten(1, 2), key_padding_mask=places.mask.flatten(1), need_weights=False
+            with_pos, with_pos, src.flatten(1, 2), key_padding_mask=positions.mask.flatten(1), need_weights=False
         )
         return attended.view_as(src)
 
@@ -195,13 +210,13 @@ class TransformerEncoderLayerLevel(nn.Module):
         """Maps (batch * levels, H, W, d), an image's levels in a row, and (levels, d) to the same shape."""
         levels = len(level_embed)
         tokens = src.flatten(1, 2).unflatten(0, (-1, levels))  # (batch, levels, H W, d)
-        placed = tokens + level_embed.unsqueeze(1)
+        with_pos = tokens + level_embed.unsqueeze(1)
         # What attends to one another comes first, then what nn.MultiheadAttention takes for a batch: the cells.
         if self.separate_images:
-            tokens, placed = (t.transpose(0, 1).flatten(1, 2) for t in (tokens, placed))  # (levels, batch H W, d)
+            tokens, with_pos = (t.transpose(0, 1).flatten(1, 2) for t in (tokens, with_pos))  # (levels, batch H W, d)
         else:
-            tokens, placed = (t.flatten(0, 1) for t in (tokens, placed))  # (batch levels, H W, d)
-        attended, _ = self.self_attn_level(placed, placed, tokens, need_weights=False)
+            tokens, with_pos = (t.flatten(0, 1) for t in (tokens, with_pos))  # (batch levels, H W, d)
+        attended, _ = self.self_attn_level(with_pos, with_pos, tokens, need_weights=False)
         if self.separate_images:
             attended = attended.unflatten(1, (len(src) // levels, -1)).transpose(0, 1)  # (batch, levels, H W, d)
         return self.ffn(self.norm1(src + self.dropout1(attended.reshape(src.shape))))
@@ -245,23 +260,23 @@ class TransformerDecoderLayer(nn.Module):
             self.level_fc = nn.Linear(d_model * n_levels, d_model)
         self.ffn = FFN(d_model, d_ffn, dropout)
 
-    def forward(self, tgt: Tensor, query_pos: Tensor, maps: tuple[Tensor, ...], places) -> Tensor:
+    def forward(self, tgt: Tensor, query_pos: Tensor, maps: tuple[Tensor, ...], positions) -> Tensor:
         """One layer.
 
         Args:
             tgt: (batch, Q, d).
             query_pos: (Q, d), the anchor points' embedding.
             maps: what `prepare` made of the encoder's maps.
-            places: embedded positions.
+            positions: embedded positions.
 
         Returns:
             (batch, Q, d).
         """
-        placed = tgt + query_pos
-        attended, _ = self.self_attn(placed, placed, tgt, need_weights=False)
+        with_pos = tgt + query_pos
+        attended, _ = self.self_attn(with_pos, with_pos, tgt, need_weights=False)
         tgt = self.norm2(tgt + self.dropout2(attended))
 
-        attended = self.attend_maps(self.for_levels(tgt), maps, places)  # (batch levels, Q, d)
+        attended = self.attend_maps(self.for_levels(tgt), maps, positions)  # (batch levels, Q, d)
         if self.n_levels > 1:
             attended = attended.unflatten(0, (-1, self.n_levels)).permute(0, 2, 3, 1)  # (batch, Q, d, levels)
             attended = self.level_fc(attended.flatten(2))
@@ -274,11 +289,11 @@ class TransformerDecoderLayer(nn.Module):
         return tgt.repeat(self.n_levels, 1, 1)
 
     @staticmethod
-    def prepare(src: Tensor, places) -> tuple[Tensor, ...]:
+    def prepare(src: Tensor, positions) -> tuple[Tensor, ...]:
         """What all layers take from the maps (batch * levels, H, W, d)."""
         raise NotImplementedError
 
-    def attend_maps(self, tgt: Tensor, maps: tuple[Tensor, ...], places) -> Tensor:
+    def attend_maps(self, tgt: Tensor, maps: tuple[Tensor, ...], positions) -> Tensor:
         """Queries (batch * levels, Q, d) attend to one map each."""
         raise NotImplementedError
 
@@ -287,13 +302,13 @@ class RowColumnDecoderLayer(TransformerDecoderLayer):
     """Queries attend to rows and columns; `cross_attn` is a `MultiheadRCDA`."""
 
     @staticmethod
-    def prepare(src: Tensor, places: RowColumnPlaces) -> tuple[Tensor, ...]:
+    def prepare(src: Tensor, positions: RowColumnPositions) -> tuple[Tensor, ...]:
         """Row keys (batch * levels, W, d), column keys (batch * levels, H, d) and the maps."""
-        return places.rows(src), places.columns(src), src
+        return positions.rows(src), positions.columns(src), src
 
-    def attend_maps(self, tgt: Tensor, maps: tuple[Tensor, ...], places: RowColumnPlaces) -> Tensor:
+    def attend_maps(self, tgt: Tensor, maps: tuple[Tensor, ...], positions: RowColumnPositions) -> Tensor:
         return self.cross_attn(
-            tgt, places.query_x, places.query_y, *maps, places.mask[:, 0, :], places.mask[:, :, 0]
+            tgt, positions.query_x, positions.query_y, *maps, positions.mask[:, 0, :], positions.mask[:, :, 0]
         )
 
 
@@ -301,13 +316,13 @@ class TokenDecoderLayer(TransformerDecoderLayer):
     """Queries attend to cells; `cross_attn` is an `nn.MultiheadAttention`, batch first."""
 
     @staticmethod
-    def prepare(src: Tensor, places: TokenPlaces) -> tuple[Tensor, ...]:
+    def prepare(src: Tensor, positions: TokenPositions) -> tuple[Tensor, ...]:
         """Keys and values, (batch * levels, H W, d) each."""
-        return (src + places.cells).flatten(1, 2), src.flatten(1, 2)
+        return (src + positions.cells).flatten(1, 2), src.flatten(1, 2)
 
-    def attend_maps(self, tgt: Tensor, maps: tuple[Tensor, ...], places: TokenPlaces) -> Tensor:
+    def attend_maps(self, tgt: Tensor, maps: tuple[Tensor, ...], positions: TokenPositions) -> Tensor:
         return self.cross_attn(
-            tgt + places.query, *maps, key_padding_mask=places.mask.flatten(1), need_weights=False
+            tgt + positions.query, *maps, key_padding_mask=positions.mask.flatten(1), need_weights=False
         )[0]
 
 
@@ -329,26 +344,31 @@ class Transformer(nn.Module):
         attention_type: "RCDA" or "nn.MultiheadAttention", to the maps.
         encoder_attention: "enact" or "mhsa" (plain).
         sigma: of the entropy's smoothing, tokens.
-        separate_images: with several levels, keep the images of a batch apart, which the reference does not.
+        separate_images: with several levels, keep the images of a batch apart in all but ENACT's window length,
+            which the reference does not.
+
+    Modifications:
+        - positions are embedded once, not in every layer; the prediction heads run over all decoder layers at once;
+        - with attention among cells, `adapt_pos1d` is frozen: it is in checkpoints of either kind, and nothing uses it.
     """
 
     def __init__(
         self,
-        d_model: int = 256,
-        nhead: int = 8,
-        num_encoder_layers: int = 6,
-        num_decoder_layers: int = 6,
-        dim_feedforward: int = 1024,
-        dropout: float = 0.0,
-        num_classes: int = 91,
-        num_feature_levels: int = 1,
-        num_query_position: int = 300,
-        num_query_pattern: int = 3,
-        spatial_prior: str = "learned",
-        attention_type: str = ROW_COLUMN,
-        encoder_attention: str = "enact",
-        sigma: float = 5.0,
-        separate_images: bool = False,
+        d_model: int,
+        nhead: int,
+        num_encoder_layers: int,
+        num_decoder_layers: int,
+        dim_feedforward: int,
+        dropout: float,
+        num_classes: int,
+        num_feature_levels: int,
+        num_query_position: int,
+        num_query_pattern: int,
+        spatial_prior: str,
+        attention_type: str,
+        encoder_attention: str,
+        sigma: float,
+        separate_images: bool,
     ):
         super().__init__()
         self.d_model = d_model
@@ -377,6 +397,8 @@ class Transformer(nn.Module):
 
         if num_feature_levels > 1:
             self.level_embed = nn.Embedding(num_feature_levels, d_model)
+            # With one encoder layer or none, no layer attends among levels.
+            self.level_embed.requires_grad_(level_layers > 0)
         self.pattern = nn.Embedding(num_query_pattern, d_model)
         self.spatial_prior = spatial_prior
         if spatial_prior == "learned":
@@ -388,7 +410,6 @@ class Transformer(nn.Module):
 
         self.adapt_pos2d = nn.Sequential(nn.Linear(d_model, d_model), nn.ReLU(), nn.Linear(d_model, d_model))
         self.adapt_pos1d = nn.Sequential(nn.Linear(d_model, d_model), nn.ReLU(), nn.Linear(d_model, d_model))
-        # In checkpoints of either kind, but without use here: nothing would reach it in training.
         self.adapt_pos1d.requires_grad_(attention_type == ROW_COLUMN)
 
         class_embed = nn.Linear(d_model, num_classes)
@@ -410,7 +431,7 @@ class Transformer(nn.Module):
         """Encode the maps, decode the queries.
 
         Args:
-            srcs: (batch, levels, d, H, W).
+            srcs: (batch, levels, H, W, d).
             mask: bool (batch, H, W), True where padded.
 
         Returns:
@@ -419,25 +440,25 @@ class Transformer(nn.Module):
         batch, levels = srcs.shape[:2]
         points = self.anchor_points().repeat(self.pattern.num_embeddings, 1)  # (Q, 2), pattern by pattern
         query_pos = self.adapt_pos2d(encode_points(points, self.d_model))  # (Q, d)
-        places = self.embed_places(mask.repeat_interleave(levels, dim=0), points, query_pos)
+        positions = self.embed_positions(mask.repeat_interleave(levels, dim=0), points, query_pos)
 
-        maps = srcs.flatten(0, 1).permute(0, 2, 3, 1)  # (batch levels, H, W, d)
+        maps = srcs.flatten(0, 1)  # (batch levels, H, W, d)
         for i, layer in enumerate(self.encoder_layers):
-            maps = layer(maps, places)
+            maps = layer(maps, positions)
             if i < len(self.encoder_layers_level):
                 maps = self.encoder_layers_level[i](maps, self.level_embed.weight)
 
         tgt = self.pattern.weight.repeat_interleave(len(points) // self.pattern.num_embeddings, dim=0)  # (Q, d)
         tgt = tgt.expand(batch, -1, -1)
-        prepared = self.decoder_layers[0].prepare(maps, places)
+        prepared = self.decoder_layers[0].prepare(maps, positions)
         outputs = []
         for layer in self.decoder_layers:
-            tgt = layer(tgt, query_pos, prepared, places)
+            tgt = layer(tgt, query_pos, prepared, positions)
             outputs.append(tgt)
         hs = torch.stack(outputs)  # (layers, batch, Q, d)
         return self.class_embed[0](hs), boxes_at_points(points, self.bbox_embed[0](hs))
 
-    def embed_places(self, mask: Tensor, points: Tensor, query_pos: Tensor) -> RowColumnPlaces | TokenPlaces:
+    def embed_positions(self, mask: Tensor, points: Tensor, query_pos: Tensor) -> RowColumnPositions | TokenPositions:
         """Positions for the attention to the maps.
 
         Args:
@@ -448,10 +469,10 @@ class Transformer(nn.Module):
         x, y = cell_centres(mask)  # (batch levels, W), (batch levels, H)
         if self.attention_type == TOKENS:
             cells = torch.stack(torch.broadcast_tensors(x.unsqueeze(1), y.unsqueeze(2)), dim=-1)  # (..., H, W, 2)
-            return TokenPlaces(self.adapt_pos2d(encode_points(cells, self.d_model)), mask, query_pos)
+            return TokenPositions(self.adapt_pos2d(encode_points(cells, self.d_model)), mask, query_pos)
         embedded = (self.adapt_pos1d(encode_coordinates(c, self.d_model)) for c in (x, y, *points.unbind(-1)))
         x, y, query_x, query_y = embedded
-        return RowColumnPlaces(x, y, mask, query_x, query_y)
+        return RowColumnPositions(x, y, mask, query_x, query_y)
 
 
 def build_transformer(args, num_classes: int) -> Transformer:

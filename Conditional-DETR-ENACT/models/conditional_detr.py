@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from enact_common.boxes import boxes_at_points
-from enact_common.criterion import FocalClassLoss, SetCriterion, loss_weights
+from enact_common.criterion import FocalClassLoss, SetCriterion, build_weights
 from enact_common.detector import Detector, num_classes_of
 from enact_common.layers import PRIOR_LOGIT
 from enact_common.postprocess import TopKPostProcess
@@ -32,7 +32,7 @@ class ConditionalDETR(Detector):
         nn.init.zeros_(self.bbox_embed.layers[-1].bias)
 
     def predict(self, decoded: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Queries (layers, batch, Q, d) and points (batch, Q, 2) to logits (..., num_classes), boxes (..., 4) cxcywh."""
+        """Queries (layers, batch, Q, d) and points (batch, Q, 2) to logits (..., num_classes) and boxes (..., 4)."""
         queries, points = decoded
         return self.class_embed(queries), boxes_at_points(points, self.bbox_embed(queries))
 
@@ -42,7 +42,6 @@ def build(args) -> tuple[ConditionalDETR, SetCriterion, dict[str, nn.Module]]:
     num_classes = num_classes_of(args)
     backbone, transformer = build_backbone(args), build_transformer(args)
     model = ConditionalDETR(backbone, transformer, num_classes, args.num_queries, args.aux_loss)
-    aux_layers = args.dec_layers - 1 if args.aux_loss else 0
-    weights = loss_weights(args.cls_loss_coef, args.bbox_loss_coef, args.giou_loss_coef, aux_layers)
+    weights = build_weights(args, args.cls_loss_coef)
     criterion = SetCriterion(num_classes, build_matcher(args), weights, FocalClassLoss(args.focal_alpha))
     return model, criterion, {"bbox": TopKPostProcess()}

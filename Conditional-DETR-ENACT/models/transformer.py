@@ -1,8 +1,11 @@
 """Conditional DETR's transformer (Meng et al., "Conditional DETR for Fast Training Convergence", ICCV 2021).
 
-The encoder is DETR's, clustered or plain. In the decoder's attention to the memory, a query is content and place side
-by side: contents are compared with contents and places with places, and the content of the layer before says how the
-place is to be read (the paper's conditional spatial query, section 3.3).
+The encoder is DETR's, clustered or plain. In the decoder's attention to the memory, a query is content and position
+side by side: contents are compared with contents and positions with positions, and the content of the layer before says
+how the position is to be read (the paper's conditional spatial query, section 3.3).
+
+Modifications:
+    - pre-norm works, in the decoder and in the encoder, with ENACT too; the reference cannot run with it.
 """
 
 import torch
@@ -25,7 +28,7 @@ class TransformerDecoderLayer(DecoderLayer):
         nhead: attention heads.
         dim_feedforward: hidden channels of the feed-forward network.
         dropout: probability, in and after every block.
-        normalize_before: pre-norm in place of post-norm; the reference cannot run with it.
+        normalize_before: layer norm before each block rather than after it.
         first: the first layer, which has no content to go by yet: there the learned query takes part in the content.
     """
 
@@ -79,18 +82,18 @@ class TransformerDecoderLayer(DecoderLayer):
 
         def attend_memory(x):
             query, key = self.ca_qcontent_proj(x), self.ca_kcontent_proj(memory)
-            key_place = self.ca_kpos_proj(pos)
+            key_pos = self.ca_kpos_proj(pos)
             if self.ca_qpos_proj is not None:
-                query, key = query + self.ca_qpos_proj(query_pos), key + key_place
+                query, key = query + self.ca_qpos_proj(query_pos), key + key_pos
             query = self.side_by_side(query, self.ca_qpos_sine_proj(query_sine_embed))  # (Q, batch, 2 d)
-            key = self.side_by_side(key, key_place)  # (N, batch, 2 d)
+            key = self.side_by_side(key, key_pos)  # (N, batch, 2 d)
             return self.cross_attn(query, key, self.ca_v_proj(memory), key_padding_mask)
 
         return self.run_blocks(tgt, attend_queries, attend_memory)
 
-    def side_by_side(self, content: Tensor, place: Tensor) -> Tensor:
-        """Each head's content and place next to each other: two (L, batch, d) to (L, batch, 2 d)."""
-        heads = (tensor.unflatten(-1, (self.nhead, -1)) for tensor in (content, place))  # (L, batch, heads, d / heads)
+    def side_by_side(self, content: Tensor, pos: Tensor) -> Tensor:
+        """Each head's content and position next to each other: two (L, batch, d) to (L, batch, 2 d)."""
+        heads = (tensor.unflatten(-1, (self.nhead, -1)) for tensor in (content, pos))  # (L, batch, heads, d / heads)
         return torch.cat(tuple(heads), dim=-1).flatten(-2)
 
 
@@ -114,6 +117,8 @@ class TransformerDecoder(nn.Module):
         )
         self.norm = nn.LayerNorm(d_model)
         self.query_scale = MLP(d_model, d_model, d_model, 2)
+        # The first layer does without it: alone, it leaves nothing to train here.
+        self.query_scale.requires_grad_(num_layers > 1)
         self.ref_point_head = MLP(d_model, d_model, 2, 2)
 
     def forward(
@@ -129,11 +134,11 @@ class TransformerDecoder(nn.Module):
         Returns:
             the layers' outputs (layers, batch, Q, d), and the reference points (batch, Q, 2), (x, y) in [0, 1].
         """
-        points = self.ref_point_head(query_pos).sigmoid()  # (Q, batch, 2)
-        places = encode_points(points, tgt.shape[-1]).to(tgt.dtype)  # (Q, batch, d)
+        points = self.ref_point_head(query_pos).float().sigmoid()  # (Q, batch, 2)
+        spatial = encode_points(points, tgt.shape[-1]).to(tgt.dtype)  # (Q, batch, d)
         outputs = []
         for layer in self.layers:
-            conditional = places * self.query_scale(tgt) if outputs else places
+            conditional = spatial * self.query_scale(tgt) if outputs else spatial
             tgt = layer(tgt, memory, pos, key_padding_mask, query_pos, conditional)
             outputs.append(tgt)
         return self.norm(torch.stack(outputs)).transpose(1, 2), points.transpose(0, 1)

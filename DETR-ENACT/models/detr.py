@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from enact_common.criterion import SetCriterion, SoftmaxClassLoss, loss_weights
+from enact_common.criterion import SetCriterion, SoftmaxClassLoss, build_weights
 from enact_common.detector import Detector, num_classes_of
 from enact_common.postprocess import PostProcess
 
@@ -26,7 +26,7 @@ class DETR(Detector):
 
     def predict(self, decoded: Tensor) -> tuple[Tensor, Tensor]:
         """Decoded queries (layers, batch, Q, d) to logits (..., num_classes + 1) and boxes (..., 4) cxcywh."""
-        return self.class_embed(decoded), self.bbox_embed(decoded).sigmoid()
+        return self.class_embed(decoded), self.bbox_embed(decoded).float().sigmoid()
 
 
 def build(args) -> tuple[DETR, SetCriterion, dict[str, nn.Module]]:
@@ -34,8 +34,6 @@ def build(args) -> tuple[DETR, SetCriterion, dict[str, nn.Module]]:
     num_classes = num_classes_of(args)
     transformer = build_transformer(args)
     model = DETR(build_backbone(args), transformer, num_classes, args.num_queries, args.aux_loss)
-    aux_layers = args.dec_layers - 1 if args.aux_loss else 0
-    weights = loss_weights(1, args.bbox_loss_coef, args.giou_loss_coef, aux_layers)
     class_loss = SoftmaxClassLoss(num_classes, args.eos_coef)
-    criterion = SetCriterion(num_classes, build_matcher(args), weights, class_loss)
+    criterion = SetCriterion(num_classes, build_matcher(args), build_weights(args, class_weight=1), class_loss)
     return model, criterion, {"bbox": PostProcess()}
