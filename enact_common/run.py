@@ -415,7 +415,7 @@ class Run:
         if args.sgd:
             optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
         else:
-            # One kernel a group rather than a dozen a tensor: on two CPU cores a fifth of a small model's step.
+            # One kernel a group rather than a dozen a tensor: for a small model on a CPU, a good part of a step.
             optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
 
         def set_learning_rate(epoch: int, step: int, steps: int) -> None:

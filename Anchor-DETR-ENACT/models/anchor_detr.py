@@ -51,17 +51,7 @@ class AnchorDETR(nn.Module):
         self.aux_loss = aux_loss
 
     def forward(self, samples: NestedTensor | list[Tensor] | Tensor) -> dict:
-        """Detect.
-
-        Args:
-            samples: a padded batch; or images, each (3, h, w), or a tensor (batch, 3, H, W), normalised by
-                ImageNet's mean and standard deviation.
-
-        Returns:
-            with Q = patterns * points: `pred_logits` (batch, Q, num_classes), before the sigmoid; `pred_boxes`
-            (batch, Q, 4): centre x, centre y, width, height as fractions of the image's width and height, in [0, 1]
-            (padding counts as outside); with aux_loss `aux_outputs`, a list of the same for each earlier layer.
-        """
+        """Detect: images in and predictions out as in `Detector.forward`, with Q = patterns * points queries."""
         features = list(self.backbone(as_nested_tensor(samples)).values())[-len(self.input_proj) :]
         maps = [
             project(level.tensors).permute(0, 2, 3, 1)  # (batch, d, h, w) -> (batch, h, w, d)

@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 
 # Elements of a slice's largest intermediate, of which up to three live at a time.
 # On a CPU they are to stay in the cache: of 2^16, 2^17, ..., 2^23 this was the fastest on two cores with 32 MiB of
-# third-level cache, 2^19 and 2^21 some 5% slower. Elsewhere intermediates go through the memory whatever their size,
-# and each slice costs about a dozen launches: few slices, of 256 MiB an intermediate in float32.
+# third-level cache, by little (`python -m enact_common.benchmark rowcol` shows what another gives). Elsewhere
+# intermediates go through the memory whatever their size, and each slice costs about a dozen launches: few slices, of
+# 256 MiB an intermediate in float32.
 CACHE_SLICE = 2**20
 MEMORY_SLICE = 2**26
 
@@ -178,8 +179,8 @@ class _RowColumnProduct(torch.autograd.Function):
                 if needs_value:
                     grad_value[b].baddbmm_(row[b, q].transpose(1, 2), grad_sums)
                 if needs_row or needs_col:
-                    # By pair is one matrix product less, by sum goes over fewer elements. In a cache the former takes
-                    # some 15% off the whole; by its memory traffic it would be the slower elsewhere.
+                    # By pair is one matrix product less, by sum goes over fewer elements: the former is the faster in
+                    # a cache, and would be the slower where its elements went through the memory.
                     grads = _weight_grads_by_pair(*part) if cached else _weight_grads_by_sum(*part, grad_sums)
                     grad_row[b, q], grad_col[b, q] = grads
         return _needed(ctx, (grad_row, grad_col, grad_value.unflatten(2, (height, channels)).transpose(1, 2)))

@@ -24,11 +24,8 @@ class TransformerDecoderLayer(DecoderLayer):
     """Self-attention among the queries, conditional attention to the memory, and a feed-forward network.
 
     Args:
-        d_model: channels d.
-        nhead: attention heads.
-        dim_feedforward: hidden channels of the feed-forward network.
-        dropout: probability, in and after every block.
-        normalize_before: layer norm before each block rather than after it.
+        d_model, nhead: channels d and attention heads.
+        dim_feedforward, dropout, normalize_before: as in `DecoderLayer`; the dropout is the attention weights' too.
         first: the first layer, which has no content to go by yet: there the learned query takes part in the content.
     """
 
