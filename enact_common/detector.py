@@ -2,16 +2,14 @@
 
 from torch import Tensor, nn
 
+from enact_common.data.categories import coco_names
 from enact_common.layers import MLP
 from enact_common.nested_tensor import NestedTensor, as_nested_tensor
 
-# COCO's category ids go up to 90, and the published models use them as labels.
-COCO_LABELS = 91
-
 
 def num_classes_of(args) -> int:
-    """The labels that the arguments ask for: COCO's, where they do not say."""
-    return COCO_LABELS if args.num_classes is None else args.num_classes
+    """The labels that the arguments ask for; where they do not say, COCO's ids from 0 on, as the published models."""
+    return len(coco_names()) if args.num_classes is None else args.num_classes
 
 
 def detector_outputs(logits: Tensor, boxes: Tensor, aux_loss: bool) -> dict:
