@@ -40,13 +40,13 @@ class SoftmaxClassLoss(nn.Module):
         class_weight[-1] = eos_coef
         self.register_buffer("class_weight", class_weight, persistent=False)
 
-    def forward(self, logits: Tensor, classes: Tensor, objects: float) -> Tensor:
+    def forward(self, logits: Tensor, classes: Tensor, objects: Tensor) -> Tensor:
         """The weighted mean over a layer's queries, (layers,).
 
         Args:
             logits: (layers, batch, Q, num_classes + 1).
             classes: int64 (layers, batch, Q), num_classes for no object.
-            objects: in the batch; without effect here.
+            objects: (), in the batch; without effect here.
         """
         loss = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), self.class_weight, reduction="none")
         return loss.view_as(classes).sum(dim=(1, 2)) / self.class_weight[classes].sum(dim=(1, 2))
@@ -73,13 +73,13 @@ class FocalClassLoss(nn.Module):
         super().__init__()
         self.alpha = alpha
 
-    def forward(self, logits: Tensor, classes: Tensor, objects: float) -> Tensor:
+    def forward(self, logits: Tensor, classes: Tensor, objects: Tensor) -> Tensor:
         """The sum over a layer's queries and classes, divided by the number of objects, (layers,).
 
         Args:
             logits: (layers, batch, Q, num_classes).
             classes: int64 (layers, batch, Q), num_classes for no object.
-            objects: in the batch, at least 1.
+            objects: (), in the batch, at least 1.
         """
         present = logits.new_zeros(*logits.shape[:3], logits.shape[3] + 1)
         present.scatter_(-1, classes.unsqueeze(-1), 1)  # (layers, batch, Q, num_classes + 1)
@@ -136,19 +136,24 @@ class SetCriterion(nn.Module):
         with torch.autocast(logits.device.type, enabled=False):
             matches = self.matcher.match_layers(logits, boxes, targets)
             # The mean over all processes' batches, so that their losses add up as one batch's would.
-            objects = max(world_mean(sum(len(target["labels"]) for target in targets), boxes.device), 1)
+            objects = world_mean(sum(len(target["labels"]) for target in targets), boxes.device).clamp(min=1)
             per_layer = {}
             for loss in self.losses:
                 per_layer |= getattr(self, f"loss_{loss}")(logits, boxes, targets, matches, objects)
 
-        result = {name: values[-1] for name, values in per_layer.items()}
+        # Cut in one piece, which makes one kernel of their backward pass.
+        scalars = {name: values.unbind() for name, values in per_layer.items()}
+        result = {name: values[-1] for name, values in scalars.items()}
         for i in range(len(layers) - 1):
-            result |= {f"{name}_{i}": values[i] for name, values in per_layer.items() if name != "class_error"}
+            result |= {f"{name}_{i}": values[i] for name, values in scalars.items() if name != "class_error"}
         return result
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the losses: what is minimised."""
-        return sum(loss * self.weight_dict[name] for name, loss in losses.items() if name in self.weight_dict)
+        weighted = [name for name in losses if name in self.weight_dict]
+        weights = torch.tensor([float(self.weight_dict[name]) for name in weighted])
+        values = torch.stack([losses[name] for name in weighted])
+        return values @ weights.to(values.device, non_blocking=True)
 
     def loss_labels(self, logits, boxes, targets, matches: Matches, objects) -> dict[str, Tensor]:
         """The classification loss of all queries, and the last layer's error on matched ones."""

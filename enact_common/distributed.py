@@ -56,13 +56,12 @@ def is_main_process() -> bool:
     return get_rank() == 0
 
 
-def world_mean(value: float, device) -> float:
-    """The mean of a host number over all processes."""
-    if not is_distributed():
-        return value
-    total = torch.tensor(float(value), device=device)
-    dist.all_reduce(total)
-    return total.item() / get_world_size()
+def world_mean(value: float, device) -> torch.Tensor:
+    """The mean of a host number over all processes, float32 () on the device: nothing waits for it."""
+    total = torch.full((), float(value), device=device)
+    if is_distributed():
+        dist.all_reduce(total)
+    return total / get_world_size()
 
 
 def world_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """One epoch of training, and evaluation: the loops, and nothing of the set-up around them."""
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,33 +11,11 @@ from enact_common.distributed import get_world_size
 from enact_common.evaluation.coco import CocoBoxEvaluator
 from enact_common.logs import AverageMeter, Progress
 from enact_common.nested_tensor import NestedTensor
-
-AMP_DTYPE = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from enact_common.optimization import AMP_DTYPE, Optimization
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss is infinite or not a number. The message says where and which tensor was the first at fault."""
-
-
-@dataclass
-class Optimization:
-    """All that changes weights in a step.
-
-    Attributes:
-        optimizer: over all trained parameters.
-        learning_rate: called with (epoch, optimizer step in it, steps in it); sets the optimizer's rates.
-        amp: a key of `AMP_DTYPE`.
-        scaler: scales the loss under fp16; disabled otherwise.
-        clip_max_norm: largest norm of all gradients together; 0 does not clip.
-        accumulate: batches whose gradients make one step.
-    """
-
-    optimizer: torch.optim.Optimizer
-    learning_rate: Callable[[int, int, int], None]
-    amp: str
-    scaler: torch.amp.GradScaler
-    clip_max_norm: float
-    accumulate: int
 
 
 def autocast(device: torch.device, amp: str):
@@ -47,18 +24,152 @@ def autocast(device: torch.device, amp: str):
 
 
 def to_device(samples: NestedTensor, targets: list[dict[str, Tensor]], device: torch.device):
-    """A batch on the device, without waiting for the copies."""
-    targets = [{name: value.to(device, non_blocking=True) for name, value in t.items()} for t in targets]
+    """A batch on the device, without waiting for the copies.
+
+    Of the targets, all objects' labels and boxes go in one copy each; what else they hold stays where it is.
+    """
+    counts = [len(target["labels"]) for target in targets]
+    moved = {
+        name: torch.cat([target[name] for target in targets]).to(device, non_blocking=True).split(counts)
+        for name in ("labels", "boxes")
+    }
+    targets = [{**target, **{name: parts[i] for name, parts in moved.items()}} for i, target in enumerate(targets)]
     return samples.to(device, non_blocking=True), targets
 
 
-def loss_report(losses: dict[str, Tensor], weight_dict: dict[str, float]) -> dict[str, Tensor]:
+def loss_report(losses: dict[str, float], weight_dict: dict[str, float]) -> dict[str, float]:
     """Losses for the log, under the original's names: weighted, the total, and unweighted with a suffix."""
     scaled = {name: value * weight_dict[name] for name, value in losses.items() if name in weight_dict}
     report = {"loss": sum(scaled.values()), **scaled}
     if "class_error" in losses:
         report["class_error"] = losses["class_error"]
     return report | {f"{name}_unscaled": value for name, value in losses.items() if name != "class_error"}
+
+
+@dataclass
+class Batch:
+    """What a report about a loss that is not finite needs to know of its batch."""
+
+    samples: NestedTensor
+    targets: list[dict[str, Tensor]]
+    losses: dict[str, Tensor]
+    where: str
+
+
+class TrainStep:
+    """Forward pass, losses, backward pass, and a step of the optimizer where a group of batches is complete.
+
+    The host waits for the device once a step, for the matching costs. Whether the loss and the gradients were finite is
+    decided on the device, which then leaves the weights alone; the host learns of it in the next step's wait.
+
+    Args:
+        model: possibly wrapped in DistributedDataParallel.
+        criterion: gives losses, their weights and the total.
+        optimization: what changes the weights.
+        device: where the model is.
+    """
+
+    def __init__(self, model: nn.Module, criterion: nn.Module, optimization: Optimization, device: torch.device):
+        self.model = model
+        self.criterion = criterion
+        self.optimization = optimization
+        self.device = device
+        self.parameters = [p for group in optimization.optimizer.param_groups for p in group["params"]]
+        # Page-locked, or a copy from a GPU into it would be waited for.
+        self._finite = torch.ones((), dtype=torch.bool, pin_memory=device.type == "cuda")
+        self._unchecked: Batch | None = None
+
+    def __call__(
+        self,
+        samples: NestedTensor,
+        targets: list[dict[str, Tensor]],
+        where: str = "",
+        group: int = 1,
+        complete: bool = True,
+    ) -> dict[str, Tensor]:
+        """One batch.
+
+        Args:
+            samples, targets: as the loader gives them.
+            where: the step, in words, for the report.
+            group: batches whose gradients make this step of the optimizer; their mean counts.
+            complete: this is the last of them.
+
+        Returns:
+            the losses, without gradient, on the device.
+
+        Raises:
+            NonFiniteLossError: the batch before had a loss or gradients that are not finite. The weights are those
+                before that batch.
+        """
+        optimizer, scaler = self.optimization.optimizer, self.optimization.scaler
+        samples, targets = to_device(samples, targets, self.device)
+        wait = contextlib.nullcontext() if complete or get_world_size() == 1 else self.model.no_sync()
+        with wait:
+            with autocast(self.device, self.optimization.amp):
+                outputs = self.model(samples)
+            losses = self.criterion(outputs, targets)
+            # The matching has waited for the device, so what the step before left there has arrived.
+            self.check()
+            total = self.criterion.total(losses)
+            scaler.scale(total / group).backward()
+
+        finite = total.detach().isfinite()
+        if complete:
+            finite = finite & self.step_optimizer(finite)
+            optimizer.zero_grad(set_to_none=True)
+        self._finite.copy_(finite, non_blocking=True)
+        losses = {name: value.detach() for name, value in losses.items()}
+        self._unchecked = Batch(samples, targets, losses, where)
+        return losses
+
+    def step_optimizer(self, finite: Tensor) -> Tensor:
+        """Clip the gradients and change the weights, unless the loss or the gradients are not finite.
+
+        Args:
+            finite: bool (), whether the loss is.
+
+        Returns:
+            bool (), whether the gradients are too. Under fp16, where the scaler's overflows are no fault, always.
+        """
+        optimizer, scaler = self.optimization.optimizer, self.optimization.scaler
+        scaler.unscale_(optimizer)
+        norm = torch.zeros((), device=self.device)
+        if self.optimization.clip_max_norm > 0:
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.optimization.clip_max_norm)
+        if not scaler.is_enabled():
+            finite = finite & norm.isfinite()
+            # What the gradient scaler sets, too: fused optimizers look at it on the device.
+            optimizer.found_inf = (~finite).float()
+        scaler.step(optimizer)
+        scaler.update()
+        return finite
+
+    def check(self) -> None:
+        """Report a batch whose loss or gradients were not finite, if its copy to the host is done.
+
+        Raises:
+            NonFiniteLossError: they were not.
+        """
+        batch, self._unchecked = self._unchecked, None
+        if batch is not None and not self._finite.item():
+            # Without the wrapper, whose forward would wait for the other processes.
+            alone = getattr(self.model, "module", self.model)
+            raise NonFiniteLossError(
+                describe_non_finite(
+                    alone, batch.samples, batch.targets, batch.losses, batch.where, self.optimization.amp
+                )
+            )
+
+    def finish(self) -> None:
+        """Wait for the last step and check it.
+
+        Raises:
+            NonFiniteLossError: as in `check`.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        self.check()
 
 
 def train_one_epoch(
@@ -85,54 +196,31 @@ def train_one_epoch(
         means of the losses over the epoch, and the last learning rate under `lr`.
 
     Raises:
-        NonFiniteLossError: the loss is not finite. The weights are those before that batch.
+        NonFiniteLossError: the loss or the gradients are not finite. The weights are those before that batch.
     """
     model.train()
     criterion.train()
     meter = AverageMeter()
-    optimizer, scaler = optimization.optimizer, optimization.scaler
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    group_size = optimization.accumulate
+    step = TrainStep(model, criterion, optimization, device)
+    optimizer, group_size = optimization.optimizer, optimization.accumulate
     num_batches, num_steps = len(loader), -(-len(loader) // group_size)
     progress = Progress(loader, f"epoch {epoch}", loader.batch_size * get_world_size(), print_freq)
 
     optimizer.zero_grad(set_to_none=True)
     for i, (samples, targets) in progress:
-        step, place = divmod(i, group_size)
+        number, place = divmod(i, group_size)
         if place == 0:
-            optimization.learning_rate(epoch, step, num_steps)
+            optimization.learning_rate(epoch, number, num_steps)
         # The last group of an epoch may be smaller; its gradient is still a mean over its batches.
-        batches_in_group = min(group_size, num_batches - step * group_size)
-        complete = place == batches_in_group - 1
-
-        samples, targets = to_device(samples, targets, device)
-        wait = contextlib.nullcontext() if complete or get_world_size() == 1 else model.no_sync()
-        with wait:
-            with autocast(device, optimization.amp):
-                outputs = model(samples)
-            losses = criterion(outputs, targets)
-            total = criterion.total(losses)
-            if not torch.isfinite(total).item():
-                # Without the wrapper, whose forward would wait for the other processes.
-                alone = getattr(model, "module", model)
-                where = f"epoch {epoch}, step {i}"
-                raise NonFiniteLossError(describe_non_finite(alone, samples, targets, losses, where, optimization.amp))
-            scaler.scale(total / batches_in_group).backward()
-
-        if complete:
-            scaler.unscale_(optimizer)
-            if optimization.clip_max_norm > 0:
-                nn.utils.clip_grad_norm_(parameters, optimization.clip_max_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-
-        meter.update(loss_report(losses, criterion.weight_dict))
+        group = min(group_size, num_batches - number * group_size)
+        meter.update(step(samples, targets, f"epoch {epoch}, step {i}", group, complete=place == group - 1))
         if progress.due(i):
-            averages = meter.averages()
+            averages = loss_report(meter.averages(), criterion.weight_dict)
             shown = {name: averages[name] for name in ("loss", "class_error")}
             progress.show(i, {**shown, "lr": optimizer.param_groups[0]["lr"]})
-    return {"lr": optimizer.param_groups[0]["lr"], **meter.synchronized()}
+    step.finish()
+    averages = loss_report(meter.synchronized(), criterion.weight_dict)
+    return {"lr": optimizer.param_groups[0]["lr"], **averages}
 
 
 def describe_non_finite(
@@ -163,9 +251,9 @@ def describe_non_finite(
             fault = first_non_finite_output(model, samples)
     if fault is None:
         faults = (f"loss {name}" for name, value in losses.items() if not is_finite(value))
-        fault = next(faults, "the weighted total")
+        fault = next(faults, "the gradients")
     return (
-        f"the loss is not finite at {where}, images {images}; first tensor at fault: {fault}. "
+        f"the loss or its gradients are not finite at {where}, images {images}; first tensor at fault: {fault}. "
         "The last checkpoint is from before. A smaller --lr, a smaller --clip_max_norm or --amp none may help."
     )
 
@@ -227,6 +315,10 @@ def evaluate(
     if criterion is not None:
         criterion.eval()
     meter = AverageMeter()
+
+    def report(means: dict[str, float]) -> dict[str, float]:
+        return {} if criterion is None else loss_report(means, criterion.weight_dict)
+
     progress = Progress(loader, "evaluation", loader.batch_size * get_world_size(), print_freq)
     for i, (samples, targets) in progress:
         image_ids = [int(target["image_id"]) for target in targets]
@@ -234,11 +326,11 @@ def evaluate(
         with autocast(device, amp):
             outputs = model(samples)
         if criterion is not None:
-            meter.update(loss_report(criterion(outputs, targets), criterion.weight_dict))
+            meter.update(criterion(outputs, targets))
         sizes = torch.stack([target["orig_size"] for target in targets])
         evaluator.update(image_ids, postprocess(outputs, sizes))
         if progress.due(i):
-            averages = meter.averages()
+            averages = report(meter.averages())
             progress.show(i, {name: averages[name] for name in ("loss", "class_error") if name in averages})
     evaluator.synchronize()
-    return meter.synchronized()
+    return report(meter.synchronized())

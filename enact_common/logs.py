@@ -47,7 +47,8 @@ class AverageMeter:
 
     def update(self, values: dict[str, Tensor]) -> None:
         """Add one value of each scalar; names are the same in every call."""
-        stacked = torch.stack([value.detach().double() for value in values.values()])
+        with torch.no_grad():
+            stacked = torch.stack(list(values.values())).double()
         self._names = tuple(values)
         self._sums = stacked if self._sums is None else self._sums + stacked
         self._count += 1

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import math
 import random
 import sys
 import time
@@ -30,10 +29,11 @@ from enact_common.checkpoint import (
 from enact_common.data.categories import LabelMap
 from enact_common.data.coco import CocoDetection, cache_files, collate, find_split
 from enact_common.distributed import gather_objects, get_rank, get_world_size, init_distributed_mode, is_main_process
-from enact_common.engine import NonFiniteLossError, Optimization, evaluate, train_one_epoch
+from enact_common.engine import NonFiniteLossError, evaluate, train_one_epoch
 from enact_common.errors import UserError
 from enact_common.evaluation.coco import CocoBoxEvaluator, figures_text, per_class_text
 from enact_common.logs import RunLog, setup_logging
+from enact_common.optimization import Optimization, build_optimization, drops_until
 
 logger = logging.getLogger("enact")
 
@@ -107,101 +107,6 @@ def find_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here")
     return device
-
-
-def parameter_groups(
-    model: nn.Module,
-    lr: float,
-    lr_backbone: float,
-    backbone_names: Sequence[str] = ("backbone",),
-    linear_proj_names: Sequence[str] = (),
-    linear_proj_mult: float = 0.1,
-) -> list[dict]:
-    """Trained parameters, the backbone's and some linear projections' with learning rates of their own.
-
-    Args:
-        model: its parameters' names decide.
-        lr, lr_backbone: learning rates.
-        backbone_names: a parameter whose name contains one of these is the backbone's.
-        linear_proj_names: one of the rest whose name contains one of these is a linear projection's.
-        linear_proj_mult: their learning rate as a part of `lr`.
-
-    Returns:
-        the groups that have parameters, each with a `name` ("" for the rest), in the order of the reference.
-    """
-    rates = {"": lr, "backbone": lr_backbone, "linear projections": lr * linear_proj_mult}
-    members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            in_backbone = any(part in name for part in backbone_names)
-            in_projections = any(part in name for part in linear_proj_names)
-            group = "backbone" if in_backbone else "linear projections" if in_projections else ""
-            members[group].append(parameter)
-    return [
-        {"params": members[name], "lr": rate, "initial_lr": rate, "name": name}
-        for name, rate in rates.items()
-        if members[name]
-    ]
-
-
-def check_parameter_names(model: nn.Module, flag: str, parts: Sequence[str]) -> None:
-    """Refuse a part of a name that no parameter has.
-
-    Args:
-        model: its parameters, frozen ones included, are looked at.
-        flag: where the parts come from, for the message.
-        parts: each must be contained in some parameter's name.
-
-    Raises:
-        UserError: naming the flag, the part and some parameters.
-    """
-    names = [name for name, _ in model.named_parameters()]
-    for part in parts:
-        if not any(part in name for name in names):
-            # Every so many, so that they come from all over the model.
-            some = ", ".join(names[:: max(len(names) // 6, 1)])
-            raise UserError(f"{flag} {part}: no parameter's name contains it; names are, say, {some}")
-
-
-def drops_until(epoch: int, lr_drop: int, drop_epochs: Sequence[int] | None) -> int:
-    """How often the step schedule's rate has fallen when `epoch` epochs are done.
-
-    Args:
-        epoch: epochs done.
-        lr_drop: it falls after every so many.
-        drop_epochs: it falls after each of these instead; None for `lr_drop`.
-    """
-    return epoch // lr_drop if drop_epochs is None else sum(epoch >= drop for drop in set(drop_epochs))
-
-
-def learning_rate_factor(
-    schedule: str,
-    step: int,
-    epoch: int,
-    total_steps: int,
-    lr_drop: int,
-    warmup_steps: int,
-    drop_epochs: Sequence[int] | None = None,
-) -> float:
-    """What a base learning rate is multiplied by.
-
-    Args:
-        schedule: "step", a tenth after every drop; or "cosine", from 1 to 0 over the whole run.
-        step: optimizer steps done before, in all epochs.
-        epoch: epochs done before.
-        total_steps: of the whole run.
-        lr_drop: epochs between two drops.
-        warmup_steps: the factor rises linearly from near 0 over these.
-        drop_epochs: epochs after which a drop comes, in place of every `lr_drop`.
-
-    Returns:
-        in [0, 1].
-    """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    if schedule == "step":
-        return 0.1 ** drops_until(epoch, lr_drop, drop_epochs)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(total_steps - warmup_steps, 1)))
 
 
 def use_one_thread(worker: int) -> None:
@@ -394,46 +299,6 @@ class Run:
         if args.backbone_norm == "frozen" and args.backbone_weights == "none" and not args.resume:
             logger.info("note: a random backbone hardly trains under frozen batch norm; --backbone_norm batch does")
 
-    def build_optimization(self) -> Optimization:
-        """The optimizer and what goes with it.
-
-        Raises:
-            UserError: a name that asks for a learning rate fits no parameter.
-        """
-        args = self.args
-        for flag in ("lr_backbone_names", "lr_linear_proj_names"):
-            check_parameter_names(self.model, f"--{flag}", getattr(args, flag))
-        groups = parameter_groups(
-            self.model,
-            args.lr,
-            args.lr_backbone,
-            args.lr_backbone_names,
-            args.lr_linear_proj_names,
-            args.lr_linear_proj_mult,
-        )
-        optimizer: torch.optim.Optimizer
-        if args.sgd:
-            optimizer = torch.optim.SGD(groups, lr=args.lr, momentum=0.9, weight_decay=args.weight_decay)
-        else:
-            # One kernel a group rather than a dozen a tensor: for a small model on a CPU, a good part of a step.
-            optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
-
-        def set_learning_rate(epoch: int, step: int, steps: int) -> None:
-            factor = learning_rate_factor(
-                args.lr_schedule,
-                epoch * steps + step,
-                epoch,
-                args.epochs * steps,
-                args.lr_drop,
-                args.warmup_steps,
-                args.lr_drop_epochs,
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * factor
-
-        scaler = torch.amp.GradScaler(self.device.type, enabled=args.amp == "fp16")
-        return Optimization(optimizer, set_learning_rate, args.amp, scaler, args.clip_max_norm, args.accumulate)
-
     def resume(self, checkpoint: dict, optimization: Optimization) -> None:
         """Put the optimizer, the scaler, the random states and the epoch count where the checkpoint left them."""
         args = self.args
@@ -462,7 +327,7 @@ class Run:
     def train(self, checkpoint: dict | None) -> None:
         """Train to the last epoch; after each, save, evaluate and log."""
         args = self.args
-        optimization = self.build_optimization()
+        optimization = build_optimization(self.model, args, self.device)
         if checkpoint:
             self.resume(checkpoint, optimization)
         self.describe(optimization.optimizer)

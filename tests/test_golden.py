@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import GOLDEN, assert_close, build, golden_batch, parse
 
-from enact_common.run import parameter_groups
+from enact_common.optimization import parameter_groups
 
 # recorded file: (variant, encoder attention)
 FILES = {

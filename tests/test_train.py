@@ -29,7 +29,7 @@ from enact_common.data.synthetic import make_shapes
 from enact_common.engine import describe_non_finite
 from enact_common.logs import AverageMeter
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
-from enact_common.run import learning_rate_factor, parameter_groups
+from enact_common.optimization import learning_rate_factor, parameter_groups
 from enact_common.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
