@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
+from enact_common.acceleration import prepare
 from enact_common.arguments import VariantParser
 from enact_common.backbone import load_backbone_weights
 from enact_common.checkpoint import (
@@ -255,8 +256,7 @@ class Run:
         self.model, self.criterion, self.postprocessors = self.build_model(args)
         if checkpoint:
             load_model(self.model, checkpoint["model"], args.resume)
-        # Convolutions are fastest with channels innermost, on CPUs and GPUs alike.
-        self.model.to(self.device, memory_format=torch.channels_last)
+        prepare(self.model, args, self.device)
         self.criterion.to(self.device)
         self.wrapped = self.model
         if args.distributed and not args.eval:
