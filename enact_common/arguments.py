@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 
 from enact_common.backbone import BACKBONES, NORMS, SHALLOW_BACKBONES
+from enact_common.clustering import CLUSTERS
 from enact_common.errors import UserError
 from enact_common.layers import ENCODER_ATTENTIONS
 from enact_common.position_encoding import PositionEmbeddingLearned
@@ -27,6 +28,9 @@ MODEL_FLAGS = (
     "num_feature_levels", "num_query_position", "num_query_pattern", "spatial_prior", "attention_type",
     "separate_images",
 )  # fmt: skip
+
+# Flags of ENACT that any weights work with. One that is not given is taken from the checkpoint.
+CLUSTERING_FLAGS = ("enact_clusters", "enact_per_image", "enact_mask_padding", "enact_max_clusters")
 
 # Booleans that can also be switched off, `--no-dilation`: a variant may have them on by default.
 NEGATABLE_FLAGS = ("dilation",)
@@ -221,6 +225,24 @@ def add_model_flags(group) -> None:
     group.add_argument(
         "--smoothing_sigma", type=float, default=3.0, metavar="TOKENS",
         help="ENACT: standard deviation of the entropy's smoothing; larger gives fewer clusters",
+    )  # fmt: skip
+    group.add_argument(
+        "--enact_clusters", choices=CLUSTERS,
+        help="ENACT: what is pooled, windows as long as the entropy's regions are on average, or each region itself; "
+        f"default: the checkpoint's, else {CLUSTERS[0]}",
+    )  # fmt: skip
+    group.add_argument(
+        "--enact_per_image", action=argparse.BooleanOptionalAction, default=None,
+        help="ENACT: each image has its own window length, rather than one for the batch; default: the checkpoint's",
+    )  # fmt: skip
+    group.add_argument(
+        "--enact_mask_padding", action=argparse.BooleanOptionalAction, default=None,
+        help="ENACT: padding is not scored, clustered or attended to; default: the checkpoint's, else no",
+    )  # fmt: skip
+    group.add_argument(
+        "--enact_max_clusters", type=natural_int, metavar="M",
+        help="ENACT: clusters grow until there are at most so many, whatever the image's size; 0 sets no limit; "
+        "default: the checkpoint's, else none",
     )  # fmt: skip
     group.add_argument("--backbone", type=str, choices=BACKBONES, default="resnet50", help="ResNet from torchvision")
     group.add_argument(

@@ -4,6 +4,7 @@ Source: Savathrakis and Argyros, "ENACT: Entropy-based Clustering of Attention I
 Needs of Object Detection Transformers", arXiv:2409.07541.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,9 +29,10 @@ class EnactSelfAttention(EntropyClustering):
         dropout: probability of dropping an attention weight in training. The reference has none.
         sigma: standard deviation of the information's smoothing, tokens.
         batch_first: tensors are (batch, N, d) rather than (N, batch, d).
+        clusters, per_image, mask_padding, max_clusters: as in `EntropyClustering`.
 
     Raises:
-        ValueError: embed_dim is not a multiple of num_heads.
+        ValueError: embed_dim is not a multiple of num_heads, or a setting of the clustering is wrong.
     """
 
     # Read by nn.TransformerEncoder and its layer, which take fused paths of their own only where they find packed
@@ -39,9 +41,18 @@ class EnactSelfAttention(EntropyClustering):
     _qkv_same_embed_dim = False
 
     def __init__(
-        self, embed_dim: int, num_heads: int, dropout: float = 0.0, sigma: float = 3.0, batch_first: bool = False
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        sigma: float = 3.0,
+        batch_first: bool = False,
+        clusters: str = "windows",
+        per_image: bool = False,
+        mask_padding: bool = False,
+        max_clusters: int | None = None,
     ):
-        super().__init__(embed_dim, sigma)
+        super().__init__(embed_dim, sigma, clusters, per_image, mask_padding, max_clusters)
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim ({embed_dim}) must be a multiple of num_heads ({num_heads})")
         self.embed_dim = embed_dim
@@ -68,8 +79,8 @@ class EnactSelfAttention(EntropyClustering):
         Args:
             query: (L, batch, d), or (batch, L, d) if batch_first.
             key, value: (N, batch, d), or (batch, N, d) if batch_first; N in row-major order of the feature map.
-            key_padding_mask: (batch, N), True where padded. It has no effect yet: as in the reference, padded
-                tokens are clustered and attended to like any other.
+            key_padding_mask: bool (batch, N), True where padded. Without `mask_padding` it has no effect: as in the
+                reference, padded tokens are clustered and attended to like any other.
             need_weights, attn_mask, is_causal: those of `nn.MultiheadAttention`, at values that ask for nothing.
 
         Returns:
@@ -87,18 +98,25 @@ class EnactSelfAttention(EntropyClustering):
             query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
         head_width = self.embed_dim // self.num_heads
 
-        key, value = super().forward(key, value)  # (batch, M, d) each
+        key, value, padding_mask = self.pool(key, value, key_padding_mask)
         q, k, v = (
             # (batch, L or M, d) -> (batch, heads, L or M, e)
             projection(tensor).unflatten(-1, (self.num_heads, head_width)).transpose(1, 2)
             for projection, tensor in ((self.W_q, query), (self.W_k, key), (self.W_v, value))
         )
         # The division by e is linear in V: cheapest where there are M rows rather than L.
+        present = None if padding_mask is None else ~padding_mask[:, None, None]  # (batch, 1, 1, M)
         attended = F.scaled_dot_product_attention(
-            q, k, v / head_width, dropout_p=self.dropout if self.training else 0.0, scale=1.0
+            q, k, v / head_width, present, dropout_p=self.dropout if self.training else 0.0, scale=1.0
         )
         output = self.W_o(attended.transpose(1, 2).flatten(2))  # (batch, heads, L, e) -> (batch, L, d)
         return (output if self.batch_first else output.transpose(0, 1)), None
+
+    def pool(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values (batch, N, d) as clusters (batch, M, d), and the clusters' padding mask (batch, M)."""
+        clusters = self.cluster(key, key_padding_mask)
+        with torch.autocast(key.device.type, enabled=False):
+            return clusters.pool(key), clusters.pool(value), clusters.padding_mask
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, dropout={self.dropout}, {super().extra_repr()}"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from enact_common.arguments import MODEL_FLAGS, NEGATABLE_FLAGS
+from enact_common.arguments import CLUSTERING_FLAGS, MODEL_FLAGS, NEGATABLE_FLAGS
 from enact_common.errors import UserError
 from enact_common.files import read_tensors, write_atomically
 
@@ -70,6 +70,18 @@ def download(url: str) -> Path:
                 f"--resume {url}: cannot be downloaded ({error}); download it elsewhere and pass its path"
             ) from error
     return path
+
+
+def restore_clustering_flags(saved: dict[str, Any], args: argparse.Namespace) -> None:
+    """Give ENACT's settings that the command line leaves open the values that a checkpoint was made with.
+
+    Args:
+        saved: the checkpoint's arguments.
+        args: this run's arguments; changed in place.
+    """
+    for flag in CLUSTERING_FLAGS:
+        if getattr(args, flag) is None:
+            setattr(args, flag, saved.get(flag))
 
 
 def check_model_flags(source: str, saved: dict[str, Any], args: argparse.Namespace) -> None:

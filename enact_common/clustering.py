@@ -6,17 +6,22 @@ has inflection points along the sequence, and their spacing sets how long the wi
 averaged, with weights that the information itself provides.
 
 Everything up to `EntropyClustering` is a pure function of tensors, so that another host (another attention layer,
-another way of choosing regions) can use the pieces it needs.
+another way of choosing regions) can use the pieces it needs. Clusters come in two forms: `Windows`, of one length for
+all images, which are views of the tokens; and `Segments`, of any lengths.
 """
 
 import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # Added to every probability, so that the logarithm of an underflown one stays finite. Released weights know it.
 PROBABILITY_FLOOR = 1e-8
+
+# What a cluster is: a window as long as the regions are on average, or a region itself.
+CLUSTERS = ("windows", "regions")
 
 
 def gaussian_kernel(sigma: float) -> Tensor:
@@ -58,19 +63,24 @@ def smooth(signal: Tensor, kernel: Tensor) -> Tensor:
     return F.conv1d(signal.unsqueeze(1), kernel.view(1, 1, -1), padding="same").squeeze(1)  # (batch, N)
 
 
-def count_regions(signal: Tensor) -> Tensor:
-    """The number of maximal runs in which the second difference `[-1, 2, -1]` keeps its sign (positive or not).
+def region_borders(signal: Tensor) -> Tensor:
+    """Where a region ends: where the sign (positive or not) of the second difference `[-1, 2, -1]` changes.
 
     Args:
         signal: (batch, N), taken as zero beyond its ends.
 
     Returns:
-        int64 (batch,), in 1..N. No gradient passes.
+        bool (batch, N - 1), between each token and the next. No gradient passes.
     """
     signal = F.pad(signal.detach(), (1, 1))  # (batch, N + 2)
     # The reference's order of summation: near an inflection point another one could round to the other sign.
     curved = (2 * signal[:, 1:-1] - signal[:, :-2] - signal[:, 2:]) > 0  # (batch, N)
-    return (curved[:, 1:] != curved[:, :-1]).sum(dim=-1) + 1
+    return curved[:, 1:] != curved[:, :-1]
+
+
+def count_regions(signal: Tensor) -> Tensor:
+    """The number of regions, maximal runs without a border, in signals (batch, N): int64 (batch,), in 1..N."""
+    return region_borders(signal).sum(dim=-1) + 1
 
 
 def window_length(num_tokens: int, num_regions: list[int]) -> int:
@@ -84,6 +94,11 @@ def window_length(num_tokens: int, num_regions: list[int]) -> int:
         tokens a window, in 1..N.
     """
     return round(sum(num_tokens / regions for regions in num_regions) / len(num_regions))
+
+
+def shortest_window(num_tokens, max_clusters: int):
+    """The shortest window length that leaves at most `max_clusters` whole windows; an int, or a tensor of them."""
+    return num_tokens // (max_clusters + 1) + 1
 
 
 def cut_windows(tokens: Tensor, length: int) -> Tensor:
@@ -101,69 +116,187 @@ def cut_windows(tokens: Tensor, length: int) -> Tensor:
     return kept.unflatten(1, (num_windows, length))  # (batch, M, length, ...)
 
 
-def pool_windows(weights: Tensor, tokens: Tensor) -> Tensor:
-    """The weighted sum of each window's tokens.
+class Windows:
+    """Clusters of one length in all images of a batch.
 
     Args:
-        weights: (batch, M, length), each window's adding up to one.
-        tokens: (batch, N, d).
+        weights: (batch, M, length), of each window's tokens, adding up to one.
 
-    Returns:
-        (batch, M, d), in the tokens' dtype.
+    Attributes:
+        padding_mask: None: each image has as many clusters as the others.
     """
-    windows = cut_windows(tokens, weights.shape[-1]).to(weights.dtype)  # (batch, M, length, d)
-    # Image by image: over the whole batch, the product would copy windows that leave tokens over, and keep the copy.
-    pooled = [w.unsqueeze(1) @ image for w, image in zip(weights, windows, strict=True)]  # (M, 1, d) each
-    return torch.stack(pooled).squeeze(2).to(tokens.dtype)
+
+    padding_mask: Tensor | None = None
+
+    def __init__(self, weights: Tensor):
+        self.weights = weights
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """The weighted sums of tokens (batch, N, d): (batch, M, d), in their dtype."""
+        windows = cut_windows(tokens, self.weights.shape[-1]).to(self.weights.dtype)  # (batch, M, length, d)
+        # Image by image: over the whole batch, the product would copy windows that leave tokens over, and keep the
+        # copy.
+        pooled = [w.unsqueeze(1) @ image for w, image in zip(self.weights, windows, strict=True)]  # (M, 1, d) each
+        return torch.stack(pooled).squeeze(2).to(tokens.dtype)
+
+    def pool_shared(self, values: Tensor, index: Tensor) -> Tensor:
+        """`pool` of tokens that share their values, without laying these out for every token.
+
+        Args:
+            values: (batch, S, d).
+            index: int64 (N,), which of the S values each token has.
+
+        Returns:
+            (batch, M, d), in the values' dtype.
+        """
+        (windows,) = cut_windows(index.unsqueeze(0), self.weights.shape[-1])  # (M, length)
+        member = F.one_hot(windows, values.shape[1]).to(self.weights.dtype)  # (M, length, S)
+        shares = torch.einsum("bml,mls->bms", self.weights, member)
+        return (shares @ values.to(self.weights.dtype)).to(values.dtype)
 
 
-def pool_shared(weights: Tensor, values: Tensor, index: Tensor) -> Tensor:
-    """`pool_windows` of tokens that share their values, without laying these out for every token.
+class Segments:
+    """Clusters of any lengths, and of any number in each image. The longest list of them sets M; others are padded.
+
+    Tokens that belong to a cluster are listed image by image, cluster by cluster, K in all; tokens in no cluster are
+    not listed.
 
     Args:
-        weights: (batch, M, length), each window's adding up to one.
-        values: (batch, S, d).
-        index: int64 (N,), which of the S values each token has.
+        information: (batch, N), smoothed; each cluster's softmax of it makes the weights of its tokens.
+        token: int64 (batch, N), which token each place is about: its index in the image.
+        cluster: int64 (batch, N), the cluster of each place, not falling along the places that are kept.
+        kept: bool (batch, N), whether the place's token is in a cluster.
+        num_clusters: int64 (batch,), of each image, at least 1.
 
-    Returns:
-        (batch, M, d), in the values' dtype.
+    Attributes:
+        weights: (K,), of the listed tokens, each cluster's adding up to one.
+        padding_mask: bool (batch, M), True where an image has no such cluster; None where all have M.
     """
-    (windows,) = cut_windows(index.unsqueeze(0), weights.shape[-1])  # (M, length)
-    member = F.one_hot(windows, values.shape[1]).to(weights.dtype)  # (M, length, S)
-    shares = torch.einsum("bml,mls->bms", weights, member)
-    return (shares @ values.to(weights.dtype)).to(values.dtype)
+
+    def __init__(self, information: Tensor, token: Tensor, cluster: Tensor, kept: Tensor, num_clusters: Tensor):
+        batch, num_tokens = information.shape
+        # The one read-back: shapes depend on it.
+        counts, listed = torch.stack((num_clusters, kept.sum(dim=1))).tolist()
+        self.shape = batch, max(counts)
+        image = torch.arange(batch, device=token.device).unsqueeze(1)
+        place = move_to_front(kept.flatten().unsqueeze(0)).squeeze(0)[: sum(listed)]  # (K,)
+        self.token = (image * num_tokens + token).flatten()[place]  # (K,), into the batch's tokens laid end to end
+        self.cluster = (image * self.shape[1] + cluster).flatten()[place]  # (K,), into its clusters likewise
+        every = torch.arange(batch * self.shape[1], device=token.device)
+        self.first = torch.searchsorted(self.cluster, every)  # (batch M,), where each cluster begins in the list
+
+        # Information is at most 0.54 bits: its exponential needs no shift.
+        share = information.flatten()[place].exp()
+        total = share.new_zeros(len(every)).index_add(0, self.cluster, share)
+        self.weights = share / total[self.cluster]
+        self.padding_mask: Tensor | None = None
+        if min(counts) < self.shape[1]:
+            self.padding_mask = torch.arange(self.shape[1], device=token.device) >= num_clusters.unsqueeze(1)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """The weighted sums of tokens (batch, N, d): (batch, M, d), in their dtype; zero where an image has fewer."""
+        flat = tokens.flatten(0, 1).to(self.weights.dtype)
+        pooled = _SegmentSum.apply(flat, self.weights, self.token, self.cluster, self.first)
+        return pooled.unflatten(0, self.shape).to(tokens.dtype)
+
+    def pool_shared(self, values: Tensor, index: Tensor) -> Tensor:
+        """As in `Windows`."""
+        batch, num_values = values.shape[:2]
+        slot = self.cluster * num_values + index.repeat(batch)[self.token]  # (K,)
+        shares = self.weights.new_zeros(batch * self.shape[1] * num_values).index_add(0, slot, self.weights)
+        shares = shares.view(*self.shape, num_values)
+        return (shares @ values.to(shares.dtype)).to(values.dtype)
+
+
+class _SegmentSum(torch.autograd.Function):
+    """`out[cluster[i]] += weights[i] tokens[token[i]]`, for clusters that are listed in order.
+
+    An embedding bag, which holds no product of weights and tokens; its own backward pass would sort the list again.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, weights: Tensor, token: Tensor, cluster: Tensor, first: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, weights, token, cluster)
+        return F.embedding_bag(token, tokens, first, mode="sum", per_sample_weights=weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        tokens, weights, token, cluster = ctx.saved_tensors
+        needs_tokens, needs_weights = ctx.needs_input_grad[:2]
+        spread = grad.index_select(0, cluster)  # (K, d)
+        grad_weights = grad_tokens = None
+        if needs_weights:
+            grad_weights = torch.linalg.vecdot(spread, tokens.index_select(0, token))
+        if needs_tokens:
+            grad_tokens = torch.zeros_like(tokens).index_copy_(0, token, spread.mul_(weights.unsqueeze(1)))
+        return grad_tokens, grad_weights, None, None, None
+
+
+def move_to_front(wanted: Tensor) -> Tensor:
+    """An order (batch, N) of the places in which the wanted ones, bool (batch, N), come first, else as they were."""
+    return wanted.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
 
 
 class EntropyClustering(nn.Module):
-    """Pool tokens into windows whose length and weights come from the tokens' learned information.
+    """Pool tokens into clusters whose lengths and weights come from the tokens' learned information.
 
-    The length is one for the whole batch (so the result for an image depends on its batch mates), and every token
-    takes part, padded ones included: this is how the released weights were trained.
+    By default as the released weights were trained: windows whose length is one for the whole batch (so the result for
+    an image depends on its batch mates), and every token takes part, padded ones included. The other settings have no
+    parameters of their own: any weights work with any of them.
 
-    The scores reach the result through the window weights alone: the window length is a constant to the gradient.
-    It is also what the only host read-back of a call is for: the result's shape depends on it.
+    The scores reach the result through the tokens' weights alone: the clusters' borders are constants to the gradient.
+    They are also what the only host read-back of a call is for: the result's shape depends on them.
 
     Args:
         embed_dim: channels d of the tokens that are scored.
-        sigma: standard deviation of the smoothing, tokens; above 1/3. Larger means longer windows.
+        sigma: standard deviation of the smoothing, tokens; above 1/3. Larger means longer clusters.
+        clusters: "windows", as long as regions of one sign of the second difference are on average, or "regions", each
+            of them a cluster, which is how the paper's figure draws it.
+        per_image: each image has its own window length. Regions are always an image's own.
+        mask_padding: tokens that are padding are not scored and in no cluster: the others are what they would be
+            without it.
+        max_clusters: clusters grow until there are at most so many an image: longer windows, or as many neighbouring
+            regions together as it takes. None sets no limit.
+
+    Raises:
+        ValueError: no such kind of clusters, or `max_clusters` is below 1.
     """
 
-    def __init__(self, embed_dim: int, sigma: float = 3.0):
+    def __init__(
+        self,
+        embed_dim: int,
+        sigma: float = 3.0,
+        clusters: str = "windows",
+        per_image: bool = False,
+        mask_padding: bool = False,
+        max_clusters: int | None = None,
+    ):
         super().__init__()
+        if clusters not in CLUSTERS:
+            raise ValueError(f"clusters must be one of {', '.join(CLUSTERS)}, got {clusters!r}")
+        if max_clusters is not None and max_clusters < 1:
+            raise ValueError(f"max_clusters must be at least 1, or None for no limit, got {max_clusters}")
         self.sigma = sigma
+        self.clusters = clusters
+        self.per_image = per_image
+        self.mask_padding = mask_padding
+        self.max_clusters = max_clusters
         self.W_prob = nn.Linear(embed_dim, 1)
         # A constant, so it moves with the module but stays out of checkpoints.
         self.register_buffer("kernel", gaussian_kernel(sigma), persistent=False)
 
-    def forward(self, scored: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, scored: Tensor, *others: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """Score the first tensor, and pool all of them with the one set of weights that results.
 
         Args:
             scored: (batch, N, d), row-major order of the feature map, N >= 1.
             others: each (batch, N, channels).
+            key_padding_mask: bool (batch, N), True where padded; without effect unless `mask_padding`.
 
         Returns:
-            as many tensors as were given, each (batch, M, channels) in its own dtype; 1 <= M <= N.
+            as many tensors as were given, each (batch, M, channels) in its own dtype; 1 <= M <= N. Where images have
+            different numbers of clusters, those of the smaller ones are followed by zeros: `cluster` says where.
 
         Raises:
             ValueError: a tensor is not (batch, N, channels) with the first one's batch and N, or N is 0.
@@ -172,18 +305,83 @@ class EntropyClustering(nn.Module):
             if tensor.ndim != 3 or tensor.shape[:2] != scored.shape[:2] or tensor.shape[1] == 0:
                 shapes = [tuple(t.shape) for t in (scored, *others)]
                 raise ValueError(f"expected tensors (batch, N, channels) of one batch and one N >= 1, got {shapes}")
+        clusters = self.cluster(scored, key_padding_mask)
+        with torch.autocast(scored.device.type, enabled=False):
+            return tuple(clusters.pool(tensor) for tensor in (scored, *others))
 
+    def cluster(self, scored: Tensor, key_padding_mask: Tensor | None = None) -> Windows | Segments:
+        """The clusters of tokens (batch, N, d), which pool any tensor (batch, N, channels) with the same weights."""
         # bf16 cannot tell the probabilities of thousands of tokens apart: float32 whatever autocast says.
         with torch.autocast(scored.device.type, enabled=False):
-            weights = self.window_weights(self.W_prob(scored.to(self.W_prob.weight.dtype)).squeeze(-1))
-            return tuple(pool_windows(weights, tensor) for tensor in (scored, *others))
+            return self.cluster_scores(self.W_prob(scored.to(self.W_prob.weight.dtype)).squeeze(-1), key_padding_mask)
 
-    def window_weights(self, logits: Tensor) -> Tensor:
-        """Weights (batch, M, length) of the tokens in each window, for their scores (batch, N)."""
-        information = smooth(self_information(logits), self.kernel)  # (batch, N)
-        regions = count_regions(information).tolist()
-        length = window_length(information.shape[1], regions)
-        return cut_windows(information, length).softmax(dim=-1)  # (batch, M, length)
+    def cluster_scores(self, logits: Tensor, key_padding_mask: Tensor | None = None) -> Windows | Segments:
+        """The clusters of tokens with these scores (batch, N); key_padding_mask: bool (batch, N), True where padded."""
+        if not self.mask_padding:
+            key_padding_mask = None
+        if self.clusters == "windows" and not self.per_image and key_padding_mask is None:
+            information = smooth(self_information(logits), self.kernel)  # (batch, N)
+            num_tokens = information.shape[1]
+            length = window_length(num_tokens, count_regions(information).tolist())
+            if self.max_clusters is not None:
+                length = max(length, shortest_window(num_tokens, self.max_clusters))
+            return Windows(cut_windows(information, length).softmax(dim=-1))  # (batch, M, length)
+
+        batch, num_tokens = logits.shape
+        place = torch.arange(num_tokens, device=logits.device).expand(batch, -1)  # (batch, N)
+        if key_padding_mask is None:
+            token, present = place, torch.ones_like(place, dtype=torch.bool)
+            information = smooth(self_information(logits), self.kernel)
+        else:
+            # What is not padding moves together, in row-major order: the sequence that the image has by itself.
+            token = move_to_front(~key_padding_mask)
+            present = ~key_padding_mask.gather(1, token)
+            # Not minus infinity, whose softmax over an image of padding alone would be no number.
+            logits = logits.gather(1, token).masked_fill(~present, torch.finfo(logits.dtype).min)
+            information = smooth(self_information(logits) * present, self.kernel) * present
+        borders = region_borders(information) & present[:, 1:]  # (batch, N - 1)
+        if self.clusters == "regions":
+            kept, cluster, count = present, *self.join_regions(borders)
+        else:
+            kept, cluster, count = self.cut_by_length(place, present.sum(dim=1), borders.sum(dim=1) + 1)
+        return Segments(information, token, cluster, kept, count)
+
+    def join_regions(self, borders: Tensor) -> tuple[Tensor, Tensor]:
+        """Each token's cluster (batch, N) and their number (batch,), for borders of regions (batch, N - 1)."""
+        cluster = F.pad(borders.cumsum(dim=1), (1, 0))  # (batch, N)
+        count = borders.sum(dim=1) + 1
+        if self.max_clusters is not None:
+            together = -(-count // self.max_clusters)  # (batch,)
+            cluster = cluster // together.unsqueeze(1)
+            count = -(-count // together)
+        return cluster, count
+
+    def cut_by_length(self, place: Tensor, tokens: Tensor, regions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cut each image's own tokens into windows, dropping what is left over as `cut_windows` does.
+
+        Args:
+            place: int64 (batch, N), 0..N - 1 in each image.
+            tokens, regions: int64 (batch,), how many an image has.
+
+        Returns:
+            which places are kept, bool (batch, N); their windows, int64 (batch, N); the number of windows (batch,).
+        """
+        # float64 as on the host; torch.round goes half to even too.
+        length = tokens.double() / regions
+        length = (length if self.per_image else length.mean().expand_as(length)).round().long()
+        if self.max_clusters is not None:
+            shortest = shortest_window(tokens, self.max_clusters)
+            length = torch.maximum(length, shortest if self.per_image else shortest.max())
+        # With one length for all, an image of fewer tokens than that is one window.
+        length = length.clamp(min=1).minimum(tokens.clamp(min=1))  # (batch,)
+        count = tokens // length
+        place = place - ((tokens - count * length) // 2).unsqueeze(1)
+        cluster = place.div(length.unsqueeze(1), rounding_mode="floor")
+        kept = (cluster >= 0) & (cluster < count.unsqueeze(1))
+        # An image of padding alone has one cluster, of nothing.
+        return kept, cluster, count.clamp(min=1)
 
     def extra_repr(self) -> str:
-        return f"sigma={self.sigma}"
+        options = f"sigma={self.sigma}, clusters={self.clusters}"
+        options += ", per_image" * self.per_image + ", mask_padding" * self.mask_padding
+        return options + (f", max_clusters={self.max_clusters}" if self.max_clusters is not None else "")

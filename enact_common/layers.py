@@ -2,12 +2,14 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from enact_common.attention import EnactSelfAttention
+from enact_common.clustering import CLUSTERS
 
 ENCODER_ATTENTIONS = ("enact", "mhsa")
 
@@ -44,8 +46,24 @@ def clone_layers(layer: nn.Module, count: int) -> nn.ModuleList:
     return nn.ModuleList(copy.deepcopy(layer) for _ in range(count))
 
 
+def clustering_settings(args) -> dict:
+    """The settings of `EntropyClustering` that the arguments ask for; flags that are not given are off."""
+    return {
+        "sigma": args.smoothing_sigma,
+        "clusters": args.enact_clusters or CLUSTERS[0],
+        "per_image": bool(args.enact_per_image),
+        "mask_padding": bool(args.enact_mask_padding),
+        "max_clusters": args.enact_max_clusters or None,
+    }
+
+
 def encoder_self_attention(
-    kind: str, embed_dim: int, num_heads: int, dropout: float, sigma: float, batch_first: bool = False
+    kind: str,
+    embed_dim: int,
+    num_heads: int,
+    dropout: float,
+    clustering: Mapping[str, Any],
+    batch_first: bool = False,
 ) -> EnactSelfAttention | nn.MultiheadAttention:
     """The encoder's self-attention, on tokens.
 
@@ -53,11 +71,11 @@ def encoder_self_attention(
         kind: "enact", or "mhsa" for `nn.MultiheadAttention`.
         embed_dim, num_heads: channels and heads.
         dropout: of the attention weights, for "mhsa" alone: ENACT's reference encoder has none.
-        sigma: of the entropy's smoothing, tokens, for "enact" alone.
+        clustering: settings of `EntropyClustering` by name, for "enact" alone.
         batch_first: tokens are (batch, N, d) rather than (N, batch, d).
     """
     if kind == "enact":
-        return EnactSelfAttention(embed_dim, num_heads, sigma=sigma, batch_first=batch_first)
+        return EnactSelfAttention(embed_dim, num_heads, batch_first=batch_first, **clustering)
     return nn.MultiheadAttention(embed_dim, num_heads, dropout=dropout, batch_first=batch_first)
 
 

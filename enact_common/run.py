@@ -24,6 +24,7 @@ from enact_common.checkpoint import (
     load_model,
     optimizer_state_by_name,
     random_states,
+    restore_clustering_flags,
     restore_random_states,
     save_checkpoint,
 )
@@ -33,6 +34,7 @@ from enact_common.distributed import gather_objects, get_rank, get_world_size, i
 from enact_common.engine import NonFiniteLossError, evaluate, train_one_epoch
 from enact_common.errors import UserError
 from enact_common.evaluation.coco import CocoBoxEvaluator, figures_text, per_class_text
+from enact_common.layers import clustering_settings
 from enact_common.logs import RunLog, setup_logging
 from enact_common.optimization import Optimization, build_optimization, drops_until
 
@@ -253,6 +255,7 @@ class Run:
         args = self.args
         if checkpoint:
             check_model_flags(args.resume, checkpoint.get("args", {}), args)
+            restore_clustering_flags(checkpoint.get("args", {}), args)
         self.model, self.criterion, self.postprocessors = self.build_model(args)
         if checkpoint:
             load_model(self.model, checkpoint["model"], args.resume)
@@ -269,7 +272,8 @@ class Run:
         args, processes = self.args, get_world_size()
         attention = "row-column" if getattr(args, "attention_type", "") == "RCDA" else "multi-head"
         if args.encoder_attention == "enact":
-            attention += f" over ENACT's clusters, sigma {args.smoothing_sigma:g}"
+            settings = (f"{name} {value}" for name, value in clustering_settings(args).items() if value)
+            attention += f" over ENACT's clusters ({', '.join(settings)})"
         dilated = " DC5" if args.dilation else ""
         names = [name for i, name in zip(*self.label_map.to_dict().values(), strict=True) if i is not None]
         shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")

@@ -11,10 +11,10 @@ from torch.testing import assert_close as assert_tensors_close
 
 from enact_common.clustering import (
     EntropyClustering,
+    Windows,
     count_regions,
     cut_windows,
     gaussian_kernel,
-    pool_windows,
     self_information,
     smooth,
     window_length,
@@ -98,7 +98,7 @@ def test_windows_drop_the_remainder_mostly_at_the_back():
 def test_pooling_is_the_weighted_sum_of_a_window():
     tokens = torch.tensor([[[1.0, 10.0], [2.0, 20.0], [3.0, 30.0], [4.0, 40.0]]])
     weights = torch.tensor([[[0.25, 0.75], [1.0, 0.0]]])
-    assert pool_windows(weights, tokens).tolist() == [[[1.75, 17.5], [3.0, 30.0]]]
+    assert Windows(weights).pool(tokens).tolist() == [[[1.75, 17.5], [3.0, 30.0]]]
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 61])

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from enact_common import NestedTensor, UserError, load_variant, nested_tensor_from_tensor_list
 from enact_common.backbone import Backbone, load_backbone_weights
+from enact_common.clustering import Windows
 from enact_common.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from enact_common.variants import VARIANTS
 
@@ -181,8 +182,8 @@ def test_separate_images_keep_levels_of_a_batch_apart(attention):
         model, _, _ = small(("anchor", attention), *flags, *own)
         # One window length whatever the batch: what is left to depend on batch mates is what the flag is about.
         for module in model.modules():
-            if hasattr(module, "window_weights"):
-                module.window_weights = lambda logits: logits.unflatten(1, (-1, 2)).softmax(-1)
+            if hasattr(module, "cluster_scores"):
+                module.cluster_scores = lambda logits, mask: Windows(logits.unflatten(1, (-1, 2)).softmax(-1))
         model.eval()
         together, alone = model(images)["pred_logits"][:1], model(images[:1])["pred_logits"]
         differs[len(own)] = not torch.allclose(together, alone, rtol=1e-4, atol=1e-4)

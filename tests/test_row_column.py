@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from enact_common import benchmark
 from enact_common.benchmark import Product, naive_clustered, naive_row_column
-from enact_common.clustering import EntropyClustering, cut_windows
+from enact_common.clustering import EntropyClustering, Windows, cut_windows
 from enact_common.variants import load_variant
 
 models = load_variant("anchor").models
@@ -241,10 +241,11 @@ def test_attention_to_clusters_by_its_definition(height, width):
     assert_close(attention(rows, columns, clusters_row, clusters_col, clusters), expected)
 
 
-def test_a_map_is_clustered_as_its_keys_laid_out_would_be():
-    clustering = transformer.MapClustering(8, sigma=1.0).double()
+@pytest.mark.parametrize("clusters", ["windows", "regions"])
+def test_a_map_is_clustered_as_its_keys_laid_out_would_be(clusters):
+    clustering = transformer.MapClustering(8, sigma=1.0, clusters=clusters).double()
     src, x, y = (torch.randn(*shape, 8).double() for shape in ((2, 5, 7), (2, 7), (2, 5)))
-    row, col, content = clustering(src, x, y)
+    row, col, content, _ = clustering(src, x, y)
     k_row, k_col = ((src + position).flatten(1, 2) for position in (x.unsqueeze(1), y.unsqueeze(2)))
     expected = EntropyClustering.forward(clustering, k_row, k_col, src.flatten(1, 2))
     for ours, laid_out in zip((row, col, content), expected, strict=True):
@@ -263,8 +264,10 @@ def saved_maps(layer, height, width, dtype) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_encoder_layer_keeps_less_with_clusters(monkeypatch, dtype):
     sizes = (64, 64, 0.0)
-    clustered = transformer.ClusteredEncoderLayer(rcda.ClusteredRCDA(64, 4), *sizes, sigma=1.0)
-    monkeypatch.setattr(clustered.ENACT, "window_weights", lambda scores: cut_windows(scores, 9).softmax(-1))
+    clustered = transformer.ClusteredEncoderLayer(rcda.ClusteredRCDA(64, 4), *sizes, {"sigma": 1.0})
+    monkeypatch.setattr(
+        clustered.ENACT, "cluster_scores", lambda scores, mask: Windows(cut_windows(scores, 9).softmax(-1))
+    )
     plain = transformer.RowColumnEncoderLayer(rcda.MultiheadRCDA(64, 4), *sizes)
     # With tokens left over behind the last window and without, on maps of nearly one size.
     fitting, left_over = (saved_maps(clustered, 18, width, dtype) for width in (24, 25))

@@ -118,6 +118,7 @@ class ClusteredRCDA(RowColumnAttention):
         clusters_row: Tensor,
         clusters_col: Tensor,
         clusters: Tensor,
+        mask: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -126,13 +127,15 @@ class ClusteredRCDA(RowColumnAttention):
             query_col: (batch, H, d), its mean over its columns, with the embedding of y.
             clusters_row, clusters_col: (batch, M, d), clusters with the embeddings of their cells' x and y.
             clusters: (batch, M, d).
+            mask: bool (batch, M), True where an image has no such cluster.
 
         Returns:
             (batch, H, W, d).
         """
         row_key, col_key, row_query, col_query, values = self.projections()
-        row = self.weights(F.linear(query_row, *row_query), F.linear(clusters_row, *row_key))  # (batch * heads, W, M)
-        col = self.weights(F.linear(query_col, *col_query), F.linear(clusters_col, *col_key))  # (batch * heads, H, M)
+        row_clusters, col_clusters = F.linear(clusters_row, *row_key), F.linear(clusters_col, *col_key)
+        row = self.weights(F.linear(query_row, *row_query), row_clusters, mask)  # (batch * heads, W, M)
+        col = self.weights(F.linear(query_col, *col_query), col_clusters, mask)  # (batch * heads, H, M)
         v = self.heads(F.linear(clusters, *values)).flatten(0, 1)  # (batch * heads, M, e)
         attended = clustered_row_column_product(col, row, v)  # (batch * heads, H, W, e)
         attended = attended.unflatten(0, (-1, self.num_heads)).permute(0, 2, 3, 1, 4)  # (batch, H, W, heads, e)

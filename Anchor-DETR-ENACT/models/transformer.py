@@ -5,15 +5,17 @@ Maps stay (batch, H, W, d) from the first layer to the last. Queries are anchor 
 Positions are the same in every layer, so their embeddings are made once.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from enact_common.boxes import boxes_at_points
-from enact_common.clustering import EntropyClustering, pool_shared, pool_windows
-from enact_common.layers import MLP, PRIOR_LOGIT, clone_layers, encoder_self_attention
+from enact_common.clustering import EntropyClustering
+from enact_common.layers import MLP, PRIOR_LOGIT, clone_layers, clustering_settings, encoder_self_attention
 
 from .position_encoding import cell_centres, encode_coordinates, encode_points, grid_points
 from .row_column_decoupled_attention import ClusteredRCDA, MultiheadRCDA
@@ -39,13 +41,23 @@ class RowColumnPositions:
     query_x: Tensor
     query_y: Tensor
 
-    def rows(self, maps: Tensor) -> Tensor:
-        """Maps (batch, H, W, d) averaged over the height, with the embedding of x: (batch, W, d)."""
-        return maps.mean(dim=1) + self.x
+    def rows(self, maps: Tensor, skip_padding: bool = False) -> Tensor:
+        """Maps (batch, H, W, d) averaged over the height, with the embedding of x: (batch, W, d).
 
-    def columns(self, maps: Tensor) -> Tensor:
+        Padding counts unless it is to be skipped: published weights have it so.
+        """
+        return self.average(maps, 1, skip_padding) + self.x
+
+    def columns(self, maps: Tensor, skip_padding: bool = False) -> Tensor:
         """Maps (batch, H, W, d) averaged over the width, with the embedding of y: (batch, H, d)."""
-        return maps.mean(dim=2) + self.y
+        return self.average(maps, 2, skip_padding) + self.y
+
+    def average(self, maps: Tensor, dim: int, skip_padding: bool) -> Tensor:
+        """The mean over one side of the maps; where all is padding that is to be skipped, zero."""
+        if not skip_padding:
+            return maps.mean(dim=dim)
+        present = (~self.mask).unsqueeze(-1)  # (batch, H, W, 1)
+        return (maps * present).sum(dim=dim) / present.sum(dim=dim).clamp(min=1)
 
 
 @dataclass
@@ -135,16 +147,20 @@ class MapClustering(EntropyClustering):
     size, and no layer builds or keeps the sums.
     """
 
-    def forward(self, src: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, src: Tensor, x: Tensor, y: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Pool.
 
         Args:
             src: (batch, H, W, d), contents.
             x: (batch, W, d), positions of the map's columns.
             y: (batch, H, d), of its rows.
+            mask: bool (batch, H, W), True where padded; None for no padding. Without effect unless `mask_padding`.
 
         Returns:
-            row keys, column keys and values of the clusters, (batch, M, d) each, 1 <= M <= H W.
+            row keys, column keys and values of the clusters, (batch, M, d) each, 1 <= M <= H W; and bool (batch, M),
+            True where an image has no such cluster, or None where all have as many.
         """
         height, width = src.shape[1:3]
         cell = torch.arange(height * width, device=src.device)
@@ -152,27 +168,29 @@ class MapClustering(EntropyClustering):
             dtype = self.W_prob.weight.dtype
             x_scores = F.linear(x.to(dtype), self.W_prob.weight)  # (batch, W, 1)
             scores = self.W_prob(src.to(dtype)) + x_scores.unsqueeze(1)  # (batch, H, W, 1)
-            weights = self.window_weights(scores.flatten(1))  # (batch, M, length)
-            content = pool_windows(weights, src.flatten(1, 2))
-            row = content + pool_shared(weights, x, cell % width)
-            col = content + pool_shared(weights, y, cell // width)
-        return row, col, content
+            clusters = self.cluster_scores(scores.flatten(1), None if mask is None else mask.flatten(1))
+            content = clusters.pool(src.flatten(1, 2))
+            row = content + clusters.pool_shared(x, cell % width)
+            col = content + clusters.pool_shared(y, cell // width)
+        return row, col, content, clusters.padding_mask
 
 
 class ClusteredEncoderLayer(TransformerEncoderLayerSpatial):
-    """Cells attend to clusters of cells; `self_attn` is a `ClusteredRCDA`. Padding takes part in the clustering.
+    """Cells attend to clusters of cells; `self_attn` is a `ClusteredRCDA`.
 
     Args:
-        sigma: of the entropy's smoothing, tokens.
+        clustering: settings of `EntropyClustering` by name. Where padding is masked, the averages of rows and columns
+            leave it out too.
     """
 
-    def __init__(self, self_attn: nn.Module, d_model: int, d_ffn: int, dropout: float, sigma: float):
+    def __init__(self, self_attn: nn.Module, d_model: int, d_ffn: int, dropout: float, clustering: Mapping[str, Any]):
         super().__init__(self_attn, d_model, d_ffn, dropout)
-        self.ENACT = MapClustering(d_model, sigma)
+        self.ENACT = MapClustering(d_model, **clustering)
 
     def attend(self, src: Tensor, positions: RowColumnPositions) -> Tensor:
-        clusters = self.ENACT(src, positions.x, positions.y)
-        return self.self_attn(positions.rows(src), positions.columns(src), *clusters)
+        skip = self.ENACT.mask_padding
+        clusters = self.ENACT(src, positions.x, positions.y, positions.mask)
+        return self.self_attn(positions.rows(src, skip), positions.columns(src, skip), *clusters)
 
 
 class TokenEncoderLayer(TransformerEncoderLayerSpatial):
@@ -343,7 +361,7 @@ class Transformer(nn.Module):
         spatial_prior: "learned" or "grid", where the anchor points are.
         attention_type: "RCDA" or "nn.MultiheadAttention", to the maps.
         encoder_attention: "enact" or "mhsa" (plain).
-        sigma: of the entropy's smoothing, tokens.
+        clustering: settings of `EntropyClustering` by name.
         separate_images: with several levels, keep the images of a batch apart in all but ENACT's window length,
             which the reference does not.
 
@@ -367,7 +385,7 @@ class Transformer(nn.Module):
         spatial_prior: str,
         attention_type: str,
         encoder_attention: str,
-        sigma: float,
+        clustering: Mapping[str, Any],
         separate_images: bool,
     ):
         super().__init__()
@@ -376,13 +394,13 @@ class Transformer(nn.Module):
         sizes = (d_model, dim_feedforward, dropout)
         clustered = encoder_attention == "enact"
         if attention_type == TOKENS:
-            attention = encoder_self_attention(encoder_attention, d_model, nhead, dropout, sigma, batch_first=True)
+            attention = encoder_self_attention(encoder_attention, d_model, nhead, dropout, clustering, batch_first=True)
             encoder_layer = TokenEncoderLayer(attention, *sizes)
             cross_attn = nn.MultiheadAttention(d_model, nhead, dropout=dropout, batch_first=True)
         else:
             attention = (ClusteredRCDA if clustered else MultiheadRCDA)(d_model, nhead, dropout)
             if clustered:
-                encoder_layer = ClusteredEncoderLayer(attention, *sizes, sigma)
+                encoder_layer = ClusteredEncoderLayer(attention, *sizes, clustering)
             else:
                 encoder_layer = RowColumnEncoderLayer(attention, *sizes)
             cross_attn = MultiheadRCDA(d_model, nhead, dropout)
@@ -491,6 +509,6 @@ def build_transformer(args, num_classes: int) -> Transformer:
         spatial_prior=args.spatial_prior,
         attention_type=args.attention_type,
         encoder_attention=args.encoder_attention,
-        sigma=args.smoothing_sigma,
+        clustering=clustering_settings(args),
         separate_images=args.separate_images,
     )

@@ -1,0 +1,268 @@
+"""Clustering by regions, by image, without padding and up to a number of clusters: in the layer and in the encoders."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import SMALL_MODEL, build, parse, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from enact_common import NestedTensor
+from enact_common.attention import EnactSelfAttention
+from enact_common.checkpoint import load_checkpoint
+from enact_common.clustering import EntropyClustering, count_regions, self_information, smooth
+from enact_common.layers import clustering_settings
+from enact_common.variants import VARIANTS
+
+# Every combination; with a limit, one that the sequences below would pass.
+COMBINATIONS = [
+    {"clusters": clusters, "per_image": per_image, "mask_padding": mask_padding, "max_clusters": most}
+    for clusters, per_image, mask_padding, most in itertools.product(
+        ("windows", "regions"), (False, True), (False, True), (None, 7)
+    )
+]
+# Those in which what an image gives cannot depend on its batch mates or its padding.
+INDEPENDENT = [c for c in COMBINATIONS if c["mask_padding"] and (c["per_image"] or c["clusters"] == "regions")]
+
+
+def name(combination) -> str:
+    return "-".join(str(value) for value in combination.values())
+
+
+def expected_clusters(information, clusters, max_clusters):
+    """The clusters of one image's information (N,), by the definition: a list of lists of tokens."""
+    signal = [0.0, *information.tolist(), 0.0]
+    curved = [2 * signal[i] - signal[i - 1] - signal[i + 1] > 0 for i in range(1, len(signal) - 1)]
+    regions = [[0]]
+    for i in range(1, len(curved)):
+        if curved[i] == curved[i - 1]:
+            regions[-1].append(i)
+        else:
+            regions.append([i])
+    tokens = len(curved)
+    if clusters == "regions":
+        together = -(-len(regions) // (max_clusters or tokens))
+        return [sum(regions[i : i + together], []) for i in range(0, len(regions), together)]
+    length = round(tokens / len(regions))
+    while max_clusters and tokens // length > max_clusters:
+        length += 1
+    first = tokens % length // 2
+    return [list(range(i, i + length)) for i in range(first, first + tokens // length * length, length)]
+
+
+@pytest.mark.parametrize("combination", INDEPENDENT, ids=name)
+@pytest.mark.parametrize("sigma", [0.5, 1.5])
+def test_each_image_is_clustered_by_the_definition(combination, sigma):
+    layer = EntropyClustering(6, sigma, **combination).double()
+    tokens, mask = torch.randn(3, 60, 6, dtype=torch.float64), torch.zeros(3, 60, dtype=torch.bool)
+    # The padding of a map of 6 x 10 at its right and bottom.
+    mask[1] = torch.ones(6, 10).index_fill(1, torch.arange(7), 0).bool().flatten()
+    mask[2, 20:] = True
+    (pooled,) = layer(tokens, key_padding_mask=mask)
+    padding_mask = layer.cluster(tokens, mask).padding_mask
+    for i in range(3):
+        own = tokens[i, ~mask[i]]
+        information = smooth(self_information(layer.W_prob(own).T), layer.kernel)[0]
+        lists = expected_clusters(information, combination["clusters"], combination["max_clusters"])
+        expected = torch.stack([information[part].softmax(0) @ own[part] for part in lists])
+        assert_close(pooled[i, : len(lists)], expected)
+        assert pooled[i, len(lists) :].abs().sum() == 0
+        if padding_mask is not None:
+            assert padding_mask[i].tolist() == [False] * len(lists) + [True] * (pooled.shape[1] - len(lists))
+        assert combination["max_clusters"] is None or len(lists) <= combination["max_clusters"]
+
+
+@pytest.mark.parametrize("most", [None, 3, 7, 1000])
+def test_one_image_has_the_same_windows_in_all_modes(most):
+    tokens = torch.randn(1, 83, 8)
+    layers = [EntropyClustering(8, 1.5, max_clusters=most, per_image=p, mask_padding=m) for p in (0, 1) for m in (0, 1)]
+    for layer in layers[1:]:
+        layer.load_state_dict(layers[0].state_dict())
+        for mask in (None, torch.zeros(1, 83, dtype=torch.bool)):
+            assert_close(layer(tokens, key_padding_mask=mask)[0], layers[0](tokens)[0])
+
+
+def test_one_length_for_all_is_the_mean_over_the_images_own_tokens():
+    layer = EntropyClustering(8, 1.0, mask_padding=True)
+    tokens, mask = torch.randn(2, 120, 8), torch.zeros(2, 120, dtype=torch.bool)
+    mask[1, 45:] = True
+    lengths = []
+    for i in range(2):
+        own = tokens[i : i + 1, ~mask[i]]
+        regions = count_regions(smooth(self_information(layer.W_prob(own).squeeze(-1)), layer.kernel))
+        lengths.append(own.shape[1] / regions.item())
+    length = round(sum(lengths) / 2)
+    clusters = layer.cluster(tokens, mask)
+    assert clusters.padding_mask.logical_not().sum(1).tolist() == [120 // length, 45 // length]
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 8, 61])
+def test_weights_add_up_to_one_for_any_number_of_tokens(combination, num_tokens):
+    layer = EntropyClustering(4, 1.5, **combination)
+    tokens, mask = torch.randn(3, num_tokens, 4), torch.zeros(3, num_tokens, dtype=torch.bool)
+    mask[1, num_tokens // 2 + 1 :] = True
+    pooled, ones = layer(tokens, torch.ones(3, num_tokens, 2), key_padding_mask=mask)
+    padding_mask = layer.cluster(tokens, mask).padding_mask
+    present = torch.ones(ones.shape[:2]) if padding_mask is None else (~padding_mask).float()
+    assert_close(ones, present.unsqueeze(-1).expand_as(ones))
+    assert pooled.shape == (3, ones.shape[1], 4) and ones.shape[1] <= num_tokens
+    assert pooled.max() <= max(tokens.max(), 0) and pooled.min() >= min(tokens.min(), 0)
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
+def test_gradients(combination):
+    layer = EntropyClustering(4, 1.0, **combination).double()
+    tokens = torch.randn(2, 12, 4, dtype=torch.float64, requires_grad=True)
+    others = torch.randn(2, 12, 3, dtype=torch.float64, requires_grad=True)
+    mask = torch.zeros(2, 12, dtype=torch.bool)
+    mask[1, 9:] = True
+    weight = layer.W_prob.weight
+
+    def pooled(tokens, others, weight):
+        return torch.func.functional_call(
+            layer, {"W_prob.weight": weight}, (tokens, others), {"key_padding_mask": mask}
+        )
+
+    torch.autograd.gradcheck(pooled, (tokens, others, weight))
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS[1:], ids=name)
+def test_shared_values_are_pooled_as_if_laid_out(combination):
+    layer = EntropyClustering(5, 1.0, **combination)
+    tokens, values = torch.randn(2, 24, 5), torch.randn(2, 6, 3)
+    mask = torch.ones(2, 4, 6, dtype=torch.bool)
+    mask[0, :, :5] = mask[1, :3] = False
+    clusters, index = layer.cluster(tokens, mask.flatten(1)), torch.arange(24) % 6
+    assert_close(clusters.pool_shared(values, index), clusters.pool(values[:, index]))
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
+def test_one_host_read_back(combination, monkeypatch):
+    layer, tokens, mask = EntropyClustering(8, **combination), torch.randn(3, 50, 8), torch.rand(3, 50) > 0.8
+    reads = []
+    for method in ("tolist", "item", "__bool__", "__int__", "__float__", "cpu", "numpy", "nonzero"):
+        original = getattr(torch.Tensor, method)
+
+        def counted(self, *args, _method=method, _original=original, **kwargs):
+            reads.append(_method)
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, method, counted)
+    layer(tokens, tokens, key_padding_mask=mask)
+    assert reads == ["tolist"]
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
+def test_an_image_of_padding_alone_is_no_nan(combination):
+    attention = EnactSelfAttention(8, 2, batch_first=True, **combination)
+    tokens, mask = torch.randn(2, 30, 8, requires_grad=True), torch.zeros(2, 30, dtype=torch.bool)
+    mask[1] = True
+    output, _ = attention(tokens, tokens, tokens, mask)
+    output.sum().backward()
+    assert output.isfinite().all() and tokens.grad.isfinite().all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_order_of_the_batch_does_not_matter(data):
+    """With each image for itself, permuting the batch permutes the result."""
+    combination = data.draw(st.sampled_from(INDEPENDENT))
+    batch, num_tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
+    torch.manual_seed(data.draw(st.integers(0, 1000)))
+    layer = EntropyClustering(4, 1.5, **combination)
+    tokens, mask = torch.randn(batch, num_tokens, 4), torch.rand(batch, num_tokens) > 0.7
+    order = torch.randperm(batch)
+    assert_close(layer(tokens[order], key_padding_mask=mask[order])[0], layer(tokens, key_padding_mask=mask)[0][order])
+
+
+def test_masked_clusters_are_not_attended_to():
+    """Against attention that each image computes over its own clusters alone."""
+    attention = EnactSelfAttention(8, 2, batch_first=True, clusters="regions", sigma=1.0)
+    tokens = torch.randn(3, 50, 8)
+    output, _ = attention(tokens, tokens, tokens)
+    for i in range(3):
+        assert_close(output[i : i + 1], attention(*[tokens[i : i + 1]] * 3)[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [{"clusters": "lines"}, {"max_clusters": 0}])
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        EnactSelfAttention(8, 2, **wrong)
+
+
+FLAGS = {
+    "windows": "--enact_per_image --enact_mask_padding",
+    "regions": "--enact_clusters regions --enact_mask_padding",
+    "limited": "--enact_per_image --enact_mask_padding --enact_max_clusters 9",
+}
+
+
+def encoder_outputs(variant, model, features, mask):
+    """The encoder's output (batch, h, w, d) for projected features (batch, d, h, w) and their padding mask."""
+    found = []
+    transformer = model.transformer
+    if variant == "anchor":
+        layer = transformer.encoder_layers[-1]
+        handle = layer.register_forward_hook(lambda module, args, output: found.append(output))
+        transformer(features.permute(0, 2, 3, 1).unsqueeze(1), mask)
+        handle.remove()
+        return found[0]
+    pos = model.backbone[1](NestedTensor(features, mask))
+    _, memory = transformer(features, mask, model.query_embed.weight, pos)
+    return memory.permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
+@pytest.mark.parametrize(
+    "variant, own", [(v, "") for v in VARIANTS] + [("anchor", "--attention_type nn.MultiheadAttention")]
+)
+def test_an_images_encoding_depends_on_itself_alone(variant, own, flags):
+    argv = [*SMALL_MODEL[variant], "--dropout", "0", "--enc_layers", "3", *own.split(), *flags.split()]
+    model = build(variant, *argv, "--smoothing_sigma", "1")[0].eval()
+    small, large = torch.randn(1, 32, 7, 9), torch.randn(1, 32, 12, 13)
+    with torch.no_grad():
+        alone = encoder_outputs(variant, model, small, torch.zeros(1, 7, 9, dtype=torch.bool))
+        # The same image, padded with anything, beside a larger one.
+        batch, mask = torch.randn(2, 32, 12, 13), torch.ones(2, 12, 13, dtype=torch.bool)
+        batch[0, :, :7, :9], mask[0, :7, :9] = small[0], False
+        batch[1], mask[1] = large[0], False
+        together = encoder_outputs(variant, model, batch, mask)
+    assert_close(together[:1, :7, :9], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_without_the_flags_it_depends_on_the_batch():
+    """What the flags change: the published behaviour."""
+    model = build("detr", *SMALL_MODEL["detr"], "--smoothing_sigma", "1")[0].eval()
+    features = torch.randn(2, 32, 12, 13)
+    features[1] = torch.nn.functional.avg_pool2d(features[1], 5, 1, 2) * 5
+    with torch.no_grad():
+        both = encoder_outputs("detr", model, features, torch.zeros(2, 12, 13, dtype=torch.bool))
+        alone = encoder_outputs("detr", model, features[:1], torch.zeros(1, 12, 13, dtype=torch.bool))
+    assert (both[0] - alone[0]).abs().max() > 1e-3
+
+
+SETTINGS = "--enact_clusters regions --enact_per_image --enact_mask_padding --enact_max_clusters 5"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_flags_are_stored_and_restored(variant, shapes, tmp_path, capfd):
+    argv = ["--coco_path", shapes, *SMALL_MODEL[variant], "--limit_val", "2"]
+    assert run(variant, *argv, "--output_dir", tmp_path / "run", "--epochs", "1", *SETTINGS.split()) == 0
+    checkpoint = tmp_path / "run" / "checkpoint.pth"
+    assert load_checkpoint(str(checkpoint))["args"]["enact_clusters"] == "regions"
+    capfd.readouterr()
+    text = "clusters regions, per_image True, mask_padding True, max_clusters 5"
+    assert run(variant, *argv, "--resume", checkpoint, "--eval") == 0
+    assert text in capfd.readouterr().out
+    # What the command line says goes before what the checkpoint says.
+    other = "--enact_clusters windows --no-enact_mask_padding --enact_max_clusters 0".split()
+    assert run(variant, *argv, "--resume", checkpoint, "--eval", *other) == 0
+    assert "clusters windows, per_image True)" in capfd.readouterr().out
+
+
+def test_without_flags_nothing_is_on():
+    default = clustering_settings(parse("detr"))
+    assert default == {"sigma": 3.0, **COMBINATIONS[0]}
