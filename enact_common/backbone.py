@@ -7,6 +7,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
 from enact_common.errors import UserError
@@ -14,7 +15,9 @@ from enact_common.files import read_tensors
 from enact_common.nested_tensor import NestedTensor
 from enact_common.position_encoding import build_position_encoding
 
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101")
+# Blocks in each stage.
+STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+BACKBONES = tuple(STAGES)
 # Without bottlenecks: 512 channels in place of 2048, and no dilated form.
 SHALLOW_BACKBONES = ("resnet18", "resnet34")
 NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
@@ -23,6 +26,61 @@ WEIGHTS_WAYS_OUT = (
     "pass --backbone_weights PATH for a state dict of a torchvision ResNet that you have as a file, or train from "
     "scratch with --backbone_weights none --backbone_norm batch"
 )
+
+
+def convolve_and_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """A convolution and its norm; frozen batch norm goes into the convolution's weights.
+
+    A norm that is frozen is a factor and an offset for each channel. Given to the convolution, they cost no pass over
+    the feature map, forward or backward, and mixed precision stays in its lower precision, which the norm's float32
+    factors would leave.
+    """
+    if not isinstance(norm, FrozenBatchNorm2d):
+        return norm(conv(x))
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    weight = conv.weight * scale.view(-1, 1, 1, 1)
+    offset = norm.bias - norm.running_mean * scale
+    return F.conv2d(x, weight, offset, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class ResidualBlock:
+    """What a ResNet's blocks have in common once convolutions and norms go together."""
+
+    def add_shortcut(self, out: Tensor, x: Tensor) -> Tensor:
+        """The block's end: its input, or the input's projection, is added to what came out."""
+        out += x if self.downsample is None else convolve_and_norm(x, *self.downsample)
+        return F.relu_(out)
+
+
+class FoldedBasicBlock(ResidualBlock, BasicBlock):
+    """The block of ResNet-18 and 34, frozen norms folded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu_(convolve_and_norm(x, self.conv1, self.bn1))
+        return self.add_shortcut(convolve_and_norm(out, self.conv2, self.bn2), x)
+
+
+class FoldedBottleneck(ResidualBlock, Bottleneck):
+    """The block of ResNet-50 and 101, frozen norms folded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu_(convolve_and_norm(x, self.conv1, self.bn1))
+        out = F.relu_(convolve_and_norm(out, self.conv2, self.bn2))
+        return self.add_shortcut(convolve_and_norm(out, self.conv3, self.bn3), x)
+
+
+class ResNetBody(IntermediateLayerGetter):
+    """A ResNet up to its last stage, frozen norms folded; gives the maps of the stages that are asked for by name."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self["maxpool"](F.relu_(convolve_and_norm(x, self["conv1"], self["bn1"])))
+        maps = {}
+        for name, stage in self.items():
+            if name.startswith("layer"):
+                x = stage(x)
+                if name in self.return_layers:
+                    maps[self.return_layers[name]] = x
+        return maps
 
 
 class BackboneBase(nn.Module):
@@ -49,7 +107,7 @@ class BackboneBase(nn.Module):
             deep = name.startswith(("layer2", "layer3", "layer4"))
             parameter.requires_grad_(train_backbone and (deep or train_stem))
         stages = {"layer1": "0", "layer2": "1", "layer3": "2", "layer4": "3"}
-        self.body = IntermediateLayerGetter(backbone, stages if return_interm_layers else {"layer4": "0"})
+        self.body = ResNetBody(backbone, stages if return_interm_layers else {"layer4": "0"})
         self.num_channels = num_channels
 
     def forward(self, images: NestedTensor) -> dict[str, NestedTensor]:
@@ -94,8 +152,11 @@ class Backbone(BackboneBase):
         shallow = name in SHALLOW_BACKBONES
         if dilation and shallow:
             raise UserError(f"--dilation needs --backbone resnet50 or resnet101: {name} has no dilated form")
-        resnet = torchvision.models.get_model(
-            name, weights=None, norm_layer=NORMS[norm], replace_stride_with_dilation=[False, False, dilation]
+        resnet = ResNet(
+            FoldedBasicBlock if shallow else FoldedBottleneck,
+            list(STAGES[name]),
+            norm_layer=NORMS[norm],
+            replace_stride_with_dilation=[False, False, dilation],
         )
         state = load_backbone_weights(name, weights)
         if state is not None:
@@ -154,9 +215,9 @@ class Joiner(nn.Sequential):
         self.num_channels = backbone.num_channels
 
     def forward(self, images: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
-        """The feature maps, deepest last, and the position encoding (batch, d, h, w) of each, in their dtype."""
+        """The feature maps, deepest last, and the position encoding (batch, d, h, w) of each."""
         features = list(self[0](images).values())
-        return features, [self[1](map_).to(map_.tensors.dtype) for map_ in features]
+        return features, [self[1](map_) for map_ in features]
 
 
 def build_resnet(args, return_interm_layers: bool = False) -> Backbone:

@@ -66,7 +66,10 @@ class Detector(nn.Module):
         """
         features, pos = self.backbone(as_nested_tensor(samples))
         src, mask = features[-1].decompose()
-        decoded, _ = self.transformer(self.input_proj(src), mask, self.query_embed.weight, pos[-1])
+        # Under autocast, the stream that layers add to stays in the weights' precision, and so do positions: rounded to
+        # bf16, neighbouring cells' could not be told apart.
+        src = self.input_proj(src).to(self.input_proj.weight.dtype)
+        decoded, _ = self.transformer(src, mask, self.query_embed.weight, pos[-1].to(src.dtype))
         return detector_outputs(*self.predict(decoded), self.aux_loss)
 
     def predict(self, decoded) -> tuple[Tensor, Tensor]:

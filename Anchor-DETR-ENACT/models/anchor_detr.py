@@ -57,7 +57,9 @@ class AnchorDETR(nn.Module):
             project(level.tensors).permute(0, 2, 3, 1)  # (batch, d, h, w) -> (batch, h, w, d)
             for project, level in zip(self.input_proj, features, strict=True)
         ]
-        logits, boxes = self.transformer(torch.stack(maps, dim=1), features[-1].mask)
+        # Under autocast, the stream that layers add to stays in the weights' precision.
+        srcs = torch.stack(maps, dim=1).to(self.input_proj[0][0].weight.dtype)  # (batch, levels, h, w, d)
+        logits, boxes = self.transformer(srcs, features[-1].mask)
         return detector_outputs(logits, boxes, self.aux_loss)
 
 
