@@ -12,8 +12,9 @@ from PIL import Image
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
 
-from enact_common import UserError
+from enact_common import NestedTensor, UserError, nested_tensor_from_tensor_list
 from enact_common.boxes import box_cxcywh_to_xyxy
 from enact_common.data import coco
 from enact_common.data.build import build_dataset
@@ -27,9 +28,8 @@ from enact_common.data.coco import (
     load_annotations,
     seeded,
 )
+from enact_common.data.pixels import IMAGENET_MEAN, IMAGENET_STD, PixelNormalization
 from enact_common.data.transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     RandomResize,
     RandomSizeCrop,
     eval_transforms,
@@ -374,9 +374,8 @@ def marked_image(height=100, width=160, box=(40, 30, 80, 60)):
 
 
 def white_box(image):
-    """cxcywh, as fractions, of what is white in a normalised image."""
-    mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
-    rows, columns = torch.where((image * std + mean).mean(0) > 0.5)
+    """cxcywh, as fractions, of what is white in an image."""
+    rows, columns = torch.where(image.float().mean(0) > 127)
     height, width = image.shape[-2:]
     left, right, top, bottom = columns.min(), columns.max() + 1, rows.min(), rows.max() + 1
     return torch.tensor(
@@ -389,7 +388,7 @@ def test_boxes_stay_with_their_pixels(seed):
     transform = train_transforms([96, 128, 160], 200)
     with seeded(seed):
         image, target = transform(*marked_image())
-    assert max(image.shape[-2:]) <= 200
+    assert type(image) is torch.Tensor and image.dtype == torch.uint8 and max(image.shape[-2:]) <= 200
     assert target["size"].tolist() == list(image.shape[-2:])
     if len(target["boxes"]):
         assert_close(target["boxes"][0], white_box(image), atol=0.02, rtol=0)
@@ -441,6 +440,54 @@ def test_random_numbers_of_a_seed_leave_the_generator_alone():
         assert torch.equal(torch.rand(3), first)
     with seeded(1, 2, 4):
         assert not torch.equal(torch.rand(3), first)
+
+
+# Pixels -------------------------------------------------------------------------------------------------------------
+
+
+def random_pixels(*shapes):
+    """Images of random pixels, uint8 (3, height, width) each, with the darkest and the brightest among them."""
+    images = [torch.randint(256, (3, *shape), dtype=torch.uint8) for shape in shapes]
+    for image in images:
+        image[:, 0, :2] = torch.tensor([0, 255], dtype=torch.uint8)
+    return images
+
+
+def test_normalisation_of_a_batch_is_that_of_each_image_before_padding():
+    images = random_pixels((30, 50), (41, 23), (16, 16))
+    each = [F.normalize(F.to_dtype(image, torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD) for image in images]
+    expected = nested_tensor_from_tensor_list(each)
+    batch, targets = collate([(image, {}) for image in images])
+    assert batch.tensors.dtype == torch.uint8 and (batch.tensors.amax(dim=1)[batch.mask] == 0).all()
+    pixels = batch.tensors.clone()
+    normalized = PixelNormalization()(batch)
+    assert normalized.tensors.dtype == torch.float32
+    assert torch.equal(normalized.tensors, expected.tensors) and torch.equal(normalized.mask, expected.mask)
+    # What was given stays: a loss that is not finite sends the batch through the model again.
+    assert torch.equal(batch.tensors, pixels)
+
+
+def test_pixels_in_floating_point_are_taken_as_normalised():
+    for dtype in (torch.float32, torch.bfloat16):
+        batch = nested_tensor_from_tensor_list([torch.randn(3, 4, 6, dtype=dtype), torch.randn(3, 6, 4, dtype=dtype)])
+        assert PixelNormalization()(batch) is batch
+
+
+def test_pixels_of_another_type_are_refused():
+    batch = NestedTensor(torch.zeros(1, 3, 4, 4, dtype=torch.int64), torch.zeros(1, 4, 4, dtype=torch.bool))
+    with pytest.raises(TypeError, match="uint8, 0 to 255, or floating point and normalised, got torch.int64"):
+        PixelNormalization()(batch)
+
+
+def test_normalisation_follows_its_model_and_leaves_checkpoints_alone():
+    normalize = PixelNormalization()
+    assert not normalize.state_dict() and not list(normalize.parameters())
+    (image,) = random_pixels((5, 7))
+    converted = normalize.double()(nested_tensor_from_tensor_list([image])).tensors
+    assert converted.dtype == torch.float64
+    # On the meta device nothing can be read back: no step waits for values.
+    batch = nested_tensor_from_tensor_list(random_pixels((8, 8), (4, 9)))
+    assert PixelNormalization().to("meta")(batch.to("meta")).tensors.is_meta
 
 
 # Data sets ----------------------------------------------------------------------------------------------------------

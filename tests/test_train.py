@@ -553,7 +553,9 @@ def test_bad_pixels_and_boxes_are_named_before_weights():
     bad = nested_tensor_from_tensor_list([torch.full((3, 4, 4), math.nan)])
     targets = [{"image_id": torch.tensor([1]), "boxes": torch.zeros(1, 4)}]
     assert "input images" in describe_non_finite(Diverging(), bad, targets, {}, "epoch 0, step 0", "none")
+    stored = nested_tensor_from_tensor_list([torch.zeros(3, 4, 4, dtype=torch.uint8)])
     targets[0]["boxes"][0, 2] = math.inf
+    assert "target boxes" in describe_non_finite(Diverging(), stored, targets, {}, "epoch 0, step 0", "none")
     assert "target boxes" in describe_non_finite(Diverging(), good, targets, {}, "epoch 0, step 0", "none")
 
 

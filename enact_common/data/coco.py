@@ -312,7 +312,7 @@ class CocoDetection(Dataset):
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """One image, as `transforms` leaves it, and its target.
+        """One image, as `transforms` leaves it (with ours uint8 (3, h, w)), and its target.
 
         The target has `image_id` int64 (1,); `orig_size` and `size` int64 (2,), (height, width) in pixels as stored
         and as given; `labels` int64 (n,) and `boxes` float32 (n, 4) cxcywh in [0, 1].
@@ -409,6 +409,6 @@ def gibibytes(size: int) -> str:
 
 
 def collate(items: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
-    """A padded batch of images, and the list of their targets."""
+    """A padded batch of images, uint8 where `to_model_input` ended their transforms, and the list of their targets."""
     images, targets = zip(*items, strict=True)
     return nested_tensor_from_tensor_list(list(images)), list(targets)
