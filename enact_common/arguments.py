@@ -16,6 +16,7 @@ PLAIN_LR = 1e-4
 
 AMP_DTYPES = ("none", "bf16", "fp16")
 LR_SCHEDULES = ("step", "cosine")
+CACHE_MODES = ("encoded", "decoded")
 
 # The groups of flags that variants add to.
 MODEL = "model"
@@ -207,8 +208,10 @@ def add_data_flags(group) -> None:
         help='treat annotations marked "difficult": 1 (Pascal VOC) as crowds: not trained on, nor right or wrong',
     )  # fmt: skip
     group.add_argument(
-        "--cache_mode", action="store_true",
-        help="read the image files once and hold them, encoded, in memory: once for each process of torchrun",
+        "--cache_mode", nargs="?", choices=CACHE_MODES, const="encoded",
+        help="read the images once and hold them in memory, once for each process of torchrun: the files as they are "
+        "(encoded, also where no word follows), or their pixels (decoded), five to ten times as large but not "
+        "decoded again in every epoch",
     )  # fmt: skip
     group.add_argument(
         "--no_augmentation", dest="augmentation", action="store_false",

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from enact_common.data.categories import coco_names
+from enact_common.data.pixels import PixelNormalization
 from enact_common.layers import MLP
 from enact_common.nested_tensor import NestedTensor, as_nested_tensor
 
@@ -49,6 +50,7 @@ class Detector(nn.Module):
         self.bbox_embed = MLP(hidden_dim, hidden_dim, 4, 3)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
         self.input_proj = nn.Conv2d(backbone.num_channels, hidden_dim, kernel_size=1)
+        self.normalize = PixelNormalization()
         self.backbone = backbone
         self.aux_loss = aux_loss
 
@@ -56,15 +58,15 @@ class Detector(nn.Module):
         """Detect.
 
         Args:
-            samples: a padded batch; or images, each (3, h, w), or a tensor (batch, 3, H, W), normalised by
-                ImageNet's mean and standard deviation.
+            samples: a padded batch; or images, each (3, h, w), or a tensor (batch, 3, H, W). Red, green, blue: uint8,
+                0 to 255; or floating point, normalised by ImageNet's mean and standard deviation.
 
         Returns:
             `pred_logits` (batch, Q, num_logits), before softmax or sigmoid; `pred_boxes` (batch, Q, 4): centre x,
             centre y, width, height as fractions of the image's width and height, in [0, 1] (padding counts as
             outside); with aux_loss `aux_outputs`, a list of the same for each earlier decoder layer.
         """
-        features, pos = self.backbone(as_nested_tensor(samples))
+        features, pos = self.backbone(self.normalize(as_nested_tensor(samples)))
         src, mask = features[-1].decompose()
         # Under autocast, the stream that layers add to stays in the weights' precision, and so do positions: rounded to
         # bf16, neighbouring cells' could not be told apart.

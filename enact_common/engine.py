@@ -322,12 +322,12 @@ def evaluate(
     progress = Progress(loader, "evaluation", loader.batch_size * get_world_size(), print_freq)
     for i, (samples, targets) in progress:
         image_ids = [int(target["image_id"]) for target in targets]
+        sizes = torch.stack([target["orig_size"] for target in targets]).to(device, non_blocking=True)
         samples, targets = to_device(samples, targets, device)
         with autocast(device, amp):
             outputs = model(samples)
         if criterion is not None:
             meter.update(criterion(outputs, targets))
-        sizes = torch.stack([target["orig_size"] for target in targets])
         evaluator.update(image_ids, postprocess(outputs, sizes))
         if progress.due(i):
             averages = report(meter.averages())

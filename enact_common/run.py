@@ -28,8 +28,9 @@ from enact_common.checkpoint import (
     restore_random_states,
     save_checkpoint,
 )
+from enact_common.data.cache import cache_images
 from enact_common.data.categories import LabelMap
-from enact_common.data.coco import CocoDetection, cache_files, collate, find_split
+from enact_common.data.coco import CocoDetection, collate, find_split
 from enact_common.distributed import gather_objects, get_rank, get_world_size, init_distributed_mode, is_main_process
 from enact_common.engine import NonFiniteLossError, evaluate, train_one_epoch
 from enact_common.errors import UserError
@@ -239,16 +240,16 @@ class Run:
             collate_fn=collate,
             drop_last=train,
             pin_memory=self.device.type == "cuda",
-            persistent_workers=train and args.num_workers > 0,
+            persistent_workers=args.num_workers > 0,
             worker_init_fn=use_one_thread,
             # Its own, so that iterating draws nothing from the generator that dropout uses.
             generator=torch.Generator(),
         )
 
     def cache_images(self) -> None:
-        """With `--cache_mode`, read all image files: before the loaders' workers start, after all else is checked."""
+        """With `--cache_mode`, read all images: before the loaders' workers start, after all else is checked."""
         if self.args.cache_mode:
-            cache_files([dataset for dataset in (self.train_set, self.val_set) if dataset is not None])
+            cache_images([data for data in (self.train_set, self.val_set) if data is not None], self.args.cache_mode)
 
     def load_model(self, checkpoint: dict | None) -> None:
         """Build the model, with the checkpoint's weights where there is one."""

@@ -57,6 +57,15 @@ def test_dilation_can_be_switched_on_and_off(default, argv, expected):
     assert parser.parse_args(argv).dilation is (default if expected is None else expected)
 
 
+def test_the_cache_is_off_encoded_as_in_the_original_or_decoded(capsys):
+    modes = [parse("detr", *argv).cache_mode for argv in ([], ["--cache_mode"], ["--cache_mode", "decoded", "--eval"])]
+    assert modes == [None, "encoded", "decoded"]
+    assert parse("detr", "--cache_mode", "--eval").cache_mode == "encoded"
+    with pytest.raises(SystemExit):
+        parse("detr", "--cache_mode", "pixels")
+    assert "--cache_mode: invalid choice: 'pixels'" in capsys.readouterr().err
+
+
 def test_query_flags_are_of_the_variants_that_take_them(capsys):
     parser = common_parser("")
     assert not {"num_queries", "position_embedding", "pre_norm"} & set(vars(parser.parse_args([])))

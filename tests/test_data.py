@@ -12,24 +12,24 @@ from PIL import Image
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
 
-from enact_common import UserError
+from enact_common import NestedTensor, UserError, nested_tensor_from_tensor_list
 from enact_common.boxes import box_cxcywh_to_xyxy
-from enact_common.data import coco
+from enact_common.data import cache
 from enact_common.data.build import build_dataset
+from enact_common.data.cache import cache_images
 from enact_common.data.categories import LabelMap, coco_names
 from enact_common.data.coco import (
     CocoDetection,
-    cache_files,
     collate,
     decode_image,
     find_split,
     load_annotations,
     seeded,
 )
+from enact_common.data.pixels import IMAGENET_MEAN, IMAGENET_STD, PixelNormalization
 from enact_common.data.transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     RandomResize,
     RandomSizeCrop,
     eval_transforms,
@@ -374,9 +374,8 @@ def marked_image(height=100, width=160, box=(40, 30, 80, 60)):
 
 
 def white_box(image):
-    """cxcywh, as fractions, of what is white in a normalised image."""
-    mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
-    rows, columns = torch.where((image * std + mean).mean(0) > 0.5)
+    """cxcywh, as fractions, of what is white in an image."""
+    rows, columns = torch.where(image.float().mean(0) > 127)
     height, width = image.shape[-2:]
     left, right, top, bottom = columns.min(), columns.max() + 1, rows.min(), rows.max() + 1
     return torch.tensor(
@@ -389,7 +388,7 @@ def test_boxes_stay_with_their_pixels(seed):
     transform = train_transforms([96, 128, 160], 200)
     with seeded(seed):
         image, target = transform(*marked_image())
-    assert max(image.shape[-2:]) <= 200
+    assert type(image) is torch.Tensor and image.dtype == torch.uint8 and max(image.shape[-2:]) <= 200
     assert target["size"].tolist() == list(image.shape[-2:])
     if len(target["boxes"]):
         assert_close(target["boxes"][0], white_box(image), atol=0.02, rtol=0)
@@ -443,6 +442,54 @@ def test_random_numbers_of_a_seed_leave_the_generator_alone():
         assert not torch.equal(torch.rand(3), first)
 
 
+# Pixels -------------------------------------------------------------------------------------------------------------
+
+
+def random_pixels(*shapes):
+    """Images of random pixels, uint8 (3, height, width) each, with the darkest and the brightest among them."""
+    images = [torch.randint(256, (3, *shape), dtype=torch.uint8) for shape in shapes]
+    for image in images:
+        image[:, 0, :2] = torch.tensor([0, 255], dtype=torch.uint8)
+    return images
+
+
+def test_normalisation_of_a_batch_is_that_of_each_image_before_padding():
+    images = random_pixels((30, 50), (41, 23), (16, 16))
+    each = [F.normalize(F.to_dtype(image, torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD) for image in images]
+    expected = nested_tensor_from_tensor_list(each)
+    batch, targets = collate([(image, {}) for image in images])
+    assert batch.tensors.dtype == torch.uint8 and (batch.tensors.amax(dim=1)[batch.mask] == 0).all()
+    pixels = batch.tensors.clone()
+    normalized = PixelNormalization()(batch)
+    assert normalized.tensors.dtype == torch.float32
+    assert torch.equal(normalized.tensors, expected.tensors) and torch.equal(normalized.mask, expected.mask)
+    # What was given stays: a loss that is not finite sends the batch through the model again.
+    assert torch.equal(batch.tensors, pixels)
+
+
+def test_pixels_in_floating_point_are_taken_as_normalised():
+    for dtype in (torch.float32, torch.bfloat16):
+        batch = nested_tensor_from_tensor_list([torch.randn(3, 4, 6, dtype=dtype), torch.randn(3, 6, 4, dtype=dtype)])
+        assert PixelNormalization()(batch) is batch
+
+
+def test_pixels_of_another_type_are_refused():
+    batch = NestedTensor(torch.zeros(1, 3, 4, 4, dtype=torch.int64), torch.zeros(1, 4, 4, dtype=torch.bool))
+    with pytest.raises(TypeError, match="uint8, 0 to 255, or floating point and normalised, got torch.int64"):
+        PixelNormalization()(batch)
+
+
+def test_normalisation_follows_its_model_and_leaves_checkpoints_alone():
+    normalize = PixelNormalization()
+    assert not normalize.state_dict() and not list(normalize.parameters())
+    (image,) = random_pixels((5, 7))
+    converted = normalize.double()(nested_tensor_from_tensor_list([image])).tensors
+    assert converted.dtype == torch.float64
+    # On the meta device nothing can be read back: no step waits for values.
+    batch = nested_tensor_from_tensor_list(random_pixels((8, 8), (4, 9)))
+    assert PixelNormalization().to("meta")(batch.to("meta")).tensors.is_meta
+
+
 # Data sets ----------------------------------------------------------------------------------------------------------
 
 
@@ -471,12 +518,16 @@ def test_augmentation_depends_on_the_epoch_not_on_the_workers(shapes, workers):
                 i += 1
 
 
+both_modes = pytest.mark.parametrize("mode", ["encoded", "decoded"])
+
+
+@both_modes
 @pytest.mark.parametrize("workers", [0, 2])
-def test_cached_files_give_the_same_items_without_the_disk(shapes, tmp_path, workers):
+def test_cached_images_give_the_same_items_without_the_disk(shapes, tmp_path, workers, mode):
     data = shutil.copytree(shapes, tmp_path / "data")
     train, val = shapes_set(data), shapes_set(data, "val", "--limit_val", "4")
     expected = [[dataset[i] for i in range(len(dataset))] for dataset in (train, val)]
-    cache_files([train, val])
+    cache_images([train, val], mode)
     for split in ("train2017", "val2017"):
         shutil.rmtree(data / split)
     for dataset, items in zip((train, val), expected, strict=True):
@@ -486,36 +537,94 @@ def test_cached_files_give_the_same_items_without_the_disk(shapes, tmp_path, wor
             assert all(torch.equal(target[name], value) for name, value in wanted_target.items())
 
 
+@both_modes
+def test_cached_images_stay_as_they_are(two_images, mode):
+    expected = two_images.image(0).clone()
+    cache_images([two_images], mode)
+    for _ in range(2):
+        assert torch.equal(two_images.image(0), expected)
+        two_images.image(0).zero_()
+
+
+def test_grey_and_transparent_images_are_cached_as_they_are_decoded(tmp_path, two_images):
+    Image.fromarray(np.arange(40 * 50, dtype=np.uint32).astype(np.uint8).reshape(40, 50)).save(tmp_path / "a.png")
+    Image.fromarray(np.full((30, 20, 4), 77, np.uint8)).save(tmp_path / "b.png")
+    expected = [two_images.image(i) for i in range(2)]
+    cache_images([two_images], "decoded")
+    assert [tuple(image.shape) for image in expected] == [(3, 40, 50), (3, 30, 20)]
+    assert all(torch.equal(two_images.image(i), image) for i, image in enumerate(expected))
+
+
+@both_modes
+def test_what_data_sets_have_in_common_is_cached_once(shapes, monkeypatch, mode):
+    train, some = shapes_set(shapes), shapes_set(shapes, "val", "--eval_set", "train", "--limit_val", "5")
+    expected = [dataset.image(i) for dataset in (train, some) for i in range(len(dataset))]
+    read = []
+    monkeypatch.setattr(cache, "read_file", lambda path, original=cache.read_file: read.append(path) or original(path))
+    cache_images([train, some], mode)
+    assert sorted(read) == sorted(train.path(i) for i in range(12))
+    cached = [dataset.image(i) for dataset in (train, some) for i in range(len(dataset))]
+    assert all(torch.equal(*pair) for pair in zip(cached, expected, strict=True))
+    assert len(read) == 12
+
+
 def test_caching_names_files_that_cannot_be_read(tmp_path, two_images):
     path = tmp_path / "b.png"
     path.write_bytes(b"no image")
-    cache_files([two_images])
+    cache_images([two_images], "encoded")
     assert two_images[0][0].shape == (3, 40, 50)
     with pytest.raises(UserError, match="b.png: not an image that can be read whole"):
         two_images[1]
+    with pytest.raises(UserError, match="b.png: its header does not tell .* pass --cache_mode encoded"):
+        cache_images([two_images], "decoded")
     path.unlink()
-    with pytest.raises(UserError, match=r"b.png: cannot be read \(No such file"):
-        cache_files([two_images])
+    for mode in ("encoded", "decoded"):
+        with pytest.raises(UserError, match=r"b.png: cannot be read \(No such file"):
+            cache_images([two_images], mode)
 
 
-def test_a_file_that_changes_while_it_is_cached_is_named(tmp_path, two_images, monkeypatch):
-    monkeypatch.setattr(coco, "read_file", lambda path: np.zeros(3, np.uint8))
-    with pytest.raises(UserError, match="a.png: changed while it was read"):
-        cache_files([two_images])
+def test_an_image_that_ends_behind_its_header_is_named(tmp_path, two_images):
+    whole = (tmp_path / "b.png").read_bytes()
+    (tmp_path / "b.png").write_bytes(whole[:60])
+    with pytest.raises(UserError, match="b.png: not an image that can be read whole"):
+        cache_images([two_images], "decoded")
 
 
-def test_caching_more_than_the_memory_is_refused(tmp_path, two_images, monkeypatch):
-    size = sum((tmp_path / name).stat().st_size for name in ("a.png", "b.png"))
-    assert coco.physical_memory() > 2**28
-    monkeypatch.setattr(coco, "physical_memory", lambda: size)
-    cache_files([two_images])
-    sizes = rf"--cache_mode: the image files are {2 * size / 2**30:.4g} GiB, .* memory is {size / 2**30:.4g} GiB"
-    with pytest.raises(UserError, match=sizes):
-        cache_files([two_images, two_images])
+@pytest.mark.parametrize(
+    "mode, message",
+    [
+        ("encoded", "a.png: changed while it was read"),
+        ("decoded", "a.png: has 20 x 30 pixels .* its header says 40 x 50; .* pass --cache_mode encoded"),
+    ],
+)
+def test_a_file_of_another_size_than_it_said_is_named(two_images, monkeypatch, mode, message):
+    other = cv2.imencode(".png", np.zeros((20, 30, 3), np.uint8))[1]
+    monkeypatch.setattr(cache, "read_file", lambda path: other)
+    with pytest.raises(UserError, match=message):
+        cache_images([two_images], mode)
+    # Nothing of it remains: the disk is asked again.
+    assert two_images.image(0).shape == (3, 40, 50)
+
+
+@both_modes
+def test_caching_more_than_the_memory_is_refused(tmp_path, two_images, monkeypatch, mode):
+    decoded = mode == "decoded"
+    size = 2 * 3 * 40 * 50 if decoded else sum((tmp_path / name).stat().st_size for name in ("a.png", "b.png"))
+    assert cache.physical_memory() > 2**28
+    monkeypatch.setattr(cache, "physical_memory", lambda: size)
+    cache_images([two_images], mode)
+    monkeypatch.setattr(cache, "physical_memory", lambda: size - 1)
+    monkeypatch.setattr(cache, "read_file", lambda path: pytest.fail("read before its size was known to fit"))
+    what = "the decoded images" if decoded else "the image files"
+    way_out = "; pass --cache_mode encoded, or leave the flag out" if decoded else "; leave the flag out"
+    needed, there = (f"{number / 2**30:.4g} GiB" for number in (size, size - 1))
+    with pytest.raises(UserError, match=f"--cache_mode {mode}: {what} are {needed}, .* memory is {there}{way_out}"):
+        cache_images([two_images], mode)
     # Each process that torchrun starts on a machine holds its own.
+    monkeypatch.setattr(cache, "physical_memory", lambda: size)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="GiB in each of 2 processes"):
-        cache_files([two_images])
+        cache_images([two_images], mode)
 
 
 def test_no_augmentation_gives_whole_images(shapes):

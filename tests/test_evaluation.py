@@ -1,6 +1,7 @@
-"""COCO's figures on cases worked out by hand, and what is written."""
+"""COCO's figures by either package, on cases worked out by hand and on random ones, and what is written."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -12,25 +13,53 @@ from enact_common.data.coco import CocoDetection
 from enact_common.data.transforms import eval_transforms
 from enact_common.evaluation.coco import FIGURES, CocoBoxEvaluator, figures_text, per_class_text
 
+try:
+    import faster_coco_eval
+except ImportError:
+    faster_coco_eval = None
+
+PACKAGES = ("pycocotools", "faster-coco-eval")
+
 CATEGORIES = [{"id": 3, "name": "nut"}, {"id": 7, "name": "bolt"}]
 LABELS = LabelMap.from_categories(CATEGORIES)  # nut is label 0, bolt is label 1
 
 
-def ground_truth(boxes, images=(1, 2)):
-    """A COCO ground truth of (image, category, xywh) boxes."""
-    coco = COCO()
+def use(package, monkeypatch):
+    """Let this package compute the figures; skips the test where it is not installed."""
+    if package == "pycocotools":
+        monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    else:
+        pytest.importorskip("faster_coco_eval")
+
+
+@pytest.fixture(params=PACKAGES)
+def package(request, monkeypatch):
+    """The test runs with each package that can compute the figures."""
+    use(request.param, monkeypatch)
+    return request.param
+
+
+def indexed(images, annotations, coco_class=COCO):
+    """A COCO ground truth."""
+    coco = coco_class()
     coco.dataset = {
         "info": {},
         "licenses": [],
         "images": [{"id": i, "height": 200, "width": 200} for i in images],
         "categories": CATEGORIES,
-        "annotations": [
-            {"id": n, "image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-            for n, (image, category, box) in enumerate(boxes, start=1)
-        ],
+        "annotations": annotations,
     }
     coco.createIndex()
     return coco
+
+
+def ground_truth(boxes, images=(1, 2), **kwargs):
+    """A COCO ground truth of (image, category, xywh) boxes."""
+    annotations = [
+        {"id": n, "image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+        for n, (image, category, box) in enumerate(boxes, start=1)
+    ]
+    return indexed(images, annotations, **kwargs)
 
 
 def detected(*rows):
@@ -50,7 +79,7 @@ def figures(evaluator, boxes=TWO_NUTS, images=(1, 2)):
     return dict(zip(FIGURES, evaluator.evaluate(ground_truth(boxes, images)).stats, strict=True))
 
 
-def test_perfect_detections_have_ap_one():
+def test_perfect_detections_have_ap_one(package):
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update(
         [1, 2], [detected((0, 0.9, [10, 10, 50, 50])), detected((0, 0.8, [50, 50, 90, 90]), (1, 0.1, [0, 0, 5, 5]))]
@@ -61,7 +90,7 @@ def test_perfect_detections_have_ap_one():
     assert result["APM"] == pytest.approx(1) and result["APS"] == result["APL"] == -1
 
 
-def test_a_false_alarm_before_the_second_hit():
+def test_a_false_alarm_before_the_second_hit(package):
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update(
         [1, 2],
@@ -71,7 +100,7 @@ def test_a_false_alarm_before_the_second_hit():
     assert figures(evaluator)["AP50"] == pytest.approx((51 + 50 * 2 / 3) / 101)
 
 
-def test_overlap_decides_at_which_thresholds_a_box_counts():
+def test_overlap_decides_at_which_thresholds_a_box_counts(package):
     evaluator = CocoBoxEvaluator(LABELS)
     # 40 x 30 of 40 x 40: IoU 0.75, right at 0.50, 0.55, ..., 0.75, wrong at the four above.
     evaluator.update([1], [detected((0, 0.9, [10, 10, 50, 40]))])
@@ -80,7 +109,7 @@ def test_overlap_decides_at_which_thresholds_a_box_counts():
     assert result["AP"] == pytest.approx(0.6)
 
 
-def test_images_without_a_detection_count():
+def test_images_without_a_detection_count(package):
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1, 2], [detected((0, 0.9, [10, 10, 50, 50])), detected()])
     assert figures(evaluator)["AP50"] == pytest.approx(51 / 101)
@@ -95,7 +124,7 @@ def test_images_without_a_detection_count():
         (True, ("difficult",), 0),  # it does not stand for what must be found
     ],
 )
-def test_difficult_objects_are_neither_right_nor_wrong(tmp_path, remove, found, ap50):
+def test_difficult_objects_are_neither_right_nor_wrong(package, tmp_path, remove, found, ap50):
     boxes = {"easy": [10, 10, 40, 40], "difficult": [100, 100, 40, 40]}
     annotations = [
         {"id": n, "image_id": 1, "category_id": 3, "bbox": box, "difficult": int(name == "difficult")}
@@ -111,13 +140,13 @@ def test_difficult_objects_are_neither_right_nor_wrong(tmp_path, remove, found, 
     assert evaluator.evaluate(dataset.coco_api()).stats[1] == pytest.approx(ap50)
 
 
-def test_no_detection_at_all_is_ap_zero():
+def test_no_detection_at_all_is_ap_zero(package):
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1, 2], [detected(), detected()])
     assert figures(evaluator)["AP"] == 0
 
 
-def test_an_image_given_twice_counts_once(monkeypatch):
+def test_an_image_given_twice_counts_once(package, monkeypatch):
     perfect = [detected((0, 0.9, [10, 10, 50, 50])), detected((0, 0.8, [50, 50, 90, 90]))]
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1, 2], perfect)
@@ -126,6 +155,147 @@ def test_an_image_given_twice_counts_once(monkeypatch):
     evaluator.synchronize()
     assert len(evaluator.detections()) == 2
     assert figures(evaluator)["AP"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("hit_first", [True, False])
+@pytest.mark.parametrize("same_image", [True, False])
+def test_equal_scores_count_in_the_order_given_then_by_image(package, hit_first, same_image):
+    hit, miss = (0, 0.5, [10, 10, 50, 50]), (0, 0.5, [120, 120, 160, 160])
+    first, second = (hit, miss) if hit_first else (miss, hit)
+    one, two = ((first, second), ()) if same_image else ((first,), (second,))
+    evaluator = CocoBoxEvaluator(LABELS)
+    evaluator.update([2, 1], [detected(*two), detected(*one)])
+    truth = [(1 if same_image or hit_first else 2, 3, [10, 10, 40, 40])]
+    # One object: found at once with precision 1, or behind a false alarm with 1/2.
+    assert figures(evaluator, truth)["AP50"] == pytest.approx(1 if hit_first else 0.5)
+
+
+def test_only_the_hundred_best_of_an_image_and_a_class_count(package):
+    evaluator = CocoBoxEvaluator(LABELS)
+    evaluator.update([1], [detected(*[(0, 0.5, [120, 120, 160, 160])] * 100, (0, 0.4, [10, 10, 50, 50]))])
+    assert figures(evaluator, TWO_NUTS[:1], images=(1,))["AR100"] == 0
+    evaluator.update([1], [detected(*[(0, 0.5, [120, 120, 160, 160])] * 99, (0, 0.4, [10, 10, 50, 50]))])
+    assert figures(evaluator, TWO_NUTS[:1], images=(1,))["AR100"] == pytest.approx(1)
+
+
+def random_case(seed):
+    """Images, annotations and results by image: crowds, all sizes, images without either, ties in the scores."""
+    rng = np.random.default_rng(seed)
+    images, annotations, results = rng.permutation(np.arange(5, 35)).tolist(), [], {}
+    # Of few different scores, most are ties.
+    steps = (10**6, 8, 1)[seed % 3]
+
+    def random_box():
+        return np.array([*rng.uniform(0, 120, 2), *np.exp(rng.uniform(np.log(6), np.log(200), 2))])
+
+    for n, image in enumerate(images):
+        objects = [(int(rng.integers(2)), random_box()) for _ in range(rng.integers(1, 9) if n % 4 else 0)]
+        for label, box in objects:
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image,
+                    "category_id": CATEGORIES[label]["id"],
+                    "bbox": box.tolist(),
+                    "area": float(box[2] * box[3] * rng.uniform(0.4, 1)),
+                    "iscrowd": int(rng.random() < 0.15),
+                }
+            )
+        found = []
+        if n % 5:
+            # The objects, not quite in their places and sometimes as the other class, and what is none.
+            found += [
+                (label if rng.random() < 0.9 else 1 - label, box + rng.normal(0, 0.05, 4) * np.tile(box[2:], 2))
+                for label, box in objects * int(rng.integers(1, 4))
+            ]
+            found += [(int(rng.integers(2)), random_box()) for _ in range(rng.integers(150))]
+        results[image] = detected(
+            *(
+                (label, round(rng.random() * steps) / steps, [*box[:2], *(box[:2] + np.abs(box[2:]))])
+                for label, box in found
+            )
+        )
+    return images, annotations, results
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_both_packages_agree(monkeypatch, seed):
+    images, annotations, results = random_case(seed)
+    assert any(annotation["iscrowd"] for annotation in annotations)
+    evaluator = CocoBoxEvaluator(LABELS)
+    evaluator.update(results, list(results.values()))
+    done = {}
+    for package in ("faster-coco-eval", "pycocotools"):
+        use(package, monkeypatch)
+        done[package] = evaluator.evaluate(indexed(images, annotations))
+    fast, slow = done.values()
+    assert type(fast) is not type(slow)
+    assert len(fast.stats) == len(slow.stats) == len(FIGURES)
+    # There is something to agree on: objects of all sizes, some of them found.
+    assert (slow.stats >= 0).all() and slow.stats[0] > 0
+    np.testing.assert_allclose(fast.stats, slow.stats, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(fast.eval["precision"], slow.eval["precision"], rtol=0, atol=1e-6)
+    assert figures_text(fast) == figures_text(slow)
+    assert per_class_text(fast) == per_class_text(slow)
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_either_packages_ground_truth_is_taken(package, other):
+    if faster_coco_eval is None:
+        pytest.skip("faster-coco-eval is not installed")
+    truth_class = faster_coco_eval.COCO if (package == "faster-coco-eval") != other else COCO
+    evaluator = CocoBoxEvaluator(LABELS)
+    evaluator.update([1], [detected((0, 0.9, [10, 10, 50, 50]))])
+    evaluation = evaluator.evaluate(ground_truth(TWO_NUTS, coco_class=truth_class))
+    assert evaluation.stats[1] == pytest.approx(51 / 101)
+
+
+def test_the_log_says_which_package_computed_the_figures(package, caplog):
+    evaluator = CocoBoxEvaluator(LABELS)
+    with caplog.at_level("INFO"):
+        figures(evaluator)
+    assert f"figures are computed by {package}" in caplog.text and "does not work" not in caplog.text
+
+
+def test_a_package_that_cannot_be_imported_does_not_matter(tmp_path, monkeypatch, caplog):
+    for name in [name for name in sys.modules if name.split(".")[0] == "faster_coco_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "faster_coco_eval.py").write_text("raise RuntimeError('built for another NumPy')")
+    monkeypatch.syspath_prepend(tmp_path)
+    evaluator = CocoBoxEvaluator(LABELS)
+    evaluator.update([1], [detected((0, 0.9, [10, 10, 50, 50]))])
+    with caplog.at_level("INFO"):
+        assert figures(evaluator)["AP50"] == pytest.approx(51 / 101)
+    assert "faster-coco-eval is installed but does not work: built for another NumPy" in caplog.text
+    assert "figures are computed by pycocotools" in caplog.text
+
+
+@pytest.mark.parametrize("fault", ["scores", "boxes"])
+def test_a_broken_models_figures_end_no_training(package, fault):
+    result = detected((0, 0.9, [10, 10, 50, 50]), (0, 0.8, [10, 10, 50, 50]))
+    result[fault][0] = torch.nan
+    evaluator = CocoBoxEvaluator(LABELS)
+    evaluator.update([1, 2], [result, detected((0, 0.7, [50, 50, 90, 90]))])
+    assert len(figures(evaluator)) == 12
+
+
+def test_a_batch_is_copied_from_the_device_once(monkeypatch):
+    several = detected((0, 0.9, [10, 10, 50, 50]), (1, 0.8, [0, 0, 5, 5]))
+    results = [several, detected(), detected((0, 0.7, [1, 2, 3, 4]))]
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self, original=torch.Tensor.cpu: copies.append(1) or original(self))
+    evaluator = CocoBoxEvaluator(LABELS)
+    evaluator.update([7, 8, 5], results)
+    assert len(copies) == 1
+    # What the results become afterwards is nothing to the evaluator: it holds copies, on the host.
+    for result in results:
+        result["boxes"].zero_()
+    rows = evaluator.detections()
+    assert rows.dtype == np.float64
+    expected = [[5, 1, 2, 2, 2, 0.7, 3], [7, 10, 10, 40, 40, 0.9, 3], [7, 0, 0, 5, 5, 0.8, 7]]
+    np.testing.assert_allclose(rows, expected, rtol=1e-7)
+    with pytest.raises(ValueError):
+        evaluator.update([1, 2], results)
 
 
 def test_results_are_in_the_data_sets_own_ids_and_pixels(tmp_path):
@@ -147,7 +317,7 @@ def test_labels_that_mean_nothing_are_no_detections():
     assert np.array_equal(evaluator.detections()[:, 6], [3])
 
 
-def test_the_twelve_lines_and_the_classes():
+def test_the_twelve_lines_and_the_classes(package):
     truth = [*TWO_NUTS, (2, 7, [100, 100, 50, 50])]
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1, 2], [detected((0, 0.9, [10, 10, 50, 50])), detected((0, 0.8, [50, 50, 90, 90]))])

@@ -9,10 +9,12 @@ import pytest
 import torch
 from conftest import ATTENTIONS, SMALL_MODEL, build, parse
 from torch.testing import assert_close
+from torchvision.transforms.v2 import functional as F
 
 from enact_common import NestedTensor, UserError, load_variant, nested_tensor_from_tensor_list
 from enact_common.backbone import Backbone, load_backbone_weights
 from enact_common.clustering import Windows
+from enact_common.data.pixels import IMAGENET_MEAN, IMAGENET_STD
 from enact_common.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from enact_common.variants import VARIANTS
 
@@ -45,6 +47,17 @@ def test_a_list_a_tensor_and_a_nested_tensor_are_the_same(variant_and_attention)
     expected = model(nested_tensor_from_tensor_list(images))["pred_boxes"]
     assert_close(model(images)["pred_boxes"], expected)
     assert_close(model(list(images))["pred_boxes"], expected)
+
+
+def test_stored_pixels_are_normalised_by_the_model(variant_and_attention):
+    model, _, _ = small(variant_and_attention)
+    model.eval()
+    images = [torch.randint(256, (3, *shape), dtype=torch.uint8) for shape in ((64, 96), (80, 64))]
+    normalized = [F.normalize(image / 255, IMAGENET_MEAN, IMAGENET_STD) for image in images]
+    expected = model(nested_tensor_from_tensor_list(normalized))
+    outputs = model(nested_tensor_from_tensor_list(images))
+    for name in ("pred_logits", "pred_boxes"):
+        assert_close(outputs[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("layers", ["0 1", "1 1", "2 2"])

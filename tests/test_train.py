@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from conftest import SMALL_MODEL, read_log, run
 
 from enact_common import UserError
 from enact_common.checkpoint import check_model_flags, load_checkpoint, save_checkpoint
-from enact_common.data import coco
+from enact_common.data import cache, coco
 from enact_common.data.synthetic import make_shapes
 from enact_common.engine import describe_non_finite
 from enact_common.logs import AverageMeter
@@ -117,7 +118,13 @@ def equal_states(first, second) -> bool:
 
 @pytest.mark.parametrize(
     "argv",
-    [["--num_workers", "0"], ["--num_workers", "2"], ["--auto_resume"], ["--cache_mode", "--num_workers", "1"]],
+    [
+        ["--num_workers", "0"],
+        ["--num_workers", "2"],
+        ["--auto_resume"],
+        ["--cache_mode", "--num_workers", "1"],
+        ["--cache_mode", "decoded", "--num_workers", "1"],
+    ],
     ids=" ".join,
 )
 def test_a_resumed_run_equals_the_uninterrupted_one(shapes, trained, tmp_path, argv):
@@ -151,20 +158,32 @@ def test_processes_that_do_not_share_a_folder_are_told(shapes, tmp_path, monkeyp
     assert "checkpoint.pth is there for some processes alone" in capsys.readouterr().err
 
 
-def test_cached_images_are_read_once(shapes, trained, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("mode", [["--cache_mode"], ["--cache_mode", "decoded"]], ids=" ".join)
+def test_cached_images_are_read_once(shapes, trained, tmp_path, monkeypatch, capsys, mode):
     read = []
-    monkeypatch.setattr(coco, "read_file", lambda path, original=coco.read_file: read.append(path) or original(path))
-    assert train("detr", shapes, tmp_path, "--epochs", "2", "--dropout", "0.1", "--cache_mode") == 0
+    original = coco.read_file
+    for module in (coco, cache):
+        monkeypatch.setattr(module, "read_file", lambda path: read.append(path) or original(path))
+    assert train("detr", shapes, tmp_path, "--epochs", "2", "--dropout", "0.1", *mode) == 0
     assert len(read) == len(set(read)) == 12 + 6
-    text = capsys.readouterr().out
-    assert "reading train2017 into memory [12/12]" in text and "reading val2017 into memory [6/6]" in text
+    assert "reading train2017 and val2017 into memory [18/18]" in capsys.readouterr().out
     assert read_log(tmp_path) == read_log(trained)
 
 
+def test_loading_processes_are_started_once(shapes, tmp_path, monkeypatch):
+    started = []
+    start = multiprocessing.process.BaseProcess.start
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", lambda self: started.append(self) or start(self))
+    assert train("detr", shapes, tmp_path, "--epochs", "2", "--num_workers", "1") == 0
+    # One to train and one to evaluate, whatever the number of epochs; none outlives the run.
+    assert len(started) == 2 and not any(process.is_alive() for process in started)
+
+
 def test_images_that_do_not_fit_into_memory_are_refused(shapes, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(coco, "physical_memory", lambda: 1024)
+    monkeypatch.setattr(cache, "physical_memory", lambda: 1024)
     assert train("detr", shapes, tmp_path, "--cache_mode") == 2
-    assert re.search(r"--cache_mode: the image files are .* GiB, .* memory is 9.537e-07 GiB", capsys.readouterr().err)
+    error = capsys.readouterr().err
+    assert re.search(r"--cache_mode encoded: the image files are .* GiB, .* memory is 9.537e-07 GiB", error)
     assert not list(tmp_path.iterdir())
 
 
@@ -553,7 +572,9 @@ def test_bad_pixels_and_boxes_are_named_before_weights():
     bad = nested_tensor_from_tensor_list([torch.full((3, 4, 4), math.nan)])
     targets = [{"image_id": torch.tensor([1]), "boxes": torch.zeros(1, 4)}]
     assert "input images" in describe_non_finite(Diverging(), bad, targets, {}, "epoch 0, step 0", "none")
+    stored = nested_tensor_from_tensor_list([torch.zeros(3, 4, 4, dtype=torch.uint8)])
     targets[0]["boxes"][0, 2] = math.inf
+    assert "target boxes" in describe_non_finite(Diverging(), stored, targets, {}, "epoch 0, step 0", "none")
     assert "target boxes" in describe_non_finite(Diverging(), good, targets, {}, "epoch 0, step 0", "none")
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from enact_common.criterion import FocalClassLoss, SetCriterion, build_weights
+from enact_common.data.pixels import PixelNormalization
 from enact_common.detector import detector_outputs, num_classes_of
 from enact_common.nested_tensor import NestedTensor, as_nested_tensor
 from enact_common.postprocess import TopKPostProcess
@@ -47,12 +48,17 @@ class AnchorDETR(nn.Module):
         for convolution, _ in self.input_proj:
             nn.init.xavier_uniform_(convolution.weight)
             nn.init.zeros_(convolution.bias)
+        self.normalize = PixelNormalization()
         self.backbone = backbone
         self.aux_loss = aux_loss
 
     def forward(self, samples: NestedTensor | list[Tensor] | Tensor) -> dict:
-        """Detect: images in and predictions out as in `Detector.forward`, with Q = patterns * points queries."""
-        features = list(self.backbone(as_nested_tensor(samples)).values())[-len(self.input_proj) :]
+        """Detect: images in and predictions out as in `Detector.forward`, with Q = patterns * points queries.
+
+        Images are uint8, 0 to 255, or floating point and normalised.
+        """
+        images = self.normalize(as_nested_tensor(samples))
+        features = list(self.backbone(images).values())[-len(self.input_proj) :]
         maps = [
             project(level.tensors).permute(0, 2, 3, 1)  # (batch, d, h, w) -> (batch, h, w, d)
             for project, level in zip(self.input_proj, features, strict=True)

@@ -5,7 +5,6 @@ import io
 import json
 import logging
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +21,6 @@ from torchvision import tv_tensors
 from enact_common.data.categories import LabelMap
 from enact_common.data.transforms import drop_degenerate
 from enact_common.errors import UserError
-from enact_common.logs import Progress
 from enact_common.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
 logger = logging.getLogger(__name__)
@@ -140,7 +138,16 @@ def decode_image(path: Path) -> Tensor:
 
 
 def decode_bytes(encoded: np.ndarray, path: Path) -> Tensor:
-    """An encoded image as RGB, uint8 (3, height, width), whatever its colours; EXIF rotation is not applied.
+    """An encoded image as RGB, uint8 (3, height, width), as `decode_rgb` gives it.
+
+    Raises:
+        UserError: it is no image that can be read whole.
+    """
+    return torch.from_numpy(decode_rgb(encoded, path)).permute(2, 0, 1).contiguous()
+
+
+def decode_rgb(encoded: np.ndarray, path: Path) -> np.ndarray:
+    """An encoded image as RGB, uint8 (height, width, 3), whatever its colours; EXIF rotation is not applied.
 
     COCO's boxes refer to the pixels as stored, so a rotation flag must not turn them.
 
@@ -157,12 +164,11 @@ def decode_bytes(encoded: np.ndarray, path: Path) -> Tensor:
     if len(encoded) and not truncated_jpeg:
         bgr = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)  # (height, width, 3)
         if bgr is not None:
-            return torch.from_numpy(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)).permute(2, 0, 1).contiguous()
+            return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
     try:
-        rgb = np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))  # (height, width, 3)
+        return np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: not an image that can be read whole ({error})") from error
-    return torch.from_numpy(rgb).permute(2, 0, 1).contiguous()
 
 
 @contextlib.contextmanager
@@ -231,7 +237,7 @@ class CocoDetection(Dataset):
         self.image_ids = [image["id"] for image in images]
         self.file_names = [image["file_name"] for image in images]
         self.check_files()
-        self._cache: tuple[Tensor, Tensor] | None = None
+        self._cache: Sequence[Tensor] | None = None
         # Files need not say how large their images are; boxes are clipped once more when an image is read.
         sizes = [(image.get("width") or math.inf, image.get("height") or math.inf) for image in images]
         self.pack(annotations["annotations"], np.array(sizes, dtype=np.float64))
@@ -287,21 +293,27 @@ class CocoDetection(Dataset):
         """An item's image file."""
         return self.image_folder / self.file_names[index]
 
-    def set_cache(self, files: Tensor, offsets: Tensor) -> None:
-        """Take the image files from memory from now on.
+    def set_cache(self, cache: Sequence[Tensor]) -> None:
+        """Take the images from memory from now on.
 
         Args:
-            files: uint8 (bytes,), the items' files, one behind the other.
-            offsets: int64 (items + 1,), where each begins, and the end.
+            cache: of each item its file, uint8 (bytes,), or its pixels, uint8 (3, height, width).
         """
-        self._cache = (files, offsets)
+        self._cache = cache
 
-    def encoded(self, index: int) -> np.ndarray:
-        """An item's image file, uint8 (bytes,), from the disk or from the cache."""
+    def image(self, index: int) -> Tensor:
+        """An item's image as it is stored, uint8 (3, height, width), from the disk or from the cache.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        path = self.path(index)
         if self._cache is None:
-            return read_file(self.path(index))
-        files, offsets = self._cache
-        return files[offsets[index] : offsets[index + 1]].numpy()
+            return decode_image(path)
+        cached = self._cache[index]
+        # Pixels are copied: what is done to an item must not reach the cache, nor the whole cache be sent along with
+        # an item that is a part of it.
+        return cached.clone() if cached.ndim == 3 else decode_bytes(cached.numpy(), path)
 
     @property
     def num_objects(self) -> int:
@@ -312,7 +324,7 @@ class CocoDetection(Dataset):
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """One image, as `transforms` leaves it, and its target.
+        """One image, as `transforms` leaves it (with ours uint8 (3, h, w)), and its target.
 
         The target has `image_id` int64 (1,); `orig_size` and `size` int64 (2,), (height, width) in pixels as stored
         and as given; `labels` int64 (n,) and `boxes` float32 (n, 4) cxcywh in [0, 1].
@@ -320,7 +332,7 @@ class CocoDetection(Dataset):
         Raises:
             UserError: the image cannot be read.
         """
-        image = tv_tensors.Image(decode_bytes(self.encoded(index), self.path(index)))
+        image = tv_tensors.Image(self.image(index))
         height, width = image.shape[-2:]
         objects = slice(self._first[index], self._first[index + 1])
         boxes = tv_tensors.BoundingBoxes(self._boxes[objects].clone(), format="XYXY", canvas_size=(height, width))
@@ -351,64 +363,7 @@ class CocoDetection(Dataset):
         return coco
 
 
-def physical_memory() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def cache_files(datasets: Sequence[CocoDetection]) -> None:
-    """Read the image files of data sets into memory, encoded as they are; from then on they are taken from there.
-
-    Each data set's files make one tensor, not a list of objects: worker processes that are forked afterwards share
-    its pages, since nothing in them changes, not even a reference count.
-
-    Raises:
-        UserError: a file cannot be read, or all of them together are larger than this machine's memory.
-    """
-    paths = [[dataset.path(i) for i in range(len(dataset))] for dataset in datasets]
-    sizes = [torch.tensor([file_size(path) for path in part], dtype=torch.int64) for part in paths]
-    # Each process that torchrun starts on this machine reads its own.
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    total, memory = sum(int(part.sum()) for part in sizes), physical_memory()
-    if total * processes > memory:
-        each = f" in each of {processes} processes" if processes > 1 else ""
-        raise UserError(
-            f"--cache_mode: the image files are {gibibytes(total)}{each}, this machine's memory is "
-            f"{gibibytes(memory)}; leave the flag out"
-        )
-    for dataset, part, size in zip(datasets, paths, sizes, strict=True):
-        offsets = torch.cat((torch.zeros(1, dtype=torch.int64), size.cumsum(0)))
-        files = torch.empty(int(offsets[-1]), dtype=torch.uint8)
-        title = f"reading {dataset.image_folder.name} into memory"
-        progress = Progress(part, title, images_per_step=1, print_freq=max(len(part) // 10, 1))
-        for i, path in progress:
-            encoded = read_file(path)
-            if len(encoded) != size[i]:
-                raise UserError(f"{path}: changed while it was read")
-            files[offsets[i] : offsets[i + 1]] = torch.from_numpy(encoded)
-            if progress.due(i):
-                progress.show(i, {"GiB": int(offsets[i + 1]) / 2**30})
-        dataset.set_cache(files, offsets)
-
-
-def file_size(path: Path) -> int:
-    """Bytes of a file.
-
-    Raises:
-        UserError: it cannot be found.
-    """
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def gibibytes(size: int) -> str:
-    """Bytes in words."""
-    return f"{size / 2**30:.4g} GiB"
-
-
 def collate(items: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
-    """A padded batch of images, and the list of their targets."""
+    """A padded batch of images, uint8 where `to_model_input` ended their transforms, and the list of their targets."""
     images, targets = zip(*items, strict=True)
     return nested_tensor_from_tensor_list(list(images)), list(targets)

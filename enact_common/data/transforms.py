@@ -12,9 +12,6 @@ from torchvision.transforms.v2 import functional as F
 
 from enact_common.boxes import box_xyxy_to_cxcywh
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
 # The original's augmentation was written for a largest training size of 800 pixels.
 REFERENCE_SIZE = 800
 SIZES_BEFORE_CROP = (400, 500, 600)
@@ -87,14 +84,13 @@ def drop_degenerate(target: dict) -> dict:
 
 
 def to_model_input(image: tv_tensors.Image, target: dict) -> tuple[Tensor, dict]:
-    """The last step: a normalised image, float32 (3, h, w), and boxes as cxcywh fractions of it, float32 (n, 4).
+    """The last step: a plain tensor uint8 (3, h, w), and boxes as cxcywh fractions of the image, float32 (n, 4).
 
-    `size` in the target becomes the image's (height, width) in pixels.
+    `size` in the target becomes the image's (height, width) in pixels. The model normalises (`PixelNormalization`).
     """
     height, width = image.shape[-2:]
     scale = torch.tensor([width, height, width, height], dtype=torch.float32)
     boxes = box_xyxy_to_cxcywh(target["boxes"].as_subclass(Tensor).float()) / scale
-    image = F.normalize(F.to_dtype(image, torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD)
     return image.as_subclass(Tensor), {**target, "boxes": boxes, "size": torch.tensor([height, width])}
 
 
