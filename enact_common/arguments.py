@@ -208,7 +208,7 @@ def add_data_flags(group) -> None:
         help='treat annotations marked "difficult": 1 (Pascal VOC) as crowds: not trained on, nor right or wrong',
     )  # fmt: skip
     group.add_argument(
-        "--cache_mode", nargs="?", choices=CACHE_MODES, const="encoded",
+        "--cache_mode", nargs="?", choices=CACHE_MODES, const="encoded", default=False,
         help="read the images once and hold them in memory, once for each process of torchrun: the files as they are "
         "(encoded, also where no word follows), or their pixels (decoded), five to ten times as large but not "
         "decoded again in every epoch",

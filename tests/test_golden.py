@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import GOLDEN, assert_close, build, golden_batch, parse
 
+from enact_common import backbone
 from enact_common.optimization import parameter_groups
 
 # recorded file: (variant, encoder attention)
@@ -72,8 +73,15 @@ def test_outputs_and_boxes(case):
             assert_close(result[name], recorded[f"post/{i}/{name}"])
 
 
-def test_losses_matches_and_gradients(case):
+@pytest.mark.parametrize("norms", ["folded", "apart"])
+def test_losses_matches_and_gradients(case, norms, monkeypatch):
     recorded, spec, _, model, criterion, _ = case
+    # Folding the frozen norms into the convolutions rounds otherwise: of 19 million activations it turns about three
+    # from zero to positive or back, and one of them can move a gradient's norm by more than a thousandth.
+    tolerance = 1e-2
+    if norms == "apart":
+        monkeypatch.setattr(backbone, "convolve_and_norm", lambda x, conv, norm: norm(conv(x)))
+        tolerance = 1e-3
     samples, targets = golden_batch(spec)
     model.train()
     model.zero_grad()
@@ -90,12 +98,12 @@ def test_losses_matches_and_gradients(case):
         assert np.array_equal(np.stack((queries, objects)), recorded[f"match/{i}"])
 
     total.backward()
-    norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    grads = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
     expected = json.loads(str(recorded["grad_norms"]))
-    assert norms.keys() == expected.keys()
-    for name, norm in norms.items():
+    assert grads.keys() == expected.keys()
+    for name, norm in grads.items():
         # A key's bias has no gradient but rounding: what is far below all others is compared absolutely.
-        assert norm == pytest.approx(expected[name], rel=1e-3, abs=1e-5), name
+        assert norm == pytest.approx(expected[name], rel=tolerance, abs=1e-5), name
 
 
 def test_five_training_steps(case):

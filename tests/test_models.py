@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from conftest import ATTENTIONS, SMALL_MODEL, build, parse
 from torch.testing import assert_close
 from torchvision.transforms.v2 import functional as F
 
 from enact_common import NestedTensor, UserError, load_variant, nested_tensor_from_tensor_list
+from enact_common import backbone as backbones
 from enact_common.backbone import Backbone, load_backbone_weights
 from enact_common.clustering import Windows
 from enact_common.data.pixels import IMAGENET_MEAN, IMAGENET_STD
@@ -251,6 +253,38 @@ def test_frozen_norm_freezes_the_stem_and_batch_norm_trains_it():
     batch = Backbone("resnet18", weights="none", norm="batch")
     assert all(p.requires_grad for p in batch.parameters())
     assert not any(p.requires_grad for p in Backbone("resnet18", False, weights="none").parameters())
+
+
+@pytest.mark.parametrize("name, dilation", [("resnet18", False), ("resnet50", True)])
+def test_folded_norms_are_the_norms(name, dilation, monkeypatch):
+    """Maps and gradients in float64, where rounding turns no activation."""
+    model = Backbone(name, weights="none", dilation=dilation, return_interm_layers=True).double()
+    for key, buffer in model.named_buffers():
+        buffer.copy_(torch.rand_like(buffer) + (0.5 if "bias" not in key and "mean" not in key else -0.5))
+    images = NestedTensor(torch.randn(2, 3, 64, 96).double(), torch.zeros(2, 64, 96, dtype=torch.bool))
+
+    def maps_and_gradients():
+        model.zero_grad()
+        maps = [level.tensors for level in model(images).values()]
+        sum(level.square().mean() for level in maps).backward()
+        return maps + [p.grad for p in model.parameters() if p.requires_grad]
+
+    folded = maps_and_gradients()
+    monkeypatch.setattr(backbones, "convolve_and_norm", lambda x, conv, norm: norm(conv(x)))
+    for ours, expected in zip(folded, maps_and_gradients(), strict=True):
+        assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_backbones_are_torchvisions(name):
+    """Trained norms: the same weights give the same maps as torchvision's own network."""
+    ours = Backbone(name, weights="none", norm="batch").eval()
+    theirs = torchvision.models.get_model(name, weights=None).eval()
+    theirs.load_state_dict(ours.body.state_dict(), strict=False)
+    images = torch.randn(1, 3, 64, 64)
+    (level,) = ours(NestedTensor(images, torch.zeros(1, 64, 64, dtype=torch.bool))).values()
+    pooled = theirs.fc(level.tensors.mean(dim=(2, 3)))
+    assert_close(pooled, theirs(images))
 
 
 def test_backbone_weights_from_a_file(tmp_path):
