@@ -1,11 +1,40 @@
-"""What makes a model fast or small on its device, without changing what it computes."""
+"""What makes a model fast or small on its device, without changing what it computes.
+
+A model's modules say what may be done with them: what derives from `Recomputed` can be computed again in the backward
+pass, and `COMPILED` names the methods that can be compiled.
+"""
 
 import argparse
 import ctypes
+import logging
 import sys
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+logger = logging.getLogger("enact")
+
+# What `torch.compile` calls its default.
+BACKEND = "inductor"
+
+# Of glibc's malloc.h.
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+
+class Recomputed(nn.Module):
+    """A module that can give up what it would keep for the backward pass, and compute it anew there.
+
+    Attributes:
+        recompute: whether it does (Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174).
+    """
+
+    recompute = False
+
+    def __call__(self, *args, **kwargs):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(super().__call__, *args, use_reentrant=False, **kwargs)
+        return super().__call__(*args, **kwargs)
 
 
 def prepare(model: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
@@ -20,10 +49,10 @@ def prepare(model: nn.Module, args: argparse.Namespace, device: torch.device) ->
         keep_freed_memory()
     # Convolutions are fastest with channels innermost, on CPUs and GPUs alike.
     model.to(device, memory_format=torch.channels_last)
-
-
-# Of glibc's malloc.h.
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+    if args.checkpoint_activations:
+        checkpoint_activations(model)
+    if args.compile:
+        compile_parts(model, device)
 
 
 def keep_freed_memory() -> None:
@@ -38,3 +67,32 @@ def keep_freed_memory() -> None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
         mallopt(M_TOP_PAD, 2**28)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let the model's encoder and decoder layers and the backbone's blocks keep their inputs alone.
+
+    Blocks with a batch norm that trains keep all: computed twice, it would count a batch twice.
+    """
+    for module in model.modules():
+        if isinstance(module, Recomputed):
+            module.recompute = not any(isinstance(part, nn.BatchNorm2d) for part in module.modules())
+
+
+def compile_parts(model: nn.Module, device: torch.device) -> None:
+    """Compile what the model's modules name in `COMPILED`: all but attention over clusters, whose number varies.
+
+    Where images differ in size, PyTorch compiles once or twice more, then for any size. Where nothing can be compiled,
+    one line says so and the model stays as it is; a part that cannot be runs as it is, too.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1, backend=BACKEND)(torch.zeros(4, device=device))
+    except Exception as error:  # a missing compiler, or one that fails, is a backend's own kind of exception
+        cause = getattr(error, "inner_exception", error)
+        reason = (str(cause).strip() or "no reason given").splitlines()[0]
+        logger.warning("--compile: nothing can be compiled here (%s); going on without", reason)
+        return
+    torch._dynamo.config.suppress_errors = True
+    for module in model.modules():
+        for name in getattr(module, "COMPILED", ()):
+            setattr(module, name, torch.compile(getattr(module, name), backend=BACKEND))

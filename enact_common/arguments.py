@@ -344,6 +344,14 @@ def add_training_flags(group) -> None:
     group.add_argument(
         "--amp", choices=AMP_DTYPES, default="none", help="mixed precision; fp16 scales the loss and needs a GPU"
     )
+    group.add_argument(
+        "--compile", action="store_true",
+        help="let PyTorch compile the backbone and the feed-forward networks: minutes at the start, then faster steps",
+    )  # fmt: skip
+    group.add_argument(
+        "--checkpoint_activations", action="store_true",
+        help="keep layers' inputs alone for the backward pass, which computes the rest again: less memory, more time",
+    )  # fmt: skip
 
 
 def add_segmentation_flags(group) -> None:

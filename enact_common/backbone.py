@@ -10,6 +10,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
+from enact_common.acceleration import Recomputed
 from enact_common.errors import UserError
 from enact_common.files import read_tensors
 from enact_common.nested_tensor import NestedTensor
@@ -43,7 +44,7 @@ def convolve_and_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
     return F.conv2d(x, weight, offset, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-class ResidualBlock:
+class ResidualBlock(Recomputed):
     """What a ResNet's blocks have in common once convolutions and norms go together."""
 
     def add_shortcut(self, out: Tensor, x: Tensor) -> Tensor:
@@ -71,6 +72,8 @@ class FoldedBottleneck(ResidualBlock, Bottleneck):
 
 class ResNetBody(IntermediateLayerGetter):
     """A ResNet up to its last stage, frozen norms folded; gives the maps of the stages that are asked for by name."""
+
+    COMPILED = ("forward",)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         x = self["maxpool"](F.relu_(convolve_and_norm(x, self["conv1"], self["bn1"])))

@@ -1,5 +1,6 @@
 """What the detectors have in common around their transformers."""
 
+import torch
 from torch import Tensor, nn
 
 from enact_common.data.categories import coco_names
@@ -72,11 +73,10 @@ class Detector(nn.Module):
         # bf16, neighbouring cells' could not be told apart.
         src = self.input_proj(src).to(self.input_proj.weight.dtype)
         decoded, _ = self.transformer(src, mask, self.query_embed.weight, pos[-1].to(src.dtype))
-        return detector_outputs(*self.predict(decoded), self.aux_loss)
+        # bf16 would round boxes by pixels.
+        with torch.autocast(src.device.type, enabled=False):
+            return detector_outputs(*self.predict(decoded), self.aux_loss)
 
     def predict(self, decoded) -> tuple[Tensor, Tensor]:
-        """From what the decoder returned to logits (layers, batch, Q, num_logits) and boxes (layers, batch, Q, 4).
-
-        Boxes are float32 whatever autocast says: bf16 would round them by pixels.
-        """
+        """From what the decoder returned to logits (layers, batch, Q, num_logits) and boxes (layers, batch, Q, 4)."""
         raise NotImplementedError

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from enact_common.acceleration import Recomputed
 from enact_common.attention import EnactSelfAttention
 from enact_common.clustering import CLUSTERS
 
@@ -79,7 +80,7 @@ def encoder_self_attention(
     return nn.MultiheadAttention(embed_dim, num_heads, dropout=dropout, batch_first=batch_first)
 
 
-class FeedForwardLayer(nn.Module):
+class FeedForwardLayer(Recomputed):
     """A layer's feed-forward network: a base class, to which layers add attention and norms.
 
     Args:
@@ -93,6 +94,8 @@ class FeedForwardLayer(nn.Module):
         self.linear1 = nn.Linear(d_model, dim_feedforward)
         self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
+
+    COMPILED = ("feed_forward",)
 
     def feed_forward(self, x: Tensor) -> Tensor:
         """Two linear maps of (..., d) with ReLU and dropout between them."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from enact_common.acceleration import Recomputed
 from enact_common.boxes import boxes_at_points
 from enact_common.clustering import EntropyClustering
 from enact_common.layers import MLP, PRIOR_LOGIT, clone_layers, clustering_settings, encoder_self_attention
@@ -84,6 +85,8 @@ class FFN(nn.Module):
         dropout: probability, inside and after.
     """
 
+    COMPILED = ("forward",)
+
     def __init__(self, d_model: int, d_ffn: int, dropout: float):
         super().__init__()
         self.linear1 = nn.Linear(d_model, d_ffn)
@@ -97,7 +100,7 @@ class FFN(nn.Module):
         return self.norm2(x + self.dropout3(self.linear2(self.dropout2(F.relu(self.linear1(x))))))
 
 
-class TransformerEncoderLayerSpatial(nn.Module):
+class TransformerEncoderLayerSpatial(Recomputed):
     """Self-attention within each map, and a feed-forward network: a base class, its subclasses say how it attends.
 
     Args:
@@ -204,7 +207,7 @@ class TokenEncoderLayer(TransformerEncoderLayerSpatial):
         return attended.view_as(src)
 
 
-class TransformerEncoderLayerLevel(nn.Module):
+class TransformerEncoderLayerLevel(Recomputed):
     """Attention among the levels at each cell, and a feed-forward network.
 
     Args:
@@ -240,7 +243,7 @@ class TransformerEncoderLayerLevel(nn.Module):
         return self.ffn(self.norm1(src + self.dropout1(attended.reshape(src.shape))))
 
 
-class TransformerDecoderLayer(nn.Module):
+class TransformerDecoderLayer(Recomputed):
     """Self-attention among the queries, attention to the maps, and a feed-forward network: a base class, its
     subclasses say how it attends to the maps.
 
@@ -474,7 +477,9 @@ class Transformer(nn.Module):
             tgt = layer(tgt, query_pos, prepared, positions)
             outputs.append(tgt)
         hs = torch.stack(outputs)  # (layers, batch, Q, d)
-        return self.class_embed[0](hs), boxes_at_points(points, self.bbox_embed[0](hs))
+        # bf16 would round boxes by pixels.
+        with torch.autocast(hs.device.type, enabled=False):
+            return self.class_embed[0](hs), boxes_at_points(points, self.bbox_embed[0](hs))
 
     def embed_positions(self, mask: Tensor, points: Tensor, query_pos: Tensor) -> RowColumnPositions | TokenPositions:
         """Positions for the attention to the maps.

@@ -29,6 +29,8 @@ class TransformerDecoderLayer(DecoderLayer):
         first: the first layer, which has no content to go by yet: there the learned query takes part in the content.
     """
 
+    COMPILED = ("forward",)
+
     def __init__(
         self, d_model: int, nhead: int, dim_feedforward: int, dropout: float, normalize_before: bool, first: bool
     ):

@@ -23,6 +23,8 @@ class TransformerDecoderLayer(DecoderLayer):
         normalize_before: pre-norm in place of post-norm.
     """
 
+    COMPILED = ("forward",)
+
     def __init__(
         self,
         d_model: int,

@@ -1,0 +1,174 @@
+"""Compiled, recomputed and in mixed precision, models compute what they compute otherwise."""
+
+import pytest
+import torch
+from conftest import SMALL_MODEL, build, parse
+from torch import nn
+from torch.testing import assert_close
+
+from enact_common import acceleration
+from enact_common.acceleration import Recomputed, checkpoint_activations, compile_parts, prepare
+from enact_common.nested_tensor import nested_tensor_from_tensor_list
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model_and_batch(variant_and_attention):
+    """A small model without dropout, and two images of different sizes."""
+    variant, attention = variant_and_attention
+    flags = [*SMALL_MODEL[variant], "--backbone_norm", "frozen", "--dropout", "0", "--encoder_attention", attention]
+    images = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in ((64, 80), (72, 64))]
+    return build(variant, *flags)[0].train(), nested_tensor_from_tensor_list(images)
+
+
+def outputs_and_gradients(model, batch):
+    """Predictions of the last layer, and every parameter's gradient."""
+    model.zero_grad()
+    outputs = model(batch)
+    (outputs["pred_boxes"].square().mean() + outputs["pred_logits"].square().mean()).backward()
+    found = {"logits": outputs["pred_logits"], "boxes": outputs["pred_boxes"]}
+    return found | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(ours, expected):
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_recomputed_activations_change_nothing(model_and_batch):
+    model, batch = model_and_batch
+    expected, names = outputs_and_gradients(model, batch), set(model.state_dict())
+    calls = []
+    for layer in [m for m in model.modules() if isinstance(m, Recomputed)]:
+        layer.register_forward_pre_hook(lambda module, args: calls.append(module))
+    checkpoint_activations(model)
+    assert_same(outputs_and_gradients(model, batch), expected)
+    assert set(model.state_dict()) == names
+    # Every encoder and decoder layer and every block with something to train ran twice.
+    twice = {module for module in calls if calls.count(module) == 2}
+    assert len([m for m in twice if "Layer" in type(m).__name__]) == 3
+    assert len([m for m in twice if "Block" in type(m).__name__]) == 6
+    with torch.no_grad():
+        calls.clear()
+        model(batch)
+        assert len(calls) == len(set(calls))
+
+
+def test_recomputed_activations_are_not_kept(variant_and_attention):
+    variant, attention = variant_and_attention
+    flags = [*SMALL_MODEL[variant], "--backbone_norm", "frozen", "--encoder_attention", attention, "--enc_layers", "4"]
+    model, images = build(variant, *flags)[0].train(), torch.randint(256, (1, 3, 96, 96), dtype=torch.uint8)
+
+    def kept() -> int:
+        storages = {}
+
+        def keep(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            outputs = model(images)  # noqa: F841, holds what is counted
+        return sum(storages.values())
+
+    parameters = sum(p.numel() for p in model.parameters()) * 4
+    before = kept()
+    checkpoint_activations(model)
+    assert kept() - parameters < 0.6 * (before - parameters)
+
+
+def test_dropout_is_the_same_when_it_is_recomputed():
+    flags = [*SMALL_MODEL["detr"], "--backbone_norm", "frozen", "--dropout", "0.3"]
+    model, images = build("detr", *flags)[0].train(), torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
+    torch.manual_seed(1)
+    expected = outputs_and_gradients(model, images)
+    checkpoint_activations(model)
+    torch.manual_seed(1)
+    assert_same(outputs_and_gradients(model, images), expected)
+
+
+def test_blocks_whose_norms_train_are_not_recomputed():
+    model = build("detr", *SMALL_MODEL["detr"])[0]
+    checkpoint_activations(model)
+    assert not any(m.recompute for m in model.backbone.modules() if isinstance(m, Recomputed))
+    assert all(m.recompute for m in model.transformer.modules() if isinstance(m, Recomputed))
+
+
+def test_compiled_parts_compute_the_same(model_and_batch, monkeypatch):
+    model, batch = model_and_batch
+    expected, names = outputs_and_gradients(model, batch), set(model.state_dict())
+    # Traced and differentiated as for any backend, without the minutes of code generation.
+    monkeypatch.setattr(acceleration, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    compile_parts(model, CPU)
+    assert_same(outputs_and_gradients(model, batch), expected)
+    assert set(model.state_dict()) == names
+    with torch.no_grad():
+        model.eval()(batch)
+
+
+def test_compiled_and_recomputed(monkeypatch):
+    flags = [*SMALL_MODEL["detr"], "--backbone_norm", "frozen", "--dropout", "0"]
+    model, images = build("detr", *flags)[0].train(), torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
+    expected = outputs_and_gradients(model, images)
+    monkeypatch.setattr(acceleration, "BACKEND", "aot_eager")
+    torch._dynamo.reset()
+    prepare(model, parse("detr", *flags, "--compile", "--checkpoint_activations"), CPU)
+    assert_same(outputs_and_gradients(model, images), expected)
+
+
+@pytest.mark.slow
+def test_compiled_code_computes_the_same():
+    """With PyTorch's own code generation, where it works."""
+    torch._dynamo.reset()
+    layers = nn.Sequential(*(build("anchor", *SMALL_MODEL["anchor"])[0].transformer.encoder_layers[0].ffn,))
+    x = torch.randn(2, 5, 32)
+    expected = layers(x)
+    compile_parts(layers, CPU)
+    assert_close(layers(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_compiler_one_line_says_so(monkeypatch, caplog):
+    def broken(graph, inputs):
+        raise OSError("no compiler here\nand a long story")
+
+    monkeypatch.setattr(acceleration, "BACKEND", broken)
+    torch._dynamo.reset()
+    model = build("detr", *SMALL_MODEL["detr"])[0]
+    with caplog.at_level("WARNING", logger="enact"):
+        compile_parts(model, CPU)
+    (record,) = caplog.records
+    assert record.message.startswith("--compile: nothing can be compiled here (") and "\n" not in record.message
+    assert "no compiler here" in record.message
+    model(torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8))
+
+
+def hundred_losses(variant: str, attention: str, amp: str, shapes) -> torch.Tensor:
+    """The losses of a hundred steps on two images at a time, from the same weights and in the same order."""
+    from enact_common.data.build import build_dataset
+    from enact_common.data.coco import collate
+    from enact_common.engine import TrainStep
+    from enact_common.optimization import build_optimization
+
+    torch.manual_seed(0)
+    flags = [*SMALL_MODEL[variant], "--coco_path", str(shapes), "--dropout", "0", "--lr", "3e-4", "--amp", amp]
+    args = parse(variant, *flags, "--encoder_attention", attention, "--num_classes", "6")
+    model, criterion, _ = build(variant, *flags, "--encoder_attention", attention, "--num_classes", "6")
+    prepare(model, args, CPU)
+    dataset = build_dataset("train", args)
+    step = TrainStep(model.train(), criterion, build_optimization(model, args, CPU), CPU)
+    losses = []
+    for i in range(100):
+        dataset.set_epoch(i)
+        items = [dataset[(2 * i + k) % len(dataset)] for k in range(2)]
+        losses.append(criterion.total(step(*collate(items))))
+    return torch.stack(losses)
+
+
+def test_losses_in_bf16_stay_within_two_percent(variant_and_attention, shapes):
+    expected, ours = (hundred_losses(*variant_and_attention, amp, shapes) for amp in ("none", "bf16"))
+    # It learns at all, and single steps scatter: tens of them are compared. At several times this learning rate, a
+    # change of a millionth in the features moves float32's own losses by as much.
+    assert expected[-10:].mean() < 0.95 * expected[:10].mean()
+    assert_close(ours.view(10, 10).mean(1), expected.view(10, 10).mean(1), rtol=0.02, atol=0)
