@@ -4,8 +4,11 @@ import builtins
 import csv
 import json
 import os
+import re
+import shlex
 import signal
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +20,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from enact_common.attention import EnactSelfAttention
 from enact_common.benchmark import detectors, pipeline, report, scaling, table
-from enact_common.benchmark.__main__ import main
+from enact_common.benchmark.__main__ import build_parser, main
 from enact_common.benchmark.eager import NAIVE_PRODUCTS, eager_attention
 from enact_common.benchmark.isolated import DONE, FAILED, OUT_OF_MEMORY, Outcome, attempt, died, run_isolated
 from enact_common.benchmark.measuring import MemoryMeter, spread, take_turns
@@ -464,6 +467,7 @@ def test_a_batch_without_images_is_refused(in_process, shapes, tmp_path, capsys)
     [
         (["table", "--", "--encoder_attention", "mhsa"], "choose with --rows"),
         (["table", "--", "--amp=bf16"], "--amp after --: pass it before --"),
+        (["table", "--", "--resume", "checkpoint.pth"], "--resume after --: checkpoints are not loaded"),
         (["table", "--device", "nowhere"], "--device nowhere"),
         (["table", "--device", "cpu", "--amp", "fp16"], "--amp fp16 needs a GPU"),
         (["table", "--coco_path", "nowhere"], "--coco_path nowhere: no such folder"),
@@ -495,6 +499,16 @@ def test_unknown_arguments_are_refused(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_documented_commands_are_commands():
+    root = Path(__file__).resolve().parents[1]
+    commands = []
+    for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        commands += re.findall(r"python -m enact_common\.benchmark (.+?)(?:`|\)|$)", path.read_text(), re.MULTILINE)
+    assert {command.split()[0] for command in commands} == {"table", "scaling", "pipeline", "rowcol"}
+    for command in commands:
+        build_parser().parse_args(shlex.split(command, comments=True))
 
 
 def test_an_output_folder_that_cannot_be_made_is_refused_before_measuring(tmp_path, capsys):

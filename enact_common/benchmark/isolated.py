@@ -25,6 +25,7 @@ MEMORY_MESSAGES = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
+    "is killed by signal: Killed",  # a data loader's worker
 )
 
 # The signals by which a process that has no memory left ends: the kernel's choice, and C++'s for an exception that

@@ -55,6 +55,7 @@ CACHE_MODES = {"off": [], "encoded": ["--cache_mode"], "decoded": ["--cache_mode
 REFUSED = {
     "--cache_mode": "pass it before --",
     "--coco_path": "pass it before --",
+    "--resume": "checkpoints are not loaded, leave it out",
     "--limit_train": "pass --images before --",
 }
 

@@ -60,6 +60,7 @@ REFUSED = {
     "--amp": "pass it before --",
     "--compile": "pass it before --",
     "--coco_path": "pass it before --",
+    "--resume": "checkpoints are not loaded, leave it out",
 }
 
 
