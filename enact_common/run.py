@@ -118,6 +118,31 @@ def use_one_thread(worker: int) -> None:
     cv2.setNumThreads(0)
 
 
+def make_loader(dataset: CocoDetection, args: argparse.Namespace, device: torch.device, train: bool) -> DataLoader:
+    """Batches of a data set, in an order that depends on the seed and the epoch alone.
+
+    Args:
+        dataset: of this process's images and those of the others.
+        args: parsed arguments.
+        device: where the batches will go.
+        train: shuffle, and leave a last batch that is not full out.
+    """
+    sampler = DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=train, seed=args.seed)
+    return DataLoader(
+        dataset,
+        batch_size=args.batch_size,
+        sampler=sampler,
+        num_workers=args.num_workers,
+        collate_fn=collate,
+        drop_last=train,
+        pin_memory=device.type == "cuda",
+        persistent_workers=args.num_workers > 0,
+        worker_init_fn=use_one_thread,
+        # Its own, so that iterating draws nothing from the generator that dropout uses.
+        generator=torch.Generator(),
+    )
+
+
 class Run:
     """One run of a command line.
 
@@ -219,32 +244,14 @@ class Run:
         # The main process alone computes the figures.
         has_truth = args.eval_set != "test"
         self.ground_truth = self.val_set.coco_api() if has_truth and is_main_process() else None
-        self.val_loader = self.loader(self.val_set, train=False)
+        self.val_loader = make_loader(self.val_set, args, self.device, train=False)
         if self.train_set:
-            self.train_loader = self.loader(self.train_set, train=True)
+            self.train_loader = make_loader(self.train_set, args, self.device, train=True)
             if len(self.train_loader) == 0:
                 raise UserError(
                     f"--batch_size {args.batch_size}: {get_world_size()} processes' batches need more than the "
                     f"{len(self.train_set)} images there are to train on"
                 )
-
-    def loader(self, dataset: CocoDetection, train: bool) -> DataLoader:
-        """Batches of a data set, in an order that depends on the seed and the epoch alone."""
-        args = self.args
-        sampler = DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=train, seed=args.seed)
-        return DataLoader(
-            dataset,
-            batch_size=args.batch_size,
-            sampler=sampler,
-            num_workers=args.num_workers,
-            collate_fn=collate,
-            drop_last=train,
-            pin_memory=self.device.type == "cuda",
-            persistent_workers=args.num_workers > 0,
-            worker_init_fn=use_one_thread,
-            # Its own, so that iterating draws nothing from the generator that dropout uses.
-            generator=torch.Generator(),
-        )
 
     def cache_images(self) -> None:
         """With `--cache_mode`, read all images: before the loaders' workers start, after all else is checked."""

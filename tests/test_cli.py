@@ -59,7 +59,7 @@ def test_dilation_can_be_switched_on_and_off(default, argv, expected):
 
 def test_the_cache_is_off_encoded_as_in_the_original_or_decoded(capsys):
     modes = [parse("detr", *argv).cache_mode for argv in ([], ["--cache_mode"], ["--cache_mode", "decoded", "--eval"])]
-    assert modes == [None, "encoded", "decoded"]
+    assert modes == [False, "encoded", "decoded"]
     assert parse("detr", "--cache_mode", "--eval").cache_mode == "encoded"
     with pytest.raises(SystemExit):
         parse("detr", "--cache_mode", "pixels")

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from enact_common import benchmark
-from enact_common.benchmark import Product, naive_clustered, naive_row_column
+from enact_common.benchmark.__main__ import main
+from enact_common.benchmark.eager import naive_clustered, naive_row_column
+from enact_common.benchmark.rowcol import Product
 from enact_common.clustering import EntropyClustering, Windows, cut_windows
 from enact_common.variants import load_variant
 
@@ -181,7 +182,7 @@ def test_other_ranks_and_mixed_dtypes_are_refused(kind):
 def test_the_benchmark_compares_with_the_definitions(tmp_path, capsys):
     path = tmp_path / "figures.json"
     argv = "rowcol --clustered 3 4 5 --plain 3 4 12 --plain 3 4 2 --batch 2 --channels 2 --repeat 2 --output".split()
-    assert benchmark.main([*argv, str(path)]) == 0
+    assert main([*argv, str(path)]) == 0
     rows = json.loads(path.read_text())["rows"]
     assert [row["case"] for row in rows] == ["3 x 4, 5 clusters", "3 x 4, 12 queries", "3 x 4, 2 queries"]
     for row in rows:
@@ -192,7 +193,7 @@ def test_the_benchmark_compares_with_the_definitions(tmp_path, capsys):
 
 
 def test_the_benchmark_refuses_what_is_no_device(capsys):
-    assert benchmark.main(["rowcol", "--device", "nowhere"]) == 2
+    assert main(["rowcol", "--device", "nowhere"]) == 2
     assert "--device nowhere" in capsys.readouterr().err
 
 

@@ -1,12 +1,11 @@
-"""The demonstration's parts and the benchmark, on next to nothing."""
+"""The demonstration's parts, on next to nothing."""
 
 import json
 
 import pytest
-import torch
 from PIL import Image
 
-from enact_common import benchmark, demo
+from enact_common import demo
 from enact_common.plots import plot_log
 from enact_common.variants import VARIANTS
 
@@ -61,15 +60,3 @@ def test_curves_do_without_missing_keys(tmp_path):
     plot_log(log, picture)
     with Image.open(picture) as image:
         assert image.size[0] > 500
-
-
-def test_the_benchmark_compares_with_plain_attention(tmp_path, capsys):
-    path = tmp_path / "figures.json"
-    argv = ["scaling", "--tokens", "1000", "--channels", "32", "--heads", "2", "--repeat", "2", "--output", str(path)]
-    assert benchmark.main(argv) == 0
-    figures = json.loads(path.read_text())
-    plain, enact = figures["rows"]
-    assert plain["layer"] == "nn.MultiheadAttention" and plain["time_ratio"] == plain["memory_ratio"] == 1
-    assert enact["time_ratio"] == pytest.approx(enact["seconds"] / plain["seconds"])
-    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| 1000 ")]
-    assert len(table) == 2 and f"PyTorch {torch.__version__}" in figures["machine"]

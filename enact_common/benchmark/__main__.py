@@ -1,0 +1,45 @@
+"""The benchmarks' command line: `python -m enact_common.benchmark COMMAND`."""
+
+import argparse
+import sys
+
+from enact_common import benchmark
+from enact_common.benchmark import pipeline, rowcol, scaling, table
+from enact_common.errors import UserError
+
+COMMANDS = {"table": table, "scaling": scaling, "pipeline": pipeline, "rowcol": rowcol}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m enact_common.benchmark", description=benchmark.__doc__.splitlines()[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        text = " ".join(module.__doc__.split())
+        command = commands.add_parser(name, help=text, description=text)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a benchmark.
+
+    Returns:
+        the exit status: 0; 1 where a measurement failed; 2 for what the user can mend.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    # For the record: figures without their command say little.
+    args.argv = sys.argv[1:] if argv is None else argv
+    try:
+        return args.run(args)
+    except UserError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

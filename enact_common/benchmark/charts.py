@@ -1,0 +1,194 @@
+"""The benchmarks' pictures. Needs matplotlib (extra `plots`)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import PercentFormatter
+
+from enact_common.benchmark.isolated import DONE
+from enact_common.benchmark.report import GIB, MIB, precision_text
+from enact_common.benchmark.scaling import LAYERS
+from enact_common.benchmark.table import ROWS
+
+# Of Okabe and Ito's palette, which colour-blind readers can tell apart: plain attention in cool colours, clusters in
+# warm ones, the same in all pictures.
+ROW_COLOURS = {"eager": "#999999", "efficient": "#0072B2", "enact": "#D55E00"}
+LAYER_COLOURS = {
+    "mha_eager": "#999999",
+    "mha": "#0072B2",
+    "enact": "#D55E00",
+    "enact_regions": "#CC79A7",
+    "enact_limited": "#8C4B00",
+    "rcda": "#009E73",
+    "clustered_rcda": "#E69F00",
+}
+CACHE_COLOURS = {"off": "#999999", "encoded": "#0072B2", "decoded": "#D55E00"}
+
+
+def grouped_bars(
+    axes,
+    groups: Sequence[str],
+    bars: dict[str, list[dict | str | None]],
+    colours: dict[str, str],
+    form: str,
+) -> None:
+    """Draw bars side by side in groups.
+
+    Args:
+        axes: where.
+        groups: their names, below the axis.
+        bars: name to what stands in each group: `median`, `least` and `most`; a word where there is no figure; None
+            for no bar.
+        colours: of each name.
+        form: format of the figures above the bars.
+    """
+    width = 0.8 / len(bars)
+    for i, (name, values) in enumerate(bars.items()):
+        places = [group + (i - (len(bars) - 1) / 2) * width for group in range(len(groups))]
+        shown = [(place, value) for place, value in zip(places, values, strict=True) if isinstance(value, dict)]
+        medians = [value["median"] for _, value in shown]
+        reach = [[abs(value["median"] - value[end]) for _, value in shown] for end in ("least", "most")]
+        axes.bar([place for place, _ in shown], medians, 0.92 * width, color=colours[name])
+        axes.errorbar([place for place, _ in shown], medians, reach, fmt="none", ecolor="black", elinewidth=0.8)
+        for place, value in shown:
+            # Upright, so that neighbours do not meet, and above the whisker.
+            axes.annotate(
+                format(value["median"], form), (place, value["most"]), xytext=(0, 3), textcoords="offset points",
+                rotation=90, fontsize=8, horizontalalignment="center", verticalalignment="bottom",
+            )  # fmt: skip
+        for place, value in zip(places, values, strict=True):
+            if isinstance(value, str):
+                # Where the bar would be; in units of the axis upwards, so that it needs no scale.
+                axes.text(
+                    place, 0.02, value, color=colours[name], rotation=90, fontsize=8, horizontalalignment="center",
+                    verticalalignment="bottom", transform=axes.get_xaxis_transform(),
+                )  # fmt: skip
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_xlim(-0.5, len(groups) - 0.5)
+    axes.margins(y=0.2)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def finish(figure: Figure, title: str, handles: Sequence, path: Path) -> None:
+    """Give a figure its title and one legend for all panels, and write it."""
+    figure.suptitle(title, fontsize=9)
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def draw_table(figures: dict, path: Path) -> None:
+    """Memory, training and inference of each model, in bars.
+
+    Args:
+        figures: of the command `table`.
+        path: PNG to write.
+    """
+    rows = {(row["variant"], row["row"]): row for row in figures["rows"]}
+    variants = list(dict.fromkeys(variant for variant, _ in rows))
+    names = [name for name in ROWS if any(row == name for _, row in rows)]
+    models = {row["variant"]: f"{row['model']}\nbatch {row['batch']}".replace(", ", "\n") for row in figures["rows"]}
+
+    def value(variant: str, name: str, phase: str, quantity: str) -> dict | str | None:
+        row = rows.get((variant, name))
+        if row is None or row[phase]["status"] != DONE:
+            return row and row[phase]["status"]
+        if quantity == "memory":
+            return dict.fromkeys(("median", "least", "most"), row[phase]["memory"]["peak"] / GIB)
+        return row[phase]["seconds_per_image"]
+
+    canvas = Figure(figsize=(13, 5), layout="constrained")
+    panels = (
+        ("training", "memory", "peak memory in training, GiB", ".1f"),
+        ("training", "time", "training, seconds an image", ".3g"),
+        ("inference", "time", "inference, seconds an image", ".3g"),
+    )
+    for axes, (phase, quantity, title, form) in zip(canvas.subplots(1, 3), panels, strict=True):
+        bars = {name: [value(variant, name, phase, quantity) for variant in variants] for name in names}
+        grouped_bars(axes, [models[variant] for variant in variants], bars, ROW_COLOURS, form)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.set_ylabel(title)
+    settings = figures["settings"]
+    height, width = settings["size"]
+    title = f"{height} x {width} pixels, {settings['precision']}, {settings['images']}\n{figures['machine']}"
+    finish(canvas, title, [Patch(color=ROW_COLOURS[name], label=ROWS[name][0]) for name in names], path)
+
+
+def draw_scaling(figures: dict, path: Path) -> None:
+    """Time and memory of each layer by tokens, both axes logarithmic.
+
+    Args:
+        figures: of the command `scaling`.
+        path: PNG to write.
+    """
+    canvas = Figure(figsize=(11, 5), layout="constrained")
+    times, memories = canvas.subplots(1, 2)
+    handles = []
+    for name in dict.fromkeys(row["layer"] for row in figures["rows"]):
+        rows = [row for row in figures["rows"] if row["layer"] == name]
+        style = {"marker": "o", "markersize": 4, "color": LAYER_COLOURS[name]}
+        handles.append(Line2D([], [], label=LAYERS[name], **style))
+        for axes, kind, points in (
+            (times, "time", [(row["tokens"], row["seconds"]["median"] * 1000) for row in rows if row["seconds"]]),
+            (memories, "memory", [(row["tokens"], row["memory"] / MIB) for row in rows if row["memory"]]),
+        ):
+            if points:
+                axes.plot(*zip(*points, strict=True), **style)
+                exponent = figures["fits"][name][kind]
+                if exponent is not None:
+                    text = f" $N^{{{exponent:.2f}}}$"
+                    axes.annotate(text, points[-1], color=LAYER_COLOURS[name], verticalalignment="center")
+    tokens = sorted({row["tokens"] for row in figures["rows"]})
+    for axes, title in ((times, "time of a step, ms"), (memories, "memory of a step, MiB")):
+        axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel=title)
+        axes.set_xticks(tokens, [str(number) for number in tokens], rotation=45)
+        axes.set_xticks([], minor=True)
+        # Room for the exponents.
+        axes.set_xlim(0.85 * tokens[0], 1.6 * tokens[-1])
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.grid(which="both", alpha=0.25)
+    settings = figures["settings"]
+    smooth = f", maps blurred by {settings['smooth']:g} cells" if settings["smooth"] else ""
+    title = (
+        f"One layer, forward and backward: batch {settings['batch']}, d = {settings['channels']}, "
+        f"{settings['heads']} heads, {precision_text(settings['amp'])}{smooth}\n{figures['machine']}"
+    )
+    finish(canvas, title, handles, path)
+
+
+def draw_pipeline(figures: dict, path: Path) -> None:
+    """Images a second, and the share of training that is waiting, by number of workers.
+
+    Args:
+        figures: of the command `pipeline`.
+        path: PNG to write.
+    """
+    rows = {(row["cache_mode"], row["workers"]): row for row in figures["rows"]}
+    modes = list(dict.fromkeys(mode for mode, _ in rows))
+    workers = list(dict.fromkeys(number for _, number in rows))
+
+    def bars(key: str, scale: float) -> dict[str, list[dict | str | None]]:
+        return {mode: [value(rows[mode, number], key, scale) for number in workers] for mode in modes}
+
+    def value(row: dict, key: str, scale: float) -> dict | str | None:
+        if row["status"] != DONE:
+            return row["status"]
+        return row[key] and {part: scale * number for part, number in row[key].items()}
+
+    canvas = Figure(figsize=(10, 4.2), layout="constrained")
+    rates, waits = canvas.subplots(1, 2)
+    groups = [str(number) for number in workers]
+    grouped_bars(rates, groups, bars("images_per_second", 1), CACHE_COLOURS, ".0f")
+    grouped_bars(waits, groups, bars("wait_share", 100), CACHE_COLOURS, ".0f")
+    waits.yaxis.set_major_formatter(PercentFormatter())
+    rates.set(xlabel="workers", ylabel="the loader alone, images a second")
+    waits.set(xlabel="workers", ylabel="part of training that waits for the loader")
+    settings = figures["settings"]
+    title = f"{settings['model']}, batch {settings['batch']}\n{figures['machine']}"
+    finish(canvas, title, [Patch(color=CACHE_COLOURS[mode], label=f"cache {mode}") for mode in modes], path)
+
+
+CHARTS = {"table": draw_table, "scaling": draw_scaling, "pipeline": draw_pipeline}

@@ -1,0 +1,275 @@
+"""Detectors as training and evaluation have them, and batches for them: of noise, or of real images."""
+
+import argparse
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import tv_tensors
+from torchvision.ops import FrozenBatchNorm2d
+from torchvision.transforms import v2
+
+from enact_common import backbone
+from enact_common.attention import EnactSelfAttention
+from enact_common.benchmark.eager import replaced
+from enact_common.clustering import EntropyClustering
+from enact_common.data.coco import CocoDetection, collate, find_split
+from enact_common.data.transforms import to_model_input
+from enact_common.detector import num_classes_of
+from enact_common.engine import TrainStep, autocast
+from enact_common.errors import UserError
+from enact_common.nested_tensor import NestedTensor
+from enact_common.optimization import build_optimization
+from enact_common.run import find_device
+from enact_common.variants import VARIANTS, load_variant
+
+# Images a batch of the published measurements.
+BATCH_SIZES = {"detr": 8, "conditional": 8, "anchor": 4}
+
+NAMES = {"detr": "DETR", "conditional": "Conditional DETR", "anchor": "Anchor DETR"}
+
+# Objects of an image of noise: COCO's mean.
+OBJECTS = 7
+
+Batch = tuple[NestedTensor, list[dict[str, Tensor]]]
+
+
+def parse_flags(variant: str, device: str, flags: Sequence[str], own: Sequence[str]) -> argparse.Namespace:
+    """A variant's arguments, checked, at its own defaults where nothing asks for anything else.
+
+    But for three: the batch size is the published one, the backbone has random weights, and the device is given.
+
+    Args:
+        variant: a key of `VARIANTS`.
+        device: the default of `--device`.
+        flags: what the user wants of the model.
+        own: what the benchmark's own flags want; they go before the others.
+
+    Raises:
+        UserError: they do not work together, or not on this machine.
+        SystemExit: they are no flags of this variant.
+    """
+    parser = load_variant(variant).main.get_args_parser()
+    parser.prog = f"python {VARIANTS[variant][0]}/main.py"
+    parser.set_defaults(device=device, batch_size=BATCH_SIZES[variant], backbone_weights="none")
+    args = parser.parse_args([*flags, *own])
+    parser.check(args)
+    if args.amp == "fp16" and find_device(args.device).type == "cpu":
+        raise UserError("--amp fp16 needs a GPU: use --amp bf16 or none with --device cpu")
+    return args
+
+
+def refuse_flags(flags: Sequence[str], refused: dict[str, str]) -> None:
+    """Refuse model flags for which the benchmark has others.
+
+    Args:
+        flags: words behind `--`.
+        refused: flag to what the user should do instead.
+
+    Raises:
+        UserError: naming the flag and the way out.
+    """
+    for word in flags:
+        flag = word.partition("=")[0]
+        if flag in refused:
+            raise UserError(f"{flag} after --: {refused[flag]}")
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    """Room for a variant's own flags behind `--`."""
+    parser.add_argument(
+        "flags", nargs="*", metavar="FLAG", help="after --: flags of the model, as its main.py takes them"
+    )
+
+
+def model_name(variant: str, args: argparse.Namespace) -> str:
+    """A model as the published table names it, such as "Anchor DETR-DC5, R50"."""
+    return f"{NAMES[variant]}-{'DC5' if args.dilation else 'C5'}, R{args.backbone.removeprefix('resnet')}"
+
+
+class Fit:
+    """Resize to the largest size within a rectangle that keeps the proportions.
+
+    Args:
+        height, width: of the rectangle, pixels.
+    """
+
+    def __init__(self, height: int, width: int):
+        self.limits = (height, width)
+
+    def __call__(self, image: tv_tensors.Image, target: dict) -> tuple[tv_tensors.Image, dict]:
+        sides = image.shape[-2:]
+        scale = min(limit / side for limit, side in zip(self.limits, sides, strict=True))
+        # Rounding must neither pass the rectangle nor lose the image.
+        shape = [max(min(round(side * scale), limit), 1) for limit, side in zip(self.limits, sides, strict=True)]
+        resize = v2.functional.resize
+        return resize(image, shape, antialias=True), {**target, "boxes": resize(target["boxes"], shape)}
+
+
+def noise_batch(args: argparse.Namespace, size: tuple[int, int]) -> Batch:
+    """Images of noise without padding, each with `OBJECTS` objects at random, from `args.seed`.
+
+    They go through the last of the data sets' transforms, so they are what a loader would give.
+
+    Args:
+        args: parsed arguments.
+        size: (height, width), pixels.
+    """
+    generator = torch.Generator().manual_seed(args.seed)
+    height, width = size
+    items = []
+    for _ in range(args.batch_size):
+        image = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
+        corner, extent = torch.rand(2, OBJECTS, 2, generator=generator)  # fractions of the image
+        boxes = torch.cat((0.6 * corner, 0.6 * corner + 0.1 + 0.3 * extent), dim=1)  # xyxy
+        boxes = boxes * torch.tensor([width, height, width, height])
+        target = {
+            "orig_size": torch.tensor([height, width]),
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
+            "labels": torch.randint(num_classes_of(args), (OBJECTS,), generator=generator),
+        }
+        items.append(to_model_input(tv_tensors.Image(image), target))
+    return collate(items)
+
+
+def coco_batch(args: argparse.Namespace, size: tuple[int, int]) -> Batch:
+    """The first validation images of `args.coco_path` with their annotations, padded to one size.
+
+    Args:
+        args: parsed arguments; `num_classes` becomes what the data set has.
+        size: (height, width), pixels: each image is resized to fit, and what is left of it is padding.
+
+    Raises:
+        UserError: something about the data is wrong, or there are fewer images than a batch has.
+    """
+    transforms = v2.Compose([Fit(*size), to_model_input])
+    dataset = CocoDetection(
+        *find_split(args.coco_path, "val"), transforms, num_classes=args.num_classes, limit=args.batch_size
+    )
+    if len(dataset) < args.batch_size:
+        raise UserError(
+            f"--coco_path {args.coco_path}: has {len(dataset)} validation images, a batch needs {args.batch_size}; "
+            "pass a smaller --batch"
+        )
+    args.num_classes = dataset.label_map.num_classes
+    samples, targets = collate([dataset[i] for i in range(args.batch_size)])
+    height, width = samples.mask.shape[1:]
+    missing = (0, size[1] - width, 0, size[0] - height)  # right and bottom
+    return NestedTensor(F.pad(samples.tensors, missing), F.pad(samples.mask, missing, value=True)), targets
+
+
+def build_detector(
+    variant: str, args: argparse.Namespace, samples: NestedTensor, device: torch.device
+) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """(model, criterion, post-processing) on a device, as they are before `prepare`, from `args.seed`.
+
+    Args:
+        variant: a key of `VARIANTS`.
+        args: parsed arguments.
+        samples: images; the first sets the statistics of a random backbone.
+        device: where to.
+    """
+    torch.manual_seed(args.seed)
+    model, criterion, postprocessors = load_variant(variant).models.build_model(args)
+    model.to(device)
+    if args.backbone_weights == "none":
+        set_frozen_statistics(model, NestedTensor(samples.tensors[:1], samples.mask[:1]).to(device))
+    return model, criterion.to(device), postprocessors["bbox"]
+
+
+@torch.no_grad()
+def set_frozen_statistics(model: nn.Module, samples: NestedTensor) -> None:
+    """Let each frozen batch norm have the statistics of what comes to it, as it has with trained weights.
+
+    At 0 and 1, as they are before, the activations of a random ResNet-101 grow to tens of thousands. Attention and
+    clustering would see nothing but a few extreme tokens, and fp16 would overflow.
+
+    Args:
+        model: a detector; its frozen batch norms are changed in place.
+        samples: images, on the model's device.
+    """
+
+    def measure_and_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+        x = conv(x)
+        if isinstance(norm, FrozenBatchNorm2d):
+            var, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(var)
+        return norm(x)
+
+    model.eval()
+    with replaced(backbone, {"convolve_and_norm": measure_and_norm}):
+        model(samples)
+
+
+def build_train_step(
+    model: nn.Module, criterion: nn.Module, args: argparse.Namespace, device: torch.device
+) -> TrainStep:
+    """Training as a run has it, of a prepared model and its criterion."""
+    model.train()
+    criterion.train()
+    return TrainStep(model, criterion, build_optimization(model, args, device), device)
+
+
+@contextlib.contextmanager
+def counted_clusters(model: nn.Module) -> Iterator[list[int]]:
+    """Within it, the clusters an image of each clustering layer, in the order of their calls, are added to a list."""
+    counts: list[int] = []
+
+    def count_keys(projection: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        counts.append(inputs[0].shape[1])
+
+    def count_pooled(clustering: nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        counts.append(output[0].shape[1])
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, EnactSelfAttention):
+            # Clusters inside, tokens outside: what it projects to keys are (batch, M, d).
+            handles.append(module.W_k.register_forward_hook(count_keys))
+        elif isinstance(module, EntropyClustering):
+            handles.append(module.register_forward_hook(count_pooled))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def inspect_forward(model: nn.Module, samples: NestedTensor, amp: str) -> dict:
+    """What a forward pass does, by counting: before `prepare`, since a compiled model cannot be watched.
+
+    Args:
+        model: a detector, in evaluation mode.
+        samples: a batch, on the model's device.
+        amp: a key of `AMP_DTYPE`.
+
+    Returns:
+        `flops` an image, two for each multiplication and addition: matrix products, convolutions and attention,
+        which is counted in its unfused form, but no elementwise operation; `tokens`, cells of a map in the encoder;
+        `clusters`, of each ENACT layer.
+    """
+    tokens = []
+
+    def count_tokens(projection: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        tokens.append(output.shape[-2] * output.shape[-1])
+
+    # Anchor DETR has one for each level, all of one size.
+    projection = model.input_proj[-1] if isinstance(model.input_proj, nn.ModuleList) else model.input_proj
+    handle = projection.register_forward_hook(count_tokens)
+    # The counter looks for the gradients of whatever can have one, and gives up where nobody computes them.
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.requires_grad_(False)
+    counter, precision = FlopCounterMode(display=False), autocast(samples.tensors.device, amp)
+    try:
+        with handle, counted_clusters(model) as clusters, sdpa_kernel(SDPBackend.MATH), precision, counter:
+            model(samples)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return {"flops": counter.get_total_flops() / len(samples.mask), "tokens": tokens[-1], "clusters": clusters}

@@ -1,0 +1,314 @@
+"""The data loader: how many images a second it gives, and how long a training step waits for it."""
+
+import argparse
+import itertools
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+
+from torch.utils.data import DataLoader
+
+from enact_common.acceleration import prepare
+from enact_common.arguments import natural_int, positive_int
+from enact_common.benchmark.detectors import (
+    BATCH_SIZES,
+    Batch,
+    add_model_flags,
+    build_detector,
+    build_train_step,
+    model_name,
+    parse_flags,
+    refuse_flags,
+)
+from enact_common.benchmark.isolated import DONE, FAILED, run_isolated
+from enact_common.benchmark.measuring import default_device, spread, synchronizer
+from enact_common.benchmark.report import (
+    LEFT,
+    RIGHT,
+    Report,
+    add_report_arguments,
+    environment,
+    figure_range,
+    heading,
+    markdown_table,
+)
+from enact_common.data.cache import cache_images
+from enact_common.data.coco import find_split
+from enact_common.data.synthetic import make_shapes
+from enact_common.errors import UserError
+from enact_common.run import find_device, make_loader
+from enact_common.variants import VARIANTS, load_variant
+
+# Of the images that are drawn where no data set is given: height and width of most of COCO's, and about as many
+# objects.
+SHAPES_SIZE = (480, 640)
+SHAPES_OBJECTS = (3, 11)
+SHAPES_EXTENTS = (0.05, 0.5)  # of the shorter side
+
+# Where the images come from, in words.
+DRAWN = f"{{}} JPEG files of drawn shapes, {SHAPES_SIZE[0]} x {SHAPES_SIZE[1]} pixels"
+SOURCE = "the first {} training images, or all there are, of {}"
+
+# Words of --cache_mode, and the variants' flags for them.
+CACHE_MODES = {"off": [], "encoded": ["--cache_mode", "encoded"], "decoded": ["--cache_mode", "decoded"]}
+
+REFUSED = {
+    "--cache_mode": "pass it before --",
+    "--coco_path": "pass it before --",
+    "--resume": "checkpoints are not loaded, leave it out",
+    "--limit_train": "pass --images before --",
+}
+
+
+def epochs(loader: DataLoader) -> Iterator[int]:
+    """Epoch numbers without end; the loader and its data set know each."""
+    for epoch in itertools.count():
+        loader.sampler.set_epoch(epoch)
+        loader.dataset.set_epoch(epoch)
+        yield epoch
+
+
+def batches(loader: DataLoader) -> Iterator[Batch]:
+    """The batches of one epoch after the other, without end."""
+    for _ in epochs(loader):
+        yield from loader
+
+
+def loading_rates(loader: DataLoader, repeat: int) -> list[float]:
+    """Images a second of the loader alone in each of several epochs, after one in which its workers start."""
+    rates = []
+    for epoch in itertools.islice(epochs(loader), repeat + 1):
+        begin = time.perf_counter()
+        images = sum(len(targets) for _, targets in loader)
+        if epoch:
+            rates.append(images / (time.perf_counter() - begin))
+    return rates
+
+
+def training_waits(variant: str, args: argparse.Namespace, loader: DataLoader, repeat: int, steps: int) -> dict:
+    """How much of training is waiting for batches.
+
+    The device is waited for after each step, so that waiting for it does not count as waiting for the loader.
+
+    Args:
+        variant, args: of the model.
+        loader: gives the batches.
+        repeat: measurements.
+        steps: of each.
+
+    Returns:
+        of each measurement, `wait_shares`, in 0..1, and `step_seconds`, mean of a step without its wait.
+    """
+    device = find_device(args.device)
+    synchronize = synchronizer(device)
+    supply = batches(loader)
+    model, criterion, _ = build_detector(variant, args, next(supply)[0], device)
+    prepare(model, args, device)
+    step = build_train_step(model, criterion, args, device)
+    # What workers have loaded ahead while nobody took it would hide how fast they are.
+    for _ in range(loader.num_workers * (loader.prefetch_factor or 0) + 1):
+        step(*next(supply))
+        synchronize()
+
+    shares, seconds = [], []
+    for _ in range(repeat):
+        waited = worked = 0.0
+        for _ in range(steps):
+            begin = time.perf_counter()
+            samples, targets = next(supply)
+            loaded = time.perf_counter()
+            step(samples, targets)
+            synchronize()
+            waited += loaded - begin
+            worked += time.perf_counter() - loaded
+        shares.append(waited / (waited + worked))
+        seconds.append(worked / steps)
+    step.finish()
+    return {"wait_shares": shares, "step_seconds": seconds}
+
+
+def measure(variant: str, args: argparse.Namespace, repeat: int, steps: int) -> dict:
+    """The figures of one number of workers and one cache; for a process of its own.
+
+    Args:
+        variant, args: of the data and the model.
+        repeat: measurements.
+        steps: training steps of each; 0 leaves training out.
+
+    Returns:
+        `images_per_second` of each measurement, and where there are steps what `training_waits` returns.
+
+    Raises:
+        UserError: something about the data is wrong.
+    """
+    dataset = load_variant(variant).datasets.build_dataset("train", args)
+    args.num_classes = dataset.label_map.num_classes
+    loader = make_loader(dataset, args, find_device(args.device), train=True)
+    if len(loader) == 0:
+        raise UserError(f"--images: {len(dataset)} make no batch of {args.batch_size}; pass more, or a smaller --batch")
+    if args.cache_mode:
+        cache_images([dataset], args.cache_mode)
+    figures = {"images_per_second": loading_rates(loader, repeat)}
+    if steps:
+        figures |= training_waits(variant, args, loader, repeat, steps)
+    return figures
+
+
+def to_markdown(figures: dict) -> str:
+    """The figures as a table in Markdown."""
+    columns = {
+        "cache": LEFT, "workers": RIGHT, "images/s": RIGHT, "training step s": RIGHT, "waiting %": RIGHT
+    }  # fmt: skip
+    lines = []
+    for row in figures["rows"]:
+        rate = figure_range(row["images_per_second"], ".1f") if row["status"] == DONE else row["status"]
+        step, wait = figure_range(row["step_seconds"], ".3f"), figure_range(row["wait_share"], ".1f", 100)
+        lines.append([row["cache_mode"], str(row["workers"]), rate, step, wait])
+    settings = figures["settings"]
+    return (
+        f"{heading(figures)}\n\n"
+        f"{settings['model']}, batch {settings['batch']}, on {figures['device']}; {settings['source']}. "
+        f"Median of {settings['repeat']} measurements (least to most): images a second of an "
+        f"epoch of the loader alone; seconds of a training step without its wait for a batch; and that wait's share of "
+        f"both, over {settings['steps']} steps.\n\n" + markdown_table(columns, lines)
+    )
+
+
+def to_csv(rows: list[dict]) -> list[dict]:
+    """The figures as rows of numbers; None where there is none."""
+    flat = []
+    for row in rows:
+        line = {name: row[name] for name in ("cache_mode", "workers", "status")}
+        for name in ("images_per_second", "step_seconds", "wait_share"):
+            line |= {f"{name}_{part}": (row[name] or {}).get(part) for part in ("median", "least", "most")}
+        flat.append(line)
+    return flat
+
+
+def plan(args: argparse.Namespace, coco_path: str) -> list[tuple[str, argparse.Namespace]]:
+    """The cache's word and the variant's arguments of each row that the command line asks for.
+
+    Raises:
+        UserError: model flags do not work together, or are the benchmark's own, or the data set is not there.
+    """
+    refuse_flags(args.flags, REFUSED)
+    if args.coco_path:
+        find_split(args.coco_path, "train")
+    own = ["--coco_path", coco_path, "--limit_train", str(args.images)]
+    own += ["--device", args.device] if args.device else []
+    own += ["--batch_size", str(args.batch)] if args.batch else []
+    return [
+        (
+            mode,
+            parse_flags(
+                args.variant,
+                default_device(),
+                args.flags,
+                [*own, "--num_workers", str(workers), *CACHE_MODES[mode]],
+            ),
+        )
+        for mode in args.cache_mode
+        for workers in args.workers
+    ]
+
+
+def measure_row(mode: str, variant: str, flags: argparse.Namespace, repeat: int, steps: int) -> dict:
+    """The figures of one row; says on standard error how it goes."""
+    limit = find_device(flags.device).type == "cpu"
+    outcome = run_isolated(measure, variant, flags, repeat, steps, limit=limit)
+    measured = outcome.value or {}
+    runs = {name: measured.get(name) for name in ("images_per_second", "step_seconds", "wait_shares")}
+    row = {
+        "cache_mode": mode,
+        "workers": flags.num_workers,
+        "status": outcome.status,
+        "message": outcome.message,
+        "runs": runs,
+        "images_per_second": runs["images_per_second"] and spread(runs["images_per_second"]),
+        "step_seconds": runs["step_seconds"] and spread(runs["step_seconds"]),
+        "wait_share": runs["wait_shares"] and spread(runs["wait_shares"]),
+    }
+    said = f"{outcome.status} ({outcome.message})"
+    if outcome.status == DONE:
+        said = f"{row['images_per_second']['median']:.1f} images/s"
+    print(f"cache {mode}, {flags.num_workers} workers: {said}", file=sys.stderr)
+    print(outcome.details, end="", file=sys.stderr, flush=True)
+    return row
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print and write the files.
+
+    Returns:
+        the exit status: 1 where a row failed for another reason than memory, else 0.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        rows = plan(args, args.coco_path or folder)
+        report = Report(args.output_dir, "pipeline")
+        if not args.coco_path:
+            make_shapes(
+                folder, args.images, val=0, size=SHAPES_SIZE, objects=SHAPES_OBJECTS, object_size=SHAPES_EXTENTS
+            )
+        flags = rows[0][1]
+        figures = {
+            "benchmark": "pipeline",
+            **environment(args.argv, find_device(flags.device)),
+            "settings": {
+                "variant": args.variant,
+                "model": model_name(args.variant, flags),
+                "batch": flags.batch_size,
+                "images": args.images,
+                "source": SOURCE.format(args.images, args.coco_path) if args.coco_path else DRAWN.format(args.images),
+                "repeat": args.repeat,
+                "steps": args.steps,
+                "flags": args.flags,
+            },
+            "rows": [],
+        }
+        for mode, flags in rows:
+            figures["rows"].append(measure_row(mode, args.variant, flags, args.repeat, args.steps))
+            report.save_figures(figures)
+    report.save(figures, to_markdown(figures), to_csv(figures["rows"]))
+    return int(any(row["status"] == FAILED for row in figures["rows"]))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's flags."""
+    parser.add_argument(
+        "--variant", choices=tuple(VARIANTS), default="detr", help="whose data and model (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers",
+        type=natural_int,
+        nargs="+",
+        default=[0, 1, 2, 4],
+        metavar="N",
+        help="processes that load images, one measurement for each number (default: 0 1 2 4)",
+    )
+    parser.add_argument(
+        "--cache_mode",
+        nargs="+",
+        choices=tuple(CACHE_MODES),
+        default=list(CACHE_MODES),
+        help="what is held in memory, one measurement for each word (default: all)",
+    )
+    parser.add_argument("--coco_path", metavar="DIR", help="data set (default: drawn shapes, in a temporary folder)")
+    parser.add_argument(
+        "--images", type=positive_int, default=256, metavar="N", help="training images (default: %(default)s)"
+    )
+    batches = ", ".join(f"{name} {batch}" for name, batch in BATCH_SIZES.items())
+    parser.add_argument("--batch", type=positive_int, metavar="N", help=f"images a batch (default: {batches})")
+    parser.add_argument(
+        "--steps",
+        type=natural_int,
+        default=20,
+        metavar="N",
+        help="training steps of each measurement; 0 measures the loader alone (default: %(default)s)",
+    )
+    parser.add_argument("--device", help="where to train: cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument(
+        "--repeat", type=positive_int, default=3, metavar="N", help="measurements of each (default: %(default)s)"
+    )
+    add_report_arguments(parser)
+    add_model_flags(parser)
