@@ -95,22 +95,24 @@ class EnactSelfAttention(EntropyClustering):
                 "attention mask. Call it with need_weights=False, attn_mask=None, is_causal=False."
             )
         if not self.batch_first:
-            query, key, value = (tensor.transpose(0, 1) for tensor in (query, key, value))
+            key, value = key.transpose(0, 1), value.transpose(0, 1)
         head_width = self.embed_dim // self.num_heads
 
         key, value, padding_mask = self.pool(key, value, key_padding_mask)
         q, k, v = (
-            # (batch, L or M, d) -> (batch, heads, L or M, e)
-            projection(tensor).unflatten(-1, (self.num_heads, head_width)).transpose(1, 2)
+            projection(tensor).unflatten(-1, (self.num_heads, head_width))
             for projection, tensor in ((self.W_q, query), (self.W_k, key), (self.W_v, value))
         )
+        # Projected as they lie in memory: turned round before, they would be copied, and the copy kept.
+        q = q.transpose(1, 2) if self.batch_first else q.permute(1, 2, 0, 3)  # (batch, heads, L, e)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (batch, heads, M, e)
         # The division by e is linear in V: cheapest where there are M rows rather than L.
         present = None if padding_mask is None else ~padding_mask[:, None, None]  # (batch, 1, 1, M)
         attended = F.scaled_dot_product_attention(
             q, k, v / head_width, present, dropout_p=self.dropout if self.training else 0.0, scale=1.0
         )
-        output = self.W_o(attended.transpose(1, 2).flatten(2))  # (batch, heads, L, e) -> (batch, L, d)
-        return (output if self.batch_first else output.transpose(0, 1)), None
+        attended = attended.transpose(1, 2) if self.batch_first else attended.permute(2, 0, 1, 3)
+        return self.W_o(attended.flatten(2)), None  # (batch, L, heads, e) or (L, batch, heads, e) -> the query's shape
 
     def pool(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys and values (batch, N, d) as clusters (batch, M, d), and the clusters' padding mask (batch, M)."""

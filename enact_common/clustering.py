@@ -20,6 +20,9 @@ from torch.nn import functional as F
 # Added to every probability, so that the logarithm of an underflown one stays finite. Released weights know it.
 PROBABILITY_FLOOR = 1e-8
 
+# Elements of an intermediate in the gradient of segments: small against the tokens, large against a kernel's launch.
+GRADIENT_PART = 2**20
+
 # What a cluster is: a window as long as the regions are on average, or a region itself.
 CLUSTERS = ("windows", "regions")
 
@@ -180,8 +183,9 @@ class Segments:
         self.shape = batch, max(counts)
         image = torch.arange(batch, device=token.device).unsqueeze(1)
         place = move_to_front(kept.flatten().unsqueeze(0)).squeeze(0)[: sum(listed)]  # (K,)
-        self.token = (image * num_tokens + token).flatten()[place]  # (K,), into the batch's tokens laid end to end
-        self.cluster = (image * self.shape[1] + cluster).flatten()[place]  # (K,), into its clusters likewise
+        self.image = image.expand(-1, num_tokens).flatten()[place]  # (K,)
+        self.token = token.flatten()[place]  # (K,), into the image's tokens
+        self.cluster = (image * self.shape[1] + cluster).flatten()[place]  # (K,), into all images' clusters
         every = torch.arange(batch * self.shape[1], device=token.device)
         self.first = torch.searchsorted(self.cluster, every)  # (batch M,), where each cluster begins in the list
 
@@ -195,15 +199,21 @@ class Segments:
 
     def pool(self, tokens: Tensor) -> Tensor:
         """The weighted sums of tokens (batch, N, d): (batch, M, d), in their dtype; zero where an image has fewer."""
-        flat = tokens.flatten(0, 1).to(self.weights.dtype)
-        pooled = _SegmentSum.apply(flat, self.weights, self.token, self.cluster, self.first)
+        batch, num_tokens = tokens.shape[:2]
+        if batch > 1 and tokens.transpose(0, 1).is_contiguous():
+            # Length first in memory: listed so, they need no copy.
+            flat, token = tokens.transpose(0, 1).flatten(0, 1), self.token * batch + self.image
+        else:
+            flat, token = tokens.flatten(0, 1), self.image * num_tokens + self.token
+        flat = flat.to(self.weights.dtype)
+        pooled = _SegmentSum.apply(flat, self.weights, token, self.cluster, self.first)
         return pooled.unflatten(0, self.shape).to(tokens.dtype)
 
     def pool_shared(self, values: Tensor, index: Tensor) -> Tensor:
         """As in `Windows`."""
-        batch, num_values = values.shape[:2]
-        slot = self.cluster * num_values + index.repeat(batch)[self.token]  # (K,)
-        shares = self.weights.new_zeros(batch * self.shape[1] * num_values).index_add(0, slot, self.weights)
+        num_values = values.shape[1]
+        slot = self.cluster * num_values + index[self.token]  # (K,)
+        shares = self.weights.new_zeros(self.shape[0] * self.shape[1] * num_values).index_add(0, slot, self.weights)
         shares = shares.view(*self.shape, num_values)
         return (shares @ values.to(shares.dtype)).to(values.dtype)
 
@@ -224,12 +234,17 @@ class _SegmentSum(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         tokens, weights, token, cluster = ctx.saved_tensors
         needs_tokens, needs_weights = ctx.needs_input_grad[:2]
-        spread = grad.index_select(0, cluster)  # (K, d)
-        grad_weights = grad_tokens = None
-        if needs_weights:
-            grad_weights = torch.linalg.vecdot(spread, tokens.index_select(0, token))
-        if needs_tokens:
-            grad_tokens = torch.zeros_like(tokens).index_copy_(0, token, spread.mul_(weights.unsqueeze(1)))
+        grad_tokens = torch.zeros_like(tokens) if needs_tokens else None
+        grad_weights = torch.empty_like(weights) if needs_weights else None
+        # In parts, so that no intermediate has the size of the tokens.
+        length = max(GRADIENT_PART // tokens.shape[1], 1)
+        for start in range(0, len(token), length):
+            part = slice(start, start + length)
+            spread = grad.index_select(0, cluster[part])  # (k, d)
+            if needs_weights:
+                grad_weights[part] = tokens.index_select(0, token[part]).mul_(spread).sum(dim=1)
+            if needs_tokens:
+                grad_tokens.index_copy_(0, token[part], spread.mul_(weights[part].unsqueeze(1)))
         return grad_tokens, grad_weights, None, None, None
 
 

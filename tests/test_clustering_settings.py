@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from enact_common import NestedTensor
+from enact_common import NestedTensor, clustering
 from enact_common.attention import EnactSelfAttention
 from enact_common.checkpoint import load_checkpoint
 from enact_common.clustering import EntropyClustering, count_regions, self_information, smooth
@@ -266,3 +266,22 @@ def test_flags_are_stored_and_restored(variant, shapes, tmp_path, capfd):
 def test_without_flags_nothing_is_on():
     default = clustering_settings(parse("detr"))
     assert default == {"sigma": 3.0, **COMBINATIONS[0]}
+
+
+def test_gradients_in_parts(monkeypatch):
+    layer = EntropyClustering(4, 1.0, clusters="regions").double()
+    tokens = torch.randn(3, 31, 4, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for part in (2**20, 50, 1):
+        monkeypatch.setattr(clustering, "GRADIENT_PART", part)
+        gradients.append(torch.autograd.grad(layer(tokens)[0].square().sum(), [tokens, layer.W_prob.weight]))
+    for others in gradients[1:]:
+        assert_close(others, gradients[0])
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
+def test_tokens_that_lie_length_first_are_pooled_alike(combination):
+    layer = EntropyClustering(4, 1.0, **combination)
+    tokens, mask = torch.randn(30, 3, 4).transpose(0, 1), torch.rand(3, 30) > 0.8
+    expected = layer(tokens.contiguous(), key_padding_mask=mask)[0]
+    assert_close(layer(tokens, key_padding_mask=mask)[0], expected)
