@@ -4,10 +4,10 @@ import argparse
 import sys
 
 from enact_common import benchmark
-from enact_common.benchmark import pipeline, rowcol, scaling, table
+from enact_common.benchmark import parts, pipeline, rowcol, scaling, table
 from enact_common.errors import UserError
 
-COMMANDS = {"table": table, "scaling": scaling, "pipeline": pipeline, "rowcol": rowcol}
+COMMANDS = {"table": table, "parts": parts, "scaling": scaling, "pipeline": pipeline, "rowcol": rowcol}
 
 
 def build_parser() -> argparse.ArgumentParser:

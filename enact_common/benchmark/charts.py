@@ -9,6 +9,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
 from enact_common.benchmark.isolated import DONE
+from enact_common.benchmark.parts import PARTS
 from enact_common.benchmark.report import GIB, MIB, precision_text
 from enact_common.benchmark.scaling import LAYERS
 from enact_common.benchmark.table import ROWS
@@ -25,6 +26,7 @@ LAYER_COLOURS = {
     "rcda": "#009E73",
     "clustered_rcda": "#E69F00",
 }
+PART_COLOURS = dict(zip(PARTS, ("#999999", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7"), strict=True))
 CACHE_COLOURS = {"off": "#999999", "encoded": "#0072B2", "decoded": "#D55E00"}
 
 
@@ -117,6 +119,30 @@ def draw_table(figures: dict, path: Path) -> None:
     finish(canvas, title, [Patch(color=ROW_COLOURS[name], label=ROWS[name][0]) for name in names], path)
 
 
+def draw_parts(figures: dict, path: Path) -> None:
+    """Each model's training step as one bar, made of its parts.
+
+    Args:
+        figures: of the command `parts`.
+        path: PNG to write.
+    """
+    rows = [row for row in figures["rows"] if row["seconds"]]
+    canvas = Figure(figsize=(9, 1.6 + 0.5 * len(rows)), layout="constrained")
+    axes = canvas.subplots()
+    places = [-place for place in range(len(rows))]
+    reached = [0.0] * len(rows)
+    for part, colour in PART_COLOURS.items():
+        lengths = [row["seconds"][part]["median"] for row in rows]
+        axes.barh(places, lengths, 0.75, left=reached, color=colour)
+        reached = [start + length for start, length in zip(reached, lengths, strict=True)]
+    axes.set_yticks(places, [f"{row['model']}, {ROWS[row['row']][0]}" for row in rows], fontsize=8)
+    axes.set_xlabel("seconds of a batch, forward and backward")
+    settings = figures["settings"]
+    height, width = settings["size"]
+    title = f"{height} x {width} pixels, {settings['precision']}, {settings['images']}\n{figures['machine']}"
+    finish(canvas, title, [Patch(color=colour, label=part) for part, colour in PART_COLOURS.items()], path)
+
+
 def draw_scaling(figures: dict, path: Path) -> None:
     """Time and memory of each layer by tokens, both axes logarithmic.
 
@@ -191,4 +217,4 @@ def draw_pipeline(figures: dict, path: Path) -> None:
     finish(canvas, title, [Patch(color=CACHE_COLOURS[mode], label=f"cache {mode}") for mode in modes], path)
 
 
-CHARTS = {"table": draw_table, "scaling": draw_scaling, "pipeline": draw_pipeline}
+CHARTS = {"table": draw_table, "parts": draw_parts, "scaling": draw_scaling, "pipeline": draw_pipeline}

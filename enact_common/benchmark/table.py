@@ -321,16 +321,9 @@ def plan(args: argparse.Namespace) -> list[Measurement]:
     ]
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure all rows, print them and write the files.
-
-    Returns:
-        the exit status: 1 where a row failed for another reason than memory, else 0.
-    """
-    measurements = plan(args)
-    report = Report(args.output_dir, "table")
-    figures = {
-        "benchmark": "table",
+def describe(args: argparse.Namespace, measurements: list[Measurement]) -> dict:
+    """What the figures depend on: `environment`, and the `settings`."""
+    return {
         **environment(args.argv, find_device(measurements[0].args.device)),
         "settings": {
             "size": args.size,
@@ -340,8 +333,18 @@ def run(args: argparse.Namespace) -> int:
             "warmup": args.warmup,
             "flags": args.flags,
         },
-        "rows": [],
     }
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure all rows, print them and write the files.
+
+    Returns:
+        the exit status: 1 where a row failed for another reason than memory, else 0.
+    """
+    measurements = plan(args)
+    report = Report(args.output_dir, "table")
+    figures = {**describe(args, measurements), "benchmark": "table", "rows": []}
     for what in measurements:
         figures["rows"].append(measure_row(what))
         figures["ratios"] = ratios_of(figures["rows"])
