@@ -40,6 +40,8 @@ class Recomputed(nn.Module):
 def prepare(model: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
     """Move a model to its device, in the memory format and with the savings that the arguments ask for.
 
+    On a CPU, the whole process keeps the memory that it frees from then on: see `keep_freed_memory`.
+
     Args:
         model: a detector; changed in place, its state dict stays as it is.
         args: parsed arguments.
@@ -80,7 +82,8 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def compile_parts(model: nn.Module, device: torch.device) -> None:
-    """Compile what the model's modules name in `COMPILED`: all but attention over clusters, whose number varies.
+    """Compile what the model's modules name in `COMPILED`: the backbone, feed-forward networks, and decoder layers but
+    for Anchor DETR's. The encoder's attention is left out: the number of clusters varies from step to step.
 
     Where images differ in size, PyTorch compiles once or twice more, then for any size. Where nothing can be compiled,
     one line says so and the model stays as it is; a part that cannot be runs as it is, too.

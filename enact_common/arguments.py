@@ -4,17 +4,19 @@ import argparse
 import math
 from collections.abc import Callable
 
+import torch
+
 from enact_common.backbone import BACKBONES, NORMS, SHALLOW_BACKBONES
 from enact_common.clustering import CLUSTERS
 from enact_common.errors import UserError
 from enact_common.layers import ENCODER_ATTENTIONS
+from enact_common.optimization import AMP_DTYPE
 from enact_common.position_encoding import PositionEmbeddingLearned
 
 # The learning rates of the published trainings.
 ENACT_LR = 5e-5
 PLAIN_LR = 1e-4
 
-AMP_DTYPES = ("none", "bf16", "fp16")
 LR_SCHEDULES = ("step", "cosine")
 CACHE_MODES = ("encoded", "decoded")
 
@@ -35,6 +37,10 @@ CLUSTERING_FLAGS = ("enact_clusters", "enact_per_image", "enact_mask_padding", "
 
 # Booleans that can also be switched off, `--no-dilation`: a variant may have them on by default.
 NEGATABLE_FLAGS = ("dilation",)
+
+# PyTorch 2.4 fails where a compiled part is recomputed; of later releases, this one was tried.
+COMPILED_AND_RECOMPUTED = (2, 15)
+TORCH_VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 
 TRUE_WORDS = ("true", "1", "yes")
 FALSE_WORDS = ("false", "0", "no")
@@ -211,7 +217,7 @@ def add_data_flags(group) -> None:
         "--cache_mode", nargs="?", choices=CACHE_MODES, const="encoded", default=False,
         help="read the images once and hold them in memory, once for each process of torchrun: the files as they are "
         "(encoded, also where no word follows), or their pixels (decoded), five to ten times as large but not "
-        "decoded again in every epoch",
+        "decoded again in every epoch; default: read anew each time",
     )  # fmt: skip
     group.add_argument(
         "--no_augmentation", dest="augmentation", action="store_false",
@@ -236,7 +242,8 @@ def add_model_flags(group) -> None:
     )  # fmt: skip
     group.add_argument(
         "--enact_per_image", action=argparse.BooleanOptionalAction, default=None,
-        help="ENACT: each image has its own window length, rather than one for the batch; default: the checkpoint's",
+        help="ENACT: each image has its own window length, rather than one for the batch; default: the checkpoint's, "
+        "else no",
     )  # fmt: skip
     group.add_argument(
         "--enact_mask_padding", action=argparse.BooleanOptionalAction, default=None,
@@ -342,11 +349,12 @@ def add_training_flags(group) -> None:
         help="largest gradient norm; 0 does not clip",
     )
     group.add_argument(
-        "--amp", choices=AMP_DTYPES, default="none", help="mixed precision; fp16 scales the loss and needs a GPU"
+        "--amp", choices=tuple(AMP_DTYPE), default="none", help="mixed precision; fp16 scales the loss and needs a GPU"
     )
     group.add_argument(
         "--compile", action="store_true",
-        help="let PyTorch compile the backbone and the feed-forward networks: minutes at the start, then faster steps",
+        help="let PyTorch compile the backbone, the feed-forward networks and, but for Anchor DETR, the decoder: "
+        "minutes at the start, then faster steps",
     )  # fmt: skip
     group.add_argument(
         "--checkpoint_activations", action="store_true",
@@ -416,6 +424,12 @@ def check_arguments(args) -> None:
     if args.dilation and args.backbone in SHALLOW_BACKBONES:
         raise UserError(
             f"--backbone {args.backbone} has no dilated form: pass --no-dilation, or --backbone resnet50 or resnet101"
+        )
+    if args.compile and args.checkpoint_activations and TORCH_VERSION < COMPILED_AND_RECOMPUTED:
+        needed = ".".join(map(str, COMPILED_AND_RECOMPUTED))
+        raise UserError(
+            f"--compile with --checkpoint_activations needs PyTorch {needed}, here is {torch.__version__}: leave one "
+            "of them out"
         )
     if args.hidden_dim % args.nheads or args.hidden_dim % 4:
         raise UserError(

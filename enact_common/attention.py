@@ -4,7 +4,6 @@ Source: Savathrakis and Argyros, "ENACT: Entropy-based Clustering of Attention I
 Needs of Object Detection Transformers", arXiv:2409.07541.
 """
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -98,7 +97,7 @@ class EnactSelfAttention(EntropyClustering):
             key, value = key.transpose(0, 1), value.transpose(0, 1)
         head_width = self.embed_dim // self.num_heads
 
-        key, value, padding_mask = self.pool(key, value, key_padding_mask)
+        (key, value), padding_mask = self.pool(key, value, key_padding_mask=key_padding_mask)
         q, k, v = (
             projection(tensor).unflatten(-1, (self.num_heads, head_width))
             for projection, tensor in ((self.W_q, query), (self.W_k, key), (self.W_v, value))
@@ -113,12 +112,6 @@ class EnactSelfAttention(EntropyClustering):
         )
         attended = attended.transpose(1, 2) if self.batch_first else attended.permute(2, 0, 1, 3)
         return self.W_o(attended.flatten(2)), None  # (batch, L, heads, e) or (L, batch, heads, e) -> the query's shape
-
-    def pool(self, key: Tensor, value: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Keys and values (batch, N, d) as clusters (batch, M, d), and the clusters' padding mask (batch, M)."""
-        clusters = self.cluster(key, key_padding_mask)
-        with torch.autocast(key.device.type, enabled=False):
-            return clusters.pool(key), clusters.pool(value), clusters.padding_mask
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, dropout={self.dropout}, {super().extra_repr()}"

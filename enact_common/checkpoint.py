@@ -80,7 +80,7 @@ def restore_clustering_flags(saved: dict[str, Any], args: argparse.Namespace) ->
         args: this run's arguments; changed in place.
     """
     for flag in CLUSTERING_FLAGS:
-        if getattr(args, flag) is None:
+        if getattr(args, flag, None) is None:
             setattr(args, flag, saved.get(flag))
 
 
@@ -144,7 +144,9 @@ def optimizer_state_by_name(
 
     Optimizers number their parameters in the order in which modules were made, and the reference made them in
     another order than we do. The checkpoint's own state dict knows its order, so the numbers can be given names.
-    Groups without parameters, such as Anchor DETR's third, are passed over: ours has none.
+    Groups without parameters, such as Anchor DETR's third, are passed over: ours has none. How a step is computed
+    (fused or not) stays this optimizer's own, and moments come to lie in memory as their parameters do: a fused step
+    goes over both as they lie.
 
     Args:
         checkpoint: with `model` and `optimizer`.
@@ -170,11 +172,13 @@ def optimizer_state_by_name(
         if not fits:
             break
         number = dict(zip(theirs, saved_group["params"], strict=True))
-        groups.append({**saved_group, "params": list(range(position, position + len(ours)))})
+        implementation = {name: group[name] for name in ("fused", "foreach")}
+        groups.append({**saved_group, **implementation, "params": list(range(position, position + len(ours)))})
         for i, (name, parameter) in enumerate(zip(ours, group["params"], strict=True), start=position):
             if number[name] in saved["state"]:
-                state[i] = saved["state"][number[name]]
-                fits = fits and all(t.shape == parameter.shape for t in state[i].values() if getattr(t, "ndim", 0))
+                moments = saved["state"][number[name]]
+                fits = fits and all(t.shape == parameter.shape for t in moments.values() if getattr(t, "ndim", 0))
+                state[i] = {key: laid_out_as(parameter, value) for key, value in moments.items()} if fits else {}
         position += len(ours)
     if not fits:
         raise UserError(
@@ -182,6 +186,13 @@ def optimizer_state_by_name(
             "with, or remove its 'optimizer' to start from the weights alone"
         )
     return {"state": state, "param_groups": groups}
+
+
+def laid_out_as(parameter: torch.Tensor, value: Any) -> Any:
+    """A tensor of a parameter's shape in its memory format, on the CPU; anything else as it is."""
+    if not torch.is_tensor(value) or value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
 
 
 def random_states() -> dict[str, Any]:

@@ -320,9 +320,15 @@ class EntropyClustering(nn.Module):
             if tensor.ndim != 3 or tensor.shape[:2] != scored.shape[:2] or tensor.shape[1] == 0:
                 shapes = [tuple(t.shape) for t in (scored, *others)]
                 raise ValueError(f"expected tensors (batch, N, channels) of one batch and one N >= 1, got {shapes}")
+        return self.pool(scored, *others, key_padding_mask=key_padding_mask)[0]
+
+    def pool(
+        self, scored: Tensor, *others: Tensor, key_padding_mask: Tensor | None = None
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """What `forward` returns, and where clusters are padding: bool (batch, M), or None where none are."""
         clusters = self.cluster(scored, key_padding_mask)
         with torch.autocast(scored.device.type, enabled=False):
-            return tuple(clusters.pool(tensor) for tensor in (scored, *others))
+            return tuple(clusters.pool(tensor) for tensor in (scored, *others)), clusters.padding_mask
 
     def cluster(self, scored: Tensor, key_padding_mask: Tensor | None = None) -> Windows | Segments:
         """The clusters of tokens (batch, N, d), which pool any tensor (batch, N, channels) with the same weights."""
@@ -381,9 +387,11 @@ class EntropyClustering(nn.Module):
         Returns:
             which places are kept, bool (batch, N); their windows, int64 (batch, N); the number of windows (batch,).
         """
-        # float64 as on the host; torch.round goes half to even too.
+        # float64 as on the host; torch.round goes half to even too. An image of padding alone does not count.
         length = tokens.double() / regions
-        length = (length if self.per_image else length.mean().expand_as(length)).round().long()
+        if not self.per_image:
+            length = (length.sum() / (tokens > 0).sum().clamp(min=1)).expand_as(length)
+        length = length.round().long()
         if self.max_clusters is not None:
             shortest = shortest_window(tokens, self.max_clusters)
             length = torch.maximum(length, shortest if self.per_image else shortest.max())

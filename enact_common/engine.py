@@ -1,6 +1,8 @@
 """One epoch of training, and evaluation: the loops, and nothing of the set-up around them."""
 
 import contextlib
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -59,8 +61,9 @@ class Batch:
 class TrainStep:
     """Forward pass, losses, backward pass, and a step of the optimizer where a group of batches is complete.
 
-    The host waits for the device once a step, for the matching costs. Whether the loss and the gradients were finite is
-    decided on the device, which then leaves the weights alone; the host learns of it in the next step's wait.
+    Beside what a model reads back itself (ENACT, once a layer), the host waits for the device once a step, for the
+    matching costs. Whether the loss and the gradients were finite is decided on the device, which then leaves the
+    weights alone; the host learns of it in the next step, when the device has passed that point anyway.
 
     Args:
         model: possibly wrapped in DistributedDataParallel.
@@ -77,6 +80,7 @@ class TrainStep:
         self.parameters = [p for group in optimization.optimizer.param_groups for p in group["params"]]
         # Page-locked, or a copy from a GPU into it would be waited for.
         self._finite = torch.ones((), dtype=torch.bool, pin_memory=device.type == "cuda")
+        self._arrived = torch.cuda.Event() if device.type == "cuda" else None
         self._unchecked: Batch | None = None
 
     def __call__(
@@ -109,7 +113,7 @@ class TrainStep:
             with autocast(self.device, self.optimization.amp):
                 outputs = self.model(samples)
             losses = self.criterion(outputs, targets)
-            # The matching has waited for the device, so what the step before left there has arrived.
+            # The matching has waited for the device, so this does not.
             self.check()
             total = self.criterion.total(losses)
             scaler.scale(total / group).backward()
@@ -119,6 +123,8 @@ class TrainStep:
             finite = finite & self.step_optimizer(finite)
             optimizer.zero_grad(set_to_none=True)
         self._finite.copy_(finite, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record(torch.cuda.current_stream(self.device))
         losses = {name: value.detach() for name, value in losses.items()}
         self._unchecked = Batch(samples, targets, losses, where)
         return losses
@@ -134,9 +140,8 @@ class TrainStep:
         """
         optimizer, scaler = self.optimization.optimizer, self.optimization.scaler
         scaler.unscale_(optimizer)
-        norm = torch.zeros((), device=self.device)
-        if self.optimization.clip_max_norm > 0:
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.optimization.clip_max_norm)
+        # Without a limit, the norm is wanted all the same: it is finite where all gradients are.
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.optimization.clip_max_norm or math.inf)
         if not scaler.is_enabled():
             finite = finite & norm.isfinite()
             # What the gradient scaler sets, too: fused optimizers look at it on the device.
@@ -146,12 +151,14 @@ class TrainStep:
         return finite
 
     def check(self) -> None:
-        """Report a batch whose loss or gradients were not finite, if its copy to the host is done.
+        """Report the last batch if its loss or gradients were not finite.
 
         Raises:
             NonFiniteLossError: they were not.
         """
         batch, self._unchecked = self._unchecked, None
+        if self._arrived is not None:
+            self._arrived.synchronize()
         if batch is not None and not self._finite.item():
             # Without the wrapper, whose forward would wait for the other processes.
             alone = getattr(self.model, "module", self.model)
@@ -160,16 +167,6 @@ class TrainStep:
                     alone, batch.samples, batch.targets, batch.losses, batch.where, self.optimization.amp
                 )
             )
-
-    def finish(self) -> None:
-        """Wait for the last step and check it.
-
-        Raises:
-            NonFiniteLossError: as in `check`.
-        """
-        if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
-        self.check()
 
 
 def train_one_epoch(
@@ -218,7 +215,7 @@ def train_one_epoch(
             averages = loss_report(meter.averages(), criterion.weight_dict)
             shown = {name: averages[name] for name in ("loss", "class_error")}
             progress.show(i, {**shown, "lr": optimizer.param_groups[0]["lr"]})
-    step.finish()
+    step.check()
     averages = loss_report(meter.synchronized(), criterion.weight_dict)
     return {"lr": optimizer.param_groups[0]["lr"], **averages}
 
@@ -258,6 +255,18 @@ def describe_non_finite(
     )
 
 
+def floats_in(output) -> Iterator[Tensor]:
+    """The floating-point tensors of what a module returned."""
+    if isinstance(output, NestedTensor):
+        output = output.tensors
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, dict | list | tuple):
+        for part in output.values() if isinstance(output, dict) else output:
+            yield from floats_in(part)
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether all elements are finite numbers."""
     return bool(torch.isfinite(tensor).all())
@@ -270,8 +279,7 @@ def first_non_finite_output(model: nn.Module, samples: NestedTensor) -> str | No
 
     def watch(name):
         def hook(module, inputs, output):
-            tensors = output if isinstance(output, tuple | list) else [output]
-            if not found and any(isinstance(t, Tensor) and t.is_floating_point() and not is_finite(t) for t in tensors):
+            if not found and not all(is_finite(t) for t in floats_in(output)):
                 found.append(f"output of {name or 'the model'} ({type(module).__name__})")
 
         return hook

@@ -48,13 +48,16 @@ def clone_layers(layer: nn.Module, count: int) -> nn.ModuleList:
 
 
 def clustering_settings(args) -> dict:
-    """The settings of `EntropyClustering` that the arguments ask for; flags that are not given are off."""
+    """The settings of `EntropyClustering` that the arguments ask for; flags that are not given are off.
+
+    Arguments of earlier versions, which did not know the flags, serve as well.
+    """
     return {
         "sigma": args.smoothing_sigma,
-        "clusters": args.enact_clusters or CLUSTERS[0],
-        "per_image": bool(args.enact_per_image),
-        "mask_padding": bool(args.enact_mask_padding),
-        "max_clusters": args.enact_max_clusters or None,
+        "clusters": getattr(args, "enact_clusters", None) or CLUSTERS[0],
+        "per_image": bool(getattr(args, "enact_per_image", None)),
+        "mask_padding": bool(getattr(args, "enact_mask_padding", None)),
+        "max_clusters": getattr(args, "enact_max_clusters", None) or None,
     }
 
 

@@ -58,6 +58,11 @@ def build_optimization(model: nn.Module, args: argparse.Namespace, device: torch
     # Fused: one kernel a group rather than a dozen a tensor, which for a small model is a good part of a step.
     settings = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.SGD(groups, momentum=0.9, **settings) if args.sgd else torch.optim.AdamW(groups, **settings)
+    if args.sgd:
+        # From zero is what a first step does anyway. Where that step is skipped, PyTorch would leave the momentum as
+        # the memory happened to be.
+        for parameter in (p for group in groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def set_learning_rate(epoch: int, step: int, steps: int) -> None:
         factor = learning_rate_factor(

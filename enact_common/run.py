@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from enact_common.acceleration import prepare
-from enact_common.arguments import VariantParser
+from enact_common.arguments import CLUSTERING_FLAGS, VariantParser
 from enact_common.backbone import load_backbone_weights
 from enact_common.checkpoint import (
     check_model_flags,
@@ -118,6 +118,16 @@ def use_one_thread(worker: int) -> None:
     cv2.setNumThreads(0)
 
 
+def check_precision(amp: str, device: torch.device) -> None:
+    """Refuse a precision that a device does not have.
+
+    Raises:
+        UserError: naming the ways out.
+    """
+    if amp == "fp16" and device.type == "cpu":
+        raise UserError("--amp fp16 needs a GPU: use --amp bf16 or none with --device cpu")
+
+
 def make_loader(dataset: CocoDetection, args: argparse.Namespace, device: torch.device, train: bool) -> DataLoader:
     """Batches of a data set, in an order that depends on the seed and the epoch alone.
 
@@ -168,8 +178,7 @@ class Run:
         """
         args = self.args
         self.device = find_device(args.device)
-        if args.amp == "fp16" and self.device.type == "cpu":
-            raise UserError("--amp fp16 needs a GPU: use --amp bf16 or none with --device cpu")
+        check_precision(args.amp, self.device)
         init_distributed_mode(args)
         self.device = torch.device(args.device)
         setup_logging()
@@ -280,8 +289,11 @@ class Run:
         args, processes = self.args, get_world_size()
         attention = "row-column" if getattr(args, "attention_type", "") == "RCDA" else "multi-head"
         if args.encoder_attention == "enact":
-            settings = (f"{name} {value}" for name, value in clustering_settings(args).items() if value)
-            attention += f" over ENACT's clusters ({', '.join(settings)})"
+            settings = {name: value for name, value in clustering_settings(args).items() if value}
+            if settings["clusters"] == "regions":
+                # Regions are an image's own in any case.
+                settings.pop("per_image", None)
+            attention += f" over ENACT's clusters ({', '.join(f'{name} {value}' for name, value in settings.items())})"
         dilated = " DC5" if args.dilation else ""
         names = [name for i, name in zip(*self.label_map.to_dict().values(), strict=True) if i is not None]
         shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
@@ -308,6 +320,9 @@ class Run:
         rows["evaluated images"] = f"{len(self.val_set):,}{truth}, of {args.eval_set}"
         rows["output"] = str(self.output_dir or "none (--output_dir)")
         logger.info("\n".join(f"{name:<18} {text}" for name, text in rows.items()))
+        idle = [f"--{flag}" for flag in CLUSTERING_FLAGS if getattr(args, flag)]
+        if idle and args.encoder_attention != "enact":
+            logger.info("note: %s: no effect with --encoder_attention %s", ", ".join(idle), args.encoder_attention)
         if args.backbone_norm == "frozen" and args.backbone_weights == "none" and not args.resume:
             logger.info("note: a random backbone hardly trains under frozen batch norm; --backbone_norm batch does")
 

@@ -6,7 +6,7 @@ from conftest import SMALL_MODEL, build, parse
 from torch import nn
 from torch.testing import assert_close
 
-from enact_common import acceleration
+from enact_common import UserError, acceleration, arguments, load_variant
 from enact_common.acceleration import Recomputed, checkpoint_activations, compile_parts, prepare
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
 
@@ -108,6 +108,19 @@ def test_compiled_parts_compute_the_same(model_and_batch, monkeypatch):
         model.eval()(batch)
 
 
+def test_compiled_and_recomputed_needs_a_pytorch_that_can(monkeypatch, shapes):
+    flags = ["--coco_path", str(shapes), "--compile", "--checkpoint_activations"]
+    parser = load_variant("detr").main.get_args_parser()
+    monkeypatch.setattr(arguments, "TORCH_VERSION", (2, 4))
+    with pytest.raises(UserError, match="--compile with --checkpoint_activations needs PyTorch 2.15"):
+        parser.check(parser.parse_args(flags))
+    monkeypatch.setattr(arguments, "TORCH_VERSION", (2, 15))
+    parser.check(parser.parse_args(flags))
+
+
+@pytest.mark.skipif(
+    arguments.TORCH_VERSION < arguments.COMPILED_AND_RECOMPUTED, reason="this PyTorch cannot, and the parser says so"
+)
 def test_compiled_and_recomputed(monkeypatch):
     flags = [*SMALL_MODEL["detr"], "--backbone_norm", "frozen", "--dropout", "0"]
     model, images = build("detr", *flags)[0].train(), torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)

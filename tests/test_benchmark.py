@@ -85,8 +85,10 @@ def test_errors_that_say_so_in_words_are_a_lack_of_memory():
 def test_a_killed_process_is_reported():
     outcome = run_isolated(signal.raise_signal, signal.SIGKILL)
     assert outcome == Outcome(OUT_OF_MEMORY, message="killed by signal 9, probably out of memory")
-    assert died(-signal.SIGSEGV) == Outcome(FAILED, message="killed by signal 11")
-    assert died(3) == Outcome(FAILED, message="ended with status 3")
+    assert died(-signal.SIGSEGV, limit=True) == Outcome(FAILED, message="killed by signal 11")
+    assert died(-signal.SIGABRT, limit=True).status == OUT_OF_MEMORY
+    assert died(-signal.SIGABRT, limit=False).status == FAILED
+    assert died(3, limit=True) == Outcome(FAILED, message="ended with status 3")
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="the limit is Linux's")

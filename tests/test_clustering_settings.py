@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from enact_common import NestedTensor, clustering
+from enact_common.arguments import CLUSTERING_FLAGS
 from enact_common.attention import EnactSelfAttention
 from enact_common.checkpoint import load_checkpoint
 from enact_common.clustering import EntropyClustering, count_regions, self_information, smooth
@@ -285,3 +286,24 @@ def test_tokens_that_lie_length_first_are_pooled_alike(combination):
     tokens, mask = torch.randn(30, 3, 4).transpose(0, 1), torch.rand(3, 30) > 0.8
     expected = layer(tokens.contiguous(), key_padding_mask=mask)[0]
     assert_close(layer(tokens, key_padding_mask=mask)[0], expected)
+
+
+def test_an_image_of_padding_alone_does_not_change_the_others_windows():
+    layer = EntropyClustering(8, 1.0, mask_padding=True)
+    tokens, mask = torch.randn(2, 90, 8), torch.zeros(2, 90, dtype=torch.bool)
+    mask[1] = True
+    alone = layer(tokens[:1], key_padding_mask=mask[:1])[0]
+    assert_close(layer(tokens, key_padding_mask=mask)[0][:1], alone)
+
+
+def test_arguments_of_earlier_versions_serve():
+    args = parse("detr")
+    for flag in CLUSTERING_FLAGS:
+        delattr(args, flag)
+    assert clustering_settings(args) == {"sigma": 3.0, **COMBINATIONS[0]}
+
+
+def test_settings_without_effect_are_named(shapes, tmp_path, capfd):
+    argv = [*SMALL_MODEL["detr"], "--encoder_attention", "mhsa", "--epochs", "0", "--enact_per_image"]
+    assert run("detr", "--coco_path", shapes, *argv) == 0
+    assert "note: --enact_per_image: no effect with --encoder_attention mhsa" in capfd.readouterr().out

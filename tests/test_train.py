@@ -1,5 +1,6 @@
 """Runs of the whole command line on small data: training, evaluation, resuming, and how a run can fail."""
 
+import copy
 import functools
 import hashlib
 import http.server
@@ -21,16 +22,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_MODEL, read_log, run
+from conftest import SMALL_MODEL, build, parse, read_log, run
 
 from enact_common import UserError
-from enact_common.checkpoint import check_model_flags, load_checkpoint, save_checkpoint
+from enact_common.checkpoint import check_model_flags, load_checkpoint, optimizer_state_by_name, save_checkpoint
 from enact_common.data import cache, coco
 from enact_common.data.synthetic import make_shapes
-from enact_common.engine import describe_non_finite
+from enact_common.engine import NonFiniteLossError, TrainStep, describe_non_finite, first_non_finite_output
 from enact_common.logs import AverageMeter
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
-from enact_common.optimization import learning_rate_factor, parameter_groups
+from enact_common.optimization import Optimization, build_optimization, learning_rate_factor, parameter_groups
 from enact_common.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -714,3 +715,164 @@ def test_average_meter():
     meter.update({"a": torch.tensor(1.0), "b": torch.tensor(4.0)})
     meter.update({"a": torch.tensor(2.0), "b": torch.tensor(0.0)})
     assert meter.averages() == meter.synchronized() == {"a": 1.5, "b": 2.0}
+
+
+class ToyCriterion(torch.nn.Module):
+    """The loss that a function makes of the model's output."""
+
+    weight_dict = {"loss_toy": 1}
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, outputs, targets):
+        return {"loss_toy": self.function(outputs)}
+
+    def total(self, losses):
+        return losses["loss_toy"]
+
+
+class ToyModel(torch.nn.Module):
+    """A number, times the mean of the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.number = torch.nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, samples):
+        return self.number * samples.tensors.mean()
+
+
+def toy_batch(value: float):
+    """One image of this value, without objects."""
+    target = {"image_id": torch.tensor([7]), "labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
+    return nested_tensor_from_tensor_list([torch.full((3, 4, 4), value)]), [target]
+
+
+def toy_step(function, clip_max_norm=0.1, kind=torch.optim.AdamW):
+    """A training step of the toy model."""
+    model, device = ToyModel(), torch.device("cpu")
+    optimizer = kind(model.parameters(), lr=0.1, fused=True)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    optimization = Optimization(optimizer, lambda *place: None, "none", scaler, clip_max_norm, 1)
+    return TrainStep(model, ToyCriterion(function), optimization, device)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_a_step_that_is_not_finite_changes_nothing(kind, clip):
+    step = toy_step(lambda output: output**2, clip, kind)
+    step(*toy_batch(1.0), "step 0")
+    number = step.model.number.item()
+    assert number < 2
+    step(*toy_batch(math.inf), "step 1")
+    assert step.model.number.item() == number
+    # The next step's wait brings the news, before that step changes anything.
+    with pytest.raises(NonFiniteLossError, match="not finite at step 1, images 7; first tensor at fault: input images"):
+        step(*toy_batch(1.0), "step 2")
+    assert step.model.number.item() == number
+    # Nor did the optimizer count it. Without momentum, SGD holds nothing.
+    assert [state["step"] for state in step.optimization.optimizer.state.values() if state] in ([], [1])
+
+
+def test_the_last_step_is_checked_too():
+    step = toy_step(lambda output: output**2)
+    step(*toy_batch(math.nan), "step 0")
+    with pytest.raises(NonFiniteLossError, match="step 0"):
+        step.check()
+    step.check()
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_gradients_that_are_not_finite_are_found_behind_a_finite_loss(clip):
+    step = toy_step(lambda output: output.sub(2).abs().sqrt(), clip)
+    step(*toy_batch(1.0), "step 0")
+    assert step.model.number.item() == 2
+    with pytest.raises(NonFiniteLossError, match="first tensor at fault: the gradients"):
+        step.check()
+
+
+def test_a_step_waits_for_the_device_once(variant_and_attention, monkeypatch):
+    variant, attention = variant_and_attention
+    flags = [*SMALL_MODEL[variant], "--encoder_attention", attention, "--enc_layers", "3", "--num_classes", "5"]
+    model, criterion, _ = build(variant, *flags)
+    device = torch.device("cpu")
+    step = TrainStep(model.train(), criterion, build_optimization(model, parse(variant, *flags), device), device)
+    images = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in ((64, 72), (60, 80))]
+    boxes = [torch.tensor([[0.5, 0.5, 0.2, 0.3]]), torch.zeros(0, 4)]
+    labels = [torch.tensor([3]), torch.zeros(0, dtype=torch.int64)]
+    targets = [{"boxes": b, "labels": k} for b, k in zip(boxes, labels, strict=True)]
+    batch = nested_tensor_from_tensor_list(images), targets
+    step(*batch)
+    reads = []
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "cpu", "numpy", "nonzero"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args, _name=name, _original=original, **kwargs):
+            # The flag of the step before lies in the host's memory already.
+            if self is not step._finite:
+                reads.append(_name)
+            return _original(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    step(*batch)
+    # ENACT's window lengths, the matching costs, and what NumPy makes of them on the host.
+    assert reads == ["tolist"] * (3 if attention == "enact" else 0) + ["cpu", "numpy"]
+
+
+@pytest.mark.parametrize("sgd", [False, True])
+def test_the_state_of_an_optimizer_that_was_not_fused_goes_on(sgd):
+    """As the original projects saved it: not fused, and moments contiguous where our parameters are not."""
+    flags = [*SMALL_MODEL["detr"], "--weight_decay", "0", *(["--sgd"] if sgd else [])]
+    model = build("detr", *flags)[0].to(memory_format=torch.channels_last)
+    args, device = parse("detr", *flags), torch.device("cpu")
+    groups = [{name: group[name] for name in ("params", "lr")} for group in parameter_groups(model, args.lr, 1e-4)]
+    kind, more = (torch.optim.SGD, {"momentum": 0.9}) if sgd else (torch.optim.AdamW, {})
+    theirs = kind(groups, weight_decay=0, **more)
+    gradients = [[torch.randn_like(p) for p in model.parameters() if p.requires_grad] for _ in range(2)]
+
+    def step(optimizer, values):
+        for parameter, value in zip((p for p in model.parameters() if p.requires_grad), values, strict=True):
+            parameter.grad = value
+        optimizer.step()
+
+    step(theirs, gradients[0])
+    state = theirs.state_dict()
+    for entry in state["state"].values():
+        entry.update({name: value.contiguous() for name, value in entry.items() if torch.is_tensor(value)})
+    before = copy.deepcopy(model.state_dict())
+    # Our order of names is that of the state dict: the numbers need no translation here.
+    saved = {"optimizer": copy.deepcopy(state), "model": before}
+    step(theirs, gradients[1])
+    expected = copy.deepcopy(model.state_dict())
+
+    model.load_state_dict(before)
+    ours = build_optimization(model, args, device).optimizer
+    ours.load_state_dict(optimizer_state_by_name(saved, model, ours))
+    assert all(group["fused"] for group in ours.param_groups)
+    ours.found_inf = torch.zeros(())
+    step(ours, gradients[1])
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_first_step_of_sgd_that_is_skipped_leaves_no_momentum():
+    args = parse("detr", *SMALL_MODEL["detr"], "--sgd")
+    model = torch.nn.Sequential()
+    model.backbone = torch.nn.Linear(64, 64)
+    optimizer = build_optimization(model, args, torch.device("cpu")).optimizer
+    model.backbone.weight.grad = torch.full((64, 64), math.inf)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert all(not entry["momentum_buffer"].any() for entry in optimizer.state.values())
+
+
+def test_modules_that_return_maps_by_name_are_looked_into():
+    model = build("detr", *SMALL_MODEL["detr"], "--backbone_norm", "frozen")[0]
+    conv = model.backbone[0].body["layer3"][0].conv1
+    with torch.no_grad():
+        conv.weight.fill_(3e38)
+    samples = nested_tensor_from_tensor_list([torch.randint(256, (3, 64, 64), dtype=torch.uint8)])
+    found = first_non_finite_output(model, samples)
+    assert found.startswith("output of backbone.0.body.layer3.0 ")

@@ -24,7 +24,7 @@ from enact_common.engine import TrainStep, autocast
 from enact_common.errors import UserError
 from enact_common.nested_tensor import NestedTensor
 from enact_common.optimization import build_optimization
-from enact_common.run import find_device
+from enact_common.run import check_precision, find_device
 from enact_common.variants import VARIANTS, load_variant
 
 # Images a batch of the published measurements.
@@ -58,8 +58,7 @@ def parse_flags(variant: str, device: str, flags: Sequence[str], own: Sequence[s
     parser.set_defaults(device=device, batch_size=BATCH_SIZES[variant], backbone_weights="none")
     args = parser.parse_args([*flags, *own])
     parser.check(args)
-    if args.amp == "fp16" and find_device(args.device).type == "cpu":
-        raise UserError("--amp fp16 needs a GPU: use --amp bf16 or none with --device cpu")
+    check_precision(args.amp, find_device(args.device))
     return args
 
 

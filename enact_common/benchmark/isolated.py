@@ -28,10 +28,6 @@ MEMORY_MESSAGES = (
     "is killed by signal: Killed",  # a data loader's worker
 )
 
-# The signals by which a process that has no memory left ends: the kernel's choice, and C++'s for an exception that
-# nobody catches.
-MEMORY_SIGNALS = (signal.SIGKILL, signal.SIGABRT)
-
 # Bytes that a limited process leaves to all others.
 RESERVE = 256 * 2**20
 
@@ -101,19 +97,20 @@ def run_isolated(function: Callable, *args, limit: bool = False) -> Outcome:
     finally:
         receiver.close()
         process.join()
-    return outcome or died(process.exitcode)
+    return outcome or died(process.exitcode, limit)
 
 
-def died(exitcode: int) -> Outcome:
+def died(exitcode: int, limit: bool) -> Outcome:
     """The outcome of a process that ended without one.
 
     Args:
         exitcode: as `multiprocessing` gives it: negative for a signal.
+        limit: its memory was limited: C++ aborts where nobody catches that an allocation fails.
     """
     if exitcode >= 0:
         return Outcome(FAILED, message=f"ended with status {exitcode}")
     message = f"killed by signal {-exitcode}"
-    if -exitcode in MEMORY_SIGNALS:
+    if -exitcode == signal.SIGKILL or (limit and -exitcode == signal.SIGABRT):
         return Outcome(OUT_OF_MEMORY, message=f"{message}, probably out of memory")
     return Outcome(FAILED, message=message)
 

@@ -141,7 +141,7 @@ def measure(what: Measurement) -> dict[str, list[float]]:
         }
         synchronize = synchronizer(device)
         seconds = take_turns(steps, what.repeat, synchronize, what.warmup)
-        step.finish()
+        step.check()
         criterion.total(criterion(model(on_device[0]), on_device[1])).backward()
         seconds |= take_turns({"optimizer": optimizer}, what.repeat, synchronize, what.warmup)
     both = zip(seconds.pop("encoder"), seconds["encoder attention"], strict=True)

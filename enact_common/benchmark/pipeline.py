@@ -124,7 +124,7 @@ def training_waits(variant: str, args: argparse.Namespace, loader: DataLoader, r
             worked += time.perf_counter() - loaded
         shares.append(waited / (waited + worked))
         seconds.append(worked / steps)
-    step.finish()
+    step.check()
     return {"wait_shares": shares, "step_seconds": seconds}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from enact_common.arguments import AMP_DTYPES, non_negative_float, positive_int
+from enact_common.arguments import non_negative_float, positive_int
 from enact_common.attention import EnactSelfAttention
 from enact_common.benchmark.detectors import counted_clusters
 from enact_common.benchmark.isolated import DONE, FAILED, OUT_OF_MEMORY, Outcome, run_isolated
@@ -33,7 +33,8 @@ from enact_common.benchmark.report import (
 )
 from enact_common.engine import autocast
 from enact_common.errors import UserError
-from enact_common.run import find_device
+from enact_common.optimization import AMP_DTYPE
+from enact_common.run import check_precision, find_device
 from enact_common.variants import load_variant
 
 # Of the layer whose clusters grow with the map.
@@ -336,8 +337,7 @@ def run(args: argparse.Namespace) -> int:
     if args.channels % args.heads:
         raise UserError(f"--channels {args.channels}: must be a multiple of --heads ({args.heads})")
     device = find_device(args.device or default_device())
-    if args.amp == "fp16" and device.type == "cpu":
-        raise UserError("--amp fp16 needs a GPU: use --amp bf16 or none with --device cpu")
+    check_precision(args.amp, device)
     report = Report(args.output_dir, "scaling")
     problem = Problem(args.batch, args.channels, args.heads, args.smooth, str(device), args.amp)
     names = ("batch", "channels", "heads", "smooth", "amp", "repeat")
@@ -391,7 +391,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="blur the random maps by this standard deviation: neighbours in real maps resemble one another, and "
         "clusters become larger (default: 0, no blur)",
     )
-    parser.add_argument("--amp", choices=AMP_DTYPES, default="none", help="mixed precision (default: %(default)s)")
+    parser.add_argument(
+        "--amp", choices=tuple(AMP_DTYPE), default="none", help="mixed precision (default: %(default)s)"
+    )
     parser.add_argument("--device", help="where to compute: cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument(
         "--repeat", type=positive_int, default=9, metavar="N", help="timed runs of each (default: %(default)s)"

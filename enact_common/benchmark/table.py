@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from enact_common.acceleration import prepare
-from enact_common.arguments import AMP_DTYPES, natural_int, positive_int
+from enact_common.arguments import natural_int, positive_int
 from enact_common.benchmark.detectors import (
     BATCH_SIZES,
     add_model_flags,
@@ -44,6 +44,7 @@ from enact_common.benchmark.report import (
 )
 from enact_common.data.coco import find_split
 from enact_common.engine import autocast
+from enact_common.optimization import AMP_DTYPE
 from enact_common.run import find_device
 from enact_common.variants import VARIANTS
 
@@ -105,7 +106,7 @@ def measure(what: Measurement, phase: str) -> dict:
                 samples = samples.pin_memory()
             step = build_train_step(model, criterion, args, device)
             figures = measure_step(lambda: step(samples, targets), what, device)
-            step.finish()
+            step.check()
             return figures
 
         samples = samples.to(device)
@@ -375,7 +376,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     batches = ", ".join(f"{name} {batch}" for name, batch in BATCH_SIZES.items())
     parser.add_argument("--batch", type=positive_int, metavar="N", help=f"images a batch (default: {batches})")
-    parser.add_argument("--amp", choices=AMP_DTYPES, default="none", help="mixed precision (default: %(default)s)")
+    parser.add_argument(
+        "--amp", choices=tuple(AMP_DTYPE), default="none", help="mixed precision (default: %(default)s)"
+    )
     parser.add_argument("--compile", action="store_true", help="pass --compile to the models")
     parser.add_argument("--device", help="where to compute: cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     parser.add_argument(
