@@ -89,7 +89,8 @@ def compile_parts(model: nn.Module, device: torch.device) -> None:
     one line says so and the model stays as it is; a part that cannot be runs as it is, too.
     """
     try:
-        torch.compile(lambda x: x.sin() + 1, backend=BACKEND)(torch.zeros(4, device=device))
+        with torch._dynamo.config.patch(suppress_errors=False):
+            torch.compile(lambda x: x.sin() + 1, backend=BACKEND)(torch.zeros(4, device=device))
     except Exception as error:  # a missing compiler, or one that fails, is a backend's own kind of exception
         cause = getattr(error, "inner_exception", error)
         reason = (str(cause).strip() or "no reason given").splitlines()[0]

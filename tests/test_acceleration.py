@@ -165,7 +165,7 @@ def hundred_losses(variant: str, attention: str, amp: str, shapes) -> torch.Tens
     from enact_common.optimization import build_optimization
 
     torch.manual_seed(0)
-    flags = [*SMALL_MODEL[variant], "--coco_path", str(shapes), "--dropout", "0", "--lr", "3e-4", "--amp", amp]
+    flags = [*SMALL_MODEL[variant], "--coco_path", str(shapes), "--dropout", "0", "--lr", "1e-4", "--amp", amp]
     args = parse(variant, *flags, "--encoder_attention", attention, "--num_classes", "6")
     model, criterion, _ = build(variant, *flags, "--encoder_attention", attention, "--num_classes", "6")
     prepare(model, args, CPU)
@@ -181,7 +181,7 @@ def hundred_losses(variant: str, attention: str, amp: str, shapes) -> torch.Tens
 
 def test_losses_in_bf16_stay_within_two_percent(variant_and_attention, shapes):
     expected, ours = (hundred_losses(*variant_and_attention, amp, shapes) for amp in ("none", "bf16"))
-    # It learns at all, and single steps scatter: tens of them are compared. At several times this learning rate, a
-    # change of a millionth in the features moves float32's own losses by as much.
-    assert expected[-10:].mean() < 0.95 * expected[:10].mean()
+    # It learns at all, and single steps scatter: tens of them are compared. At several times this learning rate, the
+    # plain models' own, a change of a millionth in the features moves float32's losses by as much.
+    assert expected[-10:].mean() < 0.97 * expected[:10].mean()
     assert_close(ours.view(10, 10).mean(1), expected.view(10, 10).mean(1), rtol=0.02, atol=0)

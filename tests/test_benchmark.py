@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from enact_common import backbone
 from enact_common.attention import EnactSelfAttention
-from enact_common.benchmark import detectors, pipeline, report, scaling, table
+from enact_common.benchmark import detectors, parts, pipeline, report, scaling, table
 from enact_common.benchmark.__main__ import build_parser, main
 from enact_common.benchmark.eager import NAIVE_PRODUCTS, eager_attention, replaced
 from enact_common.benchmark.isolated import DONE, FAILED, OUT_OF_MEMORY, Outcome, attempt, died, run_isolated
@@ -30,7 +30,7 @@ from enact_common.nested_tensor import nested_tensor_from_tensor_list
 from enact_common.variants import VARIANTS, load_variant
 
 QUICK = "--size 64 96 --batch 2 --repeat 2 --warmup 1 --device cpu".split()
-COMMANDS = {"table": table, "scaling": scaling, "pipeline": pipeline}
+COMMANDS = {"table": table, "parts": parts, "scaling": scaling, "pipeline": pipeline}
 
 
 @pytest.fixture
@@ -283,6 +283,44 @@ def test_the_table_compares_three_rows(variant, in_process, tmp_path, capsys):
         assert eager["flops_per_image"] == efficient["flops_per_image"]
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_is_taken_apart(variant, in_process, tmp_path, capsys):
+    flags = ["--variants", variant, *QUICK, "--", *SMALL_MODEL[variant]]
+    status, figures = run_benchmark("parts", tmp_path, *flags)
+    assert status == 0, capsys.readouterr().err
+    for row in figures["rows"]:
+        assert row["seconds"].keys() == {*parts.PARTS, parts.WHOLE}
+        assert all(len(runs) == 2 for runs in row["runs"].values())
+        assert row["seconds"]["backbone"]["median"] > 0 and row["seconds"]["encoder attention"]["median"] > 0
+    text = (tmp_path / "parts.md").read_text()
+    assert text.strip() in capsys.readouterr().out and text.count(f"| {detectors.NAMES[variant]}-C5, R18 |") == 3
+    assert len(read_csv(tmp_path / "parts.csv")) == 3
+    assert_is_chart(tmp_path / "parts.png")
+
+
+def test_recorded_calls_run_again_by_themselves():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    x = torch.randn(2, 3, requires_grad=True)
+    with parts.recorded_calls([model[0]], "forward") as calls:
+        result = model(x * 2)
+    assert "forward" not in vars(model[0])
+    (call,) = calls
+    again = call.function(*parts.detached(call.args))
+    assert torch.equal(torch.relu(again), result)
+    # Its graph ends at what the call was given.
+    again.sum().backward()
+    assert x.grad is None and model[0].weight.grad is not None
+
+
+def test_values_are_detached_however_deep():
+    tensor = torch.ones(2, requires_grad=True) * 2
+    constant, samples = torch.zeros(2), nested_tensor_from_tensor_list([torch.ones(3, 4, 4)])
+    value = {"a": [tensor, (constant, 1)], "b": samples}
+    found = parts.detached(value)
+    assert parts.differentiable(value) == [tensor] and len(parts.differentiable(found)) == 1
+    assert found["a"][0].is_leaf and found["a"][1][1] == 1 and torch.equal(found["b"].tensors, samples.tensors)
+
+
 def test_the_table_in_processes_of_its_own_on_real_images(shapes, tmp_path, capsys):
     flags = ["--variants", "conditional", "--rows", "enact", "--coco_path", str(shapes), *QUICK]
     status, figures = run_benchmark("table", tmp_path, *flags, "--", *SMALL_MODEL["conditional"])
@@ -516,7 +554,7 @@ def test_documented_commands_are_commands():
     commands = []
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         commands += re.findall(r"python -m enact_common\.benchmark (.+?)(?:`|\)|$)", path.read_text(), re.MULTILINE)
-    assert {command.split()[0] for command in commands} == {"table", "scaling", "pipeline", "rowcol"}
+    assert {command.split()[0] for command in commands} == {*COMMANDS, "rowcol"}
     for command in commands:
         build_parser().parse_args(shlex.split(command, comments=True))
 

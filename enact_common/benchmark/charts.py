@@ -75,10 +75,10 @@ def grouped_bars(
     axes.set_axisbelow(True)
 
 
-def finish(figure: Figure, title: str, handles: Sequence, path: Path) -> None:
-    """Give a figure its title and one legend for all panels, and write it."""
+def finish(figure: Figure, title: str, handles: Sequence, path: Path, columns: int | None = None) -> None:
+    """Give a figure its title and one legend for all panels, in one row or in so many columns, and write it."""
     figure.suptitle(title, fontsize=9)
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns or len(handles), frameon=False)
     figure.savefig(path, dpi=150)
 
 
@@ -150,30 +150,25 @@ def draw_scaling(figures: dict, path: Path) -> None:
         figures: of the command `scaling`.
         path: PNG to write.
     """
-    canvas = Figure(figsize=(11, 5), layout="constrained")
+    canvas = Figure(figsize=(11, 6), layout="constrained")
     times, memories = canvas.subplots(1, 2)
     handles = []
     for name in dict.fromkeys(row["layer"] for row in figures["rows"]):
         rows = [row for row in figures["rows"] if row["layer"] == name]
         style = {"marker": "o", "markersize": 4, "color": LAYER_COLOURS[name]}
-        handles.append(Line2D([], [], label=LAYERS[name], **style))
-        for axes, kind, points in (
-            (times, "time", [(row["tokens"], row["seconds"]["median"] * 1000) for row in rows if row["seconds"]]),
-            (memories, "memory", [(row["tokens"], row["memory"] / MIB) for row in rows if row["memory"]]),
+        fits = [f"{kind} $N^{{{fit:.2f}}}$" for kind, fit in figures["fits"][name].items() if fit is not None]
+        handles.append(Line2D([], [], label=f"{LAYERS[name]}: {', '.join(fits)}" if fits else LAYERS[name], **style))
+        for axes, points in (
+            (times, [(row["tokens"], row["seconds"]["median"] * 1000) for row in rows if row["seconds"]]),
+            (memories, [(row["tokens"], row["memory"] / MIB) for row in rows if row["memory"]]),
         ):
             if points:
                 axes.plot(*zip(*points, strict=True), **style)
-                exponent = figures["fits"][name][kind]
-                if exponent is not None:
-                    text = f" $N^{{{exponent:.2f}}}$"
-                    axes.annotate(text, points[-1], color=LAYER_COLOURS[name], verticalalignment="center")
     tokens = sorted({row["tokens"] for row in figures["rows"]})
     for axes, title in ((times, "time of a step, ms"), (memories, "memory of a step, MiB")):
         axes.set(xscale="log", yscale="log", xlabel="tokens N", ylabel=title)
         axes.set_xticks(tokens, [str(number) for number in tokens], rotation=45)
         axes.set_xticks([], minor=True)
-        # Room for the exponents.
-        axes.set_xlim(0.85 * tokens[0], 1.6 * tokens[-1])
         axes.yaxis.set_major_formatter("{x:g}")
         axes.grid(which="both", alpha=0.25)
     settings = figures["settings"]
@@ -182,7 +177,7 @@ def draw_scaling(figures: dict, path: Path) -> None:
         f"One layer, forward and backward: batch {settings['batch']}, d = {settings['channels']}, "
         f"{settings['heads']} heads, {precision_text(settings['amp'])}{smooth}\n{figures['machine']}"
     )
-    finish(canvas, title, handles, path)
+    finish(canvas, title, handles, path, columns=2)
 
 
 def draw_pipeline(figures: dict, path: Path) -> None:
@@ -208,7 +203,7 @@ def draw_pipeline(figures: dict, path: Path) -> None:
     rates, waits = canvas.subplots(1, 2)
     groups = [str(number) for number in workers]
     grouped_bars(rates, groups, bars("images_per_second", 1), CACHE_COLOURS, ".0f")
-    grouped_bars(waits, groups, bars("wait_share", 100), CACHE_COLOURS, ".0f")
+    grouped_bars(waits, groups, bars("wait_share", 100), CACHE_COLOURS, ".2g")
     waits.yaxis.set_major_formatter(PercentFormatter())
     rates.set(xlabel="workers", ylabel="the loader alone, images a second")
     waits.set(xlabel="workers", ylabel="part of training that waits for the loader")
