@@ -5,6 +5,10 @@ import os
 import sys
 from pathlib import Path
 
+# Before PyTorch is imported, and for the processes that tests start: models this small gain nothing from threads, and
+# wait for one another where other work shares the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 import torch
