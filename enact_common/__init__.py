@@ -3,14 +3,18 @@
 from enact_common.attention import EnactSelfAttention
 from enact_common.clustering import EntropyClustering
 from enact_common.errors import UserError
+from enact_common.inference import Detections, LoadedDetector, load_detector
 from enact_common.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 from enact_common.variants import load_variant
 
 __all__ = [
+    "Detections",
     "EnactSelfAttention",
     "EntropyClustering",
+    "LoadedDetector",
     "NestedTensor",
     "UserError",
+    "load_detector",
     "load_variant",
     "nested_tensor_from_tensor_list",
 ]

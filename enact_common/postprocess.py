@@ -19,10 +19,9 @@ def boxes_in_pixels(boxes: Tensor, target_sizes: Tensor) -> Tensor:
     return box_cxcywh_to_xyxy(boxes) * scale
 
 
-def detections(scores: Tensor, labels: Tensor, boxes: Tensor) -> list[dict[str, Tensor]]:
-    """Tensors (batch, n, ...) as a dict for each image."""
-    images = zip(scores, labels, boxes, strict=True)
-    return [{"scores": score, "labels": label, "boxes": box} for score, label, box in images]
+def detections(**tensors: Tensor) -> list[dict[str, Tensor]]:
+    """Tensors (batch, n, ...) by name as a dict for each image."""
+    return [dict(zip(tensors, image, strict=True)) for image in zip(*tensors.values(), strict=True)]
 
 
 class PostProcess(nn.Module):
@@ -39,15 +38,16 @@ class PostProcess(nn.Module):
                 the image's size before any resizing.
 
         Returns:
-            for each image `scores` (Q,) in [0, 1], `labels` int64 (Q,), `boxes` (Q, 4) xyxy in pixels; in the order
-            of the queries.
+            for each image `scores` (Q,) in [0, 1], `labels` int64 (Q,), `boxes` (Q, 4) xyxy in pixels, and `queries`
+            int64 (Q,), which query each is of: here, their order.
 
         Raises:
             ValueError: target_sizes is not (batch, 2).
         """
         boxes = boxes_in_pixels(outputs["pred_boxes"].float(), target_sizes)
         scores, labels = outputs["pred_logits"].float().softmax(dim=-1)[..., :-1].max(dim=-1)  # (batch, Q) each
-        return detections(scores, labels, boxes)
+        queries = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+        return detections(scores=scores, labels=labels, boxes=boxes, queries=queries)
 
 
 class TopKPostProcess(nn.Module):
@@ -73,7 +73,7 @@ class TopKPostProcess(nn.Module):
 
         Returns:
             for each image, with n = min(count, Q classes): `scores` (n,) in [0, 1], falling, `labels` int64 (n,),
-            `boxes` (n, 4) xyxy in pixels.
+            `boxes` (n, 4) xyxy in pixels, `queries` int64 (n,), which query each is of.
 
         Raises:
             ValueError: target_sizes is not (batch, 2).
@@ -83,5 +83,6 @@ class TopKPostProcess(nn.Module):
         num_classes = probability.shape[-1]
         pairs = probability.flatten(1)  # (batch, Q classes)
         scores, index = pairs.topk(min(self.count, pairs.shape[1]), dim=1)  # (batch, n) each
-        query = (index // num_classes).unsqueeze(-1).expand(-1, -1, 4)  # (batch, n, 4)
-        return detections(scores, index % num_classes, boxes.gather(1, query))
+        queries = index // num_classes  # (batch, n)
+        chosen = boxes.gather(1, queries.unsqueeze(-1).expand(-1, -1, 4))  # (batch, n, 4)
+        return detections(scores=scores, labels=index % num_classes, boxes=chosen, queries=queries)

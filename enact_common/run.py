@@ -31,6 +31,7 @@ from enact_common.checkpoint import (
 from enact_common.data.cache import cache_images
 from enact_common.data.categories import LabelMap
 from enact_common.data.coco import CocoDetection, collate, find_split
+from enact_common.device import check_precision, find_device
 from enact_common.distributed import gather_objects, get_rank, get_world_size, init_distributed_mode, is_main_process
 from enact_common.engine import NonFiniteLossError, evaluate, train_one_epoch
 from enact_common.errors import UserError
@@ -96,36 +97,9 @@ def find_latest(args: argparse.Namespace) -> None:
         args.resume = str(latest) if latest.is_file() else ""
 
 
-def find_device(name: str) -> torch.device:
-    """The device that `--device` names.
-
-    Raises:
-        UserError: there is no such device here.
-    """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: not a device's name; use cuda, cuda:1 or cpu") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: PyTorch sees no GPU here; pass --device cpu, or check the driver")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here")
-    return device
-
-
 def use_one_thread(worker: int) -> None:
     """Keep OpenCV in a loader's worker process to one thread: the workers are the parallelism."""
     cv2.setNumThreads(0)
-
-
-def check_precision(amp: str, device: torch.device) -> None:
-    """Refuse a precision that a device does not have.
-
-    Raises:
-        UserError: naming the ways out.
-    """
-    if amp == "fp16" and device.type == "cpu":
-        raise UserError("--amp fp16 needs a GPU: use --amp bf16 or none with --device cpu")
 
 
 def make_loader(dataset: CocoDetection, args: argparse.Namespace, device: torch.device, train: bool) -> DataLoader:

@@ -20,11 +20,11 @@ from enact_common.clustering import EntropyClustering
 from enact_common.data.coco import CocoDetection, collate, find_split
 from enact_common.data.transforms import to_model_input
 from enact_common.detector import num_classes_of
+from enact_common.device import check_precision, find_device
 from enact_common.engine import TrainStep, autocast
 from enact_common.errors import UserError
 from enact_common.nested_tensor import NestedTensor
 from enact_common.optimization import build_optimization
-from enact_common.run import check_precision, find_device
 from enact_common.variants import VARIANTS, load_variant
 
 # Images a batch of the published measurements.

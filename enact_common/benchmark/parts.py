@@ -18,8 +18,8 @@ from enact_common.benchmark.isolated import DONE, FAILED, run_isolated
 from enact_common.benchmark.measuring import spread, synchronizer, take_turns
 from enact_common.benchmark.report import LEFT, RIGHT, Report, figure, heading, markdown_table
 from enact_common.benchmark.table import ROWS, Measurement
+from enact_common.device import find_device
 from enact_common.engine import autocast, to_device
-from enact_common.run import find_device
 
 # In the order in which a step passes through them.
 PARTS = ("backbone", "encoder attention", "encoder, the rest", "decoder", "losses", "optimizer")

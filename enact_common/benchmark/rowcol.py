@@ -13,7 +13,7 @@ from torch import Tensor
 from enact_common.arguments import positive_int
 from enact_common.benchmark.eager import naive_clustered, naive_row_column
 from enact_common.benchmark.measuring import machine, synchronizer, take_turns
-from enact_common.run import find_device
+from enact_common.device import find_device
 from enact_common.variants import load_variant
 
 # (H, W, clusters) and (H, W, queries): maps of images of 800 x 1333 and 640 x 800 pixels at stride 16, with a cluster

@@ -31,10 +31,10 @@ from enact_common.benchmark.report import (
     precision_text,
     quotient,
 )
+from enact_common.device import check_precision, find_device
 from enact_common.engine import autocast
 from enact_common.errors import UserError
 from enact_common.optimization import AMP_DTYPE
-from enact_common.run import check_precision, find_device
 from enact_common.variants import load_variant
 
 # Of the layer whose clusters grow with the map.

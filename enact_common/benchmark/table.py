@@ -43,9 +43,9 @@ from enact_common.benchmark.report import (
     quotient,
 )
 from enact_common.data.coco import find_split
+from enact_common.device import find_device
 from enact_common.engine import autocast
 from enact_common.optimization import AMP_DTYPE
-from enact_common.run import find_device
 from enact_common.variants import VARIANTS
 
 # Rows of each model: name to (words, value of --encoder_attention).
