@@ -20,6 +20,9 @@ PLAIN_LR = 1e-4
 LR_SCHEDULES = ("step", "cosine")
 CACHE_MODES = ("encoded", "decoded")
 
+# Remembers about a thousand steps: some epochs of a small data set, a hundredth of COCO's training.
+EMA_DECAY = 0.999
+
 # The groups of flags that variants add to.
 MODEL = "model"
 LOSSES = "matching and losses"
@@ -123,6 +126,14 @@ def fraction(text: str) -> float:
     return value
 
 
+def decay(text: str) -> float:
+    """A number from 0 to below 1, for argparse."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to below 1, got {text}")
+    return value
+
+
 def boolean(text: str) -> bool:
     """True or false in one of the customary words, for argparse."""
     word = text.lower()
@@ -188,6 +199,14 @@ def add_data_flags(group) -> None:
         "--coco_path", type=str, metavar="DIR",
         help="folder with train2017/, val2017/ (or images/train2017, ...) and annotations/instances_*2017.json",
     )  # fmt: skip
+    for split, purpose in (("train", "train on"), ("val", "evaluate on")):
+        group.add_argument(
+            f"--{split}_images", type=str, metavar="DIR",
+            help=f"folder of the images to {purpose}, where they are not laid out like COCO; goes before --coco_path",
+        )  # fmt: skip
+        group.add_argument(
+            f"--{split}_annotations", type=str, metavar="FILE", help=f"COCO-format JSON; goes with --{split}_images"
+        )
     group.add_argument(
         "--num_classes", type=positive_int, metavar="N",
         help="labels; default: 91 where the categories are COCO's own, else as many as the annotations have",
@@ -327,6 +346,19 @@ def add_training_flags(group) -> None:
     group.add_argument(
         "--accumulate", type=positive_int, default=1, metavar="N", help="batches whose gradients make one step"
     )
+    group.add_argument(
+        "--freeze", nargs="+", default=[], metavar="NAME",
+        help="parameters whose name contains one of these keep their values: backbone, encoder, ...; default: none",
+    )  # fmt: skip
+    group.add_argument(
+        "--ema", type=decay, nargs="?", const=EMA_DECAY, metavar="DECAY",
+        help="evaluate an exponential moving average of the weights, which this much of remains after a step "
+        f"(without a number {EMA_DECAY}; less in the first steps); default: none",
+    )  # fmt: skip
+    group.add_argument(
+        "--early_stop", type=positive_int, metavar="N",
+        help="end after N evaluations in a row without a better AP; default: train all --epochs",
+    )  # fmt: skip
     group.add_argument("--weight_decay", type=non_negative_float, default=1e-4, metavar="RATE", help="the optimizer's")
     group.add_argument("--epochs", type=natural_int, default=300, metavar="N", help="train up to this many in all")
     group.add_argument(
@@ -386,6 +418,11 @@ def add_run_flags(group) -> None:
         "--resume", default="", metavar="CKPT", help="checkpoint to go on from or to evaluate: a path or an https URL"
     )
     group.add_argument(
+        "--pretrained", default="", metavar="CKPT",
+        help="checkpoint to begin a training from, of other classes or settings too: what fits is taken, plain "
+        "attention is converted to ENACT, the rest is listed; --resume goes before it",
+    )  # fmt: skip
+    group.add_argument(
         "--auto_resume", action="store_true",
         help="go on from OUTPUT_DIR/checkpoint.pth where there is one, else start anew; --resume goes before it",
     )  # fmt: skip
@@ -419,8 +456,7 @@ def check_arguments(args) -> None:
         )
     if args.dataset_file != "coco":
         raise UserError(f"--dataset_file {args.dataset_file}: no such kind of data set, use coco")
-    if not args.coco_path:
-        raise UserError("--coco_path is missing: pass the folder that holds train2017, val2017 and annotations")
+    check_own_data(args)
     if args.dilation and args.backbone in SHALLOW_BACKBONES:
         raise UserError(
             f"--backbone {args.backbone} has no dilated form: pass --no-dilation, or --backbone resnet50 or resnet101"
@@ -454,12 +490,40 @@ def check_arguments(args) -> None:
             "--eval_set test: its images have no annotations, so there is nothing to follow a training with; pass "
             "--eval --resume CKPT, or another --eval_set"
         )
-    if args.eval and not args.resume:
-        raise UserError("--eval needs the checkpoint to evaluate: pass --resume CKPT")
+    if args.eval and not (args.resume or args.pretrained):
+        raise UserError(
+            "--eval needs the checkpoint to evaluate: pass --resume CKPT; or --pretrained CKPT, to see what of it fits "
+            "another model does there"
+        )
+    if args.lr_drop_epochs and args.lr_schedule != "step":
+        raise UserError(f"--lr_drop_epochs has no effect with --lr_schedule {args.lr_schedule}: leave one of them out")
     if args.eval_set == "test" and not args.output_dir:
         raise UserError("--eval_set test needs a folder for results.json, nothing else remains: pass --output_dir DIR")
     if args.set_cost_class == args.set_cost_bbox == args.set_cost_giou == 0:
         raise UserError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: matching needs one of them")
+
+
+def check_own_data(args) -> None:
+    """Refuse a data set that is named by halves.
+
+    Raises:
+        UserError: naming the flag that is missing.
+    """
+    needed = [args.eval_set] if args.eval else ["train", args.eval_set]
+    own = {split: vars(args).get(f"{split}_images") for split in needed}
+    for split in ("train", "val"):
+        pair = {flag: getattr(args, flag) for flag in (f"{split}_images", f"{split}_annotations")}
+        if any(pair.values()) and not all(pair.values()):
+            (missing,) = (flag for flag, value in pair.items() if not value)
+            raise UserError(f"--{missing} is missing: images and annotations of one's own are named together")
+    if any(own.values()) and not all(own.values()):
+        missing = next(split for split, folder in own.items() if not folder)
+        raise UserError(f"the images to evaluate on or to train on are missing: pass --{missing}_images too")
+    if not any(own.values()) and not args.coco_path:
+        raise UserError(
+            "--coco_path is missing: pass the folder that holds train2017, val2017 and annotations, or --train_images, "
+            "--train_annotations, --val_images and --val_annotations"
+        )
 
 
 def check_position_embedding(args) -> None:

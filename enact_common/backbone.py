@@ -226,9 +226,9 @@ class Joiner(nn.Sequential):
 def build_resnet(args, return_interm_layers: bool = False) -> Backbone:
     """The backbone that the arguments ask for, without position encoding.
 
-    With `--resume` or `--eval` nothing is fetched: the checkpoint has the backbone's weights.
+    With `--resume`, `--pretrained` or `--eval` nothing is fetched: the checkpoint has the backbone's weights.
     """
-    from_checkpoint = args.resume or args.eval
+    from_checkpoint = args.resume or args.pretrained or args.eval
     return Backbone(
         args.backbone,
         train_backbone=args.lr_backbone > 0,

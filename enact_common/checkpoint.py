@@ -67,7 +67,7 @@ def download(url: str) -> Path:
             torch.hub.download_url_to_file(url, str(path), named.group(1) if named else None)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"--resume {url}: cannot be downloaded ({error}); download it elsewhere and pass its path"
+                f"{url}: cannot be downloaded ({error}); download it elsewhere and pass its path"
             ) from error
     return path
 
@@ -95,15 +95,28 @@ def check_model_flags(source: str, saved: dict[str, Any], args: argparse.Namespa
     Raises:
         UserError: naming the flags to pass.
     """
+    differing = differing_flags(saved, args)
+    if differing:
+        asked = ", ".join(written(flag, saved[flag]) for flag in differing)
+        raise UserError(
+            f"{source}: was made with other flags than this run's. Pass, as then: {asked}; or begin a training with "
+            "what fits of it: --pretrained in place of --resume"
+        )
+
+
+def differing_flags(saved: dict[str, Any], args: argparse.Namespace) -> list[str]:
+    """The model's flags that a checkpoint was made with other values of.
+
+    Args:
+        saved: the checkpoint's arguments. Flags that they do not know are passed over.
+        args: this run's arguments.
+    """
     flags = [flag for flag in MODEL_FLAGS if flag != "smoothing_sigma" or args.encoder_attention == "enact"]
-    differing = [
+    return [
         flag
         for flag in flags
         if None not in (saved.get(flag), getattr(args, flag, None)) and saved[flag] != getattr(args, flag)
     ]
-    if differing:
-        asked = ", ".join(written(flag, saved[flag]) for flag in differing)
-        raise UserError(f"{source}: was made with other flags than this run's. Pass, as then: {asked}")
 
 
 def written(flag: str, value: Any) -> str:

@@ -148,6 +148,8 @@ class TrainStep:
             optimizer.found_inf = (~finite).float()
         scaler.step(optimizer)
         scaler.update()
+        if self.optimization.average is not None:
+            self.optimization.average.update(getattr(self.model, "module", self.model))
         return finite
 
     def check(self) -> None:
@@ -196,6 +198,7 @@ def train_one_epoch(
         NonFiniteLossError: the loss or the gradients are not finite. The weights are those before that batch.
     """
     model.train()
+    keep_frozen_norms(model)
     criterion.train()
     meter = AverageMeter()
     step = TrainStep(model, criterion, optimization, device)
@@ -218,6 +221,13 @@ def train_one_epoch(
     step.check()
     averages = loss_report(meter.synchronized(), criterion.weight_dict)
     return {"lr": optimizer.param_groups[0]["lr"], **averages}
+
+
+def keep_frozen_norms(model: nn.Module) -> None:
+    """Let batch norms that do not train keep their statistics too (`--freeze`), after `model.train()`."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()
 
 
 def describe_non_finite(

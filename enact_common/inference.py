@@ -18,7 +18,7 @@ from enact_common.checkpoint import load_checkpoint, load_model
 from enact_common.data.categories import LabelMap, coco_names
 from enact_common.data.coco import decode_image
 from enact_common.data.transforms import eval_transforms
-from enact_common.device import find_device
+from enact_common.device import default_device, find_device
 from enact_common.errors import UserError
 from enact_common.variants import VARIANTS, load_variant
 
@@ -169,9 +169,7 @@ def load_detector(
         UserError: the file is missing, is no checkpoint, or fits no variant.
     """
     source = str(checkpoint)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    device = find_device(str(device))
+    device = find_device(default_device() if device is None else str(device))
     state = load_checkpoint(source)
     variant = variant_of(state)
     if variant is None:
@@ -211,20 +209,25 @@ def arguments_of(checkpoint: dict[str, Any], variant: str) -> tuple[argparse.Nam
             setattr(args, flag, saved[flag])
     # Nothing is fetched, and nothing trains.
     args.backbone_weights, args.aux_loss = "none", False
-    if "label_map" in checkpoint:
-        label_map = LabelMap.from_dict(checkpoint["label_map"])
-    else:
-        heads = [tensor for name, tensor in weights.items() if name.endswith("class_embed.bias")]
-        heads += [tensor for name, tensor in weights.items() if name.endswith("class_embed.0.bias")]
-        # DETR's last logit is no object.
-        label_map = unnamed_labels(len(heads[0]) - (variant == "detr")) if heads else unnamed_labels(len(coco_names()))
+    label_map = labels_of(checkpoint, variant)
     args.num_classes = label_map.num_classes
     return args, label_map
 
 
-def unnamed_labels(count: int) -> LabelMap:
-    """The labels of a checkpoint that does not name them: COCO's where there are as many, else numbers."""
+def labels_of(checkpoint: dict[str, Any], variant: str) -> LabelMap:
+    """What a checkpoint's labels mean; where it does not say: COCO's classes if there are as many, else numbers.
+
+    Args:
+        checkpoint: of `load_checkpoint`.
+        variant: a key of `VARIANTS`.
+    """
+    if "label_map" in checkpoint:
+        return LabelMap.from_dict(checkpoint["label_map"])
     names = coco_names()
+    heads = (t for name, t in checkpoint["model"].items() if name.endswith(("class_embed.bias", "class_embed.0.bias")))
+    head = next(heads, None)
+    # DETR's last logit is no object.
+    count = len(names) if head is None else len(head) - (variant == "detr")
     if count == len(names):
         ids = tuple(None if name == "N/A" else i for i, name in enumerate(names))
         return LabelMap(ids, names)

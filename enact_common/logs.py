@@ -145,6 +145,12 @@ class RunLog:
             return False
         return any(row.get("epoch") == epoch for row in read_log(self._path))
 
+    def precisions(self, epochs: int) -> list[float]:
+        """The AP of each evaluation in the first so many epochs, in their order."""
+        rows = read_log(self._path) if self._path and self._path.is_file() else []
+        figures = {row.get("epoch"): row.get("test_coco_eval_bbox") for row in rows}
+        return [figures[epoch][0] for epoch in range(epochs) if figures.get(epoch)]
+
     def write(self, epoch: int, stats: dict) -> None:
         """Add an epoch: scalars, and the list `test_coco_eval_bbox` of COCO's twelve figures."""
         if not self._path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from enact_common.averaging import WeightAverage
 from enact_common.errors import UserError
 
 AMP_DTYPE = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -24,6 +25,7 @@ class Optimization:
         scaler: scales the loss under fp16; disabled otherwise.
         clip_max_norm: largest norm of all gradients together; 0 does not clip.
         accumulate: batches whose gradients make one step.
+        average: of the weights over the steps; None for none.
     """
 
     optimizer: torch.optim.Optimizer
@@ -32,15 +34,19 @@ class Optimization:
     scaler: torch.amp.GradScaler
     clip_max_norm: float
     accumulate: int
+    average: WeightAverage | None = None
 
 
-def build_optimization(model: nn.Module, args: argparse.Namespace, device: torch.device) -> Optimization:
+def build_optimization(
+    model: nn.Module, args: argparse.Namespace, device: torch.device, average: WeightAverage | None = None
+) -> Optimization:
     """The optimizer that the arguments ask for, and what goes with it.
 
     Args:
         model: on its device.
         args: parsed arguments.
         device: where the model is.
+        average: of the model's weights, to be kept up; None for none.
 
     Raises:
         UserError: a name that asks for a learning rate fits no parameter.
@@ -78,7 +84,21 @@ def build_optimization(model: nn.Module, args: argparse.Namespace, device: torch
             group["lr"] = group["initial_lr"] * factor
 
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
-    return Optimization(optimizer, set_learning_rate, args.amp, scaler, args.clip_max_norm, args.accumulate)
+    return Optimization(optimizer, set_learning_rate, args.amp, scaler, args.clip_max_norm, args.accumulate, average)
+
+
+def freeze(model: nn.Module, parts: Sequence[str]) -> None:
+    """Keep the parameters as they are whose name contains one of the parts (`--freeze`).
+
+    Raises:
+        UserError: no parameter's name contains a part, or nothing would be left to train.
+    """
+    check_parameter_names(model, "--freeze", parts)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in parts):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"--freeze {' '.join(parts)}: nothing is left to train; name fewer parts")
 
 
 def parameter_groups(

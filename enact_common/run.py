@@ -2,7 +2,9 @@
 
 import argparse
 import logging
+import math
 import random
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from enact_common.acceleration import prepare
 from enact_common.arguments import CLUSTERING_FLAGS, VariantParser
+from enact_common.averaging import WeightAverage
 from enact_common.backbone import load_backbone_weights
 from enact_common.checkpoint import (
     check_model_flags,
@@ -28,22 +31,28 @@ from enact_common.checkpoint import (
     restore_random_states,
     save_checkpoint,
 )
+from enact_common.data.build import data_files
 from enact_common.data.cache import cache_images
 from enact_common.data.categories import LabelMap
-from enact_common.data.coco import CocoDetection, collate, find_split
-from enact_common.device import check_precision, find_device
+from enact_common.data.coco import CocoDetection, collate
+from enact_common.device import check_precision, find_device, peak_memory, start_counting_memory
 from enact_common.distributed import gather_objects, get_rank, get_world_size, init_distributed_mode, is_main_process
 from enact_common.engine import NonFiniteLossError, evaluate, train_one_epoch
 from enact_common.errors import UserError
 from enact_common.evaluation.coco import CocoBoxEvaluator, figures_text, per_class_text
+from enact_common.files import write_atomically
 from enact_common.layers import clustering_settings
 from enact_common.logs import RunLog, setup_logging
-from enact_common.optimization import Optimization, build_optimization, drops_until
+from enact_common.optimization import Optimization, build_optimization, drops_until, freeze
+from enact_common.pretrained import load_pretrained
 
 logger = logging.getLogger("enact")
 
 # The checkpoint that each epoch replaces, in `--output_dir`.
 LATEST = "checkpoint.pth"
+
+# Its copy at the evaluation with the highest AP so far.
+BEST = "best.pth"
 
 # Checkpoints that are kept beside the latest, every so many epochs, as the original does.
 KEEP_EVERY = 100
@@ -162,10 +171,12 @@ class Run:
                 "be a folder that all machines share, or pass --resume CKPT"
             )
         checkpoint = load_checkpoint(args.resume) if args.resume else None
+        # A run that goes on has left what it began from behind.
+        self.pretrained = load_checkpoint(args.pretrained) if args.pretrained and not checkpoint else None
         if checkpoint and checkpoint.get("variant", self.variant) != self.variant:
             raise UserError(f"{args.resume}: is a checkpoint of the variant {checkpoint['variant']}")
         self.check_paths()
-        if not args.resume:
+        if not checkpoint and not self.pretrained:
             # Fails here, before annotations are read, where weights cannot be had.
             load_backbone_weights(args.backbone, args.backbone_weights)
         self.seed()
@@ -183,7 +194,7 @@ class Run:
         """Refuse missing data, and an output folder that another run would be lost in; create that folder."""
         args = self.args
         for split in (args.eval_set,) if args.eval else ("train", args.eval_set):
-            find_split(args.coco_path, split)
+            data_files(args, split)
         self.output_dir = Path(args.output_dir) if args.output_dir else None
         if self.output_dir is None:
             return
@@ -247,9 +258,23 @@ class Run:
         if checkpoint:
             check_model_flags(args.resume, checkpoint.get("args", {}), args)
             restore_clustering_flags(checkpoint.get("args", {}), args)
+        elif self.pretrained:
+            restore_clustering_flags(self.pretrained["args"], args)
         self.model, self.criterion, self.postprocessors = self.build_model(args)
         if checkpoint:
-            load_model(self.model, checkpoint["model"], args.resume)
+            weights = checkpoint["model"]
+            if args.eval and checkpoint.get("model_ema"):
+                weights = checkpoint["model_ema"]
+                logger.info("%s: evaluating its averaged weights (--ema)", args.resume)
+            load_model(self.model, weights, args.resume)
+        elif self.pretrained:
+            load_pretrained(self.model, self.pretrained, self.variant, args, self.label_map)
+        if not args.eval:
+            freeze(self.model, args.freeze)
+        # A copy, so from before parts of the model are compiled.
+        self.average = None if args.ema is None or args.eval else WeightAverage(self.model, args.ema)
+        if self.average:
+            self.average.prepare(args, self.device)
         prepare(self.model, args, self.device)
         self.criterion.to(self.device)
         self.wrapped = self.model
@@ -276,7 +301,7 @@ class Run:
             "model": f"{self.variant}, {args.backbone}{dilated}, {self.model.num_queries} queries",
             "encoder attention": attention,
             "parameters": f"{self.num_parameters:,} trained",
-            "weights": args.resume or f"backbone {args.backbone_weights}, the rest random",
+            "weights": args.resume or args.pretrained or f"backbone {args.backbone_weights}, the rest random",
             "classes": f"{len(names)} ({shown}), {args.num_classes} labels",
             "device": f"{self.device}, {processes} {'process' if processes == 1 else 'processes'}, {precision}",
         }
@@ -290,6 +315,10 @@ class Run:
                 "learning rates": f"{rates}; {args.lr_schedule} schedule",
                 "epochs": f"{args.start_epoch} to {args.epochs}, {len(self.train_loader)} batches each",
             }
+            if args.freeze:
+                rows["frozen"] = f"what is named with {', '.join(args.freeze)}"
+            if args.ema is not None:
+                rows["evaluated weights"] = f"averaged over the steps, decay {args.ema:g}"
         truth = "" if args.eval_set == "test" else f" with {self.val_set.num_objects:,} objects"
         rows["evaluated images"] = f"{len(self.val_set):,}{truth}, of {args.eval_set}"
         rows["output"] = str(self.output_dir or "none (--output_dir)")
@@ -297,7 +326,7 @@ class Run:
         idle = [f"--{flag}" for flag in CLUSTERING_FLAGS if getattr(args, flag)]
         if idle and args.encoder_attention != "enact":
             logger.info("note: %s: no effect with --encoder_attention %s", ", ".join(idle), args.encoder_attention)
-        if args.backbone_norm == "frozen" and args.backbone_weights == "none" and not args.resume:
+        if args.backbone_norm == "frozen" and args.backbone_weights == "none" and not (args.resume or args.pretrained):
             logger.info("note: a random backbone hardly trains under frozen batch norm; --backbone_norm batch does")
 
     def resume(self, checkpoint: dict, optimization: Optimization) -> None:
@@ -319,6 +348,8 @@ class Run:
         kept = [(group["name"], group["initial_lr"]) for group in optimization.optimizer.param_groups]
         if kept != asked:
             logger.info("note: the checkpoint's learning rates go on, not this command's")
+        if self.average and checkpoint.get("model_ema"):
+            self.average.load(checkpoint["model_ema"], checkpoint["ema_steps"])
         if checkpoint.get("scaler"):
             optimization.scaler.load_state_dict(checkpoint["scaler"])
         if "random_states" in checkpoint:
@@ -328,12 +359,13 @@ class Run:
     def train(self, checkpoint: dict | None) -> None:
         """Train to the last epoch; after each, save, evaluate and log."""
         args = self.args
-        optimization = build_optimization(self.model, args, self.device)
+        optimization = build_optimization(self.model, args, self.device, self.average)
         if checkpoint:
             self.resume(checkpoint, optimization)
         self.describe(optimization.optimizer)
         self.cache_images()
         log = RunLog(self.output_dir)
+        self.precisions = log.precisions(args.start_epoch)
         begin = time.perf_counter()
         # A run may have been stopped between its checkpoint and its evaluation. The main process has the log.
         if checkpoint and "train_stats" in checkpoint and not gather_objects(log.has_epoch(checkpoint["epoch"]))[0]:
@@ -343,26 +375,69 @@ class Run:
                 "nothing left to train: %d epochs are done, --epochs asks for %d", args.start_epoch, args.epochs
             )
         for epoch in range(args.start_epoch, args.epochs):
+            if self.has_stopped_improving():
+                break
             self.train_loader.sampler.set_epoch(epoch)
             self.train_set.set_epoch(epoch)
+            start_counting_memory(self.device)
+            epoch_begin = time.perf_counter()
             stats = train_one_epoch(
                 self.wrapped, self.criterion, self.train_loader, optimization, self.device, epoch, args.print_freq
             )
+            cost = {
+                "train_seconds": time.perf_counter() - epoch_begin,
+                "peak_memory_gib": peak_memory(self.device) / 2**30,
+            }
             self.save(epoch, optimization, stats)
-            self.finish_epoch(epoch, stats, log)
+            self.finish_epoch(epoch, stats, log, cost)
         log.close()
         logger.info("training took %s", timedelta(seconds=round(time.perf_counter() - begin)))
 
-    def finish_epoch(self, epoch: int, train_stats: dict[str, float], log: RunLog) -> None:
-        """Evaluate, where this epoch's turn it is, and log."""
-        stats = {f"train_{name}": value for name, value in train_stats.items()}
+    def finish_epoch(
+        self, epoch: int, train_stats: dict[str, float], log: RunLog, cost: dict[str, float] | None = None
+    ) -> None:
+        """Evaluate, where this epoch's turn it is, and log.
+
+        Args:
+            epoch: number, from 0.
+            train_stats: of `train_one_epoch`.
+            log: where to.
+            cost: time and memory of the training; None where another process trained.
+        """
+        stats = {f"train_{name}": value for name, value in train_stats.items()} | (cost or {})
         if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs:
+            begin = time.perf_counter()
             test_stats, evaluator = self.evaluate()
             figures = self.report(evaluator)
+            test_stats["seconds"] = time.perf_counter() - begin
             stats |= {f"test_{name}": value for name, value in test_stats.items()}
             if figures is not None:
                 stats["test_coco_eval_bbox"] = figures
+                self.note_precision(epoch, figures[0])
         log.write(epoch, {**stats, "n_parameters": self.num_parameters})
+
+    def note_precision(self, epoch: int, precision: float) -> None:
+        """Remember an evaluation's AP; where it is the highest so far, keep its checkpoint as `best.pth`."""
+        best = max(self.precisions, default=-math.inf)
+        self.precisions.append(precision)
+        latest = self.output_dir / LATEST if self.output_dir else None
+        if latest is not None and precision > best:
+            with open(latest, "rb") as source:
+                write_atomically(self.output_dir / BEST, lambda file: shutil.copyfileobj(source, file))
+            logger.info("epoch %d has the highest AP so far: kept as %s", epoch, self.output_dir / BEST)
+
+    def has_stopped_improving(self) -> bool:
+        """Whether `--early_stop` ends the training, in all processes alike: the main one has the figures."""
+        patience, stop = self.args.early_stop, False
+        if patience and is_main_process() and self.precisions:
+            best = self.precisions.index(max(self.precisions))
+            stop = len(self.precisions) - 1 - best >= patience
+            if stop:
+                logger.info(
+                    "--early_stop: the AP has not risen in the last %d evaluations; the highest is %.3f",
+                    len(self.precisions) - 1 - best, self.precisions[best],
+                )  # fmt: skip
+        return gather_objects(stop)[0]
 
     def save(self, epoch: int, optimization: Optimization, stats: dict[str, float]) -> None:
         """Write `checkpoint.pth`, and a numbered one before the learning rate drops and every hundred epochs."""
@@ -370,7 +445,9 @@ class Run:
         states = gather_objects(random_states())
         if self.output_dir is None or not is_main_process():
             return
-        names = [LATEST]
+        names, averaged = [LATEST], {}
+        if self.average:
+            averaged = {"model_ema": self.average.model.state_dict(), "ema_steps": self.average.steps}
         before, after = (drops_until(done, args.lr_drop, args.lr_drop_epochs) for done in (epoch, epoch + 1))
         drops = args.lr_schedule == "step" and after > before
         if drops or (epoch + 1) % KEEP_EVERY == 0:
@@ -388,6 +465,7 @@ class Run:
                     "label_map": self.label_map.to_dict(),
                     "random_states": states,
                     "train_stats": stats,
+                    **averaged,
                 },
             )
 
@@ -395,7 +473,7 @@ class Run:
         """Losses on the images to evaluate on, where they have annotations, and the evaluator with the detections."""
         evaluator = CocoBoxEvaluator(self.label_map)
         stats = evaluate(
-            self.model,
+            self.average.model if self.average else self.model,
             None if self.args.eval_set == "test" else self.criterion,
             self.postprocessors["bbox"],
             self.val_loader,

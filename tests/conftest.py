@@ -92,9 +92,14 @@ def run(variant: str, *argv: str) -> int:
     )
 
 
+# What an epoch cost, in `log.txt`: no two runs agree on it.
+COST = ("train_seconds", "test_seconds", "peak_memory_gib")
+
+
 def read_log(output_dir: Path) -> list[dict]:
-    """The epochs in `log.txt`."""
-    return [json.loads(line) for line in (output_dir / "log.txt").read_text().splitlines()]
+    """The epochs in `log.txt`, without what they cost."""
+    rows = [json.loads(line) for line in (output_dir / "log.txt").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in COST} for row in rows]
 
 
 def golden_batch(spec: dict):

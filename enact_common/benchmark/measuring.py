@@ -3,7 +3,6 @@
 import ctypes
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -13,11 +12,7 @@ from pathlib import Path
 import torch
 
 from enact_common.benchmark.isolated import proc_bytes
-
-
-def default_device() -> str:
-    """The name of the first GPU's device where PyTorch sees one, else the CPU's."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+from enact_common.device import greatest_resident
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:
@@ -102,8 +97,7 @@ def peak_resident() -> int:
     peak = proc_bytes("/proc/self/status", "VmHWM")
     if peak is not None:
         return peak
-    # macOS counts bytes, others KiB.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return greatest_resident()
 
 
 def machine(device: torch.device) -> str:

@@ -22,7 +22,7 @@ from enact_common.benchmark.detectors import (
     refuse_flags,
 )
 from enact_common.benchmark.isolated import DONE, FAILED, run_isolated
-from enact_common.benchmark.measuring import default_device, spread, synchronizer
+from enact_common.benchmark.measuring import spread, synchronizer
 from enact_common.benchmark.report import (
     LEFT,
     RIGHT,
@@ -36,7 +36,7 @@ from enact_common.benchmark.report import (
 from enact_common.data.cache import cache_images
 from enact_common.data.coco import find_split
 from enact_common.data.synthetic import make_shapes
-from enact_common.device import find_device
+from enact_common.device import default_device, find_device
 from enact_common.errors import UserError
 from enact_common.run import make_loader
 from enact_common.variants import VARIANTS, load_variant

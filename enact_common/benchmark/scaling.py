@@ -16,7 +16,7 @@ from enact_common.arguments import non_negative_float, positive_int
 from enact_common.attention import EnactSelfAttention
 from enact_common.benchmark.detectors import counted_clusters
 from enact_common.benchmark.isolated import DONE, FAILED, OUT_OF_MEMORY, Outcome, run_isolated
-from enact_common.benchmark.measuring import MemoryMeter, default_device, spread, synchronizer, take_turns
+from enact_common.benchmark.measuring import MemoryMeter, spread, synchronizer, take_turns
 from enact_common.benchmark.report import (
     LEFT,
     MIB,
@@ -31,7 +31,7 @@ from enact_common.benchmark.report import (
     precision_text,
     quotient,
 )
-from enact_common.device import check_precision, find_device
+from enact_common.device import check_precision, default_device, find_device
 from enact_common.engine import autocast
 from enact_common.errors import UserError
 from enact_common.optimization import AMP_DTYPE

@@ -27,7 +27,7 @@ from enact_common.benchmark.detectors import (
 )
 from enact_common.benchmark.eager import eager_attention
 from enact_common.benchmark.isolated import DONE, FAILED, is_out_of_memory, run_isolated
-from enact_common.benchmark.measuring import MemoryMeter, default_device, spread, synchronizer, take_turns
+from enact_common.benchmark.measuring import MemoryMeter, spread, synchronizer, take_turns
 from enact_common.benchmark.report import (
     GIB,
     LEFT,
@@ -43,7 +43,7 @@ from enact_common.benchmark.report import (
     quotient,
 )
 from enact_common.data.coco import find_split
-from enact_common.device import find_device
+from enact_common.device import default_device, find_device
 from enact_common.engine import autocast
 from enact_common.optimization import AMP_DTYPE
 from enact_common.variants import VARIANTS

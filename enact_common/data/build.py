@@ -1,8 +1,32 @@
 """From arguments to a data set."""
 
+from pathlib import Path
+
 from enact_common.data.categories import LabelMap
 from enact_common.data.coco import CocoDetection, find_split
 from enact_common.data.transforms import eval_transforms, train_transforms
+from enact_common.errors import UserError
+
+
+def data_files(args, split: str) -> tuple[Path, Path]:
+    """The image folder and the annotation file of a split, as the arguments name them.
+
+    Args:
+        args: parsed arguments; `--train_images`, `--val_images` and their annotations go before `--coco_path`.
+        split: "train", "val" or "test".
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    images = vars(args).get(f"{split}_images")
+    if not images:
+        return find_split(args.coco_path, split)
+    annotations = getattr(args, f"{split}_annotations")
+    if not Path(images).is_dir():
+        raise UserError(f"--{split}_images {images}: no such folder")
+    if not Path(annotations).is_file():
+        raise UserError(f"--{split}_annotations {annotations}: no such file")
+    return Path(images), Path(annotations)
 
 
 def build_dataset(image_set: str, args, label_map: LabelMap | None = None) -> CocoDetection:
@@ -20,7 +44,7 @@ def build_dataset(image_set: str, args, label_map: LabelMap | None = None) -> Co
     augmented = train and args.augmentation
     split = "train" if train else args.eval_set
     return CocoDetection(
-        *find_split(args.coco_path, split),
+        *data_files(args, split),
         transforms=train_transforms(args.train_sizes, args.max_size)
         if augmented
         else eval_transforms(args.eval_size, args.max_size),
