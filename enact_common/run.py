@@ -421,7 +421,8 @@ class Run:
         best = max(self.precisions, default=-math.inf)
         self.precisions.append(precision)
         latest = self.output_dir / LATEST if self.output_dir else None
-        if latest is not None and precision > best:
+        # A run that goes on from another folder's checkpoint may evaluate before it writes its own.
+        if latest is not None and latest.is_file() and precision > best:
             with open(latest, "rb") as source:
                 write_atomically(self.output_dir / BEST, lambda file: shutil.copyfileobj(source, file))
             logger.info("epoch %d has the highest AP so far: kept as %s", epoch, self.output_dir / BEST)

@@ -1,0 +1,335 @@
+"""Trainings that begin from other weights, of which plain attention's become ENACT's; and on data of one's own."""
+
+import json
+import logging
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import SMALL_MODEL, assert_close, build, parse, read_log, run
+from torch import nn
+
+from enact_common import UserError, clustering
+from enact_common.averaging import WeightAverage
+from enact_common.checkpoint import load_checkpoint
+from enact_common.conversion import clustered_weights
+from enact_common.data.categories import LabelMap, coco_names
+from enact_common.nested_tensor import nested_tensor_from_tensor_list
+from enact_common.pretrained import fit_weights, load_pretrained
+from enact_common.run import Run
+from enact_common.variants import VARIANTS
+
+# Token attention, where the variant has a choice.
+TOKENS = {"detr": [], "conditional": [], "anchor": ["--attention_type", "nn.MultiheadAttention"]}
+LABELS = LabelMap((1, 2, 3), ("red", "green", "blue"))
+
+
+def train(variant, shapes, output, *argv):
+    """Train a small model of a variant on the shapes; the exit status."""
+    return run(variant, "--coco_path", shapes, "--output_dir", output, *SMALL_MODEL[variant], *argv)
+
+
+def small(variant, *argv):
+    """A small model in evaluation mode, and its arguments."""
+    argv = [*SMALL_MODEL[variant], "--num_classes", "3", *argv]
+    return build(variant, *argv)[0].eval(), parse(variant, *argv)
+
+
+def checkpoint_of(variant, model, args, labels=LABELS):
+    """A checkpoint as a run writes it."""
+    return {"model": model.state_dict(), "args": vars(args), "variant": variant, "label_map": labels.to_dict()}
+
+
+def shuffle_(model):
+    """Give every parameter another value than the one it was initialised with, biases included."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture
+def clusters_of_one_token(monkeypatch):
+    """Let every token be a cluster."""
+    monkeypatch.setattr(clustering, "region_borders", lambda signal: torch.ones_like(signal[:, 1:], dtype=torch.bool))
+
+
+@pytest.fixture(scope="module")
+def plain(shapes, tmp_path_factory):
+    """The output folder of an epoch of a plain DETR."""
+    output = tmp_path_factory.mktemp("plain") / "run"
+    torch.manual_seed(0)
+    assert train("detr", shapes, output, "--epochs", "1", "--encoder_attention", "mhsa") == 0
+    return output
+
+
+@pytest.mark.parametrize("padding", [[], ["--enact_mask_padding"]], ids=["alike", "padded"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_plain_model_becomes_enact(variant, padding, clusters_of_one_token, caplog):
+    caplog.set_level(logging.INFO, "enact")
+    flags = ["--enc_layers", "2", *TOKENS[variant]]
+    model, args = small(variant, "--encoder_attention", "mhsa", *flags)
+    checkpoint = checkpoint_of(variant, shuffle_(model), args)
+    converted, args = small(variant, "--pretrained", "plain.pth", *flags, *padding)
+    load_pretrained(converted, checkpoint, variant, args, LABELS)
+    sizes = [(64, 96), (80, 64)] if padding else [(64, 96), (64, 96)]
+    images = nested_tensor_from_tensor_list([torch.randn(3, *size) for size in sizes])
+    with torch.no_grad():
+        theirs, ours = model(images), converted(images)
+    for key in ("pred_logits", "pred_boxes"):
+        assert_close(ours[key], theirs[key], 1e-5)
+    text = caplog.text
+    assert "converted to ENACT: 2 attention layers" in text and "skipped" not in text
+    assert "W_prob.weight" in text.split("left as initialised: ")[1]
+    assert ("--enact_mask_padding does so" in text) == (not padding)
+
+
+def test_clusters_of_several_tokens_stand_for_them():
+    # The conversion alone must not make both compute the same.
+    model, args = small("detr", "--encoder_attention", "mhsa", "--eval_size", "64")
+    converted, args_enact = small("detr", "--pretrained", "plain.pth")
+    load_pretrained(converted, checkpoint_of("detr", shuffle_(model), args), "detr", args_enact, LABELS)
+    images = torch.randn(1, 3, 128, 128)
+    assert not torch.allclose(model(images)["pred_logits"], converted(images)["pred_logits"], atol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_converted_projections_hold_the_scale_and_the_division(bias):
+    attention = nn.MultiheadAttention(8, 2, bias=bias)
+    weights = clustered_weights(attention.state_dict(), 2)
+    # Heads of width 4: half of the query's, four times the output's.
+    packed = attention.in_proj_weight.detach()
+    assert_close(weights["W_q.weight"], packed[:8] / 2, 0)
+    assert_close(weights["W_k.weight"], packed[8:16], 0)
+    assert_close(weights["W_o.weight"], attention.out_proj.weight.detach() * 4, 0)
+    assert set(weights) == {f"W_{part}.{kind}" for part in "qkvo" for kind in ("weight", "bias")}
+    assert all(tensor.shape == (8,) for name, tensor in weights.items() if name.endswith("bias"))
+
+
+def test_row_column_attention_is_carried_over_as_a_start(caplog):
+    caplog.set_level(logging.INFO, "enact")
+    model, args = small("anchor", "--encoder_attention", "mhsa")
+    enact, enact_args = small("anchor", "--pretrained", "plain.pth")
+    load_pretrained(enact, checkpoint_of("anchor", shuffle_(model), args), "anchor", enact_args, LABELS)
+    name = "transformer.encoder_layers.0.self_attn.in_proj_weight"
+    assert torch.equal(enact.state_dict()[name], model.state_dict()[name])
+    assert "another function than the plain one" in caplog.text and "slice by slice as a start" in caplog.text
+    assert "left as initialised: transformer.encoder_layers.0.ENACT.W_prob.weight" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "labels, taken",
+    [
+        (LABELS, True),
+        (LabelMap((7, 8, 9), ("red", "green", "blue")), True),  # other ids of the same classes
+        (LabelMap((1, 2, 3), ("red", "green", "violet")), False),
+        (LabelMap((1, 2), ("red", "green")), False),
+    ],
+    ids=["same", "ids", "names", "fewer"],
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_head_for_other_classes_starts_afresh(variant, labels, taken, caplog):
+    caplog.set_level(logging.INFO, "enact")
+    model, args = small(variant)
+    checkpoint = checkpoint_of(variant, shuffle_(model), args)
+    fresh, args = small(variant, "--pretrained", "x.pth", "--num_classes", str(labels.num_classes))
+    before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+    load_pretrained(fresh, checkpoint, variant, args, labels)
+    heads = [name for name in before if "class_embed" in name]
+    source = checkpoint["model"] if taken else before
+    assert heads and all(torch.equal(fresh.state_dict()[name], source[name]) for name in heads)
+    assert ("skipped, of other classes" in caplog.text) == (not taken)
+    assert all(torch.equal(fresh.state_dict()[n], checkpoint["model"][n]) for n in before if n not in heads)
+
+
+def test_an_original_checkpoint_of_coco_keeps_its_head_on_coco():
+    model, args = small("detr", "--num_classes", "91")
+    original = {"model": model.state_dict(), "args": {}}
+    names = coco_names()
+    coco = LabelMap(tuple(None if name == "N/A" else i for i, name in enumerate(names)), names)
+    other, args = small("detr", "--num_classes", "91", "--pretrained", "x.pth")
+    load_pretrained(other, original, "detr", args, coco)
+    assert torch.equal(other.class_embed.weight, model.class_embed.weight)
+
+
+def test_what_does_not_fit_is_listed_by_reason():
+    own = {"a.weight": torch.zeros(2, 3), "b": torch.zeros(4), "new": torch.zeros(1)}
+    fit = fit_weights({"a.weight": torch.ones(5, 3), "b": torch.ones(4), "old": torch.ones(1)}, own, 1, True)
+    assert fit.skipped == {"a.weight": "5 x 3 there, 2 x 3 here", "old": "the model has none"}
+    assert fit.fresh == ["a.weight", "new"] and list(fit.weights) == ["b"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda state: state | {"variant": "conditional"},
+            "x.pth: is a checkpoint of the variant conditional, this is",
+        ),
+        (lambda state: {"model": {"weight": torch.zeros(1)}, "args": {}}, "is a checkpoint of none of the variants"),
+        (
+            lambda state: state | {"model": without_backbone(state["model"])},
+            "tensors of this run's backbone are not in",
+        ),
+    ],
+    ids=["variant", "stranger", "backbone"],
+)
+def test_what_cannot_begin_a_training_is_refused(change, message):
+    model, args = small("detr", "--pretrained", "x.pth")
+    with pytest.raises(UserError, match=message):
+        load_pretrained(model, change(checkpoint_of("detr", model, args)), "detr", args, LABELS)
+
+
+def without_backbone(state):
+    """A state dict without its last stage."""
+    return {name: tensor for name, tensor in state.items() if "layer4" not in name}
+
+
+def test_a_training_begins_from_a_checkpoint(shapes, plain, tmp_path, capsys):
+    argv = ["--pretrained", plain / "checkpoint.pth", "--epochs", "1"]
+    assert train("detr", shapes, tmp_path, *argv) == 0
+    text = capsys.readouterr().out
+    assert "converted to ENACT: 1 attention layer" in text and f"weights            {argv[1]}" in text
+    assert read_log(tmp_path)[0]["epoch"] == 0
+    # What went on from a checkpoint of its own has left the other behind.
+    assert train("detr", shapes, tmp_path, *argv[:2], "--auto_resume", "--epochs", "2") == 0
+    text = capsys.readouterr().out
+    assert "tensors taken" not in text and f"weights            {tmp_path / 'checkpoint.pth'}" in text
+
+
+def test_a_converted_model_can_be_evaluated_untrained(shapes, plain, tmp_path, capsys):
+    assert train("detr", shapes, tmp_path, "--pretrained", plain / "checkpoint.pth", "--eval") == 0
+    text = capsys.readouterr().out
+    assert "converted to ENACT" in text and "of other classes" not in text and "Average Precision" in text
+
+
+def test_resuming_with_enact_from_a_plain_checkpoint_says_the_way(shapes, plain, tmp_path, capsys):
+    assert train("detr", shapes, tmp_path, "--resume", plain / "checkpoint.pth") == 2
+    assert "Pass, as then: --encoder_attention mhsa; or begin a training with" in capsys.readouterr().err
+
+
+def test_frozen_parts_keep_their_values(shapes, plain, tmp_path, capsys):
+    argv = ["--pretrained", plain / "checkpoint.pth", "--epochs", "1", "--encoder_attention", "mhsa"]
+    assert train("detr", shapes, tmp_path, *argv, "--freeze", "backbone", "encoder") == 0
+    assert "frozen             what is named with backbone, encoder" in capsys.readouterr().out
+    before, after = (load_checkpoint(str(path / "checkpoint.pth"))["model"] for path in (plain, tmp_path))
+    frozen = [name for name in before if "backbone" in name or "encoder" in name]
+    # The statistics of the backbone's norms included.
+    assert any("running_mean" in name for name in frozen)
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
+    assert not torch.equal(before["class_embed.weight"], after["class_embed.weight"])
+
+
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        (["backbon", "moon"], "--freeze moon: no parameter's name"),
+        (["e", "a"], "--freeze e a: nothing is left to train"),
+    ],
+)
+def test_freezing_nothing_or_all_is_refused(shapes, tmp_path, capsys, parts, message):
+    assert train("detr", shapes, tmp_path, "--epochs", "1", "--freeze", *parts) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def test_the_average_of_the_weights():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    average = WeightAverage(model, 0.5)
+    expected = None
+    for n, value in enumerate((1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0), start=1):
+        nn.init.constant_(model.weight, value)
+        average.update(model)
+        decay = min(0.5, (1 + n) / (10 + n))
+        expected = value if expected is None else decay * expected + (1 - decay) * value
+        assert average.model.weight.item() == pytest.approx(expected)
+    restored = WeightAverage(nn.Linear(1, 1, bias=False), 0.5)
+    restored.load(average.model.state_dict(), average.steps)
+    for one in (average, restored):
+        one.update(model)
+    assert restored.model.weight.item() == average.model.weight.item()
+
+
+def test_averaged_weights_are_evaluated_and_resumed(shapes, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train("detr", shapes, whole, "--epochs", "2", "--ema", "0.9") == 0
+    for epochs in ("1", "2"):
+        assert train("detr", shapes, parts, "--epochs", epochs, "--ema", "0.9", "--auto_resume") == 0
+    ours, theirs = (load_checkpoint(str(folder / "checkpoint.pth")) for folder in (parts, whole))
+    assert ours["ema_steps"] == theirs["ema_steps"] == 6
+    assert all(torch.equal(ours["model_ema"][name], tensor) for name, tensor in theirs["model_ema"].items())
+    assert not torch.equal(ours["model_ema"]["class_embed.weight"], ours["model"]["class_embed.weight"])
+    assert read_log(parts) == read_log(whole)
+    # A separate evaluation takes the averaged weights too: the losses are those of the epoch's own.
+    capsys.readouterr()
+    assert train("detr", shapes, tmp_path / "eval", "--resume", whole / "checkpoint.pth", "--eval") == 0
+    text = capsys.readouterr().out
+    assert "evaluating its averaged weights" in text
+    assert f"loss {read_log(whole)[-1]['test_loss']:.4g} " in text
+
+
+@pytest.fixture
+def precisions(monkeypatch):
+    """Let evaluations give these values of AP, one after the other."""
+    values = []
+    monkeypatch.setattr(Run, "report", lambda self, *args, **kwargs: [values.pop(0)] + [0.0] * 11)
+    return values
+
+
+def test_early_stop_ends_what_no_longer_improves(shapes, tmp_path, precisions, capsys):
+    precisions += [0.1, 0.3, 0.3, 0.2, 0.9]
+    argv = ["--limit_train", "4", "--limit_val", "1", "--early_stop", "2"]
+    assert train("detr", shapes, tmp_path, "--epochs", "9", *argv) == 0
+    assert [row["test_coco_eval_bbox"][0] for row in read_log(tmp_path)] == [0.1, 0.3, 0.3, 0.2]
+    assert "has not risen in the last 2 evaluations; the highest is 0.300" in capsys.readouterr().out
+    assert load_checkpoint(str(tmp_path / "best.pth"))["epoch"] == 1
+    # Going on does not forget it.
+    assert train("detr", shapes, tmp_path, "--epochs", "9", *argv, "--auto_resume") == 0
+    assert len(read_log(tmp_path)) == 4 and precisions == [0.9]
+    # With more patience it goes on, and the best is replaced.
+    precisions += [0.1] * 9
+    assert train("detr", shapes, tmp_path, "--epochs", "6", *argv[:-1], "3", "--auto_resume") == 0
+    assert load_checkpoint(str(tmp_path / "best.pth"))["epoch"] == 4
+
+
+def test_data_of_any_naming(shapes, tmp_path):
+    (tmp_path / "own").mkdir()
+    for split in ("train", "val"):
+        shutil.copytree(shapes / f"{split}2017", tmp_path / "own" / f"{split} pictures")
+        shutil.copy(shapes / "annotations" / f"instances_{split}2017.json", tmp_path / "own" / f"{split}.json")
+    flags = {
+        f"--{split}_{kind}": tmp_path / "own" / name
+        for split in ("train", "val")
+        for kind, name in (("images", f"{split} pictures"), ("annotations", f"{split}.json"))
+    }
+    argv = [word for item in flags.items() for word in item]
+    assert run("detr", "--output_dir", tmp_path / "a", *SMALL_MODEL["detr"], "--epochs", "1", *argv) == 0
+    assert train("detr", shapes, tmp_path / "b", "--epochs", "1") == 0
+    assert read_log(tmp_path / "a") == read_log(tmp_path / "b")
+    # Evaluation needs those of val alone.
+    argv = ["--eval", "--resume", tmp_path / "a" / "checkpoint.pth", *argv[4:]]
+    assert run("detr", "--output_dir", tmp_path / "a", *SMALL_MODEL["detr"], *argv) == 0
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--train_images"], "--train_annotations is missing"),
+        (["--train_images", "--train_annotations"], "pass --val_images too"),
+        (["--val_images", "--val_annotations"], "pass --train_images too"),
+        (["--train_images", "--train_annotations", "--val_images", "--val_annotations"], "--train_images .*: no such"),
+    ],
+)
+def test_data_named_by_halves_is_refused(tmp_path, capsys, flags, message):
+    argv = [word for flag in flags for word in (flag, tmp_path / "nowhere")]
+    assert run("detr", *SMALL_MODEL["detr"], "--output_dir", tmp_path / "out", *argv) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_an_epoch_cost_is_logged(shapes, tmp_path):
+    assert train("detr", shapes, tmp_path, "--epochs", "1", "--limit_train", "4", "--limit_val", "1") == 0
+    row = json.loads((tmp_path / "log.txt").read_text())
+    assert row["train_seconds"] > 0 and row["test_seconds"] > 0 and 0.05 < row["peak_memory_gib"] < 64
