@@ -26,7 +26,7 @@ PALETTE: tuple[Colour, ...] = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
 )  # fmt: skip
 # Where there are more labels, each next round of the palette is mixed with so much white (above 0) or black.
-SHADES = (0.0, 0.5, -0.45)
+SHADES = (0.0, 0.5, -0.4)
 
 # Pictures are enlarged until their longer side, width and height have so many pixels, but not beyond the last of these.
 SMALL_LONGER, SMALL_WIDTH, SMALL_HEIGHT, LARGE = 480, 120, 48, 16384
@@ -48,7 +48,7 @@ FONTS = (
 
 # A label's place costs, per part of it that lies over another label, over another box, and per part of its own box that
 # it hides. Each next place that is tried costs a little more, so that the first is taken where nothing is in the way.
-OVER_LABEL, OVER_BOX, OVER_OWN, NEXT_PLACE = 20.0, 0.25, 1.0, 0.02
+OVER_LABEL, OVER_BOX, OVER_OWN, NEXT_PLACE = 100.0, 0.25, 1.0, 0.02
 
 
 @dataclass
@@ -218,10 +218,10 @@ def place_labels(boxes: np.ndarray, labels: Sequence[Label | None], width: int, 
         if label is None:
             continue
         (left, top, right, bottom), (w, h) = box, (label.width, label.height)
-        # Above and below the box, then inside it from the top; of each, at the left, at the right, in the middle.
+        # Above and below the box, then inside it from the top: at its left, its right, its middle. Last, beside it.
         rows = [top - h, bottom, top, bottom - h, *(top + h * step for step in range(1, 5) if top + h * step < bottom)]
         columns = (left, right - w, (left + right - w) / 2)
-        tried = np.array([(x, y) for y in rows for x in columns] + [(right, top), (left - w, top)])
+        tried = np.array([(x, y) for y in rows for x in columns] + [(x, y) for y in rows for x in (right, left - w)])
         tried = tried.clip(0, [width - w, height - h]).round()
         tried = np.concatenate((tried, tried + [w, h]), axis=1)  # (places, 4) xyxy
         area, own_area = w * h, max((right - left) * (bottom - top), 1)
