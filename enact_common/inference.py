@@ -120,10 +120,12 @@ class LoadedDetector:
         resized, _ = self._resize(tv_tensors.Image(pixels), {"boxes": no_boxes})
         return resized.unsqueeze(0).to(self.device)
 
-    @torch.inference_mode()
     def detect(self, pixels: Tensor, threshold: float | None = None) -> Detections:
         """The detections in an image uint8 (3, height, width)."""
-        return self.decode(self.model(self.model_input(pixels)), tuple(pixels.shape[-2:]), threshold)
+        with torch.inference_mode():
+            outputs = self.model(self.model_input(pixels))
+        # Decoded outside of it, so that what the caller gets are ordinary tensors, which can be changed in place.
+        return self.decode(outputs, tuple(pixels.shape[-2:]), threshold)
 
     def decode(self, outputs: dict[str, Any], size: tuple[int, int], threshold: float | None = None) -> Detections:
         """The detections in the model's outputs for one image.
@@ -166,7 +168,7 @@ def load_detector(
         threshold: least score of a detection, in [0, 1].
 
     Raises:
-        UserError: the file is missing, is no checkpoint, or fits no variant.
+        UserError: the file is missing, is no checkpoint, or fits no variant; or there is no such device.
     """
     source = str(checkpoint)
     device = find_device(default_device() if device is None else str(device))
@@ -175,9 +177,12 @@ def load_detector(
     if variant is None:
         raise UserError(
             f"{source}: is of none of the variants ({', '.join(VARIANTS)}); its tensors are named "
-            f"{', '.join(list(state['model'])[:3])}, ..."
+            f"{', '.join(map(str, list(state['model'])[:3]))}, ..."
         )
-    args, label_map = arguments_of(state, variant)
+    try:
+        args, label_map = arguments_of(state, variant)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     model, _, postprocessors = load_variant(variant).models.build_model(args)
     load_model(model, state.get("model_ema") or state["model"], source)
     return LoadedDetector(variant, args, model, postprocessors["bbox"], label_map, threshold, device)
@@ -198,14 +203,23 @@ def arguments_of(checkpoint: dict[str, Any], variant: str) -> tuple[argparse.Nam
     Args:
         checkpoint: of `load_checkpoint`.
         variant: a key of `VARIANTS`.
+
+    Raises:
+        UserError: it was made with a value that a flag of ours does not have.
     """
     weights, saved = checkpoint["model"], checkpoint["args"]
-    args = load_variant(variant).main.get_args_parser().parse_args([])
+    parser = load_variant(variant).main.get_args_parser()
+    args = parser.parse_args([])
+    choices = {action.dest: action.choices for action in parser._actions if action.choices}
     clustered = any(name.endswith("W_prob.weight") for name in weights)
     args.encoder_attention = "enact" if clustered else "mhsa"
     args.backbone = backbone_of(weights) or args.backbone
+    args.backbone_norm = "batch" if any(name.endswith("num_batches_tracked") for name in weights) else "frozen"
     for flag in (*MODEL_FLAGS, *CLUSTERING_FLAGS, *IMAGE_FLAGS):
         if saved.get(flag) is not None and hasattr(args, flag):
+            if saved[flag] not in choices.get(flag, (saved[flag],)):
+                known = ", ".join(map(str, choices[flag]))
+                raise UserError(f"was made with --{flag} {saved[flag]}; the variant {variant} has {known}")
             setattr(args, flag, saved[flag])
     # Nothing is fetched, and nothing trains.
     args.backbone_weights, args.aux_loss = "none", False
@@ -253,9 +267,14 @@ def as_pixels(image: ImageLike) -> Tensor:
     if isinstance(image, str | Path):
         return decode_image(Path(image))
     if isinstance(image, Image.Image):
-        image = np.array(image.convert("RGB"))
+        if image.mode.startswith("I;16"):
+            # PIL would cut 16 bits off at 255; the upper eight are what a file of 16 bits is decoded to as well.
+            image = (np.asarray(image) >> 8).astype(np.uint8)
+        else:
+            image = np.asarray(image.convert("RGB"))
     if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image))
+        # A copy: PyTorch warns of arrays that cannot be written to, as `np.asarray` of a PIL image gives.
+        image = torch.from_numpy(np.array(image, order="C"))
         image = image.unsqueeze(-1).expand(-1, -1, 3) if image.ndim == 2 else image
         image = image.permute(2, 0, 1) if image.ndim == 3 else image  # (height, width, 3) -> (3, height, width)
     if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:

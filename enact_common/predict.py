@@ -1,0 +1,478 @@
+"""Detect in images and videos with a trained detector: pictures with boxes, and their numbers in COCO's format.
+
+`python -m enact_common.predict --checkpoint CKPT IMAGE_OR_FOLDER_OR_VIDEO ... --output_dir DIR`. The detector, its
+classes and its settings come from the checkpoint (`enact_common.inference.load_detector`).
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from enact_common.arguments import HelpFormatter, fraction
+from enact_common.data.coco import decode_image
+from enact_common.drawing import draw_detections
+from enact_common.errors import UserError
+from enact_common.files import write_atomically
+from enact_common.inference import Detections, LoadedDetector, load_detector
+
+# What a folder is searched for. Files that are named themselves may be called anything.
+IMAGE_SUFFIXES = frozenset(
+    ".bmp .dib .gif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
+)  # fmt: skip
+VIDEO_SUFFIXES = frozenset(".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())
+# Pictures of these stay JPEG; all others become PNG.
+JPEG_SUFFIXES = frozenset(".jpe .jpeg .jpg".split())
+# Little is lost, and coloured text keeps sharp edges.
+JPEG_OPTIONS = {"quality": 95, "subsampling": 0}
+
+PREDICTIONS = "predictions.json"
+
+# What can be shown of the detector's inside, beside what it found.
+SHOWN = ("entropy", "clusters", "attention")
+
+# Frames a second of a video that does not say.
+USUAL_RATE = 25.0
+
+# The shell's own status of a command that Ctrl-C ended.
+INTERRUPTED = 130
+
+
+class UnreadableError(Exception):
+    """An input cannot be read. The message names it."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file to detect in.
+
+    Attributes:
+        path: of the file, as it was named or found.
+        picture: what will be written.
+    """
+
+    path: Path
+    picture: Path
+
+    @property
+    def is_video(self) -> bool:
+        """Whether it is read frame by frame."""
+        return is_video(self.path)
+
+
+@dataclass
+class Tally:
+    """What was done so far, for `predictions.json` and the last line.
+
+    Attributes:
+        entries: COCO's results format, with `file_name` and, of videos, `frame`.
+        images, videos, frames: how many were read; frames are those of the videos.
+        skipped, incomplete: files that could not be read at all, and videos that could not be read to their end.
+        next_id: the image id that comes next, from 1.
+    """
+
+    entries: list[dict] = field(default_factory=list)
+    images: int = 0
+    videos: int = 0
+    frames: int = 0
+    skipped: int = 0
+    incomplete: int = 0
+    next_id: int = 1
+
+    def add(self, found: Detections, path: Path, frame: int | None = None) -> None:
+        """Take the detections of an image, or of a frame of a video, under the next image id."""
+        where = {"file_name": path.as_posix()} | ({} if frame is None else {"frame": frame})
+        corners = found.boxes.double()
+        boxes = torch.cat((corners[:, :2], corners[:, 2:] - corners[:, :2]), dim=1).tolist()  # x, y, width, height
+        # Rounded as `results.json` of an evaluation is.
+        self.entries += [
+            {
+                "image_id": self.next_id,
+                "category_id": category,
+                "bbox": [round(side, 2) for side in box],
+                "score": round(score, 5),
+                **where,
+            }
+            for category, box, score in zip(found.category_ids, boxes, found.scores.tolist(), strict=True)
+        ]
+        self.next_id += 1
+
+    def write(self, path: Path) -> None:
+        """Write the entries as JSON, whole or not at all."""
+        write_file(path, lambda file: file.write(json.dumps(self.entries).encode()))
+
+    def summary(self, output_dir: Path) -> str:
+        """One line that says what was done."""
+        parts = [counted(self.images, "image")]
+        if self.videos:
+            parts.append(f"{counted(self.videos, 'video')} ({counted(self.frames, 'frame')})")
+        parts += [counted(len(self.entries), "detection"), f"{self.skipped} skipped"]
+        if self.incomplete:
+            parts.append(f"{self.incomplete} incomplete")
+        return f"{', '.join(parts)}; pictures and {PREDICTIONS} in {output_dir}"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number of things, in words."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m enact_common.predict", description=__doc__.splitlines()[0], formatter_class=HelpFormatter
+    )
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT",
+        help="image, video, or folder, which is searched with its sub-folders, in the order of the names; hidden files "
+        "and the output folder are left out",
+    )  # fmt: skip
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="CKPT",
+        help="trained detector: a path or an https URL; of this project, ENACT's authors or the original repositories",
+    )  # fmt: skip
+    parser.add_argument(
+        "--output_dir", required=True, metavar="DIR",
+        help=f"for the pictures, in sub-folders as the inputs are, and {PREDICTIONS}: COCO's results format (boxes x, "
+        "y, width, height in pixels), with file_name and, of videos, frame, from 0; image_id counts the images and "
+        "frames in the order of the inputs, from 1, those that cannot be read and those without detections included",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threshold", type=fraction, default=0.5, metavar="SCORE", help="least score of a detection, 0 to 1"
+    )
+    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
+    parser.add_argument(
+        "--show", nargs="+", choices=SHOWN, default=(), metavar="KIND",
+        help=f"of each image, also draw what goes on inside: {', '.join(SHOWN)}; not for videos; needs matplotlib; "
+        "default: nothing",
+    )  # fmt: skip
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: its words; None for the process's own.
+
+    Returns:
+        the exit status: 0; 1 where a file could not be read to its end; 2 for what the user can mend; 130 after Ctrl-C.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except UserError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything, then detect, draw and write.
+
+    Args:
+        args: parsed arguments.
+
+    Returns:
+        the exit status, as `main` says.
+
+    Raises:
+        UserError: something is wrong that the user can mend. All but a full disk is found before any work starts.
+    """
+    output_dir = Path(args.output_dir)
+    kinds = tuple(dict.fromkeys(args.show))
+    inputs = plan(find_files(args.inputs, output_dir), output_dir, kinds)
+    if kinds and all(item.is_video for item in inputs):
+        raise UserError("--show: there are only videos, and it is for images; leave it out")
+    if kinds:
+        check_matplotlib()
+    detector = load_detector(args.checkpoint, args.device, args.threshold)
+    if kinds:
+        from enact_common.inside import check_kinds
+
+        check_kinds(detector, kinds)
+    make_folders({output_dir, *(item.picture.parent for item in inputs)})
+
+    tally = Tally()
+    interrupted = False
+    try:
+        for item in tqdm(inputs, unit="file", disable=None):
+            try:
+                if item.is_video:
+                    predict_video(detector, item, tally)
+                else:
+                    predict_image(detector, item, kinds, tally)
+            except UnreadableError as error:
+                tally.skipped += 1
+                # What cannot be read has its number all the same: numbers do not depend on it.
+                tally.next_id += 1
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        interrupted = True
+        print("interrupted: what was done so far is kept", file=sys.stderr)
+    finally:
+        tally.write(output_dir / PREDICTIONS)
+    print(tally.summary(output_dir))
+    return INTERRUPTED if interrupted else int(tally.skipped + tally.incomplete > 0)
+
+
+def is_video(path: Path) -> bool:
+    """Whether a file is a video, by its suffix."""
+    return path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def find_files(names: Sequence[str], output_dir: Path) -> list[tuple[Path, Path]]:
+    """The files that the command line names, folders searched; a file that is named twice is taken once.
+
+    Args:
+        names: of files and folders.
+        output_dir: not searched where it lies in one of the folders.
+
+    Returns:
+        of each file its path, and its place below the folder that was named, or its name.
+
+    Raises:
+        UserError: one does not exist, or a folder has nothing in it.
+    """
+    found: dict[Path, tuple[Path, Path]] = {}
+    for name in names:
+        root = Path(name)
+        if root.is_dir():
+            files = list(search(root, output_dir.resolve()))
+            if not files:
+                raise UserError(
+                    f"{name}: no image or video in this folder, by their suffixes; name files of other suffixes "
+                    "themselves (the output folder is not searched)"
+                )
+        elif root.exists():
+            files = [(root, Path(root.name))]
+        else:
+            raise UserError(f"{name}: no such file or folder")
+        for path, place in files:
+            found.setdefault(path.resolve(), (path, place))
+    return list(found.values())
+
+
+def search(root: Path, left_out: Path) -> Iterator[tuple[Path, Path]]:
+    """Images and videos in a folder and its sub-folders, with their places in it, in the order of the names.
+
+    Args:
+        root: the folder. Hidden files and folders in it are passed over, and links to folders.
+        left_out: a folder, resolved, that is passed over too.
+    """
+    for folder, folders, files in os.walk(root):
+        if Path(folder).resolve() == left_out:
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            path = Path(folder) / name
+            if not name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
+                yield path, path.relative_to(root)
+
+
+def plan(files: Sequence[tuple[Path, Path]], output_dir: Path, kinds: Sequence[str] = ()) -> list[Input]:
+    """Give each file a picture of its own: where two would have one name, the later ones are numbered.
+
+    Names are compared without suffixes and case, so that they remain apart on any disk, and so do the pictures that
+    `--show` adds.
+
+    Args:
+        files: paths, and places below `output_dir`.
+        output_dir: where the pictures go.
+        kinds: of `--show`.
+
+    Raises:
+        UserError: a picture would take the place of an input.
+    """
+    inputs, taken = [], set()
+    originals = {path.resolve() for path, _ in files}
+    for path, place in files:
+        number = 1
+        while True:
+            stem = place.stem + (f"_{number}" if number > 1 else "")
+            names = {(place.parent / name).as_posix().casefold() for name in (stem, *(f"{stem}_{k}" for k in kinds))}
+            if not names & taken:
+                break
+            number += 1
+        taken |= names
+        suffix = ".mp4" if is_video(path) else ".jpg" if path.suffix.lower() in JPEG_SUFFIXES else ".png"
+        picture = output_dir / place.parent / (stem + suffix)
+        if picture.resolve() in originals:
+            raise UserError(
+                f"--output_dir {output_dir}: {picture} is an input and would be lost; choose another folder"
+            )
+        inputs.append(Input(path, picture))
+    return inputs
+
+
+def check_matplotlib() -> None:
+    """Refuse `--show` where there is nothing to draw it with.
+
+    Raises:
+        UserError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError("--show needs matplotlib: pip install 'enact-detection[plots]'") from error
+
+
+def make_folders(folders: set[Path]) -> None:
+    """Create folders where they are missing.
+
+    Raises:
+        UserError: one cannot be created, or nothing can be written in it.
+    """
+    for folder in sorted(folders):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--output_dir: {folder} cannot be created ({error.strerror})") from error
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"--output_dir: {folder} cannot be written to; choose another folder")
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """`write_atomically`, whose failure the user can mend.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    try:
+        write_atomically(path, write, sync=False)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def draw(pixels: Tensor, found: Detections, enlarge: bool = True) -> np.ndarray:
+    """An image uint8 (3, height, width) with its detections: uint8 (height, width, 3)."""
+    return draw_detections(pixels, found.boxes, found.names, found.scores, found.labels, enlarge)
+
+
+def predict_image(detector: LoadedDetector, item: Input, kinds: Sequence[str], tally: Tally) -> None:
+    """Detect in an image, and write its picture.
+
+    Raises:
+        UnreadableError: it cannot be read.
+    """
+    try:
+        pixels = decode_image(item.path)
+    except UserError as error:
+        raise UnreadableError(str(error)) from error
+    found = detector.detect(pixels)
+    drawn = Image.fromarray(draw(pixels, found))
+    options = {"format": "JPEG", **JPEG_OPTIONS} if item.picture.suffix == ".jpg" else {"format": "PNG"}
+    write_file(item.picture, lambda file: drawn.save(file, **options))
+    if kinds:
+        from enact_common.inside import write_inside
+
+        write_inside(detector, pixels, found, kinds, item.picture.parent, item.picture.stem)
+    tally.images += 1
+    tally.add(found, item.path)
+
+
+def predict_video(detector: LoadedDetector, item: Input, tally: Tally) -> None:
+    """Detect in each frame of a video, and write a video of the same size and frame rate.
+
+    After Ctrl-C, the frames that are done stay, as a whole video. A video that ends before the number of frames that
+    it gives itself is named and counted.
+
+    Raises:
+        UnreadableError: not one frame can be read.
+    """
+    reader = cv2.VideoCapture(str(item.path))
+    promised, rate = reader.get(cv2.CAP_PROP_FRAME_COUNT), reader.get(cv2.CAP_PROP_FPS)
+    # Some containers say neither: the values are then 0, below 0 or not a number.
+    promised = int(promised) if 0 < promised < math.inf else None
+    read = 0
+    try:
+        with VideoFile(item.picture, rate if 0 < rate < math.inf else USUAL_RATE) as video:
+            for pixels in tqdm(frames(reader), item.path.name, promised, unit="frame", leave=False, disable=None):
+                found = detector.detect(pixels)
+                video.write(draw(pixels, found, enlarge=False))
+                tally.add(found, item.path, read)
+                read += 1
+    finally:
+        reader.release()
+        tally.frames += read
+        tally.videos += read > 0
+    if not read:
+        raise UnreadableError(f"{item.path}: not a video that can be read")
+    if promised and read < promised:
+        tally.incomplete += 1
+        tqdm.write(f"incomplete: {item.path}: ends after {read} of its {promised} frames", file=sys.stderr)
+
+
+def frames(reader: cv2.VideoCapture) -> Iterator[Tensor]:
+    """The frames of an open video, each RGB uint8 (3, height, width)."""
+    while True:
+        complete, bgr = reader.read()
+        if not complete:
+            return
+        yield torch.from_numpy(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)).permute(2, 0, 1).contiguous()
+
+
+class VideoFile:
+    """A video (MPEG-4 in mp4) that is written beside its path and renamed when it is complete.
+
+    As a context manager: it is kept when the block ends or is interrupted by Ctrl-C, and removed after other errors.
+
+    Args:
+        path: the file to make or replace.
+        rate: frames a second.
+    """
+
+    def __init__(self, path: Path, rate: float):
+        self.path = path
+        self.rate = rate
+        # OpenCV goes by the suffix.
+        self._partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+        self._writer: cv2.VideoWriter | None = None
+        self._size = (0, 0)
+
+    def __enter__(self) -> "VideoFile":
+        return self
+
+    def write(self, frame: np.ndarray) -> None:
+        """Add a frame, RGB uint8 (height, width, 3). The first one's size, made even, is that of the video.
+
+        Raises:
+            UserError: OpenCV cannot write such a file here.
+        """
+        height, width = frame.shape[:2]
+        # The codec takes even sides alone: the last column and row stand twice.
+        frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+        if self._writer is None:
+            self._size = (frame.shape[1], frame.shape[0])
+            self._writer = cv2.VideoWriter(str(self._partial), cv2.VideoWriter_fourcc(*"mp4v"), self.rate, self._size)
+            if not self._writer.isOpened():
+                raise UserError(f"{self.path}: cannot be written: OpenCV finds no room, or no MPEG-4 encoder, here")
+        bgr = cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
+        # A frame of another size would be passed over without a word.
+        self._writer.write(bgr if bgr.shape[1::-1] == self._size else cv2.resize(bgr, self._size))
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if self._writer is None:
+            return
+        self._writer.release()
+        if kind is None or issubclass(kind, KeyboardInterrupt):
+            os.replace(self._partial, self.path)
+        else:
+            self._partial.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
