@@ -14,7 +14,11 @@ def clustered_weights(weights: Mapping[str, Tensor], num_heads: int) -> dict[str
 
     Exactly so while each cluster is one token; from there on, clusters stand for their tokens. ENACT's layer neither
     scales its logits by e^-0.5 nor leaves the attended values as they are (it divides them by e), e being the width of
-    a head: the first goes into `W_q`, the second into `W_o`. What scores the tokens, `W_prob`, has no counterpart.
+    a head: the first goes into `W_q`, the second into `W_o`.
+
+    What scores the tokens, `W_prob`, has no counterpart. Leave it at its small random values, with which a cluster is
+    about the mean of some six neighbours. At zero all tokens would score alike, and a sequence without inflection
+    points, of thousands of tokens too, falls into three clusters.
 
     Args:
         weights: `in_proj_weight` (3 d, d), `in_proj_bias` (3 d,), `out_proj.weight` (d, d), `out_proj.bias` (d,), as in

@@ -107,6 +107,17 @@ def test_the_converted_projections_hold_the_scale_and_the_division(bias):
     assert all(tensor.shape == (8,) for name, tensor in weights.items() if name.endswith("bias"))
 
 
+def test_fresh_scores_make_short_clusters_of_about_the_mean():
+    # What `clustered_weights` says of the one weight that it does not give.
+    tokens = torch.randn(1, 1050, 64)
+    fresh, zero = (clustering.EntropyClustering(64) for _ in range(2))
+    nn.init.zeros_(zero.W_prob.weight)
+    assert zero(tokens)[0].shape[1] <= 5
+    weights = fresh.cluster(tokens).weights  # (1, M, length)
+    length = weights.shape[-1]
+    assert 3 <= length <= 10 and (weights - 1 / length).abs().max() < 0.01 / length
+
+
 def test_row_column_attention_is_carried_over_as_a_start(caplog):
     caplog.set_level(logging.INFO, "enact")
     model, args = small("anchor", "--encoder_attention", "mhsa")
