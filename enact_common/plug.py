@@ -101,7 +101,7 @@ def plug_in(
     """Replace the encoder self-attention of any model by ENACT's, in place, with the weights that it has.
 
     While each cluster is one token, the model computes what it did; from there on, clusters stand for their tokens.
-    What scores the tokens, `W_prob`, starts untrained, so the model wants fine-tuning. It does so in float32, also
+    What scores the tokens, `W_prob`, starts untrained, so the model wants fine-tuning; it computes in float32, also
     where the model has a narrower type. All else is kept: weights, heads, dropout, device and dtype, what is trained
     and what is frozen, training or evaluation mode. Optimizers that hold the old weights know nothing of the new ones.
 
@@ -126,10 +126,8 @@ def plug_in(
     chosen = choose(module, found, where)
     if not chosen:
         raise ValueError(nothing_chosen(module, found, where))
-    reasons = {name: reason_against(name, attention, found, chosen) for name, attention in chosen.items()}
-    refused = [
-        f"{name} ({type(chosen[name]).__name__}): {reason}" for name, reason in reasons.items() if reason is not None
-    ]
+    reasons = {name: reason_against(attention, found, chosen) for name, attention in chosen.items()}
+    refused = [f"{name} ({type(chosen[name]).__name__}): {reason}" for name, reason in reasons.items() if reason]
     if refused:
         raise ValueError(
             "\n  ".join(["cannot be replaced by ENACT's attention:", *refused])
@@ -227,21 +225,20 @@ def nothing_chosen(module: nn.Module, found: Mapping[str, nn.Module], where: Whe
         for name, attention in found.items()
     }
     listed = [f"{pattern} ({kind})" for pattern, kind in patterns]
-    return "\n  ".join([f"{what}. There are:", *listed]) + (
-        "\nSay which to replace with where: a regular expression for the whole name, such as these, or a function "
-        "(name, module) -> bool. What is EnactSelfAttention has been replaced already."
+    way_out = (
+        "Say which to replace with where: a regular expression for the whole name, or a function of name and module."
     )
+    if any(isinstance(attention, EnactSelfAttention) for attention in found.values()):
+        way_out += " ENACT's own attention is in place already."
+    return "\n  ".join([f"{what}. There are:", *listed]) + f"\n{way_out}"
 
 
-def reason_against(
-    name: str, attention: nn.Module, found: Mapping[str, nn.Module], chosen: Mapping[str, nn.Module]
-) -> str | None:
+def reason_against(attention: nn.Module, found: Mapping[str, nn.Module], chosen: Mapping[str, nn.Module]) -> str | None:
     """Why an attention cannot be replaced; None where it can.
 
     Args:
-        name: of the attention, a key of `chosen`.
-        attention: the module itself.
-        found, chosen: all attention modules, and those that are to be replaced.
+        attention: one of those chosen.
+        found, chosen: all attention modules, and those that are to be replaced, by name.
     """
     if isinstance(attention, EnactSelfAttention):
         return "it is ENACT's already"
