@@ -5,6 +5,7 @@ from enact_common.clustering import EntropyClustering
 from enact_common.errors import UserError
 from enact_common.inference import Detections, LoadedDetector, load_detector
 from enact_common.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from enact_common.plug import plug_in
 from enact_common.variants import load_variant
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "load_detector",
     "load_variant",
     "nested_tensor_from_tensor_list",
+    "plug_in",
 ]

@@ -71,6 +71,7 @@ class EnactSelfAttention(EntropyClustering):
         key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
         """Attend from every query to the clusters of the keys.
@@ -78,9 +79,11 @@ class EnactSelfAttention(EntropyClustering):
         Args:
             query: (L, batch, d), or (batch, L, d) if batch_first.
             key, value: (N, batch, d), or (batch, N, d) if batch_first; N in row-major order of the feature map.
-            key_padding_mask: bool (batch, N), True where padded. Without `mask_padding` it has no effect: as in the
+            key_padding_mask: bool (batch, N), True where padded; or floating point, minus infinity where padded, which
+                is what `nn.TransformerEncoder` makes of it. Without `mask_padding` it has no effect: as in the
                 reference, padded tokens are clustered and attended to like any other.
             need_weights, attn_mask, is_causal: those of `nn.MultiheadAttention`, at values that ask for nothing.
+            average_attn_weights: likewise; without weights, either value asks for nothing.
 
         Returns:
             (output, None); output has the query's shape.
@@ -93,6 +96,11 @@ class EnactSelfAttention(EntropyClustering):
                 "EnactSelfAttention attends to clusters, not to tokens: it has no weights to return and takes no "
                 "attention mask. Call it with need_weights=False, attn_mask=None, is_causal=False."
             )
+        if query.ndim != 3 or query.is_nested:
+            kind = "a nested tensor" if query.is_nested else tuple(query.shape)
+            raise ValueError(f"EnactSelfAttention takes tensors of three axes, with a batch among them, got {kind}")
+        if key_padding_mask is not None and key_padding_mask.is_floating_point():
+            key_padding_mask = key_padding_mask.isneginf()
         if not self.batch_first:
             key, value = key.transpose(0, 1), value.transpose(0, 1)
         head_width = self.embed_dim // self.num_heads
