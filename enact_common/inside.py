@@ -169,7 +169,8 @@ def write_inside(
             image,
             inside.attention,
             found.boxes[best],
-            [f"{found.names[i]} {found.scores[i]:.2f}" for i in best],
+            [found.names[i] for i in best],
+            found.scores[best],
         ),
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -26,10 +26,12 @@ LINE = 0.24
 HEADING = 0.7
 BAR = 0.55
 # Of a panel's place, for its title and colour bar; and of an image's longer side.
-LEAST_WIDTH, LEAST_SIDE = 2.5, 1.8
+LEAST_WIDTH, LEAST_SIDE = 2.6, 1.8
+# Characters of a class's name that such a place has room for.
+LONGEST_NAME = 22
 
 # Pixels of the longer side of what is drawn: more is not seen.
-DRAWN_SIDE = 1200
+DRAWN_SIDE = 1000
 
 # Okabe and Ito's colours, which colour-blind people can tell apart, without black.
 PALETTE = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
@@ -61,8 +63,10 @@ def draw_information(image: np.ndarray, layers: Sequence[Tensor]) -> Figure:
     figure, panels = lay_out(image, len(maps), heading, bar=True, columns=columns_of(layers))
     for axes, title, information in zip(panels, titles_of(layers), maps, strict=True):
         show_image(axes, image, title)
-        scale = Normalize(information.min().item(), information.max().item())
-        overlay(axes, INFORMATION(scale(upsampled(information, image))), image)
+        low, high = information.min().item(), information.max().item()
+        # A map of one cell has one value: a bar needs two.
+        scale = Normalize(low, high if high > low else low + 1)
+        overlay(axes, INFORMATION(scale(upsampled(information, image)), bytes=True), image)
         colour_bar(axes, ScalarMappable(scale, INFORMATION), "bits per cell")
     return figure
 
@@ -81,7 +85,7 @@ def draw_clusters(image: np.ndarray, layers: Sequence[Tensor]) -> Figure:
     for axes, title, clusters in zip(panels, titles_of(layers), maps, strict=True):
         count, kept = clusters.max() + 1, (clusters >= 0).sum()
         plural = "s" if count > 1 else ""
-        show_image(axes, image, f"{title}\n{count} cluster{plural} of {kept / max(count, 1):.1f} cells on average")
+        show_image(axes, image, f"{title}\n{count} cluster{plural}, mean {kept / max(count, 1):.1f} cells")
         overlay(axes, tints(clusters), image)
         height, width = np.array(image.shape[:2]) / clusters.shape
         for row, column in np.argwhere(clusters < 0):
@@ -89,8 +93,8 @@ def draw_clusters(image: np.ndarray, layers: Sequence[Tensor]) -> Figure:
             axes.add_patch(
                 Rectangle(corner, width, height, facecolor="0.15", edgecolor="0.75", hatch="////", linewidth=0)
             )
-        # Points that a cell's shorter side takes up: lines must leave room for what they enclose.
-        side = min(np.array(axes.bbox.size) / figure.dpi * 72 / clusters.shape[::-1])
+        # A cell's shorter side: lines must leave room for what they enclose.
+        side = min(points_of(axes) / clusters.shape[::-1])
         lines = LineCollection(
             borders(clusters) * (width, height), colors="white", linewidths=min(1.8, 0.12 * side), capstyle="projecting"
         )
@@ -101,16 +105,17 @@ def draw_clusters(image: np.ndarray, layers: Sequence[Tensor]) -> Figure:
     return figure
 
 
-def draw_attention(image: np.ndarray, attention: Tensor, boxes: Tensor, titles: Sequence[str]) -> Figure:
+def draw_attention(image: np.ndarray, attention: Tensor, boxes: Tensor, names: Sequence[str], scores: Tensor) -> Figure:
     """Draw where queries attend, one panel each, or the image alone where there are none.
 
     Args:
         image: uint8 (height, width, 3), RGB.
         attention: (n, h, w), the weights of each query, adding up to one.
         boxes: (n, 4), what each query found: left, top, right, bottom in pixels of the image.
-        titles: what each query found, in words.
+        names: of what each query found.
+        scores: (n,), in [0, 1].
     """
-    if not titles:
+    if not names:
         heading = ("Where queries attend", "nothing was found in this image; a lower threshold shows more")
         figure, (axes,) = lay_out(image, 1, heading)
         show_image(axes, image, "")
@@ -119,13 +124,15 @@ def draw_attention(image: np.ndarray, attention: Tensor, boxes: Tensor, titles: 
         "Where the queries of the likeliest detections attend",
         f"last decoder layer, mean of its heads, over {cells_of(attention[0])}",
     )
-    figure, panels = lay_out(image, len(titles), heading, bar=True)
-    for axes, title, weights, box in zip(panels, titles, attention, boxes.tolist(), strict=True):
-        show_image(axes, image, title)
+    figure, panels = lay_out(image, len(names), heading, bar=True)
+    found = zip(names, scores.tolist(), attention, boxes.tolist(), strict=True)
+    for axes, (name, score, weights, (left, top, right, bottom)) in zip(panels, found, strict=True):
+        short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
+        show_image(axes, image, f"{short} {score:.2f}")
         scale = Normalize(0, 100 * weights.max().item())
-        overlay(axes, ATTENTION(scale(upsampled(100 * weights, image))), image)
-        left, top, right, bottom = box
-        for colour, width in (("black", 4), (BOX_COLOUR, 2)):
+        overlay(axes, ATTENTION(scale(upsampled(100 * weights, image)), bytes=True), image)
+        line = float(np.clip(0.02 * min(points_of(axes)), 0.6, 2))
+        for colour, width in (("black", 2 * line), (BOX_COLOUR, line)):
             axes.add_patch(
                 Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=width)
             )
@@ -191,10 +198,8 @@ def lay_out(
         MARGIN + HEADING + rows * (above + height + below) + GAP * (rows - 1),
     )
     figure = Figure(figsize=size, dpi=DPI, facecolor="white")
-    for text, y, style in zip(
-        heading, (0.2, 0.5), ({"fontsize": 15, "fontweight": "bold"}, {"fontsize": 11}), strict=True
-    ):
-        figure.text(0.5, 1 - y / size[1], text, ha="center", va="center", **style)
+    figure.text(0.5, 1 - 0.2 / size[1], heading[0], fontsize=15, fontweight="bold", ha="center", va="center")
+    figure.text(0.5, 1 - 0.5 / size[1], heading[1], fontsize=11, ha="center", va="center")
     panels = []
     for i in range(count):
         row, column = divmod(i, columns)
@@ -217,8 +222,13 @@ def show_image(axes: Axes, image: np.ndarray, title: str) -> None:
     axes.set_yticks([])
 
 
+def points_of(axes: Axes) -> np.ndarray:
+    """The width and the height of a panel in points, the unit of lines."""
+    return np.array(axes.bbox.size) / axes.figure.dpi * 72
+
+
 def overlay(axes: Axes, colours: np.ndarray, image: np.ndarray) -> None:
-    """Lay colours (h, w, 4) over an image, each over its part of it."""
+    """Lay colours (h, w, 4), float in [0, 1] or uint8, over an image, each over its part of it."""
     height, width = image.shape[:2]
     axes.imshow(colours, extent=(0, width, height, 0), aspect="auto", interpolation="nearest")
 
@@ -241,7 +251,7 @@ def colour_bar(axes: Axes, colours: ScalarMappable, label: str) -> None:
     low, high = colours.get_clim()
     bar.set_facecolor("0.7")
     figure.colorbar(colours, cax=bar, orientation="horizontal", ticks=np.linspace(low, high, 3))
-    bar.xaxis.set_major_formatter(FormatStrFormatter("%.2g"))
+    bar.xaxis.set_major_formatter(FormatStrFormatter("%.3g"))
     bar.tick_params(labelsize=9, length=2, pad=2)
     first, *_, last = bar.get_xticklabels()
     first.set_ha("left")
