@@ -122,7 +122,7 @@ def draw_attention(image: np.ndarray, attention: Tensor, boxes: Tensor, names: S
         return figure
     heading = (
         "Where the queries of the likeliest detections attend",
-        f"last decoder layer, mean of its heads, over {cells_of(attention[0])}",
+        f"last decoder layer, mean of all heads, over {cells_of(attention[0])}",
     )
     figure, panels = lay_out(image, len(names), heading, bar=True)
     found = zip(names, scores.tolist(), attention, boxes.tolist(), strict=True)
