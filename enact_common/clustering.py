@@ -11,6 +11,7 @@ all images, which are views of the tokens; and `Segments`, of any lengths.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -157,6 +158,14 @@ class Windows:
         shares = torch.einsum("bml,mls->bms", self.weights, member)
         return (shares @ values.to(self.weights.dtype)).to(values.dtype)
 
+    def assignment(self, num_tokens: int) -> Tensor:
+        """The cluster of each of an image's N tokens: int64 (batch, N), in 0..M - 1, or -1 where it is in none."""
+        batch, num_windows, length = self.weights.shape
+        clusters = torch.full((batch, num_tokens), -1, device=self.weights.device)
+        # Cut as tokens are, which gives a view: what is left over keeps its -1.
+        cut_windows(clusters, length).copy_(torch.arange(num_windows, device=clusters.device).unsqueeze(1))
+        return clusters
+
 
 class Segments:
     """Clusters of any lengths, and of any number in each image. The longest list of them sets M; others are padded.
@@ -217,6 +226,12 @@ class Segments:
         shares = shares.view(*self.shape, num_values)
         return (shares @ values.to(shares.dtype)).to(values.dtype)
 
+    def assignment(self, num_tokens: int) -> Tensor:
+        """As in `Windows`."""
+        clusters = torch.full((self.shape[0], num_tokens), -1, device=self.cluster.device)
+        clusters[self.image, self.token] = self.cluster % self.shape[1]
+        return clusters
+
 
 class _SegmentSum(torch.autograd.Function):
     """`out[cluster[i]] += weights[i] tokens[token[i]]`, for clusters that are listed in order.
@@ -274,9 +289,15 @@ class EntropyClustering(nn.Module):
         max_clusters: clusters grow until there are at most so many an image: longer windows, or as many neighbouring
             regions together as it takes. None sets no limit.
 
+    Attributes:
+        observer: None; or what is called at the end of every clustering, to look on: with the smoothed information
+            (batch, N), bits, each token in its place and zero where padding is masked, and with the clusters.
+
     Raises:
         ValueError: no such kind of clusters, or `max_clusters` is below 1.
     """
+
+    observer: Callable[[Tensor, Windows | Segments], None] | None = None
 
     def __init__(
         self,
@@ -346,7 +367,10 @@ class EntropyClustering(nn.Module):
             length = window_length(num_tokens, count_regions(information).tolist())
             if self.max_clusters is not None:
                 length = max(length, shortest_window(num_tokens, self.max_clusters))
-            return Windows(cut_windows(information, length).softmax(dim=-1))  # (batch, M, length)
+            windows = Windows(cut_windows(information, length).softmax(dim=-1))  # (batch, M, length)
+            if self.observer is not None:
+                self.observer(information, windows)
+            return windows
 
         batch, num_tokens = logits.shape
         place = torch.arange(num_tokens, device=logits.device).expand(batch, -1)  # (batch, N)
@@ -365,7 +389,10 @@ class EntropyClustering(nn.Module):
             kept, cluster, count = present, *self.join_regions(borders)
         else:
             kept, cluster, count = self.cut_by_length(place, present.sum(dim=1), borders.sum(dim=1) + 1)
-        return Segments(information, token, cluster, kept, count)
+        segments = Segments(information, token, cluster, kept, count)
+        if self.observer is not None:
+            self.observer(torch.empty_like(information).scatter(1, token, information), segments)
+        return segments
 
     def join_regions(self, borders: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's cluster (batch, N) and their number (batch,), for borders of regions (batch, N - 1)."""

@@ -114,6 +114,39 @@ def test_weights_add_up_to_one_for_any_number_of_tokens(combination, num_tokens)
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
+@pytest.mark.parametrize("num_tokens", [1, 2, 61])
+def test_assignment_says_which_tokens_are_pooled(combination, num_tokens):
+    layer = EntropyClustering(4, 1.5, **combination)
+    tokens, mask = torch.randn(3, num_tokens, 4), torch.zeros(3, num_tokens, dtype=torch.bool)
+    mask[1, num_tokens // 2 + 1 :] = True
+    clusters = layer.cluster(tokens, mask)
+    # Pooled, each token's own unit vector gives the weights that it has in every cluster.
+    weights = clusters.pool(torch.eye(num_tokens).expand(3, -1, -1))  # (batch, M, N)
+    pooled = weights > 0
+    assert (pooled.sum(dim=1) <= 1).all()
+    expected = torch.where(pooled.any(dim=1), pooled.to(torch.uint8).argmax(dim=1), -1)
+    assert torch.equal(clusters.assignment(num_tokens), expected)
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
+def test_the_observer_is_shown_each_token_in_its_place(combination):
+    layer = EntropyClustering(4, 1.5, **combination)
+    tokens, mask = torch.randn(2, 24, 4), torch.zeros(2, 4, 6, dtype=torch.bool)
+    mask[1, :, 4:] = mask[1, 3:] = True
+    mask = mask.flatten(1)
+    seen = []
+    layer.observer = lambda *shown: seen.append(shown)
+    clusters = layer.cluster(tokens, mask)
+    ((information, shown),) = seen
+    assert shown is clusters
+    for i in range(2):
+        present = ~mask[i] if combination["mask_padding"] else torch.ones(24, dtype=torch.bool)
+        own = smooth(self_information(layer.W_prob(tokens[i : i + 1, present]).squeeze(-1)), layer.kernel)
+        assert_close(information[i, present], own[0])
+        assert information[i, ~present].abs().sum() == 0
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
 def test_gradients(combination):
     layer = EntropyClustering(4, 1.0, **combination).double()
     tokens = torch.randn(2, 12, 4, dtype=torch.float64, requires_grad=True)

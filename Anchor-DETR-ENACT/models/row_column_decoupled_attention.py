@@ -87,6 +87,37 @@ class MultiheadRCDA(RowColumnAttention):
         Returns:
             the query's shape.
         """
+        row, col, v = self.factors(query, query_row_pos, query_col_pos, key_row, key_col, value, mask_row, mask_col)
+        attended = row_column_product(row, col, v)  # (batch * heads, Q, e)
+        return self.join_heads(attended).view_as(query)
+
+    def with_weights(self, query: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What `forward` returns, and the map's weights, which are formed for that: to look at, not to train with.
+
+        Args:
+            query, others: as in `forward`.
+
+        Returns:
+            the query's shape; and (batch, heads, Q, H W), each query's adding up to one.
+        """
+        row, col, v = self.factors(query, *others)
+        weights = (col.unsqueeze(3) * row.unsqueeze(2)).flatten(2)  # (batch * heads, Q, H W)
+        attended = weights @ v.flatten(1, 2)
+        return self.join_heads(attended).view_as(query), weights.unflatten(0, (-1, self.num_heads))
+
+    def factors(
+        self,
+        query: Tensor,
+        query_row_pos: Tensor,
+        query_col_pos: Tensor,
+        key_row: Tensor,
+        key_col: Tensor,
+        value: Tensor,
+        mask_row: Tensor | None = None,
+        mask_col: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the product is of, for arguments of `forward`: weights along rows (batch * heads, Q, W) and along
+        columns (batch * heads, Q, H), and values (batch * heads, H, W, e)."""
         query_row, query_col, row_key, col_key, values = self.projections()
         # A projected sum is the sum of the projections: contents and positions need not be added at full size first.
         q_row = F.linear(query, *query_row) + F.linear(query_row_pos, query_row[0])
@@ -94,10 +125,11 @@ class MultiheadRCDA(RowColumnAttention):
         row = self.weights(q_row.flatten(1, -2), F.linear(key_row, *row_key), mask_row)  # (batch * heads, Q, W)
         col = self.weights(q_col.flatten(1, -2), F.linear(key_col, *col_key), mask_col)  # (batch * heads, Q, H)
         v = F.linear(value, *values).unflatten(-1, (self.num_heads, -1))  # (batch, H, W, heads, e)
-        v = v.permute(0, 3, 1, 2, 4).flatten(0, 1)  # (batch * heads, H, W, e)
-        attended = row_column_product(row, col, v)  # (batch * heads, Q, e)
-        attended = attended.unflatten(0, (-1, self.num_heads)).transpose(1, 2).flatten(2)  # (batch, Q, d)
-        return self.out_proj(attended).view_as(query)
+        return row, col, v.permute(0, 3, 1, 2, 4).flatten(0, 1)
+
+    def join_heads(self, attended: Tensor) -> Tensor:
+        """(batch * heads, Q, e) to (batch, Q, d), projected."""
+        return self.out_proj(attended.unflatten(0, (-1, self.num_heads)).transpose(1, 2).flatten(2))
 
 
 class ClusteredRCDA(RowColumnAttention):

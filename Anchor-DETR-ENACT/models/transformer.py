@@ -258,6 +258,8 @@ class TransformerDecoderLayer(Recomputed):
             batch mates in turn, as in the reference, which lays out queries level by level but maps image by image.
     """
 
+    MEMORY_ATTENTION = "cross_attn"
+
     def __init__(
         self,
         cross_attn: nn.Module,

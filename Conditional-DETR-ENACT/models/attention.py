@@ -1,5 +1,6 @@
 """Multi-head attention whose queries, keys and values come projected, and may differ in width."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -33,12 +34,34 @@ class MultiheadAttention(nn.Module):
         Returns:
             (Q, batch, embed_dim).
         """
-        q, k, v = (
-            # (length, batch, channels) -> (batch, heads, length, channels / heads)
-            tensor.unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0, 3)
-            for tensor in (query, key, value)
-        )
+        q, k, v = self.heads(query), self.heads(key), self.heads(value)
         present = None if key_padding_mask is None else ~key_padding_mask[:, None, None]  # (batch, 1, 1, N)
         dropout = self.dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=present, dropout_p=dropout)
-        return self.out_proj(attended.permute(2, 0, 1, 3).flatten(2))  # (batch, heads, Q, e) -> (Q, batch, embed_dim)
+        return self.join_heads(attended)
+
+    def with_weights(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What `forward` returns, and the weights, which are formed for that: to look at, not to train with.
+
+        Args:
+            query, key, value, key_padding_mask: as in `forward`.
+
+        Returns:
+            (Q, batch, embed_dim); and (batch, heads, Q, N), each query's adding up to one.
+        """
+        q, k = self.heads(query), self.heads(key)
+        logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        if key_padding_mask is not None:
+            logits = logits.masked_fill(key_padding_mask[:, None, None], -torch.inf)
+        weights = logits.softmax(dim=-1)
+        return self.join_heads(weights @ self.heads(value)), weights
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(length, batch, channels) to (batch, heads, length, channels / heads)."""
+        return x.unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0, 3)
+
+    def join_heads(self, attended: Tensor) -> Tensor:
+        """(batch, heads, Q, e) to (Q, batch, embed_dim), projected."""
+        return self.out_proj(attended.permute(2, 0, 1, 3).flatten(2))

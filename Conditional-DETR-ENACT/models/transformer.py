@@ -30,6 +30,7 @@ class TransformerDecoderLayer(DecoderLayer):
     """
 
     COMPILED = ("forward",)
+    MEMORY_ATTENTION = "cross_attn"
 
     def __init__(
         self, d_model: int, nhead: int, dim_feedforward: int, dropout: float, normalize_before: bool, first: bool

@@ -24,6 +24,7 @@ class TransformerDecoderLayer(DecoderLayer):
     """
 
     COMPILED = ("forward",)
+    MEMORY_ATTENTION = "multihead_attn"
 
     def __init__(
         self,
