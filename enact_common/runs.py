@@ -18,6 +18,14 @@ LOG = "log.txt"
 # An epoch's key for COCO's twelve figures, as the original named it.
 FIGURES_KEY = "test_coco_eval_bbox"
 
+# The curves that are drawn of runs. Title: quantities, each with its name, its key and, where the key holds a list, its
+# place there. The first of each is what readers look for.
+CURVES = {
+    "Loss": (("validation", "test_loss", None), ("training", "train_loss", None)),
+    "Average precision": (("AP", FIGURES_KEY, 0), ("AP50", FIGURES_KEY, 1)),
+    "Learning rate": (("learning rate", "train_lr", None),),
+}
+
 
 def read_epochs(source: Path) -> list[dict]:
     """The epochs of a run, in order, each once.

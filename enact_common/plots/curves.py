@@ -9,15 +9,9 @@ from matplotlib.ticker import MaxNLocator
 
 from enact_common.errors import UserError
 from enact_common.plots.style import colour, save
-from enact_common.runs import FIGURES_KEY, series
+from enact_common.runs import CURVES, FIGURES_KEY, series
 
-# Title: quantities, each with its name, its key and, where the key holds a list, its place there. The first of a panel
-# is what readers look for and gets the solid line.
-PANELS = {
-    "Loss": (("validation", "test_loss", None), ("training", "train_loss", None)),
-    "Average precision": (("AP", FIGURES_KEY, 0), ("AP50", FIGURES_KEY, 1)),
-    "Learning rate": (("learning rate", "train_lr", None),),
-}
+# Of a panel's first quantity, which readers look for, and of its second.
 LINES = ("-", "--")
 
 # Up to so many epochs each has a dot: a line through two of them is no measurement.
@@ -38,11 +32,11 @@ def plot_curves(runs: Mapping[str, Sequence[dict]], picture: Path) -> None:
     """
     drawn = {
         title: quantities
-        for title, quantities in PANELS.items()
+        for title, quantities in CURVES.items()
         if any(series(epochs, key, place) for epochs in runs.values() for _, key, place in quantities)
     }
     if not drawn:
-        keys = ", ".join(key for key in dict.fromkeys(key for panel in PANELS.values() for _, key, _ in panel))
+        keys = ", ".join(key for key in dict.fromkeys(key for panel in CURVES.values() for _, key, _ in panel))
         raise UserError(f"{', '.join(runs)}: nothing to draw; expected one of the keys {keys}")
     figure = Figure(figsize=(4.4 * len(drawn) + 0.4, 4.2), layout="constrained")
     for axes, (title, quantities) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
