@@ -72,6 +72,12 @@ def find_scenes(args: argparse.Namespace, runs: list[RecordedRun]) -> tuple[list
         return [], f"{error}. --images takes others."
 
 
+def enumeration(names: list[str]) -> str:
+    """The runs' names in a row."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
+
+
 def make_folder(folder: Path) -> None:
     """Make the output folder.
 
@@ -103,13 +109,15 @@ def run(args: argparse.Namespace) -> None:
     classes = classes_table(runs)
     shown = list(side_by_side(runs, scenes, args.threshold, args.device))
 
-    parts = [f"# {' and '.join(names)}", "\n".join(f"- {text}" for text in unequal or [EQUAL])]
+    title = enumeration(names)
+    parts = [f"# {title}", "\n".join(f"- {text}" for text in unequal or [EQUAL])]
     parts += [table.markdown() for table in (*settings, *figures, classes) if table]
     text = "\n\n".join(part for part in parts if part)
-    print(text)
-    page = build_page(runs, unequal, settings, figures, classes, shown, reason, args.threshold)
+    page = build_page(title, runs, unequal, settings, figures, classes, shown, reason, args.threshold)
     for file_name, content in ((TABLES, text + "\n"), (PAGE, page)):
         write_atomically(args.output_dir / file_name, lambda file, content=content: file.write(content.encode()))
+    # After the files: who reads no further than the first lines shall have them all the same.
+    print(text)
     if reason:
         print(f"\nno pictures: {reason}")
     print(f"\nwritten to {args.output_dir / PAGE} and {args.output_dir / TABLES}")

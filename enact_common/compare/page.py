@@ -157,6 +157,7 @@ def detections_html(scenes: Sequence[tuple[str, Sequence[Panel]]], reason: str, 
 
 
 def build_page(
+    title: str,
     runs: Sequence[RecordedRun],
     inequalities: Sequence[str],
     settings: Sequence[Table],
@@ -169,6 +170,7 @@ def build_page(
     """The page.
 
     Args:
+        title: of the page.
         runs: that are compared.
         inequalities: sentences on what keeps them from equal terms.
         settings: tables of what the runs are.
@@ -192,7 +194,7 @@ def build_page(
     # A name may hold "</script>".
     embedded = json.dumps(data).replace("<", "\\u003c")
     return Template(part("page.html")).substitute(
-        title=escape(" and ".join(run.name for run in runs)),
+        title=escape(title),
         made=f"Made by enact_common.compare on {datetime.now():%Y-%m-%d %H:%M}.",
         style=part("page.css"),
         content="\n".join(section for section in sections if section),

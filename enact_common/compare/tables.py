@@ -104,7 +104,12 @@ def ap_row(name: str, values: Sequence[float | None]) -> list[Cell]:
 
 def cost_row(name: str, values: Sequence[float | None], form: str) -> list[Cell]:
     """A row of what should be small, with ratios to the first."""
-    return compared(name, values, form.format, lambda own, first: f"x {own / first:.2f}" if first else "", min)
+    return compared(name, values, form.format, ratio_text, min)
+
+
+def ratio_text(own: float, first: float) -> str:
+    """How many times the first run's figure a run's own is."""
+    return f"x {own / first:.2f}" if first else ""
 
 
 def figures_table(runs: Sequence[RecordedRun]) -> Table:
@@ -130,7 +135,7 @@ def costs_table(runs: Sequence[RecordedRun]) -> Table:
         cost_row("evaluation, seconds", [run.median("test_seconds") for run in runs], "{:,.1f}"),
         cost_row("training in all, hours", whole, "{:,.2f}"),
         cost_row("peak memory, GiB", [max(run.logged("peak_memory_gib"), default=None) for run in runs], "{:.2f}"),
-        cost_row("parameters", [run.parameters for run in runs], "{:,.0f}"),
+        compared("parameters", [run.parameters for run in runs], "{:,.0f}".format, ratio_text),
     ]
     return Table(
         "Time and memory",

@@ -110,6 +110,10 @@ def settings_table(runs: Sequence[RecordedRun]) -> Table:
         ]
         return ", ".join(str(word) for word in words if word) or None
 
+    def checkpoint(run: RecordedRun) -> str | None:
+        after = f", after epoch {run.trained}" if run.trained else ""
+        return run.checkpoint and run.checkpoint.name + after
+
     rows = {
         "detector": lambda run: run.variant,
         "encoder attention": attention_text,
@@ -124,6 +128,7 @@ def settings_table(runs: Sequence[RecordedRun]) -> Table:
         "seed": lambda run: joined(run, "{}", "seed"),
         "data": lambda run: joined(run, "{}", "coco_path"),
         "evaluated on": evaluated,
+        "checkpoint": checkpoint,
     }
     texts = {name: [text_of(run) for run in runs] for name, text_of in rows.items()}
     return Table(
