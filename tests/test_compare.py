@@ -112,7 +112,10 @@ def test_every_evaluation_leaves_its_record(trained, shapes, tmp_path):
 def test_runs_that_differ_in_the_attention_alone_are_on_equal_terms(trained):
     runs = [read_run(trained[name], name) for name in ("enact", "plain")]
     assert inequalities(runs) == [] and differing_flags(runs) == {}
-    rows = {row[0].text: [cell.text for cell in row[1:]] for row in settings_table(runs).rows}
+    table = settings_table(runs)
+    rows = {row[0].text: [cell.text for cell in row[1:]] for row in table.rows}
+    marked = [row[0].text for row, mark in zip(table.rows, table.marked, strict=True) if mark]
+    assert marked == ["encoder attention", "parameters"]
     assert rows["encoder attention"] == ["ENACT", "plain (mhsa)"]
     assert rows["ENACT's settings"] == ["sigma 3, clusters windows", "-"]
     assert rows["epochs"] == ["2 of 2"] * 2 and rows["detector"] == ["conditional"] * 2

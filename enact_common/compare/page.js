@@ -37,7 +37,8 @@ class Chart {
     this.plot.addEventListener("pointermove", (event) => this.point(event));
     this.plot.addEventListener("pointerleave", () => this.show(null));
     this.plot.addEventListener("keydown", (event) => this.step(event));
-    new ResizeObserver(() => this.draw()).observe(this.plot);
+    this.draw();
+    new ResizeObserver(() => requestAnimationFrame(() => this.draw())).observe(this.plot);
   }
 
   get series() {
@@ -46,7 +47,7 @@ class Chart {
 
   draw() {
     const width = Math.max(this.plot.clientWidth, 200);
-    const height = 240;
+    const height = this.plot.clientHeight;
     const points = this.series.flatMap((series) => series.points);
     this.last = Math.max(1, ...points.map(([epoch]) => epoch));
     const most = Math.max(...points.map(([, value]) => value), 1e-12) * 1.05;
@@ -139,7 +140,8 @@ function startSorting(table) {
     button.append(...head.childNodes);
     head.append(button);
     button.addEventListener("click", () => {
-      const down = column > 0 ? head.ariaSort !== "descending" : head.ariaSort === "ascending";
+      const sorted = head.getAttribute("aria-sort");
+      const down = column > 0 ? sorted !== "descending" : sorted === "ascending";
       heads.forEach((other) => other.removeAttribute("aria-sort"));
       head.setAttribute("aria-sort", down ? "descending" : "ascending");
       const order = (one, two) => {

@@ -126,7 +126,7 @@ def settings_table(runs: Sequence[RecordedRun]) -> Table:
         "image size": lambda run: joined(run, "{} (longer side at most {})", "eval_size", "max_size"),
         "precision": lambda run: joined(run, "{}", "amp") and run.args["amp"].replace("none", "float32"),
         "seed": lambda run: joined(run, "{}", "seed"),
-        "data": lambda run: joined(run, "{}", "coco_path"),
+        "data": lambda run: run.args.get("val_annotations") or run.args.get("coco_path"),
         "evaluated on": evaluated,
         "checkpoint": checkpoint,
     }
@@ -136,7 +136,8 @@ def settings_table(runs: Sequence[RecordedRun]) -> Table:
         ["", *(run.name for run in runs)],
         [[Cell(name), *(Cell(text or DASH) for text in row)] for name, row in texts.items() if any(row)],
         note="Marked rows differ.",
-        marked=[len(set(row)) > 1 for row in texts.values() if any(row)],
+        # What is not known of a run is no difference.
+        marked=[len(set(row) - {None}) > 1 for row in texts.values() if any(row)],
     )
 
 
