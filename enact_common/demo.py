@@ -15,8 +15,9 @@ from pathlib import Path
 
 from enact_common.data.coco import decode_image, load_annotations
 from enact_common.data.synthetic import make_shapes
-from enact_common.logs import read_log
-from enact_common.plots import plot_detections, plot_log
+from enact_common.plots.curves import plot_curves
+from enact_common.plots.detections import plot_detections
+from enact_common.runs import FIGURES_KEY, read_epochs
 from enact_common.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,10 +117,10 @@ def main(argv: list[str] | None = None) -> int:
     run_variant(args.variant, *flags)
     run_variant(args.variant, *flags, "--resume", str(run / "checkpoint.pth"), "--eval")
 
-    plot_log(run / "log.txt", output / "curves.png")
+    epochs = read_epochs(run)
+    plot_curves({args.variant: epochs}, output / "curves.png")
     picture_detections(data, run / "results.json", THRESHOLDS[args.variant], output / "detections.png")
-    last = read_log(run / "log.txt")[-1]
-    ap, ap50 = last["test_coco_eval_bbox"][:2]
+    ap, ap50 = epochs[-1][FIGURES_KEY][:2]
     print(f"\nAP {ap:.3f}, AP50 {ap50:.3f} on {SHAPES['val']} images that it was not trained on")
     print(f"detections beside the truth: {output / 'detections.png'}")
     print(f"loss and AP curves:          {output / 'curves.png'}")

@@ -1,6 +1,7 @@
 """From parsed arguments to a trained or evaluated model: what every variant's `main.py` calls."""
 
 import argparse
+import json
 import logging
 import math
 import random
@@ -39,7 +40,7 @@ from enact_common.device import check_precision, find_device, peak_memory, start
 from enact_common.distributed import gather_objects, get_rank, get_world_size, init_distributed_mode, is_main_process
 from enact_common.engine import NonFiniteLossError, evaluate, train_one_epoch
 from enact_common.errors import UserError
-from enact_common.evaluation.coco import CocoBoxEvaluator, figures_text, per_class_text
+from enact_common.evaluation.coco import EVALUATION, CocoBoxEvaluator, evaluation_record, figures_text, per_class_text
 from enact_common.files import write_atomically
 from enact_common.layers import clustering_settings
 from enact_common.logs import RunLog, setup_logging
@@ -186,7 +187,7 @@ class Run:
         if args.eval:
             self.describe()
             self.cache_images()
-            self.report(self.evaluate()[1], per_class=True)
+            self.report(self.evaluate()[1], checkpoint.get("epoch"), per_class=True)
         else:
             self.train(checkpoint)
 
@@ -408,7 +409,7 @@ class Run:
         if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs:
             begin = time.perf_counter()
             test_stats, evaluator = self.evaluate()
-            figures = self.report(evaluator)
+            figures = self.report(evaluator, epoch)
             test_stats["seconds"] = time.perf_counter() - begin
             stats |= {f"test_{name}": value for name, value in test_stats.items()}
             if figures is not None:
@@ -485,10 +486,16 @@ class Run:
         )
         return stats, evaluator
 
-    def report(self, evaluator: CocoBoxEvaluator, per_class: bool = False) -> list[float] | None:
-        """Print COCO's figures, and with `per_class` each class's and write `results.json`.
+    def report(self, evaluator: CocoBoxEvaluator, epoch: int | None, per_class: bool = False) -> list[float] | None:
+        """Print COCO's figures and write them to `evaluation.json`, which the next evaluation replaces; with
+        `per_class` also print each class's and write `results.json`.
 
         Without ground truth there are no figures.
+
+        Args:
+            evaluator: with the detections.
+            epoch: that the weights come from; None where the checkpoint does not say.
+            per_class: see above.
 
         Returns:
             the twelve figures, in the main process; None in the others and without ground truth.
@@ -500,8 +507,15 @@ class Run:
             evaluation = evaluator.evaluate(self.ground_truth)
             figures = [float(value) for value in evaluation.stats]
             logger.info("%s", figures_text(evaluation))
+            record = evaluation_record(evaluation)
             if per_class:
-                logger.info("%s", per_class_text(evaluation))
+                logger.info("%s", per_class_text(record))
+            if self.output_dir:
+                source = {"set": self.args.eval_set, "epoch": epoch}
+                if self.args.eval:
+                    source["checkpoint"] = self.args.resume
+                text = json.dumps({**source, **record})
+                write_atomically(self.output_dir / EVALUATION, lambda file: file.write(text.encode()))
         if per_class and self.output_dir:
             path = self.output_dir / "results.json"
             logger.info("%d detections written to %s", evaluator.write_results(path), path)

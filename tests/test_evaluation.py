@@ -11,7 +11,7 @@ from pycocotools.coco import COCO
 from enact_common.data.categories import LabelMap
 from enact_common.data.coco import CocoDetection
 from enact_common.data.transforms import eval_transforms
-from enact_common.evaluation.coco import FIGURES, CocoBoxEvaluator, figures_text, per_class_text
+from enact_common.evaluation.coco import FIGURES, CocoBoxEvaluator, evaluation_record, figures_text, per_class_text
 
 try:
     import faster_coco_eval
@@ -236,7 +236,8 @@ def test_both_packages_agree(monkeypatch, seed):
     np.testing.assert_allclose(fast.stats, slow.stats, rtol=0, atol=1e-6)
     np.testing.assert_allclose(fast.eval["precision"], slow.eval["precision"], rtol=0, atol=1e-6)
     assert figures_text(fast) == figures_text(slow)
-    assert per_class_text(fast) == per_class_text(slow)
+    records = [evaluation_record(evaluation) for evaluation in (fast, slow)]
+    assert per_class_text(records[0]) == per_class_text(records[1])
 
 
 @pytest.mark.parametrize("other", [False, True])
@@ -325,5 +326,44 @@ def test_the_twelve_lines_and_the_classes(package):
     lines = figures_text(evaluation).splitlines()
     assert len(lines) == 12
     assert lines[1] == " Average Precision  (AP) @[ IoU=0.50      | area=   all | maxDets=100 ] = 0.500"
-    rows = [line.split() for line in per_class_text(evaluation).splitlines()[1:]]
+    rows = [line.split() for line in per_class_text(evaluation_record(evaluation)).splitlines()[1:]]
     assert rows == [["nut", "2", "1.000", "1.000"], ["bolt", "1", "0.000", "0.000"]]
+
+
+def test_the_record_of_an_evaluation_worked_out_by_hand(package):
+    # Two nuts: one found at once at IoU 0.6 (40 x 24 of 40 x 40), a false alarm, then the other exactly. A bolt that is
+    # missed, and a crowd of bolts that does not count. Nothing of a third category, which has no ground truth.
+    bolts = [(2, 7, [100, 100, 50, 50]), (1, 7, [150, 150, 40, 40])]
+    truth = ground_truth([*TWO_NUTS, *bolts])
+    truth.anns[4]["iscrowd"] = 1
+    truth.dataset["categories"] = [*CATEGORIES, {"id": 9, "name": "washer"}]
+    truth.createIndex()
+    labels = LabelMap.from_categories(truth.dataset["categories"])
+    evaluator = CocoBoxEvaluator(labels)
+    evaluator.update(
+        [1, 2],
+        [
+            detected((0, 0.9, [10, 10, 50, 34]), (2, 0.9, [0, 0, 5, 5])),
+            detected((0, 0.8, [120, 10, 160, 50]), (0, 0.7, [50, 50, 90, 90])),
+        ],
+    )
+    evaluation = evaluator.evaluate(truth)
+    record = evaluation_record(evaluation)
+    assert record == json.loads(json.dumps(record))  # built-in types alone
+    assert record["images"] == 2 and record["recall"] == pytest.approx(np.linspace(0, 1, 101))
+    assert list(record["figures"]) == list(FIGURES)
+    assert list(record["figures"].values()) == pytest.approx(evaluation.stats.tolist())
+    nut, bolt = record["classes"]
+    assert (nut["category_id"], nut["name"], nut["objects"]) == (3, "nut", 2)
+    assert (bolt["category_id"], bolt["name"], bolt["objects"]) == (7, "bolt", 1)
+    # At 0.5 to 0.6 the first is right: precision 1 up to recall 0.5, then 2/3. At the seven IoUs above it is wrong:
+    # the one hit comes third, so 1/3 up to recall 0.5, then nothing.
+    low, high = [1] * 51 + [2 / 3] * 50, [1 / 3] * 51 + [0] * 50
+    expected = {"0.5": low, "0.75": high, "mean": [(3 * a + 7 * b) / 10 for a, b in zip(low, high, strict=True)]}
+    assert nut["precision"].keys() == expected.keys()
+    for iou, curve in expected.items():
+        assert nut["precision"][iou] == pytest.approx(curve, abs=1e-6)
+    assert nut["AP50"] == pytest.approx(sum(low) / 101)
+    assert nut["AP"] == pytest.approx((3 * sum(low) + 7 * sum(high)) / 1010)
+    assert bolt["AP"] == bolt["AP50"] == 0 and set(bolt["precision"]["mean"]) == {0}
+    assert record["figures"]["AP"] == pytest.approx(nut["AP"] / 2)

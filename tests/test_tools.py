@@ -6,7 +6,6 @@ import pytest
 from PIL import Image
 
 from enact_common import demo
-from enact_common.plots import plot_log
 from enact_common.variants import VARIANTS
 
 TINY = (
@@ -52,11 +51,3 @@ def test_a_training_that_fails_ends_the_demo(tiny_demo, monkeypatch, tmp_path):
         demo.main(["--output_dir", str(tmp_path)])
     assert stop.value.code == 2
     assert not (tmp_path / "curves.png").exists()
-
-
-def test_curves_do_without_missing_keys(tmp_path):
-    log, picture = tmp_path / "log.txt", tmp_path / "curves.png"
-    log.write_text('{"epoch": 0, "train_loss": 3.0}\n\n{"epoch": 1, "test_loss": 2.0}\n')
-    plot_log(log, picture)
-    with Image.open(picture) as image:
-        assert image.size[0] > 500

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,10 @@ logger = logging.getLogger(__name__)
 
 # COCO's twelve figures, in the order of `COCOeval.stats`.
 FIGURES = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
+
+# The latest evaluation's record in a run's folder: `evaluation_record`, with the `set` of images, the weights' `epoch`
+# (from 0; None where unknown) and, after `--eval`, the `checkpoint` that was evaluated.
+EVALUATION = "evaluation.json"
 
 
 def evaluation_package() -> tuple[str, type[COCO], Callable[..., COCOeval]]:
@@ -149,14 +154,47 @@ def figures_text(evaluation: COCOeval) -> str:
     return "\n".join(text.getvalue().splitlines()[: len(FIGURES)])
 
 
-def per_class_text(evaluation: COCOeval) -> str:
-    """AP and AP50 of each category that has ground truth, a line each, in the order of the category ids."""
+def evaluation_record(evaluation: COCOeval) -> dict[str, Any]:
+    """What an evaluation found, in built-in types alone: what `evaluation.json` holds, and plots are drawn from.
+
+    Args:
+        evaluation: of `CocoBoxEvaluator.evaluate`.
+
+    Returns:
+        a dict with `figures`, the twelve `FIGURES` by name, in [0, 1], -1 where nothing of that size exists; `images`,
+        how many were evaluated; `recall`, the 101 recalls at which precision is sampled, 0 to 1; and `classes`, of each
+        category that has ground truth, in the order of their ids, a dict with `category_id`, `name`, `objects` (crowds
+        left out), `AP`, `AP50` and `precision`: the 101 precisions, in [0, 1] and falling, under `0.5` and `0.75` at
+        that IoU and under `mean` over COCO's ten. All are over objects of all sizes, and at most 100 detections an
+        image and category.
+    """
     precision = evaluation.eval["precision"]  # (10 IoU thresholds, 101 recalls, categories, areas, max detections)
-    lines = [f"{'class':<24} {'objects':>8} {'AP':>7} {'AP50':>7}"]
+    classes = []
     for k, category in enumerate(evaluation.params.catIds):
-        curve = precision[:, :, k, 0, -1]  # (10, 101): all areas, 100 detections
-        if (curve > -1).any():
-            name = evaluation.cocoGt.cats[category]["name"]
-            objects = len(evaluation.cocoGt.getAnnIds(catIds=[category], iscrowd=False))
-            lines.append(f"{name:<24} {objects:>8} {curve.mean():7.3f} {curve[0].mean():7.3f}")
+        curves = np.asarray(precision[:, :, k, 0, -1])  # (10, 101): all areas, 100 detections
+        if (curves > -1).any():
+            by_iou = {"0.5": curves[0], "0.75": curves[5], "mean": curves.mean(axis=0)}
+            classes.append(
+                {
+                    "category_id": int(category),
+                    "name": str(evaluation.cocoGt.cats[category]["name"]),
+                    "objects": len(evaluation.cocoGt.getAnnIds(catIds=[category], iscrowd=False)),
+                    "AP": float(curves.mean()),
+                    "AP50": float(curves[0].mean()),
+                    # Six digits: beyond what is ever read off a curve, and half the file.
+                    "precision": {iou: np.round(curve, 6).tolist() for iou, curve in by_iou.items()},
+                }
+            )
+    return {
+        "figures": {name: float(value) for name, value in zip(FIGURES, evaluation.stats, strict=True)},
+        "images": len(evaluation.params.imgIds),
+        "recall": np.round(evaluation.params.recThrs, 6).tolist(),
+        "classes": classes,
+    }
+
+
+def per_class_text(record: dict[str, Any]) -> str:
+    """AP and AP50 of each category in an `evaluation_record`, a line each."""
+    lines = [f"{'class':<24} {'objects':>8} {'AP':>7} {'AP50':>7}"]
+    lines += [f"{row['name']:<24} {row['objects']:>8} {row['AP']:7.3f} {row['AP50']:7.3f}" for row in record["classes"]]
     return "\n".join(lines)

@@ -1,0 +1,203 @@
+"""The comparison as one HTML page that needs nothing else: style, script, charts' data and pictures are inside."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from html import escape
+from importlib.resources import files
+from string import Template
+
+from enact_common.compare.pictures import Panel
+from enact_common.compare.recorded import RecordedRun
+from enact_common.compare.tables import Cell, Table
+from enact_common.compare.terms import EQUAL
+from enact_common.runs import CURVES, series
+
+# How many colours page.css has for runs.
+RUN_COLOURS = 8
+
+
+def part(name: str) -> str:
+    """A file of the page, which lies beside this module."""
+    return (files(__package__) / name).read_text(encoding="utf-8")
+
+
+def swatch(run: int) -> str:
+    """A patch of a run's colour."""
+    return f'<span class="swatch" style="--run: var(--run-{run % RUN_COLOURS})"></span>'
+
+
+def cell_html(cell: Cell, room: bool) -> str:
+    """A cell of a table's body.
+
+    Args:
+        cell: what stands in it.
+        room: leave room for a difference.
+    """
+    text = f"<b>{escape(cell.text)}</b>" if cell.best else escape(cell.text)
+    # The empty one keeps the figures of a column below one another.
+    difference = f' <span class="difference">{escape(cell.difference)}</span>' if room else ""
+    return f'<td data-value="{escape(cell.text)}">{text}{difference}</td>'
+
+
+def table_html(table: Table, runs: Sequence[RecordedRun], sortable: bool = False) -> str:
+    """A table with its title, and its runs' names with their colours.
+
+    Args:
+        table: the table.
+        runs: all runs, in order.
+        sortable: by a click on its columns' heads.
+    """
+    places = {run.name: i for i, run in enumerate(runs)}
+    heads = []
+    for name in table.header:
+        # "AP50 ENACT" is of the run ENACT.
+        own = name if name in places else name.partition(" ")[2]
+        heads.append(f'<th scope="col">{swatch(places[own]) if own in places else ""}{escape(name)}</th>')
+    rooms = [any(cell.difference for cell in column) for column in list(zip(*table.rows, strict=True))[1:]]
+    lines = []
+    for i, (head, *cells) in enumerate(table.rows):
+        marked = ' class="marked"' if table.marked and table.marked[i] else ""
+        body = "".join(cell_html(cell, room) for cell, room in zip(cells, rooms, strict=True))
+        lines.append(f'<tr{marked}><th scope="row">{escape(head.text)}</th>{body}</tr>')
+    kinds = " ".join(kind for kind, holds in (("numeric", table.numeric), ("sortable", sortable)) if holds)
+    return "\n".join(
+        [
+            f"<section><h2>{escape(table.title)}</h2>",
+            # A part that scrolls must be reachable by keys.
+            f'<div class="wide" tabindex="0" role="region" aria-label="{escape(table.title)}">',
+            f'<table class="{kinds}"><caption>{escape(table.title)}</caption>',
+            f"<thead><tr>{''.join(heads)}</tr></thead>",
+            "<tbody>",
+            *lines,
+            "</tbody></table></div>",
+            f'<p class="note">{escape(table.note)}</p></section>' if table.note else "</section>",
+        ]
+    )
+
+
+def terms_html(inequalities: Sequence[str]) -> str:
+    """On which terms the runs are compared."""
+    if not inequalities:
+        return f'<section class="terms equal">{escape(EQUAL)}</section>'
+    items = "".join(f"<li>{escape(text)}</li>" for text in inequalities)
+    return f'<section class="terms"><strong>Not on equal terms.</strong><ul>{items}</ul></section>'
+
+
+def curves(runs: Sequence[RecordedRun]) -> dict:
+    """What page.js draws: the runs' names and colours, and of each chart its lines."""
+    charts = []
+    for title, quantities in CURVES.items():
+        lines = [
+            {"run": i, "kind": kind, "style": style, "points": points}
+            for i, run in enumerate(runs)
+            for style, (kind, key, place) in enumerate(quantities)
+            if (points := series(run.epochs, key, place))
+        ]
+        if lines:
+            charts.append({"title": title, "kinds": [kind for kind, _, _ in quantities], "series": lines})
+    return {
+        "runs": [{"name": run.name, "colour": i % RUN_COLOURS} for i, run in enumerate(runs)],
+        "charts": charts,
+    }
+
+
+def curves_html(data: dict) -> str:
+    """The places of the charts, with what they show in words."""
+    if not data["charts"]:
+        return '<h2>Learning curves</h2><p class="missing">No run has a log.</p>'
+    boxes = "".join(
+        f'<label><input type="checkbox" value="{i}" checked> {swatch(i)}{escape(run["name"])}</label>'
+        for i, run in enumerate(data["runs"])
+    )
+    figures = []
+    for chart in data["charts"]:
+        said = "; ".join(
+            f"{data['runs'][line['run']]['name']} {line['kind']} from {line['points'][0][1]:.4g} to "
+            f"{line['points'][-1][1]:.4g} at epoch {line['points'][-1][0]}"
+            for line in chart["series"]
+        )
+        key = "".join(
+            f'<span><svg aria-hidden="true"><line x2="100%" y1="50%" y2="50%" stroke-dasharray="{dash}"/></svg>'
+            f"{escape(kind)}</span>"
+            for kind, dash in zip(chart["kinds"], ("none", "6 4"), strict=False)
+        )
+        figures.append(
+            f'<figure class="chart"><h3>{escape(chart["title"])}</h3>'
+            f'<p class="key">{key}</p><div class="plot" tabindex="0" role="img" '
+            f'aria-label="{escape(chart["title"])} by epochs: {escape(said)}"></div>'
+            '<output class="readout"></output></figure>'
+        )
+    return (
+        f'<h2>Learning curves</h2><fieldset class="runs"><legend>Shown:</legend>{boxes}</fieldset>'
+        f'<div class="charts">{"".join(figures)}</div>'
+        "<noscript><p>The curves need JavaScript; the tables do not.</p></noscript>"
+    )
+
+
+def panel_html(image: str, panel: Panel) -> str:
+    """One picture of an image."""
+    caption = f"<figcaption>{escape(panel.caption)}</figcaption>"
+    if panel.source is None:
+        return f'<figure><div class="missing">No detections: {escape(panel.reason)}</div>{caption}</figure>'
+    words = escape(f"{image}, {panel.caption}")
+    picture = f'<img src="{escape(panel.source)}" alt="{words}">'
+    return f'<figure><button type="button" title="Enlarge">{picture}</button>{caption}</figure>'
+
+
+def detections_html(scenes: Sequence[tuple[str, Sequence[Panel]]], reason: str, threshold: float) -> str:
+    """The images, side by side; the reason where there are none."""
+    if not scenes:
+        return f'<h2>Detections</h2><p class="missing">No pictures: {escape(reason)}</p>'
+    rows = "".join(
+        f'<h3>{escape(name)}</h3><div class="scene">{"".join(panel_html(name, panel) for panel in panels)}</div>'
+        for name, panels in scenes
+    )
+    return f'<h2>Detections</h2><p class="note">Scores of at least {threshold:g}. Click to enlarge.</p>{rows}'
+
+
+def build_page(
+    title: str,
+    runs: Sequence[RecordedRun],
+    inequalities: Sequence[str],
+    settings: Sequence[Table],
+    figures: Sequence[Table],
+    classes: Table | None,
+    scenes: Sequence[tuple[str, Sequence[Panel]]],
+    reason: str,
+    threshold: float,
+) -> str:
+    """The page.
+
+    Args:
+        title: of the page.
+        runs: that are compared.
+        inequalities: sentences on what keeps them from equal terms.
+        settings: tables of what the runs are.
+        figures: tables of what they reach and cost.
+        classes: the table of classes, where there is one.
+        scenes: of each image its name and its pictures.
+        reason: why there are none, where there are none.
+        threshold: least score of the detections in them.
+    """
+    data = curves(runs)
+    sections = [
+        terms_html(inequalities),
+        *(
+            f'<div class="tables">{"".join(table_html(table, runs) for table in group)}</div>'
+            for group in (settings, figures)
+        ),
+        curves_html(data),
+        table_html(classes, runs, sortable=True) if classes else "",
+        detections_html(scenes, reason, threshold),
+    ]
+    # A name may hold "</script>".
+    embedded = json.dumps(data).replace("<", "\\u003c")
+    return Template(part("page.html")).substitute(
+        title=escape(title),
+        made=f"Made by enact_common.compare on {datetime.now():%Y-%m-%d %H:%M}.",
+        style=part("page.css"),
+        content="\n".join(section for section in sections if section),
+        curves=embedded,
+        script=part("page.js"),
+    )

@@ -1,0 +1,195 @@
+"""Images with what each run's detector finds in them, beside the truth where it is known."""
+
+import base64
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from enact_common.compare.recorded import RecordedRun
+from enact_common.data.coco import decode_image, find_split, load_annotations
+from enact_common.errors import UserError
+from enact_common.inference import load_detector
+
+# Suffixes that a folder is searched for.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+# Larger pictures are scaled down to this longer side, in pixels: a page is looked at, and sent to others.
+LONGEST_SIDE = 800
+
+
+@dataclass
+class Objects:
+    """Objects in an image: boxes float (n, 4), xyxy in its pixels; their names; their scores, None for the truth."""
+
+    boxes: np.ndarray
+    names: list[str]
+    scores: list[float] | None = None
+
+
+@dataclass
+class Scene:
+    """An image to detect in: its file, and what is in it, None where that is not known."""
+
+    path: Path
+    truth: Objects | None = None
+
+
+@dataclass
+class Panel:
+    """A picture on the page: its caption and its source, a data URI; in place of that the reason why there is none."""
+
+    caption: str
+    source: str | None = None
+    reason: str = ""
+
+
+def given_scenes(sources: Sequence[Path], most: int) -> list[Scene]:
+    """The images that the user named: files, and of each folder the first so many.
+
+    Raises:
+        UserError: one is missing, a folder has none, or a file cannot be read as an image.
+    """
+    paths = []
+    for source in sources:
+        if source.is_dir():
+            found = sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise UserError(f"--images {source}: no image in this folder ({', '.join(IMAGE_SUFFIXES)})")
+            paths += found[:most]
+        elif source.is_file():
+            paths.append(source)
+        else:
+            raise UserError(f"--images {source}: no such file or folder")
+    for path in paths:
+        decode_image(path)
+    return [Scene(path) for path in paths]
+
+
+def validation_scenes(runs: Sequence[RecordedRun], most: int) -> list[Scene]:
+    """The first images that the runs were evaluated on, of the first run whose data are still there.
+
+    Raises:
+        UserError: there are none any more; the message says why.
+    """
+    reasons = []
+    for run in runs:
+        try:
+            return read_scenes(*evaluated_data(run), most)
+        except (UserError, OSError) as error:
+            reasons.append(f"{run.name}: {error}")
+    raise UserError("; ".join(dict.fromkeys(reasons)))
+
+
+def evaluated_data(run: RecordedRun) -> tuple[Path, Path]:
+    """The image folder and the annotation file that a run was evaluated on.
+
+    Raises:
+        UserError: they are not known, or not there any more.
+    """
+    args = run.args
+    if args.get("val_images") and args.get("val_annotations"):
+        return Path(args["val_images"]), Path(args["val_annotations"])
+    if not args.get("coco_path"):
+        raise UserError("no checkpoint says which data it was evaluated on")
+    return find_split(str(args["coco_path"]), str(args.get("eval_set") or "val"))
+
+
+def read_scenes(folder: Path, annotations: Path, most: int) -> list[Scene]:
+    """The first images of a data set, in the order of their ids, with their annotations; crowds are left out.
+
+    Raises:
+        UserError: annotations or images cannot be read.
+    """
+    annotated = not annotations.name.startswith("image_info")
+    data = load_annotations(annotations, annotated)
+    names = {category["id"]: str(category["name"]) for category in data["categories"]}
+    scenes = []
+    for image in sorted(data["images"], key=lambda image: image["id"])[:most]:
+        own = [a for a in data["annotations"] if a["image_id"] == image["id"] and not a["iscrowd"]]
+        boxes = np.array([a["bbox"] for a in own], dtype=np.float64).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        path = folder / image["file_name"]
+        decode_image(path)
+        truth = Objects(boxes, [names[a["category_id"]] for a in own]) if annotated else None
+        scenes.append(Scene(path, truth))
+    return scenes
+
+
+def detect(run: RecordedRun, scenes: Sequence[Scene], threshold: float, device: str | None) -> list[Objects] | str:
+    """What a run's detector finds in each image; the reason where it cannot be asked.
+
+    Args:
+        run: the run.
+        scenes: the images.
+        threshold: least score, in [0, 1].
+        device: "cuda", "cpu"; None for a GPU where there is one.
+    """
+    if run.checkpoint is None:
+        return "no checkpoint"
+    try:
+        detector = load_detector(run.checkpoint, device, threshold)
+    except UserError as error:
+        return str(error)
+    found = []
+    for scene in tqdm(scenes, desc=run.name, unit="image"):
+        detections = detector(scene.path)
+        found.append(Objects(detections.boxes.numpy(), detections.names, detections.scores.tolist()))
+    return found
+
+
+def draw(path: Path, objects: Objects, colours: dict[str, int]) -> str:
+    """An image with objects drawn into it, as a data URI.
+
+    Args:
+        path: the image.
+        objects: in it.
+        colours: class name to number of its colour.
+    """
+    from enact_common.drawing import draw_detections
+
+    pixels = decode_image(path).permute(1, 2, 0).numpy()
+    height, width = pixels.shape[:2]
+    scale = min(1.0, LONGEST_SIDE / max(height, width))
+    if scale < 1:
+        # Before boxes and names are drawn, so that these stay legible.
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    labels = torch.tensor([colours[name] for name in objects.names], dtype=torch.int64)
+    boxes = torch.from_numpy(np.asarray(objects.boxes, dtype=np.float32)) * scale
+    scores = None if objects.scores is None else torch.tensor(objects.scores)
+    drawn = draw_detections(pixels, boxes, objects.names, scores, labels)
+    encoded = io.BytesIO()
+    Image.fromarray(drawn).save(encoded, "JPEG", quality=85)
+    return f"data:image/jpeg;base64,{base64.b64encode(encoded.getvalue()).decode()}"
+
+
+def side_by_side(
+    runs: Sequence[RecordedRun], scenes: Sequence[Scene], threshold: float, device: str | None
+) -> Iterator[tuple[str, list[Panel]]]:
+    """Each image's name and its panels: the truth where it is known, then each run's detections."""
+    found = {run.name: detect(run, scenes, threshold, device) for run in runs}
+    everything = [scene.truth for scene in scenes if scene.truth]
+    everything += [objects for outcome in found.values() if not isinstance(outcome, str) for objects in outcome]
+    # A class has one colour, whichever run finds it.
+    names = sorted({name for objects in everything for name in objects.names})
+    colours = {name: i for i, name in enumerate(names)}
+    for i, scene in enumerate(scenes):
+        panels = []
+        if scene.truth is not None:
+            caption = f"annotated: {len(scene.truth.names)}"
+            panels.append(Panel(caption, draw(scene.path, scene.truth, colours)))
+        for run in runs:
+            outcome = found[run.name]
+            if isinstance(outcome, str):
+                panels.append(Panel(run.name, reason=outcome))
+            else:
+                caption = f"{run.name}: {len(outcome[i].names)} found"
+                panels.append(Panel(caption, draw(scene.path, outcome[i], colours)))
+        yield scene.path.name, panels

@@ -1,0 +1,189 @@
+"""On which terms runs were made: their settings, what differs between them, and whether that is the attention alone."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from enact_common.arguments import CLUSTERING_FLAGS
+from enact_common.compare.recorded import RecordedRun
+from enact_common.compare.tables import DASH, Cell, Table
+from enact_common.layers import clustering_settings
+
+# Said where nothing speaks against a comparison.
+EQUAL = "Equal terms: as far as is recorded, these runs differ in the encoder attention at most."
+
+# What the comparison is about.
+SUBJECT = ("encoder_attention", "smoothing_sigma", *CLUSTERING_FLAGS)
+
+# What changes time and memory, but not what is learned.
+COSTS = ("device", "compile", "checkpoint_activations", "cache_mode", "num_workers")
+
+# What changes neither; the originals' names for the processes of a run are among them.
+IDLE = (
+    "output_dir", "auto_resume", "start_epoch", "eval", "eval_every", "print_freq", "dist_url", "dist_backend", "rank",
+    "gpu", "local_rank", "distributed",
+)  # fmt: skip
+
+
+def value_text(value: Any) -> str:
+    """A flag's value as a person would write it."""
+    if value is None or value == "":
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return " ".join(map(value_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def flag_value(run: RecordedRun, flag: str) -> str | None:
+    """A flag's value as text; None where the run does not know the flag."""
+    if flag not in run.args:
+        return None
+    value = run.args[flag]
+    # Going on from one's own checkpoint is no other start.
+    if flag == "resume" and value and Path(value).parent == Path(run.args.get("output_dir") or "."):
+        value = ""
+    return value_text(value)
+
+
+def differing_flags(runs: Sequence[RecordedRun]) -> dict[str, list[str | None]]:
+    """The flags that the runs do not agree on, with each run's value; None where it does not know the flag.
+
+    Flags of ENACT are left out, and those that change nothing.
+    """
+    found = {}
+    for flag in sorted({flag for run in runs for flag in run.args} - {*SUBJECT, *IDLE}):
+        values = [flag_value(run, flag) for run in runs]
+        if len({value for value in values if value is not None}) > 1:
+            found[flag] = values
+    return found
+
+
+def attention_text(run: RecordedRun) -> str | None:
+    """A run's encoder attention in words; None where it is not known."""
+    kinds = {"enact": "ENACT", "mhsa": "plain (mhsa)"}
+    return kinds.get(run.args.get("encoder_attention"), run.args.get("encoder_attention"))
+
+
+def enact_text(run: RecordedRun) -> str | None:
+    """ENACT's settings in words; None where the run has none."""
+    if run.args.get("encoder_attention") != "enact" or "smoothing_sigma" not in run.args:
+        return None
+    settings = clustering_settings(SimpleNamespace(**run.args))
+    words = [f"{name.replace('_', ' ')} {value_text(value)}" for name, value in settings.items() if value]
+    return ", ".join(words).replace(" yes", "")
+
+
+def batch(run: RecordedRun) -> str | None:
+    """Images of one step, and what they are made of."""
+    if "batch_size" not in run.args:
+        return None
+    parts = [run.args["batch_size"], run.args.get("accumulate") or 1, run.args.get("world_size") or 1]
+    product = parts[0] * parts[1] * parts[2]
+    return str(product) if product == parts[0] else f"{product} = {' x '.join(map(str, parts))}"
+
+
+def joined(run: RecordedRun, form: str, *flags: str) -> str | None:
+    """Flags' values in a sentence; None where the run does not know them all."""
+    values = [flag_value(run, flag) for flag in flags]
+    return None if None in values else form.format(*values)
+
+
+def settings_table(runs: Sequence[RecordedRun]) -> Table:
+    """What each run is. Rows in which the runs differ are marked."""
+
+    def epochs(run: RecordedRun) -> str | None:
+        asked = run.args.get("epochs")
+        return None if run.epochs_done is None else f"{run.epochs_done}" + (f" of {asked}" if asked else "")
+
+    def backbone(run: RecordedRun) -> str | None:
+        return joined(run, "{}" + (" DC5" if run.args.get("dilation") else ""), "backbone")
+
+    def evaluated(run: RecordedRun) -> str | None:
+        record = run.evaluation or {}
+        words = [
+            record.get("set"),
+            f"{record['images']:,} images" if isinstance(record.get("images"), int) else None,
+            f"after epoch {run.evaluated_epoch}" if run.evaluated_epoch else None,
+        ]
+        return ", ".join(str(word) for word in words if word) or None
+
+    def checkpoint(run: RecordedRun) -> str | None:
+        after = f", after epoch {run.trained}" if run.trained else ""
+        return run.checkpoint and run.checkpoint.name + after
+
+    rows = {
+        "detector": lambda run: run.variant,
+        "encoder attention": attention_text,
+        "ENACT's settings": enact_text,
+        "backbone": backbone,
+        "parameters": lambda run: run.parameters and f"{run.parameters:,}",
+        "epochs": epochs,
+        "images a step": batch,
+        "learning rate": lambda run: joined(run, "{}, backbone {}", "lr", "lr_backbone"),
+        "image size": lambda run: joined(run, "{} (longer side at most {})", "eval_size", "max_size"),
+        "precision": lambda run: joined(run, "{}", "amp") and run.args["amp"].replace("none", "float32"),
+        "seed": lambda run: joined(run, "{}", "seed"),
+        "data": lambda run: run.args.get("val_annotations") or run.args.get("coco_path"),
+        "evaluated on": evaluated,
+        "checkpoint": checkpoint,
+    }
+    texts = {name: [text_of(run) for run in runs] for name, text_of in rows.items()}
+    return Table(
+        "The runs",
+        ["", *(run.name for run in runs)],
+        [[Cell(name), *(Cell(text or DASH) for text in row)] for name, row in texts.items() if any(row)],
+        note="Marked rows differ.",
+        # What is not known of a run is no difference.
+        marked=[len(set(row) - {None}) > 1 for row in texts.values() if any(row)],
+    )
+
+
+def flags_table(runs: Sequence[RecordedRun]) -> Table | None:
+    """The flags beyond the attention's that differ; None where none does."""
+    rows = [[Cell(f"--{flag}"), *(Cell(value or DASH) for value in row)] for flag, row in differing_flags(runs).items()]
+    return Table("Flags that differ", ["flag", *(run.name for run in runs)], rows) if rows else None
+
+
+def inequalities(runs: Sequence[RecordedRun]) -> list[str]:
+    """What keeps the runs from being compared on equal terms, a sentence each; none where they can be."""
+    found = []
+    unknown = [run.name for run in runs if not run.args]
+    if unknown:
+        found.append(f"Without a checkpoint the terms of {', '.join(unknown)} are not known.")
+    variants = [run.variant for run in runs if run.variant]
+    if len(set(variants)) > 1:
+        found.append(f"These are different detectors: {', '.join(variants)}.")
+    flags = differing_flags(runs)
+    terms = [f"--{flag} ({versus(values)})" for flag, values in flags.items() if flag not in COSTS]
+    if terms:
+        found.append(f"These runs differ in more than the encoder attention: {', '.join(terms)}.")
+    for what, values in (
+        ("were trained for different numbers of epochs", [run.epochs_done for run in runs]),
+        ("were evaluated after different numbers of epochs", [run.evaluated_epoch for run in runs]),
+        ("were evaluated on different sets", [(run.evaluation or {}).get("set") for run in runs]),
+        ("were evaluated on different numbers of images", [(run.evaluation or {}).get("images") for run in runs]),
+        ("were evaluated on different classes or objects", [objects(run) for run in runs]),
+    ):
+        known = [value for value in values if value is not None]
+        if len(set(known)) > 1:
+            listed = "" if isinstance(known[0], tuple) else f" ({versus(values)})"
+            found.append(f"These runs {what}{listed}.")
+    costs = [f"--{flag} ({versus(values)})" for flag, values in flags.items() if flag in COSTS]
+    if costs:
+        found.append(f"Time and memory are not on equal terms: {', '.join(costs)}.")
+    return found
+
+
+def versus(values: Sequence[Any]) -> str:
+    """The runs' values in a row."""
+    return " against ".join(DASH if value is None else str(value) for value in values)
+
+
+def objects(run: RecordedRun) -> tuple | None:
+    """What there was to find in a run's evaluation."""
+    if run.evaluation is None:
+        return None
+    return tuple((row["name"], row["objects"]) for row in run.evaluation["classes"])

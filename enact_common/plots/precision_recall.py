@@ -1,0 +1,156 @@
+"""Precision by recall of each class, as COCO's evaluation samples it. Needs matplotlib (extra `plots`)."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from enact_common.errors import UserError
+from enact_common.plots.style import GREY, colour, save
+
+# Keys of a class's `precision`, and what they are.
+OVERLAPS = {"0.5": "IoU 0.5", "0.75": "IoU 0.75", "mean": "mean over IoU 0.5 to 0.95"}
+
+# The two that several runs are compared at, each with a line style.
+COMPARED = {"0.5": "-", "0.75": "--"}
+
+# More classes than these are not told apart by colours, nor shown in panels, but by the extremes among them.
+MOST_COLOURS = 8
+MOST_PANELS = 9
+EXTREMES = 3
+
+MEAN = "mean of all classes"
+
+
+def plot_precision_recall(records: Mapping[str, dict], picture: Path) -> None:
+    """Draw precision by recall.
+
+    Of one run there is a panel for each of `OVERLAPS`, with a line for each class, or, where there are too many, for
+    the best and the worst before all others in grey. Of several runs there is a panel for each class and one for their
+    mean, or, where there are too many, for those that differ most between the first run and the last.
+
+    Args:
+        records: run's name to record, of `read_evaluation`.
+        picture: file to write; the suffix says of which kind.
+
+    Raises:
+        UserError: there is nothing to draw.
+    """
+    if not any(record["classes"] for record in records.values()):
+        raise UserError(f"{', '.join(records)}: nothing to draw, no class has ground truth")
+    figure = one_run(*next(iter(records.items()))) if len(records) == 1 else several_runs(records)
+    save(figure, picture)
+
+
+def one_run(name: str, record: dict) -> Figure:
+    """One run: a panel for each overlap, a line for each class."""
+    # The same classes, in the same colours, in all panels.
+    ranked = [row["name"] for row in sorted(record["classes"], key=lambda row: -row["AP"])]
+    many = len(ranked) > MOST_COLOURS
+    shown = [*ranked[:EXTREMES], *ranked[-EXTREMES:]] if many else ranked
+    figure = Figure(figsize=(12.5, 4.6), layout="constrained")
+    for axes, (overlap, title) in zip(figure.subplots(1, 3, sharey=True), OVERLAPS.items(), strict=True):
+        curves = {row["name"]: row["precision"][overlap] for row in record["classes"] if overlap in row["precision"]}
+        for class_name in curves.keys() - shown:
+            axes.plot(record["recall"], curves[class_name], color=GREY, linewidth=0.6, alpha=0.6)
+        for i, class_name in enumerate(shown):
+            if class_name in curves:
+                draw_curve(axes, record["recall"], curves[class_name], class_name, color=colour(i))
+        if len(curves) > 1:
+            mean = np.mean(list(curves.values()), axis=0)
+            draw_curve(axes, record["recall"], mean, MEAN, color="black", linewidth=2.6)
+        finish(axes, title)
+        below(axes)
+        axes.set_xlabel("recall")
+    figure.axes[0].set_ylabel("precision")
+    figure.suptitle(name + (f", the {EXTREMES} best and worst of {len(ranked)} classes" if many else ""))
+    return figure
+
+
+def several_runs(records: Mapping[str, dict]) -> Figure:
+    """Several runs: a panel for each class, a colour for each run."""
+    panels = chosen_classes(records)
+    columns = min(len(panels), 3 if len(panels) > 4 else 4 if len(panels) == 4 else len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.1 * columns, 3.9 * rows + 0.6), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        for i, record in enumerate(records.values()):
+            for overlap, line in COMPARED.items():
+                curves = curves_of(record, panel, overlap)
+                if curves:
+                    label = f"{np.mean(curves):.3f}"
+                    axes.plot(
+                        record["recall"], np.mean(curves, axis=0), line, color=colour(i), linewidth=1.8, label=label
+                    )
+        finish(axes, panel)
+        legend_of_runs(axes)
+    if panels[0] == MEAN:
+        first, *_, last = records
+        figure.suptitle(f"The classes whose AP50 differs most between {first} and {last}")
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for column in range(columns):
+        last = max(i for i in range(len(panels)) if i % columns == column)
+        grid.flat[last].set_xlabel("recall")
+        grid.flat[last].tick_params(labelbottom=True)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("precision")
+    handles = [Line2D([], [], color=colour(i), linewidth=2.5, label=name) for i, name in enumerate(records)]
+    handles += [Line2D([], [], color="#555555", linestyle=line, label=OVERLAPS[o]) for o, line in COMPARED.items()]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
+    return figure
+
+
+def chosen_classes(records: Mapping[str, dict]) -> list[str]:
+    """The panels of several runs: the classes, those that gain or lose most where there are many, and their mean."""
+    names = list(dict.fromkeys(row["name"] for record in records.values() for row in record["classes"]))
+    if len(names) == 1:
+        return names
+    if len(names) < MOST_PANELS:
+        return [*names, MEAN]
+    first, *_, last = ({row["name"]: row["AP50"] for row in record["classes"]} for record in records.values())
+    gains = sorted((name for name in names if name in first and name in last), key=lambda n: last[n] - first[n])
+    half = (MOST_PANELS - 1) // 2
+    ends = [*reversed(gains[-half:]), *gains[:half]] if len(gains) >= 2 * half else gains
+    return [MEAN, *ends]
+
+
+def curves_of(record: dict, panel: str, overlap: str) -> list[Sequence[float]]:
+    """The curves whose mean a panel shows: a class's own, or those of all."""
+    rows = [row for row in record["classes"] if panel in (MEAN, row["name"])]
+    return [row["precision"][overlap] for row in rows if overlap in row["precision"]]
+
+
+def draw_curve(axes, recall: Sequence[float], precision: Sequence[float], name: str, **style) -> None:
+    """Draw one curve, with the area below it, which is the AP, in the legend."""
+    axes.plot(recall, precision, label=f"{np.mean(precision):.3f}  {name}", **{"linewidth": 1.6, **style})
+
+
+def finish(axes, title: str) -> None:
+    """Give a panel its title and its axes."""
+    axes.set(title=title, xlim=(0, 1), ylim=(0, 1.03))
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def below(axes) -> None:
+    """A legend below a panel, where it covers no curve."""
+    axes.legend(
+        title="AP", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=8,
+        title_fontsize=8,
+    )  # fmt: skip
+
+
+def legend_of_runs(axes) -> None:
+    """The APs of a panel's lines, a column for each overlap."""
+    handles, labels = axes.get_legend_handles_labels()
+    # Legends are filled column by column: first all at the one overlap, then at the other.
+    order = [i for start in range(len(COMPARED)) for i in range(start, len(handles), len(COMPARED))]
+    axes.legend(
+        [handles[i] for i in order], [labels[i] for i in order], ncols=len(COMPARED), title="AP", fontsize=8,
+        title_fontsize=8, frameon=True, framealpha=0.8, edgecolor="none", loc="best",
+    )  # fmt: skip

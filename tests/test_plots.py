@@ -1,0 +1,242 @@
+"""Plots of runs: what is read from logs and evaluation records, what is drawn of it, and what is refused."""
+
+import builtins
+import json
+import sys
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from enact_common.errors import UserError
+from enact_common.evaluation.coco import FIGURES
+from enact_common.plots import curves, precision_recall
+from enact_common.plots.__main__ import main
+from enact_common.runs import CURVES, read_epochs, run_names, series
+
+
+def original_log(epochs=3, **more):
+    """Epochs as the original repositories log them."""
+    return [
+        {
+            "train_lr": 1e-5,
+            "train_class_error": 90.0,
+            "train_loss": 20.0 - epoch,
+            "train_loss_ce": 1.0,
+            "test_class_error": 80.0,
+            "test_loss": 21.0 - epoch,
+            "test_coco_eval_bbox": [0.1 + epoch / 10, 0.2 + epoch / 10] + [-1.0] * 10,
+            "epoch": epoch,
+            "n_parameters": 41302368,
+            **more,
+        }
+        for epoch in range(epochs)
+    ]
+
+
+def write_log(folder, rows, end="\n"):
+    """A run's folder with a log of these rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "log.txt").write_text("\n".join(json.dumps(row) for row in rows) + end)
+    return folder
+
+
+def evaluation_of(classes, level=0.5):
+    """An evaluation's record whose classes have the same precision, from `level` down, at all recalls."""
+    recall = [i / 100 for i in range(101)]
+    rows = []
+    for i, name in enumerate(classes):
+        height = level * (1 - i / (2 * len(classes)))
+        precision = {key: [height * factor] * 101 for key, factor in (("0.5", 1), ("0.75", 0.5), ("mean", 0.6))}
+        rows.append(
+            {
+                "category_id": i + 1,
+                "name": name,
+                "objects": 10 + i,
+                "AP": 0.6 * height,
+                "AP50": height,
+                "precision": precision,
+            }
+        )
+    figures = dict.fromkeys(FIGURES, level)
+    return {"set": "val", "epoch": 2, "figures": figures, "images": 6, "recall": recall, "classes": rows}
+
+
+def write_evaluation(folder, record):
+    """A run's folder with an evaluation's record."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "evaluation.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are saved, rather than their files."""
+    figures: list[Figure] = []
+    for module in (curves, precision_recall):
+        monkeypatch.setattr(module, "save", lambda figure, picture: figures.append(figure))
+    return figures
+
+
+def lines(axes):
+    """The points of each line of a panel."""
+    return [[tuple(point) for point in line.get_xydata().tolist()] for line in axes.lines]
+
+
+def test_a_resumed_runs_last_word_on_an_epoch_counts(tmp_path):
+    rows = [{"epoch": epoch, "train_loss": loss} for epoch, loss in ((0, 9), (1, 8), (2, 7), (3, 6), (1, 5), (2, 4))]
+    folder = write_log(tmp_path, rows, end='\n{"epoch": 3, "train_lo')
+    epochs = read_epochs(folder)
+    # The run went back behind the second epoch: what had come after it is gone.
+    assert series(epochs, "train_loss") == [(1, 9), (2, 5), (3, 4)]
+    assert read_epochs(folder / "log.txt") == epochs
+
+
+def test_what_is_no_number_has_no_point(tmp_path):
+    values = [1.0, None, "2", float("nan"), True, [3.0], 4]
+    epochs = [{"epoch": i, "test_loss": value} for i, value in enumerate(values)]
+    assert series(epochs, "test_loss") == [(1, 1.0), (7, 4)]
+    assert series(epochs, "test_loss", 0) == [(6, 3.0)]
+    assert series(epochs, "test_loss", 1) == series(epochs, "train_loss") == []
+
+
+def test_runs_are_called_by_as_much_as_tells_them_apart(tmp_path):
+    a, b, c = (tmp_path / name for name in ("one/enact", "two/enact", "two/plain"))
+    assert run_names([a, c]) == ["enact", "plain"]
+    assert run_names([a / "log.txt", b / "evaluation.json", c]) == ["one/enact", "two/enact", "two/plain"]
+    assert run_names([a, a], ["x", "y"]) == ["x", "y"]
+    for sources, names, message in (
+        ([a, b], ["x"], "1 names for 2 runs"),
+        ([a, b], ["x", "x"], "'x' stands twice"),
+        ([a, b, a], None, "given twice"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run_names(sources, names)
+
+
+@pytest.mark.parametrize("runs", [1, 2, 3])
+def test_curves_are_the_logs_numbers(drawn, tmp_path, runs):
+    folders = [write_log(tmp_path / f"run{i}", original_log(3 + i)) for i in range(runs)]
+    assert main([*map(str, folders), "--output", str(tmp_path / "curves.png")]) == 0
+    (figure,) = drawn
+    assert [axes.get_title() for axes in figure.axes] == list(CURVES)
+    epochs = [read_epochs(folder) for folder in folders]
+    for axes, quantities in zip(figure.axes, CURVES.values(), strict=True):
+        assert lines(axes) == [series(own, key, place) for own in epochs for _, key, place in quantities]
+    # Colours tell runs apart where there are several, else quantities.
+    losses = figure.axes[0].lines
+    assert len({line.get_color() for line in losses}) == max(runs, 2)
+    texts = [figure.get_suptitle()] if runs == 1 else [text.get_text() for text in figure.legends[0].texts]
+    assert texts == [f"run{i} (AP {0.3 + i / 10:.3f} after {3 + i} epochs)" for i in range(runs)]
+
+
+def test_panels_without_a_number_are_left_out(drawn, tmp_path):
+    rows = [{"epoch": 0, "train_loss": 3.0}, {"epoch": 1, "test_loss": 2.0}]
+    assert main(["curves", str(write_log(tmp_path, rows)), "--output", str(tmp_path / "c.png")]) == 0
+    (axes,) = drawn[0].axes
+    assert axes.get_title() == "Loss" and lines(axes) == [[(2, 2.0)], [(1, 3.0)]]
+
+
+def test_one_runs_precision_by_recall(drawn, tmp_path):
+    folder = write_evaluation(tmp_path / "run", evaluation_of(["nut", "bolt"]))
+    assert main(["precision-recall", str(folder), "--output", str(tmp_path / "pr.png")]) == 0
+    (figure,) = drawn
+    panels = {axes.get_title(): axes for axes in figure.axes}
+    assert list(panels) == ["IoU 0.5", "IoU 0.75", "mean over IoU 0.5 to 0.95"]
+    assert [line.get_ydata()[0] for line in panels["IoU 0.5"].lines] == pytest.approx([0.5, 0.375, 0.4375])
+    legend = [text.get_text() for text in panels["IoU 0.75"].get_legend().texts]
+    assert legend == ["0.250  nut", "0.188  bolt", "0.219  mean of all classes"]
+
+
+def test_of_many_classes_the_best_and_the_worst_stand_out(drawn, tmp_path):
+    names = [f"class {i}" for i in range(20)]
+    folder = write_evaluation(tmp_path / "run", evaluation_of(names))
+    assert main(["precision-recall", str(folder), "--output", str(tmp_path / "pr.png")]) == 0
+    axes = drawn[0].axes[0]
+    assert len(axes.lines) == len(names) + 1
+    legend = [text.get_text().split("  ")[1] for text in axes.get_legend().texts]
+    assert legend == [*names[:3], *names[-3:], "mean of all classes"]
+
+
+@pytest.mark.parametrize("classes, panels", [(1, 1), (3, 4), (40, 9)])
+def test_several_runs_have_a_panel_for_each_class(drawn, tmp_path, classes, panels):
+    names = [f"class {i}" for i in range(classes)]
+    one, two = evaluation_of(names, 0.5), evaluation_of(names, 0.6)
+    folders = [write_evaluation(tmp_path / name, record) for name, record in (("one", one), ("two", two))]
+    # The last class is where the second run loses.
+    two["classes"][-1]["AP50"] = 0.01
+    write_evaluation(tmp_path / "two", two)
+    assert main(["precision-recall", *map(str, folders), "--output", str(tmp_path / "pr.png")]) == 0
+    shown = [axes for axes in drawn[0].axes if axes.get_visible()]
+    titles = [axes.get_title() for axes in shown]
+    assert len(titles) == panels and names[-1] in titles and names[0] in titles
+    # Two overlaps of each of two runs, each with its AP.
+    panel = shown[titles.index(names[0])]
+    assert [line.get_ydata()[0] for line in panel.lines] == pytest.approx([0.5, 0.25, 0.6, 0.3])
+    assert {text.get_text() for text in panel.get_legend().texts} == {"0.500", "0.250", "0.600", "0.300"}
+
+
+@pytest.mark.parametrize("suffix, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+@pytest.mark.parametrize("command", ["curves", "precision-recall"])
+def test_the_suffix_says_which_kind_of_picture(tmp_path, capsys, command, suffix, start):
+    folder = write_evaluation(write_log(tmp_path / "run", original_log()), evaluation_of(["nut"]))
+    picture = tmp_path / f"picture.{suffix}"
+    assert main([command, str(folder), "--output", str(picture)]) == 0
+    assert picture.read_bytes().startswith(start)
+    assert capsys.readouterr().out == f"written to {picture}\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["run", picture.name])
+    if suffix == "png":
+        with Image.open(picture) as image:
+            assert min(image.size) > 500 and len(image.convert("RGB").getcolors(2**24)) > 50
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("{tmp}/nothing", "nothing: no such file; expected a run's log.txt"),
+        ("{tmp}/words.txt", "words.txt: not a run's log"),
+        ("{tmp}/bytes.txt", "bytes.txt: cannot be read as text"),
+        ("{tmp}/run --output {tmp}/a.xyz", "a.xyz: no such kind of picture"),
+        ("{tmp}/run --output {tmp}/no/a.png", "there is no folder"),
+        ("{tmp}/run --names a b", "2 names for 1 runs"),
+        ("{tmp}/bare", "bare: nothing to draw; expected one of the keys test_loss, train_loss"),
+        ("precision-recall {tmp}/run", "no such file; expected an evaluation.json"),
+        ("precision-recall {tmp}/words.txt", "words.txt: not a JSON file"),
+        ("precision-recall {tmp}/list.json", "list.json: not the record of an evaluation"),
+        ("precision-recall {tmp}/short.json", "short.json: not the record of an evaluation"),
+        ("precision-recall {tmp}/empty.json", "no class has ground truth"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(tmp_path, capsys, words, message):
+    write_log(tmp_path / "run", original_log())
+    write_log(tmp_path / "bare", [{"epoch": 0}])
+    (tmp_path / "words.txt").write_text("no log at all\n3\n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "list.json").write_text("[1, 2]")
+    short = evaluation_of(["nut"])
+    short["classes"][0]["precision"]["0.5"].pop()
+    (tmp_path / "short.json").write_text(json.dumps(short))
+    (tmp_path / "empty.json").write_text(json.dumps(evaluation_of([])))
+    before = sorted(tmp_path.rglob("*"))
+    argv = words.format(tmp=tmp_path).split()
+    if "--output" not in argv:
+        argv += ["--output", str(tmp_path / "picture.png")]
+    assert main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("python -m enact_common.plots: error: ") and message in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_without_matplotlib_the_error_names_the_extra(tmp_path, capsys, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *args, **kwargs):
+        if name.partition(".")[0] == "matplotlib":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name, *args, **kwargs)
+
+    for name in [name for name in sys.modules if name.startswith("enact_common.plots.") and "__main__" not in name]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert main([str(write_log(tmp_path / "run", original_log())), "--output", str(tmp_path / "a.png")]) == 2
+    assert "pip install 'enact-detection[plots]'" in capsys.readouterr().err
