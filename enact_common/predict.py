@@ -27,6 +27,7 @@ from enact_common.drawing import draw_detections
 from enact_common.errors import UserError
 from enact_common.files import write_atomically
 from enact_common.inference import Detections, LoadedDetector, load_detector
+from enact_common.inside import SHOWN, check_kinds, write_inside
 
 # What a folder is searched for. Files that are named themselves may be called anything.
 IMAGE_SUFFIXES = frozenset(
@@ -39,9 +40,6 @@ JPEG_SUFFIXES = frozenset(".jpe .jpeg .jpg".split())
 JPEG_OPTIONS = {"quality": 95, "subsampling": 0}
 
 PREDICTIONS = "predictions.json"
-
-# What can be shown of the detector's inside, beside what it found.
-SHOWN = ("entropy", "clusters", "attention")
 
 # Frames a second of a video that does not say.
 USUAL_RATE = 25.0
@@ -200,8 +198,6 @@ def run(args: argparse.Namespace) -> int:
         check_matplotlib()
     detector = load_detector(args.checkpoint, args.device, args.threshold)
     if kinds:
-        from enact_common.inside import check_kinds
-
         check_kinds(detector, kinds)
     make_folders({output_dir, *(item.picture.parent for item in inputs)})
 
@@ -377,8 +373,6 @@ def predict_image(detector: LoadedDetector, item: Input, kinds: Sequence[str], t
     options = {"format": "JPEG", **JPEG_OPTIONS} if item.picture.suffix == ".jpg" else {"format": "PNG"}
     write_file(item.picture, lambda file: drawn.save(file, **options))
     if kinds:
-        from enact_common.inside import write_inside
-
         write_inside(detector, pixels, found, kinds, item.picture.parent, item.picture.stem)
     tally.images += 1
     tally.add(found, item.path)

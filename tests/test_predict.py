@@ -724,9 +724,16 @@ def inside(monkeypatch):
         asked.append((tuple(pixels.shape), len(found), tuple(kinds), folder, stem))
         return []
 
-    module = SimpleNamespace(write_inside=write_inside, check_kinds=lambda detector, kinds: None)
-    monkeypatch.setitem(sys.modules, "enact_common.inside", module)
-    return SimpleNamespace(asked=asked, module=module)
+    monkeypatch.setattr(predict, "write_inside", write_inside)
+    monkeypatch.setattr(predict, "check_kinds", lambda detector, kinds: None)
+    return asked
+
+
+def test_the_inside_of_a_detector_is_drawn(checkpoint, photo, tmp_path):
+    pytest.importorskip("matplotlib")
+    assert call(checkpoint, tmp_path / "out", photo, "--show", *predict.SHOWN) == 0
+    drawn = {path.name for path in (tmp_path / "out").glob(f"{photo.stem}_*.png")}
+    assert drawn == {f"{photo.stem}_{kind}.png" for kind in ("entropy", "clusters", "attention")}
 
 
 def test_the_inside_is_shown_for_images_alone(inside, checkpoint, detector, photo, tmp_path):
@@ -734,7 +741,7 @@ def test_the_inside_is_shown_for_images_alone(inside, checkpoint, detector, phot
     video = write_video(tmp_path / "clip.mp4")
     assert call(checkpoint, tmp_path / "out", photo, video, "--show", "clusters", "entropy", "clusters") == 0
     expected = ((3, 64, 80), len(detector(photo)), ("clusters", "entropy"), tmp_path / "out", photo.stem)
-    assert inside.asked == [expected]
+    assert inside == [expected]
 
 
 def refuse(detector, kinds):
@@ -749,13 +756,13 @@ def test_an_inside_that_cannot_be_shown_is_refused_before_any_work(
 ):
     if fault == "kinds":
         pytest.importorskip("matplotlib")
-        inside.module.check_kinds = refuse
+        monkeypatch.setattr(predict, "check_kinds", refuse)
     if fault == "matplotlib":
         monkeypatch.setitem(sys.modules, "matplotlib", None)
     file = write_video(tmp_path / "clip.mp4") if fault == "videos" else photo
     assert call(checkpoint, tmp_path / "out", file, "--show", "clusters") == 2
     assert said in capsys.readouterr().err
-    assert not (tmp_path / "out").exists() and inside.asked == []
+    assert not (tmp_path / "out").exists() and inside == []
 
 
 def test_real_images_are_predicted(checkpoint, tmp_path):
