@@ -97,9 +97,6 @@ def to_coco(source: Source, issues: Issues, description: str, progress: bool = F
 
     used = {thing.name for rows in read.values() for *_, objects in rows for thing in objects}
     classes = source.classes or sorted(used)
-    for name in classes:
-        if name not in used:
-            issues.add(UNUSED_CLASS, name)
     category_ids = {name: i for i, name in enumerate(classes, start=1)}
     image_ids, annotations, images = count(1), {}, {}
     for split, rows in read.items():
@@ -125,6 +122,9 @@ def to_coco(source: Source, issues: Issues, description: str, progress: bool = F
                     content["annotations"].append({**owner, **entry})
         annotations[split] = content
         images[split] = dict(zip(names, (image for image, *_ in rows), strict=True))
+    for name in classes:
+        if name not in used:
+            issues.add(UNUSED_CLASS, name)
     if not annotations["train"]["annotations"]:
         raise UserError(f"no objects are left to train on{first_findings(issues)}")
     return Conversion(annotations, images, issues)
@@ -132,7 +132,7 @@ def to_coco(source: Source, issues: Issues, description: str, progress: bool = F
 
 def first_findings(issues: Issues) -> str:
     """What may have led to an error, for the end of its message."""
-    return "".join(f"; {finding.text}: {finding.examples[0]}, ..." for finding in issues.findings("")[:2])
+    return "".join(f"; {f.text}: {f.examples[0]}{', ...' if f.count > 1 else ''}" for f in issues.findings("")[:2])
 
 
 def read_item(item: Item, issues: Issues) -> tuple[tuple[int, int] | None, list[Object] | None]:

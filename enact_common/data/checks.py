@@ -545,10 +545,12 @@ def compare_splits(
         labels = LabelMap.from_categories(train.categories)
         known = {i: labels.names[label] for i, label in labels.labels().items()}
         unknown = [
-            f"{i} {name!r}, in {train.name} {known.get(i)!r}" for i, name in other.items() if known.get(i) != name
+            f"{i} {short(name)!r}, in {train.name} {short(known.get(i))!r}"
+            for i, name in other.items()
+            if known.get(i) != name
         ]
         findings += found(ERROR, source, f"categories that {val.name} has and {train.name} has not", unknown)
-        unseen = [f"{i} {name!r}" for i, name in own.items() if i not in other]
+        unseen = [f"{i} {short(name)!r}" for i, name in own.items() if i not in other]
         findings += found(WARNING, source, f"categories that {train.name} has and {val.name} has not", unseen)
 
     named = {image["file_name"]: train.path(image) for image in train.images}
