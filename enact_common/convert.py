@@ -47,6 +47,10 @@ EDGE_SLACK = 0.5
 # Decimals of a pixel that are written.
 DECIMALS = 3
 
+STATUS = (
+    "Exit status: 0; 1 where images or annotations could not be read and were left out; 2 where nothing was written."
+)
+
 BEYOND = WARNING, "boxes that reach beyond the image: clipped"
 NO_AREA = WARNING, "boxes without area inside the image: dropped"
 OTHER_CLASS = WARNING, "objects of classes that --classes does not list: left out"
@@ -141,7 +145,7 @@ def read_item(item: Item, issues: Issues) -> tuple[tuple[int, int] | None, list[
         with Image.open(item.image) as image:
             size = image.size
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "no image that is known"
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an image that can be read"
         issues.add(UNREADABLE, f"{item.image}: {reason}")
         return None, None
     if exif_orientation(item.image) != 1:
@@ -161,14 +165,15 @@ def to_annotation(thing: Object, width: int, height: int, issues: Issues) -> dic
     bounds = (width, height) * 2
     box = [min(max(value, 0.0), bound) for value, bound in zip(thing.box, bounds, strict=True)]
     left, top, right, bottom = (round(value, DECIMALS) for value in box)
-    shown = f"{thing.where}: {', '.join(f'{value:g}' for value in thing.box)} in {width} x {height}"
+    sides = zip(("left", "top", "right", "bottom"), thing.box, strict=True)
+    shown = f"{thing.where}: {', '.join(f'{side} {value:g}' for side, value in sides)} in {width} x {height}"
     if right <= left or bottom <= top:
         issues.add(NO_AREA, shown)
         return None
     if max(abs(value - clipped) for value, clipped in zip(thing.box, box, strict=True)) > EDGE_SLACK:
         issues.add(BEYOND, shown)
-    sides = round(right - left, DECIMALS), round(bottom - top, DECIMALS)
-    entry = {"bbox": [left, top, *sides], "area": round(sides[0] * sides[1], DECIMALS), "iscrowd": 0}
+    w, h = round(right - left, DECIMALS), round(bottom - top, DECIMALS)
+    entry = {"bbox": [left, top, w, h], "area": round(w * h, DECIMALS), "iscrowd": 0}
     if thing.polygon:
         points = np.reshape(thing.polygon, (-1, 2)).clip(0, (width, height)).round(DECIMALS)  # (n, 2)
         x, y = points.T
@@ -220,6 +225,7 @@ def write_coco(conversion: Conversion, output_dir: Path, mode: str, progress: bo
                 put_image(image.resolve(), place, mode)
         findings = conversion.issues.findings("conversion")
         text = "".join(f"{f.text}: {f.count}\n" + "".join(f"  {case}\n" for case in f.examples) for f in findings)
+        text = text or "Nothing was changed or left out.\n"
         write_atomically(output_dir / REPORT, lambda file: file.write(text.encode(errors="replace")))
         (output_dir / "annotations").mkdir()
         for split, content in conversion.annotations.items():
@@ -301,8 +307,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m enact_common.convert",
         description=__doc__.splitlines()[0],
-        epilog="Exit status: 0; 1 where images or annotations could not be read and were left out; 2 where nothing "
-        "was written.",
+        epilog=STATUS,
     )
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     for name, text, folder, sets in (
@@ -318,7 +323,7 @@ def build_parser() -> argparse.ArgumentParser:
             "key in data.yaml or folder in images/ (default: train and val; without val, drawn at random)",
         ),
     ):  # fmt: skip
-        command = formats.add_parser(name, help=text, description=text)
+        command = formats.add_parser(name, help=text, description=text, epilog=STATUS)
         command.add_argument("data", metavar="DIR", help=folder)
         command.add_argument(
             "--output_dir", required=True, metavar="OUT", help="new or empty folder, for --coco_path in training"

@@ -209,8 +209,8 @@ WARNINGS = {
         1,
         "annotation 90",
     ),
-    "ids that are repeated": (setter("annotations", 3, id=1), "ids that are repeated", 1, "1, 2 times"),
-    "id 0": (setter("annotations", 3, id=0), "annotations with id 0", 1, "0"),
+    "ids that are repeated": (setter("annotations", 3, id=1), "ids that are repeated", 1, "id 1, 2 times"),
+    "id 0": (setter("annotations", 3, id=0), "annotations with id 0", 1, "annotation 0 in train2.png"),
     "no id": (setter("annotations", 3, id=None), "whose id is missing", 1, "None"),
     "no size": (setter("images", 0, width=None), "without width or height", 1, "train1.png"),
     "an unused category": (

@@ -24,7 +24,7 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import Image
 from tqdm import tqdm
 
 from enact_common.arguments import positive_int
@@ -43,6 +43,9 @@ AREAS = {"small (below 32 x 32)": 32**2, "medium": 96**2, "large (from 96 x 96)"
 
 # Pixels by which annotation tools round boxes over the image's edge.
 EDGE_SLACK = 1.0
+
+# EXIF's number for how an image is to be turned.
+EXIF_ORIENTATION = 0x0112
 
 # Decoding is OpenCV's, which lets other threads run.
 MAX_THREADS = 8
@@ -319,13 +322,13 @@ def check_ids(split: Split) -> list[Finding]:
     whole = [i for i in ids if is_integer(i)]
     others = [repr(i) for i in ids if not is_integer(i)] if len(whole) < len(ids) else []
     counts = Counter(whole) if len(set(whole)) < len(whole) else {}
-    twice = [f"{i}, {count} times" for i, count in counts.items() if count > 1]
+    twice = [f"id {i}, {count} times" for i, count in counts.items() if count > 1]
     return [
         *found(WARNING, source, f"annotations whose id is missing or no integer: pycocotools fails; {anew}", others),
         *found(WARNING, source, f"annotation ids that are repeated: pycocotools gives an AP near 0; {anew}", twice),
         *found(
             WARNING, source, f"annotations with id 0: pycocotools never counts them as found; {anew}",
-            [i for i in whole if i == 0],
+            [i for i, number in enumerate(ids) if is_integer(number) and number == 0], split.describe,
         ),
     ]  # fmt: skip
 
@@ -455,7 +458,8 @@ def inspect_image(path: Path) -> StoredImage | None:
         encoded = read_file(path)
         pixels = decode_rgb(encoded, path)  # (height, width, 3)
     except UserError as error:
-        return StoredImage(error=str(error))
+        # Where PIL knows no such format, its reason names an object in memory.
+        return StoredImage(error=str(error).split(" (cannot identify")[0])
     height, width = pixels.shape[:2]
     digest = hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=16, key=f"{width} {height}".encode()).digest()
     return StoredImage((width, height), exif_orientation(encoded.tobytes()), digest)
@@ -465,7 +469,7 @@ def exif_orientation(source: Path | bytes) -> int:
     """EXIF's orientation of an image file or its content, 1 to 8; 1, upright, where it has none."""
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # what damaged metadata raises has no end, and decoding has shown that the pixels are there
         return 1
     return orientation if orientation in range(1, 9) else 1
@@ -631,7 +635,8 @@ def quick_checks(
     errors = [finding for finding in findings if finding.severity == ERROR]
     if errors:
         more = f"; and {len(errors) - 1} more kinds of errors" if len(errors) > 1 else ""
-        where = ", ".join(str(file) for _, file in splits.values())
+        first = errors[0].source
+        where = ", ".join(str(file) for name, (_, file) in splits.items() if name == first or first not in splits)
         raise UserError(
             f"{errors[0]}{more} [{where}]; python -m enact_common.data.checks lists everything that is wrong"
         )
