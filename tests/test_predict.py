@@ -5,7 +5,6 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np

@@ -1,0 +1,139 @@
+"""What the readers of other annotation formats have in common: what they find, and what they report.
+
+`enact_common.data.voc` and `enact_common.data.yolo` find a data set and read it; `enact_common.convert` makes COCO's
+layout of it.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from enact_common.data.checks import FAULT, IMAGE_SUFFIXES, Finding
+from enact_common.errors import UserError
+
+
+class Issues:
+    """What was changed or left out, by kind, in the order in which the kinds came up.
+
+    A kind is a severity ("warning", or "fault" for what is lost because it cannot be read) and a text.
+    """
+
+    def __init__(self):
+        self._cases: dict[tuple[str, str], list[str]] = defaultdict(list)
+
+    def add(self, kind: tuple[str, str], case: str) -> None:
+        """Note a case."""
+        self._cases[kind].append(case)
+
+    def findings(self, source: str) -> list[Finding]:
+        """One finding of each kind, the faults first, with all cases as examples."""
+        kinds = sorted(self._cases.items(), key=lambda item: item[0][0] != FAULT)
+        return [Finding(severity, source, text, len(cases), tuple(cases)) for (severity, text), cases in kinds]
+
+
+@dataclass
+class Object:
+    """An annotated object.
+
+    Attributes:
+        name: of its class.
+        box: left, top, right, bottom in pixels, (0, 0) being the image's top left corner; may reach beyond the image.
+        where: file and line, or file and number, for messages.
+        difficult: whether VOC marks it so.
+        polygon: x, y, x, y, ... in pixels, where it has an outline.
+    """
+
+    name: str
+    box: tuple[float, float, float, float]
+    where: str
+    difficult: bool = False
+    polygon: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Item:
+    """An image and how to get at its objects.
+
+    Attributes:
+        image: the file.
+        read: from the image's width and height in pixels, as stored, to its objects; None where its annotations cannot
+            be read.
+    """
+
+    image: Path
+    read: Callable[[int, int], list[Object] | None]
+
+
+@dataclass
+class Source:
+    """A data set that was found.
+
+    Attributes:
+        items: of "train" and "val".
+        classes: names in the order of their ids; None for those that occur, sorted.
+    """
+
+    items: dict[str, list[Item]]
+    classes: list[str] | None
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files in a folder and below it, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+
+
+def divide(items: list[Item], val_fraction: float, seed: int) -> dict[str, list[Item]]:
+    """Items drawn at random for "train" and "val", each in its old order.
+
+    Args:
+        items: two or more.
+        val_fraction: share of "val", in (0, 1); each split gets one item at least.
+        seed: decides the draw, 0 or more.
+
+    Raises:
+        UserError: there is less than one for each.
+    """
+    if len(items) < 2:
+        raise UserError(f"found {len(items)} annotated images: too few to draw train and val from")
+    size = min(max(round(len(items) * val_fraction), 1), len(items) - 1)
+    drawn = set(np.random.default_rng(seed).permutation(len(items))[:size].tolist())
+    return {
+        "train": [item for i, item in enumerate(items) if i not in drawn],
+        "val": [item for i, item in enumerate(items) if i in drawn],
+    }
+
+
+def read_text(file: Path) -> str:
+    """A text file.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not a text file in UTF-8 ({error.reason})") from error
+
+
+def listed_names(file: Path) -> list[str]:
+    """The lines of a list that are not empty.
+
+    Raises:
+        UserError: it is no text.
+    """
+    return [line.strip() for line in read_text(file).splitlines() if line.strip()]
+
+
+def number_or_none(text: str | None) -> float | None:
+    """A finite number; None for anything else."""
+    try:
+        number = float(text or "")
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

@@ -1,0 +1,570 @@
+"""What is found in a data set: each fault, planted in a small clean set, is named and counted."""
+
+import json
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from conftest import real_data
+from PIL import Image
+
+from enact_common import UserError
+from enact_common.data import checks
+from enact_common.data.checks import Finding, Split, quick_checks
+from enact_common.data.coco import find_split, load_annotations
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """A clean set in COCO's layout: four images of 50 x 40 to train on, two to evaluate, two objects in each."""
+    root = tmp_path / "data"
+    (root / "annotations").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for split, first, count in (("train", 1, 4), ("val", 5, 2)):
+        (root / f"{split}2017").mkdir()
+        images, annotations = [], []
+        for i in range(first, first + count):
+            name = f"{split}{i}.png"
+            cv2.imwrite(str(root / f"{split}2017" / name), random.integers(0, 255, (40, 50, 3), dtype=np.uint8))
+            images.append({"id": i, "file_name": name, "width": 50, "height": 40})
+            for category, box in ((1, [5, 5, 20, 10]), (2, [30, 20, 10, 20])):
+                number = len(annotations) + 1
+                owner = {"id": number, "image_id": i, "category_id": category}
+                annotations.append({**owner, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
+        categories = [{"id": 1, "name": "cell"}, {"id": 2, "name": "plate"}]
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        file_of(root, split).write_text(json.dumps(content))
+    return root
+
+
+def file_of(root: Path, split: str) -> Path:
+    return root / "annotations" / f"instances_{split}2017.json"
+
+
+def change(root: Path, split: str, edit) -> None:
+    """Let `edit` change what is in an annotation file."""
+    content = json.loads(file_of(root, split).read_text())
+    edit(content)
+    file_of(root, split).write_text(json.dumps(content))
+
+
+def setter(key: str, index: int, **values):
+    """An edit: give an entry of a list these values; None takes one away."""
+
+    def edit(content):
+        entry = content[key][index]
+        entry.update(values)
+        for name, value in values.items():
+            if value is None:
+                del entry[name]
+
+    return edit
+
+
+def adder(key: str, *entries):
+    """An edit: add entries to a list."""
+    return lambda content: content[key].extend(entries)
+
+
+def annotation(number: int, box=(1, 1, 5, 5), image: int = 1, category: int = 1, **more) -> dict:
+    return {"id": number, "image_id": image, "category_id": category, "bbox": list(box), **more}
+
+
+def splits_of(root: Path) -> list[Split]:
+    return [Split(name, *find_split(str(root), name)) for name in ("train", "val")]
+
+
+def full(root: Path, num_queries: int = 100) -> list[Finding]:
+    return checks.check_fully(splits_of(root), num_queries)
+
+
+def quick(root: Path, num_queries: int = 100) -> list[Finding]:
+    return quick_checks({name: find_split(str(root), name) for name in ("train", "val")}, num_queries)
+
+
+def the_finding(findings: list[Finding], text: str) -> Finding:
+    """The one whose text has these words."""
+    matching = [finding for finding in findings if text in finding.text]
+    assert len(matching) == 1, f"{text!r} in {[str(finding) for finding in findings]}"
+    return matching[0]
+
+
+# Clean data ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_clean_set_is_clean(data, capsys):
+    assert full(data) == [] and quick(data) == []
+    assert checks.main([str(data)]) == 0
+    assert "nothing wrong" in capsys.readouterr().out
+
+
+def test_drawn_shapes_are_clean_but_for_their_equal_names(shapes):
+    assert {finding.severity for finding in full(shapes)} <= {"note"}
+    assert quick(shapes) == []
+
+
+@pytest.mark.parametrize("variable", ["ENACT_BCCD", "ENACT_COCO_MINI"])
+def test_real_data_have_no_faults(variable):
+    assert {finding.severity for finding in full(real_data(variable))} <= {"warning", "note"}
+
+
+# Faults of the annotations -------------------------------------------------------------------------------------------
+
+ERRORS = {
+    "a list is missing": (lambda c: c.pop("categories"), "lacks a list", 1, "'categories'"),
+    "no categories": (lambda c: c.update(categories=[]), "the list 'categories' is empty", 1, None),
+    "no images": (lambda c: c.update(images=[]), "the list 'images' is empty", 1, None),
+    "no boxes": (lambda c: c.update(annotations=[]), "no boxes to learn from", 1, None),
+    "crowds alone": (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], "no boxes to learn from", 1, None),
+    "an image is no object": (adder("images", 7), "'images' without an integer id and a file_name", 1, "7"),
+    "an image without a name": (setter("images", 0, file_name=None), "'images' without an integer id", 1, "'id': 1"),
+    "an image's id is a string": (setter("images", 0, id="1"), "'images' without an integer id", 1, "'id': '1'"),
+    "a category without a name": (setter("categories", 0, name=None), "'categories' without", 1, "{'id': 1}"),
+    "an annotation is no object": (adder("annotations", [], 3), "without the form of a JSON object", 2, "[]"),
+    "an image id stands twice": (
+        adder("images", {"id": 2, "file_name": "train2.png"}),
+        "ids that stand twice in 'images'",
+        1,
+        "2",
+    ),
+    "a category id stands twice": (
+        adder("categories", {"id": 2, "name": "fork"}),
+        "ids that stand twice in 'categories'",
+        1,
+        "2",
+    ),
+    "a width below 0": (setter("images", 1, width=-50), "whose width or height is no number above 0", 1, "train2.png"),
+    "a height in words": (setter("images", 1, height="forty"), "whose width or height is no", 1, "50 x 'forty'"),
+    "an unknown image": (
+        adder("annotations", annotation(90, image=77), annotation(91, image=[1])),
+        "annotations of images that are not listed",
+        2,
+        "annotation 90: image 77",
+    ),
+    "an unknown category": (
+        adder("annotations", annotation(90, category=9)),
+        "annotations of categories that are not listed",
+        1,
+        "annotation 90: category 9",
+    ),
+    "boxes that are none": (
+        adder("annotations", *(annotation(90 + i, box) for i, box in enumerate(((1, 2, 3), ("1", 2, 3, 4), ())))),
+        "boxes that are not four finite numbers",
+        3,
+        "annotation 90 in train1.png: bbox [1, 2, 3]",
+    ),
+    "a box without an end": (
+        adder("annotations", annotation(90, (1, 2, float("nan"), 4)), annotation(91, (1, 2, 3, float("inf")))),
+        "boxes that are not four finite numbers",
+        2,
+        "annotation 90",
+    ),
+}
+
+FAULTS = {
+    "boxes without sides": (
+        adder("annotations", annotation(90, (1, 1, 0, 5)), annotation(91, (1, 1, 5, -2))),
+        "without width or height",
+        2,
+        "annotation 90 in train1.png: bbox [1, 1, 0, 5]",
+    ),
+    "a box outside": (
+        adder("annotations", annotation(90, (50, 1, 5, 5)), annotation(91, (-9, 1, 5, 5))),
+        "wholly outside their image",
+        2,
+        "annotation 90",
+    ),
+    "an image listed twice": (
+        adder("images", {"id": 9, "file_name": "train1.png", "width": 50, "height": 40}),
+        "listed under two ids",
+        1,
+        "train1.png",
+    ),
+    "fractions": (
+        lambda c: [a.update(bbox=[0.1, 0.2, 0.3, 0.4]) for a in c["annotations"]],
+        "fractions of the image, it seems",
+        8,
+        "annotation 1",
+    ),
+    "corners": (
+        lambda c: [a.update(bbox=[20, 20, 45, 40]) for a in c["annotations"]],
+        "look like left, top, right, bottom",
+        8,
+        "annotation 1",
+    ),
+}
+
+WARNINGS = {
+    "a box over the edge": (
+        adder("annotations", annotation(90, (40, 30, 20, 5))),
+        "over the image's edge",
+        1,
+        "annotation 90 in train1.png: bbox [40, 30, 20, 5]",
+    ),
+    "a box that is repeated": (
+        adder("annotations", annotation(90, (5, 5, 20, 10)), annotation(91, (5, 5, 20, 10), category=2)),
+        "repeat another of the same class",
+        1,
+        "annotation 90",
+    ),
+    "ids that are repeated": (setter("annotations", 3, id=1), "ids that are repeated", 1, "id 1, 2 times"),
+    "id 0": (setter("annotations", 3, id=0), "annotations with id 0", 1, "annotation 0 in train2.png"),
+    "no id": (setter("annotations", 3, id=None), "whose id is missing", 1, "None"),
+    "no size": (setter("images", 0, width=None), "without width or height", 1, "train1.png"),
+    "an unused category": (
+        lambda c: [a.update(category_id=1) for a in c["annotations"]],
+        "categories without objects",
+        1,
+        "plate",
+    ),
+    "one name for two": (
+        adder("categories", {"id": 3, "name": "cell"}),
+        "names that two categories share",
+        1,
+        "'cell'",
+    ),
+}
+
+NOTES = {
+    "a crowd": (setter("annotations", 0, iscrowd=1), "crowds", 1, "annotation 1 in train1.png"),
+    "a difficult object": (setter("annotations", 0, difficult=1), "--remove_difficult", 1, "annotation 1"),
+    "an empty image": (
+        lambda c: c.update(annotations=c["annotations"][2:]),
+        "images without objects",
+        1,
+        "train1.png",
+    ),
+}
+
+PLANTED = {
+    name: (severity, *case)
+    for severity, cases in (("error", ERRORS), ("fault", FAULTS), ("warning", WARNINGS), ("note", NOTES))
+    for name, case in cases.items()
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_what_is_wrong_with_annotations_is_found_named_and_counted(name, data, capsys):
+    severity, edit, text, count, example = PLANTED[name]
+    change(data, "train", edit)
+    own = [finding for finding in full(data) if finding.source == "train"]
+    finding = the_finding(own, text)
+    assert (finding.severity, finding.count) == (severity, count)
+    assert example is None or example in finding.examples[0]
+    assert checks.main([str(data), "--quick"]) == (1 if severity in ("error", "fault") else 0)
+    assert text.split(",")[0] in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_training_is_stopped_by_errors_and_told_of_the_rest(name, data):
+    severity, edit, text, _, example = PLANTED[name]
+    change(data, "train", edit)
+    if severity == "error":
+        with pytest.raises(UserError, match="python -m enact_common.data.checks lists everything") as error:
+            quick(data)
+        assert "train: " in str(error.value) and str(file_of(data, "train")) in str(error.value)
+        return
+    own = [finding for finding in quick(data) if finding.source == "train"]
+    assert any(text in str(finding) for finding in own) == (severity != "note")
+
+
+def test_findings_come_once_and_the_worst_first(data):
+    for split in ("train", "val"):
+        change(data, split, adder("annotations", annotation(90, (1, 1, 0, 5), image=5 if split == "val" else 1)))
+        change(data, split, setter("annotations", 0, iscrowd=1))
+    change(data, "train", adder("annotations", annotation(91, image=99)))
+    found = [(finding.source, finding.severity) for finding in full(data)]
+    assert found == [("train", "error"), ("train", "fault"), ("train", "note"), ("val", "fault"), ("val", "note")]
+
+
+ODD = {"null": None, "true": True, "no text": "", "text": "x", "negative": -1, "infinite": 1e400, "huge": 10**400}
+ODD |= {"empty list": [], "nested list": [[1]], "object": {"a": 1}}
+
+# What an entry cannot do without, and the rest.
+NEEDED = [("images", "id"), ("images", "file_name"), ("categories", "id")]
+NEEDED += [("annotations", name) for name in ("image_id", "category_id", "bbox")]
+OTHERS = [("images", "width"), ("images", "height"), ("categories", "name")]
+OTHERS += [("annotations", name) for name in ("id", "area", "iscrowd", "difficult")]
+
+
+@pytest.mark.parametrize("value", ODD.values(), ids=ODD)
+@pytest.mark.parametrize(
+    "key, name", [(key, None) for key in ("images", "annotations", "categories")] + NEEDED + OTHERS
+)
+def test_whatever_stands_in_the_file_there_is_a_report(data, key, name, value, capsys):
+    def edit(content):
+        if name is None:
+            content[key] = value
+        else:
+            content[key][0][name] = value
+
+    change(data, "train", edit)
+    status = checks.main([str(data), "--quick"])
+    assert status in (0, 1) and "objects (no crowds)" in capsys.readouterr().out
+    if name is None or ((key, name) in NEEDED and value == {"a": 1}):
+        assert status == 1
+
+
+def test_examples_are_the_first_few_and_the_count_is_all(data):
+    change(data, "train", adder("annotations", *(annotation(100 + i, (1, 1, 0, 5)) for i in range(7))))
+    finding = the_finding(full(data), "without width or height")
+    assert finding.count == 7
+    assert [example.split(" in ")[0] for example in finding.examples] == [f"annotation {100 + i}" for i in range(3)]
+    assert str(finding).endswith(", ...)") and ": 7 (annotation 100" in str(finding)
+
+
+@pytest.mark.parametrize("queries, count", [(1, 4), (2, 0)])
+def test_images_with_more_objects_than_queries_are_named(data, queries, count):
+    findings = [finding for finding in quick(data, queries) if finding.source == "train"]
+    assert sum(finding.count for finding in findings) == count
+    assert all("queries" in finding.text and finding.examples[0] == "train1.png: 2" for finding in findings)
+
+
+def test_annotation_ids_that_the_loader_made_are_not_complained_of(data):
+    change(data, "train", lambda c: [a.update(id=0) for a in c["annotations"]])
+    paths = {name: find_split(str(data), name) for name in ("train", "val")}
+    parsed = {"train": load_annotations(file_of(data, "train"))}
+    assert len(quick_checks(paths, 100)) == 2
+    assert quick_checks(paths, 100, parsed) == []
+
+
+def test_what_was_parsed_is_not_read_again(data):
+    paths = {name: find_split(str(data), name) for name in ("train", "val")}
+    parsed = {name: json.loads(file_of(data, name).read_text()) for name in paths}
+    for name in paths:
+        file_of(data, name).unlink()
+    assert quick_checks(paths, 100, parsed) == []
+
+
+def test_test_images_need_no_annotations(data):
+    change(data, "val", lambda c: c.pop("annotations"))
+    assert quick_checks({"test": find_split(str(data), "val")}, 100) == []
+
+
+# Faults of the files -------------------------------------------------------------------------------------------------
+
+
+def missing(image: Path) -> None:
+    image.unlink()
+
+
+def in_other_letters(image: Path) -> None:
+    image.rename(image.with_suffix(".PNG"))
+
+
+def no_image(image: Path) -> None:
+    image.write_text("this is text")
+
+
+def cut_short(image: Path) -> None:
+    image.write_bytes(image.read_bytes()[:-500])
+
+
+def empty(image: Path) -> None:
+    image.write_bytes(b"")
+
+
+def smaller(image: Path) -> None:
+    cv2.imwrite(str(image), np.random.default_rng(5).integers(0, 255, (30, 45, 3), dtype=np.uint8))
+
+
+def rotated(image: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.random.default_rng(5).integers(0, 255, (50, 40, 3), dtype=np.uint8)).save(image, exif=exif)
+
+
+def doubled(image: Path) -> None:
+    shutil.copy(image.with_name("train1.png"), image)
+
+
+def not_listed(image: Path) -> None:
+    shutil.copy(image, image.with_name("new.png"))
+
+
+@pytest.mark.parametrize(
+    "spoil, severity, text, example",
+    [
+        (missing, "error", "image files that are missing", "train2.png"),
+        (in_other_letters, "error", "image files that are missing", "train2.png (there is train2.PNG)"),
+        (no_image, "error", "cannot be read whole", "train2.png"),
+        (empty, "error", "cannot be read whole", "train2.png"),
+        (smaller, "fault", "of another size", "train2.png: 45 x 30, annotated as 50 x 40"),
+        (rotated, "fault", "of another size", "fits once EXIF's rotation is applied"),
+        (rotated, "warning", "EXIF orientation", "train2.png: 6"),
+        (doubled, "warning", "same pixels under several names", "train1.png = train2.png"),
+        (not_listed, "note", "do not list", "new.png"),
+    ],
+)
+def test_what_is_wrong_with_files_is_found(data, spoil, severity, text, example):
+    spoil(data / "train2017" / "train2.png")
+    finding = the_finding([finding for finding in full(data) if finding.source == "train"], text)
+    assert (finding.severity, finding.count) == (severity, 1)
+    assert example in finding.examples[0]
+
+
+def test_truncated_jpegs_cannot_be_read_whole(data):
+    image = data / "train2017" / "train2.jpg"
+    Image.open(image.with_suffix(".png")).save(image)
+    image.with_suffix(".png").unlink()
+    change(data, "train", setter("images", 1, file_name="train2.jpg"))
+    assert full(data) == []
+    cut_short(image)
+    assert the_finding(full(data), "cannot be read whole").count == 1
+
+
+def test_quick_looks_for_missing_files_but_opens_none(data):
+    for spoil in (no_image, rotated):
+        spoil(data / "train2017" / "train2.png")
+        assert quick(data) == []
+    missing(data / "train2017" / "train2.png")
+    with pytest.raises(UserError, match=r"image files that are missing: 1 \(.*train2.png\)"):
+        quick(data)
+
+
+def test_a_missing_image_folder_is_named(data):
+    paths = {"train": (data / "elsewhere", file_of(data, "train"))}
+    with pytest.raises(UserError, match="elsewhere is missing"):
+        quick_checks(paths, 100)
+
+
+def test_images_in_sub_folders_are_found(data):
+    folder = data / "train2017"
+    (folder / "sub").mkdir()
+    (folder / "train2.png").rename(folder / "sub" / "train1.png")
+    change(data, "train", setter("images", 1, file_name="sub/train1.png"))
+    assert full(data) == []
+
+
+# Both splits ---------------------------------------------------------------------------------------------------------
+
+
+def test_leaked_images_are_found_by_name_and_by_pixels(data):
+    shutil.copy(data / "train2017" / "train1.png", data / "val2017" / "train1.png")
+    change(data, "val", setter("images", 0, file_name="train1.png"))
+    finding = the_finding(quick(data), "same name and file size in both")
+    assert (finding.source, finding.severity, finding.count) == ("train and val", "warning", 1)
+    assert the_finding(full(data), "same pixels in both").severity == "fault"
+    # Under another name and in another file of the same pixels, it takes the pixels to find it.
+    (data / "val2017" / "train1.png").unlink()
+    Image.open(data / "train2017" / "train1.png").save(data / "val2017" / "val5.bmp")
+    change(data, "val", setter("images", 0, file_name="val5.bmp"))
+    assert quick(data) == []
+    assert the_finding(full(data), "same pixels in both").examples == ("train1.png = val5.bmp",)
+
+
+def test_equal_names_of_different_images_are_but_a_note(data):
+    (data / "val2017" / "val5.png").rename(data / "val2017" / "train1.png")
+    smaller(data / "val2017" / "train1.png")
+    change(data, "val", setter("images", 0, file_name="train1.png", width=45, height=30))
+    change(data, "val", setter("annotations", 1, bbox=[3, 3, 4, 4]))
+    assert quick(data) == []
+    assert the_finding(full(data), "image names that are in both").severity == "note"
+
+
+@pytest.mark.parametrize(
+    "split, edit, severity, text, example",
+    [
+        (
+            "val",
+            setter("categories", 1, name="fork"),
+            "error",
+            "val has and train has not",
+            "2 'fork', in train 'plate'",
+        ),
+        ("val", adder("categories", {"id": 3, "name": "fork"}), "error", "val has and train has not", "3 'fork'"),
+        ("train", adder("categories", {"id": 3, "name": "fork"}), "warning", "train has and val has not", "3 'fork'"),
+    ],
+)
+def test_categories_that_differ_are_named(data, split, edit, severity, text, example):
+    change(data, split, edit)
+    finding = the_finding(full(data), text)
+    assert finding.severity == severity and example in finding.examples[0]
+
+
+def test_subsets_of_cocos_categories_agree(data):
+    # The labels of COCO's categories are the same for any of them.
+    for split, categories in (("train", {1: "person", 2: "bicycle"}), ("val", {1: "person", 2: "bicycle", 3: "car"})):
+        named = [{"id": i, "name": name} for i, name in categories.items()]
+        change(data, split, lambda c, named=named: c.update(categories=named))
+    assert quick(data) == []
+
+
+# The command line ----------------------------------------------------------------------------------------------------
+
+
+def test_the_report_says_what_is_there(data, capsys):
+    change(data, "train", setter("annotations", 0, area=96**2, bbox=[0, 0, 50, 40]))
+    assert checks.main([str(data)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for row in (
+        "images 4 2",
+        "objects (no crowds) 8 4",
+        "an image, mean 2.0 2.0",
+        "small (below 32 x 32) 87.5% 100.0%",
+        "large (from 96 x 96) 12.5% 0.0%",
+        "most often 50 x 40 50 x 40",
+        "1 cell 4 4 2 2",
+    ):
+        assert row.split() in rows, row
+
+
+def test_the_report_is_aligned_and_not_too_wide(data, capsys):
+    change(data, "train", adder("annotations", *(annotation(90 + i, (1, 1, 0, 5)) for i in range(2000))))
+    change(data, "train", lambda c: c["categories"].append({"id": 12345, "name": "a very long name " * 5}))
+    assert checks.main([str(data)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line.startswith("  ") and line.split()[-1] in ("images", "2", "-")]
+    assert len({len(line) for line in table[-4:]}) == 1
+    # Examples stay in one piece, to be copied.
+    assert max(len(line) for line in lines[3:] if "- " not in line) <= checks.LINE_WIDTH
+    assert "  fault       2,000  boxes without width or height: dropped" in lines
+    assert any(line.endswith("- and 1,997 more") for line in lines)
+
+
+def test_quick_says_that_no_image_was_read(data, capsys):
+    no_image(data / "train2017" / "train2.png")
+    assert checks.main([str(data), "--quick"]) == 0
+    assert "not read (--quick)" in capsys.readouterr().out
+    assert checks.main([str(data)]) == 1
+
+
+def test_splits_can_be_named_one_by_one(data, capsys):
+    flags = ["--val_images", str(data / "train2017"), "--val_annotations", str(file_of(data, "train"))]
+    assert checks.main(flags) == 0
+    assert "train and val" not in capsys.readouterr().out
+    assert checks.main([str(data), *flags]) == 1
+    assert "the same pixels in both" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        ([], "no data: name a folder"),
+        (["nowhere"], "nowhere: no such folder"),
+        (["--train_images", "here"], "--train_images and --train_annotations go together"),
+        (["--train_images", "here", "--train_annotations", "gone.json"], "gone.json: cannot be read"),
+    ],
+)
+def test_what_cannot_be_read_at_all_gives_status_2(argv, message, capsys):
+    assert checks.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("python -m enact_common.data.checks: error: ") and message in error
+
+
+@pytest.mark.parametrize(
+    "content, message", [(b"{", "not a JSON file"), (b"\xff\xfe\xfd", "not a JSON file"), (b"[1]", "it holds a list")]
+)
+def test_files_that_are_no_annotations_are_refused(data, content, message, capsys):
+    file_of(data, "val").write_bytes(content)
+    assert checks.main([str(data)]) == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match=message):
+        quick(data)
+
+
+def test_an_empty_folder_is_refused_and_says_what_is_missing(tmp_path, capsys):
+    assert checks.main([str(tmp_path)]) == 2
+    assert "train2017" in capsys.readouterr().err

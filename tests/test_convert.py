@@ -1,0 +1,669 @@
+"""Pascal VOC and YOLO to COCO's layout: what comes through, what is reported, what is refused."""
+
+import json
+import os
+import shutil
+import sys
+from collections import defaultdict
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+import numpy as np
+import pytest
+import yaml
+from conftest import SMALL_MODEL, real_data, run
+from PIL import Image
+
+from enact_common import convert
+from enact_common.data import checks
+from enact_common.data.coco import CocoDetection, find_split, load_annotations
+from enact_common.data.transforms import eval_transforms
+
+SIZE = (60, 40)  # width and height of the small images, in pixels
+
+
+def save_image(path: Path, size=SIZE, seed: int = 0, **options) -> Path:
+    """Noise, so that no two images are equal."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def voc_xml(objects=(), size=SIZE, filename="", declared: str = "") -> str:
+    """An annotation; objects are (name, xmin, ymin, xmax, ymax) with, perhaps, difficult behind."""
+    text = f'<?xml version="1.0" encoding="utf-8"?>{declared}<annotation><filename>{escape(filename)}</filename>'
+    if size:
+        text += f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
+    for name, *box in objects:
+        sides = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=False))
+        difficult = f"<difficult>{box[4]}</difficult>" if len(box) > 4 else ""
+        # A part has a box of its own, which is not the object's.
+        part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
+        text += f"<object><name>{escape(name)}</name>{difficult}{part}<bndbox>{sides}</bndbox></object>"
+    return text + "</annotation>"
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+CELL = ("cell", 11, 6, 30, 25)
+
+
+@pytest.fixture
+def voc(tmp_path) -> Path:
+    """A flat folder of four images with one object each; a.jpg is the one that tests change."""
+    root = tmp_path / "voc"
+    for i, name in enumerate("abcd"):
+        save_image(root / f"{name}.jpg", seed=i)
+        write(root / f"{name}.xml", voc_xml([CELL]))
+    return root
+
+
+@pytest.fixture
+def yolo(tmp_path) -> Path:
+    """images/train, images/val, labels and data.yaml: two images with one object each in train, one in val."""
+    root = tmp_path / "yolo"
+    for i, name in enumerate(("train/a", "train/b", "val/c")):
+        save_image(root / "images" / f"{name}.jpg", seed=i)
+        write(root / "labels" / f"{name}.txt", "0 0.5 0.5 0.5 0.25\n")
+    write(root / "data.yaml", "train: images/train\nval: images/val\nnames: [cell, plate]\n")
+    return root
+
+
+def convert_to(out: Path, *argv) -> int:
+    return convert.main([*map(str, argv), "--output_dir", str(out)])
+
+
+def boxes_of(out: Path, split: str) -> dict[str, list]:
+    """Of each image in a split its (class, x, y, width, height), sorted; an image without objects has none."""
+    data = load_annotations(out / "annotations" / f"instances_{split}2017.json")
+    files = {image["id"]: image["file_name"] for image in data["images"]}
+    names = {category["id"]: category["name"] for category in data["categories"]}
+    boxes = {name: [] for name in files.values()}
+    for annotation in data["annotations"]:
+        boxes[files[annotation["image_id"]]].append((names[annotation["category_id"]], *annotation["bbox"]))
+    return {name: sorted(own) for name, own in boxes.items()}
+
+
+def all_boxes(out: Path) -> dict[str, list]:
+    return boxes_of(out, "train") | boxes_of(out, "val")
+
+
+def annotations_of(out: Path, stem: str) -> list[dict]:
+    """The annotations of the image that is called so, whichever split it is in."""
+    for split in ("train", "val"):
+        data = json.loads((out / "annotations" / f"instances_{split}2017.json").read_text())
+        ids = [image["id"] for image in data["images"] if Path(image["file_name"]).stem == stem]
+        if ids:
+            return [annotation for annotation in data["annotations"] if annotation["image_id"] in ids]
+    raise AssertionError(f"{stem} is in neither split")
+
+
+# There and back ------------------------------------------------------------------------------------------------------
+
+
+def write_as_voc(coco: Path, root: Path) -> None:
+    """A COCO-format set as VOC2007's layout has it: corners count from 1, the last row and column included."""
+    for split in ("train", "val"):
+        folder, file = find_split(str(coco), split)
+        data, boxes = load_annotations(file), defaultdict(list)
+        names = {category["id"]: category["name"] for category in data["categories"]}
+        for a in data["annotations"]:
+            x, y, w, h = a["bbox"]
+            boxes[a["image_id"]].append((names[a["category_id"]], x + 1, y + 1, x + w, y + h))
+        stems = []
+        for image in data["images"]:
+            stem = f"{split} {Path(image['file_name']).stem}"
+            stems.append(stem)
+            place = root / "JPEGImages" / f"{stem}.jpg"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / image["file_name"], place)
+            xml = voc_xml(boxes[image["id"]], (image["width"], image["height"]))
+            write(root / "Annotations" / f"{stem}.xml", xml)
+        write(root / "ImageSets" / "Main" / f"{split}.txt", "\n".join(stems))
+
+
+def write_as_yolo(coco: Path, root: Path) -> None:
+    """A COCO-format set with data.yaml, fractions of six digits."""
+    for split in ("train", "val"):
+        folder, file = find_split(str(coco), split)
+        data, lines = load_annotations(file), defaultdict(list)
+        index = {category["id"]: i for i, category in enumerate(data["categories"])}
+        sizes = {image["id"]: (image["width"], image["height"]) for image in data["images"]}
+        for a in data["annotations"]:
+            (x, y, w, h), (width, height) = a["bbox"], sizes[a["image_id"]]
+            numbers = (x + w / 2) / width, (y + h / 2) / height, w / width, h / height
+            lines[a["image_id"]].append(" ".join([str(index[a["category_id"]]), *(f"{n:.6f}" for n in numbers)]))
+        for image in data["images"]:
+            name = f"{split} {Path(image['file_name']).stem}"
+            place = root / "images" / split / f"{name}.jpg"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(folder / image["file_name"], place)
+            write(root / "labels" / split / f"{name}.txt", "\n".join(lines[image["id"]]))
+    names = {i: category["name"] for i, category in enumerate(data["categories"])}
+    config = {"path": ".", "train": "images/train", "val": "images/val", "names": names}
+    write(root / "data.yaml", yaml.safe_dump(config))
+
+
+WRITERS = {"voc": write_as_voc, "yolo": write_as_yolo}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("data", ["shapes", "bccd"])
+def test_there_and_back_boxes_are_the_same(kind, data, request, tmp_path, capsys):
+    coco = request.getfixturevalue("shapes") if data == "shapes" else real_data("ENACT_BCCD")
+    WRITERS[kind](coco, tmp_path / "other")
+    assert convert_to(tmp_path / "out", kind, tmp_path / "other") == 0
+    for split in ("train", "val"):
+        folder, file = find_split(str(coco), split)
+        original = load_annotations(file)
+        bounds = {image["file_name"]: (image["width"], image["height"]) for image in original["images"]}
+        names = {category["id"]: category["name"] for category in original["categories"]}
+        files = {image["id"]: image["file_name"] for image in original["images"]}
+        expected = {f"{split} {Path(name).stem}.jpg": [] for name in bounds}
+        for a in original["annotations"]:
+            name, (x, y, w, h) = files[a["image_id"]], a["bbox"]
+            width, height = bounds[name]
+            x1, y1 = min(x + w, width), min(y + h, height)
+            x, y = max(x, 0), max(y, 0)
+            expected[f"{split} {Path(name).stem}.jpg"].append((names[a["category_id"]], x, y, x1 - x, y1 - y))
+        found = boxes_of(tmp_path / "out", split)
+        assert set(found) == set(expected)
+        for name, boxes in expected.items():
+            assert [box[0] for box in found[name]] == [box[0] for box in sorted(boxes)]
+            for own, box in zip(nearest(found[name]), nearest(boxes), strict=True):
+                np.testing.assert_allclose(own[1:], box[1:], atol=2e-3)
+    assert "python -m enact_common.data.checks" in capsys.readouterr().out
+
+
+def nearest(boxes: list) -> list:
+    """An order that the last digits do not change."""
+    return sorted(boxes, key=lambda box: (box[0], *(round(side) for side in box[1:])))
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_was_converted_is_clean_loads_and_trains(kind, shapes, tmp_path):
+    out = tmp_path / "out"
+    WRITERS[kind](shapes, tmp_path / "other")
+    assert convert_to(out, kind, tmp_path / "other") == 0
+    assert checks.main([str(out)]) == 0
+    data = CocoDetection(*find_split(str(out), "train"), eval_transforms(64, 96))
+    image, target = data[0]
+    assert image.shape[0] == 3 and len(target["labels"]) > 0
+    assert target["boxes"].min() >= 0 and target["boxes"].max() <= 1
+    argv = [*SMALL_MODEL["conditional"], "--coco_path", out, "--output_dir", tmp_path / "run", "--epochs", "1"]
+    assert run("conditional", *argv, "--limit_train", "4", "--limit_val", "2") == 0
+
+
+# Pascal VOC ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, box", [((), [10, 5, 20, 20]), (("--zero_based",), [11, 6, 19, 19])])
+def test_voc_counts_pixels_from_one_unless_told_otherwise(voc, tmp_path, flags, box):
+    assert convert_to(tmp_path / "out", "voc", voc, *flags) == 0
+    (annotation,) = annotations_of(tmp_path / "out", "a")
+    assert annotation["bbox"] == box and annotation["area"] == box[2] * box[3]
+
+
+def test_a_whole_image_is_a_box_of_its_size(voc, tmp_path, capsys):
+    write(voc / "a.xml", voc_xml([("cell", 1, 1, *SIZE)]))
+    assert convert_to(tmp_path / "out", "voc", voc) == 0
+    assert annotations_of(tmp_path / "out", "a")[0]["bbox"] == [0, 0, *SIZE]
+    assert "changed or left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "objects, boxes, text",
+    [
+        ([("cell", 41, 31, 70, 50)], [[40, 30, 20, 10]], "reach beyond the image: clipped"),
+        ([("cell", 71, 31, 90, 50), CELL], [[10, 5, 20, 20]], "without area inside the image: dropped"),
+        ([("cell", 20, 10, 5, 30), CELL], [[10, 5, 20, 20]], "without area inside the image: dropped"),
+        ([("cell", 0, 10, 5, 30)], [[0, 9, 5, 21]], "are they --zero_based?"),
+    ],
+)
+def test_voc_boxes_beyond_the_image_are_clipped_or_dropped_and_named(voc, tmp_path, capsys, objects, boxes, text):
+    write(voc / "a.xml", voc_xml(objects))
+    assert convert_to(tmp_path / "out", "voc", voc) == 0
+    assert [annotation["bbox"] for annotation in annotations_of(tmp_path / "out", "a")] == boxes
+    printed, report = capsys.readouterr().out, (tmp_path / "out" / "conversion.txt").read_text()
+    assert text in " ".join(printed.split()) and f"{voc / 'a.xml'}: object 1, cell" in printed
+    assert f"{text}: 1\n" in report
+
+
+@pytest.mark.parametrize(
+    "objects, shown",
+    [
+        ([("cell", "x", 1, 5, 5)], "object 1, cell: x, 1, 5, 5"),
+        ([("cell", 1, 1, 5)], "object 1, cell: 1, 1, 5, ?"),
+        ([("cell", "nan", 1, 5, 5)], "object 1, cell: nan, 1, 5, 5"),
+        ([("", 1, 1, 5, 5)], "object 1, without a name"),
+    ],
+)
+def test_voc_objects_that_are_none_are_named_and_the_status_says_so(voc, tmp_path, capsys, objects, shown):
+    write(voc / "a.xml", voc_xml([*objects, CELL]))
+    assert convert_to(tmp_path / "out", "voc", voc) == 1
+    assert len(annotations_of(tmp_path / "out", "a")) == 1
+    assert shown in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [None, (40, 60), ("?", 40)])
+def test_the_files_own_size_counts(voc, tmp_path, capsys, size):
+    write(voc / "a.xml", voc_xml([CELL], size=size))
+    assert convert_to(tmp_path / "out", "voc", voc) == 0
+    assert "the image is 60 x 40" in capsys.readouterr().out
+    data = json.loads((tmp_path / "out" / "annotations" / "instances_train2017.json").read_text())
+    assert {(image["width"], image["height"]) for image in data["images"]} == {SIZE}
+
+
+def test_difficult_objects_stay_marked(voc, tmp_path):
+    write(voc / "a.xml", voc_xml([(*CELL, 1), ("plate", 1, 1, 5, 5, 0)]))
+    assert convert_to(tmp_path / "out", "voc", voc) == 0
+    assert [annotation.get("difficult") for annotation in annotations_of(tmp_path / "out", "a")] == [1, None]
+
+
+def test_classes_are_sorted_or_as_asked_for(voc, tmp_path, capsys):
+    write(voc / "a.xml", voc_xml([("plate", 1, 1, 5, 5), CELL, ("Zelle", 1, 1, 9, 9)]))
+
+    def categories(out, *flags):
+        assert convert_to(out, "voc", voc, *flags) == 0
+        data = json.loads((out / "annotations" / "instances_val2017.json").read_text())
+        return {category["id"]: category["name"] for category in data["categories"]}
+
+    assert categories(tmp_path / "sorted") == {1: "Zelle", 2: "cell", 3: "plate"}
+    capsys.readouterr()
+    assert categories(tmp_path / "asked", "--classes", "plate", "cell", "fork") == {1: "plate", 2: "cell", 3: "fork"}
+    text = capsys.readouterr().out
+    assert "object 3, Zelle" in text and "classes without objects" in text and "- fork" in text
+
+
+ENTITIES = '<!DOCTYPE a [<!ENTITY b "&c;&c;"><!ENTITY c "ha">]>'
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        (voc_xml([CELL], filename="&b;", declared=ENTITIES), "document type"),
+        (voc_xml([CELL], declared='<!DOCTYPE a SYSTEM "file:///etc/hostname">'), "document type"),
+        ("<annotation><object>", "no element found"),
+        ("<html></html>", "its root is <html>"),
+        ("", "no element found"),
+    ],
+)
+def test_xml_files_that_cannot_be_read_are_left_out_with_their_images(voc, tmp_path, capsys, text, reason):
+    write(voc / "a.xml", text)
+    assert convert_to(tmp_path / "out", "voc", voc) == 1
+    assert "a.jpg" not in all_boxes(tmp_path / "out") and len(all_boxes(tmp_path / "out")) == 3
+    printed = capsys.readouterr().out
+    assert f"{voc / 'a.xml'}: " in printed and reason in printed
+
+
+def make_kit(root: Path, names: str, lists: dict[str, str], seed: int = 0) -> Path:
+    """A folder like VOC2007 with an image for each letter, and lists of some of them."""
+    for i, name in enumerate(names):
+        save_image(root / "JPEGImages" / f"{name}.jpg", seed=seed + i)
+        write(root / "Annotations" / f"{name}.xml", voc_xml([CELL]))
+    for name, letters in lists.items():
+        write(root / "ImageSets" / "Main" / f"{name}.txt", "\n".join(letters) + "\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    "lists, flags, train, val",
+    [
+        ({"train": "ab", "val": "c", "trainval": "abc", "test": "d"}, (), "ab", "c"),
+        ({"trainval": "abc", "test": "d"}, (), "abc", "d"),
+        ({"train": "ab", "test": "cd"}, (), "ab", "cd"),
+        (
+            {"train": "ab", "val": "c", "trainval": "abc", "test": "d"},
+            ("--train_set", "trainval", "--val_set", "test"),
+            "abc",
+            "d",
+        ),
+    ],
+)
+def test_lists_decide_the_splits(tmp_path, lists, flags, train, val):
+    kit = make_kit(tmp_path / "VOC2007", "abcd", lists)
+    assert convert_to(tmp_path / "out", "voc", kit, *flags) == 0
+    assert "".join(Path(name).stem for name in boxes_of(tmp_path / "out", "train")) == train
+    assert "".join(Path(name).stem for name in boxes_of(tmp_path / "out", "val")) == val
+
+
+def test_several_kits_with_equal_names_are_put_together(tmp_path):
+    for i, year in enumerate(("VOC2007", "VOC2012")):
+        make_kit(tmp_path / "VOCdevkit" / year, "abc", {"train": "ab", "val": "c"}, seed=10 * i)
+    assert convert_to(tmp_path / "out", "voc", tmp_path / "VOCdevkit") == 0
+    assert len(boxes_of(tmp_path / "out", "train")) == 4
+    assert set(boxes_of(tmp_path / "out", "val")) == {"VOC2007/JPEGImages/c.jpg", "VOC2012/JPEGImages/c.jpg"}
+
+
+def test_a_listed_image_that_is_not_there_is_named(tmp_path, capsys):
+    kit = make_kit(tmp_path / "VOC2007", "abc", {"train": "abz", "val": "c"})
+    assert convert_to(tmp_path / "out", "voc", kit) == 1
+    assert "train.txt: z" in capsys.readouterr().out
+
+
+def test_without_lists_the_seed_draws_the_splits(voc, tmp_path):
+    drawn = {}
+    for name, flags in {"0": (), "again": (), "1": ("--seed", 1), "half": ("--val_fraction", 0.5)}.items():
+        assert convert_to(tmp_path / name, "voc", voc, *flags) == 0
+        drawn[name] = [set(boxes_of(tmp_path / name, split)) for split in ("train", "val")]
+        assert drawn[name][0] | drawn[name][1] == {"a.jpg", "b.jpg", "c.jpg", "d.jpg"}
+        assert not drawn[name][0] & drawn[name][1]
+    assert drawn["0"] == drawn["again"] != drawn["1"]
+    assert len(drawn["0"][1]) == 1 and len(drawn["half"][1]) == 2
+
+
+def test_equal_names_in_sub_folders_spaces_and_other_scripts(tmp_path):
+    root = tmp_path / "été"
+    for i, name in enumerate(("x/1", "y/1", "y/Blut Zelle ß", "y/細胞 2.v1")):
+        save_image(root / "pictures" / f"{name}.png", seed=i)
+        write(root / "marks" / f"{name}.xml", voc_xml([("globule élevé", 1 + i, 1, 20, 20)]))
+    assert convert_to(tmp_path / "out", "voc", root) == 0
+    found = all_boxes(tmp_path / "out")
+    assert found["x/1.png"] == [("globule élevé", 0, 0, 20, 20)]
+    assert found["y/1.png"] == [("globule élevé", 1, 0, 19, 20)]
+    assert checks.main([str(tmp_path / "out")]) == 0
+
+
+def test_an_xml_file_may_mention_an_image_of_another_name(voc, tmp_path):
+    (voc / "a.jpg").rename(voc / "other.jpg")
+    write(voc / "a.xml", voc_xml([CELL], filename="C:\\pictures\\other.jpg"))
+    assert convert_to(tmp_path / "out", "voc", voc) == 0
+    assert "other.jpg" in all_boxes(tmp_path / "out")
+
+
+def test_voc_files_without_a_partner_are_named(voc, tmp_path, capsys):
+    write(voc / "lonely.xml", voc_xml([CELL]))
+    save_image(voc / "bare.jpg")
+    assert convert_to(tmp_path / "out", "voc", voc) == 1
+    text = capsys.readouterr().out
+    assert f"- {voc / 'lonely.xml'}" in text and f"- {voc / 'bare.jpg'}" in text
+    assert "bare.jpg" not in all_boxes(tmp_path / "out")
+
+
+# YOLO ----------------------------------------------------------------------------------------------------------------
+
+
+def test_yolo_boxes_are_fractions_of_centre_and_size(yolo, tmp_path):
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 0
+    assert boxes_of(tmp_path / "out", "train") == dict.fromkeys(("a.jpg", "b.jpg"), [("cell", 15, 15, 30, 10)])
+    data = json.loads((tmp_path / "out" / "annotations" / "instances_val2017.json").read_text())
+    assert [category["name"] for category in data["categories"]] == ["cell", "plate"]
+
+
+def test_polygons_become_boxes_and_stay_as_outlines(yolo, tmp_path):
+    write(yolo / "labels" / "train" / "a.txt", "1 0.5 0.25 0.75 0.5 0.5 0.75 0.25 0.5\n")
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 0
+    (annotation,) = annotations_of(tmp_path / "out", "a")
+    assert annotation["bbox"] == [15, 10, 30, 20] and annotation["category_id"] == 2
+    assert annotation["segmentation"] == [[30, 10, 45, 20, 30, 30, 15, 20]]
+    assert annotation["area"] == 300  # a rhombus: half the product of its diagonals, 30 and 20
+
+
+@pytest.mark.parametrize(
+    "line, text",
+    [
+        ("2 0.5 0.5 0.1 0.1", "class number that has no name"),
+        ("-1 0.5 0.5 0.1 0.1", "class number that has no name"),
+        ("0 30 20 10 10", "no fractions of the image"),
+        ("0 0.5 0.5 -0.1 0.1", "no fractions of the image"),
+        ("0 0.5 0.5 0.1", "no box and no outline"),
+        ("0 0.5 0.5 0.1 0.1 0.9", "a sixth number"),
+        ("cell 0.5 0.5 0.1 0.1", "no box and no outline"),
+        ("0.5 0.5 0.5 0.1 0.1", "no box and no outline"),
+        ("0 0.5 0.5 nan 0.1", "no box and no outline"),
+    ],
+)
+def test_lines_that_cannot_be_right_are_named_by_file_and_line(yolo, tmp_path, capsys, line, text):
+    file = write(yolo / "labels" / "train" / "a.txt", f"0 0.5 0.5 0.5 0.25\n\n{line}\n")
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 1
+    assert len(annotations_of(tmp_path / "out", "a")) == 1
+    printed = capsys.readouterr().out
+    assert text in printed and f"{file}:3: {line}" in printed
+
+
+def test_yolo_boxes_are_clipped_and_dropped_too(yolo, tmp_path, capsys):
+    file = write(yolo / "labels" / "train" / "a.txt", "0 1 0.5 0.5 0.5\n0 0.5 0.5 0 0.5\n0 0.5 0.5 1.0000001 1\n")
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 0
+    assert [a["bbox"] for a in annotations_of(tmp_path / "out", "a")] == [[45, 10, 15, 20], [0, 0, 60, 40]]
+    text = capsys.readouterr().out
+    assert "clipped" in text and f"{file}:1: cell" in text and "dropped" in text and f"{file}:2: cell" in text
+    assert f"{file}:3" not in text
+
+
+def test_missing_and_stray_label_files_are_named(yolo, tmp_path, capsys):
+    (yolo / "labels" / "train" / "a.txt").rename(yolo / "labels" / "train" / "z.txt")
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 0
+    assert boxes_of(tmp_path / "out", "train")["a.jpg"] == []
+    text = capsys.readouterr().out
+    assert f"- {yolo / 'images' / 'train' / 'a.jpg'}" in text and f"- {yolo / 'labels' / 'train' / 'z.txt'}" in text
+
+
+def test_label_files_that_are_no_text_are_left_out_with_their_images(yolo, tmp_path, capsys):
+    (yolo / "labels" / "train" / "a.txt").write_bytes(b"\xff\xfe\x00")
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 1
+    assert "a.jpg" not in all_boxes(tmp_path / "out")
+    assert "a.txt: not a text file" in capsys.readouterr().out
+
+
+def lists_of_paths(root: Path) -> None:
+    write(root / "lists" / "train.txt", "../images/train/a.jpg\n./images/train/b.jpg\n")
+    write(root / "lists" / "val.txt", f"{root / 'images' / 'val' / 'c.jpg'}\n")
+    write(root / "data.yaml", "train: lists/train.txt\nval: [lists/val.txt]\nnames: {0: cell, 1: plate}\nnc: 2\n")
+
+
+def another_machines_path(root: Path) -> None:
+    write(root / "data.yaml", "path: ../datasets/mine\ntrain: images/train\nval: images/val\nnames: [cell, plate]\n")
+
+
+def exported(root: Path) -> None:
+    for split, name in (("train", "train"), ("val", "valid")):
+        for kind in ("images", "labels"):
+            (root / name).mkdir(exist_ok=True)
+            (root / kind / split).rename(root / name / kind)
+    write(root / "data.yaml", "train: ../train/images\nval: ../valid/images\nnc: 2\nnames: ['cell', 'plate']\n")
+
+
+def without_yaml(root: Path) -> None:
+    (root / "data.yaml").unlink()
+    write(root / "classes.txt", "cell\nplate\n")
+
+
+def exported_without_yaml(root: Path) -> None:
+    exported(root)
+    without_yaml(root)
+
+
+@pytest.mark.parametrize(
+    "rearrange", [lists_of_paths, another_machines_path, exported, without_yaml, exported_without_yaml]
+)
+def test_yolo_folders_come_in_many_forms(yolo, tmp_path, rearrange, capsys):
+    rearrange(yolo)
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 0
+    assert boxes_of(tmp_path / "out", "train") == dict.fromkeys(("a.jpg", "b.jpg"), [("cell", 15, 15, 30, 10)])
+    assert list(boxes_of(tmp_path / "out", "val")) == ["c.jpg"]
+    assert "class" in capsys.readouterr().out
+
+
+def test_the_yaml_file_itself_and_keys_of_other_names(yolo, tmp_path):
+    config = write(yolo / "mine.yaml", "fit: images/train\ntest: images/val\nnames: [cell]\n")
+    flags = ("--train_set", "fit", "--val_set", "test")
+    assert convert_to(tmp_path / "out", "yolo", config, *flags) == 0
+    assert list(boxes_of(tmp_path / "out", "val")) == ["c.jpg"]
+
+
+def test_without_val_some_of_train_is_drawn(yolo, tmp_path):
+    write(yolo / "data.yaml", "train: [images/train, images/val]\nnames: [cell, plate]\n")
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 0
+    assert len(boxes_of(tmp_path / "out", "train")) == 2 and len(boxes_of(tmp_path / "out", "val")) == 1
+
+
+def test_the_same_images_in_both_splits_are_named(yolo, tmp_path, capsys):
+    write(yolo / "data.yaml", "train: images/train\nval: images/train\nnc: 3\nnames: [cell, plate]\n")
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 0
+    text = capsys.readouterr().out
+    assert "in train and in val" in text and "nc 3, 2 names" in text
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ("- a list", "expected the keys train, val and names"),
+        ("train: [", "not a YAML file"),
+        ("train: !!python/object/apply:os.getcwd []", "not a YAML file"),
+        ("train: elsewhere\nnames: [a]", "names elsewhere, but there is no"),
+        ("val: images/val\nnames: [a]", "'train' names no images"),
+        ("train: 3\nnames: [a]", "'train' names no images"),
+        ("train: images/train\nnames: {1: a, 2: b}", "numbered from 0"),
+        ("train: images/train\nnames: cell", "'names' must be class names"),
+        ("train: images/train\nnames: [[a], [b]]", "'names' must be class names"),
+        ("train: images/train\nnames: [a, a]", "class name a stands twice"),
+        ("train: images/train", "pass --classes"),
+    ],
+)
+def test_yaml_files_that_describe_nothing_are_refused(yolo, tmp_path, capsys, config, message):
+    write(yolo / "data.yaml", config)
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_without_pyyaml_the_message_says_how_to_get_it(yolo, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 2
+    assert "pip install 'enact-detection[yolo]'" in capsys.readouterr().err
+
+
+# Both ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["voc", "yolo"])
+def test_images_that_cannot_be_read_are_left_out_and_the_status_says_so(kind, request, tmp_path, capsys):
+    root = request.getfixturevalue(kind)
+    image = next(root.rglob("a.jpg"))
+    image.write_text("no image")
+    assert convert_to(tmp_path / "out", kind, root) == 1
+    assert str(image) in capsys.readouterr().out
+    assert "a.jpg" not in all_boxes(tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("a.jpg"))
+
+
+def test_rotated_images_are_named(voc, tmp_path, capsys):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save_image(voc / "a.jpg", exif=exif)
+    assert convert_to(tmp_path / "out", "voc", voc) == 0
+    assert "EXIF orientation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["link", "copy", "symlink"])
+def test_images_are_linked_or_copied(voc, tmp_path, mode):
+    assert convert_to(tmp_path / "out", "voc", voc, "--images", mode) == 0
+    (place,) = (tmp_path / "out").rglob("a.jpg")
+    assert place.read_bytes() == (voc / "a.jpg").read_bytes()
+    assert place.is_symlink() == (mode == "symlink")
+    assert os.path.samefile(place, voc / "a.jpg") == (mode != "copy")
+
+
+def test_where_links_cannot_be_made_images_are_copied(voc, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError("another disk")
+
+    monkeypatch.setattr(os, "link", refuse)
+    assert convert_to(tmp_path / "out", "voc", voc) == 0
+    (place,) = (tmp_path / "out").rglob("a.jpg")
+    assert place.read_bytes() == (voc / "a.jpg").read_bytes() and not os.path.samefile(place, voc / "a.jpg")
+
+
+@pytest.mark.parametrize("stopped_by", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("made_before", [False, True])
+def test_a_conversion_that_fails_leaves_nothing(voc, tmp_path, monkeypatch, capsys, stopped_by, made_before):
+    def stop(*_):
+        raise stopped_by
+
+    monkeypatch.setattr(convert, "write_atomically", stop)
+    out = tmp_path / "out"
+    if made_before:
+        out.mkdir()
+    if isinstance(stopped_by, OSError):
+        assert convert_to(out, "voc", voc) == 2
+        assert f"--output_dir {out}: cannot be written" in capsys.readouterr().err
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            convert_to(out, "voc", voc)
+    assert out.exists() == made_before and not list(tmp_path.glob("out/*"))
+    assert len(list(voc.iterdir())) == 8
+
+
+def put_a_file(root: Path, out: Path) -> None:
+    write(out / "notes.txt", "mine")
+
+
+def make_it_a_file(root: Path, out: Path) -> None:
+    write(out, "mine")
+
+
+def empty_it(root: Path, out: Path) -> None:
+    shutil.rmtree(root)
+    root.mkdir()
+
+
+def remove_it(root: Path, out: Path) -> None:
+    shutil.rmtree(root)
+
+
+def empty_the_annotations(root: Path, out: Path) -> None:
+    for xml in root.glob("*.xml"):
+        xml.write_text(voc_xml())
+
+
+def leave_one(root: Path, out: Path) -> None:
+    for file in [*root.glob("[bcd].*")]:
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    "spoil, flags, message",
+    [
+        (put_a_file, (), "holds something already"),
+        (make_it_a_file, (), "is a file"),
+        (empty_it, (), "no XML files with images"),
+        (remove_it, (), "no such folder"),
+        (empty_the_annotations, (), "no objects are left to train on"),
+        (leave_one, (), "too few to draw train and val from"),
+        (None, ("--train_set", "train", "--val_set", "val"), "no list ImageSets/Main/train.txt"),
+        (None, ("--train_set", "train"), "--train_set and --val_set go together"),
+        (None, ("--classes", "a", "a"), "--classes: a stands twice"),
+        (None, ("--classes", "other"), "no objects are left to train on; objects of classes that --classes does not"),
+        (None, ("--seed", "-1"), "--seed -1: must be 0 or more"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_before_anything_is_written(voc, tmp_path, capsys, spoil, flags, message):
+    out = tmp_path / "out"
+    if spoil:
+        spoil(voc, out)
+    before = sorted(tmp_path.rglob("*"))
+    assert convert_to(out, "voc", voc, *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("python -m enact_common.convert: error: ") and message in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_output_may_not_lie_in_the_data(voc, capsys):
+    assert convert_to(voc / "coco", "voc", voc) == 2
+    assert "choose a folder outside" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "1", "x"])
+def test_val_fraction_lies_between_0_and_1(voc, tmp_path, value, capsys):
+    with pytest.raises(SystemExit) as stop:
+        convert_to(tmp_path / "out", "voc", voc, "--val_fraction", value)
+    assert stop.value.code == 2 and "between 0 and 1" in capsys.readouterr().err
+
+
+def test_the_next_command_can_be_pasted(voc, tmp_path, capsys):
+    assert convert_to(tmp_path / "my cells", "voc", voc) == 0
+    assert f"--coco_path '{tmp_path / 'my cells'}'" in capsys.readouterr().out
