@@ -14,6 +14,9 @@ from enact_common.arguments import CLUSTERING_FLAGS, MODEL_FLAGS, NEGATABLE_FLAG
 from enact_common.errors import UserError
 from enact_common.files import read_tensors, write_atomically
 
+# Names in a run's folder: what each epoch replaces, and its copy at the evaluation with the highest AP so far.
+LATEST, BEST = "checkpoint.pth", "best.pth"
+
 # What DETR's first versions called their position embeddings.
 OLD_NAMES = {"v2": "sine", "v3": "learned"}
 

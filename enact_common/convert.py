@@ -31,7 +31,7 @@ from enact_common.data.checks import FAULT, WARNING, exif_orientation, findings_
 from enact_common.data.sources import Issues, Item, Object, Source, number_or_none
 from enact_common.data.voc import find_voc
 from enact_common.data.yolo import find_yolo
-from enact_common.errors import UserError
+from enact_common.errors import UserError, exit_status
 from enact_common.files import write_atomically
 
 FINDERS = {"voc": find_voc, "yolo": find_yolo}
@@ -397,13 +397,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
+
+    def run() -> int:
         conversion = convert(args)
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    print(summary_text(conversion, Path(args.output_dir)))
-    return int(any(finding.severity == FAULT for finding in conversion.issues.findings("")))
+        print(summary_text(conversion, Path(args.output_dir)))
+        return int(any(finding.severity == FAULT for finding in conversion.issues.findings("")))
+
+    return exit_status(parser.prog, run)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,24 @@ from enact_common.errors import UserError
 torch.serialization.add_safe_globals([argparse.Namespace])
 
 
+def make_folder(folder: Path, flag: str = "--output_dir") -> None:
+    """Create a folder, and those above it, where it is missing.
+
+    Args:
+        folder: the folder.
+        flag: that named it, for the message.
+
+    Raises:
+        UserError: it cannot be created, or nothing can be written in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be created ({error.strerror}); choose another folder") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{flag} {folder}: cannot be written to; choose another folder")
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object], sync: bool = True) -> None:
     """Write beside `path` and rename into place: a file of this name is always complete, the old one or the new.
 

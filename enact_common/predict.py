@@ -22,17 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from enact_common.arguments import HelpFormatter, fraction
-from enact_common.data.coco import decode_image
+from enact_common.data.coco import IMAGE_SUFFIXES, decode_image
 from enact_common.drawing import draw_detections
-from enact_common.errors import UserError
-from enact_common.files import write_atomically
+from enact_common.errors import UserError, exit_status
+from enact_common.files import make_folder, write_atomically
 from enact_common.inference import Detections, LoadedDetector, load_detector
 from enact_common.inside import SHOWN, check_kinds, write_inside
 
-# What a folder is searched for. Files that are named themselves may be called anything.
-IMAGE_SUFFIXES = frozenset(
-    ".bmp .dib .gif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
-)  # fmt: skip
+# What a folder is searched for beside images. Files that are named themselves may be called anything.
 VIDEO_SUFFIXES = frozenset(".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())
 # Pictures of these stay JPEG; all others become PNG.
 JPEG_SUFFIXES = frozenset(".jpe .jpeg .jpg".split())
@@ -170,11 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(parser.prog, lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -199,7 +192,8 @@ def run(args: argparse.Namespace) -> int:
     detector = load_detector(args.checkpoint, args.device, args.threshold)
     if kinds:
         check_kinds(detector, kinds)
-    make_folders({output_dir, *(item.picture.parent for item in inputs)})
+    for folder in sorted({output_dir, *(item.picture.parent for item in inputs)}):
+        make_folder(folder)
 
     tally = Tally()
     interrupted = False
@@ -275,7 +269,7 @@ def search(root: Path, left_out: Path) -> Iterator[tuple[Path, Path]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
             path = Path(folder) / name
-            if not name.startswith(".") and path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
+            if not name.startswith(".") and path.suffix.lower() in VIDEO_SUFFIXES.union(IMAGE_SUFFIXES):
                 yield path, path.relative_to(root)
 
 
@@ -324,21 +318,6 @@ def check_matplotlib() -> None:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise UserError("--show needs matplotlib: pip install 'enact-detection[plots]'") from error
-
-
-def make_folders(folders: set[Path]) -> None:
-    """Create folders where they are missing.
-
-    Raises:
-        UserError: one cannot be created, or nothing can be written in it.
-    """
-    for folder in sorted(folders):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output_dir: {folder} cannot be created ({error.strerror})") from error
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"--output_dir: {folder} cannot be written to; choose another folder")
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -23,6 +23,8 @@ from enact_common.arguments import CLUSTERING_FLAGS, VariantParser
 from enact_common.averaging import WeightAverage
 from enact_common.backbone import load_backbone_weights
 from enact_common.checkpoint import (
+    BEST,
+    LATEST,
     check_model_flags,
     load_checkpoint,
     load_model,
@@ -35,25 +37,20 @@ from enact_common.checkpoint import (
 from enact_common.data.build import data_files
 from enact_common.data.cache import cache_images
 from enact_common.data.categories import LabelMap
+from enact_common.data.checks import quick_checks
 from enact_common.data.coco import CocoDetection, collate
 from enact_common.device import check_precision, find_device, peak_memory, start_counting_memory
 from enact_common.distributed import gather_objects, get_rank, get_world_size, init_distributed_mode, is_main_process
 from enact_common.engine import NonFiniteLossError, evaluate, train_one_epoch
 from enact_common.errors import UserError
 from enact_common.evaluation.coco import EVALUATION, CocoBoxEvaluator, evaluation_record, figures_text, per_class_text
-from enact_common.files import write_atomically
+from enact_common.files import make_folder, write_atomically
 from enact_common.layers import clustering_settings
 from enact_common.logs import RunLog, setup_logging
 from enact_common.optimization import Optimization, build_optimization, drops_until, freeze
 from enact_common.pretrained import load_pretrained
 
 logger = logging.getLogger("enact")
-
-# The checkpoint that each epoch replaces, in `--output_dir`.
-LATEST = "checkpoint.pth"
-
-# Its copy at the evaluation with the highest AP so far.
-BEST = "best.pth"
 
 # Checkpoints that are kept beside the latest, every so many epochs, as the original does.
 KEEP_EVERY = 100
@@ -189,6 +186,7 @@ class Run:
             self.cache_images()
             self.report(self.evaluate()[1], checkpoint.get("epoch"), per_class=True)
         else:
+            self.check_data()
             self.train(checkpoint)
 
     def check_paths(self) -> None:
@@ -206,10 +204,7 @@ class Run:
                 f"--output_dir {args.output_dir}: holds a run already; go on with --resume {latest}, or choose "
                 "another folder"
             )
-        try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output_dir {args.output_dir}: cannot be created ({error.strerror})") from error
+        make_folder(self.output_dir)
 
     def seed(self) -> None:
         """Seed all generators; each process differently, so that dropout differs."""
@@ -247,6 +242,27 @@ class Run:
                     f"--batch_size {args.batch_size}: {get_world_size()} processes' batches need more than the "
                     f"{len(self.train_set)} images there are to train on"
                 )
+
+    def check_data(self) -> None:
+        """Look for what makes a training on this data vain, and log what makes it doubtful.
+
+        Raises:
+            UserError: in all processes, though the main one alone looks.
+        """
+        args, problem = self.args, None
+        datasets = {"train": (self.train_set, args.limit_train), args.eval_set: (self.val_set, args.limit_val)}
+        if is_main_process():
+            # Of a part of the images, files beyond it need not be there.
+            parts = {split: dataset.coco_api().dataset for split, (dataset, limit) in datasets.items() if limit}
+            files = {split: (data.image_folder, data.annotation_file) for split, (data, _) in datasets.items()}
+            try:
+                for finding in quick_checks(files, self.model.num_queries, parts):
+                    logger.info("data: %s", finding)
+            except UserError as error:
+                problem = str(error)
+        problem = gather_objects(problem)[0]
+        if problem:
+            raise UserError(problem)
 
     def cache_images(self) -> None:
         """With `--cache_mode`, read all images: before the loaders' workers start, after all else is checked."""

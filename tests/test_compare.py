@@ -1,15 +1,12 @@
 """The comparison of runs: what it says of their terms and figures, and the page, which a browser opens."""
 
-import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -19,6 +16,7 @@ from PIL import Image
 from test_plots import evaluation_of, original_log, write_evaluation, write_log
 
 from enact_common.checkpoint import load_checkpoint
+from enact_common.compare import pictures
 from enact_common.compare.__main__ import main
 from enact_common.compare.recorded import read_run
 from enact_common.compare.tables import classes_table, costs_table, figures_table
@@ -46,17 +44,13 @@ def trained(shapes, tmp_path_factory) -> dict[str, Path]:
 def drawings(monkeypatch):
     """What is drawn into pictures: (pixels, boxes, names, scores, labels) each."""
     calls = []
-    real = None
-    if importlib.util.find_spec("enact_common.drawing"):
-        from enact_common.drawing import draw_detections as real
+    real = pictures.draw_detections
 
-    def draw_detections(pixels, boxes, names, scores, labels):
-        calls.append((pixels, boxes, names, scores, labels))
-        return real(pixels, boxes, names, scores, labels) if real else pixels.copy()
+    def draw_detections(*call):
+        calls.append(call)
+        return real(*call)
 
-    module = ModuleType("enact_common.drawing")
-    module.draw_detections = draw_detections
-    monkeypatch.setitem(sys.modules, "enact_common.drawing", module)
+    monkeypatch.setattr(pictures, "draw_detections", draw_detections)
     return calls
 
 
@@ -259,9 +253,10 @@ def test_runs_without_this_or_that_are_compared_all_the_same(trained, tmp_path, 
 def test_the_page_says_why_there_are_no_pictures(trained, tmp_path, capsys, flags, moved, reason):
     shutil.copytree(trained["enact"], tmp_path / "run")
     if moved:
-        state = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
-        state["args"]["coco_path"] = str(tmp_path / "gone")
-        torch.save(state, tmp_path / "run" / "checkpoint.pth")
+        for path in (tmp_path / "run").glob("*.pth"):
+            state = torch.load(path, weights_only=True)
+            state["args"]["coco_path"] = str(tmp_path / "gone")
+            torch.save(state, path)
     assert compare(tmp_path / "run", "--output_dir", tmp_path / "out", *flags.split()) == 0
     assert "no pictures: " in capsys.readouterr().out
     assert any(reason in text for text in Page((tmp_path / "out" / "compare.html").read_text()).texts)

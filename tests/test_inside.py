@@ -16,9 +16,10 @@ from torch.testing import assert_close
 
 from enact_common import inside_plots
 from enact_common.clustering import self_information, smooth
+from enact_common.data.categories import LabelMap
 from enact_common.data.coco import decode_image
 from enact_common.errors import UserError
-from enact_common.inference import Detections, LoadedDetector, unnamed_labels
+from enact_common.inference import Detections, LoadedDetector
 from enact_common.inside import (
     MAX_DETECTIONS,
     SHOWN,
@@ -58,7 +59,7 @@ def detector(variant: str, flags: str = "") -> LoadedDetector:
     argv = [*SMALL_MODEL[variant], *SIZE, *flags.split(), "--num_classes", "3"]
     model, _, postprocessors = build(variant, *argv)
     args = parse(variant, *argv)
-    labels = unnamed_labels(3)
+    labels = LabelMap((0, 1, 2), ("class 0", "class 1", "class 2"))
     return LoadedDetector(variant, args, model, postprocessors["bbox"], labels, 0.0, torch.device("cpu"))
 
 

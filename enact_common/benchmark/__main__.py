@@ -5,7 +5,7 @@ import sys
 
 from enact_common import benchmark
 from enact_common.benchmark import parts, pipeline, rowcol, scaling, table
-from enact_common.errors import UserError
+from enact_common.errors import exit_status
 
 COMMANDS = {"table": table, "parts": parts, "scaling": scaling, "pipeline": pipeline, "rowcol": rowcol}
 
@@ -34,11 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     # For the record: figures without their command say little.
     args.argv = sys.argv[1:] if argv is None else argv
-    try:
-        return args.run(args)
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(parser.prog, lambda: args.run(args))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ import torchvision
 
 from enact_common.benchmark.isolated import attempt, run_isolated
 from enact_common.benchmark.measuring import machine
-from enact_common.errors import UserError
-from enact_common.files import write_atomically
+from enact_common.files import make_folder, write_atomically
 
 # Alignments of a Markdown table's columns.
 LEFT, RIGHT = "---", "---:"
@@ -108,10 +107,7 @@ class Report:
         self.name = name
         if self.folder is None:
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--output_dir {output_dir}: cannot be created ({error.strerror})") from error
+        make_folder(self.folder)
 
     def save_figures(self, figures: dict) -> None:
         """Write the JSON: after each row, so that a run that is stopped leaves what it has."""

@@ -12,8 +12,8 @@ from enact_common.compare.recorded import RecordedRun, read_run
 from enact_common.compare.tables import classes_table, costs_table, figures_table
 from enact_common.compare.terms import EQUAL, flags_table, inequalities, settings_table
 from enact_common.device import find_device
-from enact_common.errors import UserError
-from enact_common.files import write_atomically
+from enact_common.errors import UserError, exit_status
+from enact_common.files import make_folder, write_atomically
 from enact_common.runs import run_names
 
 PAGE, TABLES = "compare.html", "compare.md"
@@ -78,20 +78,11 @@ def enumeration(names: list[str]) -> str:
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def make_folder(folder: Path) -> None:
-    """Make the output folder.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: cannot be created ({error.strerror})") from error
-
-
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     """Compare the runs.
+
+    Returns:
+        the exit status.
 
     Raises:
         UserError: something in the arguments or the runs' files is wrong; nothing has been written then.
@@ -121,6 +112,7 @@ def run(args: argparse.Namespace) -> None:
     if reason:
         print(f"\nno pictures: {reason}")
     print(f"\nwritten to {args.output_dir / PAGE} and {args.output_dir / TABLES}")
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -131,12 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
-        run(args)
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(parser.prog, lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -13,12 +14,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from enact_common.compare.recorded import RecordedRun
-from enact_common.data.coco import decode_image, find_split, load_annotations
+from enact_common.data.build import data_files
+from enact_common.data.coco import IMAGE_SUFFIXES, decode_image, load_annotations
+from enact_common.drawing import draw_detections
 from enact_common.errors import UserError
 from enact_common.inference import load_detector
-
-# Suffixes that a folder is searched for.
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 # Larger pictures are scaled down to this longer side, in pixels: a page is looked at, and sent to others.
 LONGEST_SIDE = 800
@@ -93,12 +93,10 @@ def evaluated_data(run: RecordedRun) -> tuple[Path, Path]:
     Raises:
         UserError: they are not known, or not there any more.
     """
-    args = run.args
-    if args.get("val_images") and args.get("val_annotations"):
-        return Path(args["val_images"]), Path(args["val_annotations"])
-    if not args.get("coco_path"):
+    split = str(run.args.get("eval_set") or "val")
+    if not (run.args.get("coco_path") or run.args.get(f"{split}_images")):
         raise UserError("no checkpoint says which data it was evaluated on")
-    return find_split(str(args["coco_path"]), str(args.get("eval_set") or "val"))
+    return data_files(SimpleNamespace(**run.args), split)
 
 
 def read_scenes(folder: Path, annotations: Path, most: int) -> list[Scene]:
@@ -152,8 +150,6 @@ def draw(path: Path, objects: Objects, colours: dict[str, int]) -> str:
         objects: in it.
         colours: class name to number of its colour.
     """
-    from enact_common.drawing import draw_detections
-
     pixels = decode_image(path).permute(1, 2, 0).numpy()
     height, width = pixels.shape[:2]
     scale = min(1.0, LONGEST_SIDE / max(height, width))

@@ -5,15 +5,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from enact_common.checkpoint import load_checkpoint
+from enact_common.checkpoint import BEST, LATEST, load_checkpoint
 from enact_common.errors import UserError
 from enact_common.evaluation.coco import EVALUATION, FIGURES
 from enact_common.inference import variant_of
-from enact_common.run import LATEST
 from enact_common.runs import FIGURES_KEY, LOG, is_number, read_epochs, read_evaluation, series
-
-# The checkpoint of the best AP so far, beside `LATEST`, where a run keeps one.
-BEST = "best.pth"
 
 
 @dataclass

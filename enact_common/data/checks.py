@@ -29,8 +29,8 @@ from tqdm import tqdm
 
 from enact_common.arguments import positive_int
 from enact_common.data.categories import LabelMap
-from enact_common.data.coco import decode_rgb, find_split, read_file
-from enact_common.errors import UserError
+from enact_common.data.coco import IMAGE_SUFFIXES, decode_rgb, find_split, read_file
+from enact_common.errors import UserError, exit_status
 
 # From what ends a training, over what spoils it and what it copes with, to what is good to know.
 ERROR, FAULT, WARNING, NOTE = SEVERITIES = ("error", "fault", "warning", "note")
@@ -49,8 +49,6 @@ EXIF_ORIENTATION = 0x0112
 
 # Decoding is OpenCV's, which lets other threads run.
 MAX_THREADS = 8
-
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm")
 
 LINE_WIDTH = 110
 
@@ -800,15 +798,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    try:
-        splits = [Split(name, *paths) for name, paths in find_splits(args).items()]
-        if args.quick:
-            findings = check_quickly(splits, args.num_queries)
-        else:
-            findings = check_fully(splits, args.num_queries, progress=True)
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(parser.prog, lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the data set that the arguments name, and print the report.
+
+    Returns:
+        0; 1 where something is wrong.
+
+    Raises:
+        UserError: it cannot be read at all.
+    """
+    splits = [Split(name, *paths) for name, paths in find_splits(args).items()]
+    if args.quick:
+        findings = check_quickly(splits, args.num_queries)
+    else:
+        findings = check_fully(splits, args.num_queries, progress=True)
     for split in splits:
         print(f"{split.name:<6} {split.file}, images in {split.folder}")
     print(f"\n{contents_text(splits)}\n")

@@ -25,6 +25,12 @@ from enact_common.nested_tensor import NestedTensor, nested_tensor_from_tensor_l
 
 logger = logging.getLogger(__name__)
 
+# Of the image files that a folder is searched for; lower case.
+IMAGE_SUFFIXES = (
+    ".bmp", ".dib", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff",
+    ".webp",
+)  # fmt: skip
+
 LAYOUT = "expected <coco_path>/{split}2017 or <coco_path>/images/{split}2017, and <coco_path>/annotations/{file}"
 
 # The test images have no annotations. COCO's server takes results on the smaller list, test-dev.

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from enact_common.data.checks import FAULT, IMAGE_SUFFIXES, Finding
+from enact_common.data.checks import FAULT, Finding
+from enact_common.data.coco import IMAGE_SUFFIXES
 from enact_common.errors import UserError
 
 

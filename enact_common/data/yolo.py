@@ -9,7 +9,8 @@ import os
 from functools import partial
 from pathlib import Path
 
-from enact_common.data.checks import FAULT, IMAGE_SUFFIXES, WARNING
+from enact_common.data.checks import FAULT, WARNING
+from enact_common.data.coco import IMAGE_SUFFIXES
 from enact_common.data.sources import (
     Issues,
     Item,

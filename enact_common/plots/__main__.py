@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from enact_common import plots
-from enact_common.errors import UserError
+from enact_common.errors import UserError, exit_status
 from enact_common.runs import read_epochs, read_evaluation, run_names
 
 # What is drawn where the command line begins with no command.
@@ -103,14 +103,14 @@ def main(argv: list[str] | None = None) -> int:
     # `python -m enact_common.plots outputs/run` is what most ask for.
     commands = ("curves", "precision-recall", "-h", "--help")
     args = parser.parse_args(words if not words or words[0] in commands else [DEFAULT, *words])
-    try:
+
+    def draw() -> int:
         check_output(args.output)
         args.run(args)
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    print(f"written to {args.output}")
-    return 0
+        print(f"written to {args.output}")
+        return 0
+
+    return exit_status(parser.prog, draw)
 
 
 if __name__ == "__main__":
