@@ -457,7 +457,7 @@ def inspect_image(path: Path) -> StoredImage | None:
         pixels = decode_rgb(encoded, path)  # (height, width, 3)
     except UserError as error:
         # Where PIL knows no such format, its reason names an object in memory.
-        return StoredImage(error=str(error).split(" (cannot identify")[0])
+        return StoredImage(error=str(error))
     height, width = pixels.shape[:2]
     digest = hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=16, key=f"{width} {height}".encode()).digest()
     return StoredImage((width, height), exif_orientation(encoded.tobytes()), digest)

@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -174,7 +174,9 @@ def decode_rgb(encoded: np.ndarray, path: Path) -> np.ndarray:
     try:
         return np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: not an image that can be read whole ({error})") from error
+        # PIL names the stream, not the file.
+        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{path}: not an image that can be read whole ({reason})") from error
 
 
 @contextlib.contextmanager
