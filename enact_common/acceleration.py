@@ -71,6 +71,16 @@ def keep_freed_memory() -> None:
         mallopt(M_TOP_PAD, 2**28)
 
 
+def give_back_freed_memory() -> None:
+    """Hand what this process has freed back to the system, where it was told to keep it.
+
+    Batches of many sizes leave holes of many sizes, which would add up without end: so, now and then.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def checkpoint_activations(model: nn.Module) -> None:
     """Let the model's encoder and decoder layers and the backbone's blocks keep their inputs alone.
 

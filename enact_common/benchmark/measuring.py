@@ -1,6 +1,5 @@
 """Time and memory of a computation, and the machine it ran on."""
 
-import ctypes
 import os
 import platform
 import statistics
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from enact_common.acceleration import give_back_freed_memory
 from enact_common.benchmark.isolated import proc_bytes
 from enact_common.device import greatest_resident
 
@@ -84,9 +84,7 @@ class MemoryMeter:
 def forget_peak() -> None:
     """Count the peak resident memory anew, where Linux lets us; elsewhere an earlier peak may hide a later one."""
     # What is free but not yet given back would be used again unnoticed.
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    give_back_freed_memory()
     file = Path("/proc/self/clear_refs")
     if sys.platform == "linux" and file.exists():
         file.write_text("5")
