@@ -456,7 +456,6 @@ def check_arguments(args) -> None:
         )
     if args.dataset_file != "coco":
         raise UserError(f"--dataset_file {args.dataset_file}: no such kind of data set, use coco")
-    check_own_data(args)
     if args.dilation and args.backbone in SHALLOW_BACKBONES:
         raise UserError(
             f"--backbone {args.backbone} has no dilated form: pass --no-dilation, or --backbone resnet50 or resnet101"
@@ -490,6 +489,7 @@ def check_arguments(args) -> None:
             "--eval_set test: its images have no annotations, so there is nothing to follow a training with; pass "
             "--eval --resume CKPT, or another --eval_set"
         )
+    check_own_data(args)
     if args.eval and not (args.resume or args.pretrained):
         raise UserError(
             "--eval needs the checkpoint to evaluate: pass --resume CKPT; or --pretrained CKPT, to see what of it fits "

@@ -1,7 +1,9 @@
 """A trained detector in one call: from a checkpoint and an image to boxes with names."""
 
 import argparse
-from collections.abc import Sequence
+import logging
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from enact_common.device import default_device, find_device
 from enact_common.errors import UserError
 from enact_common.variants import VARIANTS, load_variant
 
+logger = logging.getLogger("enact")
+
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
 # A parameter that one variant alone has.
@@ -30,6 +34,12 @@ SIGNATURES = {
     "conditional": "transformer.decoder.layers.0.sa_qcontent_proj.weight",
     "detr": "transformer.decoder.layers.0.multihead_attn.in_proj_weight",
 }
+
+# Flags of the model that its tensors do not show.
+UNSEEN = ("dilation", "nheads")
+
+# A tensor of an encoder or decoder layer, and which one.
+LAYER = re.compile(r"transformer\.((?:en|de)coder(?:\.layers|_layers|_layers_level))\.(\d+)\.")
 
 # Flags beside the model's own that decide what a checkpoint's detector sees.
 IMAGE_FLAGS = ("eval_size", "max_size")
@@ -155,7 +165,7 @@ class LoadedDetector:
 
 
 def load_detector(
-    checkpoint: str | Path, device: str | torch.device | None = None, threshold: float = 0.5
+    checkpoint: str | Path, device: str | torch.device | None = None, threshold: float = 0.5, **flags
 ) -> LoadedDetector:
     """The detector in a checkpoint: ours, or one of the original repositories or of ENACT's authors.
 
@@ -166,6 +176,7 @@ def load_detector(
         checkpoint: a path or an https URL.
         device: "cuda", "cuda:1", "cpu"; None for a GPU where there is one.
         threshold: least score of a detection, in [0, 1].
+        flags: of the model, where a checkpoint of weights alone does not show them: `dilation=True` for DC5.
 
     Raises:
         UserError: the file is missing, is no checkpoint, or fits no variant; or there is no such device.
@@ -180,7 +191,7 @@ def load_detector(
             f"{', '.join(map(str, list(state['model'])[:3]))}, ..."
         )
     try:
-        args, label_map = arguments_of(state, variant)
+        args, label_map = arguments_of(state, variant, flags)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     model, _, postprocessors = load_variant(variant).models.build_model(args)
@@ -195,14 +206,18 @@ def variant_of(checkpoint: dict[str, Any]) -> str | None:
     return next((variant for variant, name in SIGNATURES.items() if name in checkpoint["model"]), None)
 
 
-def arguments_of(checkpoint: dict[str, Any], variant: str) -> tuple[argparse.Namespace, LabelMap]:
+def arguments_of(
+    checkpoint: dict[str, Any], variant: str, flags: Mapping[str, Any] | None = None
+) -> tuple[argparse.Namespace, LabelMap]:
     """The arguments that build a checkpoint's model, and what its labels mean.
 
-    What the checkpoint's own arguments do not say is read off its tensors or, last, is the variant's default.
+    What the checkpoint's own arguments do not say is read off its tensors. What these do not show (`UNSEEN`) is the
+    variant's default, which a warning says.
 
     Args:
         checkpoint: of `load_checkpoint`.
         variant: a key of `VARIANTS`.
+        flags: values of the model's flags that are known otherwise.
 
     Raises:
         UserError: it was made with a value that a flag of ours does not have.
@@ -214,6 +229,8 @@ def arguments_of(checkpoint: dict[str, Any], variant: str) -> tuple[argparse.Nam
     clustered = any(name.endswith("W_prob.weight") for name in weights)
     args.encoder_attention = "enact" if clustered else "mhsa"
     args.backbone = backbone_of(weights) or args.backbone
+    for flag, value in sizes_of(weights).items():
+        setattr(args, flag, value)
     args.backbone_norm = "batch" if any(name.endswith("num_batches_tracked") for name in weights) else "frozen"
     for flag in (*MODEL_FLAGS, *CLUSTERING_FLAGS, *IMAGE_FLAGS):
         if saved.get(flag) is not None and hasattr(args, flag):
@@ -221,6 +238,17 @@ def arguments_of(checkpoint: dict[str, Any], variant: str) -> tuple[argparse.Nam
                 known = ", ".join(map(str, choices[flag]))
                 raise UserError(f"was made with --{flag} {saved[flag]}; the variant {variant} has {known}")
             setattr(args, flag, saved[flag])
+    args.dilation &= args.backbone not in SHALLOW_BACKBONES
+    for flag, value in (flags or {}).items():
+        if flag not in (*MODEL_FLAGS, *CLUSTERING_FLAGS, *IMAGE_FLAGS) or not hasattr(args, flag):
+            raise UserError(f"no flag {flag} of the variant {variant}'s models")
+        setattr(args, flag, value)
+    unseen = {flag: getattr(args, flag) for flag in UNSEEN if flag not in (*saved, *(flags or ()))}
+    if unseen:
+        logger.warning(
+            "the checkpoint does not say with which flags its model was made; beside what its tensors show, taken are: "
+            "%s", ", ".join(f"{flag} {value}" for flag, value in unseen.items()),
+        )  # fmt: skip
     # Nothing is fetched, and nothing trains.
     args.backbone_weights, args.aux_loss = "none", False
     label_map = labels_of(checkpoint, variant)
@@ -246,6 +274,39 @@ def labels_of(checkpoint: dict[str, Any], variant: str) -> LabelMap:
         ids = tuple(None if name == "N/A" else i for i, name in enumerate(names))
         return LabelMap(ids, names)
     return LabelMap(tuple(range(count)), tuple(f"class {i}" for i in range(count)))
+
+
+def sizes_of(weights: dict[str, Tensor]) -> dict[str, Any]:
+    """The model's flags that show in the names and shapes of a state dict of any variant."""
+    found: dict[str, Any] = {}
+    for flag, endings, axis in (
+        ("hidden_dim", ("class_embed.weight", "class_embed.0.weight"), 1),
+        ("dim_feedforward", ("linear1.weight",), 0),
+        ("num_queries", ("query_embed.weight",), 0),
+        ("num_query_position", ("transformer.position.weight",), 0),
+        ("num_query_pattern", ("transformer.pattern.weight",), 0),
+    ):
+        tensor = next((tensor for name, tensor in weights.items() if name.endswith(endings)), None)
+        if tensor is not None:
+            found[flag] = tensor.shape[axis]
+    layers = {(match[1], match[2]) for match in map(LAYER.match, weights) if match}
+    for flag, part in (("enc_layers", "encoder"), ("dec_layers", "decoder")):
+        found[flag] = sum(name.startswith(part) for name, _ in layers)
+    if "transformer.pattern.weight" in weights:
+        tokens = any("encoder_layers.0.self_attn.W_q" in name for name in weights)
+        packed = weights.get("transformer.encoder_layers.0.self_attn.in_proj_weight")
+        tokens |= packed is not None and packed.shape[0] == 3 * packed.shape[1]
+        found |= {
+            "attention_type": "nn.MultiheadAttention" if tokens else "RCDA",
+            "num_feature_levels": 3 if "transformer.level_embed.weight" in weights else 1,
+            "spatial_prior": "learned" if "transformer.position.weight" in weights else "grid",
+        }
+    else:
+        found |= {
+            "pre_norm": "transformer.encoder.norm.weight" in weights,
+            "position_embedding": "learned" if "backbone.1.row_embed.weight" in weights else "sine",
+        }
+    return found
 
 
 def backbone_of(weights: dict[str, Tensor]) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from enact_common.attention import EnactSelfAttention
 from enact_common.conversion import PACKED, clustered_weights
@@ -256,6 +257,9 @@ def reason_against(attention: nn.Module, found: Mapping[str, nn.Module], chosen:
         return "it is neither nn.MultiheadAttention nor a self-attention of Hugging Face's DETR or Conditional DETR"
     if not attention._qkv_same_embed_dim:
         return "its keys or values have other channels than its queries (kdim, vdim)"
+    out = attention.out_proj
+    if type(out) not in (NonDynamicallyQuantizableLinear, nn.Linear) or out._forward_hooks or out._forward_pre_hooks:
+        return "its output projection is no plain nn.Linear, or has hooks"
     if attention.bias_k is not None or attention.bias_v is not None:
         return "it appends learned tokens to keys and values (add_bias_kv)"
     if attention.add_zero_attn:

@@ -12,7 +12,8 @@ from enact_common.checkpoint import differing_flags, written
 from enact_common.conversion import PACKED, clustered_weights
 from enact_common.data.categories import LabelMap
 from enact_common.errors import UserError
-from enact_common.inference import labels_of, variant_of
+from enact_common.inference import backbone_of, labels_of, variant_of
+from enact_common.variants import VARIANTS
 
 logger = logging.getLogger("enact")
 
@@ -46,6 +47,37 @@ class Fit:
     converted: list[str] = field(default_factory=list)
 
 
+def check_pretrained(checkpoint: dict[str, Any], variant: str, args: argparse.Namespace) -> None:
+    """Refuse a checkpoint that no training of this variant and backbone can begin from.
+
+    Args:
+        checkpoint: of `load_checkpoint`.
+        variant: this run's.
+        args: this run's arguments.
+
+    Raises:
+        UserError: it is of another variant or has another backbone.
+    """
+    source, theirs = args.pretrained, variant_of(checkpoint)
+    if theirs != variant:
+        if theirs is None:
+            raise UserError(
+                f"--pretrained {source}: is a checkpoint of none of the variants ({', '.join(VARIANTS)}); its tensors "
+                f"are named {', '.join(list(checkpoint['model'])[:3])}, ..."
+            )
+        raise UserError(
+            f"--pretrained {source}: is a checkpoint of the variant {theirs}, this is {variant}; run "
+            f"{VARIANTS[theirs][0]}/main.py, or pass one of {variant}"
+        )
+    backbone = backbone_of(checkpoint["model"])
+    if backbone != args.backbone:
+        way_out = f"pass --backbone {backbone}" if backbone else "pass a whole checkpoint"
+        raise UserError(
+            f"--pretrained {source}: its backbone is {backbone or 'none that is known here'}, this run's is "
+            f"{args.backbone}; {way_out}"
+        )
+
+
 def load_pretrained(
     model: nn.Module, checkpoint: dict[str, Any], variant: str, args: argparse.Namespace, label_map: LabelMap
 ) -> None:
@@ -63,31 +95,28 @@ def load_pretrained(
         label_map: the model's labels. Unless the checkpoint's are the same, its classification head is left out.
 
     Raises:
-        UserError: it is of another variant or has another backbone.
+        UserError: as `check_pretrained` does; or parts of the backbone are missing.
     """
+    check_pretrained(checkpoint, variant, args)
     source = args.pretrained
-    theirs = variant_of(checkpoint)
-    if theirs != variant:
-        other = "none of the variants" if theirs is None else f"the variant {theirs}"
-        raise UserError(f"--pretrained {source}: is a checkpoint of {other}, this is {variant}: its weights do not fit")
     weights = checkpoint.get("model_ema") or checkpoint["model"]
     same_labels = labels_of(checkpoint, variant).names == label_map.names
     fit = fit_weights(weights, model.state_dict(), args.nheads, same_labels)
     missing = [name for name in fit.fresh if name.startswith("backbone.")]
     if missing:
-        raise UserError(
-            f"--pretrained {source}: {len(missing)} tensors of this run's backbone are not in it, {missing[0]} first; "
-            f"pass the --backbone that it has ({checkpoint['args'].get('backbone', 'here it is ' + args.backbone)})"
-        )
+        raise UserError(f"--pretrained {source}: {len(missing)} backbone tensors are missing, {missing[0]} first")
     model.load_state_dict(fit.weights, strict=False)
     logger.info("%s", describe(fit, source))
-    plain = not any(SCORES in name for name in weights)
-    if plain and args.encoder_attention == "enact" and not fit.converted:
+    to_enact = args.encoder_attention == "enact" and not any(SCORES in name for name in weights)
+    carried = any("encoder" in name and name.endswith(f"self_attn.{PACKED[0]}") for name in fit.weights)
+    if to_enact and carried:
         logger.info(
             "note: row-column attention over ENACT's clusters is another function than the plain one: the encoder "
             "attention's weights are carried over slice by slice as a start, to be trained on"
         )
-    if plain and args.encoder_attention == "enact" and not args.enact_mask_padding:
+    if fit.converted and variant == "detr" and args.pre_norm:
+        logger.info("note: DETR's encoder layers are post-norm with ENACT, also with --pre_norm: another function")
+    if to_enact and not args.enact_mask_padding:
         logger.info("note: plain attention leaves padding out; --enact_mask_padding does so with ENACT")
     others = [
         written(flag, checkpoint["args"][flag])
@@ -111,7 +140,11 @@ def fit_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], nheads
     available = dict(weights)
     for name in own:
         prefix = name.removesuffix("W_q.weight")
-        if prefix != name and name not in weights and prefix + PACKED[0] in weights:
+        if prefix == name or name in weights or prefix + PACKED[0] not in weights:
+            continue
+        # Row-column attention packs five projections, and another width's do not fit: both are skipped as they are.
+        height, width = own[name].shape
+        if weights[prefix + PACKED[0]].shape == (3 * height, width):
             plain = {part: available.pop(prefix + part) for part in PACKED if prefix + part in available}
             available |= {prefix + part: tensor for part, tensor in clustered_weights(plain, nheads).items()}
             fit.converted.append(prefix.rstrip("."))

@@ -48,7 +48,7 @@ from enact_common.files import make_folder, write_atomically
 from enact_common.layers import clustering_settings
 from enact_common.logs import RunLog, setup_logging
 from enact_common.optimization import Optimization, build_optimization, drops_until, freeze
-from enact_common.pretrained import load_pretrained
+from enact_common.pretrained import check_pretrained, load_pretrained
 
 logger = logging.getLogger("enact")
 
@@ -171,20 +171,26 @@ class Run:
         checkpoint = load_checkpoint(args.resume) if args.resume else None
         # A run that goes on has left what it began from behind.
         self.pretrained = load_checkpoint(args.pretrained) if args.pretrained and not checkpoint else None
+        if self.pretrained:
+            check_pretrained(self.pretrained, self.variant, args)
         if checkpoint and checkpoint.get("variant", self.variant) != self.variant:
             raise UserError(f"{args.resume}: is a checkpoint of the variant {checkpoint['variant']}")
         self.check_paths()
         if not checkpoint and not self.pretrained:
             # Fails here, before annotations are read, where weights cannot be had.
             load_backbone_weights(args.backbone, args.backbone_weights)
+        # Alike in all processes: what a checkpoint does not have begins with equal random weights.
         self.seed()
         self.load_data(checkpoint)
         self.load_model(checkpoint)
+        if get_rank():
+            # From here on they differ, so that dropout does.
+            self.seed(get_rank())
 
         if args.eval:
             self.describe()
             self.cache_images()
-            self.report(self.evaluate()[1], checkpoint.get("epoch"), per_class=True)
+            self.report(self.evaluate()[1], (checkpoint or {}).get("epoch"), per_class=True)
         else:
             self.check_data()
             self.train(checkpoint)
@@ -206,9 +212,9 @@ class Run:
             )
         make_folder(self.output_dir)
 
-    def seed(self) -> None:
-        """Seed all generators; each process differently, so that dropout differs."""
-        seed = self.args.seed + get_rank()
+    def seed(self, offset: int = 0) -> None:
+        """Seed all generators, from `--seed` plus the offset."""
+        seed = self.args.seed + offset
         random.seed(seed)
         np.random.seed(seed % 2**32)
         torch.manual_seed(seed)
@@ -250,7 +256,10 @@ class Run:
             UserError: in all processes, though the main one alone looks.
         """
         args, problem = self.args, None
-        datasets = {"train": (self.train_set, args.limit_train), args.eval_set: (self.val_set, args.limit_val)}
+        # Where both are of one set, what is trained on counts.
+        datasets = {"train": (self.train_set, args.limit_train)}
+        if args.eval_set != "train":
+            datasets[args.eval_set] = (self.val_set, args.limit_val)
         if is_main_process():
             # Of a part of the images, files beyond it need not be there.
             parts = {split: dataset.coco_api().dataset for split, (dataset, limit) in datasets.items() if limit}
@@ -346,12 +355,30 @@ class Run:
         if args.backbone_norm == "frozen" and args.backbone_weights == "none" and not (args.resume or args.pretrained):
             logger.info("note: a random backbone hardly trains under frozen batch norm; --backbone_norm batch does")
 
+    def check_same_training(self, checkpoint: dict) -> None:
+        """Refuse to go on with what the checkpoint's training did not do.
+
+        Raises:
+            UserError: it froze other parts, or averaged weights that would be lost.
+        """
+        args, saved = self.args, checkpoint.get("args", {})
+        frozen = saved.get("freeze") or []
+        if sorted(frozen) != sorted(args.freeze):
+            asked = f"--freeze {' '.join(frozen)}" if frozen else "no --freeze"
+            raise UserError(f"{args.resume}: was trained with {asked}; pass the same, or begin anew with --pretrained")
+        if checkpoint.get("model_ema") and not self.average:
+            raise UserError(
+                f"{args.resume}: holds averaged weights, which would be lost: pass --ema, as then "
+                f"({saved.get('ema')}), or begin anew with --pretrained"
+            )
+
     def resume(self, checkpoint: dict, optimization: Optimization) -> None:
         """Put the optimizer, the scaler, the random states and the epoch count where the checkpoint left them."""
         args = self.args
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             logger.info("%s has weights alone: training starts from them at epoch %d", args.resume, args.start_epoch)
             return
+        self.check_same_training(checkpoint)
         try:
             state = optimizer_state_by_name(checkpoint, self.model, optimization.optimizer)
         except UserError as error:
@@ -437,9 +464,12 @@ class Run:
         """Remember an evaluation's AP; where it is the highest so far, keep its checkpoint as `best.pth`."""
         best = max(self.precisions, default=-math.inf)
         self.precisions.append(precision)
-        latest = self.output_dir / LATEST if self.output_dir else None
-        # A run that goes on from another folder's checkpoint may evaluate before it writes its own.
-        if latest is not None and latest.is_file() and precision > best:
+        if self.output_dir is None or precision <= best:
+            return
+        latest = self.output_dir / LATEST
+        # A run that goes on from another folder's checkpoint may evaluate that before it writes its own.
+        latest = latest if latest.is_file() else Path(self.args.resume)
+        if latest.is_file():
             with open(latest, "rb") as source:
                 write_atomically(self.output_dir / BEST, lambda file: shutil.copyfileobj(source, file))
             logger.info("epoch %d has the highest AP so far: kept as %s", epoch, self.output_dir / BEST)
@@ -529,7 +559,7 @@ class Run:
             if self.output_dir:
                 source = {"set": self.args.eval_set, "epoch": epoch}
                 if self.args.eval:
-                    source["checkpoint"] = self.args.resume
+                    source["checkpoint"] = self.args.resume or self.args.pretrained
                 text = json.dumps({**source, **record})
                 write_atomically(self.output_dir / EVALUATION, lambda file: file.write(text.encode()))
         if per_class and self.output_dir:

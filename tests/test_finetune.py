@@ -176,15 +176,17 @@ def test_what_does_not_fit_is_listed_by_reason():
     [
         (
             lambda state: state | {"variant": "conditional"},
-            "x.pth: is a checkpoint of the variant conditional, this is",
+            "the variant conditional, .* run Conditional-DETR-ENACT/main",
         ),
         (lambda state: {"model": {"weight": torch.zeros(1)}, "args": {}}, "is a checkpoint of none of the variants"),
+        (lambda state: state | {"model": without_stage(state["model"])}, "its backbone is none that is known"),
         (
-            lambda state: state | {"model": without_backbone(state["model"])},
-            "tensors of this run's backbone are not in",
+            lambda state: state | {"model": small("detr", "--backbone", "resnet34")[0].state_dict()},
+            "its backbone is resnet34, this run's is resnet18; pass --backbone resnet34",
         ),
+        (lambda state: state | {"model": without_norm(state["model"])}, "1 backbone tensors are missing"),
     ],
-    ids=["variant", "stranger", "backbone"],
+    ids=["variant", "stranger", "part", "deeper", "norm"],
 )
 def test_what_cannot_begin_a_training_is_refused(change, message):
     model, args = small("detr", "--pretrained", "x.pth")
@@ -192,9 +194,49 @@ def test_what_cannot_begin_a_training_is_refused(change, message):
         load_pretrained(model, change(checkpoint_of("detr", model, args)), "detr", args, LABELS)
 
 
-def without_backbone(state):
-    """A state dict without its last stage."""
+def without_stage(state):
+    """A state dict without the backbone's last stage."""
     return {name: tensor for name, tensor in state.items() if "layer4" not in name}
+
+
+def without_norm(state):
+    """A state dict without one of the backbone's tensors."""
+    return {name: tensor for name, tensor in state.items() if not name.endswith("layer1.0.bn1.running_var")}
+
+
+def test_what_cannot_begin_a_training_is_refused_before_any_work(shapes, plain, tmp_path, capsys):
+    argv = ["--pretrained", plain / "checkpoint.pth"]
+    assert train("conditional", shapes, tmp_path / "out", *argv) == 2
+    assert "run DETR-ENACT/main.py" in capsys.readouterr().err
+    assert train("detr", shapes, tmp_path / "out", *argv, "--backbone", "resnet34") == 2
+    assert "pass --backbone resnet18" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "variant, theirs, ours",
+    [
+        ("detr", "--hidden_dim 64", ""),  # another width
+        ("anchor", "", "--attention_type nn.MultiheadAttention"),  # five packed projections, not three
+    ],
+)
+def test_attention_that_does_not_fit_is_not_converted(variant, theirs, ours, caplog):
+    caplog.set_level(logging.INFO, "enact")
+    model, args = small(variant, "--encoder_attention", "mhsa", *theirs.split())
+    enact, enact_args = small(variant, "--pretrained", "x.pth", *ours.split())
+    load_pretrained(enact, checkpoint_of(variant, model, args), variant, enact_args, LABELS)
+    assert "converted to ENACT" not in caplog.text and "slice by slice" not in caplog.text
+    assert re.search(r"skipped, .*self_attn.in_proj_weight", caplog.text)
+    fresh = caplog.text.split("left as initialised: ")[1]
+    assert "W_" in fresh or "and" in fresh
+
+
+def test_detrs_pre_norm_is_another_function_with_enact(caplog):
+    caplog.set_level(logging.INFO, "enact")
+    model, args = small("detr", "--encoder_attention", "mhsa", "--pre_norm")
+    enact, enact_args = small("detr", "--pretrained", "x.pth", "--pre_norm")
+    load_pretrained(enact, checkpoint_of("detr", model, args), "detr", enact_args, LABELS)
+    assert "post-norm with ENACT, also with --pre_norm" in caplog.text
 
 
 def test_a_training_begins_from_a_checkpoint(shapes, plain, tmp_path, capsys):
@@ -289,6 +331,29 @@ def precisions(monkeypatch):
     return values
 
 
+@pytest.mark.parametrize(
+    "first, then, message",
+    [
+        ("--ema 0.9", "", "holds averaged weights, which would be lost: pass --ema, as then (0.9)"),
+        ("--freeze decoder", "--freeze encoder", "was trained with --freeze decoder; pass the same"),
+        ("", "--freeze encoder", "was trained with no --freeze"),
+    ],
+)
+def test_a_run_goes_on_as_it_began(shapes, tmp_path, capsys, first, then, message):
+    few = ["--limit_train", "4", "--limit_val", "1", "--auto_resume"]
+    assert train("detr", shapes, tmp_path, "--epochs", "1", *few, *first.split()) == 0
+    assert train("detr", shapes, tmp_path, "--epochs", "2", *few, *then.split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_best_is_kept_where_a_run_goes_on_elsewhere(shapes, plain, tmp_path, precisions):
+    precisions += [0.5, 0.2]
+    argv = ["--resume", plain / "checkpoint.pth", "--encoder_attention", "mhsa", "--epochs", "2", "--limit_val", "1"]
+    assert train("detr", shapes, tmp_path, *argv) == 0
+    assert load_checkpoint(str(tmp_path / "best.pth"))["epoch"] == 0
+    assert load_checkpoint(str(tmp_path / "checkpoint.pth"))["epoch"] == 1
+
+
 def test_early_stop_ends_what_no_longer_improves(shapes, tmp_path, precisions, capsys):
     precisions += [0.1, 0.3, 0.3, 0.2, 0.9]
     argv = ["--limit_train", "4", "--limit_val", "1", "--early_stop", "2"]
@@ -331,13 +396,34 @@ def test_data_of_any_naming(shapes, tmp_path):
         (["--train_images", "--train_annotations"], "pass --val_images too"),
         (["--val_images", "--val_annotations"], "pass --train_images too"),
         (["--train_images", "--train_annotations", "--val_images", "--val_annotations"], "--train_images .*: no such"),
+        (
+            ["--train_images", "--train_annotations", "--eval_set test"],
+            "--eval_set test: its images have no annotations",
+        ),
     ],
 )
 def test_data_named_by_halves_is_refused(tmp_path, capsys, flags, message):
-    argv = [word for flag in flags for word in (flag, tmp_path / "nowhere")]
+    argv = [word for flag in flags for word in (flag.split() if " " in flag else (flag, tmp_path / "nowhere"))]
     assert run("detr", *SMALL_MODEL["detr"], "--output_dir", tmp_path / "out", *argv) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def test_training_looks_at_its_data_first(shapes, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(shapes, data)
+    file = data / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"] = [10_000, 10, 20, 20]
+    file.write_text(json.dumps(content))
+    # What is evaluated on does not stand in for what is trained on.
+    argv = ["--epochs", "1", "--eval_set", "train", "--limit_val", "1"]
+    assert train("detr", data, tmp_path / "doubtful", *argv) == 0
+    assert re.search(r"data: train: .*box", capsys.readouterr().out)
+    file.write_text(json.dumps(content | {"annotations": []}))
+    assert train("detr", data, tmp_path / "vain", "--epochs", "1") == 2
+    assert "no boxes to learn from" in capsys.readouterr().err
+    assert not list((tmp_path / "vain").glob("*.pth"))
 
 
 def test_what_an_epoch_cost_is_logged(shapes, tmp_path):

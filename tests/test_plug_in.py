@@ -378,9 +378,15 @@ class LinearAttention(nn.Module):
     """Another kind of attention."""
 
 
-def hooked() -> nn.Module:
+def hooked(part: str = "") -> nn.Module:
     attention = nn.MultiheadAttention(16, 4)
-    attention.register_forward_hook(lambda *_: None)
+    attention.get_submodule(part).register_forward_hook(lambda *_: None)
+    return attention
+
+
+def normed() -> nn.Module:
+    attention = nn.MultiheadAttention(16, 4)
+    nn.utils.parametrizations.spectral_norm(attention.out_proj)
     return attention
 
 
@@ -395,8 +401,10 @@ def hooked() -> nn.Module:
         (LinearAttention, "LinearAttention.*neither"),
         (partial(EnactSelfAttention, 16, 4), "ENACT's already"),
         (hooked, "hooks"),
+        (partial(hooked, "out_proj"), "output projection"),
+        (normed, "output projection"),
     ],
-    ids=["kdim", "vdim", "bias_kv", "zero_attn", "subclass", "unknown", "enact", "hooks"],
+    ids=["kdim", "vdim", "bias_kv", "zero_attn", "subclass", "unknown", "enact", "hooks", "hooked_out", "normed_out"],
 )
 def test_one_attention_that_cannot_be_replaced_leaves_all(attention, reason):
     model = nn.ModuleDict({"first": nn.MultiheadAttention(16, 4), "second": attention()})

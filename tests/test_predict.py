@@ -10,10 +10,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_MODEL, build, real_data, run
+from conftest import ATTENTIONS, SMALL_MODEL, build, parse, real_data, run
 from PIL import Image
 
 from enact_common import UserError, drawing, load_detector, predict
+from enact_common.arguments import MODEL_FLAGS
 from enact_common.data.categories import coco_names
 from enact_common.data.coco import decode_image
 from enact_common.data.synthetic import SHAPES
@@ -726,6 +727,31 @@ def inside(monkeypatch):
     monkeypatch.setattr(predict, "write_inside", write_inside)
     monkeypatch.setattr(predict, "check_kinds", lambda detector, kinds: None)
     return asked
+
+
+SIZES = {
+    "detr": "--num_queries 5 --enc_layers 2 --dec_layers 1 --hidden_dim 64 --dim_feedforward 48 --pre_norm",
+    "conditional": "--num_queries 5 --enc_layers 2 --dec_layers 1 --position_embedding learned",
+    "anchor": "--num_query_position 5 --num_query_pattern 3 --enc_layers 2 --attention_type nn.MultiheadAttention",
+}
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_file_of_weights_alone_shows_its_sizes(variant, attention, photo, tmp_path, caplog):
+    argv = [*SMALL_MODEL[variant], *SIZES[variant].split(), "--encoder_attention", attention, "--num_classes", "3"]
+    model, _, _ = build(variant, *argv)
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+    detector = load_detector(tmp_path / "weights.pth", "cpu", 0.0, nheads=4, dilation=False)
+    assert not caplog.text
+    args = parse(variant, *argv)
+    assert all(getattr(detector.args, flag) == getattr(args, flag) for flag in MODEL_FLAGS if hasattr(args, flag))
+    assert len(detector(photo)) > 0
+    # What they do not show is said.
+    load_detector(tmp_path / "weights.pth", "cpu")
+    assert "nheads 8" in caplog.text and "dilation" in caplog.text
+    with pytest.raises(UserError, match="no flag colour"):
+        load_detector(tmp_path / "weights.pth", "cpu", colour=1)
 
 
 def test_the_inside_of_a_detector_is_drawn(checkpoint, photo, tmp_path):
