@@ -1,7 +1,11 @@
 """The error that a user can mend, and how a command ends with it."""
 
+import os
 import sys
 from collections.abc import Callable
+
+# The shell's own status of a command that has nobody left to write to.
+NO_READER = 141
 
 
 class UserError(Exception):
@@ -14,15 +18,26 @@ class UserError(Exception):
 def exit_status(prog: str, command: Callable[[], int]) -> int:
     """Run a command, and print its UserError, if there is one, as argparse prints its own.
 
+    A command whose output nobody reads any more, because it was piped to `head`, say, ends quietly.
+
     Args:
         prog: the program's name.
         command: returns its exit status.
 
     Returns:
-        the command's; 2 after a UserError.
+        the command's; 2 after a UserError; 141 where the output is not read to its end.
     """
     try:
-        return command()
+        status = command()
+        # What is still held back would otherwise fail when the process ends, out of reach.
+        print(end="", flush=True)
+        return status
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Python writes what it holds back once more when the process ends: that must not fail again.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return NO_READER

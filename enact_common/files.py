@@ -2,7 +2,8 @@
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +33,16 @@ def make_folder(folder: Path, flag: str = "--output_dir") -> None:
         raise UserError(f"{flag} {folder}: cannot be written to; choose another folder")
 
 
+def check_no_folder(path: Path) -> None:
+    """Refuse to write a file where there is a folder, before any work is done for it.
+
+    Raises:
+        UserError: there is one.
+    """
+    if path.is_dir():
+        raise UserError(f"{path}: cannot be written, there is a folder of this name; choose another place")
+
+
 def write_atomically(path: Path, write: Callable[[BinaryIO], object], sync: bool = True) -> None:
     """Write beside `path` and rename into place: a file of this name is always complete, the old one or the new.
 
@@ -53,6 +64,29 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], sync: bool
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A block that writes a file, and whose failure the user can mend.
+
+    Raises:
+        UserError: the system refuses; the message names the file.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def write_file(path: Path, write: Callable[[BinaryIO], object], sync: bool = True) -> None:
+    """`write_atomically`, whose failure the user can mend.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    with writing(path):
+        write_atomically(path, write, sync)
 
 
 def read_tensors(path: Path, expected: str) -> Any:

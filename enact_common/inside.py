@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from enact_common.clustering import EntropyClustering, Segments, Windows
 from enact_common.errors import UserError
-from enact_common.files import write_atomically
+from enact_common.files import write_file
 from enact_common.inference import Detections, LoadedDetector
 
 SHOWN = ("entropy", "clusters", "attention")
@@ -153,7 +153,7 @@ def write_inside(
         the pictures' paths, in the order of `kinds`.
 
     Raises:
-        UserError: as `check_kinds`.
+        UserError: as `check_kinds`; or a picture cannot be written.
     """
     check_kinds(detector, kinds)
     # Only here is matplotlib needed, an optional extra.
@@ -178,7 +178,7 @@ def write_inside(
     for kind in dict.fromkeys(kinds):
         figure = draw[kind]()
         written.append(folder / f"{stem}_{kind}.png")
-        write_atomically(written[-1], lambda file, figure=figure: figure.savefig(file, format="png"))
+        write_file(written[-1], lambda file, figure=figure: figure.savefig(file, format="png"))
     return written
 
 

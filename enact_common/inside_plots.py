@@ -18,6 +18,8 @@ from matplotlib.ticker import FormatStrFormatter
 from torch import Tensor
 from torch.nn import functional as F
 
+from enact_common.plots.style import literal
+
 # Inches. A picture is as wide and high as the slide at most, unless that would leave its panels too small.
 SLIDE = (13.3, 7.5)
 DPI = 150
@@ -216,8 +218,7 @@ def show_image(axes: Axes, image: np.ndarray, title: str) -> None:
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
     grey = cv2.cvtColor(cv2.resize(image, size, interpolation=cv2.INTER_AREA), cv2.COLOR_RGB2GRAY)
     axes.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=(0, width, height, 0), aspect="auto")
-    # A class may have any name: dollar signs are no formulas.
-    axes.set_title(title, fontsize=11, parse_math=False)
+    axes.set_title(literal(title), fontsize=11)
     axes.set_xticks([])
     axes.set_yticks([])
 

@@ -9,10 +9,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import cv2
 import numpy as np
@@ -25,12 +24,15 @@ from enact_common.arguments import HelpFormatter, fraction
 from enact_common.data.coco import IMAGE_SUFFIXES, decode_image
 from enact_common.drawing import draw_detections
 from enact_common.errors import UserError, exit_status
-from enact_common.files import make_folder, write_atomically
+from enact_common.files import check_no_folder, make_folder, write_file, writing
 from enact_common.inference import Detections, LoadedDetector, load_detector
 from enact_common.inside import SHOWN, check_kinds, write_inside
 
 # What a folder is searched for beside images. Files that are named themselves may be called anything.
 VIDEO_SUFFIXES = frozenset(".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())
+# Those that store how many frames they have. Of others OpenCV takes the longest track's duration times the frame rate:
+# a guess, and too high where the sound is longer.
+COUNTED_SUFFIXES = frozenset(".3gp .avi .m4v .mov .mp4".split())
 # Pictures of these stay JPEG; all others become PNG.
 JPEG_SUFFIXES = frozenset(".jpe .jpeg .jpg".split())
 # Little is lost, and coloured text keeps sharp edges.
@@ -40,13 +42,15 @@ PREDICTIONS = "predictions.json"
 
 # Frames a second of a video that does not say.
 USUAL_RATE = 25.0
+# MPEG-4 gives times as multiples of 1 / n of a second, n up to this.
+FINEST_TIME = 65535
 
 # The shell's own status of a command that Ctrl-C ended.
 INTERRUPTED = 130
 
 
-class UnreadableError(Exception):
-    """An input cannot be read. The message names it."""
+class SkippedError(Exception):
+    """An input cannot be read, or its video not be written. The message names it; the others go on."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Tally:
     Attributes:
         entries: COCO's results format, with `file_name` and, of videos, `frame`.
         images, videos, frames: how many were read; frames are those of the videos.
-        skipped, incomplete: files that could not be read at all, and videos that could not be read to their end.
+        skipped, incomplete: files that could not be read at all, or whose video could not be written, and videos that
+            could not be read to their end.
         next_id: the image id that comes next, from 1.
     """
 
@@ -106,7 +111,7 @@ class Tally:
 
     def write(self, path: Path) -> None:
         """Write the entries as JSON, whole or not at all."""
-        write_file(path, lambda file: file.write(json.dumps(self.entries).encode()))
+        write_file(path, lambda file: file.write(json.dumps(self.entries).encode()), sync=False)
 
     def summary(self, output_dir: Path) -> str:
         """One line that says what was done."""
@@ -163,7 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its words; None for the process's own.
 
     Returns:
-        the exit status: 0; 1 where a file could not be read to its end; 2 for what the user can mend; 130 after Ctrl-C.
+        the exit status: 0; 1 where a file was skipped, or could not be read to its end; 2 for what the user can mend;
+        130 after Ctrl-C.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -185,6 +191,7 @@ def run(args: argparse.Namespace) -> int:
     output_dir = Path(args.output_dir)
     kinds = tuple(dict.fromkeys(args.show))
     inputs = plan(find_files(args.inputs, output_dir), output_dir, kinds)
+    check_no_folder(output_dir / PREDICTIONS)
     if kinds and all(item.is_video for item in inputs):
         raise UserError("--show: there are only videos, and it is for images; leave it out")
     if kinds:
@@ -204,9 +211,9 @@ def run(args: argparse.Namespace) -> int:
                     predict_video(detector, item, tally)
                 else:
                     predict_image(detector, item, kinds, tally)
-            except UnreadableError as error:
+            except SkippedError as error:
                 tally.skipped += 1
-                # What cannot be read has its number all the same: numbers do not depend on it.
+                # What is skipped has its number all the same: numbers do not depend on it.
                 tally.next_id += 1
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -285,7 +292,7 @@ def plan(files: Sequence[tuple[Path, Path]], output_dir: Path, kinds: Sequence[s
         kinds: of `--show`.
 
     Raises:
-        UserError: a picture would take the place of an input.
+        UserError: a picture would take the place of an input or of a folder.
     """
     inputs, taken = [], set()
     originals = {path.resolve() for path, _ in files}
@@ -300,6 +307,8 @@ def plan(files: Sequence[tuple[Path, Path]], output_dir: Path, kinds: Sequence[s
         taken |= names
         suffix = ".mp4" if is_video(path) else ".jpg" if path.suffix.lower() in JPEG_SUFFIXES else ".png"
         picture = output_dir / place.parent / (stem + suffix)
+        for written in (picture, *(picture.with_name(f"{stem}_{kind}.png") for kind in kinds)):
+            check_no_folder(written)
         if picture.resolve() in originals:
             raise UserError(
                 f"--output_dir {output_dir}: {picture} is an input and would be lost; choose another folder"
@@ -320,18 +329,6 @@ def check_matplotlib() -> None:
         raise UserError("--show needs matplotlib: pip install 'enact-detection[plots]'") from error
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """`write_atomically`, whose failure the user can mend.
-
-    Raises:
-        UserError: it cannot be written.
-    """
-    try:
-        write_atomically(path, write, sync=False)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
 def draw(pixels: Tensor, found: Detections, enlarge: bool = True) -> np.ndarray:
     """An image uint8 (3, height, width) with its detections: uint8 (height, width, 3)."""
     return draw_detections(pixels, found.boxes, found.names, found.scores, found.labels, enlarge)
@@ -341,16 +338,16 @@ def predict_image(detector: LoadedDetector, item: Input, kinds: Sequence[str], t
     """Detect in an image, and write its picture.
 
     Raises:
-        UnreadableError: it cannot be read.
+        SkippedError: it cannot be read.
     """
     try:
         pixels = decode_image(item.path)
     except UserError as error:
-        raise UnreadableError(str(error)) from error
+        raise SkippedError(str(error)) from error
     found = detector.detect(pixels)
     drawn = Image.fromarray(draw(pixels, found))
     options = {"format": "JPEG", **JPEG_OPTIONS} if item.picture.suffix == ".jpg" else {"format": "PNG"}
-    write_file(item.picture, lambda file: drawn.save(file, **options))
+    write_file(item.picture, lambda file: drawn.save(file, **options), sync=False)
     if kinds:
         write_inside(detector, pixels, found, kinds, item.picture.parent, item.picture.stem)
     tally.images += 1
@@ -361,10 +358,10 @@ def predict_video(detector: LoadedDetector, item: Input, tally: Tally) -> None:
     """Detect in each frame of a video, and write a video of the same size and frame rate.
 
     After Ctrl-C, the frames that are done stay, as a whole video. A video that ends before the number of frames that
-    it gives itself is named and counted.
+    it stores is named and counted.
 
     Raises:
-        UnreadableError: not one frame can be read.
+        SkippedError: not one frame can be read, or none be written.
     """
     reader = cv2.VideoCapture(str(item.path))
     promised, rate = reader.get(cv2.CAP_PROP_FRAME_COUNT), reader.get(cv2.CAP_PROP_FPS)
@@ -383,8 +380,8 @@ def predict_video(detector: LoadedDetector, item: Input, tally: Tally) -> None:
         tally.frames += read
         tally.videos += read > 0
     if not read:
-        raise UnreadableError(f"{item.path}: not a video that can be read")
-    if promised and read < promised:
+        raise SkippedError(f"{item.path}: not a video that can be read")
+    if promised and read < promised and item.path.suffix.lower() in COUNTED_SUFFIXES:
         tally.incomplete += 1
         tqdm.write(f"incomplete: {item.path}: ends after {read} of its {promised} frames", file=sys.stderr)
 
@@ -398,6 +395,12 @@ def frames(reader: cv2.VideoCapture) -> Iterator[Tensor]:
         yield torch.from_numpy(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)).permute(2, 0, 1).contiguous()
 
 
+def writable_rate(rate: float) -> float:
+    """The nearest rate, in frames a second, that MPEG-4 can have with up to three decimals."""
+    rate = min(max(rate, 0.01), FINEST_TIME)
+    return round(rate, min(3, int(math.log10(FINEST_TIME / rate))))
+
+
 class VideoFile:
     """A video (MPEG-4 in mp4) that is written beside its path and renamed when it is complete.
 
@@ -405,12 +408,12 @@ class VideoFile:
 
     Args:
         path: the file to make or replace.
-        rate: frames a second.
+        rate: frames a second, above 0; the video's is the nearest that it can have.
     """
 
     def __init__(self, path: Path, rate: float):
         self.path = path
-        self.rate = rate
+        self.rate = writable_rate(rate)
         # OpenCV goes by the suffix.
         self._partial = path.with_name(f"{path.stem}.partial{path.suffix}")
         self._writer: cv2.VideoWriter | None = None
@@ -423,7 +426,7 @@ class VideoFile:
         """Add a frame, RGB uint8 (height, width, 3). The first one's size, made even, is that of the video.
 
         Raises:
-            UserError: OpenCV cannot write such a file here.
+            SkippedError: OpenCV cannot write such a file here.
         """
         height, width = frame.shape[:2]
         # The codec takes even sides alone: the last column and row stand twice.
@@ -432,7 +435,10 @@ class VideoFile:
             self._size = (frame.shape[1], frame.shape[0])
             self._writer = cv2.VideoWriter(str(self._partial), cv2.VideoWriter_fourcc(*"mp4v"), self.rate, self._size)
             if not self._writer.isOpened():
-                raise UserError(f"{self.path}: cannot be written: OpenCV finds no room, or no MPEG-4 encoder, here")
+                raise SkippedError(
+                    f"{self.path}: cannot be written as MPEG-4 of {self._size[0]} x {self._size[1]} pixels: OpenCV "
+                    "finds no room or no encoder here, or a side is longer than 8,191"
+                )
         bgr = cv2.cvtColor(frame, cv2.COLOR_RGB2BGR)
         # A frame of another size would be passed over without a word.
         self._writer.write(bgr if bgr.shape[1::-1] == self._size else cv2.resize(bgr, self._size))
@@ -441,9 +447,11 @@ class VideoFile:
         if self._writer is None:
             return
         self._writer.release()
-        if kind is None or issubclass(kind, KeyboardInterrupt):
-            os.replace(self._partial, self.path)
-        else:
+        try:
+            if kind is None or issubclass(kind, KeyboardInterrupt):
+                with writing(self.path):
+                    os.replace(self._partial, self.path)
+        finally:
             self._partial.unlink(missing_ok=True)
 
 

@@ -5,6 +5,7 @@ Logs of the original repositories are read too, and whatever a log or a record l
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,10 @@ def read_epochs(source: Path) -> list[dict]:
 
 
 def read_evaluation(source: Path) -> dict[str, Any]:
-    """An evaluation's record, as `evaluation_record` makes it.
+    """An evaluation's record, as `evaluation_record` makes it, without what is no number.
+
+    A broken model has detections, and then figures, that are none: a class's `AP` and `AP50` are None then, and such
+    curves are not in its `precision`.
 
     Args:
         source: an `evaluation.json`, or the folder of one.
@@ -73,11 +77,14 @@ def read_evaluation(source: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not a JSON file ({error})") from error
     if not is_record(record):
         raise UserError(f"{path}: not the record of an evaluation; expected an {EVALUATION} as training and --eval do")
+    for row in record["classes"]:
+        row |= {figure: row[figure] if is_number(row[figure]) else None for figure in ("AP", "AP50")}
+        row["precision"] = {iou: curve for iou, curve in row["precision"].items() if all(map(is_number, curve))}
     return record
 
 
 def is_record(record: Any) -> bool:
-    """Whether this has the form of an evaluation's record, so that it can be drawn."""
+    """Whether this has the form of an evaluation's record; what should be a number may be NaN or None."""
     if not (isinstance(record, dict) and isinstance(record.get("figures"), dict)):
         return False
     recall, classes = record.get("recall"), record.get("classes")
@@ -85,13 +92,34 @@ def is_record(record: Any) -> bool:
         return False
     return all(
         isinstance(row, dict)
-        and {"category_id", "name", "objects"} <= row.keys()
-        and is_number(row.get("AP"))
-        and is_number(row.get("AP50"))
+        and {"category_id", "name", "objects", "AP", "AP50"} <= row.keys()
+        and all(row[figure] is None or isinstance(row[figure], int | float) for figure in ("AP", "AP50"))
         and isinstance(row.get("precision"), dict)
         and all(isinstance(curve, list) and len(curve) == len(recall) for curve in row["precision"].values())
         for row in classes
     )
+
+
+def classes_by_name(records: Sequence[dict]) -> list[dict[str, dict]]:
+    """The classes of evaluations, under names that tell them apart: those of one name in a record have their ids too.
+
+    Data sets may number their classes differently: otherwise a name is the same class in all records.
+
+    Args:
+        records: of `read_evaluation`.
+
+    Returns:
+        of each record, name to class, in its order.
+    """
+    counts = [Counter(row["name"] for row in record["classes"]) for record in records]
+    repeated = {name for count in counts for name, times in count.items() if times > 1}
+    return [
+        {
+            f"{row['name']} (id {row['category_id']})" if row["name"] in repeated else row["name"]: row
+            for row in record["classes"]
+        }
+        for record in records
+    ]
 
 
 def is_number(value: Any) -> bool:

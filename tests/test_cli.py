@@ -1,5 +1,6 @@
 """The command line: help, defaults, and errors that say the way out before any work starts."""
 
+import os
 import re
 import subprocess
 import sys
@@ -183,3 +184,14 @@ def test_the_exit_status_reaches_the_shell(tmp_path):
     ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2 and "no such folder" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_output_that_nobody_reads_ends_a_command_quietly(shapes, buffered):
+    command = [sys.executable, "-m", "enact_common.data.checks", str(shapes), "--quick"]
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "wb") as pipe:
+        environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1", "PYTHONPATH": str(ROOT)}
+        result = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, env=environment)
+    assert (result.returncode, result.stderr) == (141, "")

@@ -1,5 +1,6 @@
 """The comparison of runs: what it says of their terms and figures, and the page, which a browser opens."""
 
+import errno
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 import torch
 from conftest import SMALL_MODEL, run
 from PIL import Image
-from test_plots import evaluation_of, original_log, write_evaluation, write_log
+from test_plots import evaluation_of, original_log, without_figures, write_evaluation, write_log
 
 from enact_common.checkpoint import load_checkpoint
 from enact_common.compare import pictures
@@ -165,6 +166,44 @@ def test_figures_are_compared_with_the_first_runs(tmp_path):
     assert classes["bolt"] == ["11", "0.225", "-", "0.375", "-"]
 
 
+def test_classes_of_one_name_have_a_row_each(tmp_path):
+    two = evaluation_of(["nut", "nut", "bolt"], 0.6)
+    folders = [
+        write_evaluation(tmp_path / name, record)
+        for name, record in (("one", evaluation_of(["nut", "bolt", "nut"])), ("two", two))
+    ]
+    table = classes_table([read_run(folder, folder.name) for folder in folders])
+    rows = {row[0].text: [cell.text for cell in row[1:4]] for row in table.rows}
+    # Of a name that stands once in each, the ids may differ.
+    assert rows == {
+        "nut (id 1)": ["10", "0.300", "0.360"],
+        "bolt": ["11 / 12", "0.250", "0.240"],
+        "nut (id 3)": ["12", "0.200", "-"],
+        "nut (id 2)": ["11", "-", "0.300"],
+    }
+
+
+def test_a_class_whose_figures_are_no_numbers_has_dashes(tmp_path):
+    folder = write_evaluation(tmp_path / "broken", without_figures(evaluation_of(["nut", "bolt"]), 0))
+    table = classes_table([read_run(folder, "broken"), read_run(folder, "again")])
+    assert [cell.plain() for cell in table.rows[0]] == ["nut", "10", "-", "-", "-", "-"]
+    assert [cell.plain() for cell in table.rows[1]][2:] == ["0.225", "0.225 (+0.000)", "0.375", "0.375 (+0.000)"]
+    assert compare(folder, "--output_dir", tmp_path / "out") == 0
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path, capsys, monkeypatch):
+    record = write_evaluation(tmp_path / "record", evaluation_of(["nut"]))
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    assert compare(record, "--output_dir", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"error: {tmp_path / 'out' / 'compare.md'}: cannot be written ({os.strerror(errno.ENOSPC)})" in error
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_costs_are_medians_with_ratios_and_dashes(tmp_path):
     seconds = [{"train_seconds": s, "test_seconds": 5.0, "peak_memory_gib": s / 100} for s in (100.0, 50.0, 60.0)]
     rows = [{**row, **more} for row, more in zip(original_log(3), seconds, strict=True)]
@@ -274,6 +313,7 @@ def test_the_page_says_why_there_are_no_pictures(trained, tmp_path, capsys, flag
         ("{run} --images {tmp}/words.png", "words.png: not an image"),
         ("{run} --device cuda:99", "cuda:99"),
         ("{run} --output_dir {tmp}/words.png/out", "cannot be created"),
+        ("{run} --output_dir {tmp}/taken", "taken/compare.html: cannot be written, there is a folder of this name"),
     ],
 )
 def test_bad_input_is_found_before_any_work(trained, tmp_path, capsys, words, message):
@@ -281,6 +321,7 @@ def test_bad_input_is_found_before_any_work(trained, tmp_path, capsys, words, me
         (tmp_path / name).mkdir()
     (tmp_path / "torn" / "checkpoint.pth").write_bytes(b"PK\x03\x04 and no more")
     (tmp_path / "words.png").write_text("no image")
+    (tmp_path / "taken" / "compare.html").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
     assert main(["--output_dir", str(tmp_path / "out"), *words.format(tmp=tmp_path, run=trained["enact"]).split()]) == 2
     error = capsys.readouterr().err

@@ -2,8 +2,10 @@
 
 import functools
 import importlib.util
+import io
 import itertools
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -282,6 +284,14 @@ def test_an_image_without_detections_is_drawn_and_says_so(variant, pixels, tmp_p
     written = write_inside(loaded, pixels, loaded.detect(pixels, threshold=1.0), SHOWN, tmp_path, "a")
     assert [path.name for path in written] == ["a_entropy.png", "a_clusters.png", "a_attention.png"]
     assert "nothing was found" in headings(figures[2])
+
+
+def test_a_name_is_no_formula():
+    attention, boxes = torch.rand(1, 4, 5), torch.tensor([[1.0, 1, 9, 9]])
+    figure = inside_plots.draw_attention(np.zeros((20, 30, 3), np.uint8), attention, boxes, ["$a_$"], torch.ones(1))
+    with io.BytesIO() as file, matplotlib.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(file, format="svg")
+        assert "$a_$ 1.00" in file.getvalue().decode()
 
 
 def test_titles_count_the_clusters_and_dropped_cells_are_hatched():

@@ -1,9 +1,13 @@
 """Plots of runs: what is read from logs and evaluation records, what is drawn of it, and what is refused."""
 
 import builtins
+import errno
 import json
+import os
 import sys
 
+import matplotlib
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
@@ -12,7 +16,8 @@ from enact_common.errors import UserError
 from enact_common.evaluation.coco import FIGURES
 from enact_common.plots import curves, precision_recall
 from enact_common.plots.__main__ import main
-from enact_common.runs import CURVES, read_epochs, run_names, series
+from enact_common.plots.detections import plot_detections
+from enact_common.runs import CURVES, read_epochs, read_evaluation, run_names, series
 
 
 def original_log(epochs=3, **more):
@@ -176,6 +181,101 @@ def test_several_runs_have_a_panel_for_each_class(drawn, tmp_path, classes, pane
     assert {text.get_text() for text in panel.get_legend().texts} == {"0.500", "0.250", "0.600", "0.300"}
 
 
+@pytest.mark.parametrize("runs", [1, 2])
+def test_classes_of_one_name_are_told_apart_by_their_ids(drawn, tmp_path, runs):
+    folders = [write_evaluation(tmp_path / f"run{i}", evaluation_of(["nut", "bolt", "nut"])) for i in range(runs)]
+    assert main(["precision-recall", *map(str, folders), "--output", str(tmp_path / "pr.png")]) == 0
+    if runs == 1:
+        found = [text.get_text().split("  ")[1] for text in drawn[0].axes[0].get_legend().texts]
+        heights = [line.get_ydata()[0] for line in drawn[0].axes[0].lines]
+    else:
+        found = [axes.get_title() for axes in drawn[0].axes]
+        heights = [axes.lines[0].get_ydata()[0] for axes in drawn[0].axes]
+    assert found[:3] == ["nut (id 1)", "bolt", "nut (id 3)"]
+    assert heights == pytest.approx([0.5, 5 / 12, 1 / 3, 5 / 12])
+
+
+def test_a_name_is_the_same_class_whatever_its_id(drawn, tmp_path):
+    other = evaluation_of(["bolt", "nut"])
+    folders = [
+        write_evaluation(tmp_path / name, record)
+        for name, record in (("one", evaluation_of(["nut", "bolt"])), ("two", other))
+    ]
+    assert main(["precision-recall", *map(str, folders), "--output", str(tmp_path / "pr.png")]) == 0
+    assert [axes.get_title() for axes in drawn[0].axes] == ["nut", "bolt", "mean of all classes"]
+
+
+def without_figures(record, place):
+    """The record with a class whose figures and curves are no numbers, as those of a broken model."""
+    row = record["classes"][place]
+    row |= {"AP": float("nan"), "AP50": None}
+    row["precision"] = {key: [1.0, *[float("nan")] * 100] for key in row["precision"]}
+    return record
+
+
+def test_what_is_no_number_is_left_out_of_an_evaluation(tmp_path):
+    folder = write_evaluation(tmp_path / "run", without_figures(evaluation_of(["nut", "bolt"]), 0))
+    nut, bolt = read_evaluation(folder)["classes"]
+    assert (nut["AP"], nut["AP50"], nut["precision"]) == (None, None, {})
+    assert bolt == evaluation_of(["nut", "bolt"])["classes"][1]
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+@pytest.mark.parametrize("classes", [2, 20])
+def test_a_class_without_figures_leaves_the_others_as_they_are(drawn, tmp_path, runs, classes):
+    names = [f"class {i}" for i in range(classes)]
+    records = [without_figures(evaluation_of(names), 0), evaluation_of(names)][:runs]
+    folders = [write_evaluation(tmp_path / f"run{i}", record) for i, record in enumerate(records)]
+    assert main(["precision-recall", *map(str, folders), "--output", str(tmp_path / "pr.png")]) == 0
+    for axes in drawn[0].axes:
+        assert all(np.isfinite(line.get_ydata()).all() for line in axes.lines)
+        assert not any("nan" in text.get_text() for text in axes.get_legend().texts)
+    if runs == 1:
+        # Alone, a class needs no mean beside it.
+        assert len(drawn[0].axes[0].lines) == (1 if classes == 2 else classes)
+
+
+# Read as formulas, these would be an error, and be written otherwise.
+HOSTILE = ("$a_$", r"$x^2$ \$ 5")
+
+
+@pytest.mark.parametrize("runs", [1, 2])
+@pytest.mark.parametrize("command", ["curves", "precision-recall"])
+def test_names_are_no_formulas(tmp_path, command, runs):
+    folders = []
+    for i in range(runs):
+        folder = write_log(tmp_path / f"run{i}", original_log())
+        folders.append(write_evaluation(folder, evaluation_of([f"{name} class" for name in HOSTILE])))
+    picture, names = tmp_path / "picture.svg", [f"{name} run" for name in HOSTILE[:runs]]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        assert main([command, *map(str, folders), "--output", str(picture), "--names", *names]) == 0
+    text = picture.read_text()
+    expected = names if command == "curves" else [*names, *(f"{name} class" for name in HOSTILE)]
+    assert all(name in text for name in expected)
+
+
+def test_names_at_boxes_are_no_formulas(tmp_path):
+    image, truth = np.zeros((40, 60, 3), np.uint8), [{"bbox": [5, 5, 20, 20], "category_id": 1}]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot_detections([image], [truth], [[]], {1: HOSTILE[0]}, tmp_path / "picture.svg")
+    assert HOSTILE[0] in (tmp_path / "picture.svg").read_text()
+
+
+@pytest.mark.parametrize("command", ["curves", "precision-recall"])
+def test_a_picture_that_cannot_be_written_is_named(tmp_path, capsys, monkeypatch, command):
+    folder = write_evaluation(write_log(tmp_path / "run", original_log()), evaluation_of(["nut"]))
+    picture = tmp_path / "picture.png"
+    picture.write_bytes(b"an earlier one")
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    assert main([command, str(folder), "--output", str(picture)]) == 2
+    assert f"error: {picture}: cannot be written ({os.strerror(errno.ENOSPC)})" in capsys.readouterr().err
+    assert picture.read_bytes() == b"an earlier one" and len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("suffix, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
 @pytest.mark.parametrize("command", ["curves", "precision-recall"])
 def test_the_suffix_says_which_kind_of_picture(tmp_path, capsys, command, suffix, start):
@@ -205,6 +305,8 @@ def test_the_suffix_says_which_kind_of_picture(tmp_path, capsys, command, suffix
         ("precision-recall {tmp}/list.json", "list.json: not the record of an evaluation"),
         ("precision-recall {tmp}/short.json", "short.json: not the record of an evaluation"),
         ("precision-recall {tmp}/empty.json", "no class has ground truth"),
+        ("precision-recall {tmp}/broken.json", "no class has a precision that is a number"),
+        ("curves {tmp}/run --output {tmp}/folder.png", "folder.png: cannot be written, there is a folder of this name"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(tmp_path, capsys, words, message):
@@ -217,6 +319,8 @@ def test_what_cannot_be_drawn_is_refused(tmp_path, capsys, words, message):
     short["classes"][0]["precision"]["0.5"].pop()
     (tmp_path / "short.json").write_text(json.dumps(short))
     (tmp_path / "empty.json").write_text(json.dumps(evaluation_of([])))
+    (tmp_path / "broken.json").write_text(json.dumps(without_figures(evaluation_of(["nut"]), 0)))
+    (tmp_path / "folder.png").mkdir()
     before = sorted(tmp_path.rglob("*"))
     argv = words.format(tmp=tmp_path).split()
     if "--output" not in argv:

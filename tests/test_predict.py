@@ -1,7 +1,10 @@
 """Trained detectors in use: loaded from checkpoints of any origin, their results drawn, and the command line."""
 
 import argparse
+import errno
 import json
+import os
+import struct
 import sys
 from collections import Counter
 from pathlib import Path
@@ -32,7 +35,7 @@ from enact_common.drawing import (
     readable_name,
 )
 from enact_common.inference import LoadedDetector, arguments_of, as_pixels, variant_of
-from enact_common.predict import Input, VideoFile, plan
+from enact_common.predict import FINEST_TIME, Input, VideoFile, plan
 from enact_common.variants import VARIANTS
 
 # Settings of ENACT that a detector has to take from its checkpoint.
@@ -467,9 +470,11 @@ def test_a_name_is_cut_before_its_score():
 # ------------------------------------------------------------------------------------------------------- command line
 
 
-def write_video(path: Path, count: int = 6, size: tuple[int, int] = (64, 48), codec: str = "mp4v") -> Path:
-    """A video of noise, 12.5 frames a second."""
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), 12.5, size)
+def write_video(
+    path: Path, count: int = 6, size: tuple[int, int] = (64, 48), codec: str = "mp4v", rate: float = 12.5
+) -> Path:
+    """A video of noise."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), rate, size)
     random = np.random.default_rng(0)
     for _ in range(count):
         writer.write(random.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
@@ -586,6 +591,38 @@ def test_a_video_keeps_its_rate_and_size(checkpoint, tmp_path, capsys):
     assert written_in(tmp_path / "out") == ["clip.mp4", "predictions.json"]
 
 
+def test_a_video_of_an_awkward_rate_is_written_and_the_files_after_it_too(checkpoint, photo, tmp_path):
+    video = write_video(tmp_path / "clip.avi", codec="MJPG", rate=239.987)
+    assert call(checkpoint, tmp_path / "out", video, photo) == 0
+    assert written_in(tmp_path / "out") == sorted(["clip.mp4", photo.name, "predictions.json"])
+    rate, frames = read_video(tmp_path / "out" / "clip.mp4")
+    assert len(frames) == 6 and rate == pytest.approx(239.987, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    "rate, written",
+    [(30000 / 1001, 29.97), (24000 / 1001, 23.976), (655.3456, 655.35), (1e5, FINEST_TIME), (1e12, FINEST_TIME)]
+    + [(1 / 3, 0.333), (1e-4, 0.01)],
+)
+def test_any_rate_can_be_written(rate, written, tmp_path):
+    with VideoFile(tmp_path / "clip.mp4", rate) as video:
+        for shade in (50, 200):
+            video.write(np.full((48, 64, 3), shade, np.uint8))
+    found, frames = read_video(tmp_path / "clip.mp4")
+    assert found == pytest.approx(written, rel=1e-4) and len(frames) == 2
+
+
+def test_a_video_that_cannot_be_written_is_skipped(checkpoint, photo, tmp_path, capsys):
+    # MPEG-4 has thirteen bits for a side.
+    wide = write_video(tmp_path / "wide.avi", count=2, size=(8200, 16), codec="MJPG")
+    assert call(checkpoint, tmp_path / "out", wide, photo) == 1
+    said = capsys.readouterr()
+    assert f"skipped: {tmp_path / 'out' / 'wide.mp4'}: cannot be written as MPEG-4 of 8200 x 16 pixels" in said.err
+    assert "1 image, " in said.out and "1 skipped;" in said.out and "video" not in said.out.split(";")[0]
+    assert written_in(tmp_path / "out") == sorted([photo.name, "predictions.json"])
+    assert {entry["image_id"] for entry in read_predictions(tmp_path / "out")} == {2}
+
+
 def test_frames_of_odd_or_changing_size_all_reach_the_video(tmp_path):
     with VideoFile(tmp_path / "clip.mp4", 10) as video:
         for height, width in ((47, 65), (47, 65), (30, 40)):
@@ -612,6 +649,18 @@ def test_videos_that_end_early_or_are_none_are_named_and_counted(checkpoint, pho
     assert written_in(tmp_path / "out") == sorted(["cut.mp4", photo.name, "predictions.json"])
     # The file that is no video has the number after the last frame's.
     assert read_predictions(tmp_path / "out")[-1]["image_id"] == frames + 2
+
+
+def test_a_video_is_complete_though_its_sound_is_longer(checkpoint, tmp_path, capsys):
+    video = write_video(tmp_path / "clip.mkv", codec="MJPG")
+    # Matroska says how long the longest track is, in an element of this name and size, and no number of frames.
+    before, mark, after = video.read_bytes().partition(b"\x44\x89\x88")
+    (duration,) = struct.unpack(">d", after[:8])
+    video.write_bytes(before + mark + struct.pack(">d", 2 * duration) + after[8:])
+    assert cv2.VideoCapture(str(video)).get(cv2.CAP_PROP_FRAME_COUNT) == 12
+    assert call(checkpoint, tmp_path / "out", video) == 0
+    said = capsys.readouterr()
+    assert "1 video (6 frames)" in said.out and "incomplete" not in said.out + said.err
 
 
 def fail_at(monkeypatch, number: int, error: BaseException) -> None:
@@ -648,11 +697,36 @@ def test_a_failure_leaves_no_half_video(checkpoint, tmp_path, monkeypatch):
     assert {entry["frame"] for entry in read_predictions(tmp_path / "out")} == {0, 1}
 
 
-def test_a_picture_that_cannot_be_written_is_named(checkpoint, photo, tmp_path, capsys):
-    (tmp_path / "out" / photo.name).mkdir(parents=True)
-    assert call(checkpoint, tmp_path / "out", photo) == 2
-    assert f"{tmp_path / 'out' / photo.name}: cannot be written" in capsys.readouterr().err
-    assert written_in(tmp_path / "out") == ["predictions.json"]
+@pytest.mark.parametrize("name", ["photo.png", "photo_attention.png", "clip.mp4"])
+def test_a_picture_that_cannot_be_written_is_named(name, checkpoint, photo, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    Image.open(photo).save(tmp_path / "photo.png")
+    video = write_video(tmp_path / "clip.mp4")
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name == name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert call(checkpoint, tmp_path / "out", video, tmp_path / "photo.png", "--show", "attention") == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'out' / name}: cannot be written ({os.strerror(errno.ENOSPC)})" in error
+    written = written_in(tmp_path / "out")
+    assert name not in written and "predictions.json" in written and not any(".partial" in path for path in written)
+
+
+@pytest.mark.parametrize("name", ["photo.png", "photo_attention.png", "clip.mp4", "predictions.json"])
+def test_a_folder_in_the_place_of_a_file_is_found_before_any_work(name, checkpoint, photo, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    Image.open(photo).save(tmp_path / "photo.png")
+    video = write_video(tmp_path / "clip.mp4")
+    place = tmp_path / "out" / name
+    place.mkdir(parents=True)
+    assert call(checkpoint, tmp_path / "out", tmp_path / "photo.png", video, "--show", "attention") == 2
+    assert f"error: {place}: cannot be written, there is a folder of this name" in capsys.readouterr().err
+    assert written_in(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize(

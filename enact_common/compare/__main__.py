@@ -13,7 +13,7 @@ from enact_common.compare.tables import classes_table, costs_table, figures_tabl
 from enact_common.compare.terms import EQUAL, flags_table, inequalities, settings_table
 from enact_common.device import find_device
 from enact_common.errors import UserError, exit_status
-from enact_common.files import make_folder, write_atomically
+from enact_common.files import check_no_folder, make_folder, write_file
 from enact_common.runs import run_names
 
 PAGE, TABLES = "compare.html", "compare.md"
@@ -88,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
         UserError: something in the arguments or the runs' files is wrong; nothing has been written then.
     """
     names = run_names(args.runs, args.names)
+    for file_name in (TABLES, PAGE):
+        check_no_folder(args.output_dir / file_name)
     if args.device:
         find_device(args.device)
     runs = [read_run(source, name) for source, name in zip(args.runs, names, strict=True)]
@@ -106,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     text = "\n\n".join(part for part in parts if part)
     page = build_page(title, runs, unequal, settings, figures, classes, shown, reason, args.threshold)
     for file_name, content in ((TABLES, text + "\n"), (PAGE, page)):
-        write_atomically(args.output_dir / file_name, lambda file, content=content: file.write(content.encode()))
+        write_file(args.output_dir / file_name, lambda file, content=content: file.write(content.encode()))
     # After the files: who reads no further than the first lines shall have them all the same.
     print(text)
     if reason:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from enact_common.compare.recorded import RecordedRun
 from enact_common.evaluation.coco import FIGURES
+from enact_common.runs import classes_by_name
 
 # Where there is no figure.
 DASH = "-"
@@ -149,7 +150,7 @@ def costs_table(runs: Sequence[RecordedRun]) -> Table:
 
 def classes_table(runs: Sequence[RecordedRun]) -> Table | None:
     """AP and AP50 of each class that a run was evaluated on; None where no run has a record of it."""
-    by_run = [{row["name"]: row for row in run.evaluation["classes"]} if run.evaluation else {} for run in runs]
+    by_run = classes_by_name([run.evaluation or {"classes": []} for run in runs])
     names = list(dict.fromkeys(name for rows in by_run for name in rows))
     if not names:
         return None

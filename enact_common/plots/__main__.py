@@ -8,6 +8,7 @@ from types import ModuleType
 
 from enact_common import plots
 from enact_common.errors import UserError, exit_status
+from enact_common.files import check_no_folder
 from enact_common.runs import read_epochs, read_evaluation, run_names
 
 # What is drawn where the command line begins with no command.
@@ -69,13 +70,14 @@ def check_output(path: Path) -> None:
     """Refuse a picture that cannot be written.
 
     Raises:
-        UserError: its folder is not there, or matplotlib knows no such kind of picture.
+        UserError: its folder is not there, there is a folder in its place, or matplotlib knows no such kind of picture.
     """
     kinds = drawing("style").picture_kinds()
     if path.suffix[1:].lower() not in kinds:
         raise UserError(f"--output {path}: no such kind of picture, choose a suffix from .{', .'.join(kinds)}")
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: there is no folder {path.parent}")
+    check_no_folder(path)
 
 
 def run_curves(args: argparse.Namespace) -> None:

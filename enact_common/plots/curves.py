@@ -8,7 +8,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from enact_common.errors import UserError
-from enact_common.plots.style import colour, save
+from enact_common.plots.style import colour, literal, save
 from enact_common.runs import CURVES, FIGURES_KEY, series
 
 # Of a panel's first quantity, which readers look for, and of its second.
@@ -28,7 +28,7 @@ def plot_curves(runs: Mapping[str, Sequence[dict]], picture: Path) -> None:
         picture: file to write; the suffix says of which kind.
 
     Raises:
-        UserError: there is nothing to draw.
+        UserError: there is nothing to draw, or the picture cannot be written.
     """
     drawn = {
         title: quantities
@@ -89,6 +89,6 @@ def finish(axes, title: str, styles: Sequence[str] | None) -> None:
 
 
 def run_text(name: str, epochs: Sequence[dict]) -> str:
-    """A run's name, with its last AP where it has one."""
+    """A run's name, with its last AP where it has one, for matplotlib."""
     ap = series(epochs, FIGURES_KEY, 0)
-    return f"{name} (AP {ap[-1][1]:.3f} after {ap[-1][0]} epochs)" if ap else name
+    return literal(f"{name} (AP {ap[-1][1]:.3f} after {ap[-1][0]} epochs)" if ap else name)

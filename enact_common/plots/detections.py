@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from enact_common.plots.style import colour, save
+from enact_common.plots.style import colour, literal, save
 
 
 def draw_boxes(axes, image: np.ndarray, boxes: Sequence[Sequence[float]], texts: Sequence[str], labels: Sequence[int]):
@@ -31,7 +31,7 @@ def draw_boxes(axes, image: np.ndarray, boxes: Sequence[Sequence[float]], texts:
         axes.text(
             np.clip(x, 0, 0.75 * image.shape[1]),
             y if above else 0.02 * image.shape[0],
-            text,
+            literal(text),
             fontsize=8,
             color="white",
             verticalalignment="bottom" if above else "top",
@@ -54,6 +54,9 @@ def plot_detections(
         detections: of each image, COCO results.
         names: category id to name.
         picture: file to write; the suffix says of which kind.
+
+    Raises:
+        UserError: it cannot be written.
     """
     label = {category: i for i, category in enumerate(names)}
     figure = Figure(figsize=(2.6 * len(images), 5.6), layout="constrained")

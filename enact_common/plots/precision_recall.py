@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from enact_common.errors import UserError
-from enact_common.plots.style import GREY, colour, save
+from enact_common.plots.style import GREY, colour, literal, save
+from enact_common.runs import classes_by_name
 
 # Keys of a class's `precision`, and what they are.
 OVERLAPS = {"0.5": "IoU 0.5", "0.75": "IoU 0.75", "mean": "mean over IoU 0.5 to 0.95"}
@@ -37,23 +38,28 @@ def plot_precision_recall(records: Mapping[str, dict], picture: Path) -> None:
         picture: file to write; the suffix says of which kind.
 
     Raises:
-        UserError: there is nothing to draw.
+        UserError: there is nothing to draw, or the picture cannot be written.
     """
     if not any(record["classes"] for record in records.values()):
         raise UserError(f"{', '.join(records)}: nothing to draw, no class has ground truth")
+    if not any(row["precision"].keys() & OVERLAPS for record in records.values() for row in record["classes"]):
+        raise UserError(f"{', '.join(records)}: nothing to draw, no class has a precision that is a number")
     figure = one_run(*next(iter(records.items()))) if len(records) == 1 else several_runs(records)
     save(figure, picture)
 
 
 def one_run(name: str, record: dict) -> Figure:
     """One run: a panel for each overlap, a line for each class."""
+    (classes,) = classes_by_name([record])
     # The same classes, in the same colours, in all panels.
-    ranked = [row["name"] for row in sorted(record["classes"], key=lambda row: -row["AP"])]
+    ranked = sorted(
+        (key for key, row in classes.items() if row["precision"]), key=lambda key: -(classes[key]["AP"] or 0)
+    )
     many = len(ranked) > MOST_COLOURS
     shown = [*ranked[:EXTREMES], *ranked[-EXTREMES:]] if many else ranked
     figure = Figure(figsize=(12.5, 4.6), layout="constrained")
     for axes, (overlap, title) in zip(figure.subplots(1, 3, sharey=True), OVERLAPS.items(), strict=True):
-        curves = {row["name"]: row["precision"][overlap] for row in record["classes"] if overlap in row["precision"]}
+        curves = {key: row["precision"][overlap] for key, row in classes.items() if overlap in row["precision"]}
         for class_name in curves.keys() - shown:
             axes.plot(record["recall"], curves[class_name], color=GREY, linewidth=0.6, alpha=0.6)
         for i, class_name in enumerate(shown):
@@ -66,30 +72,31 @@ def one_run(name: str, record: dict) -> Figure:
         below(axes)
         axes.set_xlabel("recall")
     figure.axes[0].set_ylabel("precision")
-    figure.suptitle(name + (f", the {EXTREMES} best and worst of {len(ranked)} classes" if many else ""))
+    figure.suptitle(literal(name) + (f", the {EXTREMES} best and worst of {len(ranked)} classes" if many else ""))
     return figure
 
 
 def several_runs(records: Mapping[str, dict]) -> Figure:
     """Several runs: a panel for each class, a colour for each run."""
-    panels = chosen_classes(records)
+    by_run = classes_by_name(list(records.values()))
+    panels = chosen_classes(by_run)
     columns = min(len(panels), 3 if len(panels) > 4 else 4 if len(panels) == 4 else len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.1 * columns, 3.9 * rows + 0.6), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axes, panel in zip(grid.flat, panels, strict=False):
-        for i, record in enumerate(records.values()):
+        for i, (record, classes) in enumerate(zip(records.values(), by_run, strict=True)):
             for overlap, line in COMPARED.items():
-                curves = curves_of(record, panel, overlap)
+                curves = curves_of(classes, panel, overlap)
                 if curves:
                     label = f"{np.mean(curves):.3f}"
                     axes.plot(
                         record["recall"], np.mean(curves, axis=0), line, color=colour(i), linewidth=1.8, label=label
                     )
-        finish(axes, panel)
+        finish(axes, literal(panel))
         legend_of_runs(axes)
     if panels[0] == MEAN:
-        first, *_, last = records
+        first, *_, last = map(literal, records)
         figure.suptitle(f"The classes whose AP50 differs most between {first} and {last}")
     for axes in grid.flat[len(panels) :]:
         axes.set_visible(False)
@@ -99,35 +106,41 @@ def several_runs(records: Mapping[str, dict]) -> Figure:
         grid.flat[last].tick_params(labelbottom=True)
     for axes in grid[:, 0]:
         axes.set_ylabel("precision")
-    handles = [Line2D([], [], color=colour(i), linewidth=2.5, label=name) for i, name in enumerate(records)]
+    handles = [Line2D([], [], color=colour(i), linewidth=2.5, label=literal(name)) for i, name in enumerate(records)]
     handles += [Line2D([], [], color="#555555", linestyle=line, label=OVERLAPS[o]) for o, line in COMPARED.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), frameon=False)
     return figure
 
 
-def chosen_classes(records: Mapping[str, dict]) -> list[str]:
-    """The panels of several runs: the classes, those that gain or lose most where there are many, and their mean."""
-    names = list(dict.fromkeys(row["name"] for record in records.values() for row in record["classes"]))
+def chosen_classes(by_run: Sequence[Mapping[str, dict]]) -> list[str]:
+    """The panels of several runs: the classes, those that gain or lose most where there are many, and their mean.
+
+    Args:
+        by_run: of `classes_by_name`.
+    """
+    names = list(dict.fromkeys(name for classes in by_run for name in classes))
     if len(names) == 1:
         return names
     if len(names) < MOST_PANELS:
         return [*names, MEAN]
-    first, *_, last = ({row["name"]: row["AP50"] for row in record["classes"]} for record in records.values())
+    first, *_, last = (
+        {name: row["AP50"] for name, row in classes.items() if row["AP50"] is not None} for classes in by_run
+    )
     gains = sorted((name for name in names if name in first and name in last), key=lambda n: last[n] - first[n])
     half = (MOST_PANELS - 1) // 2
     ends = [*reversed(gains[-half:]), *gains[:half]] if len(gains) >= 2 * half else gains
     return [MEAN, *ends]
 
 
-def curves_of(record: dict, panel: str, overlap: str) -> list[Sequence[float]]:
+def curves_of(classes: Mapping[str, dict], panel: str, overlap: str) -> list[Sequence[float]]:
     """The curves whose mean a panel shows: a class's own, or those of all."""
-    rows = [row for row in record["classes"] if panel in (MEAN, row["name"])]
+    rows = [row for name, row in classes.items() if panel in (MEAN, name)]
     return [row["precision"][overlap] for row in rows if overlap in row["precision"]]
 
 
 def draw_curve(axes, recall: Sequence[float], precision: Sequence[float], name: str, **style) -> None:
     """Draw one curve, with the area below it, which is the AP, in the legend."""
-    axes.plot(recall, precision, label=f"{np.mean(precision):.3f}  {name}", **{"linewidth": 1.6, **style})
+    axes.plot(recall, precision, label=f"{np.mean(precision):.3f}  {literal(name)}", **{"linewidth": 1.6, **style})
 
 
 def finish(axes, title: str) -> None:
