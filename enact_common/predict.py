@@ -154,6 +154,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
     parser.add_argument(
+        "--dilation", action=argparse.BooleanOptionalAction, default=None,
+        help="whether the backbone is dilated (DC5), for files of weights alone, which do not say; default: as the "
+        "checkpoint says, else as the variant's published model",
+    )  # fmt: skip
+    parser.add_argument(
         "--show", nargs="+", choices=SHOWN, default=(), metavar="KIND",
         help=f"of each image, also draw what goes on inside: {', '.join(SHOWN)}; not for videos; needs matplotlib; "
         "default: nothing",
@@ -196,7 +201,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--show: there are only videos, and it is for images; leave it out")
     if kinds:
         check_matplotlib()
-    detector = load_detector(args.checkpoint, args.device, args.threshold)
+    flags = {} if args.dilation is None else {"dilation": args.dilation}
+    detector = load_detector(args.checkpoint, args.device, args.threshold, **flags)
     if kinds:
         check_kinds(detector, kinds)
     for folder in sorted({output_dir, *(item.picture.parent for item in inputs)}):
