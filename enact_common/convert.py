@@ -136,7 +136,7 @@ def to_coco(source: Source, issues: Issues, description: str, progress: bool = F
 
 def first_findings(issues: Issues) -> str:
     """What may have led to an error, for the end of its message."""
-    return "".join(f"; {f.text}: {f.examples[0]}{', ...' if f.count > 1 else ''}" for f in issues.findings("")[:2])
+    return "".join(f"; {f.text}: {f.examples[0]}{', ...' if f.count > 1 else ''}" for f in issues.findings("")[:3])
 
 
 def read_item(item: Item, issues: Issues) -> tuple[tuple[int, int] | None, list[Object] | None]:
@@ -315,7 +315,8 @@ def build_parser() -> argparse.ArgumentParser:
             "voc", "Pascal VOC: an XML file an image",
             "VOC2007 or a folder like it (Annotations/, JPEGImages/, ImageSets/Main/), a folder of such folders, or "
             "any folder with XML files and images",
-            "list in ImageSets/Main (default: train and val; or trainval and test; or the rest drawn at random)",
+            "list in ImageSets/Main, or folder (default: train and val, valid or validation; or trainval and test; or "
+            "train and test; or the rest drawn at random)",
         ),
         (
             "yolo", "YOLO: a text file an image, with boxes or polygons",

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import unicodedata
 from pathlib import Path
 
 import cv2
@@ -12,8 +13,10 @@ from PIL import Image
 
 from enact_common import UserError
 from enact_common.data import checks
+from enact_common.data.categories import LabelMap
 from enact_common.data.checks import Finding, Split, quick_checks
-from enact_common.data.coco import find_split, load_annotations
+from enact_common.data.coco import CocoDetection, find_split, load_annotations
+from enact_common.data.transforms import eval_transforms
 
 
 @pytest.fixture
@@ -135,8 +138,6 @@ ERRORS = {
         1,
         "2",
     ),
-    "a width below 0": (setter("images", 1, width=-50), "whose width or height is no number above 0", 1, "train2.png"),
-    "a height in words": (setter("images", 1, height="forty"), "whose width or height is no", 1, "50 x 'forty'"),
     "an unknown image": (
         adder("annotations", annotation(90, image=77), annotation(91, image=[1])),
         "annotations of images that are not listed",
@@ -212,7 +213,10 @@ WARNINGS = {
     "ids that are repeated": (setter("annotations", 3, id=1), "ids that are repeated", 1, "id 1, 2 times"),
     "id 0": (setter("annotations", 3, id=0), "annotations with id 0", 1, "annotation 0 in train2.png"),
     "no id": (setter("annotations", 3, id=None), "whose id is missing", 1, "None"),
-    "no size": (setter("images", 0, width=None), "without width or height", 1, "train1.png"),
+    "no size": (setter("images", 0, width=None), "without width and height above 0", 1, "train1.png: ? x 40"),
+    "a width below 0": (setter("images", 1, width=-50), "without width and height above 0", 1, "train2.png: -50 x 40"),
+    "a height in words": (setter("images", 1, height="forty"), "without width and height", 1, "train2.png: 50 x forty"),
+    "a width without end": (setter("images", 0, width=1e400), "without width and height", 1, "train1.png: inf x 40"),
     "an unused category": (
         lambda c: [a.update(category_id=1) for a in c["annotations"]],
         "categories without objects",
@@ -330,6 +334,28 @@ def test_annotation_ids_that_the_loader_made_are_not_complained_of(data):
     assert quick_checks(paths, 100, parsed) == []
 
 
+def test_sizes_in_text_are_sizes(data):
+    change(data, "train", setter("images", 0, width="50", height="40"))
+    change(data, "train", adder("annotations", annotation(90, (50, 1, 5, 5))))
+    findings = full(data)
+    assert [finding.text for finding in findings if finding.source == "train"] == [
+        "boxes wholly outside their image: dropped"
+    ]
+
+
+@pytest.mark.parametrize("limited", [(), ("train",), ("val",)])
+def test_of_a_part_the_message_names_the_limit_and_not_the_command(data, limited):
+    paths = {name: find_split(str(data), name) for name in ("train", "val")}
+    parsed = {"train": {**json.loads(file_of(data, "train").read_text()), "annotations": []}}
+    with pytest.raises(UserError) as error:
+        quick_checks(paths, 100, parsed, limited=limited)
+    message = str(error.value)
+    # There is nothing to count.
+    assert message.startswith("train: no boxes to learn from [")
+    assert ("in the part that --limit_train leaves" in message) == ("train" in limited)
+    assert ("enact_common.data.checks" in message) == ("train" not in limited)
+
+
 def test_what_was_parsed_is_not_read_again(data):
     paths = {name: find_split(str(data), name) for name in ("train", "val")}
     parsed = {name: json.loads(file_of(data, name).read_text()) for name in paths}
@@ -405,6 +431,30 @@ def test_what_is_wrong_with_files_is_found(data, spoil, severity, text, example)
     assert example in finding.examples[0]
 
 
+ACCENTED = {form: unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD")}
+
+
+@pytest.mark.parametrize("listed, stored", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_that_only_look_the_same_are_explained(data, listed, stored):
+    (data / "train2017" / "train2.png").rename(data / "train2017" / ACCENTED[stored])
+    if (data / "train2017" / ACCENTED[listed]).exists():
+        pytest.skip("this file system takes both for the same name")
+    change(data, "train", setter("images", 1, file_name=ACCENTED[listed]))
+    finding = the_finding(full(data), "image files that are missing")
+    assert f"(there is {ACCENTED[stored]}, with its accents stored in another way)" in finding.examples[0]
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "x" * 300 + "/a.png", "nul\0.png", "nul\0/a.png"])
+def test_names_that_no_file_can_have_are_missing_files(data, name):
+    for split in ("train", "val"):
+        change(data, split, setter("images", 1, file_name=name))
+    for findings in (full(data), checks.check_quickly(splits_of(data), 100)):
+        own = [finding for finding in findings if finding.source == "train"]
+        assert the_finding(own, "image files that are missing").count == 1
+    with pytest.raises(UserError, match="1 of its 4 image files are missing"):
+        CocoDetection(*find_split(str(data), "train"), eval_transforms(40, 100))
+
+
 def test_truncated_jpegs_cannot_be_read_whole(data):
     image = data / "train2017" / "train2.jpg"
     Image.open(image.with_suffix(".png")).save(image)
@@ -474,14 +524,23 @@ def test_equal_names_of_different_images_are_but_a_note(data):
             "val has and train has not",
             "2 'fork', in train 'plate'",
         ),
-        ("val", adder("categories", {"id": 3, "name": "fork"}), "error", "val has and train has not", "3 'fork'"),
+        ("val", adder("categories", {"id": 3, "name": "f"}), "error", "val has and train has not", "3 'f'"),
         ("train", adder("categories", {"id": 3, "name": "fork"}), "warning", "train has and val has not", "3 'fork'"),
     ],
 )
 def test_categories_that_differ_are_named(data, split, edit, severity, text, example):
     change(data, split, edit)
     finding = the_finding(full(data), text)
-    assert finding.severity == severity and example in finding.examples[0]
+    assert (finding.severity, finding.examples) == (severity, (example,))
+
+
+def test_with_a_label_map_its_categories_count_and_not_trains(data):
+    change(data, "val", adder("categories", {"id": 3, "name": "fork"}))
+    paths = {name: find_split(str(data), name) for name in ("train", "val")}
+    own = json.loads(file_of(data, "val").read_text())["categories"]
+    assert quick_checks(paths, 100, label_map=LabelMap.from_categories(own)) == []
+    with pytest.raises(UserError, match=r"val has and the model has not: 2 \(2 'plate', 3 'fork'\)"):
+        quick_checks(paths, 100, label_map=LabelMap.from_categories(own[:1]))
 
 
 def test_subsets_of_cocos_categories_agree(data):

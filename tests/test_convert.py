@@ -213,7 +213,7 @@ def test_a_whole_image_is_a_box_of_its_size(voc, tmp_path, capsys):
     write(voc / "a.xml", voc_xml([("cell", 1, 1, *SIZE)]))
     assert convert_to(tmp_path / "out", "voc", voc) == 0
     assert annotations_of(tmp_path / "out", "a")[0]["bbox"] == [0, 0, *SIZE]
-    assert "changed or left out" not in capsys.readouterr().out
+    assert "clipped" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -346,6 +346,89 @@ def test_a_listed_image_that_is_not_there_is_named(tmp_path, capsys):
     assert "train.txt: z" in capsys.readouterr().out
 
 
+def flat_folders(root: Path, split: str, seed: int) -> None:
+    """As Roboflow exports them: images and XML files side by side."""
+    for i, name in enumerate("ab"):
+        save_image(root / split / f"{name}.jpg", seed=seed + i)
+        write(root / split / f"{name}.xml", voc_xml([CELL]))
+
+
+def a_kit_each(root: Path, split: str, seed: int) -> None:
+    make_kit(root / split, "ab", {}, seed)
+
+
+def folders_in_one_kit(root: Path, split: str, seed: int) -> None:
+    for i, name in enumerate("ab"):
+        save_image(root / "JPEGImages" / split / f"{name}.jpg", seed=seed + i)
+        write(root / "Annotations" / split / f"{name}.xml", voc_xml([CELL]))
+
+
+def split_of_images(out: Path, root: Path) -> dict[str, set[str]]:
+    """The folder, of those that are called like splits, from which each image of a split came."""
+    origins = {}
+    for split in ("train", "val"):
+        found = [out / f"{split}2017" / name for name in boxes_of(out, split)]
+        sources = [path for place in found for path in root.rglob("*.jpg") if os.path.samefile(path, place)]
+        assert len(sources) == len(found)
+        origins[split] = {part for path in sources for part in path.relative_to(root).parts if part in FOLDERS}
+    return origins
+
+
+FOLDERS = ("train", "val", "valid", "validation", "test")
+
+
+@pytest.mark.parametrize("arrange", [flat_folders, a_kit_each, folders_in_one_kit])
+@pytest.mark.parametrize(
+    "names, flags, train, val, left_out",
+    [
+        (("train", "val", "test"), (), "train", "val", "test"),
+        (("train", "valid", "test"), (), "train", "valid", "test"),
+        (("train", "validation"), (), "train", "validation", None),
+        (("train", "test"), (), "train", "test", None),
+        (("train", "valid", "test"), ("--train_set", "train", "--val_set", "test"), "train", "test", "valid"),
+    ],
+)
+def test_folders_decide_the_splits(tmp_path, capsys, arrange, names, flags, train, val, left_out):
+    root = tmp_path / "voc"
+    for i, name in enumerate(names):
+        arrange(root, name, 10 * i)
+    assert convert_to(tmp_path / "out", "voc", root, *flags) == 0
+    assert split_of_images(tmp_path / "out", root) == {"train": {train}, "val": {val}}
+    text = capsys.readouterr().out
+    assert "drawn at random" not in text
+    assert ("in neither split: left out" in text) == bool(left_out)
+    assert left_out is None or f"{left_out}: 2 images" in text or f"{left_out}/JPEGImages: 2 images" in text
+
+
+def test_lists_go_before_folders(tmp_path):
+    kit = make_kit(tmp_path / "VOC2007", "ab", {"train": ["a", "train/a"], "val": ["val/a"]})
+    for i, name in enumerate(("train", "val")):
+        folders_in_one_kit(kit, name, 10 * (i + 1))
+    assert convert_to(tmp_path / "out", "voc", kit) == 0
+    assert set(boxes_of(tmp_path / "out", "train")) == {"a.jpg", "train/a.jpg"}
+
+
+def test_folders_that_were_asked_for_and_are_not_there_are_named(tmp_path, capsys):
+    for name in ("train", "valid"):
+        flat_folders(tmp_path / "voc", name, 0)
+    flags = ("--train_set", "train", "--val_set", "val")
+    assert convert_to(tmp_path / "out", "voc", tmp_path / "voc", *flags) == 2
+    assert "no folder val with annotated images" in (error := capsys.readouterr().err)
+    assert "lists: none; folders: train, valid" in error
+
+
+@pytest.mark.parametrize("kind", ["voc", "yolo"])
+def test_a_draw_is_told_of(kind, request, tmp_path, capsys):
+    root = request.getfixturevalue(kind)
+    if kind == "yolo":
+        write(root / "data.yaml", "train: [images/train, images/val]\nnames: [cell, plate]\n")
+    assert convert_to(tmp_path / "out", kind, root, "--val_fraction", 0.4, "--seed", 7) == 0
+    drawn, whole = (2, 4) if kind == "voc" else (1, 3)
+    text = " ".join(capsys.readouterr().out.split())
+    assert "warning 1 images drawn at random for val" in text
+    assert f"- {drawn} of {whole}, by --val_fraction 0.4 and --seed 7" in text
+
+
 def test_without_lists_the_seed_draws_the_splits(voc, tmp_path):
     drawn = {}
     for name, flags in {"0": (), "again": (), "1": ("--seed", 1), "half": ("--val_fraction", 0.5)}.items():
@@ -424,6 +507,31 @@ def test_lines_that_cannot_be_right_are_named_by_file_and_line(yolo, tmp_path, c
     assert len(annotations_of(tmp_path / "out", "a")) == 1
     printed = capsys.readouterr().out
     assert text in printed and f"{file}:3: {line}" in printed
+
+
+def make_poses(root: Path) -> None:
+    """Two keypoints an object, each with whether it is visible: 2, which is no fraction."""
+    for file in (root / "labels").rglob("*.txt"):
+        write(file, "0 0.5 0.5 0.5 0.25 0.1 0.1 2 0.9 0.9 0\n")
+    config = root / "data.yaml"
+    write(config, config.read_text() + "kpt_shape: [2, 3]\n")
+
+
+def test_boxes_of_pose_data_stand_before_the_keypoints(yolo, tmp_path):
+    make_poses(yolo)
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 0
+    assert boxes_of(tmp_path / "out", "train") == dict.fromkeys(("a.jpg", "b.jpg"), [("cell", 15, 15, 30, 10)])
+    assert annotations_of(tmp_path / "out", "a")[0]["segmentation"] == []
+
+
+@pytest.mark.parametrize("line", ["0 0.5 0.5 0.5 0.25", "0 0.5 0.5 0.5 0.25 0.1 0.1 0.9 0.9"])
+def test_pose_lines_of_another_length_are_named(yolo, tmp_path, capsys, line):
+    make_poses(yolo)
+    file = write(yolo / "labels" / "train" / "a.txt", line)
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 1
+    assert annotations_of(tmp_path / "out", "a") == []
+    text = capsys.readouterr().out
+    assert "kpt_shape" in text and f"{file}:1: {line} ({len(line.split())} numbers, for 5 and 6 of keypoints)" in text
 
 
 def test_yolo_boxes_are_clipped_and_dropped_too(yolo, tmp_path, capsys):
@@ -521,6 +629,12 @@ def test_the_same_images_in_both_splits_are_named(yolo, tmp_path, capsys):
         ("train: images/train\nnames: {1: a, 2: b}", "numbered from 0"),
         ("train: images/train\nnames: cell", "'names' must be class names"),
         ("train: images/train\nnames: [[a], [b]]", "'names' must be class names"),
+        ("train: images/train\nnames: [yes, no]", "quote the names: 'yes', 'no'"),
+        ("train: images/train\nnames: {0: cell, 1: off}", "quote the names: 'yes', 'no'"),
+        ("train: images/train\nnames: [cell]\ndate: 2024-02-30", "not a YAML file (day is out of range"),
+        ("train: " + "[" * 3000, "not a YAML file"),
+        ("train: images/train\nnames: [cell]\nkpt_shape: 17", "like [17, 3]"),
+        ("train: images/train\nnames: [cell]\nkpt_shape: [17, x]", "like [17, 3]"),
         ("train: images/train\nnames: [a, a]", "class name a stands twice"),
         ("train: images/train", "pass --classes"),
     ],
@@ -634,10 +748,11 @@ def leave_one(root: Path, out: Path) -> None:
         (remove_it, (), "no such folder"),
         (empty_the_annotations, (), "no objects are left to train on"),
         (leave_one, (), "too few to draw train and val from"),
-        (None, ("--train_set", "train", "--val_set", "val"), "no list ImageSets/Main/train.txt"),
+        (None, ("--train_set", "train", "--val_set", "val"), "no list ImageSets/Main/train.txt and no folder train"),
         (None, ("--train_set", "train"), "--train_set and --val_set go together"),
         (None, ("--classes", "a", "a"), "--classes: a stands twice"),
-        (None, ("--classes", "other"), "no objects are left to train on; objects of classes that --classes does not"),
+        (None, ("--classes", "other"), "no objects are left to train on"),
+        (None, ("--classes", "other"), "objects of classes that --classes does not list"),
         (None, ("--seed", "-1"), "--seed -1: must be 0 or more"),
     ],
 )

@@ -1,7 +1,10 @@
 """From files to batches: annotations, categories, decoding, augmentation."""
 
+import itertools
 import json
 import shutil
+import struct
+import zlib
 
 import cv2
 import numpy as np
@@ -143,6 +146,13 @@ def test_annotations_are_renumbered_and_completed(tmp_path):
         ),
         ({"annotations": [{"id": 4, "image_id": 1, "category_id": 3}]}, "bbox None"),
         ({"annotations": [5]}, "annotation 1 is no object"),
+        ({"annotations": [{"id": 4, "image_id": [1], "category_id": 3}]}, r"annotation 4 belongs to image \[1\]"),
+        ({"annotations": [{"id": 4, "image_id": 1, "category_id": {}}]}, r"annotation 4 has category \{\}"),
+        (
+            {"annotations": [{"id": 4, "image_id": 1, "category_id": 3, "bbox": [0, 0, 1, 10**400]}]},
+            "annotation 4 has bbox .* four finite numbers",
+        ),
+        ({"images": [{"id": 1, "file_name": 7}]}, "a file_name in 'images' is no text: .* 7"),
     ],
 )
 def test_annotation_faults_are_named_with_their_file(tmp_path, changes, message):
@@ -152,10 +162,15 @@ def test_annotation_faults_are_named_with_their_file(tmp_path, changes, message)
     assert str(path) in str(error.value)
 
 
-def test_broken_json_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "content, message",
+    [('{"images": [', "not a JSON file"), ("[" * 10**5, "not a JSON file"), (None, r"cannot be read \(No such file")],
+)
+def test_files_that_are_no_json_are_named(tmp_path, content, message):
     path = tmp_path / "broken.json"
-    path.write_text('{"images": [')
-    with pytest.raises(UserError, match="broken.json: not a JSON file"):
+    if content:
+        path.write_text(content)
+    with pytest.raises(UserError, match=f"broken.json: {message}"):
         load_annotations(path)
 
 
@@ -183,9 +198,18 @@ def test_boxes_without_area_are_counted(tmp_path, caplog, two_images):
         ([40, 30, 50, 50], [40, 30, 50, 40]),
     ],
 )
-@pytest.mark.parametrize("sizes_known", [False, True])
-def test_boxes_are_cut_at_the_images_edges(tmp_path, two_images, box, clipped, sizes_known):
-    size = {"width": 50, "height": 40} if sizes_known else {}
+@pytest.mark.parametrize(
+    "sizes_known, size",
+    [
+        (False, {}),
+        (True, {"width": 50, "height": 40}),
+        (True, {"width": "50", "height": "40"}),
+        (False, {"width": "fifty", "height": 40}),
+        (False, {"width": 10**400, "height": [40]}),
+        (False, {"width": -50, "height": 0}),
+    ],
+)
+def test_boxes_are_cut_at_the_images_edges(tmp_path, two_images, box, clipped, sizes_known, size):
     path = annotation_file(
         tmp_path,
         images=[{"id": 1, "file_name": "a.png", **size}],
@@ -344,6 +368,39 @@ def test_what_is_no_image_is_named(tmp_path, picture, content):
         decode_image(path)
     with pytest.raises(UserError, match=r"gone.jpg: cannot be read \(No such file"):
         decode_image(tmp_path / "gone.jpg")
+
+
+def with_a_size_of(png: bytes, width: int, height: int) -> bytes:
+    """A PNG file whose header states another size."""
+    header = b"IHDR" + struct.pack(">II", width, height) + png[24:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+
+
+def test_an_image_of_too_many_pixels_is_named(tmp_path, two_images):
+    path = tmp_path / "b.png"
+    bomb = with_a_size_of(path.read_bytes(), 60000, 60000)
+    with pytest.raises(cv2.error):
+        cv2.imdecode(np.frombuffer(bomb, np.uint8), cv2.IMREAD_COLOR)
+    path.write_bytes(bomb)
+    with pytest.raises(UserError, match="b.png: not an image that can be read whole"):
+        two_images[1]
+    with pytest.raises(UserError, match="b.png: its header does not tell"):
+        cache_images([two_images], "decoded")
+
+
+@pytest.mark.parametrize("kind, places", [("bmp", (18, 22, 28, 30)), ("tiff", (4, 8, 10, 12))])
+def test_damaged_headers_give_an_image_or_a_message(tmp_path, picture, kind, places):
+    path = tmp_path / f"damaged.{kind}"
+    picture.save(path)
+    whole, named = path.read_bytes(), 0
+    for place, value in itertools.product(places, (0, 127, 255)):
+        path.write_bytes(whole[:place] + bytes([value]) * 4 + whole[place + 4 :])
+        try:
+            assert decode_image(path).shape[0] == 3
+        except UserError as error:
+            assert f"damaged.{kind}: not an image" in str(error)
+            named += 1
+    assert named
 
 
 # Transforms ---------------------------------------------------------------------------------------------------------

@@ -10,12 +10,12 @@ loading a data set stops at the first fault, this names every kind of fault, how
 import argparse
 import hashlib
 import io
-import json
 import math
 import sys
 import textwrap
+import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,7 +29,16 @@ from tqdm import tqdm
 
 from enact_common.arguments import positive_int
 from enact_common.data.categories import LabelMap
-from enact_common.data.coco import IMAGE_SUFFIXES, decode_rgb, find_split, read_file
+from enact_common.data.coco import (
+    IMAGE_SUFFIXES,
+    decode_rgb,
+    find_split,
+    is_number,
+    missing_files,
+    read_file,
+    read_json,
+    stated_size,
+)
 from enact_common.errors import UserError, exit_status
 
 # From what ends a training, over what spoils it and what it copes with, to what is good to know.
@@ -63,7 +72,7 @@ class Finding:
         source: the split or file that has it.
         text: what it is, and what comes of it.
         count: how many cases there are.
-        examples: the first cases, or all of them.
+        examples: the first cases, or all of them; none where the text says it all and there is nothing to count.
     """
 
     severity: str
@@ -75,8 +84,8 @@ class Finding:
     def __str__(self) -> str:
         """In one line, for a log or an error message."""
         more = ", ..." if self.count > EXAMPLES else ""
-        cases = f" ({', '.join(self.examples[:EXAMPLES])}{more})" if self.examples else ""
-        return f"{self.source}: {self.text}: {self.count:,}{cases}"
+        cases = f": {self.count:,} ({', '.join(self.examples[:EXAMPLES])}{more})" if self.examples else ""
+        return f"{self.source}: {self.text}{cases}"
 
 
 def found(
@@ -91,31 +100,9 @@ def found(
 # A split as arrays ---------------------------------------------------------------------------------------------------
 
 
-def read_json(path: Path) -> dict:
-    """A JSON file's object.
-
-    Raises:
-        UserError: the file is missing, is not JSON, or holds something else.
-    """
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: not a COCO annotation file: it holds a {type(data).__name__}, not an object")
-    return data
-
-
 def is_integer(value: Any) -> bool:
     """Whether it is an integer, and no truth value."""
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a number that floating point can hold, infinite ones included."""
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1000)
 
 
 def as_numbers(rows: list, width: int) -> np.ndarray:
@@ -219,11 +206,11 @@ class Split:
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """Width and height of each image in pixels as the file says, float64 (images, 2); NaN where it does not."""
-        rows = [[image.get("width"), image.get("height")] for image in self.images]
-        sizes = as_numbers(rows, 2)
-        sizes[~(np.isfinite(sizes) & (sizes > 0)).all(axis=1)] = math.nan
-        return sizes
+        """Width and height of each image in pixels as the file says, float64 (images, 2); infinite where it does not.
+
+        Training takes them likewise.
+        """
+        return np.array([stated_size(image) for image in self.images], dtype=np.float64).reshape(-1, 2)
 
     @cached_property
     def readable(self) -> np.ndarray:
@@ -236,7 +223,7 @@ class Split:
         corners = np.concatenate((self.boxes[:, :2], self.boxes[:, :2] + self.boxes[:, 2:]), axis=1)
         bounds = np.full((len(corners), 2), math.inf)
         listed = self.image_of >= 0
-        bounds[listed] = np.nan_to_num(self.sizes[self.image_of[listed]], nan=math.inf)
+        bounds[listed] = self.sizes[self.image_of[listed]]
         return corners, corners.clip(0, np.tile(bounds, 2))
 
     @cached_property
@@ -303,14 +290,12 @@ def check_entries(split: Split) -> list[Finding]:
     twice = [name for name, count in names.items() if count > 1]
     findings += found(WARNING, source, "names that two categories share", twice, repr)
 
-    sizes = [(image.get("width"), image.get("height"), image["file_name"]) for image in split.images]
-    missing = [name for width, height, name in sizes if not (width and height)]
-    text = "images without width or height: whether boxes lie inside is not checked"
-    findings += found(WARNING, source, text, missing)
-    unknown = np.isnan(split.sizes[:, 0])
-    bad = [f"{n}: {w!r} x {h!r}" for (w, h, n), is_bad in zip(sizes, unknown, strict=True) if is_bad and w and h]
-    findings += found(ERROR, source, "images whose width or height is no number above 0", bad)
-    return findings
+    def stated(i: int) -> str:
+        width, height = (short(split.images[i].get(side, "?")) for side in ("width", "height"))
+        return f"{split.images[i]['file_name']}: {width} x {height}"
+
+    text = "images without width and height above 0: whether boxes lie inside is not checked"
+    return findings + found(WARNING, source, text, np.flatnonzero(np.isinf(split.sizes[:, 0])), stated)
 
 
 def check_ids(split: Split) -> list[Finding]:
@@ -407,28 +392,35 @@ def check_counts(split: Split, num_queries: int) -> list[Finding]:
 
 
 def check_files(split: Split) -> list[Finding]:
-    """Image files that are missing or not listed, by one listing of each folder."""
+    """Image files that are missing or not listed."""
     if not split.folder.is_dir():
         return [Finding(ERROR, split.name, f"the image folder {split.folder} is missing", 1)]
-    by_folder = defaultdict(list)
-    for image in split.images:
-        path = split.path(image)
-        by_folder[path.parent].append(path.name)
-    missing, unlisted = [], []
-    for folder, names in by_folder.items():
-        present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-        absent = [name for name in names if name not in present]
-        if absent:
-            # What another system took for the same name.
-            alike = {name.lower(): name for name in present}
-            hints = ((n, alike.get(n.lower())) for n in absent)
-            missing += [f"{folder / n}" + (f" (there is {hint})" if hint else "") for n, hint in hints]
-        extra = present - set(names)
-        unlisted += sorted(str(folder / name) for name in extra if name.lower().endswith(IMAGE_SUFFIXES))
+    paths = [split.path(image) for image in split.images]
+    missing, present = missing_files(paths)
+    # What another system took for the same name.
+    folders = {path.parent for path in missing}
+    alike = {folder / comparable(name): name for folder in folders for name in sorted(present[folder])}
+
+    def with_hint(path: Path) -> str:
+        other = alike.get(path.parent / comparable(path.name))
+        if other is None:
+            return str(path)
+        # The two look the same where they differ in how accents are stored alone, as macOS and others do.
+        looks_same = unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", path.name)
+        return f"{path} (there is {other}{', with its accents stored in another way' if looks_same else ''})"
+
+    listed = set(paths)
+    there = (folder / name for folder, names in present.items() for name in names)
+    unlisted = sorted(str(path) for path in there if path.suffix.lower() in IMAGE_SUFFIXES and path not in listed)
     return [
-        *found(ERROR, split.name, "image files that are missing", missing),
+        *found(ERROR, split.name, "image files that are missing", missing, with_hint),
         *found(NOTE, split.name, "image files that the annotations do not list: not used", unlisted),
     ]
+
+
+def comparable(name: str) -> str:
+    """A file name without what file systems disagree about: upper and lower case, and how accents are stored."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 @dataclass(frozen=True)
@@ -450,7 +442,7 @@ class StoredImage:
 
 def inspect_image(path: Path) -> StoredImage | None:
     """Read an image file whole; None where there is no such file."""
-    if not path.is_file():
+    if file_size(path) is None:
         return None
     try:
         encoded = read_file(path)
@@ -513,7 +505,7 @@ def check_images(split: Split, stored: Sequence[StoredImage | None]) -> list[Fin
         by_digest[file.digest].add(name)
         if file.orientation != 1:
             turned.append(f"{name}: {file.orientation}")
-        if not np.isnan(said[0]) and tuple(said) != file.size:
+        if np.isfinite(said[0]) and tuple(said) != file.size:
             swapped = ", which fits once EXIF's rotation is applied" if tuple(said[::-1]) == file.size else ""
             swapped = swapped if file.orientation >= 5 else ""
             sizes.append("{}: {} x {}, annotated as {:g} x {:g}{}".format(name, *file.size, *said, swapped))
@@ -532,6 +524,7 @@ def compare_splits(
     train: Split,
     val: Split,
     stored: tuple[Sequence[StoredImage | None], Sequence[StoredImage | None]] | None = None,
+    label_map: LabelMap | None = None,
 ) -> list[Finding]:
     """What two splits have in common and should not, and the other way round.
 
@@ -539,26 +532,30 @@ def compare_splits(
         train: what is learned from.
         val: what is evaluated on.
         stored: what their images' files hold, for a comparison of the pixels; None compares names and file sizes.
+        label_map: of the model, whose categories val may have; None for those of train.
     """
     source, findings = f"{train.name} and {val.name}", []
     own, other = ({c["id"]: str(c["name"]) for c in split.categories} for split in (train, val))
     if own and other:
         # COCO's labels are the same for all of its subsets.
-        labels = LabelMap.from_categories(train.categories)
+        labels, owner = (
+            label_map or LabelMap.from_categories(train.categories),
+            "the model" if label_map else train.name,
+        )
         known = {i: labels.names[label] for i, label in labels.labels().items()}
         unknown = [
-            f"{i} {short(name)!r}, in {train.name} {short(known.get(i))!r}"
+            f"{i} {short(name)!r}" + (f", in {owner} {short(known[i])!r}" if i in known else "")
             for i, name in other.items()
             if known.get(i) != name
         ]
-        findings += found(ERROR, source, f"categories that {val.name} has and {train.name} has not", unknown)
+        findings += found(ERROR, source, f"categories that {val.name} has and {owner} has not", unknown)
         unseen = [f"{i} {short(name)!r}" for i, name in own.items() if i not in other]
         findings += found(WARNING, source, f"categories that {train.name} has and {val.name} has not", unseen)
 
     named = {image["file_name"]: train.path(image) for image in train.images}
     pairs = [(named[i["file_name"]], val.path(i)) for i in val.images if i["file_name"] in named]
     if stored is None:
-        same = [str(theirs) for ours, theirs in pairs if file_size(ours) == file_size(theirs) and theirs.is_file()]
+        same = [str(theirs) for ours, theirs in pairs if file_size(ours) == file_size(theirs) is not None]
         text = "images of the same name and file size in both: evaluated on what was learned?"
         return findings + found(WARNING, source, text, same)
     learned: dict[bytes, str] = {}
@@ -576,20 +573,20 @@ def compare_splits(
 
 
 def file_size(path: Path) -> int | None:
-    """Bytes of a file; None where there is none."""
+    """Bytes of a file; None where there is none, or can be none of this name."""
     try:
         return path.stat().st_size
-    except OSError:
+    except (OSError, ValueError):
         return None
 
 
-def check_quickly(splits: Sequence[Split], num_queries: int) -> list[Finding]:
+def check_quickly(splits: Sequence[Split], num_queries: int, label_map: LabelMap | None = None) -> list[Finding]:
     """All that can be found without reading an image, the worst first within each split."""
     findings = []
     for split in splits:
         findings += by_severity(check_annotations(split, num_queries) + check_files(split))
     if len(splits) == 2:
-        findings += by_severity(compare_splits(*splits))
+        findings += by_severity(compare_splits(*splits, label_map=label_map))
     return findings
 
 
@@ -610,7 +607,11 @@ def by_severity(findings: Iterable[Finding]) -> list[Finding]:
 
 
 def quick_checks(
-    splits: Mapping[str, tuple[Path, Path]], num_queries: int, parsed: Mapping[str, dict] | None = None
+    splits: Mapping[str, tuple[Path, Path]],
+    num_queries: int,
+    parsed: Mapping[str, dict] | None = None,
+    label_map: LabelMap | None = None,
+    limited: Collection[str] = (),
 ) -> list[Finding]:
     """What a training should know before it starts, without reading an image: seconds for the whole of COCO.
 
@@ -620,6 +621,8 @@ def quick_checks(
         num_queries: of the model, which finds at most so many objects in an image.
         parsed: what is in those annotation files, for those that have been read already. Lists that were cut short
             (a limit on the images) are checked as they are.
+        label_map: of the model, where it has one already: a checkpoint's, which may have categories that train has not.
+        limited: the splits that `--limit_train` or `--limit_val` cut short.
 
     Returns:
         the faults and warnings that training goes on with; `str` of each is a line to log.
@@ -629,15 +632,18 @@ def quick_checks(
             learn from, annotations belong to nothing, or the splits' categories disagree.
     """
     parsed = parsed or {}
-    findings = check_quickly([Split(name, *paths, parsed.get(name)) for name, paths in splits.items()], num_queries)
+    read = [Split(name, *paths, parsed.get(name)) for name, paths in splits.items()]
+    findings = check_quickly(read, num_queries, label_map)
     errors = [finding for finding in findings if finding.severity == ERROR]
     if errors:
         more = f"; and {len(errors) - 1} more kinds of errors" if len(errors) > 1 else ""
         first = errors[0].source
         where = ", ".join(str(file) for name, (_, file) in splits.items() if name == first or first not in splits)
-        raise UserError(
-            f"{errors[0]}{more} [{where}]; python -m enact_common.data.checks lists everything that is wrong"
-        )
+        way_out = "; python -m enact_common.data.checks lists everything that is wrong"
+        if first in limited:
+            # Of the whole, which the command looks at, it need not be true.
+            way_out = f", in the part that --limit_{'train' if first == 'train' else 'val'} leaves"
+        raise UserError(f"{errors[0]}{more} [{where}]{way_out}")
     return [finding for finding in findings if finding.severity != NOTE]
 
 
@@ -668,7 +674,7 @@ def contents(split: Split) -> dict[str, str]:
         share = ((areas >= lower) & (areas < upper)).mean() if len(areas) else 0.0
         rows[name] = f"{share:.1%}"
         lower = upper
-    known = split.sizes[~np.isnan(split.sizes[:, 0])].astype(np.int64)
+    known = split.sizes[np.isfinite(split.sizes[:, 0])].astype(np.int64)
     if len(known):
         sizes, counts = np.unique(known, axis=0, return_counts=True)
         rows["different sizes"] = f"{len(sizes):,}"
@@ -711,14 +717,15 @@ def table_text(rows: Sequence[Sequence[str]]) -> str:
 
 
 def findings_text(findings: Sequence[Finding]) -> str:
-    """Findings with their first cases, by where they are; each with its severity and count before it."""
+    """Findings with their first cases, by where they are; each with its severity and its count, if any, before it."""
     blocks = []
     for source in dict.fromkeys(finding.source for finding in findings):
         lines = [source]
         for finding in findings:
             if finding.source != source:
                 continue
-            head = f"  {finding.severity:<8}{finding.count:>9,}  "
+            count = f"{finding.count:,}" if finding.examples else ""
+            head = f"  {finding.severity:<8}{count:>9}  "
             indent = " " * len(head)
             lines.append(textwrap.fill(finding.text, LINE_WIDTH, initial_indent=head, subsequent_indent=indent))
             lines += [f"{indent}- {example}" for example in finding.examples[:EXAMPLES]]

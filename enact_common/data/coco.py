@@ -5,9 +5,10 @@ import io
 import json
 import logging
 import math
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -62,6 +63,59 @@ def find_split(coco_path: str, split: str) -> tuple[Path, Path]:
     return images, annotations
 
 
+def read_json(path: Path) -> dict:
+    """A JSON file's object.
+
+    Raises:
+        UserError: the file is missing, is not JSON, or holds something else.
+    """
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: not a COCO annotation file: it holds a {type(data).__name__}, not an object")
+    return data
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number that floating point can hold, infinite ones included."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1000)
+
+
+def stated_size(image: dict) -> tuple[float, float]:
+    """Width and height in pixels that an entry of `images` states, as numbers or as text; infinite where it does not.
+
+    A file need not state them, so nothing but two finite numbers above 0 is taken for a size.
+    """
+    try:
+        width, height = float(image["width"]), float(image["height"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return math.inf, math.inf
+    return (width, height) if 0 < width < math.inf and 0 < height < math.inf else (math.inf, math.inf)
+
+
+def missing_files(paths: Iterable[Path]) -> tuple[list[Path], dict[Path, set[str]]]:
+    """Which files are not there, by one listing of each folder.
+
+    Returns:
+        the missing files, and of each file's folder the names in it, none where it cannot be listed.
+    """
+    missing, present = [], {}
+    for path in paths:
+        folder = path.parent
+        if folder not in present:
+            try:
+                present[folder] = set(os.listdir(folder))
+            except (OSError, ValueError):  # it is not there, or its name can be none
+                present[folder] = set()
+        if path.name not in present[folder]:
+            missing.append(path)
+    return missing, present
+
+
 def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool = False) -> dict:
     """A COCO-format annotation file, checked.
 
@@ -80,12 +134,9 @@ def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool 
     Raises:
         UserError: naming the file and the entry at fault.
     """
-    try:
-        data = json.loads(path.read_bytes())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from error
+    data = read_json(path)
     for key in ("images", "annotations", "categories") if annotated else ("images", "categories"):
-        if not isinstance(data, dict) or not isinstance(data.get(key), list):
+        if not isinstance(data.get(key), list):
             raise UserError(f"{path}: not a COCO annotation file, it has no list {key!r}")
     for key, wanted in (("images", ("id", "file_name")), ("categories", ("id", "name"))):
         if not data[key]:
@@ -95,6 +146,8 @@ def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool 
                 raise UserError(f"{path}: an entry of {key!r} lacks one of {', '.join(wanted)}: {str(entry)[:100]}")
             if not isinstance(entry["id"], int):
                 raise UserError(f"{path}: an id in {key!r} is no integer: {str(entry)[:100]}")
+            if not isinstance(entry.get("file_name", ""), str):
+                raise UserError(f"{path}: a file_name in {key!r} is no text: {str(entry)[:100]}")
         if len({entry["id"] for entry in data[key]}) < len(data[key]):
             raise UserError(f"{path}: an id stands twice in {key!r}")
 
@@ -105,17 +158,20 @@ def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool 
         if not isinstance(annotation, dict):
             raise UserError(f"{path}: annotation {number} is no object: {str(annotation)[:100]}")
         where = f"{path}: annotation {annotation.get('id', number)}"
-        if annotation.get("image_id") not in images:
-            raise UserError(f"{where} belongs to image {annotation.get('image_id')!r}, which is not in 'images'")
-        if annotation.get("category_id") not in categories:
-            raise UserError(f"{where} has category {annotation.get('category_id')!r}, which is not in 'categories'")
+        for key, words, ids, name in (
+            ("image_id", "belongs to image", images, "images"),
+            ("category_id", "has category", categories, "categories"),
+        ):
+            value = annotation.get(key)
+            # A list, say, cannot even be looked up.
+            if not isinstance(value, Hashable) or value not in ids:
+                raise UserError(f"{where} {words} {repr(value)[:100]}, which is not in {name!r}")
         box = annotation.get("bbox")
         if not (
-            isinstance(box, list)
-            and len(box) == 4
-            and all(isinstance(side, int | float) and math.isfinite(side) for side in box)
+            isinstance(box, list) and len(box) == 4 and all(is_number(side) and math.isfinite(side) for side in box)
         ):
-            raise UserError(f"{where} has bbox {box!r}: expected four finite numbers, x, y, width, height in pixels")
+            shown = str(box)[:100]
+            raise UserError(f"{where} has bbox {shown}: expected four finite numbers, x, y, width, height in pixels")
         defaults = {"iscrowd": 0, "area": max(box[2], 0) * max(box[3], 0)}
         crowd = {"iscrowd": 1} if remove_difficult and annotation.get("difficult") in (1, "1") else {}
         annotations.append({**defaults, **annotation, **crowd, "id": number})
@@ -168,9 +224,11 @@ def decode_rgb(encoded: np.ndarray, path: Path) -> np.ndarray:
     # which tells a truncated file from one with something behind its end. PIL also knows a few formats more.
     truncated_jpeg = encoded[:2].tobytes() == b"\xff\xd8" and encoded[-2:].tobytes() != b"\xff\xd9"
     if len(encoded) and not truncated_jpeg:
-        bgr = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)  # (height, width, 3)
-        if bgr is not None:
-            return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+        # What OpenCV has no reader for gives None; too many pixels and some damage raise. PIL decides on both.
+        with contextlib.suppress(cv2.error):
+            bgr = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)  # (height, width, 3)
+            if bgr is not None:
+                return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
     try:
         return np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -247,23 +305,15 @@ class CocoDetection(Dataset):
         self.check_files()
         self._cache: Sequence[Tensor] | None = None
         # Files need not say how large their images are; boxes are clipped once more when an image is read.
-        sizes = [(image.get("width") or math.inf, image.get("height") or math.inf) for image in images]
-        self.pack(annotations["annotations"], np.array(sizes, dtype=np.float64))
+        self.pack(annotations["annotations"], np.array([stated_size(image) for image in images]))
 
     def check_files(self) -> None:
-        """Refuse a data set whose image files are not all there, by one listing of each folder."""
-        by_folder = defaultdict(list)
-        for name in self.file_names:
-            path = self.image_folder / name
-            by_folder[path.parent].append(path.name)
-        missing = []
-        for folder, names in by_folder.items():
-            present = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-            missing += [folder / name for name in names if name not in present]
+        """Refuse a data set whose image files are not all there."""
+        missing, _ = missing_files(self.path(i) for i in range(len(self)))
         if missing:
             raise UserError(
                 f"{self.annotation_file}: {len(missing)} of its {len(self.file_names)} image files are missing, "
-                f"{missing[0]} first"
+                f"{missing[0]} first; python -m enact_common.data.checks names them, and what is there instead"
             )
 
     def pack(self, annotations: list[dict], sizes: np.ndarray) -> None:

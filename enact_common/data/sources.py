@@ -4,6 +4,7 @@
 layout of it.
 """
 
+import argparse
 import math
 from collections import defaultdict
 from collections.abc import Callable
@@ -12,9 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from enact_common.data.checks import FAULT, Finding
+from enact_common.data.checks import FAULT, WARNING, Finding
 from enact_common.data.coco import IMAGE_SUFFIXES
 from enact_common.errors import UserError
+
+DRAWN = WARNING, "images drawn at random for val, as the data name none: copies of one picture may be in both splits"
 
 
 class Issues:
@@ -87,21 +90,23 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
 
 
-def divide(items: list[Item], val_fraction: float, seed: int) -> dict[str, list[Item]]:
+def divide(items: list[Item], args: argparse.Namespace, issues: Issues) -> dict[str, list[Item]]:
     """Items drawn at random for "train" and "val", each in its old order.
 
     Args:
         items: two or more.
-        val_fraction: share of "val", in (0, 1); each split gets one item at least.
-        seed: decides the draw, 0 or more.
+        args: of the command line: `val_fraction`, the share of "val" in (0, 1), where each split gets one item at
+            least, and `seed`, which decides the draw.
+        issues: is told of the draw.
 
     Raises:
         UserError: there is less than one for each.
     """
     if len(items) < 2:
         raise UserError(f"found {len(items)} annotated images: too few to draw train and val from")
-    size = min(max(round(len(items) * val_fraction), 1), len(items) - 1)
-    drawn = set(np.random.default_rng(seed).permutation(len(items))[:size].tolist())
+    size = min(max(round(len(items) * args.val_fraction), 1), len(items) - 1)
+    drawn = set(np.random.default_rng(args.seed).permutation(len(items))[:size].tolist())
+    issues.add(DRAWN, f"{size} of {len(items)}, by --val_fraction {args.val_fraction:g} and --seed {args.seed}")
     return {
         "train": [item for i, item in enumerate(items) if i not in drawn],
         "val": [item for i, item in enumerate(items) if i in drawn],

@@ -4,7 +4,7 @@ As the PASCAL VOC 2007 development kit has it: pixels are counted from 1, and a 
 """
 
 import argparse
-from collections import defaultdict
+from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -22,8 +22,8 @@ from enact_common.data.sources import (
 )
 from enact_common.errors import UserError
 
-# Lists of ImageSets/Main to train and to evaluate on, the first pair that is there.
-SETS = (("train", "val"), ("trainval", "test"), ("train", "test"))
+# Lists of ImageSets/Main, or else folders of images, to train and to evaluate on: the first pair that is there.
+SETS = (("train", "val"), ("train", "valid"), ("train", "validation"), ("trainval", "test"), ("train", "test"))
 
 WRONG_SIZE = WARNING, "XML files with no image size, or with another than the image's, which counts"
 FROM_ZERO = WARNING, "boxes with a coordinate 0, where VOC counts from 1: are they --zero_based?"
@@ -32,6 +32,7 @@ BAD_XML = FAULT, "XML files that cannot be read: left out with their images"
 BAD_OBJECT = FAULT, "objects without a name or four numbers: dropped"
 NO_IMAGE = FAULT, "XML files without an image of their own: left out"
 AMBIGUOUS = FAULT, "XML files that fit several images: left out"
+IN_NEITHER = WARNING, "folders with images that are in neither split: left out"
 NOT_THERE = FAULT, "names in a split's list that have no image: left out"
 
 
@@ -42,13 +43,15 @@ Lists = dict[str, list[tuple[str, Path | None]]]
 def find_voc(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
     """The images and XML files of VOC2007's layout, of a folder of such folders, or of any other folder.
 
+    Lists in ImageSets/Main make the splits; or folders called train and val, at whatever depth; or a random draw.
+
     Args:
         root: the folder.
         args: `train_set`, `val_set`, `val_fraction`, `seed`, `classes` and `zero_based` of the command line.
         issues: takes what is amiss.
 
     Raises:
-        UserError: there are no XML files with images, or not the lists that were asked for.
+        UserError: there are no XML files with images, or not the lists or folders that were asked for.
     """
     kits = [root] if (root / "Annotations").is_dir() else sorted(path.parent for path in root.glob("*/Annotations"))
     items: dict[Path, Item] = {}
@@ -133,30 +136,46 @@ def read_lists(folder: Path, image_folder: Path, images: list[Path]) -> Lists:
 def choose(
     root: Path, items: dict[Path, Item], lists: Lists, args: argparse.Namespace, issues: Issues
 ) -> dict[str, list[Item]]:
-    """The items of "train" and "val": by lists, or drawn at random where lists do not say.
+    """The items of "train" and "val": by lists, by folders, or drawn at random where neither say.
 
     Raises:
-        UserError: a list that was asked for is not there.
+        UserError: a list or folder that was asked for is not there.
     """
-    asked = (args.train_set, args.val_set)
-    missing = [name for name in asked if name and name not in lists]
+    listed = {name: [image for _, image in entries] for name, entries in lists.items()}
+    folders: dict[str, list[Path | None]] = defaultdict(list)
+    for image in items:
+        for name in set(image.relative_to(root).parts[:-1]):
+            folders[name].append(image)
+    asked, named = (args.train_set, args.val_set), folders | listed
+    missing = [name for name in asked if name and name not in named]
     if missing:
-        there = f"has {', '.join(sorted(lists))}" if lists else "has none"
-        raise UserError(f"{root}: no list ImageSets/Main/{missing[0]}.txt (--train_set, --val_set); it {there}")
+        there = f"lists: {', '.join(sorted(lists)) or 'none'}; folders: {', '.join(sorted(folders)) or 'none'}"
+        raise UserError(
+            f"{root}: no list ImageSets/Main/{missing[0]}.txt and no folder {missing[0]} with annotated images "
+            f"(--train_set, --val_set); {there}"
+        )
 
-    def listed(name: str) -> list[Item]:
-        for where, image in lists[name]:
-            if image is None:
-                issues.add(NOT_THERE, where)
-        chosen = dict.fromkeys(image for _, image in lists[name])
+    def part(name: str, places: dict[str, list[Path | None]]) -> list[Item]:
+        if places is not folders:
+            for where, image in lists.get(name, ()):
+                if image is None:
+                    issues.add(NOT_THERE, where)
         # An image that is listed but has no XML file was reported before.
-        return [items[image] for image in chosen if image in items]
+        return [items[image] for image in dict.fromkeys(places[name]) if image in items]
 
-    names = next((sets for sets in (asked, *SETS) if all(name in lists for name in sets)), None)
+    choices = [(asked, named)] if all(asked) else [(sets, places) for places in (listed, folders) for sets in SETS]
+    names, places = next(
+        ((names, places) for names, places in choices if all(name in places for name in names)), (None, None)
+    )
     if names:
-        return {"train": listed(names[0]), "val": listed(names[1])}
-    whole = next((name for name in ("trainval", "train") if name in lists), None)
-    return divide(listed(whole) if whole else list(items.values()), args.val_fraction, args.seed)
+        splits = {split: part(name, places) for split, name in zip(("train", "val"), names, strict=True)}
+    else:
+        whole = next((name for name in ("trainval", "train") if name in listed), None)
+        splits = divide(part(whole, listed) if whole else list(items.values()), args, issues)
+    others = items.keys() - {item.image for own in splits.values() for item in own}
+    for folder, count in sorted(Counter(image.parent for image in others).items()):
+        issues.add(IN_NEITHER, f"{folder}: {count} images")
+    return splits
 
 
 class NoDoctype(ElementTree.TreeBuilder):

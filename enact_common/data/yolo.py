@@ -1,10 +1,12 @@
 """Data sets in the format of YOLO: a text file an image, a line an object.
 
 A line is `class x y width height`, the centre and size of a box, or `class x y x y ...`, the outline of an object, in
-fractions of the image's width and height, as Darknet and Ultralytics YOLO have them.
+fractions of the image's width and height, as Darknet and Ultralytics YOLO have them. In pose data, of which data.yaml
+says `kpt_shape`, each box has the numbers of its keypoints behind it, which are left out.
 """
 
 import argparse
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,7 @@ VAL_NAMES = ("val", "valid", "validation")
 FRACTION_SLACK = 1e-3
 
 BAD_LINE = FAULT, "lines that are no box and no outline: dropped"
+BAD_POSE = FAULT, "lines that are no box with the keypoints of data.yaml's kpt_shape: dropped"
 BAD_CLASS = FAULT, "lines with a class number that has no name: dropped"
 NO_FRACTION = FAULT, "lines with numbers outside 0 to 1, no fractions of the image: dropped"
 BAD_FILE = FAULT, "label files that cannot be read: left out with their images"
@@ -50,11 +53,11 @@ def find_yolo(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
     Raises:
         UserError: there are no images, no class names, or a file that the YAML names is missing.
     """
-    config, names = find_yaml(root), args.classes
+    config, names, keypoints = find_yaml(root), args.classes, 0
     if config:
         root, data = config.parent, load_yaml(config)
         splits, own_names = yaml_splits(config, data, args), yaml_names(config, data, issues)
-        names = names or own_names
+        names, keypoints = names or own_names, yaml_keypoints(config, data)
     else:
         splits = yolo_folders(root, args)
     names = names or class_names(root)
@@ -68,11 +71,11 @@ def find_yolo(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
             folders.add((label.parent, image.parent))
             if image.is_file() and not label.is_file():
                 issues.add(NO_LABELS, str(image))
-            items[split].append(Item(image, partial(read_yolo, label, names, issues)))
+            items[split].append(Item(image, partial(read_yolo, label, names, keypoints, issues)))
     for path in stray_labels(folders):
         issues.add(STRAY_LABELS, str(path))
     if "val" not in items:
-        items = divide(items["train"], args.val_fraction, args.seed)
+        items = divide(items["train"], args, issues)
     return Source(items, names)
 
 
@@ -101,7 +104,7 @@ def load_yaml(config: Path) -> dict:
         raise UserError(f"{config}: reading it needs PyYAML: pip install 'enact-detection[yolo]'") from error
     try:
         data = yaml.safe_load(read_text(config))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-02-30, say, which would be a date
         raise UserError(f"{config}: not a YAML file ({' '.join(str(error).split())})") from error
     if not isinstance(data, dict):
         raise UserError(f"{config}: does not describe a data set; expected the keys train, val and names")
@@ -144,12 +147,28 @@ def yaml_names(config: Path, data: dict, issues: Issues) -> list[str] | None:
         if set(names) != set(range(len(names))):
             raise UserError(f"{config}: 'names' must be numbered from 0 on without a gap")
         names = [names[i] for i in range(len(names))]
+    if isinstance(names, list) and any(isinstance(name, bool) for name in names):
+        raise UserError(f"{config}: 'names' has what YAML takes for true or false; quote the names: 'yes', 'no'")
     if not (isinstance(names, list) and names and all(isinstance(name, str | int | float) for name in names)):
         raise UserError(f"{config}: 'names' must be class names, in a list or numbered from 0")
     said = data.get("nc", len(names))
     if isinstance(said, int) and said != len(names):
         issues.add(NAME_COUNT, f"{config}: nc {said}, {len(names)} names")
     return [str(name) for name in names]
+
+
+def yaml_keypoints(config: Path, data: dict) -> int:
+    """How many numbers the keypoints of an object take in a label line; 0 where the data are no poses.
+
+    Raises:
+        UserError: kpt_shape is something else than the number of keypoints and of the values of each.
+    """
+    shape = data.get("kpt_shape")
+    if shape is None:
+        return 0
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
+        raise UserError(f"{config}: 'kpt_shape' must be the numbers of keypoints and of values of each, like [17, 3]")
+    return math.prod(shape)
 
 
 def yaml_images(config: Path, base: Path, entry: str) -> list[Path]:
@@ -244,12 +263,15 @@ def stray_labels(folders: set[tuple[Path, Path]]) -> list[Path]:
     return sorted(path for path in labels if path.parent in own and (path.parent, path.stem) not in stems)
 
 
-def read_yolo(label: Path, names: list[str], issues: Issues, width: int, height: int) -> list[Object] | None:
+def read_yolo(
+    label: Path, names: list[str], keypoints: int, issues: Issues, width: int, height: int
+) -> list[Object] | None:
     """The objects in a label file.
 
     Args:
         label: the file; one that is missing means an image without objects.
         names: of the classes.
+        keypoints: numbers behind each box; 0 for data that are no poses, where lines may be outlines.
         issues: takes what is amiss.
         width, height: of the image in pixels, as stored.
 
@@ -270,12 +292,16 @@ def read_yolo(label: Path, names: list[str], issues: Issues, width: int, height:
             continue
         numbers = [number_or_none(word) for word in words]
         shown = f"{where}: {line.strip()[:80]}"
-        polygon = len(words) >= 7 and len(words) % 2 == 1
-        if None in numbers or not (len(words) == 5 or polygon) or numbers[0] != int(numbers[0]):
-            hint = " (a sixth number: a score, so a detection rather than a label?)" if len(words) == 6 else ""
-            issues.add(BAD_LINE, shown + hint)
+        polygon = not keypoints and len(words) >= 7 and len(words) % 2 == 1
+        if None in numbers or not (len(words) == 5 + keypoints or polygon) or numbers[0] != int(numbers[0]):
+            hint = ""
+            if keypoints:
+                hint = f" ({len(words)} numbers, for 5 and {keypoints} of keypoints)"
+            elif len(words) == 6:
+                hint = " (a sixth number: a score, so a detection rather than a label?)"
+            issues.add(BAD_POSE if keypoints else BAD_LINE, shown + hint)
             continue
-        label_index, fractions = int(numbers[0]), numbers[1:]
+        label_index, fractions = int(numbers[0]), numbers[1:] if polygon else numbers[1:5]
         if not 0 <= label_index < len(names):
             issues.add(BAD_CLASS, f"{shown} (there are {len(names)} names)")
             continue
