@@ -265,7 +265,7 @@ class Run:
             parts = {split: dataset.coco_api().dataset for split, (dataset, limit) in datasets.items() if limit}
             files = {split: (data.image_folder, data.annotation_file) for split, (data, _) in datasets.items()}
             try:
-                for finding in quick_checks(files, self.model.num_queries, parts):
+                for finding in quick_checks(files, self.model.num_queries, parts, self.label_map, parts):
                     logger.info("data: %s", finding)
             except UserError as error:
                 problem = str(error)
