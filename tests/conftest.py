@@ -92,6 +92,11 @@ def run(variant: str, *argv: str) -> int:
     )
 
 
+def train(variant: str, shapes: Path, output: Path, *argv) -> int:
+    """Train a small model of a variant on the shapes; the exit status."""
+    return run(variant, "--coco_path", shapes, "--output_dir", output, *SMALL_MODEL[variant], *argv)
+
+
 # What an epoch cost, in `log.txt`: no two runs agree on it.
 COST = ("train_seconds", "test_seconds", "peak_memory_gib")
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import SMALL_MODEL, assert_close, build, parse, read_log, run
+from conftest import SMALL_MODEL, assert_close, build, parse, read_log, run, train
 from torch import nn
 
 from enact_common import UserError, clustering
@@ -23,11 +23,6 @@ from enact_common.variants import VARIANTS
 # Token attention, where the variant has a choice.
 TOKENS = {"detr": [], "conditional": [], "anchor": ["--attention_type", "nn.MultiheadAttention"]}
 LABELS = LabelMap((1, 2, 3), ("red", "green", "blue"))
-
-
-def train(variant, shapes, output, *argv):
-    """Train a small model of a variant on the shapes; the exit status."""
-    return run(variant, "--coco_path", shapes, "--output_dir", output, *SMALL_MODEL[variant], *argv)
 
 
 def small(variant, *argv):

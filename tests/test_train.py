@@ -22,7 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_MODEL, build, parse, read_log, run
+from conftest import SMALL_MODEL, build, parse, read_log, train
 
 from enact_common import UserError
 from enact_common.checkpoint import check_model_flags, load_checkpoint, optimizer_state_by_name, save_checkpoint
@@ -35,11 +35,6 @@ from enact_common.optimization import Optimization, build_optimization, learning
 from enact_common.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def train(variant, shapes, output, *argv):
-    """Train a small model of a variant on the shapes; the exit status."""
-    return run(variant, "--coco_path", shapes, "--output_dir", output, *SMALL_MODEL[variant], *argv)
 
 
 @pytest.fixture(scope="module")
