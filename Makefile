@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VARIANT ?= conditional
+JOBS ?= 2
 
 python := $(VENV)/bin/python
 # Notes that the environment is ready, and for which checkout: an editable install points to one folder,
@@ -14,12 +15,12 @@ other_checkout := $(if $(filter-out "$(CURDIR)","$(shell cat $(stamp) 2>/dev/nul
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1:/p' Makefile | awk -F: '{ printf "  make %-9s%s\n", $$1, $$2 }'
 	@echo "Settings, with their present values:"
-	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  VARIANT=$(VARIANT)"
+	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  VARIANT=$(VARIANT)  JOBS=$(JOBS)"
 
 install: $(stamp)  ## make the environment and install the package into it
 
-test: $(stamp)  ## run the tests
-	$(python) -m pytest
+test: $(stamp)  ## run the tests, in JOBS processes
+	$(python) -m pytest -n $(JOBS)
 
 lint: $(stamp)  ## check the code with ruff
 	$(python) -m ruff check .
