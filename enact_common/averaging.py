@@ -41,8 +41,9 @@ class WeightAverage:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps)) if self.steps > 1 else 0.0
         # All at once: a GPU runs one kernel for many tensors.
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
-        for averaged, buffer in zip(self.model.buffers(), model.buffers(), strict=True):
-            averaged.copy_(buffer)
+        buffers = list(model.buffers())
+        if buffers:
+            torch._foreach_copy_(list(self.model.buffers()), buffers)
 
     def load(self, weights: dict[str, torch.Tensor], steps: int) -> None:
         """Go on with an average of earlier steps."""
