@@ -1,7 +1,7 @@
 """The images of data sets held in memory, as files or decoded, where worker processes share them (`--cache_mode`)."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -54,7 +54,8 @@ class ImageCache:
 def cache_images(datasets: Sequence[CocoDetection], mode: str) -> None:
     """Read the images of data sets into memory; from then on they are taken from there.
 
-    A file that several data sets have is held once.
+    A file that several data sets have is held once. One that cannot be read is an error, or is noted in the data sets
+    as unreadable where all that have it go on without (`on_unreadable`).
 
     Args:
         datasets: whose images; call this before their worker processes start.
@@ -62,12 +63,31 @@ def cache_images(datasets: Sequence[CocoDetection], mode: str) -> None:
             no decoding in every epoch.
 
     Raises:
-        UserError: a file cannot be read, or all of them together are larger than this machine's memory, which is
-            found out before any is read.
+        UserError: a file cannot be read, or most cannot where single ones may be unreadable; or all of them together
+            are larger than this machine's memory, which is found out before any is read.
     """
-    measure, read = (pixels_shape, read_pixels) if mode == "decoded" else (file_shape, read_encoded)
+    measure, read, nothing = (
+        (pixels_shape, read_pixels, (3, 0, 0)) if mode == "decoded" else (file_shape, read_encoded, (0,))
+    )
     paths_of = [[dataset.path(i) for i in range(len(dataset))] for dataset in datasets]
     paths = list(dict.fromkeys(chain.from_iterable(paths_of)))
+    needed = {
+        path
+        for dataset, own in zip(datasets, paths_of, strict=True)
+        if dataset.on_unreadable == "raise"
+        for path in own
+    }
+    failed: dict[Path, UserError] = {}
+
+    def attempt(step: Callable, path: Path, *args):
+        try:
+            return step(path, *args)
+        except UserError as error:
+            if path in needed:
+                raise
+            failed[path] = error
+            return None
+
     folders = " and ".join(dict.fromkeys(dataset.image_folder.name for dataset in datasets))
     # Formats are registered here: PIL, which does so at its first need, fails where two threads have it at once.
     Image.init()
@@ -76,7 +96,8 @@ def cache_images(datasets: Sequence[CocoDetection], mode: str) -> None:
     cv2.setNumThreads(0)
     try:
         with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-            shapes = torch.tensor(list(pool.map(measure, paths)), dtype=torch.int64)
+            measured = pool.map(lambda path: attempt(measure, path) or nothing, paths)
+            shapes = torch.tensor(list(measured), dtype=torch.int64)
             sizes = shapes.prod(dim=1)
             ends = sizes.cumsum(0)
             check_memory(int(ends[-1]), mode)
@@ -84,7 +105,9 @@ def cache_images(datasets: Sequence[CocoDetection], mode: str) -> None:
 
             def load(i: int) -> None:
                 place = cache[i].numpy()
-                np.copyto(place, read(paths[i], place.shape))
+                content = None if paths[i] in failed else attempt(read, paths[i], place.shape)
+                if content is not None:
+                    np.copyto(place, content)
 
             title = f"reading {folders} into memory"
             progress = Progress(paths, title, images_per_step=1, print_freq=max(len(paths) // 10, 1))
@@ -97,7 +120,8 @@ def cache_images(datasets: Sequence[CocoDetection], mode: str) -> None:
         cv2.setNumThreads(opencv_threads)
     index = {path: i for i, path in enumerate(paths)}
     for dataset, own in zip(datasets, paths_of, strict=True):
-        dataset.set_cache(cache.select(torch.tensor([index[path] for path in own])))
+        own_failed = {i: failed[path] for i, path in enumerate(own) if path in failed}
+        dataset.set_cache(cache.select(torch.tensor([index[path] for path in own])), own_failed)
 
 
 def file_shape(path: Path) -> tuple[int]:

@@ -34,6 +34,15 @@ IMAGE_SUFFIXES = (
 
 LAYOUT = "expected <coco_path>/{split}2017 or <coco_path>/images/{split}2017, and <coco_path>/annotations/{file}"
 
+# What becomes of an item whose image cannot be read: an error; another item in its place; None.
+ON_UNREADABLE = ("raise", "replace", "leave out")
+
+# Of an image: not tried yet, read, could not be read.
+UNTRIED, READ, UNREADABLE = range(3)
+
+# Unreadable images that make one suspect the whole data set, not them.
+MANY = 8
+
 # The test images have no annotations. COCO's server takes results on the smaller list, test-dev.
 TEST_FILES = ("image_info_test-dev2017.json", "image_info_test2017.json")
 
@@ -258,6 +267,9 @@ class CocoDetection(Dataset):
 
     Crowd annotations are left out of the targets; boxes without area inside the image are dropped and counted.
 
+    Which images could not be read is remembered, by all worker processes together, and they are not tried again. Which
+    item takes the place of one depends on the seed, the epoch and the item alone, too.
+
     Args:
         image_folder: where the files are.
         annotation_file: COCO-format JSON.
@@ -268,6 +280,7 @@ class CocoDetection(Dataset):
         seed: of the augmentation.
         annotated: False for a list of test images, whose targets have no boxes.
         remove_difficult: treat annotations marked as difficult as crowds.
+        on_unreadable: one of `ON_UNREADABLE`.
 
     Raises:
         UserError: the annotations are at fault, do not fit the label map, or image files are missing.
@@ -284,8 +297,12 @@ class CocoDetection(Dataset):
         seed: int = 0,
         annotated: bool = True,
         remove_difficult: bool = False,
+        on_unreadable: str = "raise",
     ):
+        if on_unreadable not in ON_UNREADABLE:
+            raise ValueError(f"on_unreadable must be one of {', '.join(ON_UNREADABLE)}, got {on_unreadable!r}")
         self.annotated = annotated
+        self.on_unreadable = on_unreadable
         self.remove_difficult = remove_difficult
         annotations = load_annotations(Path(annotation_file), annotated, remove_difficult)
         if label_map is None:
@@ -304,6 +321,7 @@ class CocoDetection(Dataset):
         self.file_names = [image["file_name"] for image in images]
         self.check_files()
         self._cache: Sequence[Tensor] | None = None
+        self._state = torch.full((len(self.image_ids),), UNTRIED, dtype=torch.uint8).share_memory_()
         # Files need not say how large their images are; boxes are clipped once more when an image is read.
         self.pack(annotations["annotations"], np.array([stated_size(image) for image in images]))
 
@@ -351,13 +369,20 @@ class CocoDetection(Dataset):
         """An item's image file."""
         return self.image_folder / self.file_names[index]
 
-    def set_cache(self, cache: Sequence[Tensor]) -> None:
+    def set_cache(self, cache: Sequence[Tensor], failed: dict[int, UserError]) -> None:
         """Take the images from memory from now on.
 
         Args:
             cache: of each item its file, uint8 (bytes,), or its pixels, uint8 (3, height, width).
+            failed: the items that could not be read, and why.
+
+        Raises:
+            UserError: most of them could not.
         """
         self._cache = cache
+        self._state.fill_(READ)
+        for index, error in failed.items():
+            self.note_unreadable(index, error)
 
     def image(self, index: int) -> Tensor:
         """An item's image as it is stored, uint8 (3, height, width), from the disk or from the cache.
@@ -373,6 +398,54 @@ class CocoDetection(Dataset):
         # an item that is a part of it.
         return cached.clone() if cached.ndim == 3 else decode_bytes(cached.numpy(), path)
 
+    def image_or_none(self, index: int) -> Tensor | None:
+        """`image`; None where it cannot be read and that is no error here.
+
+        Raises:
+            UserError: it cannot be read, and `on_unreadable` is "raise", or most images that were tried cannot be.
+        """
+        if self.on_unreadable == "raise":
+            return self.image(index)
+        if self._state[index] == UNREADABLE:
+            return None
+        try:
+            image = self.image(index)
+        except UserError as error:
+            self.note_unreadable(index, error)
+            return None
+        self._state[index] = READ
+        return image
+
+    def note_unreadable(self, index: int, error: UserError) -> None:
+        """Let an item's image not be tried any more.
+
+        Args:
+            index: the item.
+            error: why.
+
+        Raises:
+            UserError: most images that were tried cannot be read, and they are many, or most of all.
+        """
+        self._state[index] = UNREADABLE
+        tried, bad = int((self._state != UNTRIED).sum()), int((self._state == UNREADABLE).sum())
+        if 2 * bad > tried and (bad >= MANY or 2 * bad > len(self)):
+            raise UserError(
+                f"{self.image_folder}: {bad} of {tried} images that were tried cannot be read, the last one being "
+                f"{error}; python -m enact_common.data.checks names them all"
+            ) from error
+
+    def unreadable(self) -> list[int]:
+        """The items whose images could not be read so far."""
+        return (self._state == UNREADABLE).nonzero().flatten().tolist()
+
+    def why_unreadable(self, index: int) -> str:
+        """In words that begin with the file, why an item's image cannot be read."""
+        try:
+            decode_image(self.path(index))
+        except UserError as error:
+            return str(error)
+        return f"{self.path(index)}: could not be read, though it can be now"
+
     @property
     def num_objects(self) -> int:
         """Boxes in all targets together."""
@@ -381,16 +454,27 @@ class CocoDetection(Dataset):
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]] | None:
         """One image, as `transforms` leaves it (with ours uint8 (3, h, w)), and its target.
 
         The target has `image_id` int64 (1,); `orig_size` and `size` int64 (2,), (height, width) in pixels as stored
         and as given; `labels` int64 (n,) and `boxes` float32 (n, 4) cxcywh in [0, 1].
 
+        Of an image that cannot be read, what `on_unreadable` says.
+
         Raises:
-            UserError: the image cannot be read.
+            UserError: as `image_or_none`.
         """
-        image = tv_tensors.Image(self.image(index))
+        pixels, attempts = self.image_or_none(index), 0
+        while pixels is None:
+            if self.on_unreadable == "leave out":
+                return None
+            # Ends at the latest when most images were found unreadable.
+            attempts += 1
+            with seeded(self.seed, int(self._epoch), index, attempts):
+                index = int(torch.randint(len(self), ()))
+            pixels = self.image_or_none(index)
+        image = tv_tensors.Image(pixels)
         height, width = image.shape[-2:]
         objects = slice(self._first[index], self._first[index + 1])
         boxes = tv_tensors.BoundingBoxes(self._boxes[objects].clone(), format="XYXY", canvas_size=(height, width))
@@ -421,7 +505,15 @@ class CocoDetection(Dataset):
         return coco
 
 
-def collate(items: list[tuple[Tensor, dict[str, Tensor]]]) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
-    """A padded batch of images, uint8 where `to_model_input` ended their transforms, and the list of their targets."""
+def collate(
+    items: list[tuple[Tensor, dict[str, Tensor]] | None],
+) -> tuple[NestedTensor, list[dict[str, Tensor]]] | None:
+    """A padded batch of images, uint8 where `to_model_input` ended their transforms, and the list of their targets.
+
+    Items that are None are left out; None where that leaves nothing.
+    """
+    items = [item for item in items if item is not None]
+    if not items:
+        return None
     images, targets = zip(*items, strict=True)
     return nested_tensor_from_tensor_list(list(images)), list(targets)
