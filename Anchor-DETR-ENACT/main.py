@@ -40,6 +40,7 @@ def get_args_parser() -> VariantParser:
     )
     add_focal_flags(parser)
     parser.set_defaults(
+        published_batch=4,
         coco_path="/data/coco", dilation=True, smoothing_sigma=5.0, dim_feedforward=1024, dropout=0.0, batch_size=1,
         epochs=50, lr_drop=40,
     )  # fmt: skip

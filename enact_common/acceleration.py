@@ -18,6 +18,9 @@ logger = logging.getLogger("enact")
 # What `torch.compile` calls its default.
 BACKEND = "inductor"
 
+# Norms that train, alone or with those of other processes.
+BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
 # Of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
@@ -88,7 +91,7 @@ def checkpoint_activations(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, Recomputed):
-            module.recompute = not any(isinstance(part, nn.BatchNorm2d) for part in module.modules())
+            module.recompute = not any(isinstance(part, BATCH_NORMS) for part in module.modules())
 
 
 def compile_parts(model: nn.Module, device: torch.device) -> None:

@@ -149,6 +149,8 @@ def common_parser(description: str) -> VariantParser:
         description: the first line of `--help`.
     """
     parser = VariantParser(description=description, formatter_class=HelpFormatter)
+    # Images a step in the published trainings with ENACT: no flag, what the start says of the learning rate.
+    parser.set_defaults(published_batch=8)
     add_data_flags(parser.add_argument_group("data"))
     add_model_flags(parser.add_argument_group(MODEL))
     add_loss_flags(parser.add_argument_group(LOSSES))
@@ -237,6 +239,11 @@ def add_data_flags(group) -> None:
         help="read the images once and hold them in memory, once for each process of torchrun: the files as they are "
         "(encoded, also where no word follows), or their pixels (decoded), five to ten times as large but not "
         "decoded again in every epoch; default: read anew each time",
+    )  # fmt: skip
+    group.add_argument(
+        "--strict_data", action="store_true",
+        help="end at the first image that cannot be read; default: train on another one in its place, count its "
+        "objects as not found in evaluation, and end where most images cannot be read",
     )  # fmt: skip
     group.add_argument(
         "--no_augmentation", dest="augmentation", action="store_false",
@@ -381,6 +388,10 @@ def add_training_flags(group) -> None:
         help="largest gradient norm; 0 does not clip",
     )
     group.add_argument(
+        "--sync_bn", action="store_true",
+        help="batch norms that train (--backbone_norm batch) take the mean and variance of all processes' images",
+    )  # fmt: skip
+    group.add_argument(
         "--amp", choices=tuple(AMP_DTYPE), default="none", help="mixed precision; fp16 scales the loss and needs a GPU"
     )
     group.add_argument(
@@ -430,6 +441,19 @@ def add_run_flags(group) -> None:
     group.add_argument("--eval", action="store_true", help="evaluate and end")
     group.add_argument("--num_workers", default=2, type=natural_int, metavar="N", help="processes that load images")
     group.add_argument(
+        "--save_every", default=100, type=positive_int, metavar="EPOCHS",
+        help="beside checkpoint.pth, which each epoch replaces, keep a numbered one after every so many, and before "
+        "the learning rate drops",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep", type=positive_int, metavar="N", help="numbered checkpoints that stay, the latest; default: all"
+    )
+    group.add_argument(
+        "--save_every_steps", default=0, type=natural_int, metavar="STEPS",
+        help="replace checkpoint.pth within the epoch, too, after every so many steps of the optimizer; 0: at epochs' "
+        "ends alone, and when SIGTERM or SIGUSR1 asks the run to stop",
+    )  # fmt: skip
+    group.add_argument(
         "--eval_every",
         default=1,
         type=positive_int,
@@ -441,6 +465,10 @@ def add_run_flags(group) -> None:
     )
     group.add_argument("--world_size", default=1, type=positive_int, metavar="N", help="processes; torchrun sets it")
     group.add_argument("--dist_url", default="env://", help="where processes meet")
+    group.add_argument(
+        "--dist_timeout", default=30, type=positive_int, metavar="MINUTES",
+        help="after which a process that waits for another one gives up",
+    )  # fmt: skip
 
 
 def check_arguments(args) -> None:
@@ -482,6 +510,12 @@ def check_arguments(args) -> None:
         )
     if args.backbone_norm == "batch" and args.backbone_weights == "none" and args.lr_backbone <= 0:
         raise UserError("--lr_backbone 0 would leave a backbone of random weights untrained: pass a rate, 1e-4 say")
+    if args.sync_bn and args.backbone_norm != "batch":
+        raise UserError(
+            f"--sync_bn has nothing to do with --backbone_norm {args.backbone_norm}: no batch norm trains; leave it out"
+        )
+    if args.save_every_steps and not args.output_dir:
+        raise UserError("--save_every_steps needs a folder for the checkpoints: pass --output_dir DIR")
     if args.auto_resume and not args.output_dir:
         raise UserError("--auto_resume needs the folder to go on in: pass --output_dir DIR")
     if args.eval_set == "test" and not args.eval:

@@ -12,7 +12,7 @@ from torch import nn
 
 from enact_common.arguments import CLUSTERING_FLAGS, MODEL_FLAGS, NEGATABLE_FLAGS
 from enact_common.errors import UserError
-from enact_common.files import read_tensors, write_atomically
+from enact_common.files import read_tensors, write_file
 
 # Names in a run's folder: what each epoch replaces, and its copy at the evaluation with the highest AP so far.
 LATEST, BEST = "checkpoint.pth", "best.pth"
@@ -24,8 +24,16 @@ EXPECTED = "a file that torch.save wrote, holding a dict with the key 'model' (a
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state`, whole or not at all."""
-    write_atomically(path, lambda file: torch.save(state, file))
+    """Write `state`, whole or not at all.
+
+    Raises:
+        UserError: it cannot be written, because the disk is full, say; the old file is still there.
+    """
+    try:
+        write_file(path, lambda file: torch.save(state, file))
+    except UserError as error:
+        kept = "; what it held before is still there" if path.is_file() else ""
+        raise UserError(f"{error}{kept}. Make room or choose another --output_dir, and go on with --resume") from error
 
 
 def load_checkpoint(source: str) -> dict[str, Any]:

@@ -135,8 +135,7 @@ class SetCriterion(nn.Module):
         boxes = torch.stack([layer["pred_boxes"] for layer in layers]).float()  # (layers, batch, Q, 4)
         with torch.autocast(logits.device.type, enabled=False):
             matches = self.matcher.match_layers(logits, boxes, targets)
-            # The mean over all processes' batches, so that their losses add up as one batch's would.
-            objects = world_mean(sum(len(target["labels"]) for target in targets), boxes.device).clamp(min=1)
+            objects = self.count_objects(targets, boxes.device)
             per_layer = {}
             for loss in self.losses:
                 per_layer |= getattr(self, f"loss_{loss}")(logits, boxes, targets, matches, objects)
@@ -147,6 +146,16 @@ class SetCriterion(nn.Module):
         for i in range(len(layers) - 1):
             result |= {f"{name}_{i}": values[i] for name, values in scalars.items() if name != "class_error"}
         return result
+
+    def count_objects(self, targets: list[dict[str, Tensor]], device: torch.device) -> Tensor:
+        """What losses are divided by, float32 (), at least 1.
+
+        In training the mean over all processes' batches, so that their losses add up as one batch's would. In an
+        evaluation this batch's own: processes may have different numbers of batches.
+        """
+        count = sum(len(target["labels"]) for target in targets)
+        objects = world_mean(count, device) if self.training else torch.full((), float(count), device=device)
+        return objects.clamp(min=1)
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the losses: what is minimised."""

@@ -1,6 +1,10 @@
 """One process or many: start-up by torchrun, the main process, and the few collectives that are needed."""
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -8,14 +12,23 @@ import torch.distributed as dist
 
 from enact_common.errors import UserError
 
+# What gloo says, in errors of no kind of their own, where another process has gone.
+GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out waiting|socket closed", re.IGNORECASE)
+
+
+class SharedError(UserError):
+    """A UserError that all processes raise, with the message of the first that had one."""
+
 
 def init_distributed_mode(args) -> None:
     """Join the process group that torchrun describes in the environment; without one, this is the only process.
 
-    Sets `args.distributed`, `args.rank` and `args.world_size`, and on GPUs `args.device` to this process's own.
+    Sets `args.distributed`, `args.rank` and `args.world_size`, and on GPUs `args.device` to this process's own. What
+    a scheduler says of its job (SLURM_NTASKS, ...) is not looked at: a job may hold several single processes.
 
     Raises:
-        UserError: `--world_size` asks for more processes than were started.
+        UserError: `--world_size` asks for more processes than were started, or this machine has fewer GPUs than
+            processes.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         if args.world_size > 1:
@@ -31,9 +44,20 @@ def init_distributed_mode(args) -> None:
     if torch.device(args.device).type == "cuda":
         backend = "nccl"
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine has no GPU: PyTorch sees {torch.cuda.device_count()}; start as "
+                "many processes as there are GPUs (torchrun --nproc_per_node=gpu)"
+            )
         torch.cuda.set_device(local_rank)
         args.device = f"cuda:{local_rank}"
-    dist.init_process_group(backend, init_method=args.dist_url, world_size=args.world_size, rank=args.rank)
+    dist.init_process_group(
+        backend,
+        init_method=args.dist_url,
+        world_size=args.world_size,
+        rank=args.rank,
+        timeout=timedelta(minutes=args.dist_timeout),
+    )
 
 
 def is_distributed() -> bool:
@@ -72,6 +96,17 @@ def world_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def share_buffers(module: torch.nn.Module) -> None:
+    """Let all processes' modules have the main process's buffers.
+
+    Batch norms that train have met other images in each process. A checkpoint holds the main one's, so that is what an
+    evaluation must be of.
+    """
+    if is_distributed():
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def gather_objects(value: Any) -> list:
     """Every process's value (anything that pickles), in order of rank, in every process."""
     if not is_distributed():
@@ -79,3 +114,36 @@ def gather_objects(value: Any) -> list:
     gathered: list = [None] * get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """A block in which every process fails where one does. Inside, processes must not wait for one another.
+
+    Raises:
+        SharedError: one of the processes had a UserError. Without other processes, that error itself.
+    """
+    error = None
+    try:
+        yield
+    except UserError as own:
+        if not is_distributed():
+            raise
+        error = own
+    problems = gather_objects(None if error is None else str(error))
+    first = next((problem for problem in problems if problem is not None), None)
+    if first is not None:
+        raise SharedError(first) from error
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether an error says that another process of the group has gone or does not answer."""
+    if not is_distributed():
+        return False
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(GONE.search(str(error))))
+
+
+def leave_process_group() -> None:
+    """End this process's part in the group, if there is one; the others must do so, too."""
+    if is_distributed():
+        dist.destroy_process_group()

@@ -2,22 +2,31 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from enact_common.acceleration import give_back_freed_memory
-from enact_common.distributed import get_world_size
+from enact_common.acceleration import BATCH_NORMS, give_back_freed_memory
+from enact_common.distributed import gather_objects, get_world_size, world_sum
 from enact_common.evaluation.coco import CocoBoxEvaluator
 from enact_common.logs import AverageMeter, Progress
 from enact_common.nested_tensor import NestedTensor
 from enact_common.optimization import AMP_DTYPE, Optimization
+from enact_common.stopping import Stopped, stop_requested
 
 # Steps after which a CPU's freed memory is given back: rare enough to cost nothing.
 GIVE_BACK_EVERY = 50
+
+# Overflows in a row that fp16's gradient scaler may answer with half the scale. It begins at 2^16, so that after so
+# many the scale is no cause any more.
+MAX_OVERFLOWS = 30
+
+
+# Where no tensor before them is at fault.
+GRADIENTS = "first tensor at fault: the gradients"
 
 
 class NonFiniteLossError(RuntimeError):
@@ -67,14 +76,21 @@ class TrainStep:
 
     Beside what a model reads back itself (ENACT, once a layer), the host waits for the device once a step, for the
     matching costs. Whether the loss and the gradients were finite is decided on the device, which then leaves the
-    weights alone; the host learns of it in the next step, when the device has passed that point anyway.
+    weights alone; the host learns of it in the next step, when the device has passed that point anyway. On the same
+    way processes tell one another that a loss is not finite, or that they were asked to stop: all learn of both in
+    the same step.
 
     Args:
         model: possibly wrapped in DistributedDataParallel.
         criterion: gives losses, their weights and the total.
         optimization: what changes the weights.
         device: where the model is.
+
+    Attributes:
+        stop: some process was asked to stop, as of the last `check`.
     """
+
+    stop = False
 
     def __init__(self, model: nn.Module, criterion: nn.Module, optimization: Optimization, device: torch.device):
         self.model = model
@@ -83,8 +99,9 @@ class TrainStep:
         self.device = device
         self.parameters = [p for group in optimization.optimizer.param_groups for p in group["params"]]
         # Page-locked, or a copy from a GPU into it would be waited for.
-        self._finite = torch.ones((), dtype=torch.bool, pin_memory=device.type == "cuda")
+        self._votes = torch.zeros(2, pin_memory=device.type == "cuda")  # processes with a fault, and asked to stop
         self._arrived = torch.cuda.Event() if device.type == "cuda" else None
+        self._overflows = torch.zeros((), device=device)  # in a row, under fp16
         self._unchecked: Batch | None = None
 
     def __call__(
@@ -126,7 +143,8 @@ class TrainStep:
         if complete:
             finite = finite & self.step_optimizer(finite)
             optimizer.zero_grad(set_to_none=True)
-        self._finite.copy_(finite, non_blocking=True)
+        votes = torch.stack((1 - finite.float(), torch.full_like(total, stop_requested() is not None)))
+        self._votes.copy_(world_sum(votes.float()), non_blocking=True)
         if self._arrived is not None:
             self._arrived.record(torch.cuda.current_stream(self.device))
         losses = {name: value.detach() for name, value in losses.items()}
@@ -140,13 +158,17 @@ class TrainStep:
             finite: bool (), whether the loss is.
 
         Returns:
-            bool (), whether the gradients are too. Under fp16, where the scaler's overflows are no fault, always.
+            bool (), whether the gradients are too. Under fp16, where overflows make the scaler try a smaller scale,
+            whether it still has reason to.
         """
         optimizer, scaler = self.optimization.optimizer, self.optimization.scaler
         scaler.unscale_(optimizer)
         # Without a limit, the norm is wanted all the same: it is finite where all gradients are.
         norm = nn.utils.clip_grad_norm_(self.parameters, self.optimization.clip_max_norm or math.inf)
-        if not scaler.is_enabled():
+        if scaler.is_enabled():
+            self._overflows = torch.where(norm.isfinite(), 0.0, self._overflows + 1)
+            finite = finite & (self._overflows < MAX_OVERFLOWS)
+        else:
             finite = finite & norm.isfinite()
             # What the gradient scaler sets, too: fused optimizers look at it on the device.
             optimizer.found_inf = (~finite).float()
@@ -157,22 +179,28 @@ class TrainStep:
         return finite
 
     def check(self) -> None:
-        """Report the last batch if its loss or gradients were not finite.
+        """Learn what became of the last batch in all processes: report a loss or gradients that were not finite, and
+        set `stop`.
 
         Raises:
-            NonFiniteLossError: they were not.
+            NonFiniteLossError: they were not, in this process or another; in all with the same message.
         """
         batch, self._unchecked = self._unchecked, None
+        if batch is None:
+            return
         if self._arrived is not None:
             self._arrived.synchronize()
-        if batch is not None and not self._finite.item():
+        faults, stops = self._votes.tolist()
+        self.stop = stops > 0
+        if faults:
             # Without the wrapper, whose forward would wait for the other processes.
             alone = getattr(self.model, "module", self.model)
-            raise NonFiniteLossError(
-                describe_non_finite(
-                    alone, batch.samples, batch.targets, batch.losses, batch.where, self.optimization.amp
-                )
+            found = describe_non_finite(
+                alone, batch.samples, batch.targets, batch.losses, batch.where, self.optimization.amp
             )
+            # Of gradients, each has the sum of all; what lies before them is the cause.
+            reports = gather_objects(found)
+            raise NonFiniteLossError(next((text for text in reports if GRADIENTS not in text), reports[0]))
 
 
 def train_one_epoch(
@@ -183,17 +211,25 @@ def train_one_epoch(
     device: torch.device,
     epoch: int,
     print_freq: int,
+    meter: AverageMeter,
+    first: int = 0,
+    after_step: Callable[[int, bool], None] | None = None,
 ) -> dict[str, float]:
     """Train on every batch once.
 
     Args:
         model: possibly wrapped in DistributedDataParallel.
         criterion: gives losses, their weights and the total.
-        loader: gives (NestedTensor, targets); its sampler and data set know the epoch already.
+        loader: gives (NestedTensor, targets); its sampler and data set know the epoch already, and that `first`
+            batches of it were done.
         optimization: what changes the weights.
         device: where the model is.
         epoch: number, from 0.
         print_freq: steps between two reports.
+        meter: holds the losses of the batches that were done, none at an epoch's beginning; changed in place.
+        first: batches that were done before.
+        after_step: called after each step of the optimizer with the batches done in the epoch, and whether some
+            process was asked to stop, all processes alike.
 
     Returns:
         means of the losses over the epoch, and the last learning rate under `lr`.
@@ -204,11 +240,10 @@ def train_one_epoch(
     model.train()
     keep_frozen_norms(model)
     criterion.train()
-    meter = AverageMeter()
     step = TrainStep(model, criterion, optimization, device)
     optimizer, group_size = optimization.optimizer, optimization.accumulate
     num_batches, num_steps = len(loader), -(-len(loader) // group_size)
-    progress = Progress(loader, f"epoch {epoch}", loader.batch_size * get_world_size(), print_freq)
+    progress = Progress(loader, f"epoch {epoch}", loader.batch_size * get_world_size(), print_freq, first)
 
     optimizer.zero_grad(set_to_none=True)
     for i, (samples, targets) in progress:
@@ -219,11 +254,18 @@ def train_one_epoch(
         group = min(group_size, num_batches - number * group_size)
         if device.type == "cpu" and i % GIVE_BACK_EVERY == 0:
             give_back_freed_memory()
-        meter.update(step(samples, targets, f"epoch {epoch}, step {i}", group, complete=place == group - 1))
+        complete = place == group - 1
+        meter.update(step(samples, targets, f"epoch {epoch}, step {i}", group, complete))
         if progress.due(i):
             averages = loss_report(meter.averages(), criterion.weight_dict)
             shown = {name: averages[name] for name in ("loss", "class_error")}
             progress.show(i, {**shown, "lr": optimizer.param_groups[0]["lr"]})
+        if complete and after_step is not None and i + 1 < num_batches:
+            # Alone, this process need not wait a step to know.
+            stop = step.stop or (get_world_size() == 1 and stop_requested() is not None)
+            if stop:
+                step.check()
+            after_step(i + 1, stop)
     step.check()
     averages = loss_report(meter.synchronized(), criterion.weight_dict)
     return {"lr": optimizer.param_groups[0]["lr"], **averages}
@@ -232,7 +274,7 @@ def train_one_epoch(
 def keep_frozen_norms(model: nn.Module) -> None:
     """Let batch norms that do not train keep their statistics too (`--freeze`), after `model.train()`."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and not any(p.requires_grad for p in module.parameters()):
+        if isinstance(module, BATCH_NORMS) and not any(p.requires_grad for p in module.parameters()):
             module.eval()
 
 
@@ -264,9 +306,10 @@ def describe_non_finite(
             fault = first_non_finite_output(model, samples)
     if fault is None:
         faults = (f"loss {name}" for name, value in losses.items() if not is_finite(value))
-        fault = next(faults, "the gradients")
+        fault = next(faults, None)
+    at_fault = GRADIENTS if fault is None else f"first tensor at fault: {fault}"
     return (
-        f"the loss or its gradients are not finite at {where}, images {images}; first tensor at fault: {fault}. "
+        f"the loss or its gradients are not finite at {where}, images {images}; {at_fault}. "
         "The last checkpoint is from before. A smaller --lr, a smaller --clip_max_norm or --amp none may help."
     )
 
@@ -301,9 +344,15 @@ def first_non_finite_output(model: nn.Module, samples: NestedTensor) -> str | No
         return hook
 
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
+    # Training, they would wait for the other processes, which may have found the fault without running the model.
+    waiting = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm) and module.training]
     try:
+        for module in waiting:
+            module.eval()
         model(samples)
     finally:
+        for module in waiting:
+            module.train()
         for handle in handles:
             handle.remove()
     return found[0] if found else None
@@ -326,7 +375,8 @@ def evaluate(
         model: not wrapped.
         criterion: gives losses and their weights; None where the images have no annotations.
         postprocess: from the model's outputs and the images' sizes to detections.
-        loader: gives (NestedTensor, targets).
+        loader: gives (NestedTensor, targets), or None for images that cannot be read. Processes can have different
+            numbers of batches.
         evaluator: collects.
         device: where the model is.
         amp: a key of `AMP_DTYPE`.
@@ -334,6 +384,9 @@ def evaluate(
 
     Returns:
         means of the losses; empty without a criterion. The evaluator holds the detections of all processes.
+
+    Raises:
+        Stopped: some process was asked to stop, in all processes alike.
     """
     model.eval()
     if criterion is not None:
@@ -343,8 +396,14 @@ def evaluate(
     def report(means: dict[str, float]) -> dict[str, float]:
         return {} if criterion is None else loss_report(means, criterion.weight_dict)
 
-    progress = Progress(loader, "evaluation", loader.batch_size * get_world_size(), print_freq)
-    for i, (samples, targets) in progress:
+    images_per_step = loader.batch_sampler.batch_size * get_world_size()
+    progress = Progress(loader, "evaluation", images_per_step, print_freq)
+    for i, batch in progress:
+        if stop_requested() is not None:
+            break
+        if batch is None:
+            continue
+        samples, targets = batch
         image_ids = [int(target["image_id"]) for target in targets]
         sizes = torch.stack([target["orig_size"] for target in targets]).to(device, non_blocking=True)
         samples, targets = to_device(samples, targets, device)
@@ -356,5 +415,7 @@ def evaluate(
         if progress.due(i):
             averages = report(meter.averages())
             progress.show(i, {name: averages[name] for name in ("loss", "class_error") if name in averages})
+    if any(gather_objects(stop_requested() is not None)):
+        raise Stopped("the evaluation has not come to its end, nothing of it is written")
     evaluator.synchronize()
     return report(meter.synchronized())

@@ -5,15 +5,17 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from enact_common.distributed import is_main_process, world_sum
+from enact_common.distributed import gather_objects, is_main_process
+from enact_common.files import writing
 
 logger = logging.getLogger("enact")
 
@@ -60,12 +62,31 @@ class AverageMeter:
         return dict(zip(self._names, (self._sums / self._count).tolist(), strict=True))
 
     def synchronized(self) -> dict[str, float]:
-        """Means over the values of all processes."""
-        if self._sums is None:
-            return {}
-        count = torch.tensor([float(self._count)], dtype=torch.float64, device=self._sums.device)
-        *sums, count = world_sum(torch.cat((self._sums, count))).tolist()
-        return dict(zip(self._names, (value / count for value in sums), strict=True))
+        """Means over the values of all processes, of which some may have none."""
+        total = AverageMeter.merged(gather_objects(self.state()))
+        return total.averages()
+
+    def state(self) -> dict[str, Any]:
+        """What has been added, in built-in types."""
+        sums = [] if self._sums is None else self._sums.tolist()
+        return {"sums": dict(zip(self._names, sums, strict=True)), "count": self._count}
+
+    @classmethod
+    def merged(cls, states: Sequence[dict[str, Any]], device: torch.device | None = None) -> "AverageMeter":
+        """A meter to which all was added that made these states.
+
+        Args:
+            states: of `state`.
+            device: where the values that follow are.
+        """
+        meter = cls()
+        for state in states:
+            if state["count"]:
+                sums = torch.tensor(list(state["sums"].values()), dtype=torch.float64, device=device)
+                meter._names = tuple(state["sums"])
+                meter._sums = sums if meter._sums is None else meter._sums + sums
+                meter._count += state["count"]
+        return meter
 
 
 class Progress:
@@ -75,21 +96,24 @@ class Progress:
         batches: what to iterate over; has a length.
         title: stands at the start of each line.
         images_per_step: images of all processes, for the rate.
-        print_freq: steps between two lines, and between two reads of `status`.
+        print_freq: steps between two lines.
+        first: steps that were done before; the batches are those that are left.
     """
 
-    def __init__(self, batches: Iterable, title: str, images_per_step: int, print_freq: int):
+    def __init__(self, batches: Iterable, title: str, images_per_step: int, print_freq: int, first: int = 0):
         self.batches = batches
         self.title = title
         self.images_per_step = images_per_step
         self.print_freq = print_freq
+        self.first = first
 
     def __iter__(self) -> Iterator[tuple[int, object]]:
-        """Step numbers from 0, and batches."""
+        """Step numbers, from `first` on, and batches."""
         self._start = time.perf_counter()
         terminal = sys.stdout.isatty()
         self._bar = tqdm(
             total=len(self.batches),
+            initial=self.first,
             desc=self.title,
             unit="step",
             file=sys.stdout,
@@ -97,7 +121,7 @@ class Progress:
             dynamic_ncols=True,
         )
         with self._bar:
-            for step, batch in enumerate(self.batches):
+            for step, batch in enumerate(self.batches, start=self.first):
                 yield step, batch
                 self._bar.update()
 
@@ -108,16 +132,16 @@ class Progress:
     def show(self, step: int, values: dict[str, float]) -> None:
         """Print values, with the rate and the remaining time."""
         text = "".join(f"{name} {value:.4g}  " for name, value in values.items())
-        done, elapsed = step + 1, time.perf_counter() - self._start
+        done, elapsed = step + 1 - self.first, time.perf_counter() - self._start
         rate = done * self.images_per_step / elapsed
         if not self._bar.disable:
             self._bar.set_postfix_str(f"{text}{rate:.1f} images/s", refresh=False)
             return
-        remaining = timedelta(seconds=round(elapsed / done * (len(self.batches) - done)))
+        remaining = timedelta(seconds=round(elapsed / done * (len(self.batches) - step - 1)))
         width = len(str(len(self.batches)))
         logger.info(
             "%s [%*d/%d]  %s%.1f images/s  %s left",
-            self.title, width, done, len(self.batches), text, rate, remaining,
+            self.title, width, step + 1, len(self.batches), text, rate, remaining,
         )  # fmt: skip
 
 
@@ -152,20 +176,29 @@ class RunLog:
         return [figures[epoch][0] for epoch in range(epochs) if figures.get(epoch)]
 
     def write(self, epoch: int, stats: dict) -> None:
-        """Add an epoch: scalars, and the list `test_coco_eval_bbox` of COCO's twelve figures."""
+        """Add an epoch: scalars, and the list `test_coco_eval_bbox` of COCO's twelve figures.
+
+        Raises:
+            UserError: the disk is full, say.
+        """
         if not self._path:
             return
         # A run that was killed while it wrote may have left half a line.
         torn = self._path.is_file() and self._path.read_bytes()[-1:] not in (b"", b"\n")
-        with open(self._path, "a") as file:
+        with writing(self._path), open(self._path, "a") as file:
             file.write(("\n" if torn else "") + json.dumps({**stats, "epoch": epoch}) + "\n")
         if self._board:
-            for name, value in stats.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(name.replace("_", "/", 1), value, epoch)
-            for name, value in zip(("AP", "AP50"), stats.get("test_coco_eval_bbox", ()), strict=False):
-                self._board.add_scalar(f"test/{name}", value, epoch)
-            self._board.flush()
+            with writing(self._path.parent / "tensorboard"):
+                self._draw(epoch, stats)
+
+    def _draw(self, epoch: int, stats: dict) -> None:
+        """Give an epoch's numbers to TensorBoard."""
+        for name, value in stats.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(name.replace("_", "/", 1), value, epoch)
+        for name, value in zip(("AP", "AP50"), stats.get("test_coco_eval_bbox", ()), strict=False):
+            self._board.add_scalar(f"test/{name}", value, epoch)
+        self._board.flush()
 
     def close(self) -> None:
         """End the event file."""

@@ -5,21 +5,21 @@ import json
 import logging
 import math
 import random
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, DistributedSampler
 
 from enact_common.acceleration import prepare
-from enact_common.arguments import CLUSTERING_FLAGS, VariantParser
+from enact_common.arguments import CLUSTERING_FLAGS, ENACT_LR, PLAIN_LR, VariantParser
 from enact_common.averaging import WeightAverage
 from enact_common.backbone import load_backbone_weights
 from enact_common.checkpoint import (
@@ -38,22 +38,57 @@ from enact_common.data.build import data_files
 from enact_common.data.cache import cache_images
 from enact_common.data.categories import LabelMap
 from enact_common.data.checks import quick_checks
-from enact_common.data.coco import CocoDetection, collate
+from enact_common.data.coco import CocoDetection
+from enact_common.data.loading import make_loader, worker_death
 from enact_common.device import check_precision, find_device, peak_memory, start_counting_memory
-from enact_common.distributed import gather_objects, get_rank, get_world_size, init_distributed_mode, is_main_process
+from enact_common.distributed import (
+    SharedError,
+    failing_together,
+    gather_objects,
+    get_rank,
+    get_world_size,
+    init_distributed_mode,
+    is_main_process,
+    leave_process_group,
+    lost_process,
+    share_buffers,
+)
 from enact_common.engine import NonFiniteLossError, evaluate, train_one_epoch
 from enact_common.errors import UserError
 from enact_common.evaluation.coco import EVALUATION, CocoBoxEvaluator, evaluation_record, figures_text, per_class_text
-from enact_common.files import make_folder, write_atomically
+from enact_common.files import make_folder, write_file
 from enact_common.layers import clustering_settings
-from enact_common.logs import RunLog, setup_logging
+from enact_common.logs import AverageMeter, RunLog, setup_logging
 from enact_common.optimization import Optimization, build_optimization, drops_until, freeze
 from enact_common.pretrained import check_pretrained, load_pretrained
+from enact_common.stopping import STOPPED, Stopped, listening, stop_requested
 
 logger = logging.getLogger("enact")
 
-# Checkpoints that are kept beside the latest, every so many epochs, as the original does.
-KEEP_EVERY = 100
+# A checkpoint that stays, by the number of its epoch.
+NUMBERED = re.compile(r"checkpoint(\d{4,})\.pth")
+
+# Unreadable images whose names are written out at a time.
+MOST_NAMED = 20
+
+
+@dataclass
+class WithinEpoch:
+    """How far an epoch had come when a checkpoint was written in its middle.
+
+    Attributes:
+        images: done, of all processes.
+        batch: images in a batch of all processes.
+        processes: how many there were.
+        meters: each one's losses, `AverageMeter.state`.
+        seconds: of training in this epoch.
+    """
+
+    images: int
+    batch: int
+    processes: int
+    meters: list[dict]
+    seconds: float
 
 
 def main(
@@ -73,25 +108,38 @@ def main(
         argv: the command line's words; None for the process's own.
 
     Returns:
-        the exit status: 0; 2 for what the user can mend; 1 for a loss that is not finite.
+        the exit status: 0; 2 for what the user can mend; 1 for a loss that is not finite, or another process that is
+        gone; 75 after a signal that asked it to stop; 130 after Ctrl-C.
     """
     args = parser.parse_args(argv)
+    status, problem, together = 0, "", True
     try:
-        find_latest(args)
-        parser.check(args)
-        Run(variant, args, build_model, build_dataset).start()
+        with listening():
+            find_latest(args)
+            parser.check(args)
+            Run(variant, args, build_model, build_dataset).start()
     except UserError as error:
         # One that a loader's worker raised comes with that process's traceback before it.
-        message = str(error).rsplit("UserError: ", 1)[-1].strip()
-        print(f"{parser.prog}: error: {message}", file=sys.stderr)
-        return 2
+        status, problem = 2, "error: " + str(error).rsplit("UserError: ", 1)[-1].strip()
+        together = isinstance(error, SharedError)
     except NonFiniteLossError as error:
-        print(f"{parser.prog}: stopped: {error}", file=sys.stderr)
-        return 1
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    return 0
+        status, problem = 1, f"stopped: {error}"
+    except Stopped as stop:
+        status, problem = STOPPED, f"stopped: {stop}"
+    except KeyboardInterrupt:
+        status, problem, together = 130, "interrupted; what was saved before is whole", False
+    except RuntimeError as error:
+        death = worker_death(error)
+        if death is None and not lost_process(error):
+            raise
+        reason = str(error).strip().splitlines()[0][:200]
+        status, problem, together = 1, f"stopped: {death or f'another process has ended, or hangs ({reason})'}", False
+    if problem and (is_main_process() or not together):
+        print(f"{parser.prog}: {problem}", file=sys.stderr)
+    # The others may wait in the middle of a step. They notice when this process ends, but not if it waits for them.
+    if together:
+        leave_process_group()
+    return status
 
 
 def find_latest(args: argparse.Namespace) -> None:
@@ -102,36 +150,6 @@ def find_latest(args: argparse.Namespace) -> None:
     if args.auto_resume and args.output_dir and not args.resume:
         latest = Path(args.output_dir) / LATEST
         args.resume = str(latest) if latest.is_file() else ""
-
-
-def use_one_thread(worker: int) -> None:
-    """Keep OpenCV in a loader's worker process to one thread: the workers are the parallelism."""
-    cv2.setNumThreads(0)
-
-
-def make_loader(dataset: CocoDetection, args: argparse.Namespace, device: torch.device, train: bool) -> DataLoader:
-    """Batches of a data set, in an order that depends on the seed and the epoch alone.
-
-    Args:
-        dataset: of this process's images and those of the others.
-        args: parsed arguments.
-        device: where the batches will go.
-        train: shuffle, and leave a last batch that is not full out.
-    """
-    sampler = DistributedSampler(dataset, get_world_size(), get_rank(), shuffle=train, seed=args.seed)
-    return DataLoader(
-        dataset,
-        batch_size=args.batch_size,
-        sampler=sampler,
-        num_workers=args.num_workers,
-        collate_fn=collate,
-        drop_last=train,
-        pin_memory=device.type == "cuda",
-        persistent_workers=args.num_workers > 0,
-        worker_init_fn=use_one_thread,
-        # Its own, so that iterating draws nothing from the generator that dropout uses.
-        generator=torch.Generator(),
-    )
 
 
 class Run:
@@ -148,6 +166,10 @@ class Run:
         self.args = args
         self.build_model = build_model
         self.build_dataset = build_dataset
+        # Of an epoch that was begun before: its batches that are done, their losses, and their seconds.
+        self.begun = (0, AverageMeter(), 0.0)
+        # Unreadable images that were named: data set and item.
+        self.named: set[tuple[CocoDetection, int]] = set()
 
     def start(self) -> None:
         """Check what the parser cannot, set up, then train or evaluate.
@@ -160,6 +182,10 @@ class Run:
         args = self.args
         self.device = find_device(args.device)
         check_precision(args.amp, self.device)
+        if args.sync_bn and self.device.type != "cuda":
+            raise UserError(
+                f"--sync_bn: PyTorch synchronises batch norm on GPUs alone, not on --device {args.device}; leave it out"
+            )
         init_distributed_mode(args)
         self.device = torch.device(args.device)
         setup_logging()
@@ -168,21 +194,20 @@ class Run:
                 f"--auto_resume: {Path(args.output_dir) / LATEST} is there for some processes alone; --output_dir must "
                 "be a folder that all machines share, or pass --resume CKPT"
             )
-        checkpoint = load_checkpoint(args.resume) if args.resume else None
-        # A run that goes on has left what it began from behind.
-        self.pretrained = load_checkpoint(args.pretrained) if args.pretrained and not checkpoint else None
-        if self.pretrained:
-            check_pretrained(self.pretrained, self.variant, args)
-        if checkpoint and checkpoint.get("variant", self.variant) != self.variant:
-            raise UserError(f"{args.resume}: is a checkpoint of the variant {checkpoint['variant']}")
-        self.check_paths()
-        if not checkpoint and not self.pretrained:
-            # Fails here, before annotations are read, where weights cannot be had.
-            load_backbone_weights(args.backbone, args.backbone_weights)
+        with failing_together():
+            checkpoint = self.load_checkpoints()
+            self.check_paths()
+            if not checkpoint and not self.pretrained:
+                # Fails here, before annotations are read, where weights cannot be had.
+                load_backbone_weights(args.backbone, args.backbone_weights)
+            if self.output_dir:
+                make_folder(self.output_dir)
         # Alike in all processes: what a checkpoint does not have begins with equal random weights.
         self.seed()
-        self.load_data(checkpoint)
-        self.load_model(checkpoint)
+        with failing_together():
+            self.load_data(checkpoint)
+            self.load_model(checkpoint)
+        self.wrap_model()
         if get_rank():
             # From here on they differ, so that dropout does.
             self.seed(get_rank())
@@ -192,11 +217,24 @@ class Run:
             self.cache_images()
             self.report(self.evaluate()[1], (checkpoint or {}).get("epoch"), per_class=True)
         else:
-            self.check_data()
+            with failing_together():
+                self.check_data()
             self.train(checkpoint)
 
+    def load_checkpoints(self) -> dict | None:
+        """Read the checkpoint to go on from, if there is one, and set `pretrained` to the one to begin from, if any."""
+        args = self.args
+        checkpoint = load_checkpoint(args.resume) if args.resume else None
+        # A run that goes on has left what it began from behind.
+        self.pretrained = load_checkpoint(args.pretrained) if args.pretrained and not checkpoint else None
+        if self.pretrained:
+            check_pretrained(self.pretrained, self.variant, args)
+        if checkpoint and checkpoint.get("variant", self.variant) != self.variant:
+            raise UserError(f"{args.resume}: is a checkpoint of the variant {checkpoint['variant']}")
+        return checkpoint
+
     def check_paths(self) -> None:
-        """Refuse missing data, and an output folder that another run would be lost in; create that folder."""
+        """Refuse missing data, and an output folder that another run would be lost in."""
         args = self.args
         for split in (args.eval_set,) if args.eval else ("train", args.eval_set):
             data_files(args, split)
@@ -210,7 +248,6 @@ class Run:
                 f"--output_dir {args.output_dir}: holds a run already; go on with --resume {latest}, or choose "
                 "another folder"
             )
-        make_folder(self.output_dir)
 
     def seed(self, offset: int = 0) -> None:
         """Seed all generators, from `--seed` plus the offset."""
@@ -250,12 +287,12 @@ class Run:
                 )
 
     def check_data(self) -> None:
-        """Look for what makes a training on this data vain, and log what makes it doubtful.
+        """Look for what makes a training on this data vain, and log what makes it doubtful; the main process does.
 
         Raises:
-            UserError: in all processes, though the main one alone looks.
+            UserError: it is vain.
         """
-        args, problem = self.args, None
+        args = self.args
         # Where both are of one set, what is trained on counts.
         datasets = {"train": (self.train_set, args.limit_train)}
         if args.eval_set != "train":
@@ -264,19 +301,16 @@ class Run:
             # Of a part of the images, files beyond it need not be there.
             parts = {split: dataset.coco_api().dataset for split, (dataset, limit) in datasets.items() if limit}
             files = {split: (data.image_folder, data.annotation_file) for split, (data, _) in datasets.items()}
-            try:
-                for finding in quick_checks(files, self.model.num_queries, parts, self.label_map, parts):
-                    logger.info("data: %s", finding)
-            except UserError as error:
-                problem = str(error)
-        problem = gather_objects(problem)[0]
-        if problem:
-            raise UserError(problem)
+            for finding in quick_checks(files, self.model.num_queries, parts, self.label_map, parts):
+                logger.info("data: %s", finding)
 
     def cache_images(self) -> None:
         """With `--cache_mode`, read all images: before the loaders' workers start, after all else is checked."""
         if self.args.cache_mode:
-            cache_images([data for data in (self.train_set, self.val_set) if data is not None], self.args.cache_mode)
+            with failing_together():
+                cache_images(
+                    [data for data in (self.train_set, self.val_set) if data is not None], self.args.cache_mode
+                )
 
     def load_model(self, checkpoint: dict | None) -> None:
         """Build the model, with the checkpoint's weights where there is one."""
@@ -297,17 +331,23 @@ class Run:
             load_pretrained(self.model, self.pretrained, self.variant, args, self.label_map)
         if not args.eval:
             freeze(self.model, args.freeze)
+        if args.sync_bn:
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         # A copy, so from before parts of the model are compiled.
         self.average = None if args.ema is None or args.eval else WeightAverage(self.model, args.ema)
         if self.average:
             self.average.prepare(args, self.device)
         prepare(self.model, args, self.device)
         self.criterion.to(self.device)
+        self.num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    def wrap_model(self) -> None:
+        """Let the processes' models learn together, where they train."""
+        args = self.args
         self.wrapped = self.model
         if args.distributed and not args.eval:
             gpus = [self.device] if self.device.type == "cuda" else None
             self.wrapped = nn.parallel.DistributedDataParallel(self.model, device_ids=gpus)
-        self.num_parameters = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
 
     def describe(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Say what will happen; with an optimizer, in training."""
@@ -333,12 +373,13 @@ class Run:
         }
         if optimizer:
             rates = ", ".join(f"{g['name']} {g['initial_lr']:g}".strip() for g in optimizer.param_groups)
-            batch = args.batch_size * args.accumulate * processes
+            batch = self.effective_batch()
             made_of = f"{args.batch_size} images x {args.accumulate} accumulated x {processes} processes"
             rows |= {
                 "train images": f"{len(self.train_set):,} with {self.train_set.num_objects:,} objects",
                 "effective batch": f"{batch} = {made_of}",
                 "learning rates": f"{rates}; {args.lr_schedule} schedule",
+                "rate and batch": self.rate_rule(batch),
                 "epochs": f"{args.start_epoch} to {args.epochs}, {len(self.train_loader)} batches each",
             }
             if args.freeze:
@@ -354,6 +395,22 @@ class Run:
             logger.info("note: %s: no effect with --encoder_attention %s", ", ".join(idle), args.encoder_attention)
         if args.backbone_norm == "frozen" and args.backbone_weights == "none" and not (args.resume or args.pretrained):
             logger.info("note: a random backbone hardly trains under frozen batch norm; --backbone_norm batch does")
+
+    def effective_batch(self) -> int:
+        """Images that make one step of the optimizer, of all processes together."""
+        return self.args.batch_size * self.args.accumulate * get_world_size()
+
+    def rate_rule(self, batch: int) -> str:
+        """How learning rate and effective batch go together, in words."""
+        args, published = self.args, self.args.published_batch
+        default = ENACT_LR if args.encoder_attention == "enact" else PLAIN_LR
+        rule = f"--lr is taken as it is, whatever the batch; {default:g} was published with {published} images a step"
+        if args.lr == default and batch != published:
+            # Goyal et al., arXiv:1706.02677; for Adam, Malladi et al., arXiv:2205.10287.
+            ratio = batch / published
+            linear, root = args.lr * ratio, args.lr * ratio**0.5
+            rule += f"; for {batch}, the linear rule gives {linear:.2g}, the square-root rule for Adam {root:.2g}"
+        return rule
 
     def check_same_training(self, checkpoint: dict) -> None:
         """Refuse to go on with what the checkpoint's training did not do.
@@ -373,7 +430,7 @@ class Run:
             )
 
     def resume(self, checkpoint: dict, optimization: Optimization) -> None:
-        """Put the optimizer, the scaler, the random states and the epoch count where the checkpoint left them."""
+        """Put the optimizer, the scaler, the random states and the place in the data where the checkpoint left them."""
         args = self.args
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
             logger.info("%s has weights alone: training starts from them at epoch %d", args.resume, args.start_epoch)
@@ -399,6 +456,25 @@ class Run:
         if "random_states" in checkpoint:
             restore_random_states(checkpoint["random_states"][get_rank() % len(checkpoint["random_states"])])
         args.start_epoch = checkpoint["epoch"] + 1
+        if checkpoint.get("within_epoch"):
+            self.resume_within(WithinEpoch(**checkpoint["within_epoch"]))
+
+    def resume_within(self, place: "WithinEpoch") -> None:
+        """Go on in the middle of an epoch, with the images that are left."""
+        args, batch = self.args, self.args.batch_size * get_world_size()
+        # Whole steps of the optimizer, should the batch be another one than then.
+        batches = place.images // batch // args.accumulate * args.accumulate
+        same = (place.batch, place.processes) == (batch, get_world_size())
+        if same:
+            meter = AverageMeter.merged([place.meters[get_rank()]], self.device)
+        else:
+            meter = AverageMeter.merged(place.meters if is_main_process() else [], self.device)
+            logger.info(
+                "note: the epoch was begun with batches of %d images in %d processes, now they are of %d in %d: the "
+                "images that are left are the same but for some at the cut, the course of the training is not",
+                place.batch, place.processes, batch, get_world_size(),
+            )  # fmt: skip
+        self.begun = (min(batches, len(self.train_loader)), meter, place.seconds)
 
     def train(self, checkpoint: dict | None) -> None:
         """Train to the last epoch; after each, save, evaluate and log."""
@@ -421,21 +497,80 @@ class Run:
         for epoch in range(args.start_epoch, args.epochs):
             if self.has_stopped_improving():
                 break
-            self.train_loader.sampler.set_epoch(epoch)
-            self.train_set.set_epoch(epoch)
-            start_counting_memory(self.device)
-            epoch_begin = time.perf_counter()
-            stats = train_one_epoch(
-                self.wrapped, self.criterion, self.train_loader, optimization, self.device, epoch, args.print_freq
-            )
-            cost = {
-                "train_seconds": time.perf_counter() - epoch_begin,
-                "peak_memory_gib": peak_memory(self.device) / 2**30,
-            }
-            self.save(epoch, optimization, stats)
-            self.finish_epoch(epoch, stats, log, cost)
+            self.train_epoch(epoch, optimization, log)
         log.close()
         logger.info("training took %s", timedelta(seconds=round(time.perf_counter() - begin)))
+
+    def train_epoch(self, epoch: int, optimization: Optimization, log: RunLog) -> None:
+        """Train on all images, or those that are left of the epoch; save, evaluate and log.
+
+        Raises:
+            Stopped: a signal asked for it; all that was done is saved.
+        """
+        args = self.args
+        (first, meter, earlier), self.begun = self.begun, (0, AverageMeter(), 0.0)
+        self.train_loader.sampler.set_epoch(epoch)
+        self.train_loader.sampler.first = first * args.batch_size
+        self.train_set.set_epoch(epoch)
+        start_counting_memory(self.device)
+        epoch_begin = time.perf_counter() - earlier
+
+        def after_step(batches: int, stop: bool) -> None:
+            steps = batches // args.accumulate
+            if stop or (args.save_every_steps and steps % args.save_every_steps == 0):
+                place = WithinEpoch(
+                    images=batches * args.batch_size * get_world_size(),
+                    batch=args.batch_size * get_world_size(),
+                    processes=get_world_size(),
+                    meters=gather_objects(meter.state()),
+                    seconds=time.perf_counter() - epoch_begin,
+                )
+                self.save(epoch - 1, optimization, [LATEST], {"within_epoch": asdict(place)})
+            if stop:
+                self.name_unreadable(self.train_set)
+                raise self.stopped(f"in epoch {epoch}, after {batches} of {len(self.train_loader)} batches")
+
+        stats = train_one_epoch(
+            self.wrapped, self.criterion, self.train_loader, optimization, self.device, epoch, args.print_freq, meter,
+            first, after_step,
+        )  # fmt: skip
+        cost = {
+            "train_seconds": time.perf_counter() - epoch_begin,
+            "peak_memory_gib": peak_memory(self.device) / 2**30,
+        }
+        self.save(epoch, optimization, [LATEST, *self.numbered(epoch)], {"train_stats": stats})
+        self.remove_old()
+        unreadable = self.name_unreadable(self.train_set)
+        if any(gather_objects(stop_requested() is not None)):
+            raise self.stopped(f"after epoch {epoch}, before its evaluation")
+        self.finish_epoch(epoch, stats, log, cost | ({"unreadable_images": unreadable} if unreadable else {}))
+
+    def stopped(self, where: str) -> Stopped:
+        """What is said when a signal stops the training."""
+        saved = "nothing is saved without --output_dir"
+        if self.output_dir:
+            saved = f"{self.output_dir / LATEST} holds all of it: go on with --auto_resume, or --resume and its path"
+        reason = next(name for name in gather_objects(getattr(stop_requested(), "name", None)) if name)
+        return Stopped(f"{reason} came; {where}; {saved}")
+
+    def name_unreadable(self, dataset: CocoDetection) -> int:
+        """Say which images of a data set could not be read, each once in the run.
+
+        Returns:
+            how many there are, over all processes and since the run began.
+        """
+        bad = sorted(set().union(*gather_objects(dataset.unreadable())))
+        new = [i for i in bad if (dataset, i) not in self.named]
+        self.named.update((dataset, i) for i in new)
+        if new and is_main_process():
+            done = "others are in their places" if dataset is self.train_set else "their objects count as not found"
+            shown = "".join(f"\n  {dataset.why_unreadable(i)}" for i in new[:MOST_NAMED])
+            more = f"\n  and {len(new) - MOST_NAMED} more" if len(new) > MOST_NAMED else ""
+            logger.warning(
+                "data: %d of %d images in %s cannot be read; %s (--strict_data ends the run instead)%s%s",
+                len(bad), len(dataset), dataset.image_folder, done, shown, more,
+            )  # fmt: skip
+        return len(bad)
 
     def finish_epoch(
         self, epoch: int, train_stats: dict[str, float], log: RunLog, cost: dict[str, float] | None = None
@@ -451,7 +586,10 @@ class Run:
         stats = {f"train_{name}": value for name, value in train_stats.items()} | (cost or {})
         if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs:
             begin = time.perf_counter()
-            test_stats, evaluator = self.evaluate()
+            try:
+                test_stats, evaluator = self.evaluate()
+            except Stopped as stop:
+                raise self.stopped(f"in the evaluation of epoch {epoch}, which comes first then") from stop
             figures = self.report(evaluator, epoch)
             test_stats["seconds"] = time.perf_counter() - begin
             stats |= {f"test_{name}": value for name, value in test_stats.items()}
@@ -471,7 +609,7 @@ class Run:
         latest = latest if latest.is_file() else Path(self.args.resume)
         if latest.is_file():
             with open(latest, "rb") as source:
-                write_atomically(self.output_dir / BEST, lambda file: shutil.copyfileobj(source, file))
+                write_file(self.output_dir / BEST, lambda file: shutil.copyfileobj(source, file))
             logger.info("epoch %d has the highest AP so far: kept as %s", epoch, self.output_dir / BEST)
 
     def has_stopped_improving(self) -> bool:
@@ -487,41 +625,63 @@ class Run:
                 )  # fmt: skip
         return gather_objects(stop)[0]
 
-    def save(self, epoch: int, optimization: Optimization, stats: dict[str, float]) -> None:
-        """Write `checkpoint.pth`, and a numbered one before the learning rate drops and every hundred epochs."""
+    def numbered(self, epoch: int) -> list[str]:
+        """The name of the checkpoint that stays when an epoch is done, where one does: every `--save_every` epochs, and
+        before the learning rate drops."""
         args = self.args
-        states = gather_objects(random_states())
-        if self.output_dir is None or not is_main_process():
-            return
-        names, averaged = [LATEST], {}
-        if self.average:
-            averaged = {"model_ema": self.average.model.state_dict(), "ema_steps": self.average.steps}
         before, after = (drops_until(done, args.lr_drop, args.lr_drop_epochs) for done in (epoch, epoch + 1))
         drops = args.lr_schedule == "step" and after > before
-        if drops or (epoch + 1) % KEEP_EVERY == 0:
-            names.append(f"checkpoint{epoch:04}.pth")
-        for name in names:
-            save_checkpoint(
-                self.output_dir / name,
-                {
-                    "model": self.model.state_dict(),
-                    "optimizer": optimization.optimizer.state_dict(),
-                    "scaler": optimization.scaler.state_dict(),
-                    "epoch": epoch,
-                    "args": dict(vars(args)),
-                    "variant": self.variant,
-                    "label_map": self.label_map.to_dict(),
-                    "random_states": states,
-                    "train_stats": stats,
-                    **averaged,
-                },
-            )
+        return [f"checkpoint{epoch:04}.pth"] if drops or (epoch + 1) % args.save_every == 0 else []
+
+    def remove_old(self) -> None:
+        """With `--keep`, remove all numbered checkpoints but the latest."""
+        if self.args.keep and self.output_dir and is_main_process():
+            numbered = [path for path in self.output_dir.iterdir() if NUMBERED.fullmatch(path.name)]
+            numbered.sort(key=lambda path: int(NUMBERED.fullmatch(path.name)[1]))
+            for path in numbered[: -self.args.keep]:
+                path.unlink()
+
+    def save(self, epoch: int, optimization: Optimization, names: list[str], more: dict) -> None:
+        """Write a checkpoint, whole or not at all.
+
+        Args:
+            epoch: the last one that is done, -1 before the first.
+            optimization: whose state goes in.
+            names: of the files.
+            more: what else goes in.
+
+        Raises:
+            UserError: it cannot be written; in all processes.
+        """
+        states = gather_objects(random_states())
+        if self.output_dir is None:
+            return
+        with failing_together():
+            if not is_main_process():
+                return
+            if self.average:
+                more = {**more, "model_ema": self.average.model.state_dict(), "ema_steps": self.average.steps}
+            content = {
+                "model": self.model.state_dict(),
+                "optimizer": optimization.optimizer.state_dict(),
+                "scaler": optimization.scaler.state_dict(),
+                "epoch": epoch,
+                "args": dict(vars(self.args)),
+                "variant": self.variant,
+                "label_map": self.label_map.to_dict(),
+                "random_states": states,
+                **more,
+            }
+            for name in names:
+                save_checkpoint(self.output_dir / name, content)
 
     def evaluate(self) -> tuple[dict[str, float], CocoBoxEvaluator]:
         """Losses on the images to evaluate on, where they have annotations, and the evaluator with the detections."""
         evaluator = CocoBoxEvaluator(self.label_map)
+        model = self.average.model if self.average else self.model
+        share_buffers(model)
         stats = evaluate(
-            self.average.model if self.average else self.model,
+            model,
             None if self.args.eval_set == "test" else self.criterion,
             self.postprocessors["bbox"],
             self.val_loader,
@@ -530,6 +690,7 @@ class Run:
             self.args.amp,
             self.args.print_freq,
         )
+        self.name_unreadable(self.val_set)
         return stats, evaluator
 
     def report(self, evaluator: CocoBoxEvaluator, epoch: int | None, per_class: bool = False) -> list[float] | None:
@@ -561,7 +722,7 @@ class Run:
                 if self.args.eval:
                     source["checkpoint"] = self.args.resume or self.args.pretrained
                 text = json.dumps({**source, **record})
-                write_atomically(self.output_dir / EVALUATION, lambda file: file.write(text.encode()))
+                write_file(self.output_dir / EVALUATION, lambda file: file.write(text.encode()))
         if per_class and self.output_dir:
             path = self.output_dir / "results.json"
             logger.info("%d detections written to %s", evaluator.write_results(path), path)

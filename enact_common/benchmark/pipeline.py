@@ -35,10 +35,10 @@ from enact_common.benchmark.report import (
 )
 from enact_common.data.cache import cache_images
 from enact_common.data.coco import find_split
+from enact_common.data.loading import make_loader
 from enact_common.data.synthetic import make_shapes
 from enact_common.device import default_device, find_device
 from enact_common.errors import UserError
-from enact_common.run import make_loader
 from enact_common.variants import VARIANTS, load_variant
 
 # Of the images that are drawn where no data set is given: height and width of most of COCO's, and about as many
