@@ -10,7 +10,7 @@ python := $(VENV)/bin/python
 stamp := $(VENV)/.enact-installed
 other_checkout := $(if $(filter-out "$(CURDIR)","$(shell cat $(stamp) 2>/dev/null)"),force)
 
-.PHONY: help install test lint demo clean force
+.PHONY: help install test soak lint demo clean force
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1:/p' Makefile | awk -F: '{ printf "  make %-9s%s\n", $$1, $$2 }'
@@ -21,6 +21,9 @@ install: $(stamp)  ## make the environment and install the package into it
 
 test: $(stamp)  ## run the tests, in JOBS processes
 	$(python) -m pytest -n $(JOBS)
+
+soak: $(stamp)  ## run the long loops of docs/reliability.md, about half an hour, and record what comes out
+	$(python) tests/soak.py
 
 lint: $(stamp)  ## check the code with ruff
 	$(python) -m ruff check .

@@ -2,6 +2,8 @@
 
 import json
 import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from enact_common.nested_tensor import nested_tensor_from_tensor_list
 from enact_common.run import main
 from enact_common.variants import VARIANTS, load_variant
 
+ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
 
@@ -95,6 +98,52 @@ def run(variant: str, *argv: str) -> int:
 def train(variant: str, shapes: Path, output: Path, *argv) -> int:
     """Train a small model of a variant on the shapes; the exit status."""
     return run(variant, "--coco_path", shapes, "--output_dir", output, *SMALL_MODEL[variant], *argv)
+
+
+def start(
+    processes: int, variant: str, shapes: Path, output: Path, *argv, torchrun: bool = False, of_rank: dict | None = None
+) -> list[subprocess.Popen]:
+    """Start the training of a small model in processes of their own, each with a process group of its own.
+
+    Args:
+        processes: how many train together; 1 trains alone.
+        variant, shapes, output, argv: as of `train`.
+        torchrun: let torchrun start them.
+        of_rank: more words for single processes, by their number.
+
+    Returns:
+        the `Popen` of each; with torchrun, its own.
+    """
+    script = ROOT / VARIANTS[variant][0] / "main.py"
+    words = [script, "--coco_path", shapes, "--output_dir", output, *SMALL_MODEL[variant], *argv]
+    environments: list[dict[str, str]] = [{}]
+    if torchrun:
+        words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *words]
+    elif processes > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        ranks = [{"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
+        environments = [{**meeting, **rank, "WORLD_SIZE": str(processes)} for rank in ranks]
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, words), *map(str, (of_rank or {}).get(rank, ()))],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+            env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
+        )
+        for rank, environment in enumerate(environments)
+    ]  # fmt: skip
+
+
+def equal_states(first, second) -> bool:
+    """Whether two nested states hold the same tensors and values."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal_states(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(equal_states, first, second))
+    return first == second
 
 
 # What an epoch cost, in `log.txt`: no two runs agree on it.

@@ -1,0 +1,312 @@
+"""The long loops behind docs/reliability.md: kills by the dozen, damaged files by the thousand, seeds, processes.
+
+    make soak
+
+runs all of them, about half an hour on two cores, and records what came out in docs/reliability/soak.json. The test
+suite runs the same functions with smaller numbers.
+"""
+
+import argparse
+import io
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from conftest import equal_states, read_log, start, train
+from PIL import Image
+
+from enact_common.benchmark.report import environment
+from enact_common.checkpoint import load_checkpoint
+from enact_common.data.coco import decode_image, load_annotations
+from enact_common.data.synthetic import make_shapes
+from enact_common.errors import UserError
+from enact_common.evaluation.coco import EVALUATION, FIGURES
+
+RECORD = Path(__file__).resolve().parents[1] / "docs" / "reliability" / "soak.json"
+
+# Dropout, averaged weights, two loading processes and a checkpoint in every step: all that a checkpoint must restore.
+KILLED = "--batch_size 2 --dropout 0.1 --ema 0.9 --num_workers 2 --limit_val 2 --eval_every 5 --save_every_steps 1"
+
+
+def kills(folder: Path, count: int, processes: int, seed: int = 0) -> dict:
+    """Kill a training again and again at any moment, let it go on each time, and compare it with one that ran through.
+
+    Args:
+        folder: for the runs.
+        count: kills.
+        processes: that train together.
+        seed: of the moments.
+
+    Returns:
+        `kills`; of these, how many came `during_saves`; `loadable`, the checkpoints that could be read after a kill;
+        `identical`, whether the end was that of the training that ran through.
+    """
+    data = make_shapes(folder / "data", train=12, val=2, size=(64, 80), seed=3)
+    # As many steps as kills, so that it is killed to its end: 12 images are 6 steps of one process, 3 of two.
+    argv = [*KILLED.split(), "--epochs", str(-(-count * processes // 6)), "--auto_resume"]
+    whole, ours = folder / "whole", folder / "killed"
+    wait(start(processes, "detr", data, whole, *argv))
+
+    moments, during_saves, loadable = random.Random(seed), 0, 0
+    latest, partial = ours / "checkpoint.pth", ours / "checkpoint.pth.partial"
+    for number in range(count):
+        before = latest.stat().st_mtime_ns if latest.exists() else 0
+        running = start(processes, "detr", data, ours, *argv)
+        for process in running:
+            # Nobody reads them, and a full pipe would hold them up.
+            process.stdout.close()
+            process.stderr.close()
+        # Each run comes one step further at least, then dies some time in the next ones; every third in a save.
+        while running[0].poll() is None and not (latest.exists() and latest.stat().st_mtime_ns > before):
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.3))
+        while number % 3 == 0 and running[0].poll() is None and not partial.exists():
+            time.sleep(0.0005)
+        time.sleep(moments.uniform(0, 0.02))
+        for process in running:
+            process.kill()
+        for process in running:
+            process.wait()
+        during_saves += partial.exists()
+        load_checkpoint(str(latest))
+        loadable += 1
+    wait(start(processes, "detr", data, ours, *argv))
+    first, second = (load_checkpoint(str(path / "checkpoint.pth")) for path in (ours, whole))
+    identical = read_log(ours) == read_log(whole) and all(
+        equal_states(first[key], second[key]) for key in ("model", "model_ema", "optimizer", "random_states")
+    )
+    return {"kills": count, "during_saves": during_saves, "loadable": loadable, "identical": identical}
+
+
+def wait(running: list) -> None:
+    """Let processes end well."""
+    for process in running:
+        _, complained = process.communicate()
+        if process.returncode:
+            raise RuntimeError(f"a training ended with status {process.returncode}: {complained}")
+
+
+def damaged_images(folder: Path, count: int, seed: int = 0) -> dict:
+    """Read images of several formats after random damage: each must give pixels or a UserError that names the file.
+
+    Args:
+        folder: for the files.
+        count: of damaged files.
+        seed: of the damage.
+
+    Returns:
+        how many there were of each outcome.
+    """
+    drawn, outcomes = np.random.default_rng(seed), Counter()
+    pixels = cv2.resize(drawn.integers(0, 256, (8, 10, 3), dtype=np.uint8), (80, 64))
+    originals = []
+    for form, more in (("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("GIF", {}), ("TIFF", {}),
+                       ("TIFF", {"compression": "tiff_lzw"}), ("BMP", {}), ("WEBP", {}), ("PPM", {})):  # fmt: skip
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, form, **more)
+        originals.append((form, np.frombuffer(buffer.getvalue(), dtype=np.uint8)))
+    for number in range(count):
+        form, content = originals[number % len(originals)]
+        path = folder / f"damaged.{form.lower()}"
+        path.write_bytes(damage(content, drawn).tobytes())
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of damaged metadata
+                image = decode_image(path)
+        except UserError as error:
+            if str(path) not in str(error):
+                raise AssertionError(f"the message does not name the file: {error}") from error
+            outcomes["refused"] += 1
+        else:
+            if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
+                raise AssertionError(f"{path}: gave {image.dtype} {tuple(image.shape)}")
+            outcomes["read"] += 1
+    return dict(outcomes)
+
+
+def damage(content: np.ndarray, drawn: np.random.Generator) -> np.ndarray:
+    """Bytes after one of several accidents: cut short, some bytes changed, a part zeroed, a part missing, a doubled."""
+    content, size = content.copy(), len(content)
+    begin, end = sorted(drawn.integers(0, size + 1, 2).tolist())
+    match int(drawn.integers(5)):
+        case 0:
+            return content[:begin]
+        case 1:
+            places = drawn.integers(0, size, int(drawn.integers(1, 20)))
+            content[places] = drawn.integers(0, 256, len(places), dtype=np.uint8)
+            return content
+        case 2:
+            content[begin:end] = 0
+            return content
+        case 3:
+            return np.concatenate((content[:begin], content[end:]))
+        case _:
+            return np.concatenate((content[:end], content[begin:]))
+
+
+def damaged_annotations(folder: Path, count: int, seed: int = 0) -> dict:
+    """Read annotation files after random damage, to their bytes or to their values: each is read or a UserError.
+
+    Args, returns: as of `damaged_images`.
+    """
+    data = make_shapes(folder / "small", train=2, val=1, size=(64, 80), seed=3)
+    original = (data / "annotations" / "instances_train2017.json").read_bytes()
+    drawn, outcomes, path = np.random.default_rng(seed), Counter(), folder / "damaged.json"
+    oddities = [None, True, -1, 0, 1e308, float("nan"), float("inf"), 2**70, "", "x", [], [1, 2], {}, {"id": 1}]
+    for number in range(count):
+        if number % 2:
+            content = damage(np.frombuffer(original, dtype=np.uint8), drawn).tobytes()
+        else:
+            value = json.loads(original)
+            place, key = value, drawn.choice(sorted(value))
+            # Down to any depth, where one value becomes an odd one.
+            while isinstance(place[key], list | dict) and place[key] and drawn.random() < 0.85:
+                place = place[key]
+                key = int(drawn.integers(len(place))) if isinstance(place, list) else drawn.choice(sorted(place))
+            place[key] = oddities[drawn.integers(len(oddities))]
+            content = json.dumps(value).encode()
+        path.write_bytes(content)
+        try:
+            load_annotations(path)
+            outcomes["read"] += 1
+        except UserError as error:
+            if str(path) not in str(error):
+                raise AssertionError(f"the message does not name the file: {error}") from error
+            outcomes["refused"] += 1
+    return dict(outcomes)
+
+
+def damaged_checkpoints(folder: Path, count: int, seed: int = 0) -> dict:
+    """Read checkpoints after random damage: each is read or a UserError.
+
+    Args, returns: as of `damaged_images`.
+    """
+    buffer = io.BytesIO()
+    torch.save({"model": {"weight": torch.arange(100.0)}, "epoch": 3, "args": {"lr": 1.0}}, buffer)
+    original = np.frombuffer(buffer.getvalue(), dtype=np.uint8)
+    drawn, outcomes, path = np.random.default_rng(seed), Counter(), folder / "damaged.pth"
+    for _ in range(count):
+        path.write_bytes(damage(original, drawn).tobytes())
+        try:
+            load_checkpoint(str(path))
+            outcomes["read"] += 1
+        except UserError as error:
+            if str(path) not in str(error):
+                raise AssertionError(f"the message does not name the file: {error}") from error
+            outcomes["refused"] += 1
+    return dict(outcomes)
+
+
+def seeds(folder: Path, count: int, epochs: int) -> dict:
+    """Short trainings on shapes from several seeds, in float32 and in bf16.
+
+    Args:
+        folder: for the data and the runs.
+        count: seeds.
+        epochs: of 48 images in batches of 4.
+
+    Returns:
+        under each precision the last epoch's training `losses` in the order of the seeds, their `mean` and `deviation`;
+        and `difference`, the largest of one seed between the two as a part of the mean in float32.
+    """
+    data = make_shapes(folder / "seeds", train=48, val=2, size=(64, 80), seed=3)
+    result: dict = {}
+    for amp, name in (("none", "float32"), ("bf16", "bf16")):
+        losses = []
+        for seed in range(count):
+            output = folder / f"{name} {seed}"
+            argv = ["--epochs", epochs, "--eval_every", epochs, "--amp", amp, "--seed", seed, "--lr", "5e-4"]
+            if train("detr", data, output, *argv):
+                raise RuntimeError(f"seed {seed} in {name} did not come to its end")
+            losses.append(read_log(output)[-1]["train_loss"])
+        result[name] = {
+            "losses": losses,
+            "mean": statistics.mean(losses),
+            "deviation": statistics.stdev(losses) if count > 1 else 0.0,
+        }
+    pairs = zip(result["float32"]["losses"], result["bf16"]["losses"], strict=True)
+    return result | {"difference": max(abs(a - b) for a, b in pairs) / result["float32"]["mean"]}
+
+
+def processes(folder: Path, numbers: Sequence[int], images: Sequence[int]) -> dict:
+    """Evaluate the same model on several numbers of images in several numbers of processes.
+
+    Args:
+        folder: for the data and the runs.
+        numbers: of processes; the first is what the others are compared with.
+        images: how many to evaluate on, each.
+
+    Returns:
+        `evaluations`; `difference`, the largest of any of the twelve figures; `identical`, whether all detections are
+        equal; `AP`, the highest that was compared.
+    """
+    data = make_shapes(folder / "ranks", train=max(images), val=1, size=(64, 80), seed=3)
+    learned = folder / "learned"
+    argv = ["--epochs", "60", "--no_augmentation", "--eval_set", "train", "--eval_every", "99", "--dropout", "0"]
+    assert train("detr", data, learned, *argv, "--lr", "2e-3", "--batch_size", "8") == 0
+    difference, identical, best, evaluations = 0.0, True, 0.0, 0
+    for size in images:
+        found = []
+        for number in numbers:
+            output = folder / f"{size} in {number}"
+            resume = ["--resume", learned / "checkpoint.pth", "--eval", "--eval_set", "train"]
+            wait(start(number, "detr", data, output, *resume, "--limit_val", size, "--batch_size", "2"))
+            record = json.loads((output / EVALUATION).read_text())["figures"]
+            found.append(([record[name] for name in FIGURES], (output / "results.json").read_bytes()))
+            evaluations += 1
+        for figures, results in found[1:]:
+            difference = max(difference, *(abs(a - b) for a, b in zip(figures, found[0][0], strict=True)))
+            identical = identical and results == found[0][1]
+        best = max(best, found[0][0][0])
+    return {"evaluations": evaluations, "difference": difference, "identical": identical, "AP": best}
+
+
+# Each part's function and the numbers of the long run.
+PARTS: dict[str, Callable[[Path], dict]] = {
+    "kills of one process": lambda folder: kills(folder, count=50, processes=1),
+    "kills of two processes": lambda folder: kills(folder, count=20, processes=2),
+    "damaged images": lambda folder: damaged_images(folder, count=20_000),
+    "damaged annotations": lambda folder: damaged_annotations(folder, count=4_000),
+    "damaged checkpoints": lambda folder: damaged_checkpoints(folder, count=4_000),
+    "processes": lambda folder: processes(folder, numbers=(1, 2, 3, 4), images=(1, 5, 7, 10)),
+    "seeds": lambda folder: seeds(folder, count=10, epochs=12),
+}
+
+
+def main() -> int:
+    """Run the parts that the command line names, all without one, and record what came out."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--record", type=Path, default=RECORD, metavar="FILE", help="JSON to add to; default: docs'")
+    args = parser.parse_args()
+    unknown = set(args.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+    record = json.loads(args.record.read_text()) if args.record.exists() else {}
+    for name in args.parts or PARTS:
+        begin = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            result = PARTS[name](Path(folder))
+        record[name] = {
+            **result,
+            "seconds": round(time.perf_counter() - begin),
+            "environment": environment([], torch.device("cpu")) | {"command": f"python tests/soak.py {name!r}"},
+        }
+        print(f"{name}: {json.dumps(result)}", flush=True)
+        args.record.parent.mkdir(parents=True, exist_ok=True)
+        args.record.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
