@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+import yaml
 from conftest import train
 from packaging.requirements import Requirement
 
@@ -423,3 +424,42 @@ def test_no_opening_in_the_source():
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The container
+
+
+def instructions(dockerfile: str) -> list[tuple[str, str]]:
+    """The instructions of a Dockerfile and what follows each, lines that go on joined."""
+    lines = [line for line in dockerfile.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    joined = re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines()
+    return [(line.split(None, 1)[0].upper(), line.split(None, 1)[1]) for line in joined]
+
+
+def test_the_container_runs_as_a_user_without_rights():
+    found = instructions((ROOT / "Dockerfile").read_text(encoding="utf-8"))
+    defaults = dict(argument.split("=") for name, argument in found if name == "ARG")
+    user = [argument for name, argument in found if name == "USER"][-1]
+    user = re.sub(r"\$\{(\w+)\}", lambda variable: defaults[variable[1]], user)
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
+    assert not any(re.search(r"\bsudo\b|\bsetcap\b|chmod .*s", argument) for _, argument in found)
+    # Nothing comes from the network but Debian's and Python's packages, whose installers check them.
+    assert "ADD" not in dict(found)
+    assert not any(re.search(r"\bcurl\b|\bwget\b|https?://", argument) for _, argument in found)
+
+
+def test_services_get_no_rights_over_the_host():
+    services = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
+    for name, service in services.items():
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert not service.keys() & {"privileged", "cap_add", "network_mode", "pid", "ipc", "user", "devices"}, name
+        assert {volume["target"] for volume in service["volumes"]} <= {"/data/coco", "/outputs"}, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is promised
+
+
+def test_what_is_promised_is_tested():
+    promised = re.findall(r"`(?:(test_\w+)\.py::)?(test_\w+)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
+    assert len(promised) > 8
+    for file, test in promised:
+        source = (ROOT / "tests" / f"{file or 'test_security'}.py").read_text(encoding="utf-8")
+        assert f"def {test}(" in source, f"{file}::{test}"
