@@ -5,8 +5,9 @@
 
 # Plain Python, because torch's wheels carry their own CUDA libraries: the host only needs the NVIDIA
 # driver and its container toolkit, and torch is the version that constraints.txt names. An image of
-# PyTorch's would hold a second torch of another version.
-FROM python:3.11.11-slim-bookworm
+# PyTorch's would hold a second torch of another version. Not pinned further: a build has the fixes that
+# Python and Debian made until then.
+FROM python:3.11-slim-bookworm
 
 # opencv-python links against libGL and GLib, which the slim image leaves out.
 # Debian replaces a package's version within a release, so a pinned one would break the build one day.

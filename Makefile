@@ -10,7 +10,7 @@ python := $(VENV)/bin/python
 stamp := $(VENV)/.enact-installed
 other_checkout := $(if $(filter-out "$(CURDIR)","$(shell cat $(stamp) 2>/dev/null)"),force)
 
-.PHONY: help install test soak lint demo clean force
+.PHONY: help install test soak lint audit demo clean force
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1:/p' Makefile | awk -F: '{ printf "  make %-9s%s\n", $$1, $$2 }'
@@ -25,8 +25,17 @@ test: $(stamp)  ## run the tests, in JOBS processes
 soak: $(stamp)  ## run the long loops of docs/reliability.md, about half an hour, and record what comes out
 	$(python) tests/soak.py
 
-lint: $(stamp)  ## check the code with ruff
+lint: $(stamp)  ## check the code with ruff, and the other files by schema and hadolint
 	$(python) -m ruff check .
+	$(python) -m check_jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
+	$(python) -m check_jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	@if [ -x $(VENV)/bin/hadolint ]; then echo "hadolint Dockerfile" && $(VENV)/bin/hadolint Dockerfile; \
+	else echo "no hadolint for this system: the Dockerfile is not checked"; fi
+
+# Apart from the tests: it asks a service, whose answer changes without a change here.
+audit: $(stamp)  ## look up known vulnerabilities of the versions in constraints.txt
+	$(python) -m pip install -c constraints.txt pip-audit
+	$(python) -m pip_audit --strict --no-deps --disable-pip -r constraints.txt
 
 demo: $(stamp)  ## train a small model on made-up images; the results go to demo/
 	$(python) -m enact_common.demo --variant $(VARIANT) --output_dir demo

@@ -283,7 +283,7 @@ def add_model_flags(group) -> None:
     group.add_argument("--backbone", type=str, choices=BACKBONES, default="resnet50", help="ResNet from torchvision")
     group.add_argument(
         "--backbone_weights", type=str, default="default", metavar="default|none|PATH",
-        help="torchvision's ImageNet weights (downloaded and cached), random ones, or a state dict's file",
+        help="torchvision's ImageNet weights (downloaded, checked and cached), random ones, or a state dict's file",
     )  # fmt: skip
     group.add_argument(
         "--backbone_norm", choices=tuple(NORMS), default="frozen",
@@ -426,12 +426,14 @@ def add_run_flags(group) -> None:
     group.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu")
     group.add_argument("--seed", default=42, type=natural_int, metavar="N", help="of weights, order and augmentation")
     group.add_argument(
-        "--resume", default="", metavar="CKPT", help="checkpoint to go on from or to evaluate: a path or an https URL"
-    )
+        "--resume", default="", metavar="CKPT",
+        help="checkpoint to go on from or to evaluate: a path, or an https URL with the file's SHA-256 (8 digits of it "
+        "or more) in the file's name, name-HASH.pth, or at its end, #sha256=HASH",
+    )  # fmt: skip
     group.add_argument(
         "--pretrained", default="", metavar="CKPT",
-        help="checkpoint to begin a training from, of other classes or settings too: what fits is taken, plain "
-        "attention is converted to ENACT, the rest is listed; --resume goes before it",
+        help="checkpoint to begin a training from, as for --resume, of other classes or settings too: what fits is "
+        "taken, plain attention is converted to ENACT, the rest is listed; --resume goes before it",
     )  # fmt: skip
     group.add_argument(
         "--auto_resume", action="store_true",

@@ -1,7 +1,6 @@
 """ResNet backbones from torchvision, with frozen or trained batch norm, and where their weights come from."""
 
 from pathlib import Path
-from urllib.error import URLError
 
 import torchvision
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d
 
 from enact_common.acceleration import Recomputed
+from enact_common.download import download
 from enact_common.errors import UserError
 from enact_common.files import read_tensors
 from enact_common.nested_tensor import NestedTensor
@@ -178,8 +178,8 @@ class Backbone(BackboneBase):
 def load_backbone_weights(name: str, weights: str) -> dict[str, Tensor] | None:
     """The state dict that `--backbone_weights` names, None for "none".
 
-    "default" are torchvision's IMAGENET1K_V1 weights, with which the published detectors were trained, through
-    torchvision's own download and cache.
+    "default" are torchvision's IMAGENET1K_V1 weights, with which the published detectors were trained, from where
+    torchvision has them, checked by their hash, and in the cache that torchvision uses.
 
     Raises:
         UserError: the download fails, or the file is missing or is no state dict.
@@ -187,16 +187,15 @@ def load_backbone_weights(name: str, weights: str) -> dict[str, Tensor] | None:
     if weights == "none":
         return None
     if weights == "default":
-        source = torchvision.models.get_model_weights(name).IMAGENET1K_V1
         try:
-            return source.get_state_dict(progress=True, check_hash=True)
-        except (URLError, OSError, RuntimeError) as error:
-            raise UserError(
-                f"--backbone_weights default: could not download {source.url} ({error}). Ways out: {WEIGHTS_WAYS_OUT}"
-            ) from error
-    if not Path(weights).is_file():
+            path = download(torchvision.models.get_model_weights(name).IMAGENET1K_V1.url)
+        except UserError as error:
+            raise UserError(f"--backbone_weights default: {error}. Ways out: {WEIGHTS_WAYS_OUT}") from error
+    else:
+        path = Path(weights)
+    if not path.is_file():
         raise UserError(f"--backbone_weights {weights}: no such file. Ways out: {WEIGHTS_WAYS_OUT}")
-    state = read_tensors(Path(weights), f"a state dict of a torchvision {name}, for --backbone_weights")
+    state = read_tensors(path, f"a state dict of a torchvision {name}, for --backbone_weights")
     for key in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

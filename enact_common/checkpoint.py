@@ -4,13 +4,13 @@ import argparse
 import random
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import numpy as np
 import torch
 from torch import nn
 
 from enact_common.arguments import CLUSTERING_FLAGS, MODEL_FLAGS, NEGATABLE_FLAGS
+from enact_common.download import download, is_url
 from enact_common.errors import UserError
 from enact_common.files import read_tensors, write_file
 
@@ -40,15 +40,15 @@ def load_checkpoint(source: str) -> dict[str, Any]:
     """Read a checkpoint of ours or of the original repositories; tensors come to the CPU.
 
     Args:
-        source: a path, or a URL, which goes through PyTorch's own download cache.
+        source: a path, or an https URL that says the file's hash (`enact_common.download.download`).
 
     Returns:
         a dict with at least `model`; `args`, where there are any, as a dict.
 
     Raises:
-        UserError: naming the file and what was expected.
+        UserError: naming the file and what was expected; nothing in the file has been executed.
     """
-    path = download(source) if source.startswith(("https:", "http:")) else Path(source)
+    path = download(source) if is_url(source) else Path(source)
     state = read_tensors(path, EXPECTED)
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         keys = f"keys {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
@@ -61,26 +61,6 @@ def load_checkpoint(source: str) -> dict[str, Any]:
     if "dilation" in args:
         args["dilation"] = bool(args["dilation"])
     return {**state, "args": args}
-
-
-def download(url: str) -> Path:
-    """The file behind a URL, in PyTorch's cache of checkpoints.
-
-    Raises:
-        UserError: it cannot be had.
-    """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            # Published files carry the beginning of their SHA-256 in their names.
-            named = torch.hub.HASH_REGEX.search(path.name)
-            torch.hub.download_url_to_file(url, str(path), named.group(1) if named else None)
-        except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"{url}: cannot be downloaded ({error}); download it elsewhere and pass its path"
-            ) from error
-    return path
 
 
 def restore_clustering_flags(saved: dict[str, Any], args: argparse.Namespace) -> None:

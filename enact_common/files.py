@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,9 @@ from enact_common.errors import UserError
 
 # The original repositories keep their arguments in one; nothing else beyond tensors and built-in types is let in.
 torch.serialization.add_safe_globals([argparse.Namespace])
+
+# How PyTorch's messages name a class or function that it did not let in.
+NOT_LET_IN = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def make_folder(folder: Path, flag: str = "--output_dir") -> None:
@@ -92,17 +96,30 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], sync: bool = Tru
 def read_tensors(path: Path, expected: str) -> Any:
     """What `torch.save` put into a file: tensors and built-in types alone, on the CPU.
 
+    Nothing in the file is executed: a pickle that names any other class or function is refused as it is read.
+
     Args:
         path: the file.
         expected: what it should hold, for the message.
 
     Raises:
-        UserError: it is missing, truncated, or something else.
+        UserError: it is missing, truncated, or holds something else.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected {expected}")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged pickle or archive raises has no end: struct.error, IndexError, ...
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: truncated, or not a file of tensors ({first[:200]}); expected {expected}") from error
+        raise UserError(f"{path}: {describe(error)}; expected {expected}") from error
+
+
+def describe(error: Exception) -> str:
+    """What an error of `torch.load` comes down to. Its own text tells how to load the file all the same."""
+    text = str(error)
+    found = NOT_LET_IN.search(text)
+    if found:
+        reason = f"it holds {found[1]}, which is neither a tensor nor a built-in type, and was not executed"
+    else:
+        text = text.rpartition("WeightsUnpickler error:")[2].partition(" In PyTorch 2.6")[0]
+        reason = (text.strip() or type(error).__name__).splitlines()[0][:200]
+    return f"truncated, or not a file of tensors ({reason})"

@@ -173,7 +173,7 @@ def load_detector(
     are taken.
 
     Args:
-        checkpoint: a path or an https URL.
+        checkpoint: a path, or an https URL that says the file's hash (`enact_common.download.download`).
         device: "cuda", "cuda:1", "cpu"; None for a GPU where there is one.
         threshold: least score of a detection, in [0, 1].
         flags: of the model, where a checkpoint of weights alone does not show them: `dilation=True` for DC5.

@@ -141,7 +141,9 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--checkpoint", required=True, metavar="CKPT",
-        help="trained detector: a path or an https URL; of this project, ENACT's authors or the original repositories",
+        help="trained detector: a path, or an https URL with the file's SHA-256 (8 digits of it or more) in the file's "
+        "name, name-HASH.pth, or at its end, #sha256=HASH; of this project, ENACT's authors or the original "
+        "repositories",
     )  # fmt: skip
     parser.add_argument(
         "--output_dir", required=True, metavar="DIR",

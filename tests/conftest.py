@@ -1,10 +1,16 @@
 """What the tests share: small data, small models, and runs of a variant's command line."""
 
+import functools
+import http.client
+import http.server
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before PyTorch is imported, and for the processes that tests start: models this small gain nothing from threads, and
@@ -63,6 +69,65 @@ def shapes(tmp_path_factory) -> Path:
 def coco_mini() -> Path:
     """Real COCO images, where the environment says where they are."""
     return real_data("ENACT_COCO_MINI")
+
+
+class Website:
+    """What https://weights.test/ serves: files of a folder, from this machine and in fact without encryption.
+
+    Attributes:
+        folder: the files.
+        moved: paths that are redirected, and the URLs where to.
+        asked: the paths that were asked for, in order.
+        plain: the same files' address by http.
+    """
+
+    url = "https://weights.test"
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.moved: dict[str, str] = {}
+        self.asked: list[str] = []
+        website = self
+
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def do_GET(self):
+                website.asked.append(self.path)
+                if self.path not in website.moved:
+                    return super().do_GET()
+                self.send_response(302)
+                self.send_header("Location", website.moved[self.path])
+                self.end_headers()
+
+            def log_message(self, *args):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(
+            ("127.0.0.1", 0), functools.partial(Handler, directory=str(folder))
+        )
+        self.plain = f"http://127.0.0.1:{self.server.server_port}"
+
+    def https_open(self, handler: urllib.request.HTTPSHandler, request: urllib.request.Request):
+        """In place of `HTTPSHandler.https_open`."""
+        port = self.server.server_port
+        return handler.do_open(lambda _, **options: http.client.HTTPConnection("127.0.0.1", port, **options), request)
+
+
+@pytest.fixture
+def website(tmp_path, monkeypatch) -> Iterator[Website]:
+    """https://weights.test/, and a cache of downloads that is empty."""
+    folder = tmp_path / "website"
+    folder.mkdir()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    monkeypatch.setenv("no_proxy", "*")
+    site = Website(folder)
+    monkeypatch.setattr(
+        urllib.request.HTTPSHandler, "https_open", lambda handler, request: site.https_open(handler, request)
+    )
+    with site.server:
+        threading.Thread(target=site.server.serve_forever, args=(0.01,), daemon=True).start()
+        yield site
+        site.server.shutdown()
 
 
 def real_data(variable: str) -> Path:

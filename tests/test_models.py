@@ -324,7 +324,7 @@ def test_default_weights_without_a_network_name_the_ways_out(monkeypatch, tmp_pa
         raise URLError("no route to host")
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub.urlopen", offline)
+    monkeypatch.setattr("urllib.request.OpenerDirector.open", offline)
     with pytest.raises(UserError, match="--backbone_weights PATH.*--backbone_weights none --backbone_norm batch"):
         load_backbone_weights("resnet50", "default")
 
@@ -333,8 +333,7 @@ def test_no_weights_are_fetched_for_a_checkpoint(monkeypatch):
     def fetch(*args, **kwargs):
         raise AssertionError("fetched")
 
-    monkeypatch.setattr("torch.hub.load_state_dict_from_url", fetch)
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
+    monkeypatch.setattr("enact_common.backbone.download", fetch)
     build("detr", "--backbone", "resnet18", "--resume", "checkpoint.pth")
     build("detr", "--backbone", "resnet18", "--eval")
     with pytest.raises(AssertionError, match="fetched"):

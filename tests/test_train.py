@@ -1,9 +1,7 @@
 """Runs of the whole command line on small data: training, evaluation, resuming, and how a run can fail."""
 
 import copy
-import functools
 import hashlib
-import http.server
 import io
 import json
 import math
@@ -13,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from argparse import Namespace
 from collections import Counter
@@ -355,26 +352,21 @@ def test_a_checkpoint_of_another_parameter_order_resumes(shapes, trained, tmp_pa
     assert equal_states(ours["model"], theirs["model"]) and equal_states(ours["optimizer"], theirs["optimizer"])
 
 
-def test_a_checkpoint_behind_a_url(shapes, trained, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_behind_a_url(shapes, trained, website, capsys):
     content = (trained / "checkpoint.pth").read_bytes()
-    digest = hashlib.sha256(content).hexdigest()[:8]
-    served = tmp_path / "served"
-    served.mkdir()
-    for name in (f"right-{digest}.pth", "wrong-00000000.pth"):
-        (served / name).write_bytes(content)
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(served))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.hub, "_hub_dir", None)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
-        assert train("detr", shapes, "", "--resume", f"{url}/right-{digest}.pth", "--eval") == 0
-        assert train("detr", shapes, "", "--resume", f"{url}/wrong-00000000.pth", "--eval") == 2
-        assert "wrong-00000000.pth: cannot be downloaded (invalid hash" in capsys.readouterr().err
-        server.shutdown()
+    digest = hashlib.sha256(content).hexdigest()
+    named = f"{website.url}/right-{digest[:8]}.pth"
+    wrong = f"{website.url}/wrong-00000000.pth"
+    for url in (named, wrong, f"{website.url}/checkpoint.pth"):
+        (website.folder / Path(url).name).write_bytes(content)
+    assert train("detr", shapes, "", "--resume", named, "--eval") == 0
+    assert train("detr", shapes, "", "--resume", f"{website.url}/checkpoint.pth#sha256={digest}", "--eval") == 0
+    capsys.readouterr()
+    assert train("detr", shapes, "", "--resume", wrong, "--eval") == 2
+    assert f"error: {wrong}: is not the file that was asked for (its SHA-256 is {digest}" in capsys.readouterr().err
     # The second time it comes from the cache.
-    assert train("detr", shapes, "", "--resume", f"{url}/right-{digest}.pth", "--eval") == 0
-    assert train("detr", shapes, "", "--resume", f"{url}/wrong-00000000.pth", "--eval") == 2
+    website.asked.clear()
+    assert train("detr", shapes, "", "--pretrained", named, "--eval") == 0 and website.asked == []
 
 
 def test_an_optimizer_state_that_does_not_fit_is_said(shapes, trained, tmp_path, capsys):

@@ -1,0 +1,196 @@
+"""The commands in docker-compose.yml, read as compose would read them, and run here without a container."""
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pytest
+import yaml
+from conftest import SMALL_MODEL, read_log
+
+ROOT = Path(__file__).resolve().parents[1]
+VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
+
+SERVICES = ("train", "eval", "benchmark", "tensorboard")
+
+
+def substitute(value: Any, settings: dict[str, str]) -> Any:
+    """A value of the file with its variables replaced: `${NAME:-default}` where a setting is missing or empty."""
+    if isinstance(value, dict):
+        return {key: substitute(item, settings) for key, item in value.items()}
+    if isinstance(value, list):
+        return [substitute(item, settings) for item in value]
+    return VARIABLE.sub(lambda found: settings.get(found[1]) or found[2], value) if isinstance(value, str) else value
+
+
+def services(**settings: str) -> dict[str, dict]:
+    """The services, under these settings."""
+    return substitute(yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8")), settings)["services"]
+
+
+def paths_in(service: dict) -> list[str]:
+    """The absolute paths in a service's command and environment."""
+    words = [*shlex.split(service["command"]), *service.get("environment", {}).values()]
+    return [word for word in (word.rpartition("=")[2] for word in words) if word.startswith("/")]
+
+
+def mount_of(path: str, service: dict) -> dict | None:
+    """The volume under which a path in the container lies."""
+    places = [PurePosixPath(path), *PurePosixPath(path).parents]
+    return next((volume for volume in service["volumes"] if PurePosixPath(volume["target"]) in places), None)
+
+
+def on_the_host(word: str, service: dict) -> str:
+    """A word of a command or an environment with the container's path, if it is one, replaced by the host's."""
+    volume = mount_of(word, service) if word.startswith("/") else None
+    return str(Path(volume["source"]) / PurePosixPath(word).relative_to(volume["target"])) if volume else word
+
+
+def start(name: str, settings: dict[str, str], *more: str) -> subprocess.Popen:
+    """Start a service's command with the Python here, as the image's entry point does with its own."""
+    service = services(**settings)[name]
+    command = [on_the_host(word, service) for word in shlex.split(service["command"])]
+    environment = {key: on_the_host(value, service) for key, value in service.get("environment", {}).items()}
+    return subprocess.Popen(
+        [sys.executable, *command, *more],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(name: str, settings: dict[str, str]) -> str:
+    """Run a service's command to its end, which must be a good one; what it printed."""
+    process = start(name, settings)
+    try:
+        output, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_paths_lie_under_mounts(name):
+    service = services()[name]
+    assert paths_in(service) != []
+    for path in paths_in(service):
+        assert mount_of(path, service), f"{path} is in the container alone"
+    written = re.search(r"--output_dir (\S+)", service["command"])
+    for path in [*written.groups()] if written else []:
+        assert not mount_of(path, service).get("read_only")
+    if "TORCH_HOME" in service.get("environment", {}):
+        assert not mount_of(service["environment"]["TORCH_HOME"], service).get("read_only")
+
+
+def test_compose_up_trains_on_all_gpus_and_goes_on_where_it_stopped():
+    by_default = [name for name, service in services().items() if "profiles" not in service]
+    assert by_default == ["train"] and set(services()) == set(SERVICES)
+    train = services()["train"]
+    words = shlex.split(train["command"])
+    assert "--nproc_per_node=gpu" in words and "--auto_resume" in words
+    assert train["deploy"]["resources"]["reservations"]["devices"][0]["count"] == "all"
+    # torchrun outlasts its processes, and Docker's patience torchrun's.
+    assert train["stop_grace_period"] == "150s" and train["environment"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "120"
+    assert train["restart"] == "on-failure:3"
+    assert all("restart" not in service for name, service in services().items() if name != "train")
+
+
+def test_the_image_holds_what_the_services_need():
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert 'ENTRYPOINT ["python"]' in dockerfile  # which the commands are arguments of
+    installed = re.search(r'-e "\.\[([\w,-]+)\]"', dockerfile)[1].split(",")
+    assert {"logging", "plots"} <= set(installed)  # TensorBoard, and the benchmark's charts
+
+
+def test_settings_take_the_place_of_defaults():
+    train = services(VARIANT="Anchor-DETR-ENACT", PROCESSES="2", ARGS="--batch_size 2", GPU_COUNT="")["train"]
+    words = shlex.split(train["command"])
+    assert words[3:5] == ["--nproc_per_node=2", "Anchor-DETR-ENACT/main.py"] and words[-2:] == ["--batch_size", "2"]
+    assert "/outputs/Anchor-DETR-ENACT" in words
+    assert train["deploy"]["resources"]["reservations"]["devices"][0]["count"] == "all"
+
+
+def test_tensorboard_is_open_to_this_machine_alone():
+    service = services(TENSORBOARD_PORT="8080")["tensorboard"]
+    assert service["ports"] == ["127.0.0.1:8080:6006"]
+    assert shlex.split(service["command"])[-2:] == ["--port", "6006"]
+    assert all(volume["read_only"] for volume in service["volumes"])
+
+
+@pytest.fixture(scope="module")
+def settings(shapes, tmp_path_factory) -> dict[str, str]:
+    """Of a small model on the CPU, in two processes, and folders of this test."""
+    model = shlex.join([*SMALL_MODEL["detr"], "--epochs", "1", "--limit_train", "8"])
+    return {
+        "COCO_PATH": str(shapes),
+        "OUTPUT_PATH": str(tmp_path_factory.mktemp("outputs")),
+        "PROCESSES": "2",
+        "ARGS": model,
+        "CHECKPOINT": "best.pth",
+        "BENCHMARK_ARGS": "--variants detr --rows enact --size 64 96 --batch 1 --repeat 1 --warmup 0 --device cpu "
+        f"--coco_path /data/coco -- {shlex.join(SMALL_MODEL['detr'])}",
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(settings) -> Path:
+    """What the training service leaves behind."""
+    finish("train", settings)
+    return Path(settings["OUTPUT_PATH"]) / "DETR-ENACT"
+
+
+@pytest.mark.slow
+def test_the_training_runs(trained):
+    assert len(read_log(trained)) == 1
+    assert {"checkpoint.pth", "best.pth", "evaluation.json"} <= {path.name for path in trained.iterdir()}
+
+
+@pytest.mark.slow
+def test_the_evaluation_runs_on_what_was_trained(trained, settings):
+    output = finish("eval", settings)
+    assert "Average Precision" in output and (trained / "results.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(settings):
+    finish("benchmark", settings)
+    assert (Path(settings["OUTPUT_PATH"]) / "benchmarks" / "table.md").is_file()
+
+
+@pytest.mark.slow
+def test_tensorboard_shows_the_training(trained, settings):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # What comes last counts. In its container it has a network of its own; here the port may be taken.
+    process = start("tensorboard", settings, "--host", "127.0.0.1", "--port", str(port))
+    try:
+        page = fetch(f"http://127.0.0.1:{port}/", process)
+        runs = fetch(f"http://127.0.0.1:{port}/data/runs", process)
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
+    assert "<title>TensorBoard</title>" in page and "DETR-ENACT" in runs
+
+
+def fetch(url: str, process: subprocess.Popen, seconds: float = 120) -> str:
+    """A page of a server that is about to start."""
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return opener.open(url, timeout=10).read().decode()
+        except OSError:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < end, f"{url} did not answer"
+            time.sleep(0.2)
