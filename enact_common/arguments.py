@@ -8,6 +8,7 @@ import torch
 
 from enact_common.backbone import BACKBONES, NORMS, SHALLOW_BACKBONES
 from enact_common.clustering import CLUSTERS
+from enact_common.device import TORCH_VERSION
 from enact_common.errors import UserError
 from enact_common.layers import ENCODER_ATTENTIONS
 from enact_common.optimization import AMP_DTYPE
@@ -43,7 +44,6 @@ NEGATABLE_FLAGS = ("dilation",)
 
 # PyTorch 2.4 fails where a compiled part is recomputed; of later releases, this one was tried.
 COMPILED_AND_RECOMPUTED = (2, 15)
-TORCH_VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 
 TRUE_WORDS = ("true", "1", "yes")
 FALSE_WORDS = ("false", "0", "no")

@@ -6,6 +6,8 @@ import torch
 
 from enact_common.errors import UserError
 
+TORCH_VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
+
 
 def find_device(name: str) -> torch.device:
     """The device that `--device` names.

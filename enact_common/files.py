@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from enact_common.device import TORCH_VERSION
 from enact_common.errors import UserError
 
 # The original repositories keep their arguments in one; nothing else beyond tensors and built-in types is let in.
@@ -108,9 +110,30 @@ def read_tensors(path: Path, expected: str) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected {expected}")
     try:
+        if TORCH_VERSION < (2, 6):
+            check_reader(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what a damaged pickle or archive raises has no end: struct.error, IndexError, ...
         raise UserError(f"{path}: {describe(error)}; expected {expected}") from error
+
+
+def check_reader(path: Path) -> None:
+    """Refuse the two kinds of files that PyTorch before 2.6 gives to readers which execute code, whatever
+    `weights_only` says (CVE-2025-32434): TorchScript, and the tar archives of PyTorch's first releases. Later ones
+    refuse them themselves.
+
+    Raises:
+        ValueError: it is of one of these kinds.
+        RuntimeError: it begins like a zip archive, but is none.
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    if zipped:
+        # The reader that torch.load asks: another one could be shown another archive.
+        if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+            raise ValueError("it is a TorchScript archive, and was not executed")
+    elif tarfile.is_tarfile(path):
+        raise ValueError("it is a tar archive, and was not executed")
 
 
 def describe(error: Exception) -> str:

@@ -16,20 +16,14 @@ import torch
 import torchvision
 import yaml
 from conftest import train
-from packaging.requirements import Requirement
 
-from enact_common import UserError, load_detector
+from enact_common import UserError, files, load_detector
 from enact_common.backbone import BACKBONES, load_backbone_weights
 from enact_common.checkpoint import load_checkpoint
 from enact_common.compare.__main__ import main as compare
 from enact_common.download import cached, download
 from enact_common.predict import main as predict
 from enact_common.variants import VARIANTS
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10
-    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -148,11 +142,17 @@ def test_a_malicious_file_behind_a_url(website, tmp_path):
     assert not (tmp_path / "fired").exists()
 
 
-def test_the_oldest_pytorch_that_is_allowed_keeps_weights_only():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    (torch_range,) = (r.specifier for r in map(Requirement, project["dependencies"]) if r.name == "torch")
-    # Before 2.6, `weights_only=True` let tar archives and TorchScript through.
-    assert not torch_range.contains("2.5.1") and torch_range.contains("2.6.0")
+@pytest.mark.parametrize("form", ["tar", "torchscript"])
+def test_older_pytorch_does_not_get_what_it_would_execute(form, tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pth"
+    monkeypatch.setattr(files, "TORCH_VERSION", (2, 5))
+    # What is no such file is still read.
+    torch.save({"model": {"a": torch.ones(1)}}, path)
+    assert load_checkpoint(str(path))["model"]["a"].item() == 1
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("it went on to torch.load"))
+    MALICIOUS[form](path, Payload(tmp_path / "fired"))
+    with pytest.raises(UserError, match=f"{path}: truncated, or .*(tar|TorchScript) archive, and was not executed"):
+        load_checkpoint(str(path))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
