@@ -456,10 +456,11 @@ def inspect_image(path: Path) -> StoredImage | None:
 
 
 def exif_orientation(source: Path | bytes) -> int:
-    """EXIF's orientation of an image file or its content, 1 to 8; 1, upright, where it has none."""
+    """EXIF's orientation of an image file or its content, 1 to 8, that reading does not apply; 1, upright, for none."""
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+            # A TIFF is read as its orientation says: what comes of it is upright.
+            orientation = 1 if image.format == "TIFF" else image.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # what damaged metadata raises has no end, and decoding has shown that the pixels are there
         return 1
     return orientation if orientation in range(1, 9) else 1
@@ -476,6 +477,8 @@ def inspect_images(split: Split, progress: bool = False) -> list[StoredImage | N
         of each image what its file holds, None where it is missing.
     """
     paths = [split.path(image) for image in split.images]
+    # Formats are registered here: PIL, which does so at its first need, fails where two threads have it at once.
+    Image.init()
     opencv_threads = cv2.getNumThreads()
     cv2.setNumThreads(0)
     try:
