@@ -91,6 +91,54 @@ def is_number(value: Any) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1000)
 
 
+def is_id(value: Any) -> bool:
+    """Whether it is an integer that evaluation can tell from the next one, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < ID_LIMIT
+
+
+def is_area(value: Any) -> bool:
+    """Whether it is a finite number from 0 on."""
+    return is_number(value) and 0 <= value < math.inf
+
+
+def is_set(mark: Any) -> bool:
+    """Whether a mark that is 0 or 1, such as `iscrowd`, is set; some tools write it as text, or null for 0."""
+    return mark in (1, "1")
+
+
+def lies_in(folder: Path, name: str) -> bool:
+    """Whether a name that a data file gives is that of something in a folder or below it.
+
+    Absolute names may be, too. Names are all that is looked at: a symbolic link in the folder may lead anywhere.
+    """
+    if "\0" in name:
+        return False
+    base = os.path.join(os.path.abspath(folder), "")
+    place = os.path.abspath(os.path.join(base, name))
+    # An empty name is the folder itself.
+    return place.startswith(base) and place != base
+
+
+def check_file_names(images: Iterable[dict], folder: Path, source: Path) -> None:
+    """Refuse image files outside the image folder: who hands on an annotation file must not choose what is read.
+
+    Args:
+        images: entries of `images`.
+        folder: that their names refer to.
+        source: the annotation file, for the message.
+
+    Raises:
+        UserError: naming the first that is not in the folder or below it, by its name.
+    """
+    for image in images:
+        name = image["file_name"]
+        if not lies_in(folder, name):
+            raise UserError(
+                f"{source}: image {image['id']} has the file_name {name[:200]!r}, which is no file in {folder} or "
+                "below it; correct the name, or name the folder above all the images as the image folder"
+            )
+
+
 def stated_size(image: dict) -> tuple[float, float]:
     """Width and height in pixels that an entry of `images` states, as numbers or as text; infinite where it does not.
 
@@ -126,7 +174,8 @@ def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool 
     """A COCO-format annotation file, checked.
 
     Annotations are numbered anew from 1: pycocotools takes an id of 0 for "not matched" and overlooks repeated
-    ones, both without a word. What COCO's evaluation needs and some files lack (`iscrowd`, `area`) is filled in.
+    ones, both without a word. What COCO's evaluation needs and some files lack or have as something else than numbers
+    (`iscrowd`, `area`) is filled in.
 
     Args:
         path: the file.
@@ -150,8 +199,8 @@ def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool 
         for entry in data[key]:
             if not isinstance(entry, dict) or any(name not in entry for name in wanted):
                 raise UserError(f"{path}: an entry of {key!r} lacks one of {', '.join(wanted)}: {str(entry)[:100]}")
-            if not isinstance(entry["id"], int):
-                raise UserError(f"{path}: an id in {key!r} is no integer: {str(entry)[:100]}")
+            if not is_id(entry["id"]):
+                raise UserError(f"{path}: an id in {key!r} is no integer below 2^53: {str(entry)[:100]}")
             if not isinstance(entry.get("file_name", ""), str):
                 raise UserError(f"{path}: a file_name in {key!r} is no text: {str(entry)[:100]}")
         if len({entry["id"] for entry in data[key]}) < len(data[key]):
@@ -178,9 +227,13 @@ def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool 
         ):
             shown = str(box)[:100]
             raise UserError(f"{where} has bbox {shown}: expected four finite numbers, x, y, width, height in pixels")
-        defaults = {"iscrowd": 0, "area": max(box[2], 0) * max(box[3], 0)}
-        crowd = {"iscrowd": 1} if remove_difficult and annotation.get("difficult") in (1, "1") else {}
-        annotations.append({**defaults, **annotation, **crowd, "id": number})
+        area, crowd = annotation.get("area"), is_set(annotation.get("iscrowd"))
+        # pycocotools computes with both, and ends a training at its first evaluation where they are no numbers.
+        completed = {
+            "iscrowd": int(crowd or (remove_difficult and is_set(annotation.get("difficult")))),
+            "area": area if is_area(area) else max(box[2], 0) * max(box[3], 0),
+        }
+        annotations.append({**annotation, **completed, "id": number})
     return {"images": data["images"], "annotations": annotations, "categories": data["categories"]}
 
 
@@ -308,7 +361,8 @@ class CocoDetection(Dataset):
         remove_difficult: treat annotations marked as difficult as crowds.
 
     Raises:
-        UserError: the annotations are at fault, do not fit the label map, or image files are missing.
+        UserError: the annotations are at fault, do not fit the label map or lead out of the image folder, or image
+            files are missing.
     """
 
     def __init__(
@@ -331,6 +385,7 @@ class CocoDetection(Dataset):
         label_map.check_categories(annotations["categories"], str(annotation_file))
         self.image_folder = Path(image_folder)
         self.annotation_file = Path(annotation_file)
+        check_file_names(annotations["images"], self.image_folder, self.annotation_file)
         self.transforms = transforms
         self.label_map = label_map
         self.seed = seed
