@@ -1,5 +1,6 @@
 """The error that a user can mend, and how a command ends with it."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -18,7 +19,8 @@ class UserError(Exception):
 def exit_status(prog: str, command: Callable[[], int]) -> int:
     """Run a command, and print its UserError, if there is one, as argparse prints its own.
 
-    A command whose output nobody reads any more, because it was piped to `head`, say, ends quietly.
+    A command whose output nobody reads any more, because it was piped to `head`, say, ends quietly. What standard
+    output cannot take, such as Chinese names in a Latin-1 terminal, is written as its number (backslash, u, digits).
 
     Args:
         prog: the program's name.
@@ -27,6 +29,8 @@ def exit_status(prog: str, command: Callable[[], int]) -> int:
     Returns:
         the command's; 2 after a UserError; 141 where the output is not read to its end.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is another
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = command()
         # What is still held back would otherwise fail when the process ends, out of reach.

@@ -18,7 +18,7 @@ from enact_common.arguments import CLUSTERING_FLAGS, MODEL_FLAGS
 from enact_common.backbone import SHALLOW_BACKBONES, STAGES
 from enact_common.checkpoint import load_checkpoint, load_model
 from enact_common.data.categories import LabelMap, coco_names
-from enact_common.data.coco import decode_image
+from enact_common.data.coco import decode_image, pil_to_rgb
 from enact_common.data.transforms import eval_transforms
 from enact_common.device import default_device, find_device
 from enact_common.errors import UserError
@@ -118,7 +118,7 @@ class LoadedDetector:
 
         Raises:
             UserError: a file is missing or cannot be read.
-            ValueError: an array or tensor is no image.
+            ValueError: an array or tensor is no image, or a PIL image has 32 bits a colour.
         """
         if isinstance(images, list | tuple):
             return [self.detect(as_pixels(image), threshold) for image in images]
@@ -323,16 +323,12 @@ def as_pixels(image: ImageLike) -> Tensor:
 
     Raises:
         UserError: a file is missing or cannot be read.
-        ValueError: an array or tensor is no image.
+        ValueError: an array or tensor is no image, or a PIL image has 32 bits a colour.
     """
     if isinstance(image, str | Path):
         return decode_image(Path(image))
     if isinstance(image, Image.Image):
-        if image.mode.startswith("I;16"):
-            # PIL would cut 16 bits off at 255; the upper eight are what a file of 16 bits is decoded to as well.
-            image = (np.asarray(image) >> 8).astype(np.uint8)
-        else:
-            image = np.asarray(image.convert("RGB"))
+        image = pil_to_rgb(image)
     if isinstance(image, np.ndarray):
         # A copy: PyTorch warns of arrays that cannot be written to, as `np.asarray` of a PIL image gives.
         image = torch.from_numpy(np.array(image, order="C"))

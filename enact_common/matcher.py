@@ -1,7 +1,9 @@
 """The bipartite matching between predictions and ground truth (Carion et al., ECCV 2020, equation 1)."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -9,6 +11,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from enact_common.boxes import box_cxcywh_to_xyxy, paired_box_giou
+
+logger = logging.getLogger("enact")
+
+# What a cost that is not finite counts as: more than any other.
+LARGE_COST = 1e6
 
 
 def softmax_class_cost(logits: Tensor) -> Tensor:
@@ -113,8 +120,11 @@ class HungarianMatcher(nn.Module):
     def assign(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> list[list[tuple]]:
         """For each layer, for each image: matched queries and objects as integer arrays (min(Q, n),)."""
         cost = self.costs(logits, boxes, targets).cpu().numpy()  # (objects of the batch, layers, Q)
-        # A cost that is not finite must not end the program here: the loss check reports it with its cause.
-        cost = np.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=-1e6)
+        finite = np.isfinite(cost)
+        if not finite.all():
+            # It must not end the program here: the loss check reports it with its cause.
+            warn_of_costs()
+            cost = np.where(finite, cost, LARGE_COST)
         splits = np.cumsum([len(target["labels"]) for target in targets])[:-1]
         images = np.split(cost, splits)
         return [[linear_sum_assignment(image[:, layer].T) for image in images] for layer in range(cost.shape[1])]
@@ -134,6 +144,15 @@ class HungarianMatcher(nn.Module):
             distance = (candidates - target_boxes).abs().sum(dim=-1)
             giou = paired_box_giou(box_cxcywh_to_xyxy(candidates), box_cxcywh_to_xyxy(target_boxes))
             return self.cost_class * class_cost + self.cost_bbox * distance - self.cost_giou * giou
+
+
+@cache
+def warn_of_costs() -> None:
+    """Say that costs were not finite: once in a process, as the next batches would only repeat it."""
+    logger.warning(
+        "matching: costs are not finite and count as %g; where the loss is not finite either, training stops and names "
+        "the tensor at fault", LARGE_COST,
+    )  # fmt: skip
 
 
 def build_matcher(args, class_cost: Callable[[Tensor], Tensor] = softmax_class_cost) -> HungarianMatcher:

@@ -444,7 +444,7 @@ def test_names_that_only_look_the_same_are_explained(data, listed, stored):
     assert f"(there is {ACCENTED[stored]}, with its accents stored in another way)" in finding.examples[0]
 
 
-@pytest.mark.parametrize("name", ["x" * 300 + ".png", "x" * 300 + "/a.png", "nul\0.png", "nul\0/a.png"])
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "x" * 300 + "/a.png"])
 def test_names_that_no_file_can_have_are_missing_files(data, name):
     for split in ("train", "val"):
         change(data, split, setter("images", 1, file_name=name))

@@ -101,19 +101,6 @@ def test_pooling_is_the_weighted_sum_of_a_window():
     assert Windows(weights).pool(tokens).tolist() == [[[1.75, 17.5], [3.0, 30.0]]]
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 61])
-@pytest.mark.parametrize("sigma", [0.5, 1.5, 3.0])
-def test_any_number_of_tokens_gives_convex_combinations(tokens, sigma):
-    layer = EntropyClustering(4, sigma)
-    scored, ones = torch.randn(2, tokens, 4), torch.ones(2, tokens, 3)
-    clusters, of_ones = layer(scored, ones)
-    assert clusters.shape[::2] == (2, 4) and of_ones.shape[::2] == (2, 3)
-    assert 1 <= clusters.shape[1] == of_ones.shape[1] <= tokens
-    # The weights of a window add up to one.
-    assert_tensors_close(of_ones, torch.ones_like(of_ones))
-    assert clusters.max() <= scored.max() and clusters.min() >= scored.min()
-
-
 def test_the_scores_gradient_comes_through_the_weights_alone():
     torch.manual_seed(1)
     layer = EntropyClustering(4, 1.0).double()

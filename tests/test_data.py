@@ -430,28 +430,6 @@ def marked_image(height=100, width=160, box=(40, 30, 80, 60)):
     return tv_tensors.Image(image), {"boxes": boxes, "labels": torch.tensor([4])}
 
 
-def white_box(image):
-    """cxcywh, as fractions, of what is white in an image."""
-    rows, columns = torch.where(image.float().mean(0) > 127)
-    height, width = image.shape[-2:]
-    left, right, top, bottom = columns.min(), columns.max() + 1, rows.min(), rows.max() + 1
-    return torch.tensor(
-        [(left + right) / 2 / width, (top + bottom) / 2 / height, (right - left) / width, (bottom - top) / height]
-    )
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_boxes_stay_with_their_pixels(seed):
-    transform = train_transforms([96, 128, 160], 200)
-    with seeded(seed):
-        image, target = transform(*marked_image())
-    assert type(image) is torch.Tensor and image.dtype == torch.uint8 and max(image.shape[-2:]) <= 200
-    assert target["size"].tolist() == list(image.shape[-2:])
-    if len(target["boxes"]):
-        assert_close(target["boxes"][0], white_box(image), atol=0.02, rtol=0)
-        assert target["labels"].tolist() == [4]
-
-
 def test_augmentation_varies_and_follows_the_seed():
     transform = train_transforms([96, 128, 160], 200)
     seen = []

@@ -16,7 +16,7 @@ from enact_common.boxes import (
     paired_box_giou,
 )
 from enact_common.criterion import FocalClassLoss, SetCriterion, SoftmaxClassLoss, build_weights
-from enact_common.matcher import HungarianMatcher, focal_class_cost
+from enact_common.matcher import HungarianMatcher, focal_class_cost, warn_of_costs
 
 # xyxy: a square, one that covers its right half and as much beyond, one far away.
 SQUARE, SHIFTED, AWAY = [0.0, 0.0, 2.0, 2.0], [1.0, 0.0, 3.0, 2.0], [4.0, 0.0, 6.0, 2.0]
@@ -105,10 +105,26 @@ def test_layers_are_matched_as_each_alone():
         assert together.target[layer].tolist() == torch.cat([alone[0][1], alone[1][1] + 2]).tolist()
 
 
-def test_costs_that_are_not_finite_do_not_end_the_matching():
-    outputs = predictions([LEFT, [math.nan] * 4, RIGHT])
-    ((queries, objects),) = HungarianMatcher(1, 5, 2)(outputs, [target([0, 1], [LEFT, RIGHT])])
-    assert queries.tolist() == [0, 2] and objects.tolist() == [0, 1]
+@pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
+def test_costs_that_are_not_finite_do_not_end_the_matching_and_are_told_of_once(fault, caplog):
+    outputs, objects = predictions([LEFT, RIGHT, RIGHT]), [target([0, 1], [LEFT, RIGHT])]
+    warn_of_costs.cache_clear()
+    HungarianMatcher(1, 5, 2)(outputs, objects)
+    assert not caplog.records
+    outputs["pred_boxes"][0, 1] = fault
+    for _ in range(3):
+        ((queries, matched),) = HungarianMatcher(1, 5, 2)(outputs, objects)
+        assert queries.tolist() == [0, 2] and matched.tolist() == [0, 1]
+    (record,) = caplog.records
+    assert record.name == "enact" and record.levelname == "WARNING"
+    assert "costs are not finite" in record.getMessage() and "\n" not in record.getMessage()
+
+
+def test_a_class_cost_below_every_number_wins_no_match():
+    outputs, objects = predictions([LEFT, LEFT]), [target([0], [LEFT])]
+    matcher = HungarianMatcher(1, 0, 0, class_cost=lambda logits: logits)
+    outputs["pred_logits"][0, 0, 0] = -math.inf
+    assert matcher(outputs, objects)[0][0].tolist() == [1]
 
 
 def test_matching_without_any_cost_is_refused():

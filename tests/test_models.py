@@ -365,14 +365,6 @@ def test_what_is_no_batch_of_images_is_refused(images):
         nested_tensor_from_tensor_list(images)
 
 
-def test_padding_is_zero_and_marked():
-    batch = nested_tensor_from_tensor_list([torch.ones(3, 2, 5), torch.ones(3, 4, 3)])
-    assert batch.tensors.shape == (2, 3, 4, 5)
-    assert torch.equal(batch.tensors[:, 0] == 0, batch.mask)
-    assert batch.mask[0, 2:].all() and not batch.mask[0, :2].any()
-    assert batch.mask[1, :, 3:].all() and not batch.mask[1, :, :3].any()
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_variant_folder_works_from_inside(variant):
     # As users of the original repositories import it.

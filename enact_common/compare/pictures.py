@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from enact_common.compare.recorded import RecordedRun
 from enact_common.data.build import data_files
-from enact_common.data.coco import IMAGE_SUFFIXES, decode_image, load_annotations
+from enact_common.data.coco import IMAGE_SUFFIXES, check_file_names, decode_image, load_annotations
 from enact_common.drawing import draw_detections
 from enact_common.errors import UserError
 from enact_common.inference import load_detector
@@ -107,6 +107,7 @@ def read_scenes(folder: Path, annotations: Path, most: int) -> list[Scene]:
     """
     annotated = not annotations.name.startswith("image_info")
     data = load_annotations(annotations, annotated)
+    check_file_names(data["images"], folder, annotations)
     names = {category["id"]: str(category["name"]) for category in data["categories"]}
     scenes = []
     for image in sorted(data["images"], key=lambda image: image["id"])[:most]:

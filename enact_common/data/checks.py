@@ -33,7 +33,11 @@ from enact_common.data.coco import (
     IMAGE_SUFFIXES,
     decode_rgb,
     find_split,
+    is_area,
+    is_id,
     is_number,
+    is_set,
+    lies_in,
     missing_files,
     read_file,
     read_json,
@@ -144,6 +148,7 @@ class Split:
     Attributes:
         images, categories, annotations: the entries that have what an entry needs, in the order of the file.
         malformed: under each of those names, what was left out of it.
+        outside: what was left out of `images` because its file would not lie in the folder.
         missing: the lists that the file lacks.
 
     Raises:
@@ -158,10 +163,11 @@ class Split:
         needed = ("images", "categories") if name == "test" else ("images", "categories", "annotations")
         self.missing = [key for key in needed if not isinstance(data.get(key), list)]
         self.malformed: dict[str, list] = {}
-        self.images = self._usable(
-            data, "images", lambda e: is_integer(e.get("id")) and isinstance(e.get("file_name"), str)
-        )
-        self.categories = self._usable(data, "categories", lambda e: is_integer(e.get("id")) and "name" in e)
+        named = self._usable(data, "images", lambda e: is_id(e.get("id")) and isinstance(e.get("file_name"), str))
+        inside = [lies_in(self.folder, image["file_name"]) for image in named]
+        self.images = [image for image, within in zip(named, inside, strict=True) if within]
+        self.outside = [image for image, within in zip(named, inside, strict=True) if not within]
+        self.categories = self._usable(data, "categories", lambda e: is_id(e.get("id")) and "name" in e)
         self.annotations = self._usable(data if name != "test" else {}, "annotations", lambda e: True)
 
     def _usable(self, data: dict, key: str, usable: Callable[[dict], bool]) -> list[dict]:
@@ -195,13 +201,13 @@ class Split:
     @cached_property
     def crowd(self) -> np.ndarray:
         """Which annotations are crowds, bool (n,)."""
-        return np.array([bool(annotation.get("iscrowd")) for annotation in self.annotations], dtype=bool)
+        return np.array([is_set(annotation.get("iscrowd")) for annotation in self.annotations], dtype=bool)
 
     @cached_property
     def areas(self) -> np.ndarray:
         """Of each annotation as evaluation takes it, its own or else its box's, square pixels, float64 (n,)."""
         given = [annotation.get("area") for annotation in self.annotations]
-        areas = np.array([area if is_number(area) else math.nan for area in given], dtype=np.float64)
+        areas = np.array([area if is_area(area) else math.nan for area in given], dtype=np.float64)
         return np.where(np.isfinite(areas), areas, self.boxes[:, 2:].clip(0).prod(axis=1))
 
     @cached_property
@@ -269,19 +275,21 @@ def check_entries(split: Split) -> list[Finding]:
     """Lists that are missing or empty, entries that lack something, and ids that stand twice."""
     source, findings = split.name, found(ERROR, split.name, f"{split.file.name} lacks a list", split.missing, repr)
     for key, needs in (
-        ("images", "an integer id and a file_name"),
-        ("categories", "an integer id and a name"),
+        ("images", "an integer id and a file_name, or with an id beyond 2^53"),
+        ("categories", "an integer id and a name, or with an id beyond 2^53"),
         ("annotations", "the form of a JSON object"),
     ):
         entries, malformed = getattr(split, key), split.malformed[key]
         findings += found(ERROR, source, f"entries of {key!r} without {needs}", malformed, short)
         if key == "annotations":
             continue
-        if not (entries or malformed or key in split.missing):
+        if not (entries or malformed or key in split.missing or (key == "images" and split.outside)):
             findings.append(Finding(ERROR, source, f"the list {key!r} is empty: nothing to learn", 1))
         twice = [i for i, count in Counter(entry["id"] for entry in entries).items() if count > 1]
         findings += found(ERROR, source, f"ids that stand twice in {key!r}", twice)
 
+    text = f"images whose file_name is no file in {split.folder} or below it"
+    findings += found(ERROR, source, text, split.outside, lambda i: f"image {i['id']}: {short(repr(i['file_name']))}")
     files = Counter(image["file_name"] for image in split.images)
     twice = [name for name, count in files.items() if count > 1]
     text = "image files listed under two ids: each time with a part of the boxes, or counted twice"
@@ -331,6 +339,13 @@ def check_boxes(split: Split) -> list[Finding]:
         category = short(split.annotations[i].get("category_id"))
         return f"annotation {split.annotations[i].get('id')}: category {category}"
 
+    def stated(key: str) -> Callable[[int], str]:
+        return lambda i: f"annotation {split.annotations[i].get('id')}: {short(repr(split.annotations[i][key]))}"
+
+    def odd(key: str, usable: Callable[[Any], bool]) -> np.ndarray:
+        return np.array([key in a and not usable(a[key]) for a in split.annotations], dtype=bool)
+
+    odd_crowd = odd("iscrowd", lambda value: value in (0, 1, "0", "1"))
     findings = []
     for severity, text, which, describe in (
         (ERROR, "annotations of images that are not listed", split.image_of < 0, image_id),
@@ -340,6 +355,8 @@ def check_boxes(split: Split) -> list[Finding]:
         (FAULT, "boxes wholly outside their image: dropped", readable & positive & ~inside, split.describe),
         (WARNING, "boxes that reach over the image's edge by more than a pixel: clipped", beyond, split.describe),
         (WARNING, "boxes that repeat another of the same class in their image", repeated(split), split.describe),
+        (WARNING, "areas that are no number from 0 on: the box's is taken", odd("area", is_area), stated("area")),
+        (WARNING, "values of iscrowd that are neither 0 nor 1: taken as 0", odd_crowd, stated("iscrowd")),
     ):
         findings += found(severity, source, text, np.flatnonzero(which), describe)
 
@@ -385,7 +402,7 @@ def check_counts(split: Split, num_queries: int) -> list[Finding]:
     )  # fmt: skip
     text = "crowds: not trained on, and neither right nor wrong in evaluation"
     findings += found(NOTE, source, text, np.flatnonzero(split.crowd), split.describe)
-    difficult = [i for i, annotation in enumerate(split.annotations) if annotation.get("difficult") in (1, "1")]
+    difficult = [i for i, annotation in enumerate(split.annotations) if is_set(annotation.get("difficult"))]
     text = "annotations marked as difficult: --remove_difficult treats them as crowds"
     findings += found(NOTE, source, text, difficult, split.describe)
     return findings
@@ -456,10 +473,11 @@ def inspect_image(path: Path) -> StoredImage | None:
 
 
 def exif_orientation(source: Path | bytes) -> int:
-    """EXIF's orientation of an image file or its content, 1 to 8; 1, upright, where it has none."""
+    """EXIF's orientation of an image file or its content, 1 to 8, that reading does not apply; 1, upright, for none."""
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+            # A TIFF is read as its orientation says: what comes of it is upright.
+            orientation = 1 if image.format == "TIFF" else image.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # what damaged metadata raises has no end, and decoding has shown that the pixels are there
         return 1
     return orientation if orientation in range(1, 9) else 1
@@ -476,6 +494,8 @@ def inspect_images(split: Split, progress: bool = False) -> list[StoredImage | N
         of each image what its file holds, None where it is missing.
     """
     paths = [split.path(image) for image in split.images]
+    # Formats are registered here: PIL, which does so at its first need, fails where two threads have it at once.
+    Image.init()
     opencv_threads = cv2.getNumThreads()
     cv2.setNumThreads(0)
     try:

@@ -32,6 +32,12 @@ IMAGE_SUFFIXES = (
     ".webp",
 )  # fmt: skip
 
+# What a TIFF file begins with, by the order of its bytes; the last two are those of large files.
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+# Evaluation holds ids in float64, which knows every integer below this.
+ID_LIMIT = 2**53
+
 LAYOUT = "expected <coco_path>/{split}2017 or <coco_path>/images/{split}2017, and <coco_path>/annotations/{file}"
 
 # What becomes of an item whose image cannot be read: an error; another item in its place; None.
@@ -94,6 +100,54 @@ def is_number(value: Any) -> bool:
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1000)
 
 
+def is_id(value: Any) -> bool:
+    """Whether it is an integer that evaluation can tell from the next one, and no truth value."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < ID_LIMIT
+
+
+def is_area(value: Any) -> bool:
+    """Whether it is a finite number from 0 on."""
+    return is_number(value) and 0 <= value < math.inf
+
+
+def is_set(mark: Any) -> bool:
+    """Whether a mark that is 0 or 1, such as `iscrowd`, is set; some tools write it as text, or null for 0."""
+    return mark in (1, "1")
+
+
+def lies_in(folder: Path, name: str) -> bool:
+    """Whether a name that a data file gives is that of something in a folder or below it.
+
+    Absolute names may be, too. Names are all that is looked at: a symbolic link in the folder may lead anywhere.
+    """
+    if "\0" in name:
+        return False
+    base = os.path.join(os.path.abspath(folder), "")
+    place = os.path.abspath(os.path.join(base, name))
+    # An empty name is the folder itself.
+    return place.startswith(base) and place != base
+
+
+def check_file_names(images: Iterable[dict], folder: Path, source: Path) -> None:
+    """Refuse image files outside the image folder: who hands on an annotation file must not choose what is read.
+
+    Args:
+        images: entries of `images`.
+        folder: that their names refer to.
+        source: the annotation file, for the message.
+
+    Raises:
+        UserError: naming the first that is not in the folder or below it, by its name.
+    """
+    for image in images:
+        name = image["file_name"]
+        if not lies_in(folder, name):
+            raise UserError(
+                f"{source}: image {image['id']} has the file_name {name[:200]!r}, which is no file in {folder} or "
+                "below it; correct the name, or name the folder above all the images as the image folder"
+            )
+
+
 def stated_size(image: dict) -> tuple[float, float]:
     """Width and height in pixels that an entry of `images` states, as numbers or as text; infinite where it does not.
 
@@ -129,7 +183,8 @@ def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool 
     """A COCO-format annotation file, checked.
 
     Annotations are numbered anew from 1: pycocotools takes an id of 0 for "not matched" and overlooks repeated
-    ones, both without a word. What COCO's evaluation needs and some files lack (`iscrowd`, `area`) is filled in.
+    ones, both without a word. What COCO's evaluation needs and some files lack or have as something else than numbers
+    (`iscrowd`, `area`) is filled in.
 
     Args:
         path: the file.
@@ -153,8 +208,8 @@ def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool 
         for entry in data[key]:
             if not isinstance(entry, dict) or any(name not in entry for name in wanted):
                 raise UserError(f"{path}: an entry of {key!r} lacks one of {', '.join(wanted)}: {str(entry)[:100]}")
-            if not isinstance(entry["id"], int):
-                raise UserError(f"{path}: an id in {key!r} is no integer: {str(entry)[:100]}")
+            if not is_id(entry["id"]):
+                raise UserError(f"{path}: an id in {key!r} is no integer below 2^53: {str(entry)[:100]}")
             if not isinstance(entry.get("file_name", ""), str):
                 raise UserError(f"{path}: a file_name in {key!r} is no text: {str(entry)[:100]}")
         if len({entry["id"] for entry in data[key]}) < len(data[key]):
@@ -181,9 +236,13 @@ def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool 
         ):
             shown = str(box)[:100]
             raise UserError(f"{where} has bbox {shown}: expected four finite numbers, x, y, width, height in pixels")
-        defaults = {"iscrowd": 0, "area": max(box[2], 0) * max(box[3], 0)}
-        crowd = {"iscrowd": 1} if remove_difficult and annotation.get("difficult") in (1, "1") else {}
-        annotations.append({**defaults, **annotation, **crowd, "id": number})
+        area, crowd = annotation.get("area"), is_set(annotation.get("iscrowd"))
+        # pycocotools computes with both, and ends a training at its first evaluation where they are no numbers.
+        completed = {
+            "iscrowd": int(crowd or (remove_difficult and is_set(annotation.get("difficult")))),
+            "area": area if is_area(area) else max(box[2], 0) * max(box[3], 0),
+        }
+        annotations.append({**annotation, **completed, "id": number})
     return {"images": data["images"], "annotations": annotations, "categories": data["categories"]}
 
 
@@ -218,32 +277,64 @@ def decode_bytes(encoded: np.ndarray, path: Path) -> Tensor:
 
 
 def decode_rgb(encoded: np.ndarray, path: Path) -> np.ndarray:
-    """An encoded image as RGB, uint8 (height, width, 3), whatever its colours; EXIF rotation is not applied.
+    """An encoded image as RGB, uint8 (height, width, 3), whatever its colours.
 
-    COCO's boxes refer to the pixels as stored, so a rotation flag must not turn them.
+    Of 16 bits, the upper eight are taken; of an animation, the first frame. Transparency is left out: a pixel has the
+    colour that is stored beside it. EXIF rotation is not applied: COCO's boxes refer to the pixels as stored, so a
+    rotation flag must not turn them. (That of a TIFF is a part of its format, and every reader applies it.)
 
     Args:
         encoded: uint8 (bytes,).
         path: the file it was read from, for the message.
 
     Raises:
-        UserError: it is no image that can be read whole.
+        UserError: it is no image that can be read whole, or has 32 bits a colour.
     """
-    # OpenCV is the fastest reader, but fills a truncated JPEG up with grey: one without its end marker goes to PIL,
-    # which tells a truncated file from one with something behind its end. PIL also knows a few formats more.
-    truncated_jpeg = encoded[:2].tobytes() == b"\xff\xd8" and encoded[-2:].tobytes() != b"\xff\xd9"
-    if len(encoded) and not truncated_jpeg:
+    # OpenCV is the fastest reader; PIL knows a few formats more.
+    if len(encoded) and not is_for_pil(encoded):
         # What OpenCV has no reader for gives None; too many pixels and some damage raise. PIL decides on both.
         with contextlib.suppress(cv2.error):
             bgr = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)  # (height, width, 3)
             if bgr is not None:
                 return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
     try:
-        return np.array(Image.open(io.BytesIO(encoded)).convert("RGB"))
+        with Image.open(io.BytesIO(encoded)) as image:
+            return pil_to_rgb(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         # PIL names the stream, not the file.
         reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
         raise UserError(f"{path}: not an image that can be read whole ({reason})") from error
+
+
+def is_for_pil(encoded: np.ndarray) -> bool:
+    """Whether OpenCV would make other pixels of an encoded image, uint8 (bytes,), than those that are stored."""
+    start = encoded[:4].tobytes()
+    if start.startswith(b"\xff\xd8"):
+        # A JPEG without its end marker: OpenCV fills a truncated one up with grey. PIL tells it from a file with
+        # something behind its end.
+        return encoded[-2:].tobytes() != b"\xff\xd9"
+    if start in TIFF_STARTS:
+        # OpenCV blends what is transparent with black.
+        damage = OSError, ValueError, SyntaxError, Image.DecompressionBombError
+        with contextlib.suppress(*damage), Image.open(io.BytesIO(encoded)) as image:
+            return image.getbands()[-1] in ("A", "a")
+    # Where a GIF is transparent, OpenCV, if it knows the format, shows its background.
+    return start == b"GIF8"
+
+
+def pil_to_rgb(image: Image.Image) -> np.ndarray:
+    """A PIL image as RGB, uint8 (height, width, 3), as `decode_rgb` gives it.
+
+    Raises:
+        ValueError: it has 32 bits a colour, or colours that cannot be converted.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError("it has 32 bits a colour, for which no brightest is agreed on; save it with 8 or 16")
+    if image.mode.startswith("I;16"):
+        # PIL's own conversion cuts off at 255.
+        grey = (np.asarray(image) >> 8).astype(np.uint8)  # (height, width)
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    return np.array(image.convert("RGB"))
 
 
 @contextlib.contextmanager
@@ -283,7 +374,8 @@ class CocoDetection(Dataset):
         on_unreadable: one of `ON_UNREADABLE`.
 
     Raises:
-        UserError: the annotations are at fault, do not fit the label map, or image files are missing.
+        UserError: the annotations are at fault, do not fit the label map or lead out of the image folder, or image
+            files are missing.
     """
 
     def __init__(
@@ -310,6 +402,7 @@ class CocoDetection(Dataset):
         label_map.check_categories(annotations["categories"], str(annotation_file))
         self.image_folder = Path(image_folder)
         self.annotation_file = Path(annotation_file)
+        check_file_names(annotations["images"], self.image_folder, self.annotation_file)
         self.transforms = transforms
         self.label_map = label_map
         self.seed = seed

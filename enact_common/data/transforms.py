@@ -16,16 +16,23 @@ from enact_common.boxes import box_xyxy_to_cxcywh
 REFERENCE_SIZE = 800
 SIZES_BEFORE_CROP = (400, 500, 600)
 CROP_RANGE = (384, 600)
+# The original does not bound the longer side of what it crops from: a strip of 10 x 5,000 pixels would become 600 x
+# 300,000. Only images sixteen times as long as wide come near this.
+LONGEST_BEFORE_CROP = 10_000
 
 
 def resized_shape(height: int, width: int, size: int, max_size: int) -> tuple[int, int]:
     """The (height, width) at which the shorter side is `size`, or smaller where the longer would pass `max_size`.
 
-    Rounds as the original does; torchvision's own rule can differ by a pixel, and evaluation should not.
+    Rounds as the original does; torchvision's own rule can differ by a pixel, and evaluation should not. Rounding the
+    shorter side up can let the longer one pass `max_size`; of a strip whose shorter side would be rounded to nothing,
+    it is `max_size`.
     """
     shorter, longer = sorted((height, width))
     if longer / shorter * size > max_size:
-        size = max(round(max_size * shorter / longer), 1)
+        size = round(max_size * shorter / longer)
+        if size == 0:
+            return (1, max_size) if height <= width else (max_size, 1)
     if height <= width:
         return size, max(int(size * width / height), 1)
     return max(int(size * height / width), 1), size
@@ -103,12 +110,11 @@ def train_transforms(sizes: list[int], max_size: int) -> v2.Compose:
         max_size: pixels that the longer side may have.
     """
     ratio = max(sizes) / REFERENCE_SIZE
-    low, high = (max(round(side * ratio), 1) for side in CROP_RANGE)
+    low, high, longest = (max(round(side * ratio), 1) for side in (*CROP_RANGE, LONGEST_BEFORE_CROP))
     before_crop = [max(round(side * ratio), 1) for side in SIZES_BEFORE_CROP]
     crop = v2.Compose(
         [
-            # The original does not bound the longer side here.
-            RandomResize(before_crop, max_size=10**6),
+            RandomResize(before_crop, longest),
             RandomSizeCrop(low, high),
             RandomResize(sizes, max_size),
         ]

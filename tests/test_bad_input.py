@@ -1,0 +1,582 @@
+"""What odd, damaged or hostile images and annotations do.
+
+More of it stands with what reads them: in test_data, test_checks, test_convert and test_predict.
+"""
+
+import io
+import itertools
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL_MODEL, read_log, run, train
+from PIL import Image, ImageOps
+from torchvision import tv_tensors
+
+from enact_common import UserError, convert, predict
+from enact_common.compare.pictures import read_scenes
+from enact_common.data import checks, coco, transforms
+from enact_common.data.checks import Split
+from enact_common.data.coco import CocoDetection, decode_image, lies_in, load_annotations, seeded
+from enact_common.data.synthetic import make_shapes
+from enact_common.data.transforms import eval_transforms, resized_shape, train_transforms
+from enact_common.data.voc import mentioned_image
+from enact_common.evaluation import coco as evaluation
+from enact_common.evaluation.coco import CocoBoxEvaluator
+from enact_common.inference import as_pixels
+from enact_common.variants import VARIANTS
+
+# Images --------------------------------------------------------------------------------------------------------------
+
+HEIGHT, WIDTH = 60, 80
+Y, X = np.mgrid[0:HEIGHT, 0:WIDTH]
+RGB = np.stack([X * 3, Y * 4, 255 - X * 2], axis=-1).astype(np.uint8)  # smooth, as JPEG likes it
+GREY = RGB[:, :, 0]
+# 16 bits: the lower eight, which are cut off, are anything.
+DEEP = RGB.astype(np.uint16) * 256 + (X * 3)[:, :, None].astype(np.uint16)
+ALPHA = (X * 3).astype(np.uint8)  # from transparent to opaque
+OTHER = Image.fromarray(255 - RGB)  # a second frame
+
+
+def encoded(pixels, kind: str, **options) -> bytes:
+    """The content of a file; pixels as an array or a PIL image."""
+    image, stream = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels), io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def encoded_16(pixels: np.ndarray, suffix: str) -> bytes:
+    """16 bits a colour, RGB or RGBA: PIL does not write those."""
+    pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR if pixels.shape[2] == 3 else cv2.COLOR_RGBA2BGRA)
+    return cv2.imencode(suffix, pixels)[1].tobytes()
+
+
+def with_alpha(pixels: np.ndarray, alpha=ALPHA) -> np.ndarray:
+    return np.dstack([pixels, alpha.astype(pixels.dtype)])
+
+
+def palette() -> Image.Image:
+    return Image.fromarray(RGB).convert("P")
+
+
+TRANSPARENT = int(np.array(palette())[5, 7])
+OF_PALETTE = np.array(palette().convert("RGB"))
+FRAMES = {"save_all": True, "append_images": [OTHER], "duration": 100}
+
+# What is in a file, the pixels that come of it (grey for three equal colours), and by how much they may differ.
+READABLE = {
+    "one pixel": (encoded(RGB[:1, :1], "PNG"), RGB[:1, :1], 0),
+    "one row": (encoded(RGB[:1], "PNG"), RGB[:1], 0),
+    "grey with alpha": (encoded(with_alpha(GREY), "PNG"), GREY, 0),
+    "grey with alpha, TIFF": (encoded(with_alpha(GREY), "TIFF"), GREY, 0),
+    "grey with a transparent level": (encoded(GREY, "PNG", transparency=int(GREY[5, 7])), GREY, 0),
+    "black and white": (encoded(Image.fromarray(GREY > 99), "PNG"), np.where(GREY > 99, 255, 0), 0),
+    "16-bit grey": (encoded(DEEP[:, :, 0], "PNG"), GREY, 0),
+    "16-bit colour": (encoded_16(DEEP, ".png"), RGB, 0),
+    "16-bit colour with alpha": (encoded_16(with_alpha(DEEP, ALPHA * 257.0), ".png"), RGB, 0),
+    "16-bit grey, TIFF": (encoded(DEEP[:, :, 0], "TIFF"), GREY, 0),
+    # OpenCV's TIFF library divides by 257 rather than cutting off.
+    "16-bit colour, TIFF": (encoded_16(DEEP, ".tiff"), RGB, 1),
+    "16-bit colour with alpha, TIFF": (encoded_16(with_alpha(DEEP, ALPHA * 257.0), ".tiff"), RGB, 0),
+    "CMYK, JPEG": (encoded(Image.fromarray(RGB).convert("CMYK"), "JPEG", quality=95), RGB, 4),
+    "CMYK, TIFF": (encoded(Image.fromarray(RGB).convert("CMYK"), "TIFF"), RGB, 1),
+    "RGBA, TIFF": (encoded(with_alpha(RGB), "TIFF"), RGB, 0),
+    "RGBA, WebP": (encoded(with_alpha(RGB), "WEBP", lossless=True, exact=True), RGB, 0),
+    "colour with a transparent one": (encoded(RGB, "PNG", transparency=tuple(map(int, RGB[5, 7]))), RGB, 0),
+    "palette with transparency": (encoded(palette(), "PNG", transparency=TRANSPARENT), OF_PALETTE, 0),
+    "palette with transparency, GIF": (encoded(palette(), "GIF", transparency=TRANSPARENT), OF_PALETTE, 0),
+    "animated GIF": (encoded(palette(), "GIF", **FRAMES), OF_PALETTE, 0),
+    "animated PNG": (encoded(RGB, "PNG", **FRAMES), RGB, 0),
+    "animated PNG with an image of its own": (encoded(RGB, "PNG", **FRAMES, default_image=True), RGB, 0),
+    "animated WebP": (encoded(RGB, "WEBP", **FRAMES, lossless=True), RGB, 0),
+    "TIFF of two pages": (encoded(RGB, "TIFF", save_all=True, append_images=[OTHER]), RGB, 0),
+}
+
+
+@pytest.mark.parametrize("name", READABLE)
+def test_images_of_all_kinds_become_eight_bits_of_three_colours(name, tmp_path):
+    content, expected, tolerance = READABLE[name]
+    path = tmp_path / "image.jpg"  # the ending says nothing
+    path.write_bytes(content)
+    expected = np.stack([expected] * 3, axis=-1) if expected.ndim == 2 else expected
+    decoded = decode_image(path)
+    assert decoded.dtype == torch.uint8 and decoded.shape == (3, *expected.shape[:2])
+    assert np.abs(decoded.permute(1, 2, 0).numpy().astype(int) - expected).max() <= tolerance
+    # The same image, as PIL opens it: CMYK and TIFF's colours are converted a little differently.
+    if not name.startswith("16-bit colour with alpha"):
+        with Image.open(path) as image:
+            assert (as_pixels(image).int() - decoded.int()).abs().max() <= max(tolerance, 1)
+
+
+@pytest.mark.parametrize("kind, options", [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {}), ("TIFF", {})])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_turns_no_pixel_but_a_tiffs_which_every_reader_turns(tmp_path, kind, options, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "turned"
+    path.write_bytes(encoded(RGB, kind, exif=exif, **options))
+    plain = Image.open(io.BytesIO(encoded(RGB, kind, **options))).convert("RGB")
+    plain.getexif()[0x0112] = orientation if kind == "TIFF" else 1
+    expected = np.array(ImageOps.exif_transpose(plain))
+    decoded = decode_image(path).permute(1, 2, 0).numpy()
+    assert decoded.shape == expected.shape
+    assert np.abs(decoded.astype(int) - expected).max() <= (1 if kind == "JPEG" else 0)
+    # So of a TIFF, no check complains.
+    assert checks.exif_orientation(path) == (1 if kind == "TIFF" else orientation)
+    assert checks.inspect_image(path).size == expected.shape[1::-1]
+
+
+TIFF_32 = [encoded((GREY / 255).astype(np.float32), "TIFF"), encoded(DEEP[:, :, 0].astype(np.int32) * 2**14, "TIFF")]
+UNREADABLE = {
+    "numbers of 32 bits, TIFF": (TIFF_32[0], "32 bits a colour"),
+    "integers of 32 bits, TIFF": (TIFF_32[1], "32 bits a colour"),
+    "no bytes": (b"", "of no known format"),
+    "text": (b"no image", "of no known format"),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_is_named_with_its_reason(name, tmp_path):
+    content, reason = UNREADABLE[name]
+    (tmp_path / "image.png").write_bytes(content)
+    with pytest.raises(UserError, match=rf"image\.png: not an image that can be read whole \(.*{reason}"):
+        decode_image(tmp_path / "image.png")
+    if "32" in reason:
+        with pytest.raises(ValueError, match=reason):
+            as_pixels(Image.open(tmp_path / "image.png"))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("part", [0.1, 0.5, 0.9, 0.98])
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("PNG", {}), ("JPEG", {}), ("JPEG", {"progressive": True}), ("WEBP", {}), ("GIF", {}), ("BMP", {}), ("PPM", {}),
+        ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_cut_short_is_not_taken_for_an_image(tmp_path, kind, options, part):
+    pixels = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    content = encoded(pixels, kind, **options)
+    path = tmp_path / "image"
+    path.write_bytes(content)
+    assert decode_image(path).shape == (3, HEIGHT, WIDTH)
+    path.write_bytes(content[: int(len(content) * part)])
+    with pytest.raises(UserError, match="not an image that can be read whole"):
+        decode_image(path)
+
+
+def write_data(root: Path, images: dict[str, bytes], boxes=((5, 5, 20, 10),), **changes) -> Path:
+    """A data set in COCO's layout with these files in both splits, and these boxes (x, y, width, height) in each.
+
+    Args:
+        root: where to.
+        images: file names and contents.
+        boxes: in pixels, all of one class.
+        changes: lists of the annotation files to replace.
+    """
+    entries = [{"id": i, "file_name": name} for i, name in enumerate(images, start=1)]
+    objects = [
+        {"id": n, "image_id": entry["id"], "category_id": 1, "bbox": list(box)}
+        for n, (entry, box) in enumerate(itertools.product(entries, boxes), start=1)
+    ]
+    content = {"images": entries, "annotations": objects, "categories": [{"id": 1, "name": "cell"}], **changes}
+    (root / "annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        for name, data in images.items():
+            path = root / f"{split}2017" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+        file_of(root, split).write_text(json.dumps(content))
+    return root
+
+
+def file_of(root: Path, split: str) -> Path:
+    return root / "annotations" / f"instances_{split}2017.json"
+
+
+def dataset_of(root: Path, split: str = "train") -> CocoDetection:
+    return CocoDetection(root / f"{split}2017", file_of(root, split), eval_transforms(40, 100))
+
+
+def test_a_folder_in_the_place_of_an_image_is_named(tmp_path, capsys):
+    root = write_data(tmp_path / "data", {"a.png": encoded(RGB, "PNG"), "b.png": b""})
+    for split in ("train", "val"):
+        (root / f"{split}2017" / "b.png").unlink()
+        (root / f"{split}2017" / "b.png").mkdir()
+    with pytest.raises(UserError, match=r"b\.png: cannot be read \(Is a directory"):
+        dataset_of(root)[1]
+    assert checks.main([str(root)]) == 1
+    assert "b.png: cannot be read (Is a directory)" in capsys.readouterr().out
+
+
+SMALL = {f"{h}x{w}.png": encoded(np.resize(RGB, (h, w, 3)), "PNG") for h, w in ((1, 1), (1, 3000), (3000, 1), (2, 3))}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_images_of_one_pixel_and_of_one_line_train(variant, tmp_path):
+    root = write_data(tmp_path / "data", SMALL, boxes=[(0, 0, 1, 1)])
+    assert train(variant, root, tmp_path / "out", "--epochs", "1", "--batch_size", "2") == 0
+    assert np.isfinite(read_log(tmp_path / "out")[0]["train_loss"])
+
+
+def test_a_strip_becomes_no_giant_on_its_way(monkeypatch):
+    assert resized_shape(1, 12000, 800, 1333) == (1, 1333) and resized_shape(12000, 1, 800, 1333) == (1333, 1)
+    pixels = []
+    original = transforms.F.resize
+
+    def resize(image, shape, **options):
+        pixels.append(shape[0] * shape[1])
+        return original(image, shape, **options)
+
+    monkeypatch.setattr(transforms.F, "resize", resize)
+    image = tv_tensors.Image(torch.zeros(3, 2, 12000, dtype=torch.uint8))
+    boxes = tv_tensors.BoundingBoxes([[0, 0, 12000, 2]], format="XYXY", canvas_size=(2, 12000), dtype=torch.float32)
+    for seed in range(8):
+        with seeded(seed):
+            train_transforms([480, 800], 1333)(image, {"boxes": boxes, "labels": torch.tensor([0])})
+    # More than one resize shows that some were cropped.
+    assert len(pixels) > 16 and max(pixels) <= 800 * 1333
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_of_12000_x_12000_pixels_is_read_and_made_smaller(tmp_path):
+    large = Image.new("1", (12000, 12000))
+    large.paste(1, (6000, 3000, 12000, 6000))
+    root = write_data(tmp_path / "data", {"large.png": encoded(large, "PNG")}, boxes=[(6000, 3000, 6000, 3000)])
+    del large
+    image, target = dataset_of(root)[0]
+    assert image.shape == (3, 40, 40) and target["orig_size"].tolist() == [12000, 12000]
+    assert target["boxes"].tolist() == [[0.75, 0.375, 0.5, 0.25]]
+    inside = torch.zeros(40, 40, dtype=torch.bool)
+    inside[10:20, 20:] = True
+    assert torch.equal(image[0] > 127, inside)
+
+
+# Annotations ---------------------------------------------------------------------------------------------------------
+
+IMAGE = {"a.png": encoded(RGB, "PNG")}
+
+ODD_BOXES = {
+    "NaN": [0, 0, float("nan"), 5], "infinity": [0, 0, float("inf"), 5], "text": ["0", "0", "5", "5"],
+    "null": [0, 0, None, 5], "nested": [[0, 0, 5, 5]], "an object": {"x": 0, "y": 0, "w": 5, "h": 5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("box", ODD_BOXES.values(), ids=ODD_BOXES)
+def test_boxes_that_are_not_four_finite_numbers_are_refused(box, tmp_path, capsys):
+    annotations = [{"id": 7, "image_id": 1, "category_id": 1, "bbox": box}]
+    root = write_data(tmp_path / "data", IMAGE, annotations=annotations)
+    assert train("detr", root, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"{file_of(root, 'train')}: annotation 7 has bbox " in error and "expected four finite numbers" in error
+
+
+def test_boxes_of_negative_size_are_dropped_and_counted(tmp_path, caplog):
+    root = write_data(tmp_path / "data", IMAGE, boxes=[(5, 5, 10, 10), (20, 20, -10, 10), (20, 20, 10, -10)])
+    with caplog.at_level("WARNING"):
+        dataset = dataset_of(root)
+    assert "2 boxes without area are dropped" in caplog.text
+    assert dataset.num_objects == len(dataset[0][1]["boxes"]) == 1
+
+
+@pytest.mark.parametrize("key", ["images", "categories"])
+@pytest.mark.parametrize("number", [True, 1.0, "1", 2**53, -(2**70)])
+def test_ids_are_integers_that_evaluation_can_hold(key, number, tmp_path):
+    root = write_data(tmp_path / "data", IMAGE)
+    content = json.loads(file_of(root, "train").read_text())
+    content[key][0]["id"] = number
+    content["annotations"][0]["image_id" if key == "images" else "category_id"] = number
+    file_of(root, "train").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"an id in '{key}' is no integer below 2\\^53"):
+        dataset_of(root)
+    findings = checks.check_quickly([Split("train", root / "train2017", file_of(root, "train"))], 100)
+    assert any(f.severity == "error" and f"entries of '{key}'" in f.text for f in findings)
+
+
+def figures(dataset: CocoDetection) -> list[float]:
+    """COCO's figures for detections in image 1 that are its annotated boxes, crowds included: AP to APL."""
+    truth, evaluator = dataset.coco_api(), CocoBoxEvaluator(dataset.label_map)
+    boxes = torch.tensor([annotation["bbox"] for annotation in truth.dataset["annotations"]])
+    boxes[:, 2:] += boxes[:, :2]
+    labels = torch.zeros(len(boxes), dtype=torch.int64)
+    evaluator.update([1], [{"scores": torch.ones(len(boxes)), "labels": labels, "boxes": boxes}])
+    return evaluator.evaluate(truth).stats[:6]
+
+
+@pytest.fixture(params=["pycocotools", "faster-coco-eval"])
+def package(request, monkeypatch):
+    """Either package computes the figures, where it is installed."""
+    if request.param == "faster-coco-eval":
+        pytest.importorskip("faster_coco_eval")
+    else:
+        monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    assert evaluation.evaluation_package()[0] == request.param
+
+
+ODD = [None, "", "x", "no", -1, float("nan"), float("inf"), 10**400, [], [[1]], {"a": 1}]
+
+
+@pytest.mark.parametrize("area", [*ODD, "200"], ids=lambda v: repr(v)[:12])
+def test_an_area_that_is_none_is_that_of_the_box(area, tmp_path, package):
+    """A number in text, too, or null, which ended a training in its first evaluation."""
+    annotations = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 20, 10], "area": area}]
+    root = write_data(tmp_path / "data", IMAGE, annotations=annotations)
+    assert load_annotations(file_of(root, "val"))["annotations"][0]["area"] == 200
+    # It is small, and there are none of other sizes.
+    assert figures(dataset_of(root, "val")) == pytest.approx([1, 1, 1, 1, -1, -1])
+    findings = checks.check_quickly([Split("val", root / "val2017", file_of(root, "val"))], 100)
+    (finding,) = [f for f in findings if "areas that are no number" in f.text]
+    assert finding.severity == "warning" and finding.examples[0].startswith("annotation 1: ")
+
+
+@pytest.mark.parametrize("crowd", [*ODD, "0", False, "1", True, 1], ids=lambda v: repr(v)[:12])
+def test_a_crowd_is_what_is_marked_as_one(crowd, tmp_path, package):
+    boxes = ([0, 0, 20, 10], [30, 30, 20, 10])
+    annotations = [{"id": n, "image_id": 1, "category_id": 1, "bbox": box} for n, box in enumerate(boxes)]
+    annotations[0]["iscrowd"] = crowd
+    root = write_data(tmp_path / "data", IMAGE, annotations=annotations)
+    dataset = dataset_of(root, "val")
+    is_crowd = crowd in (1, "1")
+    assert dataset.num_objects == (1 if is_crowd else 2)
+    assert figures(dataset)[0] == pytest.approx(1)
+    split = Split("val", root / "val2017", file_of(root, "val"))
+    assert split.crowd.tolist() == [is_crowd, False]
+    odd = [f for f in checks.check_quickly([split], 100) if "iscrowd" in f.text]
+    assert len(odd) == (crowd not in (0, 1, "0", "1"))
+
+
+def test_without_boxes_there_is_no_training_and_figures_are_minus_one(shapes, tmp_path, capsys):
+    root = shutil.copytree(shapes, tmp_path / "data")
+    for split in ("val", "train"):
+        content = json.loads(file_of(root, split).read_text())
+        file_of(root, split).write_text(json.dumps({**content, "annotations": []}))
+        status = train("detr", root, tmp_path / split, "--epochs", "1", "--limit_train", "4")
+        printed = capsys.readouterr()
+        if split == "val":
+            assert status == 0 and "data: val: no boxes: COCO's figures will all be -1" in printed.out
+            (row,) = read_log(tmp_path / "val")
+            assert row["test_coco_eval_bbox"] == [-1] * 12 and np.isfinite(row["test_loss"])
+        else:
+            assert status == 2 and "train: no boxes to learn from" in printed.err
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_of_a_thousand_objects_as_many_are_matched_as_there_are_queries(variant, tmp_path, capsys):
+    boxes = np.random.default_rng(0).uniform(1, 35, (1000, 4)).tolist()
+    root = write_data(tmp_path / "data", {"many.png": IMAGE["a.png"]}, boxes=boxes)
+    argv = ("--epochs", "2", "--batch_size", "1", "--no_augmentation")
+    assert train(variant, root, tmp_path / "out", *argv) == 0
+    out = capsys.readouterr().out
+    text = "data: train: images with more objects than the model has queries (8): the rest cannot be found: 1 (many.png"
+    assert out.count(text) == 1 and f"{text}: 1000)" in out
+    rows = read_log(tmp_path / "out")
+    assert len(rows) == 2 and all(np.isfinite(row[key]) for row in rows for key in ("train_loss", "test_loss"))
+
+
+# A composed and a decomposed accent, two scripts without spaces, and characters beyond 16 bits.
+FOLDER = "数据 e\u0301té 🦋"
+NAMES = ("café 1 🙂.jpg", "cafe\u0301 1 🙂.jpg", "細胞 и клетки/图 #2 %20 'x'.jpg", "a b  c .jpg")
+
+
+def test_names_in_any_script_go_from_data_to_figures(tmp_path, capsys):
+    root = make_shapes(tmp_path / FOLDER / "data", train=4, val=4, size=(64, 80), seed=3)
+    for split in ("train", "val"):
+        content = json.loads(file_of(root, split).read_text())
+        for image, name in zip(content["images"], NAMES, strict=True):
+            place = root / f"{split}2017" / name
+            place.parent.mkdir(exist_ok=True)
+            (root / f"{split}2017" / image["file_name"]).rename(place)
+            image["file_name"] = name
+        for category in content["categories"]:
+            category["name"] += " é 形 🔷"
+        # In the file itself, or escaped.
+        file_of(root, split).write_text(json.dumps(content, ensure_ascii=split == "val"), encoding="utf-8")
+    if len(list((root / "val2017").iterdir())) < len(NAMES):
+        pytest.skip("this file system takes two of the names for one")
+    assert checks.main([str(root)]) == 0
+    output = tmp_path / FOLDER / "出力 o\u0308 🚀"
+    assert train("conditional", root, output, "--epochs", "1") == 0
+    again = tmp_path / FOLDER / "评估"
+    argv = ["--coco_path", root, "--output_dir", again, *SMALL_MODEL["conditional"]]
+    assert run("conditional", *argv, "--resume", output / "checkpoint.pth", "--eval") == 0
+    assert "circle é 形 🔷" in capsys.readouterr().out
+    record = json.loads((again / "evaluation.json").read_text())
+    assert record["checkpoint"] == str(output / "checkpoint.pth")
+    argv = ["--checkpoint", output / "checkpoint.pth", root / "val2017", "--output_dir", again, "--device", "cpu"]
+    assert predict.main([*map(str, argv), "--threshold", "0"]) == 0
+    assert all((again / name).is_file() for name in NAMES)
+    found = {entry["file_name"] for entry in json.loads((again / "predictions.json").read_text())}
+    assert found == {(root / "val2017" / name).as_posix() for name in NAMES}
+
+
+@pytest.mark.parametrize("encoding, name", [("utf-8", "half \ud83d"), ("latin-1", "細胞")])
+def test_names_that_the_terminal_cannot_show_are_written_as_numbers(tmp_path, monkeypatch, encoding, name):
+    root = write_data(tmp_path / "data", IMAGE, categories=[{"id": 1, "name": name}])
+    stream = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stream, encoding=encoding))
+    assert checks.main([str(root), "--quick"]) == 0
+    assert name.encode("ascii", "backslashreplace") in stream.getvalue()
+
+
+# Paths that lead out of the folder -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def secret(tmp_path) -> Path:
+    """An image beside the data, which no annotation file may name."""
+    path = tmp_path / "secret.png"
+    path.write_bytes(encoded(255 - RGB, "PNG"))
+    return path
+
+
+OUTSIDE = {
+    "up": "../secret.png",
+    "up two": "../../secret.png",
+    "up behind a folder": "sub/../../../secret.png",
+    "up alone": "..",
+    "beside the folder": "../{folder.name}b/a.png",
+    "absolute": "{secret}",
+    "nothing": "",
+    "the folder": ".",
+    "the folder by its path": "{folder}",
+    "a null character": "a\0.png",
+    "a null character behind": "../secret.png\0.png",
+}
+
+
+@pytest.fixture(params=OUTSIDE.values(), ids=OUTSIDE)
+def outside(request, tmp_path, secret) -> Path:
+    """A data set whose second image has a name that is none in its folder."""
+    root = write_data(tmp_path / "data", {"a.png": IMAGE["a.png"], "sub/b.png": IMAGE["a.png"]})
+    for split in ("train", "val"):
+        content = json.loads(file_of(root, split).read_text())
+        content["images"][1]["file_name"] = request.param.format(secret=secret, folder=root / f"{split}2017")
+        file_of(root, split).write_text(json.dumps(content))
+    return root
+
+
+def test_names_outside_the_folder_are_refused_before_anything_is_looked_for(outside, tmp_path, monkeypatch, capsys):
+    name = json.loads(file_of(outside, "train").read_text())["images"][1]["file_name"]
+    monkeypatch.setattr(coco, "missing_files", lambda paths: pytest.fail("looked for files"))
+    assert train("detr", outside, tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert f"{file_of(outside, 'train')}: image 2 has the file_name {name!r}, which is no file in" in error
+    with pytest.raises(UserError, match="image 2 has the file_name"):
+        read_scenes(outside / "val2017", file_of(outside, "val"), 1)
+
+
+def test_names_outside_the_folder_are_an_error_of_the_data_and_not_opened(outside, monkeypatch, capsys):
+    opened, original = [], checks.read_file
+    monkeypatch.setattr(checks, "read_file", lambda path: opened.append(path) or original(path))
+    for flags in ([], ["--quick"]):
+        assert checks.main([str(outside), *flags]) == 1
+        lines = capsys.readouterr().out.splitlines()
+        found = [i for i, line in enumerate(lines) if "images whose file_name is no file in" in line]
+        assert [lines[i].split()[:2] for i in found] == [["error", "1"]] * 2
+        assert all("- image 2: '" in lines[i + 1] + lines[i + 2] for i in found)
+        assert not any(f"{outside.parent / 'secret.png'}" in line for line in lines if "- image 2" not in line)
+    assert [path.name for path in opened] == ["a.png"] * 2
+    paths = {"train": (outside / "train2017", file_of(outside, "train"))}
+    with pytest.raises(UserError, match=r"train: images whose file_name is no file in .*: 1 \(image 2: '"):
+        checks.quick_checks(paths, 100)
+
+
+def test_names_below_the_folder_may_take_any_way_there(tmp_path, secret):
+    root = write_data(tmp_path / "data", {"a.png": IMAGE["a.png"], "sub/b.png": IMAGE["a.png"], "..c.png": b""})
+    folder = root / "train2017"
+    (folder / "..c.png").unlink()
+    # A link is the user's own.
+    (folder / "..c.png").symlink_to(secret)
+    names = ["./sub/../a.png", str(folder / "sub" / "b.png"), "..c.png"]
+    images = [{"id": i, "file_name": name} for i, name in enumerate(names, start=1)]
+    content = {**json.loads(file_of(root, "train").read_text()), "images": images}
+    file_of(root, "train").write_text(json.dumps(content))
+    dataset = dataset_of(root)
+    expected = torch.from_numpy(RGB).permute(2, 0, 1)
+    assert [torch.equal(dataset.image(i), expected) for i in range(3)] == [True, True, False]
+    findings = checks.check_fully([Split("train", folder, file_of(root, "train"))], 100)
+    assert not any(finding.severity == "error" for finding in findings)
+
+
+def test_relative_folders_are_those_of_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in (Path("data"), Path("."), Path("../x")):
+        assert lies_in(folder, "a.png") and lies_in(folder, os.path.abspath(folder / "a.png"))
+        assert not lies_in(folder, "../a.png") and not lies_in(folder, os.path.abspath(folder))
+    assert lies_in(Path("/"), "a.png") and not lies_in(Path("/"), "")
+
+
+def voc_of(root: Path, filename: str, image: str | None) -> Path:
+    """Two images with XML files in VOC's way, and a third XML file of another name that mentions a file."""
+    sides = "".join(f"<{side}>{value}</{side}>" for side, value in {"xmin": 2, "ymin": 2, "xmax": 9, "ymax": 9}.items())
+    thing = f"<object><name>cell</name><bndbox>{sides}</bndbox></object>"
+    root.mkdir()
+    for stem in ("a", "b"):
+        (root / f"{stem}.png").write_bytes(encoded(RGB + ord(stem), "PNG"))
+        (root / f"{stem}.xml").write_text(f"<annotation>{thing}</annotation>")
+    (root / "c.xml").write_text(f"<annotation><filename>{filename}</filename>{thing}</annotation>")
+    if image:
+        (root / image).write_bytes(encoded(RGB, "PNG"))
+    return root
+
+
+@pytest.mark.parametrize("filename", ["../secret.png", "{secret}", "..\\secret.png", "sub/../../secret.png", "..", ""])
+def test_an_xml_files_image_is_one_of_its_folder_whatever_it_mentions(filename, tmp_path, secret, capsys):
+    filename = filename.format(secret=secret)
+    # A folder in the name, which may be another machine's, is left out. A file of that name may be in the data.
+    for there, count in ((None, 2), ("secret.png", 3)):
+        root = voc_of(tmp_path / f"voc{count}", filename, there)
+        out = tmp_path / f"out{count}"
+        named = there and "secret" in filename
+        assert convert.main(["voc", str(root), "--output_dir", str(out)]) == (0 if named else 1)
+        assert ("XML files without an image of their own" in capsys.readouterr().out) == (not named)
+        images = sorted(out.rglob("*.png"))
+        assert len(images) == (3 if named else 2)
+        assert not any(os.path.samefile(image, secret) for image in images)
+
+
+def test_null_characters_are_no_xml(tmp_path):
+    root = voc_of(tmp_path / "voc", "a\0.png", None)
+    assert mentioned_image(root / "c.xml") == ""
+
+
+def yolo_of(root: Path, listed: list[str]) -> Path:
+    """Two images and their labels, and a list that names these files to train on."""
+    for kind in ("images", "labels"):
+        (root / kind).mkdir(parents=True)
+    for i, stem in enumerate("ab"):
+        (root / "images" / f"{stem}.png").write_bytes(encoded(RGB + i, "PNG"))
+        (root / "labels" / f"{stem}.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    (root / "train.txt").write_text("\n".join(listed) + "\n")
+    (root / "data.yaml").write_text("train: train.txt\nval: images\nnames: [cell]\n")
+    return root
+
+
+def test_lists_of_images_may_name_other_folders(tmp_path, secret):
+    """As YOLO's lists do by design, for data sets that lie apart."""
+    secret.with_suffix(".txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    root = yolo_of(tmp_path / "yolo", ["images/a.png", "../secret.png", str(tmp_path / "yolo" / "images" / "b.png")])
+    assert convert.main(["yolo", str(root), "--output_dir", str(tmp_path / "out")]) == 0
+    # In what was made, no name leads out of its folder.
+    for split in ("train", "val"):
+        data = load_annotations(file_of(tmp_path / "out", split))
+        assert all(lies_in(tmp_path / "out" / f"{split}2017", image["file_name"]) for image in data["images"])
+    assert len(dataset_of(tmp_path / "out")) == 3
+
+
+def test_null_characters_in_lists_name_no_image(tmp_path, capsys):
+    root = yolo_of(tmp_path / "yolo", ["images/a.png", "images/b\0.png"])
+    assert convert.main(["yolo", str(root), "--output_dir", str(tmp_path / "out")]) == 1
+    assert "images that cannot be read: left out" in capsys.readouterr().out
+    assert len(dataset_of(tmp_path / "out")) == 1
+    (root / "data.yaml").write_text('train: "images\\0"\nval: images\nnames: [cell]\n')
+    assert convert.main(["yolo", str(root), "--output_dir", str(tmp_path / "other")]) == 2
+    assert "data.yaml: names images" in capsys.readouterr().err

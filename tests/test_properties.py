@@ -1,0 +1,376 @@
+"""What holds for any boxes, costs, images, augmentations and tokens, tried on drawn examples."""
+
+import itertools
+
+import pytest
+import torch
+import torchvision.ops
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from torchvision import tv_tensors
+
+from enact_common import nested_tensor_from_tensor_list
+from enact_common.boxes import (
+    box_cxcywh_to_xyxy,
+    box_xyxy_to_cxcywh,
+    boxes_at_points,
+    generalized_box_iou,
+    paired_box_giou,
+)
+from enact_common.clustering import CLUSTERS, EntropyClustering
+from enact_common.data.coco import seeded
+from enact_common.data.transforms import eval_transforms, train_transforms
+from enact_common.matcher import HungarianMatcher, focal_class_cost, softmax_class_cost
+
+# The same examples in every run; `--hypothesis-seed` has no say then.
+few = settings(deadline=None, derandomize=True, max_examples=40)
+seeds = st.integers(0, 10**6)
+
+
+# Boxes ---------------------------------------------------------------------------------------------------------------
+
+
+def side(least: float):
+    return st.floats(least, 1000, width=32)
+
+
+# xyxy with sides that float32 tells from nothing at these positions.
+box = st.tuples(side(-1000), side(-1000), side(0.5), side(0.5)).map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3]))
+boxes = st.lists(box, min_size=1, max_size=6).map(lambda rows: torch.tensor(rows, dtype=torch.float64))
+
+
+@few
+@given(boxes)
+def test_box_formats_are_each_others_inverse(boxes):
+    assert_close(box_cxcywh_to_xyxy(box_xyxy_to_cxcywh(boxes)), boxes)
+    assert_close(box_xyxy_to_cxcywh(box_cxcywh_to_xyxy(boxes.abs())), boxes.abs())
+
+
+@few
+@given(boxes, boxes)
+def test_generalized_iou_is_symmetric_in_its_range_and_torchvisions(ours, others):
+    giou = paired_box_giou(ours[:, None], others)  # (n, m)
+    assert_close(giou, generalized_box_iou(ours, others))
+    assert torch.equal(giou, paired_box_giou(others[:, None], ours).T)
+    assert (giou > -1).all() and (giou <= 1 + 1e-12).all()
+    assert (giou <= torchvision.ops.box_iou(ours, others) + 1e-12).all()
+    assert_close(paired_box_giou(ours, ours), torch.ones(len(ours), dtype=torch.float64))
+    loss = torchvision.ops.generalized_box_iou_loss(ours[:1].expand_as(others), others, eps=0)
+    assert_close(1 - giou[0], loss)
+
+
+@few
+@given(boxes, boxes, st.floats(1e-3, 1e3), st.tuples(side(-1000), side(-1000)))
+def test_generalized_iou_knows_neither_units_nor_origin(ours, others, scale, shift):
+    shift = torch.tensor(shift * 2, dtype=torch.float64)
+    moved = paired_box_giou(ours[:, None] * scale + shift, others * scale + shift)
+    assert_close(moved, paired_box_giou(ours[:, None], others), rtol=1e-6, atol=1e-6)
+
+
+@few
+@given(st.lists(st.tuples(*[st.floats(0, 1)] * 2), min_size=1, max_size=5), st.floats(-1e4, 1e4), seeds)
+def test_boxes_at_points_are_fractions_and_start_at_their_points(points, far, seed):
+    points = torch.tensor(points)
+    assert_close(boxes_at_points(points, torch.zeros(len(points), 4))[:, :2], points, atol=2e-5, rtol=0)
+    offsets = torch.randn(len(points), 4, generator=torch.Generator().manual_seed(seed)) * far
+    found = boxes_at_points(points, offsets)
+    assert found.dtype == torch.float32 and (found >= 0).all() and (found <= 1).all()
+
+
+# Matcher -------------------------------------------------------------------------------------------------------------
+
+CLASSES = 4
+
+
+@st.composite
+def problems(draw, most_queries=6, most_objects=6):
+    """A matcher, the outputs (batch, Q, ...) of one layer, and targets with any number of objects, none included."""
+    weights = draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, 5.0]), min_size=3, max_size=3).filter(any))
+    matcher = HungarianMatcher(*weights, draw(st.sampled_from([softmax_class_cost, focal_class_cost])))
+    counts = draw(st.lists(st.integers(0, most_objects), min_size=1, max_size=3))
+    queries = draw(st.integers(1, most_queries))
+    torch.manual_seed(draw(seeds))
+    outputs = {
+        "pred_logits": torch.randn(len(counts), queries, CLASSES),
+        "pred_boxes": torch.rand(len(counts), queries, 4) * 0.4 + 0.1,
+    }
+    targets = [{"labels": torch.randint(CLASSES, (n,)), "boxes": torch.rand(n, 4) * 0.4 + 0.1} for n in counts]
+    return matcher, outputs, targets
+
+
+def pair_costs(matcher, outputs, targets, i):
+    """The cost of each query with each object of image i, by the definition, object by object: (Q, n)."""
+    logits, predicted = outputs["pred_logits"][i], outputs["pred_boxes"][i]
+    costs = torch.zeros(len(logits), len(targets[i]["labels"]))
+    for j, (label, own) in enumerate(zip(targets[i]["labels"], targets[i]["boxes"], strict=True)):
+        giou = generalized_box_iou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(own[None]))[:, 0]
+        distance = torch.cdist(predicted, own[None], p=1)[:, 0]
+        costs[:, j] = matcher.cost_class * matcher.class_cost(logits)[:, label] + matcher.cost_bbox * distance
+        costs[:, j] -= matcher.cost_giou * giou
+    return costs
+
+
+@few
+@given(problems())
+def test_matches_are_one_to_one_as_many_as_can_be_and_cost_least(problem):
+    matcher, outputs, targets = problem
+    for i, (query, obj) in enumerate(matcher(outputs, targets)):
+        costs = pair_costs(matcher, outputs, targets, i)
+        pairs = min(costs.shape)
+        assert len(query) == len(obj) == pairs
+        assert len(set(query.tolist())) == len(set(obj.tolist())) == pairs
+        assert not pairs or (query.max() < costs.shape[0] and obj.max() < costs.shape[1])
+        scarce = (costs if costs.shape[0] == pairs else costs.T).tolist()  # what is fewer, queries or objects, first
+        choices = itertools.permutations(range(max(costs.shape)), pairs)
+        best = min(sum(row[other] for row, other in zip(scarce, chosen, strict=True)) for chosen in choices)
+        assert costs[query, obj].sum().item() == pytest.approx(best, rel=1e-4, abs=1e-4)
+
+
+@few
+@given(problems(most_queries=12, most_objects=20), seeds)
+def test_the_order_of_queries_and_objects_does_not_matter(problem, seed):
+    matcher, outputs, targets = problem
+    # With the class alone, objects of one class cost the same.
+    assume(matcher.cost_bbox or matcher.cost_giou)
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.randperm(outputs["pred_logits"].shape[1], generator=generator)
+    orders = [torch.randperm(len(target["labels"]), generator=generator) for target in targets]
+    shuffled = [{key: value[o] for key, value in target.items()} for target, o in zip(targets, orders, strict=True)]
+    moved = matcher({key: value[:, queries] for key, value in outputs.items()}, shuffled)
+    for (query, obj), order, (new_query, new_obj) in zip(matcher(outputs, targets), orders, moved, strict=True):
+        expected = set(zip(query.tolist(), obj.tolist(), strict=True))
+        assert set(zip(queries[new_query].tolist(), order[new_obj].tolist(), strict=True)) == expected
+
+
+# Batches -------------------------------------------------------------------------------------------------------------
+
+
+@few
+@given(
+    st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), min_size=1, max_size=5),
+    st.integers(1, 4),
+    st.sampled_from([torch.uint8, torch.float32, torch.bfloat16]),
+)
+def test_images_survive_padding_and_the_mask_is_exactly_the_padding(sizes, channels, dtype):
+    images = [torch.randint(1, 255, (channels, *size)).to(dtype) for size in sizes]
+    batch = nested_tensor_from_tensor_list(images)
+    height, width = (max(lengths) for lengths in zip(*sizes, strict=True))
+    assert batch.tensors.shape == (len(sizes), channels, height, width) and batch.tensors.dtype == dtype
+    assert batch.mask.shape == (len(sizes), height, width) and batch.mask.dtype == torch.bool
+    for image, tensor, mask, (h, w) in zip(images, batch.tensors, batch.mask, sizes, strict=True):
+        assert torch.equal(tensor[:, :h, :w], image)
+        assert not mask[:h, :w].any() and mask.sum() == height * width - h * w
+        assert (tensor[:, mask] == 0).all()
+
+
+# Augmentation --------------------------------------------------------------------------------------------------------
+
+# One for each object. A mixture of one with black, as at a blurred edge, is nearer than half of the way to that one
+# alone, or to none.
+COLOURS = torch.tensor(
+    [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 255], [0, 255, 255], [255, 255, 255]]
+)
+
+
+def painted(height: int, width: int, rows: int, columns: int):
+    """Boxes that do not touch, one at a random place in each cell of a grid, each painted in its label's colour."""
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    corners = []
+    for row, column in list(itertools.product(range(rows), range(columns)))[: len(COLOURS)]:
+        edges = []
+        for place, cells, length in ((column, columns, width), (row, rows, height)):
+            low, high = length * place // cells + 1, length * (place + 1) // cells - 1
+            first = int(torch.randint(low, high - 3, ()))
+            edges.append((first, int(torch.randint(first + 3, high + 1, ()))))
+        (left, right), (top, bottom) = edges
+        image[:, top:bottom, left:right] = COLOURS[len(corners)].view(3, 1, 1)
+        corners.append((left, top, right, bottom))
+    boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(height, width), dtype=torch.float32)
+    return tv_tensors.Image(image), {"boxes": boxes, "labels": torch.arange(len(corners))}
+
+
+# Pixels by which a box may miss the edge of its colour, which interpolation blurs.
+SLACK = 1.5
+
+
+def check_colours_are_in_their_boxes(image, target, objects: int) -> None:
+    """Each kept box encloses its colour's pixels, tightly, and of a dropped one nothing is to be seen.
+
+    Args:
+        image: uint8 (3, h, w).
+        target: `boxes` (n, 4) cxcywh in fractions of it and `labels` (n,).
+        objects: that there were.
+    """
+    height, width = image.shape[-2:]
+    assert target["size"].tolist() == [height, width]
+    kept = dict(zip(target["labels"].tolist(), box_cxcywh_to_xyxy(target["boxes"]), strict=True))
+    for label in range(objects):
+        rows, columns = torch.where(((image.int() - COLOURS[label].view(3, 1, 1)).abs() < 120).all(dim=0))
+        if label not in kept:
+            assert len(rows) == 0
+            continue
+        left, top, right, bottom = (kept[label] * torch.tensor([width, height, width, height])).tolist()
+        assert -1e-3 < left < right < width + 1e-3 and -1e-3 < top < bottom < height + 1e-3
+        if min(right - left, bottom - top) < 2 * SLACK:
+            continue  # so thin that its colour may have been blurred away
+        edges = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
+        assert_close(edges, torch.tensor([left, top, right, bottom]), atol=SLACK, rtol=0)
+
+
+sizes = st.integers(60, 260)
+grids = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@few
+@given(sizes, sizes, grids, seeds)
+def test_boxes_stay_with_their_pixels_through_the_augmentation(height, width, grid, seed):
+    transform = train_transforms([96, 128, 160], 200)
+    torch.manual_seed(seed)
+    image, target = painted(height, width, *grid)
+    objects, most = len(target["labels"]), 0
+    for draw in range(4):
+        with seeded(seed, draw):
+            output, found = transform(image, target)
+        assert type(output) is torch.Tensor and output.dtype == torch.uint8
+        # Rounding the shorter side can let the longer one pass by a little.
+        assert min(output.shape[-2:]) in (96, 128, 160) or max(output.shape[-2:]) <= 205
+        check_colours_are_in_their_boxes(output, found, objects)
+        most = max(most, len(found["labels"]))
+    assert most
+
+
+@few
+@given(sizes, sizes, grids, st.integers(40, 300), seeds)
+def test_boxes_stay_with_their_pixels_through_the_evaluations_resize(height, width, grid, size, seed):
+    torch.manual_seed(seed)
+    image, target = painted(height, width, *grid)
+    output, found = eval_transforms(size, 320)(image, target)
+    assert min(output.shape[-2:]) == size or max(output.shape[-2:]) in range(316, 325)
+    assert torch.equal(found["labels"], target["labels"])
+    check_colours_are_in_their_boxes(output, found, len(target["labels"]))
+
+
+def test_augmentation_crops_flips_and_drops():
+    """What the properties above are about does happen, in an image in which it shows."""
+    torch.manual_seed(0)
+    image, target = painted(200, 260, 3, 3)
+    transform, counts, flipped = train_transforms([96, 128, 160], 200), set(), set()
+    for draw in range(40):
+        with seeded(draw):
+            _, found = transform(image, target)
+        counts.add(len(found["labels"]))
+        centre = dict(zip(found["labels"].tolist(), found["boxes"][:, 0].tolist(), strict=True))
+        if 0 in centre and 2 in centre:
+            flipped.add(centre[0] > centre[2])
+    assert len(counts) > 2 and max(counts) == len(COLOURS) and flipped == {False, True}
+
+
+# Clustering ----------------------------------------------------------------------------------------------------------
+
+combinations = st.fixed_dictionaries(
+    {
+        "clusters": st.sampled_from(CLUSTERS),
+        "per_image": st.booleans(),
+        "mask_padding": st.booleans(),
+        "max_clusters": st.sampled_from([None, 1, 2, 7, 1000]),
+    }
+)
+
+
+@st.composite
+def clusterings(draw, settings=combinations):
+    """A layer, tokens (batch, N, 4) and which of them are padding, bool (batch, N): up to all of an image's."""
+    layer_settings, sigma = draw(settings), draw(st.sampled_from([0.5, 1.0, 1.5, 3.0]))
+    batch, num_tokens = draw(st.integers(1, 4)), draw(st.integers(1, 70))
+    torch.manual_seed(draw(seeds))
+    layer = EntropyClustering(4, sigma, **layer_settings)
+    padded = torch.rand(batch, num_tokens) < torch.rand(batch, 1) * draw(st.sampled_from([0.0, 1.0, 2.0]))
+    return layer, torch.randn(batch, num_tokens, 4), padded
+
+
+@settings(few, max_examples=100)
+@given(clusterings())
+def test_clusters_divide_the_tokens_and_their_weights_add_up_to_one(drawn):
+    layer, tokens, padded = drawn
+    batch, num_tokens = tokens.shape[:2]
+    clusters = layer.cluster(tokens, padded)
+    # Each token's own unit vector, pooled, is the weight that it has in every cluster.
+    weights = clusters.pool(torch.eye(num_tokens).expand(batch, -1, -1))  # (batch, M, N)
+    kept = weights > 0
+    assert 1 <= weights.shape[1] <= num_tokens
+    assert layer.max_clusters is None or weights.shape[1] <= layer.max_clusters
+    absent = torch.zeros(weights.shape[:2], dtype=torch.bool)
+    absent = absent if clusters.padding_mask is None else clusters.padding_mask
+    present = torch.ones(batch, num_tokens, dtype=torch.bool) if not layer.mask_padding else ~padded
+    for i in range(batch):
+        if not present[i].any():
+            assert not kept[i].any()
+            continue
+        assert_close(weights[i].sum(dim=1), (~absent[i]).float())
+        # No token is in two clusters, and none is padding.
+        assert (kept[i].sum(dim=0) <= present[i]).all()
+        # Of neighbours in the sequence, none goes to an earlier cluster than the one before it.
+        order = kept[i].to(torch.uint8).argmax(dim=0)[kept[i].any(dim=0)]
+        assert (order.diff() >= 0).all() and (order.diff() <= 1).all()
+        if layer.clusters == "regions":
+            assert torch.equal(kept[i].any(dim=0), present[i])
+        else:
+            # Windows of one length; what is left over at both ends is shorter than one.
+            lengths = kept[i].sum(dim=1)[~absent[i]]
+            assert (lengths == lengths[0]).all() and present[i].sum() - lengths.sum() < lengths[0]
+
+
+@few
+@given(clusterings(), st.floats(-100, 100))
+def test_pooling_gives_constants_back_and_stays_between_its_tokens(drawn, constant):
+    layer, tokens, padded = drawn
+    clusters = layer.cluster(tokens, padded)
+    pooled = layer(tokens, torch.full((*tokens.shape[:2], 2), constant), key_padding_mask=padded)
+    present = torch.ones(len(tokens), pooled[0].shape[1], dtype=torch.bool)
+    present = present if clusters.padding_mask is None else ~clusters.padding_mask
+    if layer.mask_padding:
+        # An image of padding alone has one cluster, of nothing.
+        present = present & ~padded.all(dim=1, keepdim=True)
+    assert_close(pooled[1], constant * present.float().unsqueeze(-1).expand_as(pooled[1]))
+    assert (pooled[0][~present] == 0).all()
+    for own, there, whole in zip(pooled[0], present, tokens, strict=True):
+        assert (own[there] <= whole.amax(dim=0) + 1e-6).all() and (own[there] >= whole.amin(dim=0) - 1e-6).all()
+
+
+@few
+@given(clusterings(combinations.map(lambda c: {**c, "mask_padding": True})), st.sampled_from([1.0, 1e4, float("nan")]))
+def test_masked_padding_never_contributes(drawn, value):
+    layer, tokens, padded = drawn
+    expected = layer(tokens, key_padding_mask=padded)[0]
+    assert expected.isfinite().all()
+    other = torch.where(padded.unsqueeze(-1), value * torch.randn_like(tokens), tokens).requires_grad_()
+    pooled = layer(other, key_padding_mask=padded)[0]
+    assert torch.equal(pooled, expected)
+    if value == value:
+        pooled.square().sum().backward()
+        assert (other.grad[padded] == 0).all()
+
+
+independent = combinations.map(
+    lambda c: {**c, "mask_padding": True, "per_image": c["per_image"] or c["clusters"] == "windows"}
+)
+
+
+@few
+@given(clusterings(independent))
+def test_each_image_for_itself_the_order_of_the_batch_does_not_matter(drawn):
+    layer, tokens, padded = drawn
+    order = torch.randperm(len(tokens))
+    shuffled = layer(tokens[order], key_padding_mask=padded[order])[0]
+    assert_close(shuffled, layer(tokens, key_padding_mask=padded)[0][order])
+
+
+@pytest.mark.parametrize("clusters", CLUSTERS)
+def test_one_image_of_every_length_is_clustered(clusters):
+    """No length between one token and some tens is special."""
+    layer = EntropyClustering(4, 1.0, clusters=clusters, per_image=True, mask_padding=True, max_clusters=5)
+    for num_tokens in range(1, 40):
+        pooled, ones = layer(torch.randn(1, num_tokens, 4), torch.ones(1, num_tokens, 1))
+        assert 1 <= pooled.shape[1] <= 5
+        assert_close(ones, torch.ones_like(ones))
