@@ -16,6 +16,12 @@ class UserError(Exception):
     """
 
 
+def let_any_text_out() -> None:
+    """Let standard output write the number of a character that it cannot show, rather than fail."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is another
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def exit_status(prog: str, command: Callable[[], int]) -> int:
     """Run a command, and print its UserError, if there is one, as argparse prints its own.
 
@@ -29,8 +35,7 @@ def exit_status(prog: str, command: Callable[[], int]) -> int:
     Returns:
         the command's; 2 after a UserError; 141 where the output is not read to its end.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is another
-        sys.stdout.reconfigure(errors="backslashreplace")
+    let_any_text_out()
     try:
         status = command()
         # What is still held back would otherwise fail when the process ends, out of reach.

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from enact_common.distributed import gather_objects, is_main_process
+from enact_common.errors import let_any_text_out
 from enact_common.files import writing
 
 logger = logging.getLogger("enact")
@@ -22,6 +23,7 @@ logger = logging.getLogger("enact")
 
 def setup_logging() -> None:
     """Plain messages on standard output, from the main process alone."""
+    let_any_text_out()
     logging.basicConfig(
         level=logging.INFO if is_main_process() else logging.ERROR,
         format="%(message)s",

@@ -6,6 +6,7 @@ More of it stands with what reads them: in test_data, test_checks, test_convert 
 import io
 import itertools
 import json
+import logging
 import os
 import shutil
 import sys
@@ -30,6 +31,7 @@ from enact_common.data.voc import mentioned_image
 from enact_common.evaluation import coco as evaluation
 from enact_common.evaluation.coco import CocoBoxEvaluator
 from enact_common.inference import as_pixels
+from enact_common.logs import setup_logging
 from enact_common.variants import VARIANTS
 
 # Images --------------------------------------------------------------------------------------------------------------
@@ -423,7 +425,10 @@ def test_names_that_the_terminal_cannot_show_are_written_as_numbers(tmp_path, mo
     stream = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stream, encoding=encoding))
     assert checks.main([str(root), "--quick"]) == 0
-    assert name.encode("ascii", "backslashreplace") in stream.getvalue()
+    setup_logging()
+    logging.getLogger("enact").info("classes: %s", name)
+    written = name.encode("ascii", "backslashreplace")
+    assert written in stream.getvalue() and b"classes: " + written in stream.getvalue()
 
 
 # Paths that lead out of the folder -----------------------------------------------------------------------------------
