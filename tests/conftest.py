@@ -165,6 +165,13 @@ def train(variant: str, shapes: Path, output: Path, *argv) -> int:
     return run(variant, "--coco_path", shapes, "--output_dir", output, *SMALL_MODEL[variant], *argv)
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def start(
     processes: int, variant: str, shapes: Path, output: Path, *argv, torchrun: bool = False, of_rank: dict | None = None
 ) -> list[subprocess.Popen]:
@@ -185,9 +192,7 @@ def start(
     if torchrun:
         words = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *words]
     elif processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         ranks = [{"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
         environments = [{**meeting, **rank, "WORLD_SIZE": str(processes)} for rank in ranks]
     return [

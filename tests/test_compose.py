@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import SMALL_MODEL, read_log
+from conftest import SMALL_MODEL, free_port, read_log
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
@@ -169,9 +168,7 @@ def test_the_benchmark_runs(settings):
 
 @pytest.mark.slow
 def test_tensorboard_shows_the_training(trained, settings):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     # What comes last counts. In its container it has a network of its own; here the port may be taken.
     process = start("tensorboard", settings, "--host", "127.0.0.1", "--port", str(port))
     try:

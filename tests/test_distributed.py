@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import read_log, start, train
+from conftest import free_port, read_log, start, train
 from test_stopping import end
 from test_train import toy_batch, toy_step
 from torch import nn
@@ -159,10 +159,9 @@ def test_all_end_where_one_is_killed(shapes, tmp_path):
     assert "stopped: another process has ended" in running[0].complained
 
 
-def fault_in_one(rank: int, folder: str) -> None:
+def fault_in_one(rank: int, folder: str, port: int) -> None:
     """Two steps of the toy model, of which the second is not finite in process 1 alone; the outcome goes to a file."""
-    # Not through a port, which another test could take.
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     step = toy_step(lambda output: output**2)
     step(*toy_batch(1.0), "step 0")
     text = "nothing"
@@ -176,7 +175,7 @@ def fault_in_one(rank: int, folder: str) -> None:
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path):
-    mp.start_processes(fault_in_one, (str(tmp_path),), nprocs=2, start_method="spawn")
+    mp.start_processes(fault_in_one, (str(tmp_path), free_port()), nprocs=2, start_method="spawn")
     texts = [(tmp_path / str(rank)).read_text() for rank in range(2)]
     # Both tell what the process at fault has found.
     assert texts[0] == texts[1] and "at step 1" in texts[0]
