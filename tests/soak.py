@@ -2,8 +2,8 @@
 
     make soak
 
-runs all of them, about half an hour on two cores, and records what came out in docs/reliability/soak.json. The test
-suite runs the same functions with smaller numbers.
+runs all of them, about half an hour on two cores, and records what came out in docs/reliability/soak.json and soak.md.
+The test suite runs the same functions with smaller numbers.
 """
 
 import argparse
@@ -282,6 +282,40 @@ PARTS: dict[str, Callable[[Path], dict]] = {
 }
 
 
+def describe(name: str, result: dict) -> str:
+    """What came out of a part, in words."""
+    if name.startswith("kills"):
+        end = "equal to the last bit to that of" if result["identical"] else "other than that of"
+        return (
+            f"{result['kills']} kills, {result['during_saves']} of them in the middle of a save; after each, the "
+            f"checkpoint was whole, and the training went on; its end is {end} a training that ran through"
+        )
+    if name.startswith("damaged"):
+        return f"{result.get('read', 0):,} read, {result.get('refused', 0):,} refused by name, no other end"
+    if name == "processes":
+        alike = "equal" if result["identical"] else "not equal"
+        return (
+            f"{result['evaluations']} evaluations; largest difference of any of the twelve figures "
+            f"{result['difference']:.1g}; all detections {alike}; AP up to {result['AP']:.3f}"
+        )
+    means = ", ".join(f"{k} {result[k]['mean']:.2f} ± {result[k]['deviation']:.2f}" for k in ("float32", "bf16"))
+    return (
+        f"{len(result['bf16']['losses'])} seeds; last training loss {means} (mean ± standard deviation); a seed's two "
+        f"ends differ by at most {result['difference']:.1%} of the mean; none was not a number"
+    )
+
+
+def to_markdown(record: dict) -> str:
+    """The record as a table."""
+    lines = ["| loop | what came out | minutes | date |", "|---|---|---:|---|"]
+    for name, result in record.items():
+        date = result["environment"]["date"][:10]
+        lines.append(f"| {name} | {describe(name, result)} | {result['seconds'] / 60:.1f} | {date} |")
+    machines = sorted({f"{r['environment']['machine']}, Python {r['environment']['versions']['python']}, PyTorch "
+                       f"{r['environment']['versions']['torch']}" for r in record.values()})  # fmt: skip
+    return "\n".join([*lines, "", f'`make soak`, or `python tests/soak.py "LOOP"`, on {"; ".join(machines)}', ""])
+
+
 def main() -> int:
     """Run the parts that the command line names, all without one, and record what came out."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -304,6 +338,7 @@ def main() -> int:
         print(f"{name}: {json.dumps(result)}", flush=True)
         args.record.parent.mkdir(parents=True, exist_ok=True)
         args.record.write_text(json.dumps(record, indent=1) + "\n")
+        args.record.with_suffix(".md").write_text(to_markdown(record))
     return 0
 
 
