@@ -9,16 +9,25 @@ from enact_common.errors import UserError
 TORCH_VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
+def parse_device(name: str) -> torch.device:
+    """The device that `--device` names, be it here or not.
+
+    Raises:
+        UserError: no device has such a name.
+    """
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"--device {name}: not a device's name; use cuda, cuda:1 or cpu") from error
+
+
 def find_device(name: str) -> torch.device:
     """The device that `--device` names.
 
     Raises:
         UserError: there is no such device here.
     """
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: not a device's name; use cuda, cuda:1 or cpu") from error
+    device = parse_device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: PyTorch sees no GPU here; pass --device cpu, or check the driver")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

@@ -1,0 +1,1 @@
+"""Trainings and evaluations as jobs of a Slurm cluster, which go on after a time-out."""
