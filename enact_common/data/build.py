@@ -54,6 +54,7 @@ def build_dataset(image_set: str, args, label_map: LabelMap | None = None) -> Co
         seed=args.seed,
         annotated=split != "test",
         remove_difficult=args.remove_difficult,
+        masks=args.masks and split != "test",
         # In an evaluation, another image in its place would be counted twice.
         on_unreadable="raise" if args.strict_data else "replace" if train else "leave out",
     )

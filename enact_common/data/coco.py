@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from enact_common.data.categories import LabelMap
+from enact_common.data.masks import PackedMasks, check_segmentations
 from enact_common.data.transforms import drop_degenerate
 from enact_common.errors import UserError
 from enact_common.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
@@ -281,6 +282,7 @@ class CocoDetection(Dataset):
         annotated: False for a list of test images, whose targets have no boxes.
         remove_difficult: treat annotations marked as difficult as crowds.
         on_unreadable: one of `ON_UNREADABLE`.
+        masks: targets have the objects' masks.
 
     Raises:
         UserError: the annotations are at fault, do not fit the label map, or image files are missing.
@@ -298,6 +300,7 @@ class CocoDetection(Dataset):
         annotated: bool = True,
         remove_difficult: bool = False,
         on_unreadable: str = "raise",
+        masks: bool = False,
     ):
         if on_unreadable not in ON_UNREADABLE:
             raise ValueError(f"on_unreadable must be one of {', '.join(ON_UNREADABLE)}, got {on_unreadable!r}")
@@ -310,6 +313,7 @@ class CocoDetection(Dataset):
         label_map.check_categories(annotations["categories"], str(annotation_file))
         self.image_folder = Path(image_folder)
         self.annotation_file = Path(annotation_file)
+        self.masks: PackedMasks | None = None
         self.transforms = transforms
         self.label_map = label_map
         self.seed = seed
@@ -317,13 +321,15 @@ class CocoDetection(Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
         images = sorted(annotations["images"], key=lambda image: image["id"])[:limit]
+        if masks:
+            check_segmentations(images, annotations["annotations"], self.annotation_file)
         self.image_ids = [image["id"] for image in images]
         self.file_names = [image["file_name"] for image in images]
         self.check_files()
         self._cache: Sequence[Tensor] | None = None
         self._state = torch.full((len(self.image_ids),), UNTRIED, dtype=torch.uint8).share_memory_()
         # Files need not say how large their images are; boxes are clipped once more when an image is read.
-        self.pack(annotations["annotations"], np.array([stated_size(image) for image in images]))
+        self.pack(annotations["annotations"], np.array([stated_size(image) for image in images]), masks)
 
     def check_files(self) -> None:
         """Refuse a data set whose image files are not all there."""
@@ -334,20 +340,18 @@ class CocoDetection(Dataset):
                 f"{missing[0]} first; python -m enact_common.data.checks names them, and what is there instead"
             )
 
-    def pack(self, annotations: list[dict], sizes: np.ndarray) -> None:
+    def pack(self, annotations: list[dict], sizes: np.ndarray, masks: bool) -> None:
         """Keep boxes (xyxy) and labels as arrays: what every worker process holds, without a copy of the JSON.
 
         Args:
             annotations: of all images of the file.
             sizes: (images, 2), (width, height) in pixels, infinite where unknown.
+            masks: keep the segmentations too.
         """
         index = {image_id: i for i, image_id in enumerate(self.image_ids)}
         labels = self.label_map.labels()
-        rows = [
-            (index[a["image_id"]], labels[a["category_id"]], *a["bbox"])
-            for a in annotations
-            if a["image_id"] in index and not a["iscrowd"]
-        ]
+        annotations = [a for a in annotations if a["image_id"] in index and not a["iscrowd"]]
+        rows = [(index[a["image_id"]], labels[a["category_id"]], *a["bbox"]) for a in annotations]
         table = np.array(rows, dtype=np.float64).reshape(-1, 6)  # image, label, x, y, width, height
         table[:, 4:] += table[:, 2:4]  # image, label, left, top, right, bottom
         size = sizes[table[:, 0].astype(np.int64)]
@@ -355,8 +359,11 @@ class CocoDetection(Dataset):
         whole = (table[:, 4:] > table[:, 2:4]).all(axis=1)
         if not whole.all():
             logger.warning("%s: %d boxes without area are dropped", self.annotation_file, (~whole).sum())
-        table = table[whole]
-        table = table[np.argsort(table[:, 0], kind="stable")]
+        kept = np.flatnonzero(whole)
+        kept = kept[np.argsort(table[kept, 0], kind="stable")]
+        table = table[kept]
+        if masks:
+            self.masks = PackedMasks([annotations[i]["segmentation"] for i in kept])
         self._first = np.searchsorted(table[:, 0], np.arange(len(self.image_ids) + 1))
         self._labels = torch.from_numpy(table[:, 1].astype(np.int64))
         self._boxes = torch.from_numpy(table[:, 2:].astype(np.float32))
@@ -458,7 +465,8 @@ class CocoDetection(Dataset):
         """One image, as `transforms` leaves it (with ours uint8 (3, h, w)), and its target.
 
         The target has `image_id` int64 (1,); `orig_size` and `size` int64 (2,), (height, width) in pixels as stored
-        and as given; `labels` int64 (n,) and `boxes` float32 (n, 4) cxcywh in [0, 1].
+        and as given; `labels` int64 (n,) and `boxes` float32 (n, 4) cxcywh in [0, 1]; with masks, `masks` bool
+        (n, h, w).
 
         Of an image that cannot be read, what `on_unreadable` says.
 
@@ -484,6 +492,8 @@ class CocoDetection(Dataset):
             "boxes": boxes,
             "labels": self._labels[objects],
         }
+        if self.masks is not None:
+            target["masks"] = tv_tensors.Mask(self.masks.decode(objects, height, width, str(self.path(index))))
         with seeded(self.seed, int(self._epoch), index):
             return self.transforms(image, drop_degenerate(target))
 
