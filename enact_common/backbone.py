@@ -225,8 +225,8 @@ class Joiner(nn.Sequential):
 def build_resnet(args, return_interm_layers: bool = False) -> Backbone:
     """The backbone that the arguments ask for, without position encoding.
 
-    With `--resume`, `--pretrained`, `--frozen_weights` or `--eval` nothing is fetched: the checkpoint has the weights of
-    the backbone.
+    With `--resume`, `--pretrained`, `--frozen_weights` or `--eval` nothing is fetched: the checkpoint has the
+    backbone's weights.
     """
     from_checkpoint = args.resume or args.pretrained or args.frozen_weights or args.eval
     return Backbone(

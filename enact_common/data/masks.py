@@ -87,7 +87,7 @@ class PackedMasks:
         self._text = torch.frombuffer(bytearray(b"".join(texts) or b"\0"), dtype=torch.uint8)
 
     def decode(self, objects: slice, height: int, width: int, image: str) -> Tensor:
-        """The masks of some objects of one image of this size: uint8 (n, height, width), 0 or 1.
+        """The masks of some objects of one image of this size: bool (n, height, width).
 
         Args:
             objects: from which to which.
@@ -97,7 +97,7 @@ class PackedMasks:
         Raises:
             UserError: a run-length code is damaged, or of another size than the image.
         """
-        masks = torch.zeros(objects.stop - objects.start, height, width, dtype=torch.uint8)
+        masks = torch.zeros(objects.stop - objects.start, height, width, dtype=torch.bool)
         for mask, number in zip(masks, range(objects.start, objects.stop), strict=True):
             segmentation = json.loads(self._text[self._ends[number] : self._ends[number + 1]].numpy().tobytes())
             mask.copy_(torch.from_numpy(decode_mask(segmentation, height, width, image)))
