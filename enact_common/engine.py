@@ -41,14 +41,18 @@ def autocast(device: torch.device, amp: str):
 def to_device(samples: NestedTensor, targets: list[dict[str, Tensor]], device: torch.device):
     """A batch on the device, without waiting for the copies.
 
-    Of the targets, all objects' labels and boxes go in one copy each; what else they hold stays where it is.
+    Of the targets, all objects' labels and boxes go in one copy each, masks in one an image; what else they hold stays
+    where it is.
     """
     counts = [len(target["labels"]) for target in targets]
     moved = {
         name: torch.cat([target[name] for target in targets]).to(device, non_blocking=True).split(counts)
         for name in ("labels", "boxes")
     }
-    targets = [{**target, **{name: parts[i] for name, parts in moved.items()}} for i, target in enumerate(targets)]
+    masks = [{"masks": t["masks"].to(device, non_blocking=True)} if "masks" in t else {} for t in targets]
+    targets = [
+        {**target, **masks[i], **{name: parts[i] for name, parts in moved.items()}} for i, target in enumerate(targets)
+    ]
     return samples.to(device, non_blocking=True), targets
 
 
@@ -362,7 +366,7 @@ def first_non_finite_output(model: nn.Module, samples: NestedTensor) -> str | No
 def evaluate(
     model: nn.Module,
     criterion: nn.Module | None,
-    postprocess: nn.Module,
+    postprocessors: dict[str, nn.Module],
     loader: DataLoader,
     evaluator: CocoBoxEvaluator,
     device: torch.device,
@@ -374,7 +378,8 @@ def evaluate(
     Args:
         model: not wrapped.
         criterion: gives losses and their weights; None where the images have no annotations.
-        postprocess: from the model's outputs and the images' sizes to detections.
+        postprocessors: "bbox", from the model's outputs and the images' sizes to detections, and for models with masks
+            "segm", which adds theirs.
         loader: gives (NestedTensor, targets), or None for images that cannot be read. Processes can have different
             numbers of batches.
         evaluator: collects.
@@ -405,13 +410,17 @@ def evaluate(
             continue
         samples, targets = batch
         image_ids = [int(target["image_id"]) for target in targets]
+        model_sizes = torch.stack([target["size"] for target in targets])
         sizes = torch.stack([target["orig_size"] for target in targets]).to(device, non_blocking=True)
         samples, targets = to_device(samples, targets, device)
         with autocast(device, amp):
             outputs = model(samples)
         if criterion is not None:
             meter.update(criterion(outputs, targets))
-        evaluator.update(image_ids, postprocess(outputs, sizes))
+        results = postprocessors["bbox"](outputs, sizes)
+        if "segm" in postprocessors:
+            results = postprocessors["segm"](results, outputs, model_sizes, sizes)
+        evaluator.update(image_ids, results)
         if progress.due(i):
             averages = report(meter.averages())
             progress.show(i, {name: averages[name] for name in ("loss", "class_error") if name in averages})

@@ -16,7 +16,7 @@ from torchvision import tv_tensors
 
 from enact_common.arguments import CLUSTERING_FLAGS, MODEL_FLAGS
 from enact_common.backbone import SHALLOW_BACKBONES, STAGES
-from enact_common.checkpoint import load_checkpoint, load_model
+from enact_common.checkpoint import detector_weights, has_masks, load_checkpoint, load_model
 from enact_common.data.categories import LabelMap, coco_names
 from enact_common.data.coco import decode_image
 from enact_common.data.transforms import eval_transforms
@@ -203,7 +203,8 @@ def variant_of(checkpoint: dict[str, Any]) -> str | None:
     """The variant that a checkpoint is of, by its own word or by the names of its tensors; None for none."""
     if checkpoint.get("variant") in VARIANTS:
         return checkpoint["variant"]
-    return next((variant for variant, name in SIGNATURES.items() if name in checkpoint["model"]), None)
+    weights = detector_weights(checkpoint["model"])
+    return next((variant for variant, name in SIGNATURES.items() if name in weights), None)
 
 
 def arguments_of(
@@ -222,12 +223,13 @@ def arguments_of(
     Raises:
         UserError: it was made with a value that a flag of ours does not have.
     """
-    weights, saved = checkpoint["model"], checkpoint["args"]
+    weights, saved = detector_weights(checkpoint["model"]), checkpoint["args"]
     parser = load_variant(variant).main.get_args_parser()
     args = parser.parse_args([])
     choices = {action.dest: action.choices for action in parser._actions if action.choices}
     clustered = any(name.endswith("W_prob.weight") for name in weights)
     args.encoder_attention = "enact" if clustered else "mhsa"
+    args.masks = has_masks(checkpoint["model"])
     args.backbone = backbone_of(weights) or args.backbone
     for flag, value in sizes_of(weights).items():
         setattr(args, flag, value)

@@ -170,13 +170,14 @@ class RunLog:
         return any(row.get("epoch") == epoch for row in read_log(self._path))
 
     def precisions(self, epochs: int) -> list[float]:
-        """The AP of each evaluation in the first so many epochs, in their order."""
+        """The AP of each evaluation in the first so many epochs, in their order: of masks where there are any."""
         rows = read_log(self._path) if self._path and self._path.is_file() else []
-        figures = {row.get("epoch"): row.get("test_coco_eval_bbox") for row in rows}
+        figures = {row.get("epoch"): row.get("test_coco_eval_masks") or row.get("test_coco_eval_bbox") for row in rows}
         return [figures[epoch][0] for epoch in range(epochs) if figures.get(epoch)]
 
     def write(self, epoch: int, stats: dict) -> None:
-        """Add an epoch: scalars, and the list `test_coco_eval_bbox` of COCO's twelve figures.
+        """Add an epoch: scalars, and lists of COCO's twelve figures: `test_coco_eval_bbox` and, with masks,
+        `test_coco_eval_masks`.
 
         Raises:
             UserError: the disk is full, say.
@@ -196,8 +197,9 @@ class RunLog:
         for name, value in stats.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(name.replace("_", "/", 1), value, epoch)
-        for name, value in zip(("AP", "AP50"), stats.get("test_coco_eval_bbox", ()), strict=False):
-            self._board.add_scalar(f"test/{name}", value, epoch)
+        for key, suffix in (("test_coco_eval_bbox", ""), ("test_coco_eval_masks", "_masks")):
+            for name, value in zip(("AP", "AP50"), stats.get(key, ()), strict=False):
+                self._board.add_scalar(f"test/{name}{suffix}", value, epoch)
         self._board.flush()
 
     def close(self) -> None:

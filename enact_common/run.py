@@ -26,6 +26,7 @@ from enact_common.checkpoint import (
     BEST,
     LATEST,
     check_model_flags,
+    detector_weights,
     load_checkpoint,
     load_model,
     optimizer_state_by_name,
@@ -197,7 +198,7 @@ class Run:
         with failing_together():
             checkpoint = self.load_checkpoints()
             self.check_paths()
-            if not checkpoint and not self.pretrained:
+            if not checkpoint and not self.pretrained and not self.frozen:
                 # Fails here, before annotations are read, where weights cannot be had.
                 load_backbone_weights(args.backbone, args.backbone_weights)
             if self.output_dir:
@@ -227,6 +228,7 @@ class Run:
         checkpoint = load_checkpoint(args.resume) if args.resume else None
         # A run that goes on has left what it began from behind.
         self.pretrained = load_checkpoint(args.pretrained) if args.pretrained and not checkpoint else None
+        self.frozen = load_checkpoint(args.frozen_weights) if args.frozen_weights and not checkpoint else None
         if self.pretrained:
             check_pretrained(self.pretrained, self.variant, args)
         if checkpoint and checkpoint.get("variant", self.variant) != self.variant:
@@ -260,8 +262,9 @@ class Run:
         """Build the data sets and the label map, which a checkpoint of ours brings along."""
         args = self.args
         label_map = None
-        if checkpoint and "label_map" in checkpoint:
-            label_map = LabelMap.from_dict(checkpoint["label_map"])
+        labelled = checkpoint or self.frozen
+        if labelled and "label_map" in labelled:
+            label_map = LabelMap.from_dict(labelled["label_map"])
         self.train_set: CocoDetection | None = None
         if not args.eval:
             self.train_set = self.build_dataset("train", args, label_map)
@@ -270,7 +273,8 @@ class Run:
         self.label_map = self.val_set.label_map
         if args.num_classes not in (None, self.label_map.num_classes):
             raise UserError(
-                f"--num_classes {args.num_classes}: {args.resume} was trained with {self.label_map.num_classes}"
+                f"--num_classes {args.num_classes}: {args.resume or args.frozen_weights} was trained with "
+                f"{self.label_map.num_classes}"
             )
         args.num_classes = self.label_map.num_classes
 
@@ -320,6 +324,10 @@ class Run:
             restore_clustering_flags(checkpoint.get("args", {}), args)
         elif self.pretrained:
             restore_clustering_flags(self.pretrained["args"], args)
+        elif self.frozen:
+            # Its masks are what is to be learned.
+            check_model_flags(args.frozen_weights, {**self.frozen["args"], "masks": None}, args)
+            restore_clustering_flags(self.frozen["args"], args)
         self.model, self.criterion, self.postprocessors = self.build_model(args)
         if checkpoint:
             weights = checkpoint["model"]
@@ -329,6 +337,9 @@ class Run:
             load_model(self.model, weights, args.resume)
         elif self.pretrained:
             load_pretrained(self.model, self.pretrained, self.variant, args, self.label_map)
+        elif self.frozen:
+            weights = self.frozen.get("model_ema") or self.frozen["model"]
+            load_model(self.model.detr, detector_weights(weights), args.frozen_weights)
         if not args.eval:
             freeze(self.model, args.freeze)
         if args.sync_bn:
@@ -367,7 +378,10 @@ class Run:
             "model": f"{self.variant}, {args.backbone}{dilated}, {self.model.num_queries} queries",
             "encoder attention": attention,
             "parameters": f"{self.num_parameters:,} trained",
-            "weights": args.resume or args.pretrained or f"backbone {args.backbone_weights}, the rest random",
+            "weights": args.resume
+            or args.pretrained
+            or args.frozen_weights
+            or f"backbone {args.backbone_weights}, the rest random",
             "classes": f"{len(names)} ({shown}), {args.num_classes} labels",
             "device": f"{self.device}, {processes} {'process' if processes == 1 else 'processes'}, {precision}",
         }
@@ -382,6 +396,8 @@ class Run:
                 "rate and batch": self.rate_rule(batch),
                 "epochs": f"{args.start_epoch} to {args.epochs}, {len(self.train_loader)} batches each",
             }
+            if args.frozen_weights:
+                rows["frozen"] = "all but the mask head"
             if args.freeze:
                 rows["frozen"] = f"what is named with {', '.join(args.freeze)}"
             if args.ema is not None:
@@ -393,7 +409,11 @@ class Run:
         idle = [f"--{flag}" for flag in CLUSTERING_FLAGS if getattr(args, flag)]
         if idle and args.encoder_attention != "enact":
             logger.info("note: %s: no effect with --encoder_attention %s", ", ".join(idle), args.encoder_attention)
-        if args.backbone_norm == "frozen" and args.backbone_weights == "none" and not (args.resume or args.pretrained):
+        if (
+            args.backbone_norm == "frozen"
+            and args.backbone_weights == "none"
+            and not (args.resume or args.pretrained or args.frozen_weights)
+        ):
             logger.info("note: a random backbone hardly trains under frozen batch norm; --backbone_norm batch does")
 
     def effective_batch(self) -> int:
@@ -422,6 +442,9 @@ class Run:
         frozen = saved.get("freeze") or []
         if sorted(frozen) != sorted(args.freeze):
             asked = f"--freeze {' '.join(frozen)}" if frozen else "no --freeze"
+            raise UserError(f"{args.resume}: was trained with {asked}; pass the same, or begin anew with --pretrained")
+        if bool(saved.get("frozen_weights")) != bool(args.frozen_weights):
+            asked = "--frozen_weights CKPT" if saved.get("frozen_weights") else "no --frozen_weights"
             raise UserError(f"{args.resume}: was trained with {asked}; pass the same, or begin anew with --pretrained")
         if checkpoint.get("model_ema") and not self.average:
             raise UserError(
@@ -590,12 +613,14 @@ class Run:
                 test_stats, evaluator = self.evaluate()
             except Stopped as stop:
                 raise self.stopped(f"in the evaluation of epoch {epoch}, which comes first then") from stop
-            figures = self.report(evaluator, epoch)
+            figures, mask_figures = self.report(evaluator, epoch)
             test_stats["seconds"] = time.perf_counter() - begin
             stats |= {f"test_{name}": value for name, value in test_stats.items()}
             if figures is not None:
                 stats["test_coco_eval_bbox"] = figures
-                self.note_precision(epoch, figures[0])
+                if mask_figures is not None:
+                    stats["test_coco_eval_masks"] = mask_figures
+                self.note_precision(epoch, (mask_figures or figures)[0])
         log.write(epoch, {**stats, "n_parameters": self.num_parameters})
 
     def note_precision(self, epoch: int, precision: float) -> None:
@@ -683,7 +708,7 @@ class Run:
         stats = evaluate(
             model,
             None if self.args.eval_set == "test" else self.criterion,
-            self.postprocessors["bbox"],
+            self.postprocessors,
             self.val_loader,
             evaluator,
             self.device,
@@ -693,7 +718,9 @@ class Run:
         self.name_unreadable(self.val_set)
         return stats, evaluator
 
-    def report(self, evaluator: CocoBoxEvaluator, epoch: int | None, per_class: bool = False) -> list[float] | None:
+    def report(
+        self, evaluator: CocoBoxEvaluator, epoch: int | None, per_class: bool = False
+    ) -> tuple[list[float] | None, list[float] | None]:
         """Print COCO's figures and write them to `evaluation.json`, which the next evaluation replaces; with
         `per_class` also print each class's and write `results.json`.
 
@@ -705,18 +732,17 @@ class Run:
             per_class: see above.
 
         Returns:
-            the twelve figures, in the main process; None in the others and without ground truth.
+            the twelve figures of boxes and those of masks, in the main process; None in the others, without ground
+            truth, and for masks where the model finds none.
         """
         if not is_main_process():
-            return None
-        figures = None
+            return None, None
+        figures = mask_figures = None
         if self.ground_truth is not None:
-            evaluation = evaluator.evaluate(self.ground_truth)
-            figures = [float(value) for value in evaluation.stats]
-            logger.info("%s", figures_text(evaluation))
-            record = evaluation_record(evaluation)
-            if per_class:
-                logger.info("%s", per_class_text(record))
+            record, figures = self.compute_figures(evaluator, per_class)
+            if "segm" in self.postprocessors:
+                logger.info("masks:")
+                record["masks"], mask_figures = self.compute_figures(evaluator, per_class, masks=True)
             if self.output_dir:
                 source = {"set": self.args.eval_set, "epoch": epoch}
                 if self.args.eval:
@@ -726,4 +752,15 @@ class Run:
         if per_class and self.output_dir:
             path = self.output_dir / "results.json"
             logger.info("%d detections written to %s", evaluator.write_results(path), path)
-        return figures
+        return figures, mask_figures
+
+    def compute_figures(
+        self, evaluator: CocoBoxEvaluator, per_class: bool, masks: bool = False
+    ) -> tuple[dict, list[float]]:
+        """Compute and print COCO's figures of boxes, or of masks: the `evaluation_record`, and the twelve figures."""
+        evaluation = evaluator.evaluate(self.ground_truth, masks)
+        logger.info("%s", figures_text(evaluation))
+        record = evaluation_record(evaluation)
+        if per_class:
+            logger.info("%s", per_class_text(record))
+        return record, [float(value) for value in evaluation.stats]
