@@ -17,6 +17,9 @@ from enact_common.position_encoding import PositionEmbeddingLearned
 ENACT_LR = 5e-5
 PLAIN_LR = 1e-4
 
+# Kinds of data sets: boxes, with `--masks` instance masks too; things and stuff.
+COCO, PANOPTIC = "coco", "coco_panoptic"
+
 LR_SCHEDULES = ("step", "cosine")
 CACHE_MODES = ("encoded", "decoded")
 
@@ -196,7 +199,7 @@ def add_focal_flags(parser: VariantParser) -> None:
 
 def add_data_flags(group) -> None:
     """Where the images are and how they are resized."""
-    group.add_argument("--dataset_file", default="coco", help="kind of data set: coco")
+    group.add_argument("--dataset_file", default=COCO, help=f"kind of data set: {COCO}, {PANOPTIC}")
     group.add_argument(
         "--coco_path", type=str, metavar="DIR",
         help="folder with train2017/, val2017/ (or images/train2017, ...) and annotations/instances_*2017.json",
@@ -415,7 +418,12 @@ def add_segmentation_flags(group) -> None:
         help="detector, a checkpoint as for --resume, whose weights stay as they are: the mask head alone is trained; "
         "needs --masks",
     )  # fmt: skip
-    group.add_argument("--coco_panoptic_path", type=str, metavar="DIR", help="panoptic annotations (not available yet)")
+    group.add_argument(
+        "--coco_panoptic_path",
+        type=str,
+        metavar="DIR",
+        help=f"COCO's panoptic annotations, for --dataset_file {PANOPTIC}",
+    )
     group.add_argument(
         "--mask_loss_coef", type=non_negative_float, default=1, metavar="W", help="loss: focal loss of masks"
     )
@@ -485,11 +493,6 @@ def check_arguments(args) -> None:
     Raises:
         UserError: naming the flag and the way out.
     """
-    if args.coco_panoptic_path or args.dataset_file == "coco_panoptic":
-        raise UserError(
-            "--coco_panoptic_path and --dataset_file coco_panoptic: panoptic segmentation is not available yet. Train "
-            "boxes, or boxes and masks (--masks), without these flags."
-        )
     if args.frozen_weights and not args.masks:
         raise UserError(
             "--frozen_weights keeps a detector as it is and trains the mask head on it: pass --masks too, or "
@@ -502,8 +505,18 @@ def check_arguments(args) -> None:
         )
     if args.masks and args.hidden_dim < 16:
         raise UserError(f"--hidden_dim {args.hidden_dim}: the mask head (--masks) needs 16 or more")
-    if args.dataset_file != "coco":
-        raise UserError(f"--dataset_file {args.dataset_file}: no such kind of data set, use coco")
+    if args.dataset_file not in (COCO, PANOPTIC):
+        raise UserError(f"--dataset_file {args.dataset_file}: no such kind of data set, use {COCO} or {PANOPTIC}")
+    if (args.dataset_file == PANOPTIC) != bool(args.coco_panoptic_path):
+        raise UserError(
+            f"--dataset_file {PANOPTIC} and --coco_panoptic_path DIR go together: the images are in --coco_path, what "
+            "is in them in the other; pass both or neither"
+        )
+    if args.dataset_file == PANOPTIC and (args.train_images or args.val_images or args.eval_set == "test"):
+        raise UserError(
+            f"--dataset_file {PANOPTIC} wants COCO's layout and annotations: pass --coco_path, without --train_images, "
+            "--val_images and --eval_set test"
+        )
     if args.dilation and args.backbone in SHALLOW_BACKBONES:
         raise UserError(
             f"--backbone {args.backbone} has no dilated form: pass --no-dilation, or --backbone resnet50 or resnet101"
@@ -563,9 +576,9 @@ def refuse_masks(args) -> None:
     Raises:
         UserError: naming the flags and the variant that has one.
     """
-    if args.masks or args.frozen_weights:
+    if args.masks or args.frozen_weights or args.dataset_file == PANOPTIC:
         raise UserError(
-            "--masks, --frozen_weights: DETR alone has a mask head; this model was published for boxes alone, so there "
+            f"--masks, --frozen_weights, --dataset_file {PANOPTIC}: DETR alone has a mask head; this model was published for boxes alone, so there "
             "is nothing that its masks could be compared with. Run DETR-ENACT/main.py, or leave the flags out"
         )
 

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from enact_common.acceleration import BATCH_NORMS, give_back_freed_memory
 from enact_common.distributed import gather_objects, get_world_size, world_sum
 from enact_common.evaluation.coco import CocoBoxEvaluator
+from enact_common.evaluation.panoptic import PanopticEvaluator
 from enact_common.logs import AverageMeter, Progress
 from enact_common.nested_tensor import NestedTensor
 from enact_common.optimization import AMP_DTYPE, Optimization
@@ -372,6 +373,7 @@ def evaluate(
     device: torch.device,
     amp: str,
     print_freq: int,
+    panoptic: PanopticEvaluator | None = None,
 ) -> dict[str, float]:
     """Detect in every image, and hand the detections, in pixels of the original images, to the evaluator.
 
@@ -379,13 +381,14 @@ def evaluate(
         model: not wrapped.
         criterion: gives losses and their weights; None where the images have no annotations.
         postprocessors: "bbox", from the model's outputs and the images' sizes to detections, and for models with masks
-            "segm", which adds theirs.
+            "segm", which adds theirs, or "panoptic".
         loader: gives (NestedTensor, targets), or None for images that cannot be read. Processes can have different
             numbers of batches.
         evaluator: collects.
         device: where the model is.
         amp: a key of `AMP_DTYPE`.
         print_freq: steps between two reports.
+        panoptic: collects segments, for models that find some; there is "panoptic" among the postprocessors then.
 
     Returns:
         means of the losses; empty without a criterion. The evaluator holds the detections of all processes.
@@ -421,10 +424,14 @@ def evaluate(
         if "segm" in postprocessors:
             results = postprocessors["segm"](results, outputs, model_sizes, sizes)
         evaluator.update(image_ids, results)
+        if panoptic is not None:
+            panoptic.update(image_ids, postprocessors["panoptic"](outputs, model_sizes, sizes))
         if progress.due(i):
             averages = report(meter.averages())
             progress.show(i, {name: averages[name] for name in ("loss", "class_error") if name in averages})
     if any(gather_objects(stop_requested() is not None)):
         raise Stopped("the evaluation has not come to its end, nothing of it is written")
     evaluator.synchronize()
+    if panoptic is not None:
+        panoptic.synchronize()
     return report(meter.synchronized())

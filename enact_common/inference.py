@@ -19,9 +19,10 @@ from enact_common.backbone import SHALLOW_BACKBONES, STAGES
 from enact_common.checkpoint import detector_weights, has_masks, load_checkpoint, load_model
 from enact_common.data.categories import LabelMap, coco_names
 from enact_common.data.coco import decode_image
-from enact_common.data.transforms import eval_transforms
+from enact_common.data.transforms import eval_transforms, resized_shape
 from enact_common.device import default_device, find_device
 from enact_common.errors import UserError
+from enact_common.segmentation import full_size_masks
 from enact_common.variants import VARIANTS, load_variant
 
 logger = logging.getLogger("enact")
@@ -56,6 +57,8 @@ class Detections:
         names: of the labels.
         category_ids: the data set's own id of each label.
         queries: int64 (n,), which of the model's queries found it.
+        masks: bool (n, height, width), each object's pixels of the image as it was given; None where the model finds
+            boxes alone.
     """
 
     boxes: Tensor
@@ -64,6 +67,7 @@ class Detections:
     names: list[str]
     category_ids: list[int]
     queries: Tensor
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -154,6 +158,13 @@ class LoadedDetector:
         order = scores.argsort(descending=True, stable=True)
         order = order[((scores >= threshold) & known[labels])[order]]
         kept = labels[order].tolist()
+        masks = None
+        if "pred_masks" in outputs:
+            # One image is a batch without padding.
+            seen = resized_shape(height, width, self.args.eval_size, self.args.max_size)
+            logits = outputs["pred_masks"][0, queries[order].to(self.device)]
+            parts = [part.cpu() for part in full_size_masks(logits, seen, seen, size)]
+            masks = torch.cat([torch.zeros(0, height, width, dtype=torch.bool), *parts])
         return Detections(
             boxes[order],
             scores[order],
@@ -161,6 +172,7 @@ class LoadedDetector:
             [self.label_map.names[label] for label in kept],
             [self.label_map.category_ids[label] for label in kept],
             queries[order],
+            masks,
         )
 
 

@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from enact_common.acceleration import prepare
-from enact_common.arguments import CLUSTERING_FLAGS, ENACT_LR, PLAIN_LR, VariantParser
+from enact_common.arguments import CLUSTERING_FLAGS, ENACT_LR, PANOPTIC, PLAIN_LR, VariantParser
 from enact_common.averaging import WeightAverage
 from enact_common.backbone import load_backbone_weights
 from enact_common.checkpoint import (
@@ -57,11 +58,13 @@ from enact_common.distributed import (
 from enact_common.engine import NonFiniteLossError, evaluate, train_one_epoch
 from enact_common.errors import UserError
 from enact_common.evaluation.coco import EVALUATION, CocoBoxEvaluator, evaluation_record, figures_text, per_class_text
+from enact_common.evaluation.panoptic import PanopticEvaluator, panoptic_figures, panoptic_record, panoptic_text
 from enact_common.files import make_folder, write_file
 from enact_common.layers import clustering_settings
-from enact_common.logs import AverageMeter, RunLog, setup_logging
+from enact_common.logs import AverageMeter, RunLog, main_figure, setup_logging
 from enact_common.optimization import Optimization, build_optimization, drops_until, freeze
 from enact_common.pretrained import check_pretrained, load_pretrained
+from enact_common.segmentation import PostProcessPanoptic
 from enact_common.stopping import STOPPED, Stopped, listening, stop_requested
 
 logger = logging.getLogger("enact")
@@ -216,7 +219,8 @@ class Run:
         if args.eval:
             self.describe()
             self.cache_images()
-            self.report(self.evaluate()[1], (checkpoint or {}).get("epoch"), per_class=True)
+            _, evaluator, panoptic = self.evaluate()
+            self.report(evaluator, panoptic, (checkpoint or {}).get("epoch"), per_class=True)
         else:
             with failing_together():
                 self.check_data()
@@ -281,6 +285,7 @@ class Run:
         # The main process alone computes the figures.
         has_truth = args.eval_set != "test"
         self.ground_truth = self.val_set.coco_api() if has_truth and is_main_process() else None
+        self.panoptic_truth = self.val_set.truth() if args.dataset_file == PANOPTIC else None
         self.val_loader = make_loader(self.val_set, args, self.device, train=False)
         if self.train_set:
             self.train_loader = make_loader(self.train_set, args, self.device, train=True)
@@ -303,9 +308,12 @@ class Run:
             datasets[args.eval_set] = (self.val_set, args.limit_val)
         if is_main_process():
             # Of a part of the images, files beyond it need not be there.
-            parts = {split: dataset.coco_api().dataset for split, (dataset, limit) in datasets.items() if limit}
+            limited = {split for split, (_, limit) in datasets.items() if limit}
+            # The checks know COCO's boxes alone.
+            parsed = set(datasets) if args.dataset_file == PANOPTIC else limited
+            parts = {split: datasets[split][0].coco_api().dataset for split in parsed}
             files = {split: (data.image_folder, data.annotation_file) for split, (data, _) in datasets.items()}
-            for finding in quick_checks(files, self.model.num_queries, parts, self.label_map, parts):
+            for finding in quick_checks(files, self.model.num_queries, parts, self.label_map, limited):
                 logger.info("data: %s", finding)
 
     def cache_images(self) -> None:
@@ -329,6 +337,9 @@ class Run:
             check_model_flags(args.frozen_weights, {**self.frozen["args"], "masks": None}, args)
             restore_clustering_flags(self.frozen["args"], args)
         self.model, self.criterion, self.postprocessors = self.build_model(args)
+        if "panoptic" in self.postprocessors:
+            things = {category["id"] for category in self.panoptic_truth.categories if category["isthing"]}
+            self.postprocessors["panoptic"] = PostProcessPanoptic(things)
         if checkpoint:
             weights = checkpoint["model"]
             if args.eval and checkpoint.get("model_ema"):
@@ -610,17 +621,15 @@ class Run:
         if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs:
             begin = time.perf_counter()
             try:
-                test_stats, evaluator = self.evaluate()
+                test_stats, evaluator, panoptic = self.evaluate()
             except Stopped as stop:
                 raise self.stopped(f"in the evaluation of epoch {epoch}, which comes first then") from stop
-            figures, mask_figures = self.report(evaluator, epoch)
+            figures = self.report(evaluator, panoptic, epoch)
             test_stats["seconds"] = time.perf_counter() - begin
             stats |= {f"test_{name}": value for name, value in test_stats.items()}
-            if figures is not None:
-                stats["test_coco_eval_bbox"] = figures
-                if mask_figures is not None:
-                    stats["test_coco_eval_masks"] = mask_figures
-                self.note_precision(epoch, (mask_figures or figures)[0])
+            if figures:
+                stats |= figures
+                self.note_precision(epoch, main_figure(figures))
         log.write(epoch, {**stats, "n_parameters": self.num_parameters})
 
     def note_precision(self, epoch: int, precision: float) -> None:
@@ -700,9 +709,11 @@ class Run:
             for name in names:
                 save_checkpoint(self.output_dir / name, content)
 
-    def evaluate(self) -> tuple[dict[str, float], CocoBoxEvaluator]:
-        """Losses on the images to evaluate on, where they have annotations, and the evaluator with the detections."""
+    def evaluate(self) -> tuple[dict[str, float], CocoBoxEvaluator, PanopticEvaluator | None]:
+        """Losses on the images to evaluate on, where they have annotations, and the evaluators with what was found: that
+        of boxes and masks, and, where the model gives segments, that of those."""
         evaluator = CocoBoxEvaluator(self.label_map)
+        panoptic = PanopticEvaluator() if "panoptic" in self.postprocessors else None
         model = self.average.model if self.average else self.model
         share_buffers(model)
         stats = evaluate(
@@ -714,35 +725,48 @@ class Run:
             self.device,
             self.args.amp,
             self.args.print_freq,
+            panoptic,
         )
         self.name_unreadable(self.val_set)
-        return stats, evaluator
+        return stats, evaluator, panoptic
 
     def report(
-        self, evaluator: CocoBoxEvaluator, epoch: int | None, per_class: bool = False
-    ) -> tuple[list[float] | None, list[float] | None]:
-        """Print COCO's figures and write them to `evaluation.json`, which the next evaluation replaces; with
-        `per_class` also print each class's and write `results.json`.
+        self,
+        evaluator: CocoBoxEvaluator,
+        panoptic: PanopticEvaluator | None,
+        epoch: int | None,
+        per_class: bool = False,
+    ) -> dict[str, Any]:
+        """Print the figures and write them to `evaluation.json`, which the next evaluation replaces; with `per_class`
+        also print each class's and write `results.json`, and what a panoptic model found to `panoptic_results/`.
 
         Without ground truth there are no figures.
 
         Args:
             evaluator: with the detections.
+            panoptic: with the segments; None where the model gives none.
             epoch: that the weights come from; None where the checkpoint does not say.
             per_class: see above.
 
         Returns:
-            the twelve figures of boxes and those of masks, in the main process; None in the others, without ground
-            truth, and for masks where the model finds none.
+            the figures under the log's names: COCO's twelve of boxes and of masks as lists, PQ, SQ and RQ as dicts. In
+            the main process alone; empty in the others and without ground truth.
         """
         if not is_main_process():
-            return None, None
-        figures = mask_figures = None
+            return {}
+        figures: dict[str, Any] = {}
         if self.ground_truth is not None:
-            record, figures = self.compute_figures(evaluator, per_class)
+            record, figures["test_coco_eval_bbox"] = self.compute_figures(evaluator, per_class)
             if "segm" in self.postprocessors:
                 logger.info("masks:")
-                record["masks"], mask_figures = self.compute_figures(evaluator, per_class, masks=True)
+                record["masks"], figures["test_coco_eval_masks"] = self.compute_figures(
+                    evaluator, per_class, masks=True
+                )
+            if panoptic is not None:
+                quality = panoptic.evaluate(self.panoptic_truth)
+                logger.info("panoptic quality:\n%s", panoptic_text(quality))
+                record["panoptic"] = panoptic_record(quality)
+                figures |= panoptic_figures(record["panoptic"])
             if self.output_dir:
                 source = {"set": self.args.eval_set, "epoch": epoch}
                 if self.args.eval:
@@ -752,7 +776,11 @@ class Run:
         if per_class and self.output_dir:
             path = self.output_dir / "results.json"
             logger.info("%d detections written to %s", evaluator.write_results(path), path)
-        return figures, mask_figures
+            if panoptic is not None:
+                folder = self.output_dir / "panoptic_results"
+                count = panoptic.write_results(folder, self.panoptic_truth)
+                logger.info("segments of %d images written to %s", count, folder)
+        return figures
 
     def compute_figures(
         self, evaluator: CocoBoxEvaluator, per_class: bool, masks: bool = False

@@ -2,10 +2,12 @@
 
 from torch import Tensor, nn
 
+from enact_common.arguments import PANOPTIC
 from enact_common.criterion import SetCriterion, SoftmaxClassLoss, build_weights
+from enact_common.data.categories import coco_names
 from enact_common.detector import Detector, num_classes_of
 from enact_common.postprocess import PostProcess
-from enact_common.segmentation import DETRsegm, MaskCriterion, PostProcessSegm
+from enact_common.segmentation import DETRsegm, MaskCriterion, PostProcessPanoptic, PostProcessSegm
 
 from .backbone import build_backbone
 from .matcher import build_matcher
@@ -43,4 +45,9 @@ def build(args) -> tuple[DETR | DETRsegm, SetCriterion, dict[str, nn.Module]]:
     model = DETRsegm(model, args.nheads, frozen=bool(args.frozen_weights))
     weights = build_weights(args, class_weight=1, loss_mask=args.mask_loss_coef, loss_dice=args.dice_loss_coef)
     criterion = MaskCriterion(num_classes, build_matcher(args), weights, class_loss)
-    return model, criterion, {**postprocessors, "segm": PostProcessSegm()}
+    if args.dataset_file == PANOPTIC:
+        # COCO's things; of other data, the annotations say.
+        postprocessors["panoptic"] = PostProcessPanoptic(things=range(len(coco_names())))
+    else:
+        postprocessors["segm"] = PostProcessSegm()
+    return model, criterion, postprocessors

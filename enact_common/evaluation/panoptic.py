@@ -364,3 +364,21 @@ def panoptic_record(quality: PanopticQuality) -> dict[str, Any]:
             own = {"category_id": category["id"], "name": str(category["name"]), "isthing": bool(category["isthing"])}
             classes.append({**own, **row})
     return {"figures": quality.figures(), "images": quality.images, "classes": classes}
+
+
+def panoptic_figures(record: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """A `panoptic_record` under the names of DETR's log: `test_PQ_all`, `test_PQ_th` and `test_PQ_st`, each a dict of
+    `pq`, `sq`, `rq`, in [0, 1], -1 where there is no category, and `n`, how many categories they are means over."""
+    figures, classes = record["figures"], record["classes"]
+    groups = {
+        "all": classes,
+        "th": [c for c in classes if c["isthing"]],
+        "st": [c for c in classes if not c["isthing"]],
+    }
+    return {
+        f"test_PQ_{group}": {
+            **{name: figures[name.upper() + (f"_{group}" if group != "all" else "")] for name in ("pq", "sq", "rq")},
+            "n": len(members),
+        }
+        for group, members in groups.items()
+    }
