@@ -96,7 +96,8 @@ def free_place(mask: np.ndarray, label_width: int, label_height: int, taken: np.
     # A border, so that the picture's edge is one of the segment's.
     depth = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 3)[1:-1, 1:-1]
     for _ in range(PLACES):
-        y, x = np.unravel_index(depth.argmax(), depth.shape)
+        deepest = np.argwhere(depth == depth.max())
+        y, x = deepest[len(deepest) // 2]
         if depth[y, x] <= 0:
             return None
         left = np.clip(x - label_width // 2, 0, width - label_width)
