@@ -578,8 +578,9 @@ def refuse_masks(args) -> None:
     """
     if args.masks or args.frozen_weights or args.dataset_file == PANOPTIC:
         raise UserError(
-            f"--masks, --frozen_weights, --dataset_file {PANOPTIC}: DETR alone has a mask head; this model was published for boxes alone, so there "
-            "is nothing that its masks could be compared with. Run DETR-ENACT/main.py, or leave the flags out"
+            f"--masks, --frozen_weights, --dataset_file {PANOPTIC}: DETR alone has a mask head; this model was "
+            "published for boxes alone, so there is nothing that its masks could be compared with. Run "
+            "DETR-ENACT/main.py, or leave the flags out"
         )
 
 

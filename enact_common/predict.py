@@ -153,9 +153,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output_dir", required=True, metavar="DIR",
         help=f"for the pictures, in sub-folders as the inputs are, and {PREDICTIONS}: COCO's results format (boxes x, "
-        "y, width, height in pixels; masks as run-length codes), with file_name and, of videos, frame, from 0; image_id "
-        "counts the images and frames in the order of the inputs, from 1, those that cannot be read and those without "
-        "detections included",
+        "y, width, height in pixels; masks as run-length codes), with file_name and, of videos, frame, from 0; "
+        "image_id counts the images and frames in the order of the inputs, from 1, those that cannot be read and those "
+        "without detections included",
     )  # fmt: skip
     parser.add_argument(
         "--threshold", type=fraction, default=0.5, metavar="SCORE", help="least score of a detection, 0 to 1"

@@ -710,8 +710,8 @@ class Run:
                 save_checkpoint(self.output_dir / name, content)
 
     def evaluate(self) -> tuple[dict[str, float], CocoBoxEvaluator, PanopticEvaluator | None]:
-        """Losses on the images to evaluate on, where they have annotations, and the evaluators with what was found: that
-        of boxes and masks, and, where the model gives segments, that of those."""
+        """Losses on the images to evaluate on, where they have annotations, and the evaluators with what was found: of
+        boxes and masks, and of segments where the model gives some."""
         evaluator = CocoBoxEvaluator(self.label_map)
         panoptic = PanopticEvaluator() if "panoptic" in self.postprocessors else None
         model = self.average.model if self.average else self.model
