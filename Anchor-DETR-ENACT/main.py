@@ -6,7 +6,14 @@ from pathlib import Path
 # A checkout whose dependencies alone are installed works too.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from enact_common.arguments import MODEL, VariantParser, add_focal_flags, common_parser, positive_int  # noqa: E402
+from enact_common.arguments import (  # noqa: E402
+    MODEL,
+    VariantParser,
+    add_focal_flags,
+    common_parser,
+    positive_int,
+    refuse_masks,
+)
 from enact_common.errors import UserError  # noqa: E402
 from enact_common.run import main  # noqa: E402
 
@@ -44,7 +51,7 @@ def get_args_parser() -> VariantParser:
         coco_path="/data/coco", dilation=True, smoothing_sigma=5.0, dim_feedforward=1024, dropout=0.0, batch_size=1,
         epochs=50, lr_drop=40,
     )  # fmt: skip
-    parser.checks.append(check_arguments)
+    parser.checks += [check_arguments, refuse_masks]
     return parser
 
 

@@ -6,7 +6,13 @@ from pathlib import Path
 # A checkout whose dependencies alone are installed works too.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from enact_common.arguments import VariantParser, add_focal_flags, add_query_flags, common_parser  # noqa: E402
+from enact_common.arguments import (  # noqa: E402
+    VariantParser,
+    add_focal_flags,
+    add_query_flags,
+    common_parser,
+    refuse_masks,
+)
 from enact_common.run import main  # noqa: E402
 
 
@@ -16,6 +22,7 @@ def get_args_parser() -> VariantParser:
     add_query_flags(parser, num_queries=300)
     add_focal_flags(parser)
     parser.set_defaults(backbone="resnet101", epochs=50, lr_drop=40)
+    parser.checks.append(refuse_masks)
     return parser
 
 

@@ -18,6 +18,9 @@ from enact_common.position_encoding import PositionEmbeddingLearned
 ENACT_LR = 5e-5
 PLAIN_LR = 1e-4
 
+# Kinds of data sets: boxes, with `--masks` instance masks too; things and stuff.
+COCO, PANOPTIC = "coco", "coco_panoptic"
+
 LR_SCHEDULES = ("step", "cosine")
 CACHE_MODES = ("encoded", "decoded")
 
@@ -33,7 +36,7 @@ MODEL_FLAGS = (
     "encoder_attention", "smoothing_sigma", "backbone", "dilation", "backbone_norm", "position_embedding",
     "enc_layers", "dec_layers", "dim_feedforward", "hidden_dim", "nheads", "num_queries", "pre_norm", "num_classes",
     "num_feature_levels", "num_query_position", "num_query_pattern", "spatial_prior", "attention_type",
-    "separate_images",
+    "separate_images", "masks",
 )  # fmt: skip
 
 # Flags of ENACT that any weights work with. One that is not given is taken from the checkpoint.
@@ -155,7 +158,7 @@ def common_parser(description: str) -> VariantParser:
     add_model_flags(parser.add_argument_group(MODEL))
     add_loss_flags(parser.add_argument_group(LOSSES))
     add_training_flags(parser.add_argument_group("training"))
-    add_segmentation_flags(parser.add_argument_group("segmentation (not available yet)"))
+    add_segmentation_flags(parser.add_argument_group("segmentation"))
     add_run_flags(parser.add_argument_group("run"))
     parser.checks.append(check_arguments)
     return parser
@@ -196,7 +199,7 @@ def add_focal_flags(parser: VariantParser) -> None:
 
 def add_data_flags(group) -> None:
     """Where the images are and how they are resized."""
-    group.add_argument("--dataset_file", default="coco", help="kind of data set: coco")
+    group.add_argument("--dataset_file", default=COCO, help=f"kind of data set: {COCO}, {PANOPTIC}")
     group.add_argument(
         "--coco_path", type=str, metavar="DIR",
         help="folder with train2017/, val2017/ (or images/train2017, ...) and annotations/instances_*2017.json",
@@ -406,10 +409,21 @@ def add_training_flags(group) -> None:
 
 
 def add_segmentation_flags(group) -> None:
-    """The reference's flags for masks. They are known so that scripts parse; what needs a mask head is refused."""
-    group.add_argument("--masks", action="store_true", help="train a mask head")
-    group.add_argument("--frozen_weights", type=str, metavar="PATH", help="detector to freeze under the mask head")
-    group.add_argument("--coco_panoptic_path", type=str, metavar="DIR", help="panoptic annotations")
+    """Masks: the reference's flags. Other variants than DETR know them so that scripts parse, and refuse them."""
+    group.add_argument(
+        "--masks", action="store_true", help="find objects' masks, too, by a mask head on the detector (DETR alone)"
+    )
+    group.add_argument(
+        "--frozen_weights", type=str, metavar="CKPT",
+        help="detector, a checkpoint as for --resume, whose weights stay as they are: the mask head alone is trained; "
+        "needs --masks",
+    )  # fmt: skip
+    group.add_argument(
+        "--coco_panoptic_path",
+        type=str,
+        metavar="DIR",
+        help=f"COCO's panoptic annotations, for --dataset_file {PANOPTIC}",
+    )
     group.add_argument(
         "--mask_loss_coef", type=non_negative_float, default=1, metavar="W", help="loss: focal loss of masks"
     )
@@ -479,13 +493,30 @@ def check_arguments(args) -> None:
     Raises:
         UserError: naming the flag and the way out.
     """
-    if args.masks or args.frozen_weights or args.coco_panoptic_path or args.dataset_file == "coco_panoptic":
+    if args.frozen_weights and not args.masks:
         raise UserError(
-            "--masks, --frozen_weights, --coco_panoptic_path and --dataset_file coco_panoptic: masks and panoptic "
-            "segmentation are not available yet. Train boxes without these flags."
+            "--frozen_weights keeps a detector as it is and trains the mask head on it: pass --masks too, or "
+            "--pretrained to train on from a checkpoint"
         )
-    if args.dataset_file != "coco":
-        raise UserError(f"--dataset_file {args.dataset_file}: no such kind of data set, use coco")
+    if args.frozen_weights and args.pretrained:
+        raise UserError(
+            "--frozen_weights and --pretrained both say what to begin from: leave one of them out. --pretrained "
+            "takes what fits and trains all of it, --frozen_weights trains the mask head alone"
+        )
+    if args.masks and args.hidden_dim < 16:
+        raise UserError(f"--hidden_dim {args.hidden_dim}: the mask head (--masks) needs 16 or more")
+    if args.dataset_file not in (COCO, PANOPTIC):
+        raise UserError(f"--dataset_file {args.dataset_file}: no such kind of data set, use {COCO} or {PANOPTIC}")
+    if (args.dataset_file == PANOPTIC) != bool(args.coco_panoptic_path):
+        raise UserError(
+            f"--dataset_file {PANOPTIC} and --coco_panoptic_path DIR go together: the images are in --coco_path, what "
+            "is in them in the other; pass both or neither"
+        )
+    if args.dataset_file == PANOPTIC and (args.train_images or args.val_images or args.eval_set == "test"):
+        raise UserError(
+            f"--dataset_file {PANOPTIC} wants COCO's layout and annotations: pass --coco_path, without --train_images, "
+            "--val_images and --eval_set test"
+        )
     if args.dilation and args.backbone in SHALLOW_BACKBONES:
         raise UserError(
             f"--backbone {args.backbone} has no dilated form: pass --no-dilation, or --backbone resnet50 or resnet101"
@@ -537,6 +568,20 @@ def check_arguments(args) -> None:
         raise UserError("--eval_set test needs a folder for results.json, nothing else remains: pass --output_dir DIR")
     if args.set_cost_class == args.set_cost_bbox == args.set_cost_giou == 0:
         raise UserError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: matching needs one of them")
+
+
+def refuse_masks(args) -> None:
+    """Refuse masks, for variants whose originals have no mask head.
+
+    Raises:
+        UserError: naming the flags and the variant that has one.
+    """
+    if args.masks or args.frozen_weights or args.dataset_file == PANOPTIC:
+        raise UserError(
+            f"--masks, --frozen_weights, --dataset_file {PANOPTIC}: DETR alone has a mask head; this model was "
+            "published for boxes alone, so there is nothing that its masks could be compared with. Run "
+            "DETR-ENACT/main.py, or leave the flags out"
+        )
 
 
 def check_own_data(args) -> None:

@@ -205,7 +205,7 @@ def load_backbone_weights(name: str, weights: str) -> dict[str, Tensor] | None:
 
 
 class Joiner(nn.Sequential):
-    """A backbone followed by the position encoding of each of its feature maps.
+    """A backbone followed by the position encoding of its deepest feature map, the one that a transformer gets.
 
     Args:
         backbone: gives a dict of NestedTensor.
@@ -217,17 +217,18 @@ class Joiner(nn.Sequential):
         self.num_channels = backbone.num_channels
 
     def forward(self, images: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
-        """The feature maps, deepest last, and the position encoding (batch, d, h, w) of each."""
+        """The feature maps, deepest last, and in a list the position encoding (batch, d, h, w) of that."""
         features = list(self[0](images).values())
-        return features, [self[1](map_) for map_ in features]
+        return features, [self[1](features[-1])]
 
 
 def build_resnet(args, return_interm_layers: bool = False) -> Backbone:
     """The backbone that the arguments ask for, without position encoding.
 
-    With `--resume`, `--pretrained` or `--eval` nothing is fetched: the checkpoint has the backbone's weights.
+    With `--resume`, `--pretrained`, `--frozen_weights` or `--eval` nothing is fetched: the checkpoint has the
+    backbone's weights.
     """
-    from_checkpoint = args.resume or args.pretrained or args.eval
+    from_checkpoint = args.resume or args.pretrained or args.frozen_weights or args.eval
     return Backbone(
         args.backbone,
         train_backbone=args.lr_backbone > 0,
@@ -239,5 +240,5 @@ def build_resnet(args, return_interm_layers: bool = False) -> Backbone:
 
 
 def build_backbone(args) -> Joiner:
-    """The backbone and position encoding that the arguments ask for."""
-    return Joiner(build_resnet(args), build_position_encoding(args))
+    """The backbone and position encoding that the arguments ask for; `--masks` needs the maps of all stages."""
+    return Joiner(build_resnet(args, return_interm_layers=args.masks), build_position_encoding(args))

@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou
 
-__all__ = ["box_cxcywh_to_xyxy", "box_xyxy_to_cxcywh", "boxes_at_points", "generalized_box_iou", "paired_box_giou"]
+__all__ = [
+    "box_cxcywh_to_xyxy", "box_xyxy_to_cxcywh", "boxes_at_points", "boxes_of_masks", "generalized_box_iou",
+    "paired_box_giou",
+]  # fmt: skip
 
 
 def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
@@ -59,3 +62,27 @@ def boxes_at_points(points: Tensor, offsets: Tensor) -> Tensor:
     offsets = offsets.float()
     centre = offsets[..., :2] + points.float().logit(eps=1e-5)
     return torch.cat((centre, offsets[..., 2:]), dim=-1).sigmoid()
+
+
+def boxes_of_masks(masks: Tensor) -> Tensor:
+    """The smallest box around each mask's pixels, as COCO has it: of a single pixel, one of 1 x 1.
+
+    `torchvision.ops.masks_to_boxes` ends at the last pixel's number, one before its far edge, so that boxes are a pixel
+    too small and those of thin masks have no area.
+
+    Args:
+        masks: bool (n, height, width).
+
+    Returns:
+        float32 (n, 4) xyxy in pixels; zeros of a mask without a pixel.
+    """
+    sides = []
+    for across in (1, 2):  # over the rows, which leaves columns; over the columns
+        line = masks.any(dim=across)  # (n, width), then (n, height)
+        length = line.shape[1]
+        place = torch.arange(length, device=masks.device)
+        first = torch.where(line, place, length).amin(dim=1)
+        end = torch.where(line, place + 1, 0).amax(dim=1)
+        sides += [torch.minimum(first, end), end]
+    left, right, top, bottom = sides
+    return torch.stack((left, top, right, bottom), dim=1).float()

@@ -2,6 +2,7 @@
 
 import argparse
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,22 @@ LATEST, BEST = "checkpoint.pth", "best.pth"
 # What DETR's first versions called their position embeddings.
 OLD_NAMES = {"v2": "sine", "v3": "learned"}
 
+# Of a model with a mask head, what the names of the detector's tensors and of the head's begin with.
+DETECTOR, MASK_HEAD = "detr.", "mask_head."
+
 EXPECTED = "a file that torch.save wrote, holding a dict with the key 'model' (a state dict)"
+
+
+def detector_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of a state dict the detector's part, under its own names: all of it, unless the model has a mask head."""
+    if not has_masks(weights):
+        return weights
+    return {name.removeprefix(DETECTOR): tensor for name, tensor in weights.items() if name.startswith(DETECTOR)}
+
+
+def has_masks(weights: Mapping[str, Any]) -> bool:
+    """Whether a state dict is of a detector with a mask head."""
+    return any(name.startswith(MASK_HEAD) for name in weights)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

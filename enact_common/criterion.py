@@ -14,14 +14,16 @@ from enact_common.distributed import world_mean
 from enact_common.matcher import HungarianMatcher, Matches
 
 
-def build_weights(args, class_weight: float) -> dict[str, float]:
+def build_weights(args, class_weight: float, **others: float) -> dict[str, float]:
     """The weights of the losses in the total, by the losses' names, earlier decoder layers' included where supervised.
 
     Args:
         args: parsed arguments.
         class_weight: of the classification loss.
+        others: of losses that a model adds.
     """
     weights = {"loss_ce": class_weight, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
+    weights |= others
     aux_layers = range(args.dec_layers - 1 if args.aux_loss else 0)
     return weights | {f"{name}_{i}": weight for i in aux_layers for name, weight in weights.items()}
 
@@ -139,13 +141,20 @@ class SetCriterion(nn.Module):
             per_layer = {}
             for loss in self.losses:
                 per_layer |= getattr(self, f"loss_{loss}")(logits, boxes, targets, matches, objects)
+            last_layer = self.last_layer_losses(outputs, targets, matches, objects)
 
         # Cut in one piece, which makes one kernel of their backward pass.
         scalars = {name: values.unbind() for name, values in per_layer.items()}
         result = {name: values[-1] for name, values in scalars.items()}
         for i in range(len(layers) - 1):
             result |= {f"{name}_{i}": values[i] for name, values in scalars.items() if name != "class_error"}
-        return result
+        return result | last_layer
+
+    def last_layer_losses(
+        self, outputs: dict, targets: list[dict[str, Tensor]], matches: Matches, objects: Tensor
+    ) -> dict[str, Tensor]:
+        """What a subclass adds for the last decoder layer alone: scalars by name, none here."""
+        return {}
 
     def count_objects(self, targets: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """What losses are divided by, float32 (), at least 1.

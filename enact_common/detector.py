@@ -1,5 +1,7 @@
 """What the detectors have in common around their transformers."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -27,6 +29,23 @@ def detector_outputs(logits: Tensor, boxes: Tensor, aux_loss: bool) -> dict:
     if aux_loss:
         outputs["aux_outputs"] = layers
     return outputs
+
+
+@dataclass
+class Seen:
+    """What a detector made of a batch on the way to its predictions, for heads that look at it.
+
+    Attributes:
+        features: the backbone's maps, from fine to coarse.
+        src: (batch, d, h, w), the last of them as it went into the transformer.
+        memory: (batch, d, h, w), what the encoder made of it.
+        decoded: what the decoder returned.
+    """
+
+    features: list[NestedTensor]
+    src: Tensor
+    memory: Tensor
+    decoded: Tensor
 
 
 class Detector(nn.Module):
@@ -67,15 +86,20 @@ class Detector(nn.Module):
             centre y, width, height as fractions of the image's width and height, in [0, 1] (padding counts as
             outside); with aux_loss `aux_outputs`, a list of the same for each earlier decoder layer.
         """
+        return self.detect(samples)[0]
+
+    def detect(self, samples: NestedTensor | list[Tensor] | Tensor) -> tuple[dict, Seen]:
+        """Detect, and show what was seen: the outputs of `forward`, and what they come from."""
         features, pos = self.backbone(self.normalize(as_nested_tensor(samples)))
         src, mask = features[-1].decompose()
         # Under autocast, the stream that layers add to stays in the weights' precision, and so do positions: rounded to
         # bf16, neighbouring cells' could not be told apart.
         src = self.input_proj(src).to(self.input_proj.weight.dtype)
-        decoded, _ = self.transformer(src, mask, self.query_embed.weight, pos[-1].to(src.dtype))
+        decoded, memory = self.transformer(src, mask, self.query_embed.weight, pos[-1].to(src.dtype))
         # bf16 would round boxes by pixels.
         with torch.autocast(src.device.type, enabled=False):
-            return detector_outputs(*self.predict(decoded), self.aux_loss)
+            outputs = detector_outputs(*self.predict(decoded), self.aux_loss)
+        return outputs, Seen(features, src, memory, decoded)
 
     def predict(self, decoded) -> tuple[Tensor, Tensor]:
         """From what the decoder returned to logits (layers, batch, Q, num_logits) and boxes (layers, batch, Q, 4)."""

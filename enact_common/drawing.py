@@ -1,4 +1,4 @@
-"""Boxes, class names and scores drawn into an image, legible whatever its size. Needs nothing but Pillow.
+"""Boxes, masks, class names and scores drawn into an image, legible whatever its size. Needs nothing but Pillow.
 
 Pillow rather than `torchvision.utils.draw_bounding_boxes`, which draws by Pillow too: there, every name stands at the
 box's upper left corner, over its neighbours' names and beyond the picture's edge.
@@ -35,6 +35,9 @@ SMALL_LONGER, SMALL_WIDTH, SMALL_HEIGHT, LARGE = 480, 120, 48, 16384
 FONT_MIN, FONT_OF_AREA, FONT_OF_SHORTER = 13, 0.022, 0.06
 # Where labels would cover more than this part of the picture, they are smaller, but not below that part of their size.
 CROWDED, FONT_CROWDED = 0.15, 0.75
+
+# Part of a mask's colour in what is drawn over its object.
+FILM = 0.4
 
 # Pillow's own font, and a code point that no font has.
 OWN_FONT, NO_CHARACTER = "", "\U0010ffff"
@@ -74,6 +77,7 @@ def draw_detections(
     scores: Tensor | np.ndarray | Sequence[float] | None,
     labels: Tensor | np.ndarray | Sequence[int],
     enlarge: bool = True,
+    masks: Tensor | np.ndarray | None = None,
 ) -> np.ndarray:
     """Draw boxes with their names and scores into a copy of an image.
 
@@ -88,6 +92,7 @@ def draw_detections(
         scores: of each box; None, for annotations say, writes none and draws small boxes over large ones.
         labels: of each box, from 0: they decide the colours.
         enlarge: repeat the pixels of a small image, a whole number of times, so that the text has room.
+        masks: bool (n, height, width), each box's object, drawn as a film of its colour with an outline; None for none.
 
     Returns:
         RGB uint8 (height, width, 3), of the image's size, or a whole multiple of it.
@@ -118,6 +123,12 @@ def draw_detections(
     corners, numbers, texts = corners[order], [numbers[i] for i in order], [texts[i] for i in order]
     written, size = fit_labels(texts, numbers, width, height)
     places = place_labels(corners, written, width, height)
+    if masks is not None:
+        filmed = np.array(canvas)
+        for i in reversed(order.tolist()):
+            mask = as_array(masks[i]).repeat(factor, axis=0).repeat(factor, axis=1)
+            draw_mask(filmed, mask, colour_of(int(as_array(labels)[i])), max(round(size / 10), 1))
+        canvas = Image.fromarray(filmed)
     draw = ImageDraw.Draw(canvas)
     for box, number in reversed(list(zip(corners, numbers, strict=True))):
         draw_box(draw, box, colour_of(number), max(round(size / 5), 2))
@@ -259,6 +270,24 @@ def draw_box(draw: ImageDraw.ImageDraw, box: np.ndarray, colour: Colour, line: i
     outside = (left - edge, top - edge, right + edge, bottom + edge)
     draw.rectangle(outside, outline=ink_on(colour), width=line + 2 * edge)
     draw.rectangle((left, top, right, bottom), outline=colour, width=line)
+
+
+def draw_mask(picture: np.ndarray, mask: np.ndarray, colour: Colour, line: int) -> None:
+    """An object's pixels under a film of a colour, with an outline inside of them.
+
+    Args:
+        picture: uint8 (height, width, 3), changed in place.
+        mask: bool (height, width).
+        colour: of both.
+        line: width of the outline in pixels.
+    """
+    inside = mask
+    for _ in range(line):
+        # What has all four neighbours; the picture's edge is no outline.
+        padded = np.pad(inside, 1, mode="edge")
+        inside = inside & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    picture[inside] = (picture[inside] * (1 - FILM) + np.array(colour) * FILM).round().astype(np.uint8)
+    picture[mask & ~inside] = colour
 
 
 def draw_label(draw: ImageDraw.ImageDraw, place: np.ndarray, label: Label, colour: Colour) -> None:

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from enact_common.acceleration import BATCH_NORMS, give_back_freed_memory
 from enact_common.distributed import gather_objects, get_world_size, world_sum
 from enact_common.evaluation.coco import CocoBoxEvaluator
+from enact_common.evaluation.panoptic import PanopticEvaluator
 from enact_common.logs import AverageMeter, Progress
 from enact_common.nested_tensor import NestedTensor
 from enact_common.optimization import AMP_DTYPE, Optimization
@@ -41,14 +42,18 @@ def autocast(device: torch.device, amp: str):
 def to_device(samples: NestedTensor, targets: list[dict[str, Tensor]], device: torch.device):
     """A batch on the device, without waiting for the copies.
 
-    Of the targets, all objects' labels and boxes go in one copy each; what else they hold stays where it is.
+    Of the targets, all objects' labels and boxes go in one copy each, masks in one an image; what else they hold stays
+    where it is.
     """
     counts = [len(target["labels"]) for target in targets]
     moved = {
         name: torch.cat([target[name] for target in targets]).to(device, non_blocking=True).split(counts)
         for name in ("labels", "boxes")
     }
-    targets = [{**target, **{name: parts[i] for name, parts in moved.items()}} for i, target in enumerate(targets)]
+    masks = [{"masks": t["masks"].to(device, non_blocking=True)} if "masks" in t else {} for t in targets]
+    targets = [
+        {**target, **masks[i], **{name: parts[i] for name, parts in moved.items()}} for i, target in enumerate(targets)
+    ]
     return samples.to(device, non_blocking=True), targets
 
 
@@ -362,25 +367,28 @@ def first_non_finite_output(model: nn.Module, samples: NestedTensor) -> str | No
 def evaluate(
     model: nn.Module,
     criterion: nn.Module | None,
-    postprocess: nn.Module,
+    postprocessors: dict[str, nn.Module],
     loader: DataLoader,
     evaluator: CocoBoxEvaluator,
     device: torch.device,
     amp: str,
     print_freq: int,
+    panoptic: PanopticEvaluator | None = None,
 ) -> dict[str, float]:
     """Detect in every image, and hand the detections, in pixels of the original images, to the evaluator.
 
     Args:
         model: not wrapped.
         criterion: gives losses and their weights; None where the images have no annotations.
-        postprocess: from the model's outputs and the images' sizes to detections.
+        postprocessors: "bbox", from the model's outputs and the images' sizes to detections, and for models with masks
+            "segm", which adds theirs, or "panoptic".
         loader: gives (NestedTensor, targets), or None for images that cannot be read. Processes can have different
             numbers of batches.
         evaluator: collects.
         device: where the model is.
         amp: a key of `AMP_DTYPE`.
         print_freq: steps between two reports.
+        panoptic: collects segments, for models that find some; there is "panoptic" among the postprocessors then.
 
     Returns:
         means of the losses; empty without a criterion. The evaluator holds the detections of all processes.
@@ -405,17 +413,25 @@ def evaluate(
             continue
         samples, targets = batch
         image_ids = [int(target["image_id"]) for target in targets]
+        model_sizes = torch.stack([target["size"] for target in targets])
         sizes = torch.stack([target["orig_size"] for target in targets]).to(device, non_blocking=True)
         samples, targets = to_device(samples, targets, device)
         with autocast(device, amp):
             outputs = model(samples)
         if criterion is not None:
             meter.update(criterion(outputs, targets))
-        evaluator.update(image_ids, postprocess(outputs, sizes))
+        results = postprocessors["bbox"](outputs, sizes)
+        if "segm" in postprocessors:
+            results = postprocessors["segm"](results, outputs, model_sizes, sizes)
+        evaluator.update(image_ids, results)
+        if panoptic is not None:
+            panoptic.update(image_ids, postprocessors["panoptic"](outputs, model_sizes, sizes))
         if progress.due(i):
             averages = report(meter.averages())
             progress.show(i, {name: averages[name] for name in ("loss", "class_error") if name in averages})
     if any(gather_objects(stop_requested() is not None)):
         raise Stopped("the evaluation has not come to its end, nothing of it is written")
     evaluator.synchronize()
+    if panoptic is not None:
+        panoptic.synchronize()
     return report(meter.synchronized())

@@ -16,12 +16,13 @@ from torchvision import tv_tensors
 
 from enact_common.arguments import CLUSTERING_FLAGS, MODEL_FLAGS
 from enact_common.backbone import SHALLOW_BACKBONES, STAGES
-from enact_common.checkpoint import load_checkpoint, load_model
+from enact_common.checkpoint import detector_weights, has_masks, load_checkpoint, load_model
 from enact_common.data.categories import LabelMap, coco_names
 from enact_common.data.coco import decode_image, pil_to_rgb
-from enact_common.data.transforms import eval_transforms
+from enact_common.data.transforms import eval_transforms, resized_shape
 from enact_common.device import default_device, find_device
 from enact_common.errors import UserError
+from enact_common.segmentation import full_size_masks
 from enact_common.variants import VARIANTS, load_variant
 
 logger = logging.getLogger("enact")
@@ -56,6 +57,8 @@ class Detections:
         names: of the labels.
         category_ids: the data set's own id of each label.
         queries: int64 (n,), which of the model's queries found it.
+        masks: bool (n, height, width), each object's pixels of the image as it was given; None where the model finds
+            boxes alone.
     """
 
     boxes: Tensor
@@ -64,6 +67,7 @@ class Detections:
     names: list[str]
     category_ids: list[int]
     queries: Tensor
+    masks: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -154,6 +158,13 @@ class LoadedDetector:
         order = scores.argsort(descending=True, stable=True)
         order = order[((scores >= threshold) & known[labels])[order]]
         kept = labels[order].tolist()
+        masks = None
+        if "pred_masks" in outputs:
+            # One image is a batch without padding.
+            seen = resized_shape(height, width, self.args.eval_size, self.args.max_size)
+            logits = outputs["pred_masks"][0, queries[order].to(self.device)]
+            parts = [part.cpu() for part in full_size_masks(logits, seen, seen, size)]
+            masks = torch.cat([torch.zeros(0, height, width, dtype=torch.bool), *parts])
         return Detections(
             boxes[order],
             scores[order],
@@ -161,6 +172,7 @@ class LoadedDetector:
             [self.label_map.names[label] for label in kept],
             [self.label_map.category_ids[label] for label in kept],
             queries[order],
+            masks,
         )
 
 
@@ -203,7 +215,8 @@ def variant_of(checkpoint: dict[str, Any]) -> str | None:
     """The variant that a checkpoint is of, by its own word or by the names of its tensors; None for none."""
     if checkpoint.get("variant") in VARIANTS:
         return checkpoint["variant"]
-    return next((variant for variant, name in SIGNATURES.items() if name in checkpoint["model"]), None)
+    weights = detector_weights(checkpoint["model"])
+    return next((variant for variant, name in SIGNATURES.items() if name in weights), None)
 
 
 def arguments_of(
@@ -222,12 +235,13 @@ def arguments_of(
     Raises:
         UserError: it was made with a value that a flag of ours does not have.
     """
-    weights, saved = checkpoint["model"], checkpoint["args"]
+    weights, saved = detector_weights(checkpoint["model"]), checkpoint["args"]
     parser = load_variant(variant).main.get_args_parser()
     args = parser.parse_args([])
     choices = {action.dest: action.choices for action in parser._actions if action.choices}
     clustered = any(name.endswith("W_prob.weight") for name in weights)
     args.encoder_attention = "enact" if clustered else "mhsa"
+    args.masks = has_masks(checkpoint["model"])
     args.backbone = backbone_of(weights) or args.backbone
     for flag, value in sizes_of(weights).items():
         setattr(args, flag, value)

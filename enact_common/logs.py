@@ -147,6 +147,15 @@ class Progress:
         )  # fmt: skip
 
 
+def main_figure(row: dict) -> float | None:
+    """What an epoch's evaluation is compared by: the panoptic quality, the AP of masks or that of boxes, the first that
+    the model was evaluated for; None where there was no evaluation."""
+    if row.get("test_PQ_all"):
+        return row["test_PQ_all"]["pq"]
+    figures = row.get("test_coco_eval_masks") or row.get("test_coco_eval_bbox")
+    return figures[0] if figures else None
+
+
 class RunLog:
     """`log.txt`, one JSON object an epoch under the original's keys, and TensorBoard scalars beside it.
 
@@ -172,13 +181,14 @@ class RunLog:
         return any(row.get("epoch") == epoch for row in read_log(self._path))
 
     def precisions(self, epochs: int) -> list[float]:
-        """The AP of each evaluation in the first so many epochs, in their order."""
+        """What each evaluation in the first so many epochs is compared by, in their order: `main_figure`."""
         rows = read_log(self._path) if self._path and self._path.is_file() else []
-        figures = {row.get("epoch"): row.get("test_coco_eval_bbox") for row in rows}
-        return [figures[epoch][0] for epoch in range(epochs) if figures.get(epoch)]
+        figures = {row.get("epoch"): main_figure(row) for row in rows}
+        return [figures[epoch] for epoch in range(epochs) if figures.get(epoch) is not None]
 
     def write(self, epoch: int, stats: dict) -> None:
-        """Add an epoch: scalars, and the list `test_coco_eval_bbox` of COCO's twelve figures.
+        """Add an epoch: scalars, and lists of COCO's twelve figures: `test_coco_eval_bbox` and, with masks,
+        `test_coco_eval_masks`.
 
         Raises:
             UserError: the disk is full, say.
@@ -198,8 +208,9 @@ class RunLog:
         for name, value in stats.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(name.replace("_", "/", 1), value, epoch)
-        for name, value in zip(("AP", "AP50"), stats.get("test_coco_eval_bbox", ()), strict=False):
-            self._board.add_scalar(f"test/{name}", value, epoch)
+        for key, suffix in (("test_coco_eval_bbox", ""), ("test_coco_eval_masks", "_masks")):
+            for name, value in zip(("AP", "AP50"), stats.get(key, ()), strict=False):
+                self._board.add_scalar(f"test/{name}{suffix}", value, epoch)
         self._board.flush()
 
     def close(self) -> None:

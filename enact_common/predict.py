@@ -27,6 +27,7 @@ from enact_common.errors import UserError, exit_status
 from enact_common.files import check_no_folder, make_folder, write_file, writing
 from enact_common.inference import Detections, LoadedDetector, load_detector
 from enact_common.inside import SHOWN, check_kinds, write_inside
+from enact_common.segmentation import encode_masks
 
 # What a folder is searched for beside images. Files that are named themselves may be called anything.
 VIDEO_SUFFIXES = frozenset(".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())
@@ -76,7 +77,7 @@ class Tally:
     """What was done so far, for `predictions.json` and the last line.
 
     Attributes:
-        entries: COCO's results format, with `file_name` and, of videos, `frame`.
+        entries: COCO's results format, with `file_name`, of videos `frame`, and of models with masks `segmentation`.
         images, videos, frames: how many were read; frames are those of the videos.
         skipped, incomplete: files that could not be read at all, or whose video could not be written, and videos that
             could not be read to their end.
@@ -96,6 +97,9 @@ class Tally:
         where = {"file_name": path.as_posix()} | ({} if frame is None else {"frame": frame})
         corners = found.boxes.double()
         boxes = torch.cat((corners[:, :2], corners[:, 2:] - corners[:, :2]), dim=1).tolist()  # x, y, width, height
+        masks = [{}] * len(found)
+        if found.masks is not None and len(found):
+            masks = [{"segmentation": code} for code in encode_masks(found.masks)]
         # Rounded as `results.json` of an evaluation is.
         self.entries += [
             {
@@ -103,9 +107,10 @@ class Tally:
                 "category_id": category,
                 "bbox": [round(side, 2) for side in box],
                 "score": round(score, 5),
+                **mask,
                 **where,
             }
-            for category, box, score in zip(found.category_ids, boxes, found.scores.tolist(), strict=True)
+            for category, box, score, mask in zip(found.category_ids, boxes, found.scores.tolist(), masks, strict=True)
         ]
         self.next_id += 1
 
@@ -148,8 +153,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output_dir", required=True, metavar="DIR",
         help=f"for the pictures, in sub-folders as the inputs are, and {PREDICTIONS}: COCO's results format (boxes x, "
-        "y, width, height in pixels), with file_name and, of videos, frame, from 0; image_id counts the images and "
-        "frames in the order of the inputs, from 1, those that cannot be read and those without detections included",
+        "y, width, height in pixels; masks as run-length codes), with file_name and, of videos, frame, from 0; "
+        "image_id counts the images and frames in the order of the inputs, from 1, those that cannot be read and those "
+        "without detections included",
     )  # fmt: skip
     parser.add_argument(
         "--threshold", type=fraction, default=0.5, metavar="SCORE", help="least score of a detection, 0 to 1"
@@ -339,7 +345,7 @@ def check_matplotlib() -> None:
 
 def draw(pixels: Tensor, found: Detections, enlarge: bool = True) -> np.ndarray:
     """An image uint8 (3, height, width) with its detections: uint8 (height, width, 3)."""
-    return draw_detections(pixels, found.boxes, found.names, found.scores, found.labels, enlarge)
+    return draw_detections(pixels, found.boxes, found.names, found.scores, found.labels, enlarge, found.masks)
 
 
 def predict_image(detector: LoadedDetector, item: Input, kinds: Sequence[str], tally: Tally) -> None:

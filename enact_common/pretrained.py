@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from enact_common.checkpoint import differing_flags, written
+from enact_common.checkpoint import DETECTOR, detector_weights, differing_flags, has_masks, written
 from enact_common.conversion import PACKED, clustered_weights
 from enact_common.data.categories import LabelMap
 from enact_common.errors import UserError
@@ -69,7 +69,7 @@ def check_pretrained(checkpoint: dict[str, Any], variant: str, args: argparse.Na
             f"--pretrained {source}: is a checkpoint of the variant {theirs}, this is {variant}; run "
             f"{VARIANTS[theirs][0]}/main.py, or pass one of {variant}"
         )
-    backbone = backbone_of(checkpoint["model"])
+    backbone = backbone_of(detector_weights(checkpoint["model"]))
     if backbone != args.backbone:
         way_out = f"pass --backbone {backbone}" if backbone else "pass a whole checkpoint"
         raise UserError(
@@ -100,9 +100,13 @@ def load_pretrained(
     check_pretrained(checkpoint, variant, args)
     source = args.pretrained
     weights = checkpoint.get("model_ema") or checkpoint["model"]
+    if args.masks and not has_masks(weights):
+        weights = {DETECTOR + name: tensor for name, tensor in weights.items()}
+    elif has_masks(weights) and not args.masks:
+        weights = {name.removeprefix(DETECTOR): tensor for name, tensor in weights.items()}
     same_labels = labels_of(checkpoint, variant).names == label_map.names
     fit = fit_weights(weights, model.state_dict(), args.nheads, same_labels)
-    missing = [name for name in fit.fresh if name.startswith("backbone.")]
+    missing = [name for name in fit.fresh if name.removeprefix(DETECTOR).startswith("backbone.")]
     if missing:
         raise UserError(f"--pretrained {source}: {len(missing)} backbone tensors are missing, {missing[0]} first")
     model.load_state_dict(fit.weights, strict=False)

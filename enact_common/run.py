@@ -13,19 +13,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from enact_common.acceleration import prepare
-from enact_common.arguments import CLUSTERING_FLAGS, ENACT_LR, PLAIN_LR, VariantParser
+from enact_common.arguments import CLUSTERING_FLAGS, ENACT_LR, PANOPTIC, PLAIN_LR, VariantParser
 from enact_common.averaging import WeightAverage
 from enact_common.backbone import load_backbone_weights
 from enact_common.checkpoint import (
     BEST,
     LATEST,
     check_model_flags,
+    detector_weights,
     load_checkpoint,
     load_model,
     optimizer_state_by_name,
@@ -56,11 +58,13 @@ from enact_common.distributed import (
 from enact_common.engine import NonFiniteLossError, evaluate, train_one_epoch
 from enact_common.errors import UserError
 from enact_common.evaluation.coco import EVALUATION, CocoBoxEvaluator, evaluation_record, figures_text, per_class_text
+from enact_common.evaluation.panoptic import PanopticEvaluator, panoptic_figures, panoptic_record, panoptic_text
 from enact_common.files import make_folder, write_file
 from enact_common.layers import clustering_settings
-from enact_common.logs import AverageMeter, RunLog, setup_logging
+from enact_common.logs import AverageMeter, RunLog, main_figure, setup_logging
 from enact_common.optimization import Optimization, build_optimization, drops_until, freeze
 from enact_common.pretrained import check_pretrained, load_pretrained
+from enact_common.segmentation import PostProcessPanoptic
 from enact_common.stopping import STOPPED, Stopped, listening, stop_requested
 
 logger = logging.getLogger("enact")
@@ -197,7 +201,7 @@ class Run:
         with failing_together():
             checkpoint = self.load_checkpoints()
             self.check_paths()
-            if not checkpoint and not self.pretrained:
+            if not checkpoint and not self.pretrained and not self.frozen:
                 # Fails here, before annotations are read, where weights cannot be had.
                 load_backbone_weights(args.backbone, args.backbone_weights)
             if self.output_dir:
@@ -215,7 +219,8 @@ class Run:
         if args.eval:
             self.describe()
             self.cache_images()
-            self.report(self.evaluate()[1], (checkpoint or {}).get("epoch"), per_class=True)
+            _, evaluator, panoptic = self.evaluate()
+            self.report(evaluator, panoptic, (checkpoint or {}).get("epoch"), per_class=True)
         else:
             with failing_together():
                 self.check_data()
@@ -227,6 +232,7 @@ class Run:
         checkpoint = load_checkpoint(args.resume) if args.resume else None
         # A run that goes on has left what it began from behind.
         self.pretrained = load_checkpoint(args.pretrained) if args.pretrained and not checkpoint else None
+        self.frozen = load_checkpoint(args.frozen_weights) if args.frozen_weights and not checkpoint else None
         if self.pretrained:
             check_pretrained(self.pretrained, self.variant, args)
         if checkpoint and checkpoint.get("variant", self.variant) != self.variant:
@@ -260,8 +266,9 @@ class Run:
         """Build the data sets and the label map, which a checkpoint of ours brings along."""
         args = self.args
         label_map = None
-        if checkpoint and "label_map" in checkpoint:
-            label_map = LabelMap.from_dict(checkpoint["label_map"])
+        labelled = checkpoint or self.frozen
+        if labelled and "label_map" in labelled:
+            label_map = LabelMap.from_dict(labelled["label_map"])
         self.train_set: CocoDetection | None = None
         if not args.eval:
             self.train_set = self.build_dataset("train", args, label_map)
@@ -270,13 +277,15 @@ class Run:
         self.label_map = self.val_set.label_map
         if args.num_classes not in (None, self.label_map.num_classes):
             raise UserError(
-                f"--num_classes {args.num_classes}: {args.resume} was trained with {self.label_map.num_classes}"
+                f"--num_classes {args.num_classes}: {args.resume or args.frozen_weights} was trained with "
+                f"{self.label_map.num_classes}"
             )
         args.num_classes = self.label_map.num_classes
 
         # The main process alone computes the figures.
         has_truth = args.eval_set != "test"
         self.ground_truth = self.val_set.coco_api() if has_truth and is_main_process() else None
+        self.panoptic_truth = self.val_set.truth() if args.dataset_file == PANOPTIC else None
         self.val_loader = make_loader(self.val_set, args, self.device, train=False)
         if self.train_set:
             self.train_loader = make_loader(self.train_set, args, self.device, train=True)
@@ -299,9 +308,12 @@ class Run:
             datasets[args.eval_set] = (self.val_set, args.limit_val)
         if is_main_process():
             # Of a part of the images, files beyond it need not be there.
-            parts = {split: dataset.coco_api().dataset for split, (dataset, limit) in datasets.items() if limit}
+            limited = {split for split, (_, limit) in datasets.items() if limit}
+            # The checks know COCO's boxes alone.
+            parsed = set(datasets) if args.dataset_file == PANOPTIC else limited
+            parts = {split: datasets[split][0].coco_api().dataset for split in parsed}
             files = {split: (data.image_folder, data.annotation_file) for split, (data, _) in datasets.items()}
-            for finding in quick_checks(files, self.model.num_queries, parts, self.label_map, parts):
+            for finding in quick_checks(files, self.model.num_queries, parts, self.label_map, limited):
                 logger.info("data: %s", finding)
 
     def cache_images(self) -> None:
@@ -320,7 +332,14 @@ class Run:
             restore_clustering_flags(checkpoint.get("args", {}), args)
         elif self.pretrained:
             restore_clustering_flags(self.pretrained["args"], args)
+        elif self.frozen:
+            # Its masks are what is to be learned.
+            check_model_flags(args.frozen_weights, {**self.frozen["args"], "masks": None}, args)
+            restore_clustering_flags(self.frozen["args"], args)
         self.model, self.criterion, self.postprocessors = self.build_model(args)
+        if "panoptic" in self.postprocessors:
+            things = {category["id"] for category in self.panoptic_truth.categories if category["isthing"]}
+            self.postprocessors["panoptic"] = PostProcessPanoptic(things)
         if checkpoint:
             weights = checkpoint["model"]
             if args.eval and checkpoint.get("model_ema"):
@@ -329,6 +348,9 @@ class Run:
             load_model(self.model, weights, args.resume)
         elif self.pretrained:
             load_pretrained(self.model, self.pretrained, self.variant, args, self.label_map)
+        elif self.frozen:
+            weights = self.frozen.get("model_ema") or self.frozen["model"]
+            load_model(self.model.detr, detector_weights(weights), args.frozen_weights)
         if not args.eval:
             freeze(self.model, args.freeze)
         if args.sync_bn:
@@ -367,7 +389,10 @@ class Run:
             "model": f"{self.variant}, {args.backbone}{dilated}, {self.model.num_queries} queries",
             "encoder attention": attention,
             "parameters": f"{self.num_parameters:,} trained",
-            "weights": args.resume or args.pretrained or f"backbone {args.backbone_weights}, the rest random",
+            "weights": args.resume
+            or args.pretrained
+            or args.frozen_weights
+            or f"backbone {args.backbone_weights}, the rest random",
             "classes": f"{len(names)} ({shown}), {args.num_classes} labels",
             "device": f"{self.device}, {processes} {'process' if processes == 1 else 'processes'}, {precision}",
         }
@@ -382,6 +407,8 @@ class Run:
                 "rate and batch": self.rate_rule(batch),
                 "epochs": f"{args.start_epoch} to {args.epochs}, {len(self.train_loader)} batches each",
             }
+            if args.frozen_weights:
+                rows["frozen"] = "all but the mask head"
             if args.freeze:
                 rows["frozen"] = f"what is named with {', '.join(args.freeze)}"
             if args.ema is not None:
@@ -393,7 +420,11 @@ class Run:
         idle = [f"--{flag}" for flag in CLUSTERING_FLAGS if getattr(args, flag)]
         if idle and args.encoder_attention != "enact":
             logger.info("note: %s: no effect with --encoder_attention %s", ", ".join(idle), args.encoder_attention)
-        if args.backbone_norm == "frozen" and args.backbone_weights == "none" and not (args.resume or args.pretrained):
+        if (
+            args.backbone_norm == "frozen"
+            and args.backbone_weights == "none"
+            and not (args.resume or args.pretrained or args.frozen_weights)
+        ):
             logger.info("note: a random backbone hardly trains under frozen batch norm; --backbone_norm batch does")
 
     def effective_batch(self) -> int:
@@ -422,6 +453,9 @@ class Run:
         frozen = saved.get("freeze") or []
         if sorted(frozen) != sorted(args.freeze):
             asked = f"--freeze {' '.join(frozen)}" if frozen else "no --freeze"
+            raise UserError(f"{args.resume}: was trained with {asked}; pass the same, or begin anew with --pretrained")
+        if bool(saved.get("frozen_weights")) != bool(args.frozen_weights):
+            asked = "--frozen_weights CKPT" if saved.get("frozen_weights") else "no --frozen_weights"
             raise UserError(f"{args.resume}: was trained with {asked}; pass the same, or begin anew with --pretrained")
         if checkpoint.get("model_ema") and not self.average:
             raise UserError(
@@ -587,15 +621,15 @@ class Run:
         if (epoch + 1) % self.args.eval_every == 0 or epoch + 1 == self.args.epochs:
             begin = time.perf_counter()
             try:
-                test_stats, evaluator = self.evaluate()
+                test_stats, evaluator, panoptic = self.evaluate()
             except Stopped as stop:
                 raise self.stopped(f"in the evaluation of epoch {epoch}, which comes first then") from stop
-            figures = self.report(evaluator, epoch)
+            figures = self.report(evaluator, panoptic, epoch)
             test_stats["seconds"] = time.perf_counter() - begin
             stats |= {f"test_{name}": value for name, value in test_stats.items()}
-            if figures is not None:
-                stats["test_coco_eval_bbox"] = figures
-                self.note_precision(epoch, figures[0])
+            if figures:
+                stats |= figures
+                self.note_precision(epoch, main_figure(figures))
         log.write(epoch, {**stats, "n_parameters": self.num_parameters})
 
     def note_precision(self, epoch: int, precision: float) -> None:
@@ -675,48 +709,64 @@ class Run:
             for name in names:
                 save_checkpoint(self.output_dir / name, content)
 
-    def evaluate(self) -> tuple[dict[str, float], CocoBoxEvaluator]:
-        """Losses on the images to evaluate on, where they have annotations, and the evaluator with the detections."""
+    def evaluate(self) -> tuple[dict[str, float], CocoBoxEvaluator, PanopticEvaluator | None]:
+        """Losses on the images to evaluate on, where they have annotations, and the evaluators with what was found: of
+        boxes and masks, and of segments where the model gives some."""
         evaluator = CocoBoxEvaluator(self.label_map)
+        panoptic = PanopticEvaluator() if "panoptic" in self.postprocessors else None
         model = self.average.model if self.average else self.model
         share_buffers(model)
         stats = evaluate(
             model,
             None if self.args.eval_set == "test" else self.criterion,
-            self.postprocessors["bbox"],
+            self.postprocessors,
             self.val_loader,
             evaluator,
             self.device,
             self.args.amp,
             self.args.print_freq,
+            panoptic,
         )
         self.name_unreadable(self.val_set)
-        return stats, evaluator
+        return stats, evaluator, panoptic
 
-    def report(self, evaluator: CocoBoxEvaluator, epoch: int | None, per_class: bool = False) -> list[float] | None:
-        """Print COCO's figures and write them to `evaluation.json`, which the next evaluation replaces; with
-        `per_class` also print each class's and write `results.json`.
+    def report(
+        self,
+        evaluator: CocoBoxEvaluator,
+        panoptic: PanopticEvaluator | None,
+        epoch: int | None,
+        per_class: bool = False,
+    ) -> dict[str, Any]:
+        """Print the figures and write them to `evaluation.json`, which the next evaluation replaces; with `per_class`
+        also print each class's and write `results.json`, and what a panoptic model found to `panoptic_results/`.
 
         Without ground truth there are no figures.
 
         Args:
             evaluator: with the detections.
+            panoptic: with the segments; None where the model gives none.
             epoch: that the weights come from; None where the checkpoint does not say.
             per_class: see above.
 
         Returns:
-            the twelve figures, in the main process; None in the others and without ground truth.
+            the figures under the log's names: COCO's twelve of boxes and of masks as lists, PQ, SQ and RQ as dicts. In
+            the main process alone; empty in the others and without ground truth.
         """
         if not is_main_process():
-            return None
-        figures = None
+            return {}
+        figures: dict[str, Any] = {}
         if self.ground_truth is not None:
-            evaluation = evaluator.evaluate(self.ground_truth)
-            figures = [float(value) for value in evaluation.stats]
-            logger.info("%s", figures_text(evaluation))
-            record = evaluation_record(evaluation)
-            if per_class:
-                logger.info("%s", per_class_text(record))
+            record, figures["test_coco_eval_bbox"] = self.compute_figures(evaluator, per_class)
+            if "segm" in self.postprocessors:
+                logger.info("masks:")
+                record["masks"], figures["test_coco_eval_masks"] = self.compute_figures(
+                    evaluator, per_class, masks=True
+                )
+            if panoptic is not None:
+                quality = panoptic.evaluate(self.panoptic_truth)
+                logger.info("panoptic quality:\n%s", panoptic_text(quality))
+                record["panoptic"] = panoptic_record(quality)
+                figures |= panoptic_figures(record["panoptic"])
             if self.output_dir:
                 source = {"set": self.args.eval_set, "epoch": epoch}
                 if self.args.eval:
@@ -726,4 +776,19 @@ class Run:
         if per_class and self.output_dir:
             path = self.output_dir / "results.json"
             logger.info("%d detections written to %s", evaluator.write_results(path), path)
+            if panoptic is not None:
+                folder = self.output_dir / "panoptic_results"
+                count = panoptic.write_results(folder, self.panoptic_truth)
+                logger.info("segments of %d images written to %s", count, folder)
         return figures
+
+    def compute_figures(
+        self, evaluator: CocoBoxEvaluator, per_class: bool, masks: bool = False
+    ) -> tuple[dict, list[float]]:
+        """Compute and print COCO's figures of boxes, or of masks: the `evaluation_record`, and the twelve figures."""
+        evaluation = evaluator.evaluate(self.ground_truth, masks)
+        logger.info("%s", figures_text(evaluation))
+        record = evaluation_record(evaluation)
+        if per_class:
+            logger.info("%s", per_class_text(record))
+        return record, [float(value) for value in evaluation.stats]

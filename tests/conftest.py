@@ -235,6 +235,9 @@ def golden_batch(spec: dict):
         {name: torch.from_numpy(value) for name, value in recipe.targets(i + spec["seed"], count).items()}
         for i, count in enumerate(spec["objects"])
     ]
+    if "--masks" in spec["argv"]:
+        for target, size in zip(targets, spec["sizes"], strict=True):
+            target["masks"] = recipe.box_masks(target["boxes"], *size)
     return nested_tensor_from_tensor_list(images), targets
 
 

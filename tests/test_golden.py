@@ -26,12 +26,9 @@ RECORDED = {file: np.load(GOLDEN / f"{file}.npz") for file in FILES}
 
 
 def cases(suffix: str) -> list[tuple[str, str]]:
-    """(file, case) of all cases with this entry. Masks are not supported yet."""
+    """(file, case) of all cases with this entry."""
     return [
-        (file, key.split("/")[0])
-        for file, data in RECORDED.items()
-        for key in data.files
-        if key.endswith(f"/{suffix}") and "masks" not in key
+        (file, key.split("/")[0]) for file, data in RECORDED.items() for key in data.files if key.endswith(f"/{suffix}")
     ]
 
 
@@ -62,7 +59,9 @@ def test_outputs_and_boxes(case):
     model.eval()
     with torch.no_grad():
         outputs = model(samples)
-    for name in ("pred_logits", "pred_boxes"):
+    predicted = {key.removeprefix("eval/") for key in recorded if key.startswith("eval/")}
+    assert predicted == {"pred_logits", "pred_boxes"} | ({"pred_masks"} if "--masks" in spec["argv"] else set())
+    for name in predicted:
         assert_close(outputs[name], recorded[f"eval/{name}"])
     # Of the recorded outputs: two scores that are equal but for rounding may change places.
     outputs = {name: torch.from_numpy(recorded[f"eval/{name}"]) for name in ("pred_logits", "pred_boxes")}
@@ -102,8 +101,10 @@ def test_losses_matches_and_gradients(case, norms, monkeypatch):
     expected = json.loads(str(recorded["grad_norms"]))
     assert grads.keys() == expected.keys()
     for name, norm in grads.items():
+        # With masks, the backbone is ResNet-50, where activations turn even without folding.
+        deep = "backbone" in name and "--masks" in spec["argv"]
         # A key's bias has no gradient but rounding: what is far below all others is compared absolutely.
-        assert norm == pytest.approx(expected[name], rel=tolerance, abs=1e-5), name
+        assert norm == pytest.approx(expected[name], rel=1e-2 if deep else tolerance, abs=1e-5), name
 
 
 def test_five_training_steps(case):
@@ -123,7 +124,13 @@ def test_five_training_steps(case):
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_max_norm)
         optimizer.step()
-    np.testing.assert_allclose(totals, recorded["train5"], rtol=1e-3)
+    tolerance = 1e-3
+    if "--masks" in spec["argv"]:
+        # Rounding grows from step to step, the more so at the plain model's learning rate: the same code gave 21.99 and
+        # 22.59 for its third step with two threads and with one.
+        np.testing.assert_allclose(totals[:2], recorded["train5"][:2], rtol=1e-3)
+        tolerance = 2e-2 if args.encoder_attention == "enact" else 5e-2
+    np.testing.assert_allclose(totals, recorded["train5"], rtol=tolerance)
 
 
 @pytest.mark.parametrize("file, name", cases("argv"))

@@ -2,9 +2,12 @@
 
 from torch import Tensor, nn
 
+from enact_common.arguments import PANOPTIC
 from enact_common.criterion import SetCriterion, SoftmaxClassLoss, build_weights
+from enact_common.data.categories import coco_names
 from enact_common.detector import Detector, num_classes_of
 from enact_common.postprocess import PostProcess
+from enact_common.segmentation import DETRsegm, MaskCriterion, PostProcessPanoptic, PostProcessSegm
 
 from .backbone import build_backbone
 from .matcher import build_matcher
@@ -29,11 +32,22 @@ class DETR(Detector):
         return self.class_embed(decoded), self.bbox_embed(decoded).float().sigmoid()
 
 
-def build(args) -> tuple[DETR, SetCriterion, dict[str, nn.Module]]:
-    """(model, criterion, postprocessors) that the arguments ask for."""
+def build(args) -> tuple[DETR | DETRsegm, SetCriterion, dict[str, nn.Module]]:
+    """(model, criterion, postprocessors) that the arguments ask for; with `--masks`, those of a mask head too."""
     num_classes = num_classes_of(args)
     transformer = build_transformer(args)
     model = DETR(build_backbone(args), transformer, num_classes, args.num_queries, args.aux_loss)
     class_loss = SoftmaxClassLoss(num_classes, args.eos_coef)
-    criterion = SetCriterion(num_classes, build_matcher(args), build_weights(args, class_weight=1), class_loss)
-    return model, criterion, {"bbox": PostProcess()}
+    postprocessors: dict[str, nn.Module] = {"bbox": PostProcess()}
+    if not args.masks:
+        criterion = SetCriterion(num_classes, build_matcher(args), build_weights(args, class_weight=1), class_loss)
+        return model, criterion, postprocessors
+    model = DETRsegm(model, args.nheads, frozen=bool(args.frozen_weights))
+    weights = build_weights(args, class_weight=1, loss_mask=args.mask_loss_coef, loss_dice=args.dice_loss_coef)
+    criterion = MaskCriterion(num_classes, build_matcher(args), weights, class_loss)
+    if args.dataset_file == PANOPTIC:
+        # COCO's things; of other data, the annotations say.
+        postprocessors["panoptic"] = PostProcessPanoptic(things=range(len(coco_names())))
+    else:
+        postprocessors["segm"] = PostProcessSegm()
+    return model, criterion, postprocessors

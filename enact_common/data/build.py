@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from enact_common.arguments import PANOPTIC
 from enact_common.data.categories import LabelMap
 from enact_common.data.coco import CocoDetection, find_split
+from enact_common.data.panoptic import CocoPanoptic, find_panoptic_split
 from enact_common.data.transforms import eval_transforms, train_transforms
 from enact_common.errors import UserError
 
@@ -18,6 +20,8 @@ def data_files(args, split: str) -> tuple[Path, Path]:
     Raises:
         UserError: naming what is missing.
     """
+    if args.dataset_file == PANOPTIC:
+        return find_panoptic_split(args.coco_path, args.coco_panoptic_path, split)[:2]
     images = vars(args).get(f"{split}_images")
     if not images:
         return find_split(args.coco_path, split)
@@ -43,17 +47,23 @@ def build_dataset(image_set: str, args, label_map: LabelMap | None = None) -> Co
     train = image_set == "train"
     augmented = train and args.augmentation
     split = "train" if train else args.eval_set
-    return CocoDetection(
-        *data_files(args, split),
-        transforms=train_transforms(args.train_sizes, args.max_size)
+    settings = {
+        "transforms": train_transforms(args.train_sizes, args.max_size)
         if augmented
         else eval_transforms(args.eval_size, args.max_size),
-        label_map=label_map,
-        num_classes=args.num_classes,
-        limit=args.limit_train if train else args.limit_val,
-        seed=args.seed,
+        "label_map": label_map,
+        "num_classes": args.num_classes,
+        "limit": args.limit_train if train else args.limit_val,
+        "seed": args.seed,
+        # In an evaluation, another image in its place would be counted twice.
+        "on_unreadable": "raise" if args.strict_data else "replace" if train else "leave out",
+    }
+    if args.dataset_file == PANOPTIC:
+        return CocoPanoptic(*find_panoptic_split(args.coco_path, args.coco_panoptic_path, split), **settings)
+    return CocoDetection(
+        *data_files(args, split),
+        **settings,
         annotated=split != "test",
         remove_difficult=args.remove_difficult,
-        # In an evaluation, another image in its place would be counted twice.
-        on_unreadable="raise" if args.strict_data else "replace" if train else "leave out",
+        masks=args.masks and split != "test",
     )

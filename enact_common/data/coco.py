@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from enact_common.data.categories import LabelMap
+from enact_common.data.masks import PackedMasks, check_segmentations
 from enact_common.data.transforms import drop_degenerate
 from enact_common.errors import UserError
 from enact_common.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
@@ -179,6 +180,31 @@ def missing_files(paths: Iterable[Path]) -> tuple[list[Path], dict[Path, set[str
     return missing, present
 
 
+def load_lists(path: Path, lists: Sequence[str]) -> dict:
+    """A file's object, with the lists that it must have, and `images` and `categories` checked.
+
+    Raises:
+        UserError: naming the file and the entry at fault.
+    """
+    data = read_json(path)
+    for key in lists:
+        if not isinstance(data.get(key), list):
+            raise UserError(f"{path}: not a COCO annotation file, it has no list {key!r}")
+    for key, wanted in (("images", ("id", "file_name")), ("categories", ("id", "name"))):
+        if not data[key]:
+            raise UserError(f"{path}: the list {key!r} is empty")
+        for entry in data[key]:
+            if not isinstance(entry, dict) or any(name not in entry for name in wanted):
+                raise UserError(f"{path}: an entry of {key!r} lacks one of {', '.join(wanted)}: {str(entry)[:100]}")
+            if not is_id(entry["id"]):
+                raise UserError(f"{path}: an id in {key!r} is no integer below 2^53: {str(entry)[:100]}")
+            if not isinstance(entry.get("file_name", ""), str):
+                raise UserError(f"{path}: a file_name in {key!r} is no text: {str(entry)[:100]}")
+        if len({entry["id"] for entry in data[key]}) < len(data[key]):
+            raise UserError(f"{path}: an id stands twice in {key!r}")
+    return data
+
+
 def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool = False) -> dict:
     """A COCO-format annotation file, checked.
 
@@ -198,23 +224,7 @@ def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool 
     Raises:
         UserError: naming the file and the entry at fault.
     """
-    data = read_json(path)
-    for key in ("images", "annotations", "categories") if annotated else ("images", "categories"):
-        if not isinstance(data.get(key), list):
-            raise UserError(f"{path}: not a COCO annotation file, it has no list {key!r}")
-    for key, wanted in (("images", ("id", "file_name")), ("categories", ("id", "name"))):
-        if not data[key]:
-            raise UserError(f"{path}: the list {key!r} is empty")
-        for entry in data[key]:
-            if not isinstance(entry, dict) or any(name not in entry for name in wanted):
-                raise UserError(f"{path}: an entry of {key!r} lacks one of {', '.join(wanted)}: {str(entry)[:100]}")
-            if not is_id(entry["id"]):
-                raise UserError(f"{path}: an id in {key!r} is no integer below 2^53: {str(entry)[:100]}")
-            if not isinstance(entry.get("file_name", ""), str):
-                raise UserError(f"{path}: a file_name in {key!r} is no text: {str(entry)[:100]}")
-        if len({entry["id"] for entry in data[key]}) < len(data[key]):
-            raise UserError(f"{path}: an id stands twice in {key!r}")
-
+    data = load_lists(path, ("images", "annotations", "categories") if annotated else ("images", "categories"))
     images = {image["id"] for image in data["images"]}
     categories = {category["id"] for category in data["categories"]}
     annotations = []
@@ -372,6 +382,7 @@ class CocoDetection(Dataset):
         annotated: False for a list of test images, whose targets have no boxes.
         remove_difficult: treat annotations marked as difficult as crowds.
         on_unreadable: one of `ON_UNREADABLE`.
+        masks: targets have the objects' masks.
 
     Raises:
         UserError: the annotations are at fault, do not fit the label map or lead out of the image folder, or image
@@ -390,19 +401,22 @@ class CocoDetection(Dataset):
         annotated: bool = True,
         remove_difficult: bool = False,
         on_unreadable: str = "raise",
+        masks: bool = False,
     ):
         if on_unreadable not in ON_UNREADABLE:
             raise ValueError(f"on_unreadable must be one of {', '.join(ON_UNREADABLE)}, got {on_unreadable!r}")
         self.annotated = annotated
         self.on_unreadable = on_unreadable
         self.remove_difficult = remove_difficult
-        annotations = load_annotations(Path(annotation_file), annotated, remove_difficult)
+        self.with_masks = masks
+        annotations = self.load(Path(annotation_file))
         if label_map is None:
-            label_map = LabelMap.from_categories(annotations["categories"], num_classes)
+            label_map = self.own_labels(annotations["categories"], num_classes)
         label_map.check_categories(annotations["categories"], str(annotation_file))
         self.image_folder = Path(image_folder)
         self.annotation_file = Path(annotation_file)
         check_file_names(annotations["images"], self.image_folder, self.annotation_file)
+        self._masks: PackedMasks | None = None
         self.transforms = transforms
         self.label_map = label_map
         self.seed = seed
@@ -410,6 +424,8 @@ class CocoDetection(Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
         images = sorted(annotations["images"], key=lambda image: image["id"])[:limit]
+        if masks:
+            check_segmentations(images, annotations["annotations"], self.annotation_file)
         self.image_ids = [image["id"] for image in images]
         self.file_names = [image["file_name"] for image in images]
         self.check_files()
@@ -417,6 +433,22 @@ class CocoDetection(Dataset):
         self._state = torch.full((len(self.image_ids),), UNTRIED, dtype=torch.uint8).share_memory_()
         # Files need not say how large their images are; boxes are clipped once more when an image is read.
         self.pack(annotations["annotations"], np.array([stated_size(image) for image in images]))
+
+    def load(self, path: Path) -> dict:
+        """`images`, `annotations` and `categories` of an annotation file, checked.
+
+        Raises:
+            UserError: naming the file and the entry at fault.
+        """
+        return load_annotations(path, self.annotated, self.remove_difficult)
+
+    def own_labels(self, categories: list[dict], num_classes: int | None) -> LabelMap:
+        """The labels that a file's own categories make.
+
+        Raises:
+            UserError: num_classes is too small.
+        """
+        return LabelMap.from_categories(categories, num_classes)
 
     def check_files(self) -> None:
         """Refuse a data set whose image files are not all there."""
@@ -436,11 +468,8 @@ class CocoDetection(Dataset):
         """
         index = {image_id: i for i, image_id in enumerate(self.image_ids)}
         labels = self.label_map.labels()
-        rows = [
-            (index[a["image_id"]], labels[a["category_id"]], *a["bbox"])
-            for a in annotations
-            if a["image_id"] in index and not a["iscrowd"]
-        ]
+        annotations = [a for a in annotations if a["image_id"] in index and not a["iscrowd"]]
+        rows = [(index[a["image_id"]], labels[a["category_id"]], *a["bbox"]) for a in annotations]
         table = np.array(rows, dtype=np.float64).reshape(-1, 6)  # image, label, x, y, width, height
         table[:, 4:] += table[:, 2:4]  # image, label, left, top, right, bottom
         size = sizes[table[:, 0].astype(np.int64)]
@@ -448,8 +477,11 @@ class CocoDetection(Dataset):
         whole = (table[:, 4:] > table[:, 2:4]).all(axis=1)
         if not whole.all():
             logger.warning("%s: %d boxes without area are dropped", self.annotation_file, (~whole).sum())
-        table = table[whole]
-        table = table[np.argsort(table[:, 0], kind="stable")]
+        kept = np.flatnonzero(whole)
+        kept = kept[np.argsort(table[kept, 0], kind="stable")]
+        table = table[kept]
+        if self.with_masks:
+            self._masks = PackedMasks([annotations[i]["segmentation"] for i in kept])
         self._first = np.searchsorted(table[:, 0], np.arange(len(self.image_ids) + 1))
         self._labels = torch.from_numpy(table[:, 1].astype(np.int64))
         self._boxes = torch.from_numpy(table[:, 2:].astype(np.float32))
@@ -491,23 +523,44 @@ class CocoDetection(Dataset):
         # an item that is a part of it.
         return cached.clone() if cached.ndim == 3 else decode_bytes(cached.numpy(), path)
 
-    def image_or_none(self, index: int) -> Tensor | None:
-        """`image`; None where it cannot be read and that is no error here.
+    def item(self, index: int) -> tuple[tv_tensors.Image, dict]:
+        """An item's image as it is stored, uint8 (3, height, width), and its target, before their transforms.
+
+        Raises:
+            UserError: it cannot be read.
+        """
+        image = tv_tensors.Image(self.image(index))
+        height, width = image.shape[-2:]
+        objects = slice(self._first[index], self._first[index + 1])
+        boxes = tv_tensors.BoundingBoxes(self._boxes[objects].clone(), format="XYXY", canvas_size=(height, width))
+        target = {
+            "image_id": torch.tensor([self.image_ids[index]]),
+            "orig_size": torch.tensor([height, width]),
+            "boxes": boxes,
+            "labels": self._labels[objects],
+        }
+        if self._masks is not None:
+            masks = self._masks.decode(objects, height, width, str(self.path(index)))
+            target["masks"] = tv_tensors.Mask(masks)
+        return image, drop_degenerate(target)
+
+    def item_or_none(self, index: int) -> tuple[tv_tensors.Image, dict] | None:
+        """`item`; None where it cannot be read and that is no error here.
 
         Raises:
             UserError: it cannot be read, and `on_unreadable` is "raise", or most images that were tried cannot be.
         """
         if self.on_unreadable == "raise":
-            return self.image(index)
+            return self.item(index)
         if self._state[index] == UNREADABLE:
             return None
         try:
-            image = self.image(index)
+            item = self.item(index)
         except UserError as error:
             self.note_unreadable(index, error)
             return None
         self._state[index] = READ
-        return image
+        return item
 
     def note_unreadable(self, index: int, error: UserError) -> None:
         """Let an item's image not be tried any more.
@@ -551,34 +604,25 @@ class CocoDetection(Dataset):
         """One image, as `transforms` leaves it (with ours uint8 (3, h, w)), and its target.
 
         The target has `image_id` int64 (1,); `orig_size` and `size` int64 (2,), (height, width) in pixels as stored
-        and as given; `labels` int64 (n,) and `boxes` float32 (n, 4) cxcywh in [0, 1].
+        and as given; `labels` int64 (n,) and `boxes` float32 (n, 4) cxcywh in [0, 1]; with masks, `masks` bool
+        (n, h, w).
 
         Of an image that cannot be read, what `on_unreadable` says.
 
         Raises:
-            UserError: as `image_or_none`.
+            UserError: as `item_or_none`.
         """
-        pixels, attempts = self.image_or_none(index), 0
-        while pixels is None:
+        item, attempts = self.item_or_none(index), 0
+        while item is None:
             if self.on_unreadable == "leave out":
                 return None
             # Ends at the latest when most images were found unreadable.
             attempts += 1
             with seeded(self.seed, int(self._epoch), index, attempts):
                 index = int(torch.randint(len(self), ()))
-            pixels = self.image_or_none(index)
-        image = tv_tensors.Image(pixels)
-        height, width = image.shape[-2:]
-        objects = slice(self._first[index], self._first[index + 1])
-        boxes = tv_tensors.BoundingBoxes(self._boxes[objects].clone(), format="XYXY", canvas_size=(height, width))
-        target = {
-            "image_id": torch.tensor([self.image_ids[index]]),
-            "orig_size": torch.tensor([height, width]),
-            "boxes": boxes,
-            "labels": self._labels[objects],
-        }
+            item = self.item_or_none(index)
         with seeded(self.seed, int(self._epoch), index):
-            return self.transforms(image, drop_degenerate(target))
+            return self.transforms(*item)
 
     def coco_api(self) -> COCO:
         """The ground truth of these images as pycocotools has it, crowds included."""

@@ -1,7 +1,8 @@
 """What happens to an image and its boxes on the way to the model: DETR's augmentation and evaluation resize.
 
 Images are `tv_tensors.Image` uint8 (3, h, w); targets are dicts with `boxes`, `tv_tensors.BoundingBoxes` (n, 4) xyxy
-in pixels, and `labels` int64 (n,). All randomness is PyTorch's default generator.
+in pixels, and `labels` int64 (n,); where there are masks, with `masks`, `tv_tensors.Mask` bool (n, h, w). All
+randomness is PyTorch's default generator.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from enact_common.boxes import box_xyxy_to_cxcywh
+from enact_common.boxes import box_xyxy_to_cxcywh, boxes_of_masks
 
 # The original's augmentation was written for a largest training size of 800 pixels.
 REFERENCE_SIZE = 800
@@ -58,11 +59,18 @@ class RandomResize:
     def __call__(self, image: tv_tensors.Image, target: dict) -> tuple[tv_tensors.Image, dict]:
         size = self.sizes[random_index(len(self.sizes))]
         shape = list(resized_shape(*image.shape[-2:], size, self.max_size))
-        return F.resize(image, shape, antialias=True), {**target, "boxes": F.resize(target["boxes"], shape)}
+        target = {**target, "boxes": F.resize(target["boxes"], shape)}
+        image = F.resize(image, shape, antialias=True)
+        if "masks" not in target:
+            return image, target
+        # What is a pixel wide may be gone in a smaller image.
+        return image, drop_degenerate({**target, "masks": F.resize(target["masks"], shape)})
 
 
 class RandomSizeCrop:
     """Cut out a rectangle of random size and place; boxes are clipped to it, those outside it are dropped.
+
+    Where there are masks, boxes become those of what is left of them: of two ends of a street, the crop may have one.
 
     Args:
         min_size, max_size: pixels of each side; an image that is smaller keeps that side.
@@ -80,25 +88,36 @@ class RandomSizeCrop:
         (h, w), (height, width) = sides, image.shape[-2:]
         top, left = random_index(height - h + 1), random_index(width - w + 1)
         target = {**target, "boxes": F.crop(target["boxes"], top, left, h, w)}
+        if "masks" in target:
+            masks = F.crop(target["masks"], top, left, h, w)
+            boxes = tv_tensors.wrap(boxes_of_masks(masks), like=target["boxes"])
+            target = {**target, "masks": masks, "boxes": boxes}
         return F.crop(image, top, left, h, w), drop_degenerate(target)
 
 
 def drop_degenerate(target: dict) -> dict:
-    """Clip boxes to the image and drop those that are left without area, with their labels."""
+    """Clip boxes to the image and drop those that are left without area or mask, with their labels and masks."""
     boxes = F.clamp_bounding_boxes(target["boxes"])
     keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+    if "masks" in target:
+        masks = target["masks"]
+        keep &= masks.as_subclass(Tensor).flatten(1).any(dim=1)
+        target = {**target, "masks": tv_tensors.wrap(masks[keep], like=masks)}
     return {**target, "boxes": tv_tensors.wrap(boxes[keep], like=boxes), "labels": target["labels"][keep]}
 
 
 def to_model_input(image: tv_tensors.Image, target: dict) -> tuple[Tensor, dict]:
-    """The last step: a plain tensor uint8 (3, h, w), and boxes as cxcywh fractions of the image, float32 (n, 4).
+    """The last step: plain tensors, the image uint8 (3, h, w), and boxes as cxcywh fractions of it, float32 (n, 4).
 
     `size` in the target becomes the image's (height, width) in pixels. The model normalises (`PixelNormalization`).
     """
     height, width = image.shape[-2:]
     scale = torch.tensor([width, height, width, height], dtype=torch.float32)
     boxes = box_xyxy_to_cxcywh(target["boxes"].as_subclass(Tensor).float()) / scale
-    return image.as_subclass(Tensor), {**target, "boxes": boxes, "size": torch.tensor([height, width])}
+    target = {**target, "boxes": boxes, "size": torch.tensor([height, width])}
+    if "masks" in target:
+        target["masks"] = target["masks"].as_subclass(Tensor)
+    return image.as_subclass(Tensor), target
 
 
 def train_transforms(sizes: list[int], max_size: int) -> v2.Compose:

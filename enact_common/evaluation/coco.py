@@ -1,4 +1,4 @@
-"""COCO's box average precision, merged over processes, and results in COCO's format.
+"""COCO's average precision of boxes and of masks, merged over processes, and results in COCO's format.
 
 The figures are computed by faster-coco-eval where it is installed, in a fraction of the time, otherwise by pycocotools.
 Where `COCO` and `COCOeval` are named here, either package's classes are meant.
@@ -50,7 +50,7 @@ class CocoBoxEvaluator:
     """Collects detections image by image and computes COCO's figures.
 
     Detections are kept as one array of seven numbers each (image, x, y, width, height, score, category), on the
-    host.
+    host, and their masks, where there are any, as run-length codes.
 
     Args:
         label_map: the category of each label. Labels without one are no detection.
@@ -60,6 +60,7 @@ class CocoBoxEvaluator:
         self._has_category = np.array([i is not None for i in label_map.category_ids])
         self._category = np.array([0 if i is None else i for i in label_map.category_ids])
         self._by_image: dict[int, np.ndarray] = {}
+        self._masks: dict[int, list[dict]] = {}
 
     def update(self, image_ids: Iterable[int], results: list[dict[str, Tensor]]) -> None:
         """Add a batch.
@@ -67,7 +68,8 @@ class CocoBoxEvaluator:
         Args:
             image_ids: of each image. An image that is given again (distributed samplers repeat some) replaces
                 itself.
-            results: of each image `scores` (Q,), `labels` (Q,), `boxes` (Q, 4) xyxy in pixels.
+            results: of each image `scores` (Q,), `labels` (Q,), `boxes` (Q, 4) xyxy in pixels; with masks,
+                `segmentations`, a run-length code of each.
         """
         image_ids, counts = list(image_ids), [len(result["labels"]) for result in results]
         columns = [torch.cat([result[name] for result in results]).double() for name in ("boxes", "scores", "labels")]
@@ -84,22 +86,31 @@ class CocoBoxEvaluator:
             )
         )
         known, cuts = self._has_category[labels], np.cumsum(counts)[:-1]
-        for image_id, own, keep in zip(image_ids, np.split(rows, cuts), np.split(known, cuts), strict=True):
+        found = zip(image_ids, results, np.split(rows, cuts), np.split(known, cuts), strict=True)
+        for image_id, result, own, keep in found:
             self._by_image[image_id] = own[keep]
+            if "segmentations" in result:
+                self._masks[image_id] = [result["segmentations"][i] for i in np.flatnonzero(keep)]
 
     def synchronize(self) -> None:
         """Bring the detections of all processes together in each."""
-        merged: dict[int, np.ndarray] = {}
-        for part in gather_objects(self._by_image):
-            merged |= part
-        self._by_image = merged
+        boxes: dict[int, np.ndarray] = {}
+        masks: dict[int, list[dict]] = {}
+        for some_boxes, some_masks in gather_objects((self._by_image, self._masks)):
+            boxes |= some_boxes
+            masks |= some_masks
+        self._by_image, self._masks = boxes, masks
 
     def detections(self) -> np.ndarray:
         """All detections, float64 (n, 7), in the order of the image ids."""
         rows = [self._by_image[image_id] for image_id in sorted(self._by_image)]
         return np.concatenate(rows) if rows else np.zeros((0, 7))
 
-    def evaluate(self, coco: COCO) -> COCOeval:
+    def segmentations(self) -> list[dict]:
+        """The masks of all detections, in their order; none where the model finds none."""
+        return [mask for image_id in sorted(self._masks) for mask in self._masks[image_id]]
+
+    def evaluate(self, coco: COCO, masks: bool = False) -> COCOeval:
         """Match detections to ground truth and accumulate. The result's `stats` are the twelve `FIGURES`.
 
         Says in the log which package did it.
@@ -107,6 +118,7 @@ class CocoBoxEvaluator:
         Args:
             coco: the ground truth, of either package; its images are what is evaluated, those without a detection
                 included.
+            masks: match masks rather than boxes. The ground truth must have `segmentation`.
         """
         detections = self.detections()
         name, truth_class, evaluation_class = evaluation_package()
@@ -120,15 +132,22 @@ class CocoBoxEvaluator:
                 coco.dataset = dataset
                 coco.createIndex()
             # pycocotools cannot load an empty list.
-            found = coco.loadRes(detections) if len(detections) else truth_class()
-            evaluation = evaluation_class(coco, found, iouType="bbox")
+            found = coco.loadRes(self.mask_results() if masks else detections) if len(detections) else truth_class()
+            evaluation = evaluation_class(coco, found, iouType="segm" if masks else "bbox")
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
         return evaluation
 
+    def mask_results(self) -> list[dict]:
+        """The detections in COCO's results format for masks. Without boxes: areas shall be the masks'."""
+        return [
+            {"image_id": int(row[0]), "category_id": int(row[6]), "segmentation": mask, "score": float(row[5])}
+            for row, mask in zip(self.detections(), self.segmentations(), strict=True)
+        ]
+
     def write_results(self, path: Path) -> int:
-        """Write the detections as COCO's results format, whole or not at all.
+        """Write the detections as COCO's results format, whole or not at all; with masks, `segmentation` is theirs.
 
         Returns:
             how many there are.
@@ -142,6 +161,9 @@ class CocoBoxEvaluator:
             }
             for row in self.detections()
         ]
+        if self._masks:
+            masks = zip(results, self.segmentations(), strict=True)
+            results = [{**result, "segmentation": mask} for result, mask in masks]
         write_atomically(path, lambda file: file.write(json.dumps(results).encode()))
         return len(results)
 

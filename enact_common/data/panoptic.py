@@ -1,0 +1,482 @@
+"""COCO's panoptic format: every pixel's segment in a PNG, every segment's category in a JSON file.
+
+The format is that of Kirillov et al., "Panoptic Segmentation", CVPR 2019, as COCO has it: a pixel (R, G, B) belongs to
+segment R + 256 G + 65536 B, and to none where that is 0 (void). Targets follow DETR's panoptic model (Carion et al.,
+ECCV 2020): things and stuff are objects alike, and labels are category ids.
+
+Modifications:
+    - Crowds are left out of the targets, as `CocoDetection` leaves them out; the original trains on them.
+    - Boxes reach to their last pixel's far edge, as COCO's do; a crop's are those of the masks that are left in it.
+"""
+
+import contextlib
+import io
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from torch import Tensor
+from torchvision import tv_tensors
+
+from enact_common.boxes import boxes_of_masks
+from enact_common.data.categories import LabelMap
+from enact_common.data.coco import CocoDetection, is_number, load_lists, missing_files
+from enact_common.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# Labels of DETR's panoptic models: COCO's ids, of which 200 is the last, and room for more.
+NUM_CLASSES = 250
+
+# Not a segment; ids are below the limit, which is what three bytes hold.
+VOID, ID_LIMIT = 0, 2**24
+
+LAYOUT = (
+    "expected <coco_panoptic_path>/annotations/{name}.json or <coco_panoptic_path>/{name}.json, and a folder {name} of "
+    "PNG files in either place"
+)
+
+
+def find_panoptic_split(coco_path: str, coco_panoptic_path: str, split: str) -> tuple[Path, Path, Path]:
+    """The image folder, the annotation file and the folder of PNG files of a split.
+
+    Args:
+        coco_path: `--coco_path`, where the images are, in either layout of `find_split`.
+        coco_panoptic_path: `--coco_panoptic_path`, where the annotations are: themselves, or in `annotations/`.
+        split: "train" or "val".
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    images = image_folder(coco_path, split)
+    root, name = Path(coco_panoptic_path), f"panoptic_{split}2017"
+    if not root.is_dir():
+        raise UserError(f"--coco_panoptic_path {coco_panoptic_path}: no such folder")
+    places = (root / "annotations", root)
+    file = next((place / f"{name}.json" for place in places if (place / f"{name}.json").is_file()), None)
+    masks = next((place / name for place in places if (place / name).is_dir()), None)
+    if file is None or masks is None:
+        missing = root / "annotations" / (f"{name}.json" if file is None else name)
+        hint = "; unpack it" if (missing.with_suffix(".zip")).is_file() else ""
+        raise UserError(
+            f"--coco_panoptic_path {coco_panoptic_path}: {missing} is missing{hint} ({LAYOUT.format(name=name)})"
+        )
+    return images, file, masks
+
+
+def image_folder(coco_path: str, split: str) -> Path:
+    """The folder of a split's images.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    root = Path(coco_path)
+    if not root.is_dir():
+        raise UserError(f"--coco_path {coco_path}: no such folder")
+    folders = (root / f"{split}2017", root / "images" / f"{split}2017")
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
+        raise UserError(f"--coco_path {coco_path}: {folders[0]} is missing, and so is {folders[1]}")
+    return folder
+
+
+def panoptic_label_map(categories: list[dict], num_classes: int | None = None) -> LabelMap:
+    """The map whose labels are the category ids themselves.
+
+    Args:
+        categories: dicts with `id` and `name`.
+        num_classes: labels of the model (`--num_classes`); None for 250, as DETR's panoptic models have.
+
+    Raises:
+        UserError: an id is no label of so many.
+    """
+    names = {category["id"]: str(category["name"]) for category in categories}
+    size = num_classes or NUM_CLASSES
+    if min(names) < 0:
+        raise UserError(f"category {min(names)} ({names[min(names)]}): panoptic labels are category ids, 0 or more")
+    if max(names) >= size:
+        given = f"--num_classes {size}" if num_classes else f"--num_classes is not given, which makes {size}"
+        raise UserError(
+            f"{given}: panoptic labels are category ids, up to {max(names)} here: at least {max(names) + 1}"
+        )
+    return LabelMap(
+        tuple(label if label in names else None for label in range(size)),
+        tuple(names.get(label, "N/A") for label in range(size)),
+    )
+
+
+def load_panoptic(path: Path) -> dict:
+    """A panoptic annotation file, checked.
+
+    `iscrowd` is filled in where it is missing.
+
+    Args:
+        path: the file.
+
+    Returns:
+        a dict with `images`, `annotations`, at most one of each image, and `categories`.
+
+    Raises:
+        UserError: naming the file and the entry at fault.
+    """
+    data = load_lists(path, ("images", "annotations", "categories"))
+    for category in data["categories"]:
+        if category.get("isthing") not in (0, 1):
+            raise UserError(
+                f"{path}: category {category['id']} does not say whether it is a thing (isthing 1) or stuff"
+            )
+    images = {image["id"] for image in data["images"]}
+    categories = {category["id"] for category in data["categories"]}
+    annotations: dict[int, dict] = {}
+    for number, annotation in enumerate(data["annotations"], start=1):
+        if not isinstance(annotation, dict) or not isinstance(annotation.get("segments_info"), list):
+            raise UserError(
+                f"{path}: annotation {number} has no list segments_info; --coco_panoptic_path wants COCO's panoptic "
+                "annotations, not instances"
+            )
+        image_id, name = annotation.get("image_id"), annotation.get("file_name")
+        if not isinstance(image_id, int) or image_id not in images:
+            raise UserError(f"{path}: annotation {number} belongs to image {short(image_id)}, which is not in 'images'")
+        where = f"{path}: annotation of image {image_id}"
+        if image_id in annotations:
+            raise UserError(f"{where} stands there twice")
+        # Who hands on an annotation file must not choose what is read.
+        if not isinstance(name, str) or not name or "\0" in name or Path(name).name != name:
+            raise UserError(
+                f"{where} has the file_name {short(name)}: expected the name of a PNG file, without folders"
+            )
+        check_segments(annotation["segments_info"], categories, where)
+        segments = [{"iscrowd": 0, **segment} for segment in annotation["segments_info"]]
+        annotations[image_id] = {**annotation, "segments_info": segments}
+    if not annotations:
+        raise UserError(f"{path}: the list 'annotations' is empty")
+    return {"images": data["images"], "annotations": list(annotations.values()), "categories": data["categories"]}
+
+
+def check_segments(segments: list, categories: set[int], where: str) -> None:
+    """Refuse an image's segments that have no id or a wrong one, or no known category.
+
+    Raises:
+        UserError: beginning with `where`, and naming the segment.
+    """
+    seen: set[int] = set()
+    for segment in segments:
+        number = segment.get("id") if isinstance(segment, dict) else None
+        if not isinstance(number, int) or not VOID < number < ID_LIMIT:
+            raise UserError(f"{where} has a segment without an id in 1 to 2^24 - 1: {short(segment)}")
+        if number in seen:
+            raise UserError(f"{where} has two segments {number}")
+        seen.add(number)
+        category = segment.get("category_id")
+        if not isinstance(category, int) or category not in categories:
+            raise UserError(f"{where} has segment {number} of category {short(category)}, which is not in 'categories'")
+
+
+def short(value: Any) -> str:
+    """What a file says, for a message."""
+    return repr(value)[:100]
+
+
+def read_id_map(source: Path | BinaryIO, path: Path) -> np.ndarray:
+    """Each pixel's segment id, int32 (height, width), 0 for void, from a PNG file.
+
+    Args:
+        source: the file, or its content.
+        path: its name, for the message.
+
+    Raises:
+        UserError: it cannot be read whole, or has other colours than RGB of 8 bits.
+    """
+    try:
+        with Image.open(source) as image:
+            if image.mode != "RGB":
+                raise UserError(
+                    f"{path}: a PNG of mode {image.mode}; segment ids are RGB of 8 bits (--coco_panoptic_path wants "
+                    "COCO's panoptic PNG files, not those of semantic classes)"
+                )
+            pixels = np.asarray(image).astype(np.int32)  # (height, width, 3)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path}: segment ids cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    return pixels[..., 0] + (pixels[..., 1] << 8) + (pixels[..., 2] << 16)
+
+
+def encode_id_map(id_map: np.ndarray) -> bytes:
+    """The PNG file of segment ids, integers (height, width) from 0 to 2^24 - 1."""
+    pixels = np.stack([id_map >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
+    file = io.BytesIO()
+    # The quickest setting is a third larger, on maps of few colours that are small all the same.
+    Image.fromarray(pixels).save(file, format="PNG", compress_level=1)
+    return file.getvalue()
+
+
+def check_id_map(id_map: np.ndarray, ids: Iterable[int], path: Path, source: Path) -> None:
+    """Refuse a map that has other segments than its annotation.
+
+    Args:
+        id_map: int (height, width).
+        ids: of the annotation's segments.
+        path: the map's file.
+        source: the annotation file.
+
+    Raises:
+        UserError: naming both.
+    """
+    found, listed = set(np.unique(id_map).tolist()) - {VOID}, set(ids)
+    if found - listed:
+        raise UserError(f"{path}: has pixels of segment {min(found - listed)}, which {source} does not know")
+    if listed - found:
+        raise UserError(f"{path}: has no pixel of segment {min(listed - found)}, which {source} lists")
+
+
+@dataclass(frozen=True)
+class PanopticTruth:
+    """What the images of a data set show, for `PanopticEvaluator`.
+
+    Attributes:
+        annotation_file: COCO's panoptic JSON.
+        mask_folder: its PNG files.
+        images: entries of `images`, with `id` and `file_name`.
+        files: of each image's id, the PNG's name.
+        segments: of each image's id, dicts with `id`, `category_id` and `iscrowd`.
+        categories: dicts with `id`, `name` and `isthing`.
+    """
+
+    annotation_file: Path
+    mask_folder: Path
+    images: list[dict]
+    files: dict[int, str]
+    segments: dict[int, list[dict]]
+    categories: list[dict]
+
+    @classmethod
+    def load(cls, annotation_file: Path, mask_folder: Path, image_ids: Iterable[int] | None = None) -> "PanopticTruth":
+        """Read an annotation file.
+
+        Args:
+            annotation_file: COCO's panoptic JSON.
+            mask_folder: its PNG files.
+            image_ids: which images; None for all.
+
+        Raises:
+            UserError: the file is at fault.
+        """
+        data = load_panoptic(annotation_file)
+        kept = {image["id"] for image in data["images"]} if image_ids is None else set(image_ids)
+        annotations = [annotation for annotation in data["annotations"] if annotation["image_id"] in kept]
+        annotated = {annotation["image_id"] for annotation in annotations}
+        return cls(
+            Path(annotation_file),
+            Path(mask_folder),
+            [image for image in data["images"] if image["id"] in annotated],
+            {annotation["image_id"]: annotation["file_name"] for annotation in annotations},
+            {annotation["image_id"]: annotation["segments_info"] for annotation in annotations},
+            data["categories"],
+        )
+
+    @property
+    def image_ids(self) -> list[int]:
+        """Of all images, in the order of the file."""
+        return list(self.segments)
+
+    def id_map(self, image_id: int) -> np.ndarray:
+        """Each pixel's segment, int32 (height, width); 0 is void.
+
+        Raises:
+            UserError: it cannot be read, or has other segments than the annotation.
+        """
+        path = self.mask_folder / self.files[image_id]
+        id_map = read_id_map(path, path)
+        check_id_map(id_map, (segment["id"] for segment in self.segments[image_id]), path, self.annotation_file)
+        return id_map
+
+
+class CocoPanoptic(CocoDetection):
+    """Images with the masks, boxes and labels of their things and stuff.
+
+    All that `CocoDetection` says of seeds, epochs, the cache and images that cannot be read holds here. An image whose
+    PNG cannot be read, or does not fit it or its annotation, counts as one that cannot be read. The cache holds images
+    alone.
+
+    Args:
+        image_folder: where the images are.
+        annotation_file: COCO's panoptic JSON. Of its images, those without an annotation are left out.
+        mask_folder: where the PNG files are.
+        transforms: from (image, target) to the model's input.
+        label_map: which label each category is; None for `panoptic_label_map` of the file's own.
+        num_classes: with label_map None, the labels to make room for; None for 250.
+        limit: keep the first so many images, in the order of their ids; None keeps all.
+        seed: of the augmentation.
+        on_unreadable: one of `ON_UNREADABLE`.
+
+    Raises:
+        UserError: the annotations are at fault, do not fit the label map, or image or PNG files are missing.
+    """
+
+    def __init__(
+        self,
+        image_folder: Path,
+        annotation_file: Path,
+        mask_folder: Path,
+        transforms: Callable[[tv_tensors.Image, dict], tuple[Tensor, dict]],
+        label_map: LabelMap | None = None,
+        num_classes: int | None = None,
+        limit: int | None = None,
+        seed: int = 0,
+        on_unreadable: str = "raise",
+    ):
+        self.mask_folder = Path(mask_folder)
+        super().__init__(
+            image_folder, annotation_file, transforms, label_map, num_classes, limit, seed, on_unreadable=on_unreadable
+        )
+
+    def load(self, path: Path) -> dict:
+        """`images`, `annotations` and `categories` of an annotation file, checked; images without annotation left out.
+
+        Raises:
+            UserError: naming the file and the entry at fault.
+        """
+        data = load_panoptic(path)
+        annotated = {annotation["image_id"] for annotation in data["annotations"]}
+        images = [image for image in data["images"] if image["id"] in annotated]
+        if len(images) < len(data["images"]):
+            logger.warning("%s: %d images have no annotation and are left out", path, len(data["images"]) - len(images))
+        return {**data, "images": images}
+
+    def own_labels(self, categories: list[dict], num_classes: int | None) -> LabelMap:
+        """`panoptic_label_map`.
+
+        Raises:
+            UserError: num_classes is too small.
+        """
+        return panoptic_label_map(categories, num_classes)
+
+    def pack(self, annotations: list[dict], sizes: np.ndarray) -> None:
+        """Keep the PNG files' names, and of each segment its id, its label and whether it is a crowd.
+
+        Args:
+            annotations: of all images of the file.
+            sizes: not needed: each PNG tells its own.
+
+        Raises:
+            UserError: PNG files are missing.
+        """
+        of_image = {annotation["image_id"]: annotation for annotation in annotations}
+        own = [of_image[image_id] for image_id in self.image_ids]
+        self.mask_names = [annotation["file_name"] for annotation in own]
+        missing, _ = missing_files(self.mask_folder / name for name in self.mask_names)
+        if missing:
+            raise UserError(
+                f"{self.annotation_file}: {len(missing)} of its {len(own)} PNG files are missing, {missing[0]} first; "
+                "unpack all of them into that folder, or correct --coco_panoptic_path"
+            )
+        labels = self.label_map.labels()
+        rows = [
+            (segment["id"], labels[segment["category_id"]], bool(segment["iscrowd"]))
+            for annotation in own
+            for segment in annotation["segments_info"]
+        ]
+        table = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
+        self._segment_ids, self._labels, crowd = table.unbind(dim=1)
+        self._crowd = crowd.bool()
+        self._first = np.cumsum([0] + [len(annotation["segments_info"]) for annotation in own])
+
+    @property
+    def num_objects(self) -> int:
+        """Segments in all targets together."""
+        return int((~self._crowd).sum())
+
+    def id_map(self, index: int) -> np.ndarray:
+        """Each pixel's segment of an item, int32 (height, width) as stored; 0 is void.
+
+        Raises:
+            UserError: the PNG cannot be read, or has other segments than the annotation.
+        """
+        path = self.mask_folder / self.mask_names[index]
+        id_map = read_id_map(path, path)
+        segments = slice(self._first[index], self._first[index + 1])
+        check_id_map(id_map, self._segment_ids[segments].tolist(), path, self.annotation_file)
+        return id_map
+
+    def item(self, index: int) -> tuple[tv_tensors.Image, dict]:
+        """An item's image as it is stored, uint8 (3, height, width), and its target, before their transforms.
+
+        The target has, beside what that of `CocoDetection` has, `masks`: bool (n, height, width).
+
+        Raises:
+            UserError: the image or its PNG cannot be read, or they do not fit.
+        """
+        image = tv_tensors.Image(self.image(index))
+        height, width = image.shape[-2:]
+        id_map = torch.from_numpy(self.id_map(index))
+        if id_map.shape != (height, width):
+            raise UserError(
+                f"{self.mask_folder / self.mask_names[index]}: {id_map.shape[1]} x {id_map.shape[0]} pixels, but its "
+                f"image {self.path(index)} has {width} x {height}; both must be of the same size (--coco_panoptic_path)"
+            )
+        segments = slice(self._first[index], self._first[index + 1])
+        objects = ~self._crowd[segments]
+        masks = id_map == self._segment_ids[segments][objects].to(torch.int32)[:, None, None]  # (n, height, width)
+        target = {
+            "image_id": torch.tensor([self.image_ids[index]]),
+            "orig_size": torch.tensor([height, width]),
+            "boxes": tv_tensors.BoundingBoxes(boxes_of_masks(masks), format="XYXY", canvas_size=(height, width)),
+            "labels": self._labels[segments][objects],
+            "masks": tv_tensors.Mask(masks),
+        }
+        return image, target
+
+    def why_unreadable(self, index: int) -> str:
+        """In words that begin with a file, why an item's image or its PNG cannot be read."""
+        try:
+            self.item(index)
+        except UserError as error:
+            return str(error)
+        return super().why_unreadable(index)
+
+    def truth(self) -> PanopticTruth:
+        """The ground truth of these images for `PanopticEvaluator`, crowds included."""
+        return PanopticTruth.load(self.annotation_file, self.mask_folder, self.image_ids)
+
+    def coco_api(self) -> COCO:
+        """The things of these images as pycocotools has them, crowds included, for the figures of boxes.
+
+        Raises:
+            UserError: a thing has no `bbox` or no `area`.
+        """
+        truth = self.truth()
+        things = {category["id"] for category in truth.categories if category["isthing"]}
+        annotations = []
+        for image_id, segments in truth.segments.items():
+            for segment in segments:
+                if segment["category_id"] not in things:
+                    continue
+                box, area = segment.get("bbox"), segment.get("area")
+                if not (isinstance(box, list) and len(box) == 4 and all(map(is_finite, (*box, area)))):
+                    raise UserError(
+                        f"{self.annotation_file}: segment {segment['id']} of image {image_id} has no bbox of four "
+                        "numbers or no area, which the figures of boxes need"
+                    )
+                annotations.append({**segment, "id": len(annotations) + 1, "image_id": image_id})
+        coco = COCO()
+        coco.dataset = {
+            "info": {},
+            "licenses": [],
+            "images": truth.images,
+            "annotations": annotations,
+            "categories": [category for category in truth.categories if category["isthing"]],
+        }
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+        return coco
+
+
+def is_finite(value: Any) -> bool:
+    """Whether it is a finite number."""
+    return is_number(value) and math.isfinite(value)

@@ -1,0 +1,569 @@
+"""The mask head, its losses, masks as data, and what becomes of them. Recorded numbers are in `test_golden.py`."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL_MODEL, assert_close, build, equal_states, read_log, run, train
+from PIL import Image
+from pycocotools import mask as coco_mask
+from torch.nn import functional as F
+from torchvision import tv_tensors
+
+from enact_common import load_detector, predict, segmentation
+from enact_common.data.coco import CocoDetection, find_split
+from enact_common.data.masks import PackedMasks, check_segmentations
+from enact_common.data.panoptic import encode_id_map
+from enact_common.data.transforms import eval_transforms, train_transforms
+from enact_common.drawing import draw_detections
+from enact_common.errors import UserError
+from enact_common.logs import main_figure
+from enact_common.segmentation import (
+    AttentionMaps,
+    MaskHead,
+    PostProcessPanoptic,
+    PostProcessSegm,
+    QueryMasks,
+    dice_loss,
+    encode_masks,
+    full_size_masks,
+    mask_losses,
+    padded_masks,
+)
+
+# The model ---------------------------------------------------------------------------------------------------------
+
+
+def test_attention_is_one_softmax_over_heads_and_cells_that_are_no_padding():
+    attention = AttentionMaps(8, nhead=2)
+    queries, memory = torch.randn(1, 3, 8), torch.randn(1, 8, 2, 3)
+    mask = torch.zeros(1, 2, 3, dtype=torch.bool)
+    mask[..., 2] = True
+    maps = attention(queries, memory, mask)
+    assert maps.shape == (1, 3, 2, 2, 3)
+    q, k = attention.q_linear(queries)[0].detach(), attention.k_linear(memory[0].flatten(1).T).detach()
+    for i in range(3):
+        logits = [[float(q[i, 4 * n : 4 * n + 4] @ k[t, 4 * n : 4 * n + 4]) / 2 for t in range(6)] for n in range(2)]
+        total = sum(math.exp(logits[n][t]) for n in range(2) for t in (0, 1, 3, 4))
+        for n in range(2):
+            for t in range(6):
+                expected = 0 if t in (2, 5) else math.exp(logits[n][t]) / total
+                assert float(maps[0, i, n].flatten()[t]) == pytest.approx(expected, abs=1e-6)
+
+
+def straightforward(head, src, maps, fpns):
+    """The head's masks as the paper draws it: each query's maps beside the image's own channels."""
+    x = torch.cat((src, maps), dim=1)
+    x = head.gn1(head.lay1(x)).relu()
+    x = head.gn2(head.lay2(x)).relu()
+    for i, map_ in enumerate(fpns, start=1):
+        x = getattr(head, f"adapter{i}")(map_) + F.interpolate(x, size=map_.shape[-2:])
+        x = getattr(head, f"gn{i + 2}")(getattr(head, f"lay{i + 2}")(x)).relu()
+    return head.out_lay(x)[:, 0]
+
+
+@pytest.mark.parametrize("chunk", [1, 100])
+def test_masks_and_gradients_are_those_of_the_straightforward_way(monkeypatch, chunk):
+    monkeypatch.setattr(segmentation, "HEAD_CHUNK", chunk)
+    head = MaskHead(32, 4, (24, 12, 6))
+    src, maps = torch.randn(2, 32, 3, 4, requires_grad=True), torch.rand(2, 5, 4, 3, 4)
+    fpns = [torch.randn(2, channels, *size) for channels, size in ((24, (6, 7)), (12, (11, 14)), (6, (22, 27)))]
+    image, query = torch.tensor([0, 1, 1]), torch.tensor([4, 0, 2])
+    expected = straightforward(head, src[image], maps[image, query], [map_[image] for map_ in fpns])
+    expected.square().sum().backward()
+    wanted = [p.grad for p in (src, *head.parameters())]
+    src.grad = None
+    head.zero_grad()
+
+    masks = QueryMasks(head, maps, head.share(src, fpns), None)
+    selected = masks.select(image, query)
+    assert_close(selected, expected.detach())
+    selected.square().sum().backward()
+    for found, gradient in zip((src, *head.parameters()), wanted, strict=True):
+        assert_close(found.grad, gradient, tolerance=1e-3)
+    with torch.no_grad():
+        assert_close(masks.all()[image, query], expected.detach())
+
+
+def outputs_and_losses(objects: tuple[int, ...], sizes=((64, 80), (72, 64))):
+    """A small model in training, and its losses for images with so many objects."""
+    model, criterion, _ = build("detr", *SMALL_MODEL["detr"], "--num_classes", "5", "--masks")
+    model.train()
+    images = [torch.rand(3, *size) for size in sizes[: len(objects)]]
+    targets = [
+        {
+            "labels": torch.zeros(n, dtype=torch.int64),
+            "boxes": torch.rand(n, 4) / 4 + 0.3,
+            "masks": torch.rand(n, *size) > 0.5,
+        }
+        for n, size in zip(objects, sizes, strict=False)
+    ]
+    return model, criterion(model(images), targets), criterion
+
+
+@pytest.mark.parametrize("objects", [(2, 1), (0, 3), (0, 0)])
+def test_every_parameter_of_the_head_has_a_gradient(objects):
+    # A process whose batch has no object would otherwise leave the others waiting.
+    model, losses, criterion = outputs_and_losses(objects)
+    criterion.total(losses).backward()
+    assert all(p.grad is not None for p in (*model.mask_head.parameters(), *model.bbox_attention.parameters()))
+    assert (losses["loss_mask"] > 0) == (sum(objects) > 0)
+
+
+def test_evaluation_gives_the_losses_of_training():
+    model, criterion, _ = build("detr", *SMALL_MODEL["detr"], "--num_classes", "5", "--masks", "--dropout", "0")
+    targets = [
+        {"labels": torch.tensor([1, 2]), "boxes": torch.rand(2, 4) / 4 + 0.3, "masks": torch.rand(2, 64, 80) > 0.5}
+    ]
+    for module in model.modules():
+        # Statistics of the batch in training, and of all batches in evaluation.
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.track_running_stats, module.running_mean, module.running_var = False, None, None
+    image = [torch.rand(3, 64, 80)]
+    losses = []
+    for mode in (True, False):
+        model.train(mode)
+        losses.append(criterion(model(image), targets))
+    assert losses[0].keys() == losses[1].keys()
+    for name in ("loss_mask", "loss_dice"):
+        assert_close(losses[0][name], losses[1][name].detach())
+    assert model(image)["pred_masks"].shape == (1, 8, 16, 20)
+
+
+# Losses ------------------------------------------------------------------------------------------------------------
+
+
+def test_losses_worked_out_by_hand():
+    # Probabilities 3/4 and 1/2; the first pixel is the object's.
+    logits = torch.tensor([[[math.log(3), 0.0]]])
+    losses = mask_losses(logits, torch.tensor([[[True, False]]]))
+    focal = (0.25 * (1 / 4) ** 2 * -math.log(3 / 4) + 0.75 * (1 / 2) ** 2 * -math.log(1 / 2)) / 2
+    assert losses["loss_mask"].tolist() == pytest.approx([focal])
+    assert losses["loss_dice"].tolist() == pytest.approx([1 - (2 * 3 / 4 + 1) / (5 / 4 + 1 + 1)])
+    # What is right without doubt costs nothing, what is wrong nearly all.
+    sure = torch.tensor([[50.0, -50.0, -50.0]])
+    assert dice_loss(sure, torch.tensor([[1.0, 0, 0]])).item() == pytest.approx(0, abs=1e-6)
+    assert dice_loss(sure, torch.tensor([[0.0, 1, 1]])).item() == pytest.approx(1 - 1 / 4)
+
+
+def test_losses_do_not_depend_on_the_chunks(monkeypatch):
+    logits = torch.randn(5, 4, 6, requires_grad=True)
+    masks = torch.rand(5, 17, 23) > 0.5
+    found = []
+    for chunk in (2, 100):
+        monkeypatch.setattr(segmentation, "FULL_SIZE_CHUNK", chunk)
+        losses = mask_losses(logits, masks)
+        (gradient,) = torch.autograd.grad(losses["loss_mask"].sum() + losses["loss_dice"].sum(), logits)
+        found.append((losses["loss_mask"].detach(), losses["loss_dice"].detach(), gradient))
+    for first, second in zip(*found, strict=True):
+        assert_close(first, second, tolerance=1e-6)
+
+
+def test_masks_of_a_batch_are_padded_to_its_size():
+    masks = [torch.ones(2, 2, 3, dtype=torch.bool), torch.ones(0, 4, 2, dtype=torch.bool)]
+    padded = padded_masks(masks)
+    assert padded.shape == (2, 4, 3)
+    assert padded[:, :2].all() and not padded[:, 2:].any()
+
+
+# Data --------------------------------------------------------------------------------------------------------------
+
+SQUARE = [[2, 1, 6, 1, 6, 4, 2, 4]]
+CODE = {"size": [8, 10], "counts": [80]}
+
+
+def test_polygons_and_codes_are_decoded():
+    square = np.zeros((8, 10), dtype=bool)
+    square[1:4, 2:6] = True
+    code = coco_mask.encode(np.asfortranarray(square.astype(np.uint8)))
+    runs = {"size": [8, 10], "counts": [17, 3, 5, 3, 5, 3, 5, 3, 36]}
+    text = {"size": [8, 10], "counts": code["counts"].decode()}
+    two = [*SQUARE, [8, 6, 10, 6, 10, 8, 8, 8]]
+    packed = PackedMasks([SQUARE, runs, text, two])
+    masks = packed.decode(slice(0, 4), 8, 10, "photo.jpg")
+    assert masks.dtype == torch.bool
+    assert all(np.array_equal(mask, square) for mask in masks[:3].numpy())
+    assert masks[3, 1:4, 2:6].all() and masks[3, 6:, 8:].all() and masks[3].sum() == 16
+    assert packed.decode(slice(2, 2), 8, 10, "photo.jpg").shape == (0, 8, 10)
+    with pytest.raises(UserError, match=r"photo.jpg: is 9 x 10 pixels .* 8 x 10"):
+        packed.decode(slice(2, 3), 9, 10, "photo.jpg")
+    with pytest.raises(UserError, match="photo.jpg: .* is damaged"):
+        PackedMasks([{"size": [8, 10], "counts": "abc"}]).decode(slice(0, 1), 8, 10, "photo.jpg")
+
+
+@pytest.mark.parametrize(
+    "segmentation, message",
+    [
+        (None, "has no segmentation"),
+        ([], "has no segmentation"),
+        ([[1, 2, 3, 4]], "a polygon of 4 numbers"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "a polygon of 7 numbers"),
+        ([[1, 2, 3, 4, 5, float("nan")]], "something else than finite numbers"),
+        ([1, 2, 3, 4, 5, 6], "neither a list of polygons nor"),
+        ({"size": [10, 8], "counts": [80]}, r"of size \[10, 8\], its image is \[8, 10\]"),
+        ({"size": [8, 10], "counts": [79]}, "does not cover its image"),
+        ({"size": [8, 10], "counts": 3}, "neither a text nor whole numbers"),
+        ({"size": [8, 10], "counts": ""}, "an empty run-length code|neither"),
+    ],
+    ids=str,
+)
+def test_segmentations_that_cannot_be_learned_from_are_named(segmentation, message):
+    images = [{"id": 7, "height": 8, "width": 10}]
+    annotation = {"id": 3, "image_id": 7, "segmentation": segmentation}
+    good = {"id": 1, "image_id": 7, "segmentation": SQUARE}
+    with pytest.raises(UserError, match=f"truth.json: annotation 3 of image 7.*({message})"):
+        check_segmentations(images, [good, annotation], "truth.json")
+    # Of another image: passed over.
+    check_segmentations(images, [good, {**good, "segmentation": CODE}, {**annotation, "image_id": 8}], "truth.json")
+    with pytest.raises(UserError, match="image 7 lacks its height and width"):
+        check_segmentations([{"id": 7, "file_name": "x"}], [], "truth.json")
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_masks_stay_with_their_pixels(seed):
+    # Two objects, each in a shade of its own, so that the image says where they went.
+    masks, image = torch.zeros(2, 64, 80, dtype=torch.bool), torch.zeros(3, 64, 80, dtype=torch.uint8)
+    corners = torch.tensor([[6, 8, 36, 52], [44, 12, 70, 60]])
+    for mask, (left, top, right, bottom), shade in zip(masks, corners.tolist(), (100, 200), strict=True):
+        mask[top:bottom, left:right] = True
+        image[:, mask] = shade
+    boxes = tv_tensors.BoundingBoxes(corners.float(), format="XYXY", canvas_size=(64, 80))
+    target = {"boxes": boxes, "labels": torch.tensor([1, 2]), "masks": tv_tensors.Mask(masks)}
+    torch.manual_seed(seed)
+    moved, after = train_transforms([120], 200)(tv_tensors.Image(image), target)
+    assert after["masks"].dtype == torch.bool and after["masks"].shape[1:] == moved.shape[1:]
+    assert len(after["masks"]) == len(after["boxes"]) == len(after["labels"]) > 0
+    height, width = moved.shape[1:]
+    for mask, box, label in zip(after["masks"], after["boxes"], after["labels"].tolist(), strict=True):
+        painted = (moved[0].float() - 100 * label).abs() < 50
+        if label == 1:
+            # On the edges of the other, whose shade is higher, the image's resize makes this one's.
+            painted &= ~F.max_pool2d((moved[0] > 150)[None].float(), 9, 1, 4)[0].bool()
+        assert (mask & painted).sum() / (mask | painted).sum() > 0.9
+        rows, columns = mask.nonzero().unbind(dim=1)
+        extent = torch.stack((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+        centre, side = box[:2] * torch.tensor([width, height]), box[2:] * torch.tensor([width, height])
+        assert (torch.cat((centre - side / 2, centre + side / 2)) - extent).abs().max() <= 2
+
+
+def test_targets_have_masks_only_where_asked_for(shapes):
+    split = find_split(str(shapes), "val")
+    _, target = CocoDetection(*split, eval_transforms(64, 96))[0]
+    assert "masks" not in target
+    image, target = CocoDetection(*split, eval_transforms(128, 200), masks=True)[0]
+    assert target["masks"].shape == (len(target["boxes"]), *image.shape[1:])
+    truth = json.loads(split[1].read_text())
+    areas = [a["area"] for a in truth["annotations"] if a["image_id"] == 1]
+    assert target["masks"].flatten(1).sum(dim=1).tolist() == pytest.approx([4 * area for area in areas], rel=0.05)
+
+
+# Outputs -----------------------------------------------------------------------------------------------------------
+
+
+def test_masks_come_to_the_original_images_size(monkeypatch):
+    monkeypatch.setattr(segmentation, "FULL_SIZE_CHUNK", 2)
+    logits = torch.randn(5, 6, 8)
+    padded, size, original = (24, 32), (20, 32), (33, 47)
+    seen = F.interpolate(logits[:, None], size=padded, mode="bilinear")[:, :, :20].sigmoid() > 0.5
+    expected = F.interpolate(seen.float(), size=original)[:, 0].bool()
+    found = torch.cat(list(full_size_masks(logits, padded, size, original)))
+    assert torch.equal(found, expected)
+
+    outputs = {"pred_masks": logits.unsqueeze(0)}
+    sizes = torch.tensor([[24, 32]])
+    (result,) = PostProcessSegm()([{"queries": torch.tensor([4, 0])}], outputs, sizes, sizes)
+    masks = coco_mask.decode(result["segmentations"])
+    assert np.array_equal(masks[..., 1], next(full_size_masks(logits[:1], padded, padded, padded))[0])
+    assert not list(full_size_masks(logits[:0], padded, size, original))
+
+
+def test_a_code_says_what_the_mask_is():
+    masks = torch.rand(3, 7, 5) > 0.5
+    codes = encode_masks(masks)
+    assert json.loads(json.dumps(codes)) == codes
+    assert np.array_equal(coco_mask.decode(codes).transpose(2, 0, 1), masks)
+
+
+def panoptic(masks, classes, scores, things=(1, 2), original=(4, 6)):
+    """What is made of masks (n, 4, 6), here as they are, of these classes."""
+    logits = torch.full((1, len(classes), 6), -20.0)
+    for i, (label, score) in enumerate(zip(classes, scores, strict=True)):
+        logits[0, i, label], logits[0, i, 5] = math.log(score), math.log(1 - score)
+    size = torch.tensor([[4, 6]])
+    outputs = {"pred_logits": logits, "pred_masks": torch.tensor(masks).float().view(1, len(classes), 4, 6)}
+    (result,) = PostProcessPanoptic(things)(outputs, size, torch.tensor([original]))
+    return result["id_map"], [
+        (s["id"], s["category_id"], s["isthing"], s["area"], round(s["score"], 3)) for s in result["segments"]
+    ]
+
+
+def columns(*numbers):
+    """A mask of these columns, as logits."""
+    return [[4.0 if i in numbers else -4.0 for i in range(6)]] * 4
+
+
+def test_sure_queries_share_the_pixels():
+    id_map, segments = panoptic(
+        [columns(0, 1), columns(2, 3), columns(0, 1, 2, 3, 4, 5), columns(4, 5), columns(0)],
+        [1, 1, 2, 3, 5],
+        [0.9, 0.95, 0.84, 0.99, 0.99],  # the third is not sure enough, the last is no object
+    )
+    assert segments == [(1, 1, True, 8, 0.9), (2, 1, True, 8, 0.95), (3, 3, False, 8, 0.99)]
+    assert (id_map == torch.tensor([1, 1, 2, 2, 3, 3])).all()
+
+
+def test_queries_of_the_same_stuff_are_one_segment():
+    masks = [columns(0, 1), columns(2, 3), columns(4, 5)]
+    id_map, segments = panoptic(masks, [4, 1, 4], [0.9, 0.9, 0.95])
+    assert segments == [(1, 4, False, 16, 0.95), (2, 1, True, 8, 0.9)]
+    assert id_map[0].tolist() == [1, 1, 2, 2, 1, 1]
+    # Of things, each stands alone.
+    assert len(panoptic(masks, [1, 1, 1], [0.9, 0.9, 0.95])[1]) == 3
+
+
+def test_small_segments_leave_their_pixels_to_the_next():
+    weak = [[1.0] * 6] * 4
+    id_map, segments = panoptic([weak, columns(5)], [1, 2], [0.9, 0.9])
+    assert segments == [(1, 1, True, 24, 0.9)] and (id_map == 1).all()
+    # At twice the size, it has more than four pixels.
+    id_map, segments = panoptic([weak, columns(5)], [1, 2], [0.9, 0.9], original=(8, 12))
+    assert [(number, area) for number, _, _, area, _ in segments] == [(1, 80), (2, 16)]
+    assert (id_map[:, 10:] == 2).all() and (id_map[:, :10] == 1).all()
+
+
+def test_nothing_sure_is_no_segment():
+    id_map, segments = panoptic([columns(0)], [1], [0.5])
+    assert segments == [] and id_map.shape == (4, 6) and not id_map.any()
+
+
+def test_masks_are_drawn_as_a_film_with_an_outline():
+    pixels = np.full((200, 300, 3), 100, dtype=np.uint8)
+    masks = np.zeros((1, 200, 300), dtype=bool)
+    masks[0, 40:120, 50:150] = True
+    plain, filmed = (
+        draw_detections(pixels, [[200, 150, 280, 190]], ["shape"], [0.5], [0], enlarge=False, masks=drawn)
+        for drawn in (None, masks)
+    )
+    changed = (plain != filmed).any(axis=2)
+    assert np.array_equal(changed, masks[0])
+    assert filmed[40, 60].tolist() == [230, 159, 0] and filmed[80, 100].tolist() == [152, 124, 60]
+
+
+# Training ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(shapes, tmp_path_factory):
+    """By attention, the folder of a small model that learned masks for two epochs."""
+    folders = {}
+    for attention in ("enact", "mhsa"):
+        folders[attention] = tmp_path_factory.mktemp(attention) / "run"
+        flags = ("--masks", "--epochs", 2, "--encoder_attention", attention, "--num_workers", 0)
+        assert train("detr", shapes, folders[attention], *flags) == 0
+    return folders
+
+
+@pytest.mark.parametrize("attention", ["enact", "mhsa"])
+def test_training_logs_the_masks_figures(trained, shapes, tmp_path, attention):
+    rows = read_log(trained[attention])
+    assert len(rows) == 2
+    for row in rows:
+        assert len(row["test_coco_eval_masks"]) == len(row["test_coco_eval_bbox"]) == 12
+        for part in ("train", "test"):
+            assert 0 < row[f"{part}_loss_mask"] < 1 and 0 < row[f"{part}_loss_dice"] < 1
+    record = json.loads((trained[attention] / "evaluation.json").read_text())
+    assert list(record["masks"]["figures"].values()) == rows[-1]["test_coco_eval_masks"]
+
+    words = ("--coco_path", shapes, *SMALL_MODEL["detr"], "--encoder_attention", attention, "--eval")
+    checkpoint = ("--resume", trained[attention] / "checkpoint.pth")
+    assert run("detr", *words, *checkpoint, "--output_dir", tmp_path / "eval", "--masks") == 0
+    record = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
+    assert list(record["masks"]["figures"].values()) == rows[-1]["test_coco_eval_masks"]
+    results = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert len(results) == 6 * 8
+    assert coco_mask.decode(results[0]["segmentation"]).shape == (64, 80)
+
+
+def test_perfect_masks_have_an_ap_of_one(shapes):
+    from enact_common.data.categories import LabelMap
+    from enact_common.evaluation.coco import CocoBoxEvaluator
+
+    dataset = CocoDetection(*find_split(str(shapes), "val"), lambda *item: item, masks=True)
+    evaluator = CocoBoxEvaluator(LabelMap.from_dict(dataset.label_map.to_dict()))
+    for i, image_id in enumerate(dataset.image_ids):
+        _, target = dataset[i]
+        result = {
+            "scores": torch.ones(len(target["labels"])),
+            "labels": target["labels"],
+            # Boxes of no use: masks alone count.
+            "boxes": torch.zeros(len(target["labels"]), 4),
+            "segmentations": encode_masks(target["masks"].as_subclass(torch.Tensor)),
+        }
+        evaluator.update([image_id], [result])
+    evaluator.synchronize()
+    truth = dataset.coco_api()
+    assert evaluator.evaluate(truth, masks=True).stats[0] == pytest.approx(1)
+    assert evaluator.evaluate(truth).stats[0] == pytest.approx(0)
+
+
+def test_a_resumed_training_is_the_same_to_the_last_bit(trained, shapes, tmp_path):
+    output = tmp_path / "halves"
+    assert train("detr", shapes, output, "--masks", "--epochs", 1) == 0
+    assert train("detr", shapes, output, "--masks", "--epochs", 2, "--auto_resume") == 0
+    whole, halves = (
+        torch.load(folder / "checkpoint.pth", weights_only=True)["model"] for folder in (trained["enact"], output)
+    )
+    assert equal_states(whole, halves)
+    assert read_log(trained["enact"]) == read_log(output)
+
+
+def test_frozen_weights_stay_and_the_head_learns(shapes, tmp_path, capsys):
+    boxes, masks = tmp_path / "boxes", tmp_path / "masks"
+    assert train("detr", shapes, boxes, "--epochs", 1) == 0
+    frozen = ("--masks", "--frozen_weights", boxes / "checkpoint.pth")
+    assert train("detr", shapes, masks, *frozen, "--epochs", 1) == 0
+    detector, both = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (boxes, masks))
+    assert equal_states(detector["model"], {n[5:]: t for n, t in both["model"].items() if n.startswith("detr.")})
+    assert all(torch.isfinite(t).all() for n, t in both["model"].items() if n.startswith("mask_head."))
+    first, second = read_log(boxes)[-1], read_log(masks)[-1]
+    # The figures of boxes are the detector's, and so are its losses.
+    assert first["test_coco_eval_bbox"] == second["test_coco_eval_bbox"]
+    assert second["test_loss_ce"] == pytest.approx(first["test_loss_ce"], rel=1e-5)
+
+    head = {n: t for n, t in both["model"].items() if n.startswith("mask_head.")}
+    assert train("detr", shapes, masks, *frozen, "--epochs", 2, "--auto_resume") == 0
+    later = torch.load(masks / "checkpoint.pth", weights_only=True)["model"]
+    assert all(not torch.equal(head[n], later[n]) for n in head if n.endswith("lay1.weight"))
+    assert equal_states(detector["model"], {n[5:]: t for n, t in later.items() if n.startswith("detr.")})
+
+    capsys.readouterr()
+    assert train("detr", shapes, masks, "--masks", "--epochs", 3, "--auto_resume") == 2
+    assert "was trained with --frozen_weights CKPT; pass the same" in capsys.readouterr().err
+
+
+def test_weights_go_from_boxes_to_masks_and_back(trained, shapes, tmp_path, capsys):
+    box_model = tmp_path / "boxes"
+    words = ("--pretrained", trained["enact"] / "checkpoint.pth", "--epochs", 1)
+    assert train("detr", shapes, box_model, *words) == 0
+    assert "skipped, the model has none: bbox_attention" in capsys.readouterr().out
+    words = ("--masks", "--pretrained", box_model / "checkpoint.pth", "--epochs", 0)
+    assert train("detr", shapes, tmp_path / "masks", *words) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"left as initialised: bbox_attention.q_linear.weight.* and 29 more", said)
+    assert "skipped" not in said
+
+
+def test_a_checkpoint_says_whether_it_has_masks(trained, shapes, tmp_path, capsys):
+    checkpoint = trained["enact"] / "checkpoint.pth"
+    assert train("detr", shapes, tmp_path / "out", "--resume", checkpoint) == 2
+    assert "Pass, as then: --masks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variant", ["conditional", "anchor"])
+@pytest.mark.parametrize("flags", [["--masks"], ["--masks", "--frozen_weights", "x.pth"]], ids=" ".join)
+def test_other_variants_refuse_masks(variant, flags, capsys):
+    assert run(variant, "--coco_path", "/nowhere", "--device", "cpu", *flags) == 2
+    assert "DETR alone has a mask head" in capsys.readouterr().err
+
+
+def test_data_without_masks_are_refused_before_any_work(shapes, tmp_path, capsys):
+    truth = json.loads((shapes / "annotations" / "instances_val2017.json").read_text())
+    for annotation in truth["annotations"]:
+        annotation["segmentation"] = []
+    (tmp_path / "val.json").write_text(json.dumps(truth))
+    own = ("--val_images", shapes / "val2017", "--val_annotations", tmp_path / "val.json")
+    own += ("--train_images", shapes / "train2017")
+    own += ("--train_annotations", shapes / "annotations" / "instances_train2017.json")
+    output = tmp_path / "out"
+    assert train("detr", shapes, output, *own, "--masks") == 2
+    assert re.search(
+        r"val.json: annotation 1 of image 1.* has no segmentation, .*leave --masks out", capsys.readouterr().err
+    )
+    assert not output.exists() or not list(output.iterdir())
+
+
+def panoptic_data(shapes, root):
+    """The shapes as COCO's panoptic data: crosses are stuff, and what is left is the background, stuff too."""
+    for split in ("train", "val"):
+        truth = json.loads((shapes / "annotations" / f"instances_{split}2017.json").read_text())
+        dataset = CocoDetection(*find_split(str(shapes), split), lambda *item: item, masks=True)
+        folder = root / "annotations" / f"panoptic_{split}2017"
+        folder.mkdir(parents=True)
+        annotations = []
+        for i, image_id in enumerate(dataset.image_ids):
+            _, target = dataset[i]
+            id_map = np.full(target["masks"].shape[1:], 200)
+            segments = [{"id": 200, "category_id": 9}]
+            for number, (mask, label) in enumerate(
+                zip(target["masks"].numpy(), target["labels"].tolist(), strict=True)
+            ):
+                rows, cols = mask.nonzero()
+                id_map[mask] = number + 1
+                box = [int(cols.min()), int(rows.min()), int(np.ptp(cols)) + 1, int(np.ptp(rows)) + 1]
+                segments.append({"id": number + 1, "category_id": label + 1, "bbox": box, "area": int(mask.sum())})
+            seen = set(np.unique(id_map).tolist())
+            (folder / f"{image_id}.png").write_bytes(encode_id_map(id_map))
+            segments = [segment for segment in segments if segment["id"] in seen]
+            annotations.append({"image_id": image_id, "file_name": f"{image_id}.png", "segments_info": segments})
+        categories = [{**c, "isthing": int(c["name"] != "cross")} for c in truth["categories"]]
+        categories.append({"id": 9, "name": "background", "isthing": 0})
+        content = {"images": truth["images"], "annotations": annotations, "categories": categories}
+        folder.with_suffix(".json").write_text(json.dumps(content))
+    return ("--dataset_file", "coco_panoptic", "--coco_panoptic_path", root)
+
+
+def test_panoptic_training_logs_the_quality(shapes, tmp_path):
+    flags = ("--masks", *panoptic_data(shapes, tmp_path / "panoptic"))
+    output = tmp_path / "run"
+    assert train("detr", shapes, output, *flags, "--epochs", 1) == 0
+    (row,) = read_log(output)
+    assert row["train_loss_mask"] > 0 and len(row["test_coco_eval_bbox"]) == 12
+    for group in ("all", "th", "st"):
+        assert row[f"test_PQ_{group}"].keys() == {"pq", "sq", "rq", "n"}
+    assert row["test_PQ_all"]["n"] == row["test_PQ_th"]["n"] + row["test_PQ_st"]["n"] > 2
+    assert torch.load(output / "checkpoint.pth", weights_only=True)["args"]["num_classes"] == 250
+
+    resume = ("--resume", output / "checkpoint.pth", "--eval")
+    assert train("detr", shapes, tmp_path / "eval", *flags, *resume) == 0
+    record = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
+    assert record["panoptic"]["figures"]["PQ"] == row["test_PQ_all"]["pq"]
+    written = json.loads((tmp_path / "eval" / "panoptic_results" / "panoptic.json").read_text())
+    assert len(written["annotations"]) == 6
+
+
+def test_best_is_what_the_model_was_trained_for():
+    boxes, masks = {"test_coco_eval_bbox": [0.1] * 12}, {"test_coco_eval_masks": [0.2] * 12}
+    quality = {"test_PQ_all": {"pq": 0.3}}
+    assert [main_figure(row) for row in ({}, boxes, boxes | masks, boxes | quality)] == [None, 0.1, 0.2, 0.3]
+
+
+# Prediction --------------------------------------------------------------------------------------------------------
+
+
+def test_prediction_gives_masks(trained, shapes, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(photo)
+    detector = load_detector(trained["enact"] / "checkpoint.pth", "cpu", threshold=0)
+    found = detector(photo)
+    assert found.masks.shape == (8, 50, 70) and found.masks.dtype == torch.bool
+    assert detector(photo, threshold=1.0).masks.shape == (0, 50, 70)
+
+    argv = [
+        "--checkpoint",
+        trained["enact"] / "checkpoint.pth",
+        photo,
+        "--threshold",
+        0,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    assert predict.main([str(word) for word in (*argv, "--device", "cpu")]) == 0
+    entries = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert len(entries) == 8
+    for entry, mask in zip(entries, found.masks, strict=True):
+        assert np.array_equal(coco_mask.decode(entry["segmentation"]), mask)
+    drawn = np.array(Image.open(tmp_path / "out" / "photo.png"))
+    assert drawn.shape[0] % 50 == 0
