@@ -51,7 +51,7 @@ def test_attention_is_one_softmax_over_heads_and_cells_that_are_no_padding():
         for n in range(2):
             for t in range(6):
                 expected = 0 if t in (2, 5) else math.exp(logits[n][t]) / total
-                assert float(maps[0, i, n].flatten()[t]) == pytest.approx(expected, abs=1e-6)
+                assert maps[0, i, n].flatten()[t].item() == pytest.approx(expected, abs=1e-6)
 
 
 def straightforward(head, src, maps, fpns):
@@ -497,9 +497,8 @@ def panoptic_data(shapes, root):
             _, target = dataset[i]
             id_map = np.full(target["masks"].shape[1:], 200)
             segments = [{"id": 200, "category_id": 9}]
-            for number, (mask, label) in enumerate(
-                zip(target["masks"].numpy(), target["labels"].tolist(), strict=True)
-            ):
+            objects = zip(target["masks"].numpy(), target["labels"].tolist(), strict=True)
+            for number, (mask, label) in enumerate(objects):
                 rows, cols = mask.nonzero()
                 id_map[mask] = number + 1
                 box = [int(cols.min()), int(rows.min()), int(np.ptp(cols)) + 1, int(np.ptp(rows)) + 1]
