@@ -113,6 +113,17 @@ def test_every_parameter_of_the_head_has_a_gradient(objects):
     assert (losses["loss_mask"] > 0) == (sum(objects) > 0)
 
 
+def test_a_frozen_detector_neither_trains_nor_drops_out():
+    flags = (*SMALL_MODEL["detr"], "--num_classes", "5", "--masks", "--frozen_weights", "boxes.pth", "--dropout", "0.5")
+    model, _, _ = build("detr", *flags)
+    model.train()
+    assert model.mask_head.training and not any(module.training for module in model.detr.modules())
+    image = [torch.rand(3, 64, 80)]
+    assert torch.equal(model(image)["pred_boxes"], model(image)["pred_boxes"])
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"mask_head", "bbox_attention"}
+
+
 def test_evaluation_gives_the_losses_of_training():
     model, criterion, _ = build("detr", *SMALL_MODEL["detr"], "--num_classes", "5", "--masks", "--dropout", "0")
     targets = [
