@@ -36,7 +36,7 @@ def detector_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor
 
 def has_masks(weights: Mapping[str, Any]) -> bool:
     """Whether a state dict is of a detector with a mask head."""
-    return any(name.startswith(MASK_HEAD) for name in weights)
+    return any(str(name).startswith(MASK_HEAD) for name in weights)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

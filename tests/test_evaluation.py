@@ -151,7 +151,7 @@ def test_an_image_given_twice_counts_once(package, monkeypatch):
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1, 2], perfect)
     # Another process has image 2 too, as a sampler's padding.
-    monkeypatch.setattr("enact_common.evaluation.coco.gather_objects", lambda value: [value, {2: value[2]}])
+    monkeypatch.setattr("enact_common.evaluation.coco.gather_objects", lambda value: [value, ({2: value[0][2]}, {})])
     evaluator.synchronize()
     assert len(evaluator.detections()) == 2
     assert figures(evaluator)["AP"] == pytest.approx(1)

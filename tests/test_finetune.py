@@ -322,7 +322,7 @@ def test_averaged_weights_are_evaluated_and_resumed(shapes, tmp_path, capsys):
 def precisions(monkeypatch):
     """Let evaluations give these values of AP, one after the other."""
     values = []
-    monkeypatch.setattr(Run, "report", lambda self, *args, **kwargs: [values.pop(0)] + [0.0] * 11)
+    monkeypatch.setattr(Run, "report", lambda self, *args: {"test_coco_eval_bbox": [values.pop(0)] + [0.0] * 11})
     return values
 
 

@@ -51,7 +51,7 @@ def test_attention_is_one_softmax_over_heads_and_cells_that_are_no_padding():
         for n in range(2):
             for t in range(6):
                 expected = 0 if t in (2, 5) else math.exp(logits[n][t]) / total
-                assert float(maps[0, i, n].flatten()[t]) == pytest.approx(expected, abs=1e-6)
+                assert maps[0, i, n].flatten()[t].item() == pytest.approx(expected, abs=1e-6)
 
 
 def straightforward(head, src, maps, fpns):
@@ -111,6 +111,17 @@ def test_every_parameter_of_the_head_has_a_gradient(objects):
     criterion.total(losses).backward()
     assert all(p.grad is not None for p in (*model.mask_head.parameters(), *model.bbox_attention.parameters()))
     assert (losses["loss_mask"] > 0) == (sum(objects) > 0)
+
+
+def test_a_frozen_detector_neither_trains_nor_drops_out():
+    flags = (*SMALL_MODEL["detr"], "--num_classes", "5", "--masks", "--frozen_weights", "boxes.pth", "--dropout", "0.5")
+    model, _, _ = build("detr", *flags)
+    model.train()
+    assert model.mask_head.training and not any(module.training for module in model.detr.modules())
+    image = [torch.rand(3, 64, 80)]
+    assert torch.equal(model(image)["pred_boxes"], model(image)["pred_boxes"])
+    trained = {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"mask_head", "bbox_attention"}
 
 
 def test_evaluation_gives_the_losses_of_training():
@@ -497,9 +508,8 @@ def panoptic_data(shapes, root):
             _, target = dataset[i]
             id_map = np.full(target["masks"].shape[1:], 200)
             segments = [{"id": 200, "category_id": 9}]
-            for number, (mask, label) in enumerate(
-                zip(target["masks"].numpy(), target["labels"].tolist(), strict=True)
-            ):
+            objects = zip(target["masks"].numpy(), target["labels"].tolist(), strict=True)
+            for number, (mask, label) in enumerate(objects):
                 rows, cols = mask.nonzero()
                 id_map[mask] = number + 1
                 box = [int(cols.min()), int(rows.min()), int(np.ptp(cols)) + 1, int(np.ptp(rows)) + 1]
