@@ -12,6 +12,7 @@ from conftest import equal_states, read_log, start, train
 
 from enact_common.checkpoint import load_checkpoint, save_checkpoint
 from enact_common.errors import UserError
+from enact_common.run import Run
 from enact_common.stopping import SIGNALS, STOPPED, listening, stop_requested
 
 # Twelve images, one at a time: twelve batches and six steps an epoch, with all that a checkpoint has to remember.
@@ -231,13 +232,13 @@ def test_which_checkpoints_stay(shapes, tmp_path, argv, kept):
 
 def test_the_best_checkpoint_is_that_of_the_highest_precision(shapes, tmp_path, monkeypatch):
     figures = iter([0.2, 0.5, 0.3])
-    original = train.__globals__["run"].__globals__["main"].__globals__["Run"].report
+    original = Run.report
 
     def report(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        return [next(figures)] * 12
+        return {"test_coco_eval_bbox": [next(figures)] * 12}
 
-    monkeypatch.setattr("enact_common.run.Run.report", report)
+    monkeypatch.setattr(Run, "report", report)
     argv = ["--epochs", "3", "--limit_train", "4", "--limit_val", "1"]
     assert train("detr", shapes, tmp_path, *argv) == 0
     assert load_checkpoint(str(tmp_path / "best.pth"))["epoch"] == 1
