@@ -97,6 +97,26 @@ def wait(running: list) -> None:
             raise RuntimeError(f"a training ended with status {process.returncode}: {complained}")
 
 
+def outcome(path: Path, read: Callable[[Path], object]) -> str:
+    """What comes of reading a file: "read", or "refused" by a UserError that names it. Another error goes through."""
+    try:
+        read(path)
+    except UserError as error:
+        if str(path) not in str(error):
+            raise AssertionError(f"the message does not name the file: {error}") from error
+        return "refused"
+    return "read"
+
+
+def read_image(path: Path) -> None:
+    """Read an image, which must give pixels."""
+    with silence(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damaged metadata
+        image = decode_image(path)
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
+        raise AssertionError(f"{path}: gave {image.dtype} {tuple(image.shape)}")
+
+
 def damaged_images(folder: Path, count: int, seed: int = 0) -> dict:
     """Read images of several formats after random damage: each must give pixels or a UserError that names the file.
 
@@ -120,18 +140,7 @@ def damaged_images(folder: Path, count: int, seed: int = 0) -> dict:
         form, content = originals[number % len(originals)]
         path = folder / f"damaged.{form.lower()}"
         path.write_bytes(damage(content, drawn).tobytes())
-        try:
-            with silence(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of damaged metadata
-                image = decode_image(path)
-        except UserError as error:
-            if str(path) not in str(error):
-                raise AssertionError(f"the message does not name the file: {error}") from error
-            outcomes["refused"] += 1
-        else:
-            if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
-                raise AssertionError(f"{path}: gave {image.dtype} {tuple(image.shape)}")
-            outcomes["read"] += 1
+        outcomes[outcome(path, read_image)] += 1
     return dict(outcomes)
 
 
@@ -191,13 +200,7 @@ def damaged_annotations(folder: Path, count: int, seed: int = 0) -> dict:
             place[key] = oddities[drawn.integers(len(oddities))]
             content = json.dumps(value).encode()
         path.write_bytes(content)
-        try:
-            load_annotations(path)
-            outcomes["read"] += 1
-        except UserError as error:
-            if str(path) not in str(error):
-                raise AssertionError(f"the message does not name the file: {error}") from error
-            outcomes["refused"] += 1
+        outcomes[outcome(path, load_annotations)] += 1
     return dict(outcomes)
 
 
@@ -212,13 +215,7 @@ def damaged_checkpoints(folder: Path, count: int, seed: int = 0) -> dict:
     drawn, outcomes, path = np.random.default_rng(seed), Counter(), folder / "damaged.pth"
     for _ in range(count):
         path.write_bytes(damage(original, drawn).tobytes())
-        try:
-            load_checkpoint(str(path))
-            outcomes["read"] += 1
-        except UserError as error:
-            if str(path) not in str(error):
-                raise AssertionError(f"the message does not name the file: {error}") from error
-            outcomes["refused"] += 1
+        outcomes[outcome(path, lambda path: load_checkpoint(str(path)))] += 1
     return dict(outcomes)
 
 
