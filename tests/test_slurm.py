@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -370,8 +371,10 @@ def test_a_cluster_that_does_not_answer_has_not_preempted(job, cluster, monkeypa
 
 
 def test_other_processes_leave_the_queue_and_the_end_to_the_main_one(job, cluster, monkeypatch):
+    waited = []
+
     def the_main_process_ends(seconds: float) -> None:
-        assert seconds == task.MAIN_PROCESS_NEEDS
+        waited.append(seconds)
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("SIGTERM did not end the process")
 
@@ -380,7 +383,7 @@ def test_other_processes_leave_the_queue_and_the_end_to_the_main_one(job, cluste
     monkeypatch.setattr(task, "time", SimpleNamespace(sleep=the_main_process_ends))
     with pytest.raises(SystemExit) as end:
         process_job(job.paths.folder)
-    assert end.value.code == STOPPED
+    assert end.value.code == STOPPED and waited == [task.MAIN_PROCESS_NEEDS]
     assert requeued(cluster) == 0 and not list(job.paths.folder.glob("*result*"))
 
 
@@ -394,10 +397,11 @@ def test_a_signal_that_another_process_got_first_reaches_the_main_one(job, clust
 
 
 @needs_stopping
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_job_whose_time_is_up_goes_on_where_it_was(shapes, tmp_path, processes):
-    argv = training(shapes, tmp_path / "run", "detr", "--epochs", 3, "--batch_size", 1, "--print_freq", 1)
-    flags = ["--cluster", "local", *CPU, "--tasks_per_node", str(processes), "--wait", "--", *argv]
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="nothing here lists a job's processes")
+def test_a_job_whose_time_is_up_goes_on_where_it_was(shapes, tmp_path):
+    few = "--epochs 2 --batch_size 1 --limit_val 2 --print_freq 1".split()
+    argv = training(shapes, tmp_path / "run", "detr", *few)
+    flags = ["--cluster", "local", *CPU, "--tasks_per_node", "2", "--wait", "--", *argv]
     submitter = subprocess.Popen([sys.executable, "-m", "enact_common.slurm", "detr", *flags], cwd=ROOT)
     tasks = []
     while submitter.poll() is None:
@@ -409,13 +413,14 @@ def test_a_job_whose_time_is_up_goes_on_where_it_was(shapes, tmp_path, processes
             for number in tasks:
                 os.kill(int(number), signal.SIGUSR2)
         time.sleep(0.02)
-    assert submitter.returncode == 0 and len(tasks) == processes
+    assert submitter.returncode == 0 and len(tasks) == 2
     assert "Requeued job" in logs[0].read_text()
-    assert [row["epoch"] for row in read_log(tmp_path / "run")] == [0, 1, 2]
+    assert [row["epoch"] for row in read_log(tmp_path / "run")] == [0, 1]
 
 
 def test_a_single_process_within_a_slurm_job_trains_alone(shapes, tmp_path, monkeypatch, capsys):
     slurm_environment(monkeypatch, rank=3, nodes=2, tasks_per_node=4)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **more: pytest.fail("not alone"))
     assert train("detr", shapes, tmp_path, "--epochs", "1") == 0
     assert ", 1 process," in capsys.readouterr().out
     assert [row["epoch"] for row in read_log(tmp_path)] == [0]
