@@ -38,9 +38,6 @@ SCRIPTS = {
     "sacct": "exit 1",
 }
 
-needs_stopping = pytest.mark.skipif(not hasattr(run, "listening"), reason="trainings do not stop at signals yet")
-
-
 @pytest.fixture(autouse=True)
 def environment_and_handlers(monkeypatch):
     """A job's processes set variables and handlers: they are gone after a test, and none is there before it."""
@@ -396,7 +393,6 @@ def test_a_signal_that_another_process_got_first_reaches_the_main_one(job, clust
     assert requeued(cluster) == 1
 
 
-@needs_stopping
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="nothing here lists a job's processes")
 def test_a_job_whose_time_is_up_goes_on_where_it_was(shapes, tmp_path):
     few = "--epochs 2 --batch_size 1 --limit_val 2 --print_freq 1".split()
