@@ -38,6 +38,7 @@ SCRIPTS = {
     "sacct": "exit 1",
 }
 
+
 @pytest.fixture(autouse=True)
 def environment_and_handlers(monkeypatch):
     """A job's processes set variables and handlers: they are gone after a test, and none is there before it."""
