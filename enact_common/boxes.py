@@ -6,9 +6,16 @@ caller's: pixels, or fractions of the image's width and height.
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert, generalized_box_iou
+from torchvision.ops import box_convert, generalized_box_iou, masks_to_boxes
 
-__all__ = ["box_cxcywh_to_xyxy", "box_xyxy_to_cxcywh", "boxes_at_points", "generalized_box_iou", "paired_box_giou"]
+__all__ = [
+    "box_cxcywh_to_xyxy",
+    "box_xyxy_to_cxcywh",
+    "boxes_at_points",
+    "generalized_box_iou",
+    "masks_to_boxes",
+    "paired_box_giou",
+]
 
 
 def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
