@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,6 +16,7 @@ from enact_common.errors import UserError
 from enact_common.files import read_tensors
 from enact_common.nested_tensor import NestedTensor
 from enact_common.position_encoding import build_position_encoding
+from enact_common.recording import EXAMPLE_SIZE, traced, with_parts
 
 # Blocks in each stage.
 STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
@@ -118,13 +120,20 @@ class BackboneBase(nn.Module):
 
         Strides are 4, 8, 16 and 32 pixels (16 for the last with dilation).
         """
-        features = self.body(images.tensors)
-        return {name: NestedTensor(map_, resize_mask(images.mask, map_)) for name, map_ in features.items()}
+        features: dict[str, NestedTensor] = {}
+        for name, map_ in self.body(images.tensors).items():
+            features[name] = NestedTensor(map_, resize_mask(images.mask, map_))
+        return features
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by `torch.jit.script`: a ResNet whose frozen norms are folded comes as its graph."""
+        example = torch.zeros(2, 3, *EXAMPLE_SIZE, device=next(self.parameters()).device)
+        return with_parts(self, body=traced(self.body, example))
 
 
 def resize_mask(mask: Tensor, features: Tensor) -> Tensor:
     """A padding mask (batch, H, W) sampled at the cells of features (batch, channels, h, w): bool (batch, h, w)."""
-    return F.interpolate(mask.unsqueeze(1).float(), size=features.shape[-2:]).squeeze(1).bool()
+    return F.interpolate(mask.unsqueeze(1).float(), size=features.shape[-2:]).squeeze(1).to(torch.bool)
 
 
 class Backbone(BackboneBase):
@@ -220,6 +229,10 @@ class Joiner(nn.Sequential):
         """The feature maps, deepest last, and in a list the position encoding (batch, d, h, w) of that."""
         features = list(self[0](images).values())
         return features, [self[1](features[-1])]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by `torch.jit.script`, which changes the parts of what it is given."""
+        return with_parts(self)
 
 
 def build_resnet(args, return_interm_layers: bool = False) -> Backbone:

@@ -6,11 +6,11 @@ caller's: pixels, or fractions of the image's width and height.
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert, generalized_box_iou
+from torchvision.ops import box_convert, generalized_box_iou, masks_to_boxes
 
 __all__ = [
     "box_cxcywh_to_xyxy", "box_xyxy_to_cxcywh", "boxes_at_points", "boxes_of_masks", "generalized_box_iou",
-    "paired_box_giou",
+    "masks_to_boxes", "paired_box_giou",
 ]  # fmt: skip
 
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from enact_common.recording import recording, size_from_data, smaller_size
+
 # Added to every probability, so that the logarithm of an underflown one stays finite. Released weights know it.
 PROBABILITY_FLOOR = 1e-8
 
@@ -58,7 +60,9 @@ def self_information(logits: Tensor) -> Tensor:
     Returns:
         (batch, N), bits, in [0, log2(e) / e].
     """
-    probability = logits.softmax(dim=-1) + PROBABILITY_FLOOR
+    probability = logits.softmax(dim=-1)
+    # ONNX's optimizer takes a number this small for zero, and drops the addition; of a tensor it does not.
+    probability = probability + (probability.new_full((1,), PROBABILITY_FLOOR) if recording() else PROBABILITY_FLOOR)
     return -probability * probability.log2()
 
 
@@ -100,6 +104,11 @@ def window_length(num_tokens: int, num_regions: list[int]) -> int:
     return round(sum(num_tokens / regions for regions in num_regions) / len(num_regions))
 
 
+def recorded_window_length(num_tokens, num_regions: Tensor) -> Tensor:
+    """`window_length` in a graph that is being recorded: of num_regions int64 (batch,), int64 ()."""
+    return (num_tokens / num_regions.double()).mean().round().long()
+
+
 def shortest_window(num_tokens, max_clusters: int):
     """The shortest window length that leaves at most `max_clusters` whole windows; an int, or a tensor of them."""
     return num_tokens // (max_clusters + 1) + 1
@@ -115,7 +124,8 @@ def cut_windows(tokens: Tensor, length: int) -> Tensor:
     Returns:
         (batch, M, length, ...) with M = N // length: a view.
     """
-    num_windows, left_over = divmod(tokens.shape[1], length)
+    num_windows = tokens.shape[1] // length
+    left_over = tokens.shape[1] - num_windows * length
     kept = tokens.narrow(1, left_over // 2, num_windows * length)
     return kept.unflatten(1, (num_windows, length))  # (batch, M, length, ...)
 
@@ -138,6 +148,8 @@ class Windows:
     def pool(self, tokens: Tensor) -> Tensor:
         """The weighted sums of tokens (batch, N, d): (batch, M, d), in their dtype."""
         windows = cut_windows(tokens, self.weights.shape[-1]).to(self.weights.dtype)  # (batch, M, length, d)
+        if recording():
+            return (self.weights.unsqueeze(2) @ windows).squeeze(2).to(tokens.dtype)
         # Image by image: over the whole batch, the product would copy windows that leave tokens over, and keep the
         # copy.
         pooled = [w.unsqueeze(1) @ image for w, image in zip(self.weights, windows, strict=True)]  # (M, 1, d) each
@@ -153,6 +165,8 @@ class Windows:
         Returns:
             (batch, M, d), in the values' dtype.
         """
+        if recording():
+            return self.pool(values.index_select(1, index))
         (windows,) = cut_windows(index.unsqueeze(0), self.weights.shape[-1])  # (M, length)
         member = F.one_hot(windows, values.shape[1]).to(self.weights.dtype)  # (M, length, S)
         shares = torch.einsum("bml,mls->bms", self.weights, member)
@@ -233,6 +247,44 @@ class Segments:
         return clusters
 
 
+class RecordedSegments:
+    """`Segments` in a graph that is being recorded: in each token's place, with one more cluster for those in none.
+
+    Args:
+        information, token, cluster, kept, num_clusters: as in `Segments`.
+
+    Attributes:
+        padding_mask: bool (batch, M), True where an image has no such cluster.
+    """
+
+    def __init__(self, information: Tensor, token: Tensor, cluster: Tensor, kept: Tensor, num_clusters: Tensor):
+        batch, num_tokens = information.shape
+        most = size_from_data(num_clusters.max(), num_tokens)
+        self.shape = batch, most
+        image = torch.arange(batch, device=token.device).unsqueeze(1)
+        # Those in none go behind all images' clusters.
+        cluster = (image * most + cluster).where(kept, batch * most)
+        self.cluster = torch.zeros_like(token).scatter(1, token, cluster).flatten()  # (batch N,)
+        share = torch.zeros_like(information).scatter(1, token, information).exp()  # (batch, N)
+        total = self.add_up(share.flatten())  # (batch M + 1,)
+        self.weights = share / total.index_select(0, self.cluster).view_as(share)  # (batch, N)
+        self.padding_mask = torch.arange(most, device=token.device) >= num_clusters.unsqueeze(1)
+
+    def add_up(self, listed: Tensor) -> Tensor:
+        """The sums over each cluster's part of all images' tokens (batch N, ...): (batch M + 1, ...)."""
+        batch, most = self.shape
+        return listed.new_zeros(batch * most + 1, *listed.shape[1:]).index_add(0, self.cluster, listed)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """As in `Segments`."""
+        weighted = tokens.to(self.weights.dtype) * self.weights.unsqueeze(-1)
+        return self.add_up(weighted.flatten(0, 1))[:-1].unflatten(0, self.shape).to(tokens.dtype)
+
+    def pool_shared(self, values: Tensor, index: Tensor) -> Tensor:
+        """As in `Windows`, but laid out for every token."""
+        return self.pool(values.index_select(1, index))
+
+
 class _SegmentSum(torch.autograd.Function):
     """`out[cluster[i]] += weights[i] tokens[token[i]]`, for clusters that are listed in order.
 
@@ -265,7 +317,11 @@ class _SegmentSum(torch.autograd.Function):
 
 def move_to_front(wanted: Tensor) -> Tensor:
     """An order (batch, N) of the places in which the wanted ones, bool (batch, N), come first, else as they were."""
-    return wanted.logical_not().to(torch.uint8).argsort(dim=1, stable=True)
+    front = wanted.cumsum(dim=1)
+    behind = front[:, -1:] + wanted.logical_not().cumsum(dim=1)
+    target = front.where(wanted, behind) - 1  # (batch, N), where each place goes
+    place = torch.arange(wanted.shape[1], device=wanted.device).expand_as(target)
+    return torch.zeros_like(target).scatter(1, target, place)
 
 
 class EntropyClustering(nn.Module):
@@ -290,6 +346,8 @@ class EntropyClustering(nn.Module):
             regions together as it takes. None sets no limit.
 
     Attributes:
+        fixed_length: None; or the length of all windows, tokens, whatever the information says: for graphs without
+            sizes that depend on data (`enact_common.export`). Padding is then clustered like any other token.
         observer: None; or what is called at the end of every clustering, to look on: with the smoothed information
             (batch, N), bits, each token in its place and zero where padding is masked, and with the clusters.
 
@@ -297,6 +355,7 @@ class EntropyClustering(nn.Module):
         ValueError: no such kind of clusters, or `max_clusters` is below 1.
     """
 
+    fixed_length: int | None = None
     observer: Callable[[Tensor, Windows | Segments], None] | None = None
 
     def __init__(
@@ -361,12 +420,10 @@ class EntropyClustering(nn.Module):
         """The clusters of tokens with these scores (batch, N); key_padding_mask: bool (batch, N), True where padded."""
         if not self.mask_padding:
             key_padding_mask = None
-        if self.clusters == "windows" and not self.per_image and key_padding_mask is None:
+        common = self.clusters == "windows" and not self.per_image and key_padding_mask is None
+        if common or self.fixed_length is not None:
             information = smooth(self_information(logits), self.kernel)  # (batch, N)
-            num_tokens = information.shape[1]
-            length = window_length(num_tokens, count_regions(information).tolist())
-            if self.max_clusters is not None:
-                length = max(length, shortest_window(num_tokens, self.max_clusters))
+            length = self.common_length(information)
             windows = Windows(cut_windows(information, length).softmax(dim=-1))  # (batch, M, length)
             if self.observer is not None:
                 self.observer(information, windows)
@@ -389,10 +446,26 @@ class EntropyClustering(nn.Module):
             kept, cluster, count = present, *self.join_regions(borders)
         else:
             kept, cluster, count = self.cut_by_length(place, present.sum(dim=1), borders.sum(dim=1) + 1)
-        segments = Segments(information, token, cluster, kept, count)
+        segments = (RecordedSegments if recording() else Segments)(information, token, cluster, kept, count)
         if self.observer is not None:
             self.observer(torch.empty_like(information).scatter(1, token, information), segments)
         return segments
+
+    def common_length(self, information: Tensor) -> int:
+        """The length of all windows of a batch, for its information (batch, N), smoothed."""
+        num_tokens = information.shape[1]
+        if self.fixed_length is not None:
+            return smaller_size(self.fixed_length, num_tokens)
+        num_regions = count_regions(information)
+        if recording():
+            length = recorded_window_length(num_tokens, num_regions)
+            if self.max_clusters is not None:
+                length = length.clamp(min=shortest_window(num_tokens, self.max_clusters))
+            return size_from_data(length, num_tokens)
+        length = window_length(num_tokens, num_regions.tolist())
+        if self.max_clusters is not None:
+            length = max(length, shortest_window(num_tokens, self.max_clusters))
+        return length
 
     def join_regions(self, borders: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's cluster (batch, N) and their number (batch,), for borders of regions (batch, N - 1)."""

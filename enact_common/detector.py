@@ -9,6 +9,7 @@ from enact_common.data.categories import coco_names
 from enact_common.data.pixels import PixelNormalization
 from enact_common.layers import MLP
 from enact_common.nested_tensor import NestedTensor, as_nested_tensor
+from enact_common.recording import Scriptable
 
 
 def num_classes_of(args) -> int:
@@ -48,7 +49,7 @@ class Seen:
     decoded: Tensor
 
 
-class Detector(nn.Module):
+class Detector(Scriptable):
     """Finds a fixed number of objects in parallel: a base class, to which a model adds how its heads predict.
 
     Args:

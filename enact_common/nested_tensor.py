@@ -1,4 +1,7 @@
-"""Images of different sizes in one padded batch, with a mask of what is padding."""
+"""Images of different sizes in one padded batch, with a mask of what is padding.
+
+`torch.jit.script` compiles what is here when it finds it in a user's model.
+"""
 
 from dataclasses import dataclass
 
@@ -6,7 +9,8 @@ import torch
 from torch import Tensor
 
 
-@dataclass
+# TorchScript cannot read the methods that `dataclass` writes: none are asked for.
+@dataclass(init=False, repr=False, eq=False)
 class NestedTensor:
     """A padded batch.
 
@@ -18,13 +22,18 @@ class NestedTensor:
     tensors: Tensor
     mask: Tensor
 
-    def to(self, device, non_blocking: bool = False) -> "NestedTensor":
+    def __init__(self, tensors: Tensor, mask: Tensor):
+        self.tensors = tensors
+        self.mask = mask
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> "NestedTensor":
         """The same batch on another device."""
-        return NestedTensor(*(tensor.to(device, non_blocking=non_blocking) for tensor in self.decompose()))
+        tensors = self.tensors.to(device, non_blocking=non_blocking)
+        return NestedTensor(tensors, self.mask.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "NestedTensor":
         """The same batch in page-locked memory; `DataLoader(pin_memory=True)` calls this."""
-        return NestedTensor(*(tensor.pin_memory() for tensor in self.decompose()))
+        return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory())
 
     def decompose(self) -> tuple[Tensor, Tensor]:
         """(tensors, mask)."""
@@ -38,20 +47,25 @@ def nested_tensor_from_tensor_list(images: list[Tensor]) -> NestedTensor:
         images: each (channels, h, w), one dtype and one number of channels; or one tensor (batch, channels, h, w).
 
     Returns:
-        NestedTensor of (batch, channels, H, W).
+        NestedTensor of (batch, channels, H, W). That of one tensor is the tensor itself, not a copy.
 
     Raises:
         ValueError: there is no image, or one is not (channels, h, w) like the first.
     """
     if len(images) == 0:
         raise ValueError("a batch needs at least one image")
-    if any(image.ndim != 3 or image.shape[0] != images[0].shape[0] for image in images):
-        shapes = [tuple(image.shape) for image in images]
-        raise ValueError(f"expected images (channels, height, width) of one number of channels, got {shapes}")
-    height = max(image.shape[1] for image in images)
-    width = max(image.shape[2] for image in images)
-    tensors = images[0].new_zeros(len(images), images[0].shape[0], height, width)
-    mask = torch.ones(len(images), height, width, dtype=torch.bool, device=images[0].device)
+    if isinstance(images, Tensor):
+        if images.ndim != 4:
+            raise ValueError(f"expected a tensor (batch, channels, height, width), got {list(images.shape)}")
+        return NestedTensor(images, torch.zeros_like(images[:, 0], dtype=torch.bool))
+    height, width = 0, 0
+    for image in images:
+        if image.ndim != 3 or image.shape[0] != images[0].shape[0]:
+            shapes = [list(image.shape) for image in images]
+            raise ValueError(f"expected images (channels, height, width) of one number of channels, got {shapes}")
+        height, width = max(height, image.shape[1]), max(width, image.shape[2])
+    tensors = images[0].new_zeros([len(images), images[0].shape[0], height, width])
+    mask = torch.ones([len(images), height, width], dtype=torch.bool, device=images[0].device)
     for i, image in enumerate(images):
         tensors[i, :, : image.shape[1], : image.shape[2]] = image
         mask[i, : image.shape[1], : image.shape[2]] = False

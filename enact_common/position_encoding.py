@@ -2,6 +2,7 @@
 of points in the image (Meng et al., "Conditional DETR for Fast Training Convergence", ICCV 2021)."""
 
 import math
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from enact_common.nested_tensor import NestedTensor
 
 
-def sine_encoding(position: Tensor, channels: int, temperature: float = 10000) -> Tensor:
+def sine_encoding(position: Tensor, channels: int, temperature: float = 10000.0) -> Tensor:
     """Sines (even channels) and cosines (odd ones) of a position at falling frequencies (Vaswani et al., 2017).
 
     Args:
@@ -45,7 +46,7 @@ class PositionEmbeddingSine(nn.Module):
     def __init__(
         self,
         num_pos_feats: int = 64,
-        temperature: float = 10000,
+        temperature: float = 10000.0,
         normalize: bool = False,
         scale: float = 2 * math.pi,
     ):
@@ -66,7 +67,7 @@ class PositionEmbeddingSine(nn.Module):
         for axis in (1, 2):
             position = present.cumsum(axis, dtype=torch.float32)  # (batch, h, w)
             if self.normalize:
-                last = position.narrow(axis, -1, 1)
+                last = position.narrow(axis, position.shape[axis] - 1, 1)
                 position = position / (last + 1e-6) * self.scale
             axes.append(sine_encoding(position, self.num_pos_feats, self.temperature))
         return torch.cat(axes, dim=-1).permute(0, 3, 1, 2)  # (batch, 2 num_pos_feats, h, w)
@@ -80,7 +81,7 @@ class PositionEmbeddingLearned(nn.Module):
     """
 
     # Rows and columns that exist; the released weights' size.
-    MAX_CELLS = 50
+    MAX_CELLS: Final = 50
 
     def __init__(self, num_pos_feats: int = 256):
         super().__init__()

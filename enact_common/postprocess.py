@@ -44,10 +44,14 @@ class PostProcess(nn.Module):
         Raises:
             ValueError: target_sizes is not (batch, 2).
         """
-        boxes = boxes_in_pixels(outputs["pred_boxes"].float(), target_sizes)
+        found = self.select(outputs)
+        return detections(**found | {"boxes": boxes_in_pixels(found["boxes"], target_sizes)})
+
+    def select(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `forward` returns, of a whole batch (batch, Q, ...), with boxes as the model gives them."""
         scores, labels = outputs["pred_logits"].float().softmax(dim=-1)[..., :-1].max(dim=-1)  # (batch, Q) each
         queries = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
-        return detections(scores=scores, labels=labels, boxes=boxes, queries=queries)
+        return {"scores": scores, "labels": labels, "boxes": outputs["pred_boxes"].float(), "queries": queries}
 
 
 class TopKPostProcess(nn.Module):
@@ -78,11 +82,16 @@ class TopKPostProcess(nn.Module):
         Raises:
             ValueError: target_sizes is not (batch, 2).
         """
-        boxes = boxes_in_pixels(outputs["pred_boxes"].float(), target_sizes)  # (batch, Q, 4)
+        found = self.select(outputs)
+        return detections(**found | {"boxes": boxes_in_pixels(found["boxes"], target_sizes)})
+
+    def select(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What `forward` returns, of a whole batch (batch, n, ...), with boxes as the model gives them."""
+        boxes = outputs["pred_boxes"].float()  # (batch, Q, 4)
         probability = outputs["pred_logits"].float().sigmoid()
         num_classes = probability.shape[-1]
         pairs = probability.flatten(1)  # (batch, Q classes)
         scores, index = pairs.topk(min(self.count, pairs.shape[1]), dim=1)  # (batch, n) each
         queries = index // num_classes  # (batch, n)
         chosen = boxes.gather(1, queries.unsqueeze(-1).expand(-1, -1, 4))  # (batch, n, 4)
-        return detections(scores=scores, labels=index % num_classes, boxes=chosen, queries=queries)
+        return {"scores": scores, "labels": index % num_classes, "boxes": chosen, "queries": queries}

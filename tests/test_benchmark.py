@@ -554,7 +554,7 @@ def test_documented_commands_are_commands():
     commands = []
     for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
         commands += re.findall(r"python -m enact_common\.benchmark (.+?)(?:`|\)|$)", path.read_text(), re.MULTILINE)
-    assert {command.split()[0] for command in commands} == {*COMMANDS, "rowcol"}
+    assert {command.split()[0] for command in commands} == {*COMMANDS, "rowcol", "runtimes", "agreement"}
     for command in commands:
         build_parser().parse_args(shlex.split(command, comments=True))
 

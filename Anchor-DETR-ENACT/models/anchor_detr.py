@@ -10,6 +10,7 @@ from enact_common.data.pixels import PixelNormalization
 from enact_common.detector import detector_outputs, num_classes_of
 from enact_common.nested_tensor import NestedTensor, as_nested_tensor
 from enact_common.postprocess import TopKPostProcess
+from enact_common.recording import Scriptable
 
 from .backbone import build_backbone
 from .matcher import build_matcher
@@ -19,7 +20,7 @@ from .transformer import build_transformer
 GROUPS = 32
 
 
-class AnchorDETR(nn.Module):
+class AnchorDETR(Scriptable):
     """Detects objects near anchor points, several patterns of them at each point.
 
     Args:

@@ -166,15 +166,17 @@ class MapClustering(EntropyClustering):
             True where an image has no such cluster, or None where all have as many.
         """
         height, width = src.shape[1:3]
-        cell = torch.arange(height * width, device=src.device)
+        # Each cell's column and row; not by a remainder, which ONNX has for constants alone.
+        column = torch.arange(width, device=src.device).expand(height, -1).flatten()  # (H W,)
+        line = torch.arange(height, device=src.device).unsqueeze(1).expand(-1, width).flatten()
         with torch.autocast(src.device.type, enabled=False):
             dtype = self.W_prob.weight.dtype
             x_scores = F.linear(x.to(dtype), self.W_prob.weight)  # (batch, W, 1)
             scores = self.W_prob(src.to(dtype)) + x_scores.unsqueeze(1)  # (batch, H, W, 1)
             clusters = self.cluster_scores(scores.flatten(1), None if mask is None else mask.flatten(1))
             content = clusters.pool(src.flatten(1, 2))
-            row = content + clusters.pool_shared(x, cell % width)
-            col = content + clusters.pool_shared(y, cell // width)
+            row = content + clusters.pool_shared(x, column)
+            col = content + clusters.pool_shared(y, line)
         return row, col, content, clusters.padding_mask
 
 

@@ -4,6 +4,8 @@
     python -m enact_common.benchmark scaling    one attention layer by the size of the map
     python -m enact_common.benchmark pipeline   the data loader, and how long training waits for it
     python -m enact_common.benchmark rowcol     the sums of Anchor DETR's attention
+    python -m enact_common.benchmark runtimes   exported to ONNX and others: time
+    python -m enact_common.benchmark agreement  a trained detector exported: what it loses
 
-docs/benchmarks.md says how each is measured.
+docs/benchmarks.md says how each is measured, docs/export.md how the last two are.
 """

@@ -4,10 +4,18 @@ import argparse
 import sys
 
 from enact_common import benchmark
-from enact_common.benchmark import parts, pipeline, rowcol, scaling, table
+from enact_common.benchmark import agreement, parts, pipeline, rowcol, runtimes, scaling, table
 from enact_common.errors import exit_status
 
-COMMANDS = {"table": table, "parts": parts, "scaling": scaling, "pipeline": pipeline, "rowcol": rowcol}
+COMMANDS = {
+    "table": table,
+    "parts": parts,
+    "scaling": scaling,
+    "pipeline": pipeline,
+    "rowcol": rowcol,
+    "runtimes": runtimes,
+    "agreement": agreement,
+}
 
 
 def build_parser() -> argparse.ArgumentParser:

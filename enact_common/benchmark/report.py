@@ -146,4 +146,5 @@ class Report:
                 raise
             print(f"\nno {self.name}.png: matplotlib is missing (pip install matplotlib, or the extra `plots`)")
             return
-        charts.CHARTS[self.name](figures, self.folder / f"{self.name}.png")
+        if self.name in charts.CHARTS:
+            charts.CHARTS[self.name](figures, self.folder / f"{self.name}.png")

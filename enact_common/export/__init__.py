@@ -1,0 +1,9 @@
+"""Trained detectors as files for other runtimes: ONNX, TorchScript and PyTorch's exported programs.
+
+`python -m enact_common.export CHECKPOINT --format onnx` writes one; `load_exported` runs it. docs/export.md says what
+such a file takes and gives.
+"""
+
+from enact_common.export.formats import ExportedDetector, load_exported
+
+__all__ = ["ExportedDetector", "load_exported"]

@@ -1,0 +1,526 @@
+"""Detectors as files for other runtimes: what they give, what they say about themselves, and what is refused."""
+
+import argparse
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ATTENTIONS, SMALL_MODEL, build, parse
+from torch import nn
+
+from enact_common import UserError, load_detector
+from enact_common.arguments import TORCH_VERSION
+from enact_common.attention import EnactSelfAttention
+from enact_common.benchmark import agreement, runtimes
+from enact_common.benchmark.__main__ import main as benchmark
+from enact_common.benchmark.isolated import attempt
+from enact_common.boxes import box_cxcywh_to_xyxy
+from enact_common.clustering import Windows
+from enact_common.data.coco import CocoDetection, find_split
+from enact_common.export import __main__ as command
+from enact_common.export import formats, load_exported
+from enact_common.export.formats import EXPORTING, FORMATS
+from enact_common.export.graph import calibrated_lengths, clusterings, fix_window_lengths
+from enact_common.inference import as_pixels
+from enact_common.nested_tensor import NestedTensor
+from enact_common.variants import VARIANTS
+
+exporting = pytest.mark.skipif(TORCH_VERSION < EXPORTING, reason="this PyTorch's torch.export is older than was tried")
+
+# One layer each: what there is of an operation, the exporter takes as long for again in every layer.
+ONE_LAYER = "--enc_layers 1 --dec_layers 1".split()
+
+# Heights and widths, none of which a graph was recorded with; the last is no multiple of the stride.
+SIZES = ((64, 96), (128, 64), (97, 131))
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of(tmp_path_factory):
+    """From a variant and its attention to a checkpoint of random weights, made when it is first asked for.
+
+    Those of plain models are as the original repositories write them, with a namespace.
+    """
+    folder, made = tmp_path_factory.mktemp("checkpoints"), {}
+
+    def checkpoint(variant: str, attention: str, *flags: str) -> Path:
+        key = "-".join((variant, attention, *flags))
+        if key not in made:
+            argv = [*SMALL_MODEL[variant], *ONE_LAYER, "--encoder_attention", attention, *flags]
+            torch.manual_seed(0)
+            model, args = build(variant, *argv)[0], parse(variant, *argv)
+            for name, parameter in model.named_parameters():
+                # Scores and boxes that differ, and that depend on the encoder's clusters.
+                if "class_embed" in name or "bbox_embed" in name:
+                    nn.init.normal_(parameter, std=0.2)
+                elif "encoder" in name and ("self_attn" in name or "ENACT" in name):
+                    parameter.data.mul_(3)
+            state = {"model": model.state_dict(), "args": args}
+            if attention == "enact":
+                state |= {"args": vars(args), "variant": variant}
+            made[key] = folder / f"{key}.pth"
+            torch.save(state, made[key])
+        return made[key]
+
+    return checkpoint
+
+
+def export(checkpoint: Path, output: Path, *flags: str) -> int:
+    """The exit status of the command line; the format follows from the output's suffix."""
+    form = next(name for name, form in FORMATS.items() if form.suffix == output.suffix)
+    return command.main([str(checkpoint), "--format", form, "--output", str(output), *map(str, flags)])
+
+
+def padded_batch(batch: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images uint8 (batch, 3, height, width) that differ, and their mask; every second one has padding."""
+    height, width = size
+    images = command.blurred_noise(batch, size)
+    mask = torch.zeros(batch, height, width, dtype=torch.bool)
+    mask[1::2, height - 20 :], mask[1::2, :, width - 30 :] = True, True
+    return images, mask
+
+
+def model_outputs(checkpoint: Path, images, mask, lengths=None) -> dict[str, torch.Tensor]:
+    """What the model itself gives."""
+    detector = load_detector(checkpoint, "cpu")
+    fix_window_lengths(detector.model, lengths)
+    with torch.no_grad():
+        return detector.model(NestedTensor(images, mask))
+
+
+# ------------------------------------------------------------------------------------------------- what files give
+
+
+@exporting
+@pytest.mark.slow
+def test_onnx_runtime_gives_what_the_model_gives(variant_and_attention, checkpoint_of, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    checkpoint = checkpoint_of(*variant_and_attention)
+    assert export(checkpoint, tmp_path / "model.onnx", "--dynamic", "--mask", "--raw") == 0
+    onnx.checker.check_model(onnx.load(tmp_path / "model.onnx"), full_check=True)
+    exported = load_exported(tmp_path / "model.onnx")
+    for size in SIZES:
+        for batch in (1, 3):
+            images, mask = padded_batch(batch, size)
+            expected = model_outputs(checkpoint, images, mask)
+            found = exported(images, mask)
+            assert list(found) == ["pred_logits", "pred_boxes"]
+            for name, value in found.items():
+                torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
+
+
+PYTORCHS = [(".pt", variant, attention) for variant in VARIANTS for attention in ATTENTIONS]
+PYTORCHS += [
+    pytest.param(".pt2", *case, marks=[exporting, pytest.mark.slow]) for case in (("detr", "enact"), ("anchor", "mhsa"))
+]
+
+
+@pytest.mark.parametrize("suffix, variant, attention", PYTORCHS)
+def test_pytorchs_own_formats_give_what_the_model_gives(suffix, variant, attention, checkpoint_of, tmp_path):
+    checkpoint = checkpoint_of(variant, attention)
+    assert export(checkpoint, tmp_path / f"model{suffix}", "--dynamic", "--mask", "--raw") == 0
+    exported = load_exported(tmp_path / f"model{suffix}")
+    for size in SIZES:
+        for batch in (1, 3):
+            images, mask = padded_batch(batch, size)
+            expected = model_outputs(checkpoint, images, mask)
+            for name, value in exported(images, mask).items():
+                torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_detections_are_decoded_as_the_detector_does(variant_and_attention, checkpoint_of, shapes, tmp_path):
+    checkpoint = checkpoint_of(*variant_and_attention)
+    assert export(checkpoint, tmp_path / "model.pt", "--dynamic") == 0
+    exported = load_exported(tmp_path / "model.pt")
+    detector = load_detector(checkpoint, "cpu", threshold=0)
+    pixels = as_pixels(next((shapes / "val2017").iterdir()))  # 64 x 80
+    found = exported(detector.model_input(pixels))
+    assert list(found) == ["scores", "labels", "boxes"] == list(exported.metadata["outputs"])
+    boxes = found["boxes"][0].clamp(0, 1) * torch.tensor([80, 64, 80, 64])
+    known = torch.tensor([i is not None for i in exported.metadata["category_ids"]])[found["labels"][0]]
+    expected = detector.detect(pixels)
+    order = found["scores"][0].argsort(descending=True, stable=True)
+    order = order[known[order]]
+    assert len(expected) > 5
+    torch.testing.assert_close(found["scores"][0][order], expected.scores, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(boxes[order], expected.boxes, rtol=1e-4, atol=1e-3)
+    names = [exported.metadata["names"][label] for label in found["labels"][0][order]]
+    assert names == expected.names
+
+
+@exporting
+def test_a_file_of_fixed_size_takes_that_size(checkpoint_of, tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(tmp_path)
+    checkpoint = checkpoint_of("conditional", "enact")
+    assert command.main([str(checkpoint), "--size", "64", "96", "--batch", "2"]) == 0
+    exported = load_exported(checkpoint.with_suffix(".onnx").name)
+    assert (exported.metadata["batch"], exported.metadata["size"], exported.metadata["sides"]) == (2, [64, 96], None)
+    images, mask = padded_batch(2, (64, 96))
+    expected = model_outputs(checkpoint, images, torch.zeros_like(mask))
+    found = exported(images)
+    scores = expected["pred_logits"].sigmoid().flatten(1).sort(descending=True).values[:, :100]
+    torch.testing.assert_close(found["scores"], scores, rtol=1e-4, atol=1e-4)
+    best = expected["pred_logits"].amax(-1).argmax(-1)
+    boxes = box_cxcywh_to_xyxy(expected["pred_boxes"])[torch.arange(2), best]
+    torch.testing.assert_close(found["boxes"][:, 0], boxes, rtol=1e-4, atol=1e-4)
+    with pytest.raises(Exception, match="(?i)dimension"):
+        exported(torch.zeros(1, 3, 64, 96, dtype=torch.uint8))
+
+
+# ----------------------------------------------------------------------------------------------- ENACT's clusters
+
+
+class Attention(nn.Module):
+    """ENACT's layer as a function of tokens (batch, N, d) and their padding mask."""
+
+    def __init__(self, settings: dict):
+        super().__init__()
+        self.layer = EnactSelfAttention(16, 4, batch_first=True, **settings)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return self.layer(x, x, x, key_padding_mask=mask)[0]
+
+
+def tokens(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens like a map's, which resemble their neighbours, and a mask of the last ones, more in each image."""
+    mask = torch.arange(length) >= length - 3 * torch.arange(batch).unsqueeze(1) - 2
+    return torch.randn(batch, length, 16).cumsum(dim=1) / 3, mask
+
+
+SETTINGS = [
+    {},
+    {"max_clusters": 5},
+    {"per_image": True},
+    {"mask_padding": True},
+    {"per_image": True, "mask_padding": True, "max_clusters": 4},
+    {"clusters": "regions"},
+    {"clusters": "regions", "mask_padding": True, "max_clusters": 3},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings) or "default")
+def test_clusters_follow_from_the_data_in_a_recorded_graph(settings):
+    layer = Attention(settings).eval()
+    with torch.no_grad():
+        graph = torch.jit.trace(layer, tokens(2, 60), check_trace=False)
+        for batch, length in ((2, 60), (1, 33), (3, 77), (4, 14)):
+            x, mask = tokens(batch, length)
+            torch.testing.assert_close(graph(x, mask), layer(x, mask), rtol=1e-5, atol=1e-6)
+
+
+@exporting
+@pytest.mark.parametrize("settings", [SETTINGS[i] for i in (0, 4, 6)], ids=["default", "per_image", "regions"])
+def test_clusters_follow_from_the_data_in_onnx(settings, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    layer = Attention(settings).eval()
+    sizes = {0: torch.export.Dim("batch", max=64), 1: torch.export.Dim("length", min=4, max=9999)}
+    program = torch.export.export(
+        layer, tokens(2, 60), dynamic_shapes=(sizes, sizes), prefer_deferred_runtime_asserts_over_guards=True
+    )
+    torch.onnx.export(program, f=tmp_path / "layer.onnx", input_names=["x", "mask"], dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "layer.onnx")
+    for batch, length in ((2, 60), (1, 33), (3, 77)):
+        x, mask = tokens(batch, length)
+        (found,) = session.run(None, {"x": x.numpy(), "mask": mask.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), layer(x, mask), rtol=1e-5, atol=1e-5)
+
+
+@exporting
+@pytest.mark.parametrize("fixed", [True, False])
+def test_with_fixed_windows_no_size_depends_on_data(fixed, checkpoint_of, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    checkpoint = checkpoint_of("detr", "enact")
+    flags = ["--size", 96, 128, "--raw", *(["--clusters", 3] if fixed else [])]
+    assert export(checkpoint, tmp_path / "model.onnx", *flags) == 0
+    model = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "model.onnx"))
+    dims = [dim for value in model.graph.value_info for dim in value.type.tensor_type.shape.dim]
+    assert len(dims) > 50
+    assert all(dim.HasField("dim_value") for dim in dims) == fixed
+    metadata = load_exported(tmp_path / "model.onnx").metadata
+    assert metadata["window_lengths"] == ([3] if fixed else None)
+    assert metadata["clusters"] == ("windows of fixed length" if fixed else "follow from the image")
+
+
+def test_fixed_windows_are_those_of_the_model_with_that_length(checkpoint_of, tmp_path, capsys):
+    checkpoint = checkpoint_of("anchor", "enact")
+    images, mask = padded_batch(2, (160, 224))
+    none = torch.zeros_like(mask)
+    assert export(checkpoint, tmp_path / "model.pt", "--dynamic", "--raw", "--clusters", 3) == 0
+    assert "tokens by encoder layer: 3" in capsys.readouterr().out
+    found = load_exported(tmp_path / "model.pt")(images)
+    expected = model_outputs(checkpoint, images, none, [3])
+    free = model_outputs(checkpoint, images, none)
+    assert not torch.allclose(free["pred_logits"], expected["pred_logits"], atol=1e-3)
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+
+
+def test_fixed_windows_longer_than_the_map_are_one_window(checkpoint_of, tmp_path):
+    checkpoint = checkpoint_of("detr", "enact")
+    assert export(checkpoint, tmp_path / "model.pt", "--dynamic", "--raw", "--clusters", 9) == 0
+    images, mask = padded_batch(1, (64, 64))  # four cells
+    found = load_exported(tmp_path / "model.pt")(images)
+    expected = model_outputs(checkpoint, images, mask, [4])
+    torch.testing.assert_close(found["pred_logits"], expected["pred_logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_fixed_windows_can_be_calibrated_on_images(checkpoint_of, shapes, tmp_path):
+    checkpoint = checkpoint_of("conditional", "enact", "--enc_layers", "2")
+    images = sorted((shapes / "val2017").iterdir())
+    detector = load_detector(checkpoint, "cpu")
+    lengths = [[], []]
+    for i, layer in enumerate(clusterings(detector.model)):
+        layer.observer = lambda _, clusters, i=i: lengths[i].append(clusters.weights.shape[-1])
+    for image in images:
+        detector(image)
+    medians = [sorted(seen)[(len(seen) - 1) // 2] for seen in lengths]
+    assert export(checkpoint, tmp_path / "model.pt", "--clusters", shapes / "val2017") == 0
+    assert load_exported(tmp_path / "model.pt").metadata["window_lengths"] == medians
+    one = calibrated_lengths(detector.model, [detector.model_input(as_pixels(images[0]))])
+    assert one == [seen[0] for seen in lengths]
+    assert all(layer.observer is None for layer in clusterings(detector.model))
+
+
+def test_lengths_of_other_clusters_are_their_mean(checkpoint_of, shapes):
+    detector = load_detector(checkpoint_of("detr", "enact"), "cpu", enact_clusters="regions")
+    (layer,) = clusterings(detector.model)
+    counts = []
+    layer.observer = lambda _, clusters: counts.append(clusters.shape[1])
+    image = detector.model_input(as_pixels(next((shapes / "val2017").iterdir())))
+    detector.model(image)
+    assert not isinstance(layer.cluster(torch.randn(1, 9, 32)), Windows)
+    cells = 2 * 3  # of 64 x 80 pixels
+    assert calibrated_lengths(detector.model, [image]) == [round(cells / counts[0])]
+
+
+# -------------------------------------------------------------------------------------------------------- metadata
+
+
+@pytest.mark.parametrize(
+    "suffix", [".pt", *(pytest.param(suffix, marks=exporting) for suffix in (".onnx", ".pt2"))], ids=lambda s: s[1:]
+)
+def test_a_file_describes_itself(suffix, checkpoint_of, tmp_path):
+    if suffix == ".onnx":
+        pytest.importorskip("onnxruntime")
+    checkpoint = checkpoint_of("detr", "mhsa")
+    assert export(checkpoint, tmp_path / f"model{suffix}", "--size", 64, 64, "--mask") == 0
+    metadata = load_exported(tmp_path / f"model{suffix}").metadata
+    assert json.loads(json.dumps(metadata)) == metadata
+    assert "uint8" in metadata["inputs"]["images"] and "normalises" in metadata["inputs"]["images"]
+    assert list(metadata["inputs"]) == ["images", "mask"]
+    assert list(metadata["outputs"]) == ["scores", "labels", "boxes"]
+    assert (metadata["variant"], metadata["encoder_attention"], metadata["clusters"]) == ("detr", "mhsa", None)
+    assert (metadata["batch"], metadata["size"], metadata["quantized"]) == (1, [64, 64], False)
+    assert metadata["evaluation"] == {"shorter_side": 64, "longer_side_at_most": 96}
+    assert metadata["names"][1] == "person" and metadata["category_ids"][:2] == [None, 1]
+    assert metadata["checkpoint"] == str(checkpoint)
+
+
+def test_settings_of_the_clusters_are_in_the_metadata_and_can_be_changed(checkpoint_of, tmp_path):
+    checkpoint = checkpoint_of("conditional", "enact", "--enact_per_image")
+    flags = ["--dynamic", "--raw", "--no-enact_per_image", "--enact_max_clusters", 4]
+    assert export(checkpoint, tmp_path / "model.pt", *flags) == 0
+    exported = load_exported(tmp_path / "model.pt")
+    assert exported.metadata["settings"] == {"enact_per_image": False, "enact_max_clusters": 4}
+    assert exported.metadata["sides"] == [64, 4096] and exported.metadata["batch"] is None
+    assert "sigmoid" in exported.metadata["outputs"]["pred_logits"]
+
+
+# -------------------------------------------------------------------------------------------------------- int8
+
+
+@exporting
+def test_int8_makes_smaller_files_that_nearly_agree(checkpoint_of, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    checkpoint = checkpoint_of("detr", "mhsa", "--dim_feedforward", "4096")
+    assert export(checkpoint, tmp_path / "int8.onnx", "--size", 96, 128, "--raw", "--quantize") == 0
+    int8 = load_exported(tmp_path / "int8.onnx")
+    assert int8.metadata["quantized"]
+    operations = {node.op_type for node in onnx.load(tmp_path / "int8.onnx").graph.node}
+    assert "MatMulInteger" in operations and "ConvInteger" not in operations
+    assert (tmp_path / "int8.onnx").stat().st_size < checkpoint.stat().st_size - 2**20
+    images, mask = padded_batch(1, (96, 128))
+    expected, found = model_outputs(checkpoint, images, mask), int8(images)
+    assert 1e-5 < (found["pred_boxes"] - expected["pred_boxes"]).abs().max() < 0.05
+
+
+# -------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    "attention, settings, flags, message",
+    [
+        ("mhsa", "", "--clusters 4", "--clusters: this is a plain model"),
+        ("enact", "--enact_clusters regions", "--clusters 4", "pass --enact_clusters windows"),
+        ("enact", "--enact_mask_padding", "--clusters 4 --mask", "--clusters with --mask"),
+        ("enact", "", "--clusters /nowhere/at/all", "--clusters /nowhere/at/all: neither a number"),
+        ("enact", "", "--clusters 0", "--clusters 0: neither a number of at least 1"),
+        ("enact", "", "--clusters {folder}", "nor a folder of images"),
+        ("enact", "", "--size 32 64", "--size 32 64: each must be from 64 to 4096 pixels"),
+        ("enact", "", "--dynamic --size 64 64", "leave out --size and --batch, or --dynamic"),
+        ("enact", "", "--dynamic --batch 2", "leave out --size and --batch, or --dynamic"),
+        ("enact", "", "--quantize", "--quantize works with --format onnx alone"),
+        ("enact", "", "--output {folder}/model.onnx", "files of --format torchscript end with .pt"),
+        ("enact", "", "--output {folder}", "there is a folder of this name"),
+        ("enact", "--position_embedding learned", "--size 64 1664", "from 64 to 1600 pixels for this model"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_exported_is_refused(attention, settings, flags, message, checkpoint_of, tmp_path, capsys):
+    checkpoint = checkpoint_of("detr", attention, *settings.split())
+    flags = flags.format(folder=tmp_path).split()
+    output = [] if "--output" in flags else ["--output", str(tmp_path / "model.pt")]
+    assert command.main([str(checkpoint), "--format", "torchscript", *output, *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_named_with_the_extra(module, checkpoint_of, tmp_path, monkeypatch, capsys):
+    real = importlib.import_module
+
+    def without(name: str):
+        if name == module:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return real(name) if name == "torch" else argparse.Namespace()
+
+    monkeypatch.setattr(formats.importlib, "import_module", without)
+    assert export(checkpoint_of("detr", "enact"), tmp_path / "model.onnx") == 2
+    error = capsys.readouterr().err
+    assert f"package {module}" in error and "pip install 'enact-detection[export]'" in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["onnx", "exported_program"])
+def test_an_older_pytorch_is_told_what_works(form, checkpoint_of, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(formats, "TORCH_VERSION", (2, 4))
+    monkeypatch.setattr(formats, "needed", lambda *_: None)
+    monkeypatch.setattr(command, "needed", lambda *_: None)
+    assert export(checkpoint_of("detr", "enact"), tmp_path / f"model{FORMATS[form].suffix}") == 2
+    assert "pass --format torchscript" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("model.txt", b"", "no exported detector by its suffix"),
+        ("missing.pt", None, "no such file"),
+        ("model.pt", b"neither", "cannot be loaded"),
+        pytest.param("model.onnx", b"neither", "cannot be loaded", marks=exporting),
+        pytest.param("model.pt2", b"neither", "cannot be loaded", marks=exporting),
+    ],
+)
+def test_files_of_other_kinds_are_refused(name, content, message, tmp_path):
+    if name.endswith("onnx"):
+        pytest.importorskip("onnxruntime")
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_exported(tmp_path / name)
+
+
+def test_a_file_without_metadata_is_not_ours(tmp_path):
+    torch.jit.save(torch.jit.script(nn.ReLU()), tmp_path / "relu.pt")
+    with pytest.raises(UserError, match=r"relu\.pt: was not made by python -m enact_common\.export"):
+        load_exported(tmp_path / "relu.pt")
+
+
+def test_a_file_that_disagrees_is_reported(checkpoint_of, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "TOLERANCE", -1.0)
+    assert export(checkpoint_of("detr", "enact"), tmp_path / "model.pt") == 1
+    captured = capsys.readouterr()
+    assert "warning: more than -1" in captured.err and "scores and boxes" in captured.out
+
+
+def test_detections_are_compared_whatever_their_order():
+    scores, labels = torch.tensor([[0.9, 0.8, 0.7, 0.1]]), torch.tensor([[1, 2, 1, 3]])
+    boxes = torch.rand(1, 4, 4)
+    expected = {"scores": scores, "labels": labels, "boxes": boxes}
+    order = [1, 0, 2, 3]
+    turned = {name: value[:, order] for name, value in expected.items()}
+    assert command.difference(expected, turned) == 0
+    assert command.difference(expected, turned | {"boxes": turned["boxes"] + 0.02}) == pytest.approx(0.02, abs=1e-6)
+    assert command.difference(expected, turned | {"labels": turned["labels"] + 1}) == torch.inf
+    # Another one in the last place, whose score is the same within rounding.
+    last = torch.tensor([[0, 0, 0, 1]])
+    assert command.difference(expected, expected | {"labels": labels + last}) == 0
+    assert command.difference(expected, expected | {"scores": scores * torch.nan}) == torch.inf
+
+
+# ---------------------------------------------------------------------------------------------------------- benchmarks
+
+
+def run_benchmark(name: str, folder: Path, *argv: str) -> tuple[int, dict]:
+    """The exit status and the figures of a benchmark."""
+    status = benchmark([name, "--output_dir", str(folder), *map(str, argv)])
+    assert {path.name for path in folder.iterdir()} == {f"{name}.{suffix}" for suffix in ("json", "md", "csv")}
+    return status, json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["pytorch", "torchscript"], pytest.param(["onnx_fixed", "onnx_int8"], marks=[exporting, pytest.mark.slow])],
+    ids="-".join,
+)
+def test_runtimes_are_timed(names, tmp_path, monkeypatch, capsys):
+    if "onnx_int8" in names:
+        pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(runtimes, "run_isolated", lambda function, *args, limit: attempt(function, *args))
+    small = "--backbone resnet18 --backbone_norm batch --hidden_dim 32 --nheads 4 --dim_feedforward 64".split()
+    argv = ["--variants", "detr", "--attentions", "enact", "mhsa", "--runtimes", *names, "--size", 96, 128]
+    argv = [*argv, "--repeat", 2, "--warmup", 0, "--", *small, *ONE_LAYER]
+    status, figures = run_benchmark("runtimes", tmp_path / "out", *argv)
+    assert status == 0
+    # Plain models have no windows to fix.
+    expected = [("enact", name) for name in names] + [("mhsa", name) for name in names if name != "onnx_fixed"]
+    assert [(row["attention"], row["runtime"]) for row in figures["rows"]] == expected
+    for row in figures["rows"]:
+        assert row["status"] == "done" and len(row["runs"]) == 2 and row["seconds"]["least"] > 0
+        assert (row["bytes"] is None) == (row["runtime"] == "pytorch")
+    assert "| DETR-C5, R18 | ENACT |" in capsys.readouterr().out
+
+
+@exporting
+@pytest.mark.slow
+def test_agreement_is_counted(checkpoint_of, shapes, tmp_path, capsys):
+    pytest.importorskip("onnxruntime")
+    checkpoint = checkpoint_of("conditional", "enact", "--num_classes", "6", "--eval_size", "160", "--max_size", "224")
+    state = torch.load(checkpoint, weights_only=True)
+    label_map = CocoDetection(*find_split(shapes, "val"), None).label_map
+    torch.save(state | {"label_map": label_map.to_dict()}, tmp_path / "labelled.pth")
+    argv = ["--checkpoint", tmp_path / "labelled.pth", "--coco_path", shapes, "--threshold", 0.3, "--limit", 3]
+    status, figures = run_benchmark("agreement", tmp_path / "out", *argv)
+    assert status == 0 and figures["settings"]["images"] == 3
+    rows = {row["runtime"]: row for row in figures["rows"]}
+    assert list(rows) == ["PyTorch", *agreement.FILES]
+    assert rows["PyTorch"]["kept"] == 1 and rows["PyTorch"]["detections"] > 5
+    exact, fixed = rows["ONNX Runtime"], rows["ONNX Runtime, fixed windows"]
+    assert exact["kept"] == 1 and exact["new"] == 0 and exact["score_difference"] < 1e-4
+    assert fixed["score_difference"] > exact["score_difference"]
+    assert f"tokens by encoder layer: {figures['settings']['window_lengths'][0]}." in capsys.readouterr().out
+
+
+def test_detections_are_matched_once_and_by_label():
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [20, 20, 30, 30], [50, 50, 60, 60]])
+    expected = {"scores": torch.tensor([0.9, 0.8, 0.7, 0.2]), "labels": torch.tensor([1, 1, 2, 3]), "boxes": boxes}
+    found = {
+        "scores": torch.tensor([0.8, 0.6, 0.9]),
+        "labels": torch.tensor([1, 1, 2]),
+        # The second is shifted by half; the third is in its place.
+        "boxes": torch.tensor([[0.0, 0, 10, 10], [5, 0, 15, 10], [20, 20, 30, 30.5]]),
+    }
+    comparison = agreement.Comparison(threshold=0.5)
+    comparison.add(expected, found)
+    assert comparison.figures() == {
+        "detections": 3,
+        "kept": pytest.approx(2 / 3),
+        "new": pytest.approx(1 / 3),
+        "score_difference": pytest.approx((0.1 + 0.2) / 2),
+    }
+    comparison.add({name: value[:0] for name, value in expected.items()}, found)
+    assert comparison.figures()["new"] == pytest.approx(4 / 6)
+    assert agreement.Comparison(0.5).figures()["kept"] is None

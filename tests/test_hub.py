@@ -1,0 +1,215 @@
+"""The detectors by name, as torch.hub finds them in the checkout."""
+
+import argparse
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import parse
+
+from enact_common import NestedTensor, UserError, hub
+from enact_common.backbone import load_backbone_weights
+from enact_common.hub import ENTRIES, MODELS, PUBLISHED
+from enact_common.nested_tensor import nested_tensor_from_tensor_list
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# A ResNet-50 is what the names ask for; around it, as little as there can be.
+TINY = {"hidden_dim": 32, "nheads": 4, "dim_feedforward": 32, "enc_layers": 1, "dec_layers": 1}
+QUERIES = {
+    "detr": {"num_queries": 4},
+    "conditional": {"num_queries": 4},
+    "anchor": {"num_query_position": 2, "num_query_pattern": 2},
+}
+
+
+def load(name: str, **flags):
+    """A model as users load it."""
+    return torch.hub.load(str(ROOT), name, source="local", **flags)
+
+
+def tiny(name: str = "detr_resnet50", **flags):
+    model = next(model for model in MODELS if model.name == name)
+    return load(name, **TINY | QUERIES[model.variant] | flags)
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """This checkout as torch.hub finds it once it has cloned it; nothing is fetched."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "enact_detection_main").symlink_to(ROOT, target_is_directory=True)
+    return "enact/detection:main"
+
+
+# ---------------------------------------------------------------------------------------------------- what there is
+
+
+def test_torch_hub_lists_every_model_and_nothing_else(hub_cache):
+    names = torch.hub.list(hub_cache, trust_repo=True)
+    assert sorted(names) == sorted(ENTRIES) and len(names) == 24
+    for name in ("detr_resnet50", "detr_resnet101_dc5", "conditional_detr_resnet50_dc5", "anchor_detr_resnet50_dc5"):
+        assert {name, f"{name}_enact"} <= set(names)
+
+
+def test_torch_hub_describes_every_model(hub_cache):
+    for name in ENTRIES:
+        text = torch.hub.help(hub_cache, name, trust_repo=True)
+        assert ("DC5" in text, "with ENACT" in text) == ("dc5" in name, name.endswith("enact"))
+        assert f"ResNet-{re.search('resnet([0-9]+)', name)[1]}" in text and "return_postprocessor" in text
+        assert ("published one is known" in text) == (name not in PUBLISHED)
+
+
+def test_what_a_model_needs_is_what_the_project_depends_on():
+    packages = {"cv2": "opencv-python", "PIL": "pillow"}  # as they are installed, where that is another name
+    text = (ROOT / "pyproject.toml").read_text()
+    wanted = set(re.findall(r'"([\w-]+)>=', re.search(r"\ndependencies = \[(.*?)\n\]", text, re.DOTALL)[1]))
+    listed = re.search(r"^dependencies = \[(.*)\]$", (ROOT / "hubconf.py").read_text(), re.MULTILINE)[1]
+    names = re.findall(r'"(\w+)"', listed)
+    assert {packages.get(name, name) for name in names} == wanted
+    assert all(importlib.util.find_spec(name) for name in names)
+
+
+# ------------------------------------------------------------------------------------------------------- the models
+
+
+@pytest.mark.parametrize(
+    "name", ["detr_resnet50", "conditional_detr_resnet50_dc5_enact", "anchor_detr_resnet50_enact", "detr_resnet101"]
+)
+def test_a_model_is_what_its_name_says(name, monkeypatch):
+    monkeypatch.setattr("torchvision.models.get_model_weights", None)  # nothing asks for ImageNet's weights
+    wanted = next(model for model in MODELS if model.name == name)
+    model = tiny(name, num_classes=5)
+    state = model.state_dict()
+    assert any("W_prob" in key for key in state) == name.endswith("enact")
+    assert ("backbone.0.body.layer3.22.conv1.weight" in state) == ("101" in name)
+    assert (
+        type(model).__name__
+        == {"detr": "DETR", "conditional": "ConditionalDETR", "anchor": "AnchorDETR"}[wanted.variant]
+    )
+    body = model.backbone.body if wanted.variant == "anchor" else model.backbone[0].body
+    assert (body["layer4"][2].conv2.dilation == (2, 2)) == wanted.dilation
+    outputs = model.eval()([torch.rand(3, 64, 80), torch.rand(3, 70, 64)])
+    assert set(outputs) == {"pred_logits", "pred_boxes"}
+    assert outputs["pred_logits"].shape == (2, 4, 6 if wanted.variant == "detr" else 5)
+
+
+def test_defaults_are_those_of_the_published_training():
+    model = load("detr_resnet50", enc_layers=1)
+    assert model.num_queries == 100 and model.class_embed.out_features == 92
+    assert len(model.transformer.decoder.layers) == 6 and model.transformer.d_model == 256
+    assert model.training
+
+
+def test_a_model_takes_a_list_a_tensor_or_a_padded_batch():
+    model, postprocess = tiny(return_postprocessor=True)
+    images = torch.rand(2, 3, 64, 64)
+    model.eval()
+    with torch.no_grad():
+        outputs = [model(samples) for samples in (list(images), images, nested_tensor_from_tensor_list(list(images)))]
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0])
+    (first, _) = postprocess(outputs[0], torch.tensor([[64, 64], [64, 64]]))
+    assert set(first) >= {"scores", "labels", "boxes"} and isinstance(
+        nested_tensor_from_tensor_list(images), NestedTensor
+    )
+
+
+def test_flags_of_the_model_can_be_given():
+    model = tiny("detr_resnet50_enact", enact_clusters="regions", enact_max_clusters=9, aux_loss=True, dec_layers=2)
+    clustering = model.transformer.encoder.layers[0].self_attn
+    assert (clustering.clusters, clustering.max_clusters) == ("regions", 9)
+    assert len(model(torch.rand(1, 3, 64, 64))["aux_outputs"]) == 1
+
+
+def test_weights_of_a_backbone_can_be_asked_for(tmp_path):
+    body = tiny().backbone[0].body
+    torch.save({f"{key}": value for key, value in body.state_dict().items()}, tmp_path / "resnet50.pth")
+    assert load_backbone_weights("resnet50", str(tmp_path / "resnet50.pth"))
+    loaded = tiny(backbone_weights=str(tmp_path / "resnet50.pth")).backbone[0].body
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(body.state_dict()), rtol=0, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------- pretrained
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """Of `conditional_detr_resnet50_enact` for four labels, as the original repositories write checkpoints."""
+    torch.manual_seed(1)
+    model = tiny("conditional_detr_resnet50_enact", num_classes=4, enact_per_image=True)
+    argv = [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
+    args = parse("conditional", *argv, "--num_queries", "4", "--backbone", "resnet50", "--enact_per_image")
+    path = tmp_path_factory.mktemp("hub") / "checkpoint.pth"
+    torch.save({"model": model.state_dict(), "args": argparse.Namespace(**vars(args))}, path)
+    return path
+
+
+@pytest.mark.parametrize("num_classes", [None, 4])
+def test_a_pretrained_model_is_the_checkpoints(checkpoint, num_classes):
+    model = load("conditional_detr_resnet50_enact", pretrained=checkpoint, num_classes=num_classes)
+    saved = torch.load(checkpoint, weights_only=True)["model"]
+    torch.testing.assert_close(dict(model.state_dict()), saved, rtol=0, atol=0)
+    assert model.transformer.encoder.layers[0].self_attn.per_image
+    flags = {"pretrained": str(checkpoint), "enact_per_image": False}
+    assert not load("conditional_detr_resnet50_enact", **flags).transformer.encoder.layers[0].self_attn.per_image
+
+
+@pytest.mark.parametrize(
+    "name, flags, message",
+    [
+        ("conditional_detr_resnet101_enact", {}, "not of Conditional DETR, with ENACT, on a ResNet-101: load condit"),
+        ("conditional_detr_resnet50", {}, "load conditional_detr_resnet50_enact"),
+        ("conditional_detr_resnet50_dc5_enact", {}, "load conditional_detr_resnet50_enact"),
+        ("detr_resnet50_enact", {}, "load conditional_detr_resnet50_enact"),
+        ("conditional_detr_resnet50_enact", {"num_classes": 7}, "has 4 labels, num_classes=7 .* --pretrained"),
+        ("conditional_detr_resnet50_enact", {"num_queries": 9}, "query_embed.weight is"),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_of_another_model_is_refused(checkpoint, name, flags, message):
+    with pytest.raises(UserError, match=message):
+        load(name, pretrained=checkpoint, **flags)
+
+
+def test_the_published_files_are_those_of_plain_detr(monkeypatch):
+    asked = []
+
+    def fetch(source: str):
+        asked.append(source)
+        raise UserError("no network")
+
+    monkeypatch.setattr(hub, "load_checkpoint", fetch)
+    for name in ENTRIES:
+        with pytest.raises(UserError) as error:
+            ENTRIES[name](pretrained=True)
+        if name not in PUBLISHED:
+            assert f"{name}: pretrained=True: no published file" in str(error.value)
+            assert "pretrained='path/to/checkpoint.pth'" in str(error.value)
+    assert [Path(url).name for url in asked] == [
+        "detr-r50-e632da11.pth", "detr-r50-dc5-f0fb7ef5.pth", "detr-r101-2c7b67e5.pth", "detr-r101-dc5-a2e86def.pth",
+    ]  # fmt: skip
+    assert all(url.startswith("https://") and torch.hub.HASH_REGEX.search(url) for url in asked)
+
+
+@pytest.mark.parametrize(
+    "name, flags, message",
+    [
+        ("detr_resnet50", {"num_query_position": 3}, "no flag num_query_position .*; there are .*num_queries"),
+        ("detr_resnet50", {"backbone": "resnet18"}, "no flag backbone"),
+        ("detr_resnet50", {"lr": 1}, "no flag lr"),
+        ("detr_resnet50_enact", {"enact_clusters": "balls"}, "enact_clusters='balls': choose from windows, regions"),
+        ("detr_resnet50", {"hidden_dim": 30}, "detr_resnet50: --hidden_dim 30"),
+        ("detr_resnet50", {"pretrained": "/nowhere.pth"}, "/nowhere.pth: no such file"),
+        ("detr_resnet50", {"backbone_weights": "/nowhere.pth"}, "--backbone_weights /nowhere.pth: no such file"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_built_is_refused(name, flags, message):
+    with pytest.raises(UserError, match=message):
+        load(name, **flags)
+
+
+def test_a_checkpoint_of_no_variant_is_refused(tmp_path):
+    torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="of none of the variants"):
+        load("detr_resnet50", pretrained=tmp_path / "other.pth")
