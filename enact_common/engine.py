@@ -81,7 +81,7 @@ class TrainStep:
 
     Beside what a model reads back itself (ENACT, once a layer), the host waits for the device once a step, for the
     matching costs. Whether the loss and the gradients were finite is decided on the device, which then leaves the
-    weights alone; the host learns of it in the next step, when the device has passed that point anyway. On the same
+    weights alone; the host learns of it in the next step, when the device has passed that point anyway. In the same
     way processes tell one another that a loss is not finite, or that they were asked to stop: all learn of both in
     the same step.
 
