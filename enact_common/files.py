@@ -142,6 +142,9 @@ def describe(error: Exception) -> str:
     found = NOT_LET_IN.search(text)
     if found:
         reason = f"it holds {found[1]}, which is neither a tensor nor a built-in type, and was not executed"
+    elif isinstance(error, KeyError):
+        # Of a text, say, whose letters are taken for orders of a pickle: the key alone tells nobody anything.
+        reason = "its content is of another kind"
     else:
         text = text.rpartition("WeightsUnpickler error:")[2].partition(" In PyTorch 2.6")[0]
         reason = (text.strip() or type(error).__name__).splitlines()[0][:200]

@@ -415,6 +415,7 @@ def test_anchor_detrs_word_for_dilation_is_true_whatever_it_is(tmp_path, word):
     "make, message",
     [
         (lambda path, state: path.write_bytes(b"PK not a checkpoint"), "truncated, or not a file of tensors"),
+        (lambda path, state: path.write_text("junk\n"), "tensors .its content is of another kind"),
         (lambda path, state: path.write_bytes(torch_bytes(state)[:20000]), "truncated, or not a file of tensors"),
         (lambda path, state: torch.save(state["model"], path), "not a checkpoint .*the key 'model'"),
         (lambda path, state: torch.save([1], path), "not a checkpoint"),
@@ -434,7 +435,19 @@ def test_anchor_detrs_word_for_dilation_is_true_whatever_it_is(tmp_path, word):
             r"class_embed.bias is \(92,\), expected \(7,\)",
         ),
     ],
-    ids=["garbage", "truncated", "weights", "list", "objects", "missing", "variant", "flags", "part", "classes"],
+    ids=[
+        "garbage",
+        "text",
+        "truncated",
+        "weights",
+        "list",
+        "objects",
+        "missing",
+        "variant",
+        "flags",
+        "part",
+        "classes",
+    ],
 )
 def test_checkpoints_that_do_not_fit_are_named(shapes, trained, tmp_path, capsys, make, message):
     path = tmp_path / "bad.pth"
