@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from enact_common.backbone import BACKBONES, NORMS, SHALLOW_BACKBONES
+from enact_common.backbone import ALL_STAGES, BACKBONES, NORMS, SHALLOW_BACKBONES, stride_of
 from enact_common.clustering import CLUSTERS
 from enact_common.device import TORCH_VERSION
 from enact_common.errors import UserError
@@ -33,10 +33,10 @@ LOSSES = "matching and losses"
 
 # Flags that decide which tensors a model has and what they mean: a checkpoint fits only a run that agrees on them.
 MODEL_FLAGS = (
-    "encoder_attention", "smoothing_sigma", "backbone", "dilation", "backbone_norm", "position_embedding",
-    "enc_layers", "dec_layers", "dim_feedforward", "hidden_dim", "nheads", "num_queries", "pre_norm", "num_classes",
-    "num_feature_levels", "num_query_position", "num_query_pattern", "spatial_prior", "attention_type",
-    "separate_images", "masks",
+    "encoder_attention", "smoothing_sigma", "backbone", "backbone_stages", "dilation", "backbone_norm",
+    "position_embedding", "enc_layers", "dec_layers", "dim_feedforward", "hidden_dim", "nheads", "num_queries",
+    "pre_norm", "num_classes", "num_feature_levels", "num_query_position", "num_query_pattern", "spatial_prior",
+    "attention_type", "separate_images", "masks",
 )  # fmt: skip
 
 # Flags of ENACT that any weights work with. One that is not given is taken from the checkpoint.
@@ -285,6 +285,11 @@ def add_model_flags(group) -> None:
     )  # fmt: skip
     group.add_argument("--backbone", type=str, choices=BACKBONES, default="resnet50", help="ResNet from torchvision")
     group.add_argument(
+        "--backbone_stages", type=int, choices=range(1, len(ALL_STAGES) + 1), default=len(ALL_STAGES),
+        help="of the ResNet, those in use: 4 give a map of stride 32, 3 of 16, 2 of 8, 1 of 4: finer, its features "
+        "simpler",
+    )  # fmt: skip
+    group.add_argument(
         "--backbone_weights", type=str, default="default", metavar="default|none|PATH",
         help="torchvision's ImageNet weights (downloaded, checked and cached), random ones, or a state dict's file",
     )  # fmt: skip
@@ -521,6 +526,12 @@ def check_arguments(args) -> None:
         raise UserError(
             f"--backbone {args.backbone} has no dilated form: pass --no-dilation, or --backbone resnet50 or resnet101"
         )
+    if args.backbone_stages < len(ALL_STAGES) and (args.dilation or args.masks):
+        flag = "--dilation" if args.dilation else "--masks"
+        raise UserError(
+            f"--backbone_stages {args.backbone_stages}: {flag} needs all {len(ALL_STAGES)}; leave one of the two out"
+            + (", or pass --no-dilation" if args.dilation else "")
+        )
     if args.compile and args.checkpoint_activations and TORCH_VERSION < COMPILED_AND_RECOMPUTED:
         needed = ".".join(map(str, COMPILED_AND_RECOMPUTED))
         raise UserError(
@@ -613,7 +624,7 @@ def check_position_embedding(args) -> None:
     Raises:
         UserError: naming the ways out.
     """
-    cells = math.ceil(args.max_size / (16 if args.dilation else 32))
+    cells = math.ceil(args.max_size / stride_of(args))
     if args.position_embedding == "learned" and cells > PositionEmbeddingLearned.MAX_CELLS:
         raise UserError(
             f"--position_embedding learned knows {PositionEmbeddingLearned.MAX_CELLS} rows and columns of the feature "

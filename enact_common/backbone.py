@@ -21,6 +21,8 @@ from enact_common.recording import EXAMPLE_SIZE, traced, with_parts
 # Blocks in each stage.
 STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 BACKBONES = tuple(STAGES)
+# As torchvision names them.
+ALL_STAGES = ("layer1", "layer2", "layer3", "layer4")
 # Without bottlenecks: 512 channels in place of 2048, and no dilated form.
 SHALLOW_BACKBONES = ("resnet18", "resnet34")
 NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
@@ -73,7 +75,7 @@ class FoldedBottleneck(ResidualBlock, Bottleneck):
 
 
 class ResNetBody(IntermediateLayerGetter):
-    """A ResNet up to its last stage, frozen norms folded; gives the maps of the stages that are asked for by name."""
+    """A ResNet up to the last stage that is asked for, frozen norms folded; gives the maps of those asked for."""
 
     COMPILED = ("forward",)
 
@@ -95,8 +97,9 @@ class BackboneBase(nn.Module):
         backbone: a torchvision ResNet.
         train_backbone: train it; otherwise all its parameters are frozen.
         num_channels: channels of the last feature map.
-        return_interm_layers: return the maps of all four stages rather than the last one alone.
+        return_interm_layers: return the maps of all stages rather than the last one alone.
         train_stem: with train_backbone, train the stem and the first stage too, which are frozen otherwise.
+        stages: those in use, the first so many; 1 to 4.
     """
 
     def __init__(
@@ -106,19 +109,23 @@ class BackboneBase(nn.Module):
         num_channels: int,
         return_interm_layers: bool,
         train_stem: bool = False,
+        stages: int = len(ALL_STAGES),
     ):
         super().__init__()
         for name, parameter in backbone.named_parameters():
             deep = name.startswith(("layer2", "layer3", "layer4"))
             parameter.requires_grad_(train_backbone and (deep or train_stem))
-        stages = {"layer1": "0", "layer2": "1", "layer3": "2", "layer4": "3"}
-        self.body = ResNetBody(backbone, stages if return_interm_layers else {"layer4": "0"})
+        used = ALL_STAGES[:stages]
+        self.body = ResNetBody(
+            backbone, {name: str(i) for i, name in enumerate(used if return_interm_layers else used[-1:])}
+        )
         self.num_channels = num_channels
 
     def forward(self, images: NestedTensor) -> dict[str, NestedTensor]:
         """Images (batch, 3, H, W) give feature maps (batch, channels, h, w) by name, masks scaled along.
 
-        Strides are 4, 8, 16 and 32 pixels (16 for the last with dilation).
+        Strides are 4, 8, 16 and 32 pixels (16 for the last with dilation); that of the last stage in use is
+        `stride_of` the arguments.
         """
         features: dict[str, NestedTensor] = {}
         for name, map_ in self.body(images.tensors).items():
@@ -142,11 +149,12 @@ class Backbone(BackboneBase):
     Args:
         name: one of `BACKBONES`.
         train_backbone: train it from the second stage on; otherwise it is frozen.
-        return_interm_layers: return all four stages.
+        return_interm_layers: return all stages.
         dilation: stride 16 in place of 32 by dilating the last stage (DC5). ResNet-50 and 101 only.
         weights: "default" for torchvision's ImageNet weights, "none" for random ones, or a state dict's path.
         norm: "frozen" for batch norm whose statistics and affine parameters stay as loaded; "batch" for one that
             trains, and then the stem and the first stage train too.
+        stages: those in use, 1 to 4.
 
     Raises:
         UserError: the weights cannot be had, or the ResNet cannot be dilated.
@@ -160,6 +168,7 @@ class Backbone(BackboneBase):
         dilation: bool = False,
         weights: str = "default",
         norm: str = "frozen",
+        stages: int = len(ALL_STAGES),
     ):
         shallow = name in SHALLOW_BACKBONES
         if dilation and shallow:
@@ -179,9 +188,9 @@ class Backbone(BackboneBase):
                     f"--backbone_weights {weights}: not a {name} state dict, {len(missing)} tensors are missing, "
                     f"{missing[0]} first"
                 )
-        super().__init__(
-            resnet, train_backbone, 512 if shallow else 2048, return_interm_layers, train_stem=norm == "batch"
-        )
+        # They double from stage to stage.
+        channels = (64 if shallow else 256) << (stages - 1)
+        super().__init__(resnet, train_backbone, channels, return_interm_layers, norm == "batch", stages)
 
 
 def load_backbone_weights(name: str, weights: str) -> dict[str, Tensor] | None:
@@ -235,6 +244,11 @@ class Joiner(nn.Sequential):
         return with_parts(self)
 
 
+def stride_of(args) -> int:
+    """Pixels a cell of the map that goes into the transformer, each way."""
+    return 16 if args.dilation else 2 ** (args.backbone_stages + 1)
+
+
 def build_resnet(args, return_interm_layers: bool = False) -> Backbone:
     """The backbone that the arguments ask for, without position encoding.
 
@@ -249,6 +263,7 @@ def build_resnet(args, return_interm_layers: bool = False) -> Backbone:
         dilation=args.dilation,
         weights="none" if from_checkpoint else args.backbone_weights,
         norm=args.backbone_norm,
+        stages=args.backbone_stages,
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from enact_common.arguments import CLUSTERING_FLAGS, MODEL_FLAGS
-from enact_common.backbone import SHALLOW_BACKBONES, STAGES
+from enact_common.backbone import ALL_STAGES, SHALLOW_BACKBONES, STAGES
 from enact_common.checkpoint import detector_weights, has_masks, load_checkpoint, load_model
 from enact_common.data.categories import LabelMap, coco_names
 from enact_common.data.coco import decode_image, pil_to_rgb
@@ -303,6 +303,7 @@ def sizes_of(weights: dict[str, Tensor]) -> dict[str, Any]:
         tensor = next((tensor for name, tensor in weights.items() if name.endswith(endings)), None)
         if tensor is not None:
             found[flag] = tensor.shape[axis]
+    found["backbone_stages"] = sum(any(f"{name}." in key for key in weights) for name in ALL_STAGES) or len(ALL_STAGES)
     layers = {(match[1], match[2]) for match in map(LAYER.match, weights) if match}
     for flag, part in (("enc_layers", "encoder"), ("dec_layers", "decoder")):
         found[flag] = sum(name.startswith(part) for name, _ in layers)
@@ -324,12 +325,14 @@ def sizes_of(weights: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def backbone_of(weights: dict[str, Tensor]) -> str | None:
-    """The name of the ResNet whose blocks a state dict has; None where it has none that we know."""
+    """The name of the ResNet whose blocks, up to some stage, a state dict has; None where it has none that we know."""
     first = [name for name in weights if name.endswith("conv1.weight")]
-    blocks = [sum(f"layer{stage}." in name for name in first) for stage in range(1, 5)]
+    blocks = [count for name in ALL_STAGES if (count := sum(f"{name}." in key for key in first))]
     shallow = not any("layer1.0.conv3.weight" in name for name in weights)
-    found = (n for n, stages in STAGES.items() if list(stages) == blocks and (n in SHALLOW_BACKBONES) == shallow)
-    return next(found, None)
+    for name, stages in STAGES.items():
+        if blocks and list(stages[: len(blocks)]) == blocks and (name in SHALLOW_BACKBONES) == shallow:
+            return name
+    return None
 
 
 def as_pixels(image: ImageLike) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from enact_common.arguments import CLUSTERING_FLAGS
+from enact_common.backbone import stride_of
 from enact_common.boxes import box_cxcywh_to_xyxy
 from enact_common.clustering import EntropyClustering, Segments, Windows
 from enact_common.errors import UserError
@@ -179,7 +180,7 @@ def greatest_side(detector: LoadedDetector) -> int:
     learned = any(isinstance(module, PositionEmbeddingLearned) for module in detector.model.modules())
     if not learned:
         return GREATEST_SIDE
-    return PositionEmbeddingLearned.MAX_CELLS * (16 if detector.args.dilation else 32)
+    return PositionEmbeddingLearned.MAX_CELLS * stride_of(detector.args)
 
 
 def describe(detector: LoadedDetector, source: str, interface: Interface, lengths: Sequence[int] | None) -> dict:
