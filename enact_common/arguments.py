@@ -430,6 +430,10 @@ def add_segmentation_flags(group) -> None:
         help=f"COCO's panoptic annotations, for --dataset_file {PANOPTIC}",
     )
     group.add_argument(
+        "--panoptic_threshold", type=fraction, default=0.85, metavar="P",
+        help="panoptic segments: the least probability of a query's class; short trainings seldom reach the default",
+    )  # fmt: skip
+    group.add_argument(
         "--mask_loss_coef", type=non_negative_float, default=1, metavar="W", help="loss: focal loss of masks"
     )
     group.add_argument(

@@ -36,6 +36,8 @@ class EnactSelfAttention(EntropyClustering):
 
     # Read by nn.TransformerEncoder and its layer, which take fused paths of their own only where they find packed
     # projections.
+    scale_logits = False
+    weigh_by_size = False
     in_proj_bias = None
     _qkv_same_embed_dim = False
 
@@ -105,7 +107,9 @@ class EnactSelfAttention(EntropyClustering):
             key, value = key.transpose(0, 1), value.transpose(0, 1)
         head_width = self.embed_dim // self.num_heads
 
-        (key, value), padding_mask = self.pool(key, value, key_padding_mask=key_padding_mask)
+        (key, value), clusters = self.pool(key, value, key_padding_mask=key_padding_mask)
+        padding_mask = clusters.padding_mask
+        sizes = clusters.sizes() if self.weigh_by_size else None
         q, k, v = (
             projection(tensor).unflatten(-1, (self.num_heads, head_width))
             for projection, tensor in ((self.W_q, query), (self.W_k, key), (self.W_v, value))
@@ -114,9 +118,13 @@ class EnactSelfAttention(EntropyClustering):
         q = q.transpose(1, 2) if self.batch_first else q.permute(1, 2, 0, 3)  # (batch, heads, L, e)
         k, v = k.transpose(1, 2), v.transpose(1, 2)  # (batch, heads, M, e)
         # The division by e is linear in V: cheapest where there are M rows rather than L.
-        present = None if padding_mask is None else ~padding_mask[:, None, None]  # (batch, 1, 1, M)
+        bias = None if padding_mask is None else ~padding_mask[:, None, None]  # (batch, 1, 1, M)
+        if sizes is not None:
+            # The logarithm of nothing is minus infinity: as where there is no cluster.
+            bias = sizes.to(q.dtype).log()[:, None, None]
+        v, scale = (v, head_width**-0.5) if self.scale_logits else (v / head_width, 1.0)
         attended = F.scaled_dot_product_attention(
-            q, k, v / head_width, present, dropout_p=self.dropout if self.training else 0.0, scale=1.0
+            q, k, v, bias, dropout_p=self.dropout if self.training else 0.0, scale=scale
         )
         attended = attended.transpose(1, 2) if self.batch_first else attended.permute(2, 0, 1, 3)
         return self.W_o(attended.flatten(2)), None  # (batch, L, heads, e) or (L, batch, heads, e) -> the query's shape

@@ -240,6 +240,10 @@ class Segments:
         shares = shares.view(*self.shape, num_values)
         return (shares @ values.to(shares.dtype)).to(values.dtype)
 
+    def sizes(self) -> Tensor:
+        """Tokens of each cluster: int64 (batch, M), 0 where an image has no such cluster."""
+        return torch.bincount(self.cluster, minlength=self.shape[0] * self.shape[1]).view(self.shape)
+
     def assignment(self, num_tokens: int) -> Tensor:
         """As in `Windows`."""
         clusters = torch.full((self.shape[0], num_tokens), -1, device=self.cluster.device)
@@ -348,6 +352,9 @@ class EntropyClustering(nn.Module):
     Attributes:
         fixed_length: None; or the length of all windows, tokens, whatever the information says: for graphs without
             sizes that depend on data (`enact_common.export`). Padding is then clustered like any other token.
+        weight_logits: None; or what makes of the information, smoothed, the logits of its tokens' shares in their
+            cluster, to try other weights (`enact_common.study`): windows come cut, (batch, M, length), other clusters
+            as (batch, N), for which the result must be small enough for its exponential. A module trains along.
         observer: None; or what is called at the end of every clustering, to look on: with the smoothed information
             (batch, N), bits, each token in its place and zero where padding is masked, and with the clusters.
 
@@ -356,6 +363,7 @@ class EntropyClustering(nn.Module):
     """
 
     fixed_length: int | None = None
+    weight_logits: Callable[[Tensor], Tensor] | None = None
     observer: Callable[[Tensor, Windows | Segments], None] | None = None
 
     def __init__(
@@ -404,11 +412,11 @@ class EntropyClustering(nn.Module):
 
     def pool(
         self, scored: Tensor, *others: Tensor, key_padding_mask: Tensor | None = None
-    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """What `forward` returns, and where clusters are padding: bool (batch, M), or None where none are."""
+    ) -> tuple[tuple[Tensor, ...], Windows | Segments]:
+        """What `forward` returns, and the clusters."""
         clusters = self.cluster(scored, key_padding_mask)
         with torch.autocast(scored.device.type, enabled=False):
-            return tuple(clusters.pool(tensor) for tensor in (scored, *others)), clusters.padding_mask
+            return tuple(clusters.pool(tensor) for tensor in (scored, *others)), clusters
 
     def cluster(self, scored: Tensor, key_padding_mask: Tensor | None = None) -> Windows | Segments:
         """The clusters of tokens (batch, N, d), which pool any tensor (batch, N, channels) with the same weights."""
@@ -424,7 +432,8 @@ class EntropyClustering(nn.Module):
         if common or self.fixed_length is not None:
             information = smooth(self_information(logits), self.kernel)  # (batch, N)
             length = self.common_length(information)
-            windows = Windows(cut_windows(information, length).softmax(dim=-1))  # (batch, M, length)
+            cut = cut_windows(information, length)  # (batch, M, length)
+            windows = Windows((cut if self.weight_logits is None else self.weight_logits(cut)).softmax(dim=-1))
             if self.observer is not None:
                 self.observer(information, windows)
             return windows
@@ -446,7 +455,8 @@ class EntropyClustering(nn.Module):
             kept, cluster, count = present, *self.join_regions(borders)
         else:
             kept, cluster, count = self.cut_by_length(place, present.sum(dim=1), borders.sum(dim=1) + 1)
-        segments = (RecordedSegments if recording() else Segments)(information, token, cluster, kept, count)
+        logits = information if self.weight_logits is None else self.weight_logits(information)
+        segments = (RecordedSegments if recording() else Segments)(logits, token, cluster, kept, count)
         if self.observer is not None:
             self.observer(torch.empty_like(information).scatter(1, token, information), segments)
         return segments

@@ -339,7 +339,7 @@ class Run:
         self.model, self.criterion, self.postprocessors = self.build_model(args)
         if "panoptic" in self.postprocessors:
             things = {category["id"] for category in self.panoptic_truth.categories if category["isthing"]}
-            self.postprocessors["panoptic"] = PostProcessPanoptic(things)
+            self.postprocessors["panoptic"] = PostProcessPanoptic(things, args.panoptic_threshold)
         if checkpoint:
             weights = checkpoint["model"]
             if args.eval and checkpoint.get("model_ema"):

@@ -1,0 +1,193 @@
+"""The study's command line: `python -m enact_common.study --preset cpu --output_dir study`."""
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from enact_common import study
+from enact_common.arguments import fraction, positive_int
+from enact_common.benchmark.isolated import DONE, run_isolated
+from enact_common.benchmark.measuring import machine
+from enact_common.device import find_device
+from enact_common.errors import UserError, exit_status
+from enact_common.files import make_folder, write_atomically
+from enact_common.study.arms import WINDOWS
+from enact_common.study.costs import measure_encoders, measure_step
+from enact_common.study.images import Photographs, Shapes, load_images
+from enact_common.study.page import write_page
+from enact_common.study.presets import ARMS, CPU_MODEL, GPU_MODEL, PRESETS, Preset, Trial, trials
+from enact_common.study.schedule import run_trainings, tasks_of
+from enact_common.study.training import Results
+
+# Timed runs of each encoder.
+REPEAT = 5
+
+# What `--fraction` leaves of a data set at least, images.
+FEWEST = 16
+
+# Real images are fitted into so many pixels: as many cells as the drawn ones have, or more.
+PHOTOGRAPHS = {"cpu": (120, 160), "gpu": (480, 640)}
+PHOTOGRAPH_ARMS = ("plain", "windows", "uniform", "strided", "scaled", "hilbert_scaled", "hilbert_scaled_uniform")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m enact_common.study",
+        description=study.__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--preset", choices=tuple(PRESETS), required=True, default=argparse.SUPPRESS, help="how large")
+    parser.add_argument(
+        "--output_dir", required=True, metavar="DIR", default=argparse.SUPPRESS,
+        help="results, a small JSON file of each training, and the page. What is done is not done again: on a machine "
+        "that keeps nothing, put results/ there first and fetch it afterwards",
+    )  # fmt: skip
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="of the preset's, these alone")
+    parser.add_argument(
+        "--arms", nargs="+", choices=tuple(ARMS), metavar="NAME",
+        help=f"these alone, and those that they begin with: {', '.join(ARMS)}",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=positive_int, metavar="N", help="so many in place of the preset's")
+    parser.add_argument("--bccd", metavar="DIR", help="a real data set in COCO's layout, to be tried too")
+    parser.add_argument("--device", help="in place of the preset's")
+    parser.add_argument("--jobs", type=positive_int, metavar="N", help="trainings side by side")
+    parser.add_argument(
+        "--seconds", type=positive_int, metavar="S", help="begin no training after so many seconds; all begun end"
+    )
+    parser.add_argument(
+        "--fraction", type=fraction, default=1.0, metavar="F",
+        help="of the preset's images: to try whether it runs, its figures mean nothing",
+    )  # fmt: skip
+    parser.add_argument(
+        "--skip_costs", action="store_true", help="measure no time and memory: where other work is going on"
+    )
+    return parser
+
+
+def chosen_preset(args: argparse.Namespace) -> Preset:
+    """The preset with what the command line changes.
+
+    Raises:
+        UserError: nothing is left of it.
+    """
+    preset = PRESETS[args.preset]
+    made = list(preset.trials)
+    if args.bccd:
+        model, (height, width) = {"cpu": CPU_MODEL, "gpu": GPU_MODEL}[args.preset], PHOTOGRAPHS[args.preset]
+        source = Photographs("bccd", args.bccd, height, width)
+        first = made[0]
+        (trial,) = trials(source, model, first.images, first.start_images, first.seeds, ("conditional",))
+        made.append(replace(trial, arms=PHOTOGRAPH_ARMS))
+    if args.variants:
+        made = [trial for trial in made if trial.variant in args.variants]
+        if not made:
+            raise UserError(f"--variants {' '.join(args.variants)}: this preset has none of these")
+    if args.arms:
+        wanted = set(args.arms) | {ARMS[name].after for name in args.arms}
+        made = [replace(trial, arms=tuple(name for name in trial.arms if name in wanted)) for trial in made]
+    made = [shrunk(trial, args.fraction) for trial in made]
+    if args.seeds:
+        made = [replace(trial, seeds=args.seeds) for trial in made]
+    changes = {name: getattr(args, name) for name in ("device", "jobs", "seconds") if getattr(args, name)}
+    if args.fraction < 1:
+        changes |= {"cost_map": (10, 16)}
+    return replace(preset, trials=tuple(made), **changes)
+
+
+def shrunk(trial: Trial, part: float) -> Trial:
+    """A part of a trial."""
+    if part == 1:
+        return trial
+    source = trial.source
+    if isinstance(source, Shapes):
+        source = replace(
+            source, **{name: max(round(getattr(source, name) * part), FEWEST) for name in ("train", "val")}
+        )
+    few = {name: max(round(getattr(trial, name) * part), FEWEST) for name in ("images", "start_images")}
+    if not trial.start_images:
+        few["start_images"] = 0
+    return replace(trial, source=source, **few)
+
+
+def measure_costs(preset: Preset, folder: Path) -> None:
+    """Measure time and memory of each arm, and write them to `costs.json`."""
+    results = Results(folder)
+    costs: dict[str, dict] = {"machine": machine(torch.device("cpu")), "steps": {}, "encoders": {}}
+    for trial in preset.trials:
+        tasks = [task for task in tasks_of(replace(preset, trials=(trial,))) if task.seed == 0]
+        tasks = [task for task in tasks if results.read(task) is not None]
+        for task in tasks:
+            outcome = run_isolated(measure_step, task, folder, ARMS, preset.threads)
+            if outcome.status == DONE:
+                costs["steps"][task.name.rsplit("-", 1)[0]] = outcome.value
+            else:
+                print(f"{task.name}: {outcome.message}", file=sys.stderr)
+        windows = next((results.read(task) for task in tasks if task.arm.name == WINDOWS), None)
+        if trial.variant in costs["encoders"] or not tasks:
+            continue
+        lengths = windows["mean_lengths"] if windows else [5]
+        arms = tuple(task.arm for task in tasks if not task.arm.converted)
+        outcome = run_isolated(
+            measure_encoders, trial.variant, arms, round(sum(lengths) / len(lengths)), preset.cost_map,
+            preset.cost_batch, preset.device, preset.amp, preset.jobs * preset.threads, REPEAT,
+        )  # fmt: skip
+        if outcome.status != DONE:
+            raise UserError(f"encoders of {trial.variant}: {outcome.message}\n{outcome.details}")
+        costs["encoders"][trial.variant] = outcome.value
+    write_atomically(folder / "costs.json", lambda file: file.write(json.dumps(costs, indent=1).encode()), sync=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, measure, and write the page.
+
+    Raises:
+        UserError: something is wrong that the user can mend.
+    """
+    begin = time.perf_counter()
+    preset = chosen_preset(args)
+    device = find_device(preset.device)
+    folder = Path(args.output_dir)
+    make_folder(folder)
+    for source in {trial.source.name: trial.source for trial in preset.trials}.values():
+        # Before any work, and once: the processes find what is drawn.
+        load_images(source, folder / "data")
+    run_trainings(preset, folder, begin + preset.seconds)
+    if not args.skip_costs:
+        measure_costs(preset, folder)
+    about = {
+        "command": f"python -m enact_common.study {shlex.join(args.argv)}",
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "machine": machine(device),
+        "seconds": time.perf_counter() - begin,
+        "fraction": args.fraction,
+    }
+    print(f"written: {write_page(preset, folder, about)}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the study.
+
+    Args:
+        argv: the command line's words; None for the process's own.
+
+    Returns:
+        the exit status: 0; 2 for what the user can mend.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else list(argv)
+    return exit_status(parser.prog, lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

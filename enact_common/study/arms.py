@@ -1,0 +1,159 @@
+"""What the study compares. An arm is the flags of a command line, and where there is no flag for it, a change of the
+model that was built.
+
+The two baselines that the published comparison lacks are here: average pooling over windows as long as ENACT's, and
+every so many tokens in place of them. Neither learns anything of where to look.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from enact_common.hilbert import hilbert_order
+from enact_common.inside import clusterings
+
+PLAIN, WINDOWS = "plain", "windows"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a change of a model may depend on.
+
+    Attributes:
+        lengths: of the windows in each encoder layer, as the arm `WINDOWS` had them in the mean of its training.
+        map_size: height and width of the feature map.
+    """
+
+    lengths: tuple[int, ...]
+    map_size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way for the encoder to attend.
+
+    Attributes:
+        name: on the command line and in files.
+        title: in tables.
+        flags: of the variant's command line.
+        changes: of the built model, one after the other.
+        after: another arm, whose training must be done before this one's.
+        converted: begins with the weights of `after`'s, plain attention's turned into ENACT's, rather than with those
+            that all begin with.
+        budget: of the images that the others are trained on.
+        variants: those that it can be tried with; all where it is empty.
+    """
+
+    name: str
+    title: str
+    flags: tuple[str, ...] = ()
+    changes: tuple[Callable[[nn.Module, Setting], None], ...] = ()
+    after: str | None = None
+    converted: bool = False
+    budget: float = 1.0
+    variants: tuple[str, ...] = ()
+
+
+class EqualShares(nn.Module):
+    """All tokens of a cluster alike: an average."""
+
+    def forward(self, information: Tensor) -> Tensor:
+        """Logits of the shares, of the information's shape."""
+        return torch.zeros_like(information)
+
+
+class MiddleAlone(nn.Module):
+    """Of each window, the middle token: every so many tokens of the sequence."""
+
+    def forward(self, information: Tensor) -> Tensor:
+        """Logits (batch, M, length), minus infinity but for one of each window."""
+        logits = torch.full_like(information, -torch.inf)
+        logits[..., information.shape[-1] // 2] = 0
+        return logits
+
+
+class LearnedTemperature(nn.Module):
+    """Shares that can become unequal: the information over what it would be in each token were all alike, times a
+    learned factor.
+
+    Of N tokens that score alike, each has log2(N) / N bits: a hundredth for a thousand tokens. The published softmax
+    over a window is of such numbers, whose exponentials all but equal one.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.log_factor = nn.Parameter(torch.zeros(()))
+
+    def forward(self, information: Tensor) -> Tensor:
+        """Logits of the shares, of the information's shape; at most 30, so that their exponentials are finite."""
+        scale = information.detach().flatten(1).mean(dim=1).clamp(min=1e-12)  # (batch,)
+        relative = information / scale.view(-1, *[1] * (information.ndim - 1))
+        return (relative * self.log_factor.exp()).clamp(max=30)
+
+
+@dataclass(frozen=True)
+class ChangeShares:
+    """The change that gives each clustering shares of its own.
+
+    Attributes:
+        kind: makes them.
+    """
+
+    kind: type[nn.Module]
+
+    @property
+    def __name__(self) -> str:
+        """As functions have one: what the change is called where results say how they were made."""
+        return f"ChangeShares({self.kind.__name__})"
+
+    def __call__(self, model: nn.Module, setting: Setting) -> None:
+        """Change a model."""
+        for clustering in clusterings(model):
+            clustering.weight_logits = self.kind()
+
+
+def fix_lengths(model: nn.Module, setting: Setting) -> None:
+    """Windows are as long as those of the arm `WINDOWS`, whatever the scores say."""
+    for clustering, length in zip(clusterings(model), setting.lengths, strict=True):
+        clustering.fixed_length = length
+
+
+def scale_logits(model: nn.Module, setting: Setting) -> None:
+    """Attention as everybody else computes it: logits over the root of a head's width, values as they are."""
+    for attention in clusterings(model):
+        attention.scale_logits = True
+
+
+def weigh_by_size(model: nn.Module, setting: Setting) -> None:
+    """A cluster counts as often as it has tokens (Bolya et al., "Token Merging: Your ViT But Faster", ICLR 2023,
+    equation 1)."""
+    for attention in clusterings(model):
+        attention.weigh_by_size = True
+
+
+class AlongHilbertCurve(nn.Module):
+    """An encoder whose tokens come along a Hilbert curve.
+
+    Args:
+        encoder: as `enact_common.transformer.TransformerEncoder`; it does not care for the order but for its clusters.
+        map_size: height and width of all feature maps.
+    """
+
+    def __init__(self, encoder: nn.Module, map_size: tuple[int, int]):
+        super().__init__()
+        self.encoder = encoder
+        order = hilbert_order(*map_size)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("back", order.argsort(), persistent=False)
+
+    def forward(self, src: Tensor, key_padding_mask: Tensor, pos: Tensor) -> Tensor:
+        """(N, batch, d) to (N, batch, d); key_padding_mask (batch, N), pos (N, batch, d)."""
+        mask, pos = key_padding_mask.index_select(1, self.order), pos.index_select(0, self.order)
+        return self.encoder(src.index_select(0, self.order), mask, pos).index_select(0, self.back)
+
+
+def follow_hilbert(model: nn.Module, setting: Setting) -> None:
+    """Windows are stretches of a Hilbert curve, patches of the image, rather than parts of rows."""
+    model.transformer.encoder = AlongHilbertCurve(model.transformer.encoder, setting.map_size)

@@ -1,0 +1,238 @@
+"""The study's images, held on the device: drawn shapes, or a real data set in COCO's layout."""
+
+import contextlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import box_convert
+from torchvision.transforms.v2 import functional as transforms
+
+from enact_common.data.coco import decode_image, load_annotations
+from enact_common.data.synthetic import draw_scene
+from enact_common.errors import UserError
+from enact_common.files import write_atomically
+from enact_common.nested_tensor import NestedTensor
+
+TRAIN, VAL = "train", "val"
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What drawn images look like.
+
+    Attributes:
+        train, val: images.
+        height: pixels.
+        widths: pixels, from which each image's is drawn, so that batches have padding.
+        scale: of what the model sees, against what is drawn and measured in: a half shows it half as many pixels a
+            side, as resizing does to photographs.
+        objects: the least and the most in an image.
+        object_size: the least and the greatest extent, fractions of the height, log-uniform: many small, some large.
+        classes: names.
+    """
+
+    train: int
+    val: int
+    height: int
+    widths: tuple[int, ...]
+    scale: float
+    objects: tuple[int, int] = (2, 6)
+    object_size: tuple[float, float] = (0.1, 0.65)
+    classes: tuple[str, ...] = ("circle", "triangle", "cross")
+
+    name = "shapes"
+
+
+@dataclass(frozen=True)
+class Photographs:
+    """A data set in COCO's layout.
+
+    Attributes:
+        name: for results.
+        folder: holds `train2017/`, `val2017/` and `annotations/`.
+        height, width: pixels, into which every image is made to fit.
+    """
+
+    name: str
+    folder: str
+    height: int
+    width: int
+
+
+@dataclass
+class Images:
+    """One part of a data set.
+
+    Attributes:
+        pixels: uint8 (n, 3, H, W), padded with zeros at the right and the bottom.
+        sizes: int64 (n, 2), each image's own height and width in it.
+        original: int64 (n, 2), height and width that boxes are measured in.
+        labels: int64 (objects,) of each image, from 0.
+        boxes: float (objects, 4) of each image, centre x, centre y, width, height as fractions of its own sides.
+        areas: float (objects,) of each image, square pixels of the original: what COCO calls small or large.
+        classes: names.
+    """
+
+    pixels: Tensor
+    sizes: Tensor
+    original: Tensor
+    labels: list[Tensor]
+    boxes: list[Tensor]
+    areas: list[Tensor]
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def to(self, device: torch.device) -> "Images":
+        """All that training reads, on a device."""
+        boxes, labels = ([part.to(device) for part in parts] for parts in (self.boxes, self.labels))
+        return Images(self.pixels.to(device), self.sizes, self.original, labels, boxes, self.areas, self.classes)
+
+    def batch(self, indices: Tensor) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
+        """Some images, int64 (batch,), on the CPU, in the form that detectors and criteria take."""
+        device = self.pixels.device
+        height, width = self.pixels.shape[-2:]
+        sizes = self.sizes[indices].to(device)
+        rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+        mask = (rows >= sizes[:, :1]).unsqueeze(2) | (columns >= sizes[:, 1:]).unsqueeze(1)  # (batch, H, W)
+        targets = [{"labels": self.labels[i], "boxes": self.boxes[i]} for i in indices.tolist()]
+        return NestedTensor(self.pixels[indices.to(device)], mask), targets
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """The indices of all images, batch by batch."""
+        yield from torch.arange(len(self)).split(size)
+
+    def truth(self) -> COCO:
+        """The ground truth as pycocotools takes it; image ids count from 0, category ids from 1."""
+        annotations = []
+        for i, (labels, boxes, areas) in enumerate(zip(self.labels, self.boxes, self.areas, strict=True)):
+            height, width = self.original[i].tolist()
+            corners = box_convert(boxes.cpu(), "cxcywh", "xywh") * torch.tensor([width, height, width, height])
+            for label, box, area in zip(labels.tolist(), corners.tolist(), areas.tolist(), strict=True):
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": i,
+                        "category_id": label + 1,
+                        "bbox": box,
+                        "area": area,
+                        "iscrowd": 0,
+                    }  # fmt: skip
+                )
+        coco = COCO()
+        coco.dataset = {
+            "info": {},
+            "images": [{"id": i, "height": h, "width": w} for i, (h, w) in enumerate(self.original.tolist())],
+            "categories": [{"id": i + 1, "name": name} for i, name in enumerate(self.classes)],
+            "annotations": annotations,
+        }
+        with contextlib.redirect_stdout(io.StringIO()):
+            coco.createIndex()
+        return coco
+
+    def on_object(self, indices: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Which cells of a map have their centre in an object's box, and which are padding: bool (batch, h, w) each."""
+        samples, targets = self.batch(indices)
+        height, width = samples.mask.shape[1:]
+        mask = F.interpolate(samples.mask.unsqueeze(1).float(), size=size).squeeze(1).bool().cpu()
+        y = (torch.arange(size[0]) + 0.5) / size[0] * height
+        x = (torch.arange(size[1]) + 0.5) / size[1] * width
+        inside = torch.zeros(len(indices), *size, dtype=torch.bool)
+        for i, target in zip(range(len(indices)), targets, strict=True):
+            own = self.sizes[indices[i]].flip(0).repeat(2)  # width, height, width, height
+            for left, top, right, bottom in (box_convert(target["boxes"].cpu(), "cxcywh", "xyxy") * own).tolist():
+                inside[i] |= ((y >= top) & (y < bottom)).unsqueeze(1) & ((x >= left) & (x < right))
+        return inside, mask
+
+
+def load_images(source: Shapes | Photographs, cache: Path) -> dict[str, Images]:
+    """Both parts of a data set, by `TRAIN` and `VAL`; drawn ones are kept in a file, so that they are drawn once.
+
+    Args:
+        source: what to make or read.
+        cache: folder for that file.
+
+    Raises:
+        UserError: a real data set is not there.
+    """
+    if isinstance(source, Photographs):
+        return {part: read_photographs(source, part) for part in (TRAIN, VAL)}
+    path = cache / f"{source.name}.pt"
+    if not path.is_file():
+        drawn = {part: vars(draw_images(source, part)) for part in (TRAIN, VAL)}
+        cache.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, lambda file: torch.save((str(source), drawn), file), sync=False)
+    made_from, drawn = torch.load(path, weights_only=True)
+    if made_from != str(source):
+        raise UserError(f"{path}: holds images of another preset; remove it, or choose another --output_dir")
+    return {part: Images(**content) for part, content in drawn.items()}
+
+
+def draw_images(source: Shapes, part: str) -> Images:
+    """Draw one part; image i depends on the part and i alone."""
+    count = getattr(source, part)
+    rows = round(source.height * source.scale)
+    pixels = torch.zeros(count, 3, rows, round(max(source.widths) * source.scale), dtype=torch.uint8)
+    images = Images(pixels, *torch.zeros(2, count, 2, dtype=torch.int64), [], [], [], list(source.classes))
+    for i in range(count):
+        rng = np.random.default_rng([(TRAIN, VAL).index(part), i])
+        width = int(rng.choice(source.widths))
+        image, objects = draw_scene(rng, source.height, width, source.objects, source.object_size, source.classes)
+        own = (rows, round(width * source.scale))
+        seen = cv2.resize(image, own[::-1], interpolation=cv2.INTER_AREA)
+        pixels[i, :, : own[0], : own[1]] = torch.from_numpy(seen).permute(2, 0, 1)
+        images.sizes[i] = torch.tensor(own)
+        images.original[i] = torch.tensor((source.height, width))
+        add_objects(images, i, [o.class_index for o in objects], [o.bbox for o in objects], [o.area for o in objects])
+    return images
+
+
+def read_photographs(source: Photographs, part: str) -> Images:
+    """Read one part, crowds left out.
+
+    Raises:
+        UserError: it is not there.
+    """
+    folder = Path(source.folder)
+    content = load_annotations(folder / "annotations" / f"instances_{part}2017.json")
+    categories = sorted(content["categories"], key=lambda category: category["id"])
+    label = {category["id"]: i for i, category in enumerate(categories)}
+    by_image: dict[int, list[dict]] = {image["id"]: [] for image in content["images"]}
+    for annotation in content["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        if not annotation.get("iscrowd") and w > 0 and h > 0:
+            by_image[annotation["image_id"]].append(annotation)
+    count = len(content["images"])
+    pixels = torch.zeros(count, 3, source.height, source.width, dtype=torch.uint8)
+    names = [category["name"] for category in categories]
+    images = Images(pixels, *torch.zeros(2, count, 2, dtype=torch.int64), [], [], [], names)
+    for i, image in enumerate(content["images"]):
+        whole = decode_image(folder / f"{part}2017" / image["file_name"])
+        scale = min(source.height / whole.shape[1], source.width / whole.shape[2])
+        own = [max(round(side * scale), 1) for side in whole.shape[1:]]
+        pixels[i, :, : own[0], : own[1]] = transforms.resize(whole, own, antialias=True)
+        images.sizes[i] = torch.tensor(own)
+        images.original[i] = torch.tensor(whole.shape[1:])
+        found = by_image[image["id"]]
+        add_objects(
+            images, i, [label[a["category_id"]] for a in found], [a["bbox"] for a in found], [a["area"] for a in found]
+        )
+    return images
+
+
+def add_objects(images: Images, index: int, labels: list[int], boxes: list, areas: list[float]) -> None:
+    """Add what an image shows: boxes left, top, width, height in pixels of the original."""
+    height, width = images.original[index].tolist()
+    corners = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+    images.labels.append(torch.tensor(labels, dtype=torch.int64))
+    images.boxes.append(box_convert(corners, "xywh", "cxcywh") / torch.tensor([width, height, width, height]))
+    images.areas.append(torch.tensor(areas, dtype=torch.float32))

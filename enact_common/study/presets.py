@@ -1,0 +1,178 @@
+"""How large the study is: on two CPU cores within an hour, or on a GPU in slices of ten minutes."""
+
+from dataclasses import dataclass
+
+from enact_common.study.arms import (
+    PLAIN,
+    WINDOWS,
+    Arm,
+    ChangeShares,
+    EqualShares,
+    LearnedTemperature,
+    MiddleAlone,
+    fix_lengths,
+    follow_hilbert,
+    scale_logits,
+    weigh_by_size,
+)
+from enact_common.study.images import Photographs, Shapes
+
+TOKENS = ("detr", "conditional")  # whose encoder attends among tokens
+
+LIST = (
+    Arm(PLAIN, "plain attention", ("--encoder_attention", "mhsa")),
+    Arm(WINDOWS, "ENACT: windows, as published"),
+    Arm("regions", "ENACT: regions", ("--enact_clusters", "regions")),
+    Arm(
+        "per_image",
+        "ENACT: windows of each image, padding left out",
+        ("--enact_per_image", "--enact_mask_padding"),
+    ),
+    Arm(
+        "uniform",
+        "average pooling over windows of the same lengths",
+        changes=(fix_lengths, ChangeShares(EqualShares)),
+        after=WINDOWS,
+    ),
+    Arm(
+        "strided",
+        "every c-th token",
+        changes=(fix_lengths, ChangeShares(MiddleAlone)),
+        after=WINDOWS,
+    ),
+    Arm("converted", "plain, converted to ENACT, trained a tenth longer", after=PLAIN, converted=True, budget=0.1),
+    Arm("scaled", "windows, logits scaled", changes=(scale_logits,), variants=TOKENS),
+    Arm("hilbert", "windows along a Hilbert curve", changes=(follow_hilbert,), variants=TOKENS),
+    Arm("temperature", "windows, shares with a learned temperature", changes=(ChangeShares(LearnedTemperature),)),
+    Arm(
+        "regions_by_size",
+        "regions that count by their size",
+        ("--enact_clusters", "regions"),
+        changes=(weigh_by_size,),
+        variants=TOKENS,
+    ),
+    Arm("hilbert_scaled", "Hilbert windows, logits scaled", changes=(scale_logits, follow_hilbert), variants=TOKENS),
+    Arm(
+        "hilbert_scaled_uniform",
+        "the same, averages of the same lengths",
+        changes=(fix_lengths, ChangeShares(EqualShares), scale_logits, follow_hilbert),
+        after=WINDOWS,
+        variants=TOKENS,
+    ),
+)
+ARMS = {arm.name: arm for arm in LIST}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Arms that are compared with each other.
+
+    Attributes:
+        source: the data set.
+        variant: a key of `VARIANTS`.
+        arms: names in `ARMS`, the first one plain attention.
+        flags: of the variant's command line, for all arms.
+        images: that each is trained on, one counted as often as it is seen.
+        start_images: of the training without an encoder that all begin with; 0 to begin with random weights.
+        seeds: how many.
+    """
+
+    source: Shapes | Photographs
+    variant: str
+    arms: tuple[str, ...]
+    flags: tuple[str, ...]
+    images: int
+    start_images: int
+    seeds: int
+
+    @property
+    def name(self) -> str:
+        """In files."""
+        return f"{self.source.name}-{self.variant}"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A study.
+
+    Attributes:
+        trials: what is compared.
+        device: a device's name.
+        jobs: trainings side by side.
+        threads: of each.
+        seconds: after which no training begins any more, though all that were begun end.
+        cost_map: height and width of the feature map that encoders are timed on.
+        cost_batch: images in that.
+        amp: their precision, a key of `AMP_DTYPE`.
+    """
+
+    trials: tuple[Trial, ...]
+    device: str
+    jobs: int
+    threads: int
+    seconds: float
+    cost_map: tuple[int, int] = (50, 80)
+    cost_batch: int = 1
+    amp: str = "none"
+
+
+# Cells of 4 pixels, 32 x 32 to 32 x 36 of them: on two CPU cores, a deeper backbone would leave no time for the rest.
+CPU_MODEL = (
+    "--backbone resnet18 --backbone_stages 1 --backbone_weights none --backbone_norm batch --enc_layers 2 "
+    "--dec_layers 2 --hidden_dim 64 --nheads 4 --dim_feedforward 256 --dropout 0 --batch_size 4 --epochs 1 --lr 1e-3 "
+    "--lr_backbone 1e-3 --lr_schedule cosine --warmup_steps 20 --bbox_loss_coef 1.25 --giou_loss_coef 0.5"
+)
+# Cells of 16 pixels, 32 x 32 to 32 x 36.
+GPU_MODEL = (
+    "--backbone resnet18 --backbone_stages 3 --backbone_weights none --backbone_norm batch --enc_layers 4 "
+    "--dec_layers 4 --hidden_dim 256 --nheads 8 --dim_feedforward 1024 --dropout 0 --batch_size 16 --epochs 1 "
+    "--lr 2e-4 --lr_backbone 5e-4 --lr_schedule cosine --warmup_steps 200 --bbox_loss_coef 1.25 --giou_loss_coef 0.5 "
+    "--amp bf16"
+)
+QUERIES = {
+    "detr": "--num_queries 40 --eos_coef 0.4",
+    "conditional": "--num_queries 40",
+    "anchor": "--num_query_position 36 --num_query_pattern 1 --no-dilation --spatial_prior grid",
+}
+
+# Row-column attention over clusters: what is tried is what clusters are.
+ANCHOR_ARMS = (PLAIN, WINDOWS, "regions", "per_image", "uniform", "strided", "temperature")
+
+
+def trials(
+    source: Shapes | Photographs, model: str, images: int, start_images: int, seeds: int, variants: tuple[str, ...]
+) -> tuple[Trial, ...]:
+    """The trials of some variants on one data set."""
+    made = []
+    for variant in variants:
+        arms = tuple(arm.name for arm in LIST if not arm.variants or variant in arm.variants)
+        if variant == "anchor":
+            arms = ANCHOR_ARMS
+        flags = tuple(f"{model} {QUERIES[variant]}".split())
+        made.append(Trial(source, variant, arms, flags, images, start_images, seeds))
+    return tuple(made)
+
+
+CPU_SHAPES = Shapes(train=4000, val=200, height=192, widths=(192, 216), scale=2 / 3)
+GPU_SHAPES = Shapes(
+    train=16000, val=1000, height=512, widths=(512, 576), scale=1, objects=(4, 16), object_size=(0.03, 0.6)
+)
+
+PRESETS = {
+    "cpu": Preset(
+        trials=trials(CPU_SHAPES, CPU_MODEL, 3000, 30000, 3, ("conditional", "anchor")),
+        device="cpu",
+        jobs=2,
+        threads=1,
+        seconds=3000,
+    ),
+    "gpu": Preset(
+        trials=trials(GPU_SHAPES, GPU_MODEL, 96000, 0, 3, ("conditional", "anchor")),
+        device="cuda",
+        jobs=3,
+        threads=4,
+        seconds=200,
+        cost_batch=8,
+        amp="bf16",
+    ),
+}

@@ -1,0 +1,86 @@
+"""Which trainings there are, and their turns: several side by side, each after those that it begins with."""
+
+import os
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from enact_common.study.presets import ARMS, Preset
+from enact_common.study.training import START, Results, Task, start_of, train
+
+
+def tasks_of(preset: Preset) -> list[Task]:
+    """All trainings, seed by seed, so that a study that is cut short has all arms of some seeds."""
+    made = []
+    for seed in range(max(trial.seeds for trial in preset.trials)):
+        for trial in preset.trials:
+            if seed < trial.seeds:
+                common = (trial.source, trial.variant, trial.flags)
+                rest = (seed, trial.images, trial.start_images, preset.device)
+                made += [Task(*common, ARMS[name], *rest) for name in trial.arms]
+    return made
+
+
+def begin_process(threads: int) -> None:
+    """What each process of the pool does first."""
+    torch.set_num_threads(threads)
+
+
+def run_task(task: Task, folder: Path) -> tuple[str, float]:
+    """Train in a process of the pool: the AP, and seconds."""
+    begin = time.perf_counter()
+    result = train(task, Results(folder))
+    return task.name, result["figures"]["AP"], time.perf_counter() - begin
+
+
+def run_trainings(preset: Preset, folder: Path, until: float) -> None:
+    """Do what is not done, as many side by side as the preset says, until a time on `time.perf_counter`."""
+    results = Results(folder)
+    tasks = tasks_of(preset)
+    starts = {start.name: start for start in map(start_of, tasks) if start.images}
+    waiting = [*starts.values(), *tasks]
+    waiting = [task for task in waiting if results.read(task) is None or missing_weights(task, tasks, results)]
+    running: dict[Future, Task] = {}
+    environment = {"OMP_NUM_THREADS": str(preset.threads)}
+    os.environ.update(environment)
+    with ProcessPoolExecutor(
+        preset.jobs, get_context("spawn"), initializer=begin_process, initargs=(preset.threads,)
+    ) as pool:
+        while waiting or running:
+            busy = {task.name for task in running.values()}
+            for task in list(waiting):
+                if len(running) >= preset.jobs or time.perf_counter() > until:
+                    break
+                if set(needed(task)) & (busy | {other.name for other in waiting}):
+                    continue
+                waiting.remove(task)
+                busy.add(task.name)
+                running[pool.submit(run_task, task, folder)] = task
+            if not running:
+                break
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                del running[future]
+                name, precision, seconds = future.result()
+                print(f"{name}: AP {precision:.3f}, {seconds:.0f} s; {len(waiting)} to begin", flush=True)
+    if waiting:
+        print(f"out of time: {len(waiting)} trainings are left; the same command goes on with them")
+
+
+def missing_weights(task: Task, tasks: list[Task], results: Results) -> bool:
+    """Whether a training that is done is to be done again, since another one that is not needs its weights."""
+    wanted = any(task.name in needed(other) and results.read(other) is None for other in tasks)
+    return wanted and task.arm.name == START.name and not results.weights(task).is_file()
+
+
+def needed(task: Task) -> list[str]:
+    """The names of the trainings that come before one."""
+    if task.arm.name == START.name:
+        return []
+    names = [start_of(task).name] if task.start_images else []
+    if task.arm.after:
+        names.append(task.other(ARMS[task.arm.after]).name)
+    return names
