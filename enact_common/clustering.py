@@ -363,7 +363,7 @@ class EntropyClustering(nn.Module):
     """
 
     fixed_length: int | None = None
-    weight_logits: Callable[[Tensor], Tensor] | None = None
+    weight_logits: Callable[[Tensor], Tensor] | None
     observer: Callable[[Tensor, Windows | Segments], None] | None = None
 
     def __init__(
@@ -385,6 +385,8 @@ class EntropyClustering(nn.Module):
         self.per_image = per_image
         self.mask_padding = mask_padding
         self.max_clusters = max_clusters
+        # Of the object: one of the class would hide a module that takes its place.
+        self.weight_logits = None
         self.W_prob = nn.Linear(embed_dim, 1)
         # A constant, so it moves with the module but stays out of checkpoints.
         self.register_buffer("kernel", gaussian_kernel(sigma), persistent=False)

@@ -1,0 +1,63 @@
+"""The study's pictures. Needs matplotlib (extra `plots`)."""
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from enact_common.plots.style import colour, save
+from enact_common.study.arms import PLAIN
+
+Found = Mapping[str, Mapping[str, Mapping[int, dict]]]
+
+
+def draw_precision(found: Found, picture: Path) -> None:
+    """The AP of each arm, a dot for each seed and a bar for their mean; a panel for each trial.
+
+    Args:
+        found: by trial, by arm, by seed.
+        picture: file to write.
+    """
+    most = max(len(arms) for arms in found.values())
+    figure = Figure(figsize=(4.6 * len(found), 0.34 * most + 1.4), layout="constrained")
+    for axes, (title, arms) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        names = list(arms)
+        for place, name in enumerate(names):
+            values = [100 * run["figures"]["AP"] for run in arms[name].values()]
+            axes.barh(place, statistics.mean(values), color=colour(0 if name == PLAIN else 1), alpha=0.45)
+            axes.plot(values, [place] * len(values), "o", color="black", markersize=4)
+        if PLAIN in arms:
+            plain = statistics.mean(100 * run["figures"]["AP"] for run in arms[PLAIN].values())
+            axes.axvline(plain, color=colour(0), linestyle="--", linewidth=1)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.set_xlabel("AP, percent")
+        axes.set_title(title)
+        axes.grid(axis="x", alpha=0.3)
+    save(figure, picture)
+
+
+def draw_clusters(found: Found, picture: Path) -> None:
+    """How many clusters an image has in the first and the last encoder layer while training, the mean over seeds.
+
+    Args:
+        found: as in `draw_precision`, those arms alone whose clusters follow scores.
+        picture: file to write.
+    """
+    figure = Figure(figsize=(5.2 * len(found), 4.2), layout="constrained")
+    for axes, (title, arms) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        for i, (name, runs) in enumerate(arms.items()):
+            rows = list(zip(*(run["clusters"] for run in runs.values()), strict=False))
+            steps = [row[0]["step"] for row in rows]
+            for layer, style in ((0, "-"), (-1, "--")):
+                counts = [statistics.mean(run["clusters"][layer] for run in row) for row in rows]
+                label = name if layer == 0 else None
+                axes.plot(steps, counts, style, color=colour(i), linewidth=1.2, label=label)
+        axes.set_title(f"{title}: first (solid) and last layer")
+        axes.set_xlabel("step")
+        axes.set_ylabel("clusters an image")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, ncols=2)
+    save(figure, picture)
