@@ -1,8 +1,8 @@
 """The detectors by name, as `torch.hub` finds them in the checkout's `hubconf.py`.
 
 The names are in the pattern of the original repositories' hubs: `detr_resnet50`, `detr_resnet50_dc5`, ...,
-`conditional_detr_resnet101`, ..., `anchor_detr_resnet50_dc5`; with `_enact` at the end, the encoder attends to
-clusters.
+`detr_resnet50_panoptic`, ..., `conditional_detr_resnet101`, ..., `anchor_detr_resnet50_dc5`; with `_enact` at the end,
+the encoder attends to clusters.
 """
 
 import argparse
@@ -13,13 +13,18 @@ from typing import Any
 
 from torch import nn
 
-from enact_common.arguments import MODEL
+from enact_common.arguments import COCO, MODEL, PANOPTIC
 from enact_common.checkpoint import load_checkpoint, load_model
+from enact_common.data.categories import LabelMap, coco_names
+from enact_common.data.panoptic import NUM_CLASSES, things_of
 from enact_common.errors import UserError
 from enact_common.inference import arguments_of, variant_of
+from enact_common.segmentation import PostProcessPanoptic
 from enact_common.variants import VARIANTS, load_variant
 
 BACKBONES = ("resnet50", "resnet101")
+# Flags of the model that its name decides.
+NAMED = ("backbone", "dilation", "encoder_attention")
 TITLES = {"detr": "DETR", "conditional": "Conditional DETR", "anchor": "Anchor DETR"}
 
 # Published by DETR's authors; the file's name ends with the beginning of its SHA-256.
@@ -30,6 +35,9 @@ PUBLISHED = {
         "resnet50_dc5": "r50-dc5-f0fb7ef5",
         "resnet101": "r101-2c7b67e5",
         "resnet101_dc5": "r101-dc5-a2e86def",
+        "resnet50_panoptic": "r50-panoptic-00ce5173",
+        "resnet50_dc5_panoptic": "r50-dc5-panoptic-da08f1b1",
+        "resnet101_panoptic": "r101-panoptic-40021d53",
     }.items()
 }
 
@@ -38,20 +46,27 @@ HELP = """{title}.
     Args:
         pretrained: False for random weights; a checkpoint's path, or its URL with the hash in the file's name: of
             this project, of ENACT's authors or of the original repository; {published}
-        num_classes: labels; None for the checkpoint's, or COCO's 91.
+        num_classes: labels; None for the checkpoint's, or COCO's {classes}.
         return_postprocessor: return (model, post-processing) rather than the model alone.
         backbone_weights: of a model that is not pretrained: "none" for random ones, "default" for torchvision's
             ImageNet weights, which are downloaded, or a state dict's path.
         flags: of the model, by the names that `python {folder}/main.py --help` lists under "model": `num_queries=300`,
-            `enact_max_clusters=256`; and `aux_loss=True` for the predictions of all decoder layers.
+            `enact_max_clusters=256`; and `aux_loss=True` for the predictions of all decoder layers{threshold}.
 
     Returns:
         the model, in training mode. It takes a list of images (3, h, w), a batch (batch, 3, H, W), or a NestedTensor:
-        uint8, or floating point and normalised. It returns `pred_logits` and `pred_boxes`.
+        uint8, or floating point and normalised. It returns `pred_logits` and `pred_boxes`{masks}.
 
     Raises:
         UserError: the checkpoint cannot be had, or is of another model; or a flag is not of this model.
     """
+
+# What is said of panoptic models beside that.
+THRESHOLD_HELP = """;
+            `threshold=0.85`, of the post-processing, is the least probability of a segment's class, in [0, 1]"""
+MASKS_HELP = """, and in
+        evaluation mode `pred_masks`. `postprocess(outputs, sizes)`, with (height, width) of each image as the model
+        saw it, makes segments of them, as `PostProcessPanoptic` of `enact_common.segmentation` says"""
 
 
 @dataclass(frozen=True)
@@ -63,26 +78,30 @@ class Model:
         backbone: its name.
         dilation: stride 16 in place of 32 (DC5).
         encoder_attention: "enact" or "mhsa".
+        panoptic: with a mask head, for things and stuff.
     """
 
     variant: str
     backbone: str
     dilation: bool
     encoder_attention: str
+    panoptic: bool = False
 
     @property
     def name(self) -> str:
         """As the hub has it."""
         prefix = "" if self.variant == "detr" else f"{self.variant}_"
         clustered = self.encoder_attention == "enact"
-        return f"{prefix}detr_{self.backbone}" + "_dc5" * self.dilation + "_enact" * clustered
+        suffixes = "_dc5" * self.dilation + "_panoptic" * self.panoptic + "_enact" * clustered
+        return f"{prefix}detr_{self.backbone}{suffixes}"
 
     @property
     def title(self) -> str:
         """In words."""
         attention = "with ENACT" if self.encoder_attention == "enact" else "plain"
         stride = ", its last stage dilated (DC5)" if self.dilation else ""
-        return f"{TITLES[self.variant]}, {attention}, on a ResNet-{self.backbone.removeprefix('resnet')}{stride}"
+        kind = ", panoptic" if self.panoptic else ""
+        return f"{TITLES[self.variant]}{kind}, {attention}, on a ResNet-{self.backbone.removeprefix('resnet')}{stride}"
 
 
 def build(
@@ -94,21 +113,33 @@ def build(
     **flags: Any,
 ) -> nn.Module | tuple[nn.Module, nn.Module]:
     """The model that a name stands for; arguments, result and errors as in `HELP`."""
+    threshold = flags.pop("threshold", PostProcessPanoptic.THRESHOLD) if model.panoptic else None
     check_flags(model, flags)
-    state, source = None, None
+    state, source, label_map = None, None, None
     if pretrained:
         source = checkpoint_of(model, pretrained)
         state = load_checkpoint(source)
-        args = pretrained_arguments(model, state, source, num_classes)
+        args, label_map = pretrained_arguments(model, state, source, num_classes)
     else:
         args = load_variant(model.variant).main.get_args_parser().parse_args([])
-        vars(args).update(vars(model), num_classes=num_classes, backbone_weights=backbone_weights, aux_loss=False)
+        if num_classes is None and model.panoptic:
+            num_classes = NUM_CLASSES
+        vars(args).update(
+            {name: getattr(model, name) for name in NAMED}, masks=model.panoptic,
+            dataset_file=PANOPTIC if model.panoptic else COCO, num_classes=num_classes,
+            backbone_weights=backbone_weights, aux_loss=False,
+        )  # fmt: skip
     vars(args).update(flags)
     check_arguments(model, args)
     built, _, postprocessors = load_variant(model.variant).models.build_model(args)
     if state is not None:
         load_model(built, state.get("model_ema") or state["model"], source)
-    return (built, postprocessors["bbox"]) if return_postprocessor else built
+    if not return_postprocessor:
+        return built
+    if model.panoptic:
+        things = range(len(coco_names())) if label_map is None else things_of(label_map, source)
+        return built, PostProcessPanoptic(things, threshold)
+    return built, postprocessors["bbox"]
 
 
 def check_flags(model: Model, flags: dict[str, Any]) -> None:
@@ -119,7 +150,7 @@ def check_flags(model: Model, flags: dict[str, Any]) -> None:
     """
     group = load_variant(model.variant).main.get_args_parser().group(MODEL)
     known = {action.dest: action.choices for action in group._group_actions} | {"aux_loss": None}
-    for name in vars(model):
+    for name in NAMED:
         known.pop(name, None)
     for name, value in flags.items():
         if name not in known:
@@ -135,7 +166,7 @@ def check_arguments(model: Model, args: argparse.Namespace) -> None:
         UserError: naming the flag and the way out.
     """
     # There is no data to ask for.
-    args.coco_path = "."
+    args.coco_path, args.coco_panoptic_path = ".", "." if model.panoptic else None
     try:
         load_variant(model.variant).main.get_args_parser().check(args)
     except UserError as error:
@@ -161,8 +192,8 @@ def checkpoint_of(model: Model, pretrained: bool | str | PathLike) -> str:
 
 def pretrained_arguments(
     model: Model, state: dict[str, Any], source: str, num_classes: int | None
-) -> argparse.Namespace:
-    """The arguments that build a checkpoint's model, which must be the one that is asked for.
+) -> tuple[argparse.Namespace, LabelMap]:
+    """The arguments that build a checkpoint's model, which must be the one that is asked for, and its labels.
 
     Args:
         model: what is asked for.
@@ -178,7 +209,12 @@ def pretrained_arguments(
         raise UserError(f"{source}: is a checkpoint of none of the variants ({', '.join(VARIANTS)})")
     dilation = state["args"].get("dilation", model.dilation)
     args, label_map = arguments_of(state, variant, {"dilation": dilation})
-    found = Model(variant, args.backbone, args.dilation, args.encoder_attention)
+    found = Model(variant, args.backbone, args.dilation, args.encoder_attention, args.dataset_file == PANOPTIC)
+    if args.masks and not found.panoptic:
+        raise UserError(
+            f"{source}: is a checkpoint of {found.title}, with a mask head for instances, not of {model.title}: there "
+            "is no name for it: enact_common.load_detector"
+        )
     if found != model:
         other = f"load {found.name}" if found.name in ENTRIES else "there is no name for it: enact_common.load_detector"
         raise UserError(f"{source}: is a checkpoint of {found.title}, not of {model.title}: {other}")
@@ -187,7 +223,7 @@ def pretrained_arguments(
             f"{source}: has {label_map.num_classes} labels, num_classes={num_classes} asks for others: leave it out; "
             f"to train on other classes, pass the file to {VARIANTS[variant][0]}/main.py as --pretrained"
         )
-    return args
+    return args, label_map
 
 
 def entry(model: Model) -> Callable[..., nn.Module | tuple[nn.Module, nn.Module]]:
@@ -200,13 +236,22 @@ def entry(model: Model) -> Callable[..., nn.Module | tuple[nn.Module, nn.Module]
     if model.name not in PUBLISHED:
         published = "True is an error: no published one is known with its hash."
     hub_entry.__name__ = hub_entry.__qualname__ = model.name
-    hub_entry.__doc__ = HELP.format(title=model.title, published=published, folder=VARIANTS[model.variant][0])
+    hub_entry.__doc__ = HELP.format(
+        title=model.title, published=published, folder=VARIANTS[model.variant][0],
+        classes=f"{NUM_CLASSES} panoptic ones" if model.panoptic else len(coco_names()),
+        threshold=THRESHOLD_HELP if model.panoptic else "", masks=MASKS_HELP if model.panoptic else "",
+    )  # fmt: skip
     return hub_entry
 
 
 MODELS = [
     Model(variant, backbone, dilation, attention)
     for variant in VARIANTS
+    for backbone in BACKBONES
+    for dilation in (False, True)
+    for attention in ("mhsa", "enact")
+] + [
+    Model("detr", backbone, dilation, attention, panoptic=True)
     for backbone in BACKBONES
     for dilation in (False, True)
     for attention in ("mhsa", "enact")

@@ -14,11 +14,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
 
-from enact_common.arguments import CLUSTERING_FLAGS, MODEL_FLAGS
+from enact_common.arguments import CLUSTERING_FLAGS, COCO, MODEL_FLAGS, PANOPTIC
 from enact_common.backbone import ALL_STAGES, SHALLOW_BACKBONES, STAGES
 from enact_common.checkpoint import detector_weights, has_masks, load_checkpoint, load_model
 from enact_common.data.categories import LabelMap, coco_names
 from enact_common.data.coco import decode_image, pil_to_rgb
+from enact_common.data.panoptic import NUM_CLASSES, coco_panoptic_names, panoptic_label_map
 from enact_common.data.transforms import eval_transforms, resized_shape
 from enact_common.device import default_device, find_device
 from enact_common.errors import UserError
@@ -267,11 +268,15 @@ def arguments_of(
     args.backbone_weights, args.aux_loss = "none", False
     label_map = labels_of(checkpoint, variant)
     args.num_classes = label_map.num_classes
+    # The published panoptic models do not say that they are.
+    silent = PANOPTIC if "label_map" not in checkpoint and args.num_classes == NUM_CLASSES else COCO
+    args.dataset_file = PANOPTIC if args.masks and saved.get("dataset_file", silent) == PANOPTIC else COCO
     return args, label_map
 
 
 def labels_of(checkpoint: dict[str, Any], variant: str) -> LabelMap:
-    """What a checkpoint's labels mean; where it does not say: COCO's classes if there are as many, else numbers.
+    """What a checkpoint's labels mean; where it does not say: COCO's classes, or those of its panoptic data, if there
+    are as many, else numbers.
 
     Args:
         checkpoint: of `load_checkpoint`.
@@ -287,6 +292,8 @@ def labels_of(checkpoint: dict[str, Any], variant: str) -> LabelMap:
     if count == len(names):
         ids = tuple(None if name == "N/A" else i for i, name in enumerate(names))
         return LabelMap(ids, names)
+    if count == NUM_CLASSES:
+        return panoptic_label_map([{"id": i, "name": name} for i, name in coco_panoptic_names().items()])
     return LabelMap(tuple(range(count)), tuple(f"class {i}" for i in range(count)))
 
 

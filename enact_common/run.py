@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -286,6 +286,10 @@ class Run:
         has_truth = args.eval_set != "test"
         self.ground_truth = self.val_set.coco_api() if has_truth and is_main_process() else None
         self.panoptic_truth = self.val_set.truth() if args.dataset_file == PANOPTIC else None
+        if self.panoptic_truth:
+            # Labels are category ids.
+            things = sorted(category["id"] for category in self.panoptic_truth.categories if category["isthing"])
+            self.label_map = replace(self.label_map, things=tuple(things))
         self.val_loader = make_loader(self.val_set, args, self.device, train=False)
         if self.train_set:
             self.train_loader = make_loader(self.train_set, args, self.device, train=True)
@@ -338,8 +342,7 @@ class Run:
             restore_clustering_flags(self.frozen["args"], args)
         self.model, self.criterion, self.postprocessors = self.build_model(args)
         if "panoptic" in self.postprocessors:
-            things = {category["id"] for category in self.panoptic_truth.categories if category["isthing"]}
-            self.postprocessors["panoptic"] = PostProcessPanoptic(things, args.panoptic_threshold)
+            self.postprocessors["panoptic"] = PostProcessPanoptic(self.label_map.things, args.panoptic_threshold)
         if checkpoint:
             weights = checkpoint["model"]
             if args.eval and checkpoint.get("model_ema"):
@@ -382,7 +385,7 @@ class Run:
                 settings.pop("per_image", None)
             attention += f" over ENACT's clusters ({', '.join(f'{name} {value}' for name, value in settings.items())})"
         dilated = " DC5" if args.dilation else ""
-        names = [name for i, name in zip(*self.label_map.to_dict().values(), strict=True) if i is not None]
+        names = [self.label_map.names[label] for label in self.label_map.labels().values()]
         shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
         precision = "float32" if args.amp == "none" else args.amp
         rows = {

@@ -431,25 +431,31 @@ class PostProcessPanoptic(nn.Module):
 
     # Segments need more pixels than this.
     SMALL = 4
+    # The least probability of the published evaluation.
+    THRESHOLD = 0.85
 
-    def __init__(self, things: Collection[int], threshold: float = 0.85):
+    def __init__(self, things: Collection[int], threshold: float = THRESHOLD):
         super().__init__()
         self.things = frozenset(things)
         self.threshold = threshold
 
     @torch.no_grad()
-    def forward(self, outputs: dict[str, Tensor], sizes: Tensor, original_sizes: Tensor) -> list[dict[str, Any]]:
+    def forward(
+        self, outputs: dict[str, Tensor], sizes: Tensor, original_sizes: Tensor | None = None
+    ) -> list[dict[str, Any]]:
         """Decode a batch, image by image.
 
         Args:
             outputs: `pred_logits` (batch, Q, classes + 1), the last being no object; `pred_masks` (batch, Q, h', w').
-            sizes, original_sizes: as for `PostProcessSegm`.
+            sizes: as for `PostProcessSegm`.
+            original_sizes: likewise; None for `sizes`.
 
         Returns:
             for each image `id_map`, int64 (height, width) on the CPU, each pixel's segment, 0 for none; and `segments`,
             dicts of `id`, from 1; `category_id`, the label; `isthing`; `area` in pixels; and `score`, the likeliest
             query's, in [0, 1].
         """
+        original_sizes = sizes if original_sizes is None else original_sizes
         padded = tuple(sizes.amax(dim=0).tolist())
         scores, labels = outputs["pred_logits"].float().softmax(dim=-1).max(dim=-1)  # (batch, Q) each
         sure = (scores > self.threshold) & (labels < outputs["pred_logits"].shape[-1] - 1)

@@ -2,15 +2,18 @@
 
 import argparse
 import importlib.util
+import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import parse
+from conftest import GOLDEN, parse
 
 from enact_common import NestedTensor, UserError, hub
 from enact_common.backbone import load_backbone_weights
+from enact_common.data.categories import LabelMap
 from enact_common.hub import ENTRIES, MODELS, PUBLISHED
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
 
@@ -48,8 +51,11 @@ def hub_cache(tmp_path, monkeypatch):
 
 def test_torch_hub_lists_every_model_and_nothing_else(hub_cache):
     names = torch.hub.list(hub_cache, trust_repo=True)
-    assert sorted(names) == sorted(ENTRIES) and len(names) == 24
-    for name in ("detr_resnet50", "detr_resnet101_dc5", "conditional_detr_resnet50_dc5", "anchor_detr_resnet50_dc5"):
+    assert sorted(names) == sorted(ENTRIES) and len(names) == 32
+    for name in (
+        "detr_resnet50", "detr_resnet101_dc5", "conditional_detr_resnet50_dc5", "anchor_detr_resnet50_dc5",
+        "detr_resnet50_panoptic", "detr_resnet50_dc5_panoptic", "detr_resnet101_panoptic",
+    ):  # fmt: skip
         assert {name, f"{name}_enact"} <= set(names)
 
 
@@ -59,6 +65,7 @@ def test_torch_hub_describes_every_model(hub_cache):
         assert ("DC5" in text, "with ENACT" in text) == ("dc5" in name, name.endswith("enact"))
         assert f"ResNet-{re.search('resnet([0-9]+)', name)[1]}" in text and "return_postprocessor" in text
         assert ("published one is known" in text) == (name not in PUBLISHED)
+        assert ("pred_masks" in text, "threshold=0.85" in text) == ("panoptic" in name, "panoptic" in name)
 
 
 def test_what_a_model_needs_is_what_the_project_depends_on():
@@ -131,6 +138,22 @@ def test_weights_of_a_backbone_can_be_asked_for(tmp_path):
     torch.testing.assert_close(dict(loaded.state_dict()), dict(body.state_dict()), rtol=0, atol=0)
 
 
+def test_a_panoptic_model_comes_with_what_makes_segments():
+    model, postprocess = tiny("detr_resnet50_panoptic", return_postprocessor=True, threshold=0.0)
+    assert model.detr.class_embed.out_features == 251
+    with torch.no_grad():
+        # All pixels are of the label that is likeliest everywhere.
+        model.detr.class_embed.bias[187] = 50.0
+    outputs = model.eval()(torch.rand(1, 3, 64, 80))
+    assert outputs["pred_masks"].shape == (1, 4, 16, 20)
+    (found,) = postprocess(outputs, torch.tensor([[64, 80]]))
+    ((segment,), id_map) = found["segments"], found["id_map"]
+    assert (segment["category_id"], segment["isthing"], segment["area"]) == (187, False, 64 * 80)
+    assert id_map.shape == (64, 80) and (id_map == segment["id"]).all()
+    assert postprocess.things.issuperset(range(1, 91)) and max(postprocess.things) == 90
+    assert tiny("detr_resnet50_panoptic", return_postprocessor=True)[1].threshold == 0.85
+
+
 # ----------------------------------------------------------------------------------------------------- pretrained
 
 
@@ -188,6 +211,7 @@ def test_the_published_files_are_those_of_plain_detr(monkeypatch):
             assert "pretrained='path/to/checkpoint.pth'" in str(error.value)
     assert [Path(url).name for url in asked] == [
         "detr-r50-e632da11.pth", "detr-r50-dc5-f0fb7ef5.pth", "detr-r101-2c7b67e5.pth", "detr-r101-dc5-a2e86def.pth",
+        "detr-r50-panoptic-00ce5173.pth", "detr-r50-dc5-panoptic-da08f1b1.pth", "detr-r101-panoptic-40021d53.pth",
     ]  # fmt: skip
     assert all(url.startswith("https://") and torch.hub.HASH_REGEX.search(url) for url in asked)
 
@@ -198,6 +222,9 @@ def test_the_published_files_are_those_of_plain_detr(monkeypatch):
         ("detr_resnet50", {"num_query_position": 3}, "no flag num_query_position .*; there are .*num_queries"),
         ("detr_resnet50", {"backbone": "resnet18"}, "no flag backbone"),
         ("detr_resnet50", {"lr": 1}, "no flag lr"),
+        ("detr_resnet50", {"threshold": 0.5}, "no flag threshold"),
+        ("detr_resnet50_panoptic", {"masks": False}, "no flag masks"),
+        ("detr_resnet50_panoptic", {"hidden_dim": 8}, "--hidden_dim 8: the mask head"),
         ("detr_resnet50_enact", {"enact_clusters": "balls"}, "enact_clusters='balls': choose from windows, regions"),
         ("detr_resnet50", {"hidden_dim": 30}, "detr_resnet50: --hidden_dim 30"),
         ("detr_resnet50", {"pretrained": "/nowhere.pth"}, "/nowhere.pth: no such file"),
@@ -213,3 +240,59 @@ def test_a_checkpoint_of_no_variant_is_refused(tmp_path):
     torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="of none of the variants"):
         load("detr_resnet50", pretrained=tmp_path / "other.pth")
+
+
+# ------------------------------------------------------------------------------------------------ pretrained panoptic
+
+ANIMALS = {"category_ids": [None, 1, 2], "names": ["N/A", "cat", "grass"]}
+
+
+def panoptic_checkpoint(path: Path, rows: int, **more) -> Path:
+    """A file with the names and shapes that the reference's DETR with ENACT and masks has, and so many class logits."""
+    names = json.loads(str(np.load(GOLDEN / "detr_enact.npz")["r50_masks/params"]))
+    for part in ("weight", "bias"):
+        names[f"detr.class_embed.{part}"][0] = rows
+    # One number each, repeated: what is written is small.
+    torch.save({"model": {name: torch.full((1,), 0.5).expand(shape) for name, shape in names.items()}, **more}, path)
+    return path
+
+
+PANOPTIC_ARGS = {"masks": True, "dataset_file": "coco_panoptic", "nheads": 8, "dilation": False}
+
+
+@pytest.mark.parametrize(
+    "rows, more, things",
+    [
+        (251, {}, {1, 90}),  # as it was published: weights alone
+        (92, {"args": PANOPTIC_ARGS}, {1, 90}),  # as the reference's parameters are recorded
+        (4, {"args": PANOPTIC_ARGS, "label_map": ANIMALS | {"things": [1]}}, {1}),
+    ],
+)
+def test_the_references_parameters_load_strictly(rows, more, things, tmp_path):
+    path = panoptic_checkpoint(tmp_path / "panoptic.pth", rows, **more)
+    model, postprocess = load("detr_resnet50_panoptic_enact", pretrained=path, return_postprocessor=True)
+    assert model.detr.class_embed.out_features == rows
+    assert all((tensor == 0.5).all() for tensor in model.state_dict().values())
+    assert {min(postprocess.things), max(postprocess.things)} == things
+
+
+@pytest.mark.parametrize(
+    "name, more, message",
+    [
+        ("detr_resnet50_panoptic", {"args": PANOPTIC_ARGS}, "load detr_resnet50_panoptic_enact"),
+        ("detr_resnet50_enact", {"args": PANOPTIC_ARGS}, "DETR, panoptic, with ENACT.*load detr_resnet50_panoptic_en"),
+        ("detr_resnet50_panoptic_enact", {"args": PANOPTIC_ARGS | {"dataset_file": "coco"}}, "a mask head for insta"),
+        ("detr_resnet50_enact", {"args": PANOPTIC_ARGS | {"dataset_file": "coco"}}, "enact_common.load_detector"),
+        ("detr_resnet50_panoptic_enact", {"args": PANOPTIC_ARGS, "label_map": ANIMALS}, r"are things .*\(1 cat\).*"),
+    ],
+)  # fmt: skip
+def test_other_models_than_the_panoptic_one_are_refused(name, more, message, tmp_path):
+    path = panoptic_checkpoint(tmp_path / "masks.pth", 4 if "label_map" in more else 92, **more)
+    with pytest.raises(UserError, match=message):
+        load(name, pretrained=path, return_postprocessor=True)
+
+
+def test_a_label_map_remembers_its_things():
+    label_map = LabelMap((None, 1, 2), ("N/A", "cat", "grass"), (1,))
+    assert LabelMap.from_dict(json.loads(json.dumps(label_map.to_dict()))) == label_map
+    assert LabelMap.from_dict(ANIMALS).things is None and LabelMap.from_dict(ANIMALS).to_dict() == ANIMALS

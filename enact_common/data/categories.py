@@ -1,11 +1,24 @@
 """Which label of the model means which category of the data set."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from enact_common.errors import UserError
+
+# COCO's stuff by category id, as its panoptic annotations name it. Their things have the ids of `coco_names`.
+COCO_STUFF = {
+    92: "banner", 93: "blanket", 95: "bridge", 100: "cardboard", 107: "counter", 109: "curtain", 112: "door-stuff",
+    118: "floor-wood", 119: "flower", 122: "fruit", 125: "gravel", 128: "house", 130: "light", 133: "mirror-stuff",
+    138: "net", 141: "pillow", 144: "platform", 145: "playingfield", 147: "railroad", 148: "river", 149: "road",
+    151: "roof", 154: "sand", 155: "sea", 156: "shelf", 159: "snow", 161: "stairs", 166: "tent", 168: "towel",
+    171: "wall-brick", 175: "wall-stone", 176: "wall-tile", 177: "wall-wood", 178: "water-other", 180: "window-blind",
+    181: "window-other", 184: "tree-merged", 185: "fence-merged", 186: "ceiling-merged", 187: "sky-other-merged",
+    188: "cabinet-merged", 189: "table-merged", 190: "floor-other-merged", 191: "pavement-merged",
+    192: "mountain-merged", 193: "grass-merged", 194: "dirt-merged", 195: "paper-merged", 196: "food-other-merged",
+    197: "building-other-merged", 198: "rock-merged", 199: "wall-other-merged", 200: "rug-merged",
+}  # fmt: skip
 
 
 @cache
@@ -22,10 +35,13 @@ class LabelMap:
     Attributes:
         category_ids: the data set's own category id of each label, None for a label that means nothing.
         names: each label's name.
+        things: of panoptic data, the labels of what can be counted, ascending; the others are stuff. None where the
+            data do not tell things from stuff.
     """
 
     category_ids: tuple[int | None, ...]
     names: tuple[str, ...]
+    things: tuple[int, ...] | None = None
 
     @classmethod
     def from_categories(cls, categories: list[dict], num_classes: int | None = None) -> "LabelMap":
@@ -59,11 +75,12 @@ class LabelMap:
     @classmethod
     def from_dict(cls, state: dict) -> "LabelMap":
         """The map that `to_dict` gave."""
-        return cls(tuple(state["category_ids"]), tuple(state["names"]))
+        things = state.get("things")
+        return cls(tuple(state["category_ids"]), tuple(state["names"]), None if things is None else tuple(things))
 
     def to_dict(self) -> dict:
-        """Built-in types alone, for checkpoints."""
-        return {key: list(value) for key, value in asdict(self).items()}
+        """Built-in types alone, for checkpoints. Without `things`, they are left out."""
+        return {key: list(value) for key, value in vars(self).items() if value is not None}
 
     @property
     def num_classes(self) -> int:

@@ -26,7 +26,7 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from enact_common.boxes import boxes_of_masks
-from enact_common.data.categories import LabelMap
+from enact_common.data.categories import COCO_STUFF, LabelMap, coco_names
 from enact_common.data.coco import CocoDetection, is_number, load_lists, missing_files
 from enact_common.errors import UserError
 
@@ -110,6 +110,35 @@ def panoptic_label_map(categories: list[dict], num_classes: int | None = None) -
         tuple(label if label in names else None for label in range(size)),
         tuple(names.get(label, "N/A") for label in range(size)),
     )
+
+
+def coco_panoptic_names() -> dict[int, str]:
+    """The names of COCO's 133 panoptic categories by id: things up to 90, then stuff."""
+    return {i: name for i, name in enumerate(coco_names()) if name != "N/A"} | COCO_STUFF
+
+
+def things_of(label_map: LabelMap, source: str) -> tuple[int, ...]:
+    """The labels of a panoptic model that are things; where the map does not say, and is of COCO's categories, COCO's.
+
+    Args:
+        label_map: the model's, whose labels are category ids.
+        source: the checkpoint, for the message.
+
+    Raises:
+        UserError: the map does not say, and has other categories.
+    """
+    if label_map.things is not None:
+        return label_map.things
+    coco = coco_panoptic_names()
+    labels = label_map.labels().values()
+    other = next((label for label in labels if coco.get(label) != label_map.names[label]), None)
+    if other is not None:
+        raise UserError(
+            f"{source}: does not say which of its categories are things and which stuff, and they are not COCO's "
+            f"({other} {label_map.names[other]}). Write the things' category ids into it, as a list under 'things' of "
+            "its dict 'label_map' (torch.load, torch.save); checkpoints of this version have them"
+        )
+    return tuple(label for label in labels if label < len(coco_names()))
 
 
 def load_panoptic(path: Path) -> dict:
