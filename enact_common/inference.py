@@ -3,7 +3,7 @@
 import argparse
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,11 @@ from enact_common.backbone import ALL_STAGES, SHALLOW_BACKBONES, STAGES
 from enact_common.checkpoint import detector_weights, has_masks, load_checkpoint, load_model
 from enact_common.data.categories import LabelMap, coco_names
 from enact_common.data.coco import decode_image, pil_to_rgb
-from enact_common.data.panoptic import NUM_CLASSES, coco_panoptic_names, panoptic_label_map
+from enact_common.data.panoptic import NUM_CLASSES, VOID, coco_panoptic_names, panoptic_label_map, things_of
 from enact_common.data.transforms import eval_transforms, resized_shape
 from enact_common.device import default_device, find_device
 from enact_common.errors import UserError
-from enact_common.segmentation import full_size_masks
+from enact_common.segmentation import PostProcessPanoptic, full_size_masks
 from enact_common.variants import VARIANTS, load_variant
 
 logger = logging.getLogger("enact")
@@ -43,8 +43,25 @@ UNSEEN = ("dilation", "nheads")
 # A tensor of an encoder or decoder layer, and which one.
 LAYER = re.compile(r"transformer\.((?:en|de)coder(?:\.layers|_layers|_layers_level))\.(\d+)\.")
 
+# Least score of a detection; that of a panoptic model's segments is `PostProcessPanoptic.THRESHOLD`.
+THRESHOLD = 0.5
+
 # Flags beside the model's own that decide what a checkpoint's detector sees.
 IMAGE_FLAGS = ("eval_size", "max_size")
+
+
+@dataclass
+class Panoptic:
+    """What an image's pixels belong to: things, each of them a segment, and stuff, a segment of each kind.
+
+    Attributes:
+        id_map: int64 (height, width), of the image as it was given, on the CPU: each pixel's segment, 0 for none.
+        segments: dicts of `id`, from 1; `category_id`, the data set's own; `name`; `isthing`, a bool; `area` in
+            pixels, at least 1; and `score`, the likeliest query's, in [0, 1].
+    """
+
+    id_map: Tensor
+    segments: list[dict[str, Any]]
 
 
 @dataclass
@@ -60,6 +77,7 @@ class Detections:
         queries: int64 (n,), which of the model's queries found it.
         masks: bool (n, height, width), each object's pixels of the image as it was given; None where the model finds
             boxes alone.
+        panoptic: what each pixel belongs to, of panoptic models, whose detections are of stuff too; None of others.
     """
 
     boxes: Tensor
@@ -69,6 +87,7 @@ class Detections:
     category_ids: list[int]
     queries: Tensor
     masks: Tensor | None = None
+    panoptic: Panoptic | None = None
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -84,8 +103,9 @@ class LoadedDetector:
         args: the arguments that the model was built with.
         model: in evaluation mode, on `device`.
         label_map: what its labels mean.
-        threshold: least score of a detection, in [0, 1].
+        threshold: least score of a detection, and of a segment, in [0, 1].
         device: where the model is.
+        things: of a panoptic model, the labels of what can be counted; None of others.
     """
 
     def __init__(
@@ -97,6 +117,7 @@ class LoadedDetector:
         label_map: LabelMap,
         threshold: float,
         device: torch.device,
+        things: Collection[int] | None = None,
     ):
         self.variant = variant
         self.args = args
@@ -105,6 +126,7 @@ class LoadedDetector:
         self.label_map = label_map
         self.threshold = threshold
         self.device = device
+        self.things = things
         self._resize = eval_transforms(args.eval_size, args.max_size)
 
     def __call__(
@@ -160,9 +182,9 @@ class LoadedDetector:
         order = order[((scores >= threshold) & known[labels])[order]]
         kept = labels[order].tolist()
         masks = None
+        # One image is a batch without padding.
+        seen = resized_shape(height, width, self.args.eval_size, self.args.max_size)
         if "pred_masks" in outputs:
-            # One image is a batch without padding.
-            seen = resized_shape(height, width, self.args.eval_size, self.args.max_size)
             logits = outputs["pred_masks"][0, queries[order].to(self.device)]
             parts = [part.cpu() for part in full_size_masks(logits, seen, seen, size)]
             masks = torch.cat([torch.zeros(0, height, width, dtype=torch.bool), *parts])
@@ -174,11 +196,36 @@ class LoadedDetector:
             [self.label_map.category_ids[label] for label in kept],
             queries[order],
             masks,
+            None if self.things is None else self.lay_out(outputs, seen, size, threshold),
         )
+
+    def lay_out(
+        self, outputs: dict[str, Any], seen: tuple[int, int], size: tuple[int, int], threshold: float
+    ) -> Panoptic:
+        """The segments in a panoptic model's outputs for one image.
+
+        Args:
+            outputs: of the model, for a batch of one.
+            seen: (height, width) of the image as the model saw it.
+            size: (height, width) that the map shall have.
+            threshold: least score.
+        """
+        postprocess = PostProcessPanoptic(self.things, threshold)
+        (found,) = postprocess(outputs, torch.tensor([seen]), torch.tensor([size]))
+        id_map, segments = found["id_map"], []
+        for segment in found["segments"]:
+            label = segment["category_id"]
+            category = self.label_map.category_ids[label]
+            if category is None:
+                # As in an evaluation's results, what is of no category is no segment.
+                id_map[id_map == segment["id"]] = VOID
+            else:
+                segments.append({**segment, "category_id": category, "name": self.label_map.names[label]})
+        return Panoptic(id_map, segments)
 
 
 def load_detector(
-    checkpoint: str | Path, device: str | torch.device | None = None, threshold: float = 0.5, **flags
+    checkpoint: str | Path, device: str | torch.device | None = None, threshold: float | None = None, **flags
 ) -> LoadedDetector:
     """The detector in a checkpoint: ours, or one of the original repositories or of ENACT's authors.
 
@@ -188,11 +235,13 @@ def load_detector(
     Args:
         checkpoint: a path, or an https URL that says the file's hash (`enact_common.download.download`).
         device: "cuda", "cuda:1", "cpu"; None for a GPU where there is one.
-        threshold: least score of a detection, in [0, 1].
+        threshold: least score of a detection, in [0, 1], and of a panoptic model's segment; None for 0.5, and of
+            panoptic models for 0.85, with which they are evaluated.
         flags: of the model, where a checkpoint of weights alone does not show them: `dilation=True` for DC5.
 
     Raises:
-        UserError: the file is missing, is no checkpoint, or fits no variant; or there is no such device.
+        UserError: the file is missing, is no checkpoint, or fits no variant; or there is no such device; or it is
+            panoptic, and does not say which of its categories are things.
     """
     source = str(checkpoint)
     device = find_device(default_device() if device is None else str(device))
@@ -209,7 +258,10 @@ def load_detector(
         raise UserError(f"{source}: {error}") from error
     model, _, postprocessors = load_variant(variant).models.build_model(args)
     load_model(model, state.get("model_ema") or state["model"], source)
-    return LoadedDetector(variant, args, model, postprocessors["bbox"], label_map, threshold, device)
+    things = things_of(label_map, source) if args.dataset_file == PANOPTIC else None
+    if threshold is None:
+        threshold = THRESHOLD if things is None else PostProcessPanoptic.THRESHOLD
+    return LoadedDetector(variant, args, model, postprocessors["bbox"], label_map, threshold, device, things)
 
 
 def variant_of(checkpoint: dict[str, Any]) -> str | None:

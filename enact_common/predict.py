@@ -23,11 +23,13 @@ from tqdm import tqdm
 from enact_common.arguments import HelpFormatter, fraction
 from enact_common.data.coco import IMAGE_SUFFIXES, decode_image
 from enact_common.drawing import draw_detections
+from enact_common.drawing_panoptic import draw_panoptic
 from enact_common.errors import UserError, exit_status
+from enact_common.evaluation.panoptic import FOLDER, PanopticEvaluator, check_results_folder
 from enact_common.files import check_no_folder, make_folder, write_file, writing
-from enact_common.inference import Detections, LoadedDetector, load_detector
+from enact_common.inference import THRESHOLD, Detections, LoadedDetector, load_detector
 from enact_common.inside import SHOWN, check_kinds, write_inside
-from enact_common.segmentation import encode_masks
+from enact_common.segmentation import PostProcessPanoptic, encode_masks
 
 # What a folder is searched for beside images. Files that are named themselves may be called anything.
 VIDEO_SUFFIXES = frozenset(".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())
@@ -79,12 +81,18 @@ class Tally:
     Attributes:
         entries: COCO's results format, with `file_name`, of videos `frame`, and of models with masks `segmentation`.
         images, videos, frames: how many were read; frames are those of the videos.
+        panoptic: the segments of panoptic models' images; None of other models.
+        categories: of the segments, in COCO's panoptic format.
+        pictures: COCO's entries of the images and frames with segments.
         skipped, incomplete: files that could not be read at all, or whose video could not be written, and videos that
             could not be read to their end.
         next_id: the image id that comes next, from 1.
     """
 
+    panoptic: PanopticEvaluator | None = None
+    categories: list[dict] = field(default_factory=list)
     entries: list[dict] = field(default_factory=list)
+    pictures: list[dict] = field(default_factory=list)
     images: int = 0
     videos: int = 0
     frames: int = 0
@@ -112,11 +120,17 @@ class Tally:
             }
             for category, box, score, mask in zip(found.category_ids, boxes, found.scores.tolist(), masks, strict=True)
         ]
+        if self.panoptic is not None:
+            self.panoptic.update([self.next_id], [vars(found.panoptic)])
+            height, width = found.panoptic.id_map.shape
+            self.pictures.append({"id": self.next_id, "width": width, "height": height, **where})
         self.next_id += 1
 
-    def write(self, path: Path) -> None:
-        """Write the entries as JSON, whole or not at all."""
-        write_file(path, lambda file: file.write(json.dumps(self.entries).encode()), sync=False)
+    def write(self, output_dir: Path) -> None:
+        """Write the entries as JSON, whole or not at all, and what there is of segments in COCO's panoptic format."""
+        write_file(output_dir / PREDICTIONS, lambda file: file.write(json.dumps(self.entries).encode()), sync=False)
+        if self.panoptic is not None:
+            self.panoptic.write_results(output_dir / FOLDER, self.pictures, self.categories)
 
     def summary(self, output_dir: Path) -> str:
         """One line that says what was done."""
@@ -126,7 +140,8 @@ class Tally:
         parts += [counted(len(self.entries), "detection"), f"{self.skipped} skipped"]
         if self.incomplete:
             parts.append(f"{self.incomplete} incomplete")
-        return f"{', '.join(parts)}; pictures and {PREDICTIONS} in {output_dir}"
+        written = f"pictures and {PREDICTIONS}" if self.panoptic is None else f"pictures, {PREDICTIONS} and {FOLDER}"
+        return f"{', '.join(parts)}; {written} in {output_dir}"
 
 
 def counted(count: int, noun: str) -> str:
@@ -155,11 +170,14 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"for the pictures, in sub-folders as the inputs are, and {PREDICTIONS}: COCO's results format (boxes x, "
         "y, width, height in pixels; masks as run-length codes), with file_name and, of videos, frame, from 0; "
         "image_id counts the images and frames in the order of the inputs, from 1, those that cannot be read and those "
-        "without detections included",
+        f"without detections included; of panoptic models also {FOLDER}: COCO's panoptic format, JSON and PNG files, "
+        "with the same image_id",
     )  # fmt: skip
     parser.add_argument(
-        "--threshold", type=fraction, default=0.5, metavar="SCORE", help="least score of a detection, 0 to 1"
-    )
+        "--threshold", type=fraction, metavar="SCORE",
+        help=f"least score of a detection, and of a panoptic model's segment, 0 to 1 (default: {THRESHOLD}; of "
+        f"panoptic models {PostProcessPanoptic.THRESHOLD})",
+    )  # fmt: skip
     parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
     parser.add_argument(
         "--dilation", action=argparse.BooleanOptionalAction, default=None,
@@ -213,10 +231,10 @@ def run(args: argparse.Namespace) -> int:
     detector = load_detector(args.checkpoint, args.device, args.threshold, **flags)
     if kinds:
         check_kinds(detector, kinds)
+    tally = new_tally(detector, inputs, output_dir)
     for folder in sorted({output_dir, *(item.picture.parent for item in inputs)}):
         make_folder(folder)
 
-    tally = Tally()
     interrupted = False
     try:
         for item in tqdm(inputs, unit="file", disable=None):
@@ -234,9 +252,33 @@ def run(args: argparse.Namespace) -> int:
         interrupted = True
         print("interrupted: what was done so far is kept", file=sys.stderr)
     finally:
-        tally.write(output_dir / PREDICTIONS)
+        tally.write(output_dir)
     print(tally.summary(output_dir))
     return INTERRUPTED if interrupted else int(tally.skipped + tally.incomplete > 0)
+
+
+def new_tally(detector: LoadedDetector, inputs: Sequence[Input], output_dir: Path) -> Tally:
+    """A tally of nothing yet, of a panoptic model with room for its segments.
+
+    Raises:
+        UserError: in the place of the segments' folder is something else, or would be.
+    """
+    if detector.things is None:
+        return Tally()
+    folder = output_dir / FOLDER
+    check_results_folder(folder)
+    inside = next((item for item in inputs if folder in item.picture.parents), None)
+    if inside:
+        raise UserError(
+            f"{inside.path}: its picture would be {inside.picture}, in the folder of the panoptic results; name the "
+            "file itself, or its folder, as an input"
+        )
+    names = detector.label_map.names
+    categories = [
+        {"id": i, "name": names[label], "isthing": int(label in detector.things)}
+        for i, label in detector.label_map.labels().items()
+    ]
+    return Tally(panoptic=PanopticEvaluator(), categories=categories)
 
 
 def is_video(path: Path) -> bool:
@@ -343,8 +385,12 @@ def check_matplotlib() -> None:
         raise UserError("--show needs matplotlib: pip install 'enact-detection[plots]'") from error
 
 
-def draw(pixels: Tensor, found: Detections, enlarge: bool = True) -> np.ndarray:
-    """An image uint8 (3, height, width) with its detections: uint8 (height, width, 3)."""
+def draw(detector: LoadedDetector, pixels: Tensor, found: Detections, enlarge: bool = True) -> np.ndarray:
+    """An image uint8 (3, height, width) with its detections, or its segments: uint8 (height, width, 3)."""
+    if found.panoptic is not None:
+        # A panoptic model's labels are its category ids.
+        names = detector.label_map.names
+        return draw_panoptic(pixels, found.panoptic.id_map, found.panoptic.segments, names, enlarge)
     return draw_detections(pixels, found.boxes, found.names, found.scores, found.labels, enlarge, found.masks)
 
 
@@ -359,7 +405,7 @@ def predict_image(detector: LoadedDetector, item: Input, kinds: Sequence[str], t
     except UserError as error:
         raise SkippedError(str(error)) from error
     found = detector.detect(pixels)
-    drawn = Image.fromarray(draw(pixels, found))
+    drawn = Image.fromarray(draw(detector, pixels, found))
     options = {"format": "JPEG", **JPEG_OPTIONS} if item.picture.suffix == ".jpg" else {"format": "PNG"}
     write_file(item.picture, lambda file: drawn.save(file, **options), sync=False)
     if kinds:
@@ -386,7 +432,7 @@ def predict_video(detector: LoadedDetector, item: Input, tally: Tally) -> None:
         with VideoFile(item.picture, rate if 0 < rate < math.inf else USUAL_RATE) as video:
             for pixels in tqdm(frames(reader), item.path.name, promised, unit="frame", leave=False, disable=None):
                 found = detector.detect(pixels)
-                video.write(draw(pixels, found, enlarge=False))
+                video.write(draw(detector, pixels, found, enlarge=False))
                 tally.add(found, item.path, read)
                 read += 1
     finally:

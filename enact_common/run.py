@@ -58,7 +58,13 @@ from enact_common.distributed import (
 from enact_common.engine import NonFiniteLossError, evaluate, train_one_epoch
 from enact_common.errors import UserError
 from enact_common.evaluation.coco import EVALUATION, CocoBoxEvaluator, evaluation_record, figures_text, per_class_text
-from enact_common.evaluation.panoptic import PanopticEvaluator, panoptic_figures, panoptic_record, panoptic_text
+from enact_common.evaluation.panoptic import (
+    FOLDER,
+    PanopticEvaluator,
+    panoptic_figures,
+    panoptic_record,
+    panoptic_text,
+)
 from enact_common.files import make_folder, write_file
 from enact_common.layers import clustering_settings
 from enact_common.logs import AverageMeter, RunLog, main_figure, setup_logging
@@ -780,8 +786,8 @@ class Run:
             path = self.output_dir / "results.json"
             logger.info("%d detections written to %s", evaluator.write_results(path), path)
             if panoptic is not None:
-                folder = self.output_dir / "panoptic_results"
-                count = panoptic.write_results(folder, self.panoptic_truth)
+                folder, truth = self.output_dir / FOLDER, self.panoptic_truth
+                count = panoptic.write_results(folder, truth.images, truth.categories)
                 logger.info("segments of %d images written to %s", count, folder)
         return figures
 

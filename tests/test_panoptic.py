@@ -561,7 +561,7 @@ def test_written_results_are_data_again(tmp_path):
     # An image that is not asked for, and a category that is none.
     evaluator.update([5, 9, 77], [perfect(5), result(ids, {2**24 - 1: 187, 4: 12}, score=0.25), perfect(9)])
     for _ in range(2):  # the second time in place of the first
-        assert evaluator.write_results(out, truth) == 2
+        assert evaluator.write_results(out, truth.images, truth.categories) == 2
     assert sorted(path.name for path in out.parent.iterdir()) == ["results"]
     again = CocoPanoptic(root / "val2017", out / "panoptic.json", out / "panoptic", eval_transforms(SIZE[0], 200))
     ours, theirs = again[0][1], dataset_of(root)[1][1]
@@ -575,10 +575,10 @@ def test_written_results_are_data_again(tmp_path):
 def test_results_replace_nothing_else_and_stay_whole(tmp_path, monkeypatch):
     truth, evaluator, out = truth_of(write_data(tmp_path / "data")), PanopticEvaluator(), tmp_path / "out"
     evaluator.update([5], [perfect(5)])
-    evaluator.write_results(out, truth)
+    evaluator.write_results(out, truth.images, truth.categories)
     (out / "checkpoint.pth").touch()
     with pytest.raises(UserError, match=f"{out}: holds something else than panoptic results"):
-        evaluator.write_results(out, truth)
+        evaluator.write_results(out, truth.images, truth.categories)
     (out / "checkpoint.pth").unlink()
     before = (out / "panoptic.json").read_bytes()
     evaluator.update([9], [perfect(9)])
@@ -588,7 +588,7 @@ def test_results_replace_nothing_else_and_stay_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr("enact_common.evaluation.panoptic.write_atomically", full)
     with pytest.raises(UserError, match=f"{out}: cannot be written .No space left"):
-        evaluator.write_results(out, truth)
+        evaluator.write_results(out, truth.images, truth.categories)
     assert (out / "panoptic.json").read_bytes() == before and len(list((out / "panoptic").iterdir())) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out"]
 
@@ -596,7 +596,7 @@ def test_results_replace_nothing_else_and_stay_whole(tmp_path, monkeypatch):
 def compare_with_hotcoco(evaluator, truth, folder):
     """Our figures against those of hotcoco; skips the test where that is not installed."""
     hotcoco = pytest.importorskip("hotcoco.panoptic", reason="hotcoco is not installed")
-    evaluator.write_results(folder, truth)
+    evaluator.write_results(folder, truth.images, truth.categories)
     theirs = hotcoco.pq_compute(
         str(truth.annotation_file), str(folder / "panoptic.json"), str(truth.mask_folder), str(folder / "panoptic")
     )

@@ -771,7 +771,13 @@ def test_help_says_units_and_defaults(capsys):
     with pytest.raises(SystemExit):
         predict.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for said in ("0 to 1 (default: 0.5)", "a GPU where there is one", "image_id counts", "in pixels", "sub-folders"):
+    for said in (
+        "0 to 1 (default: 0.5; of panoptic models 0.85)",
+        "a GPU where there is one",
+        "image_id counts",
+        "in pixels",
+        "sub-folders",
+    ):
         assert said in text
 
 

@@ -3,7 +3,9 @@
 import json
 import math
 import re
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -14,11 +16,12 @@ from torch.nn import functional as F
 from torchvision import tv_tensors
 
 from enact_common import load_detector, predict, segmentation
-from enact_common.data.coco import CocoDetection, find_split
+from enact_common.data.coco import CocoDetection, decode_image, find_split
 from enact_common.data.masks import PackedMasks, check_segmentations
-from enact_common.data.panoptic import encode_id_map
+from enact_common.data.panoptic import encode_id_map, read_id_map
 from enact_common.data.transforms import eval_transforms, train_transforms
 from enact_common.drawing import draw_detections
+from enact_common.drawing_panoptic import draw_panoptic
 from enact_common.errors import UserError
 from enact_common.logs import main_figure
 from enact_common.segmentation import (
@@ -525,16 +528,26 @@ def panoptic_data(shapes, root):
     return ("--dataset_file", "coco_panoptic", "--coco_panoptic_path", root)
 
 
-def test_panoptic_training_logs_the_quality(shapes, tmp_path):
-    flags = ("--masks", *panoptic_data(shapes, tmp_path / "panoptic"))
-    output = tmp_path / "run"
-    assert train("detr", shapes, output, *flags, "--epochs", 1) == 0
+@pytest.fixture(scope="module")
+def panoptic_run(shapes, tmp_path_factory):
+    """(flags of the data, folder) of a small panoptic model after an epoch."""
+    root = tmp_path_factory.mktemp("panoptic")
+    flags = ("--masks", *panoptic_data(shapes, root / "data"), "--encoder_attention", "mhsa")
+    assert train("detr", shapes, root / "run", *flags, "--epochs", 1) == 0
+    return flags, root / "run"
+
+
+def test_panoptic_training_logs_the_quality(panoptic_run, shapes, tmp_path):
+    flags, output = panoptic_run
     (row,) = read_log(output)
     assert row["train_loss_mask"] > 0 and len(row["test_coco_eval_bbox"]) == 12
     for group in ("all", "th", "st"):
         assert row[f"test_PQ_{group}"].keys() == {"pq", "sq", "rq", "n"}
     assert row["test_PQ_all"]["n"] == row["test_PQ_th"]["n"] + row["test_PQ_st"]["n"] > 2
-    assert torch.load(output / "checkpoint.pth", weights_only=True)["args"]["num_classes"] == 250
+    state = torch.load(output / "checkpoint.pth", weights_only=True)
+    things = [label for label, name in enumerate(state["label_map"]["names"]) if name not in ("cross", "background")]
+    assert state["args"]["num_classes"] == 250
+    assert state["label_map"]["things"] == [label for label in things if state["label_map"]["category_ids"][label]]
 
     resume = ("--resume", output / "checkpoint.pth", "--eval")
     assert train("detr", shapes, tmp_path / "eval", *flags, *resume) == 0
@@ -577,3 +590,133 @@ def test_prediction_gives_masks(trained, shapes, tmp_path):
         assert np.array_equal(coco_mask.decode(entry["segmentation"]), mask)
     drawn = np.array(Image.open(tmp_path / "out" / "photo.png"))
     assert drawn.shape[0] % 50 == 0
+
+
+@pytest.fixture(scope="module")
+def sure(panoptic_run, tmp_path_factory):
+    """The panoptic checkpoint, made to be sure of things and stuff in different places."""
+    state = torch.load(panoptic_run[1] / "checkpoint.pth", weights_only=True)
+    weights, generator = state["model"], torch.Generator().manual_seed(1)
+    known = [label for label, i in enumerate(state["label_map"]["category_ids"]) if i is not None]
+    weights["detr.class_embed.bias"].fill_(-1e4)
+    weights["detr.class_embed.bias"][known] = 0
+    weights["detr.class_embed.weight"] = 20 * torch.randn(251, 32, generator=generator)
+    weights["detr.query_embed.weight"] = 5 * torch.randn(8, 32, generator=generator)
+    for name, tensor in weights.items():
+        if "multihead_attn.in_proj_weight" in name or name.startswith("bbox_attention"):
+            # Queries look at different places.
+            tensor *= 10
+    path = tmp_path_factory.mktemp("sure") / "checkpoint.pth"
+    torch.save(state, path)
+    return path
+
+
+def relabelled(checkpoint, path, **changes):
+    """A checkpoint whose label map has other values; None removes one."""
+    state = torch.load(checkpoint, weights_only=True)
+    label_map = state["label_map"] | changes
+    state["label_map"] = {name: value for name, value in label_map.items() if value is not None}
+    torch.save(state, path)
+    return path
+
+
+def predicted(checkpoint, output, *inputs):
+    """The exit status of a prediction."""
+    return predict.main(
+        [str(w) for w in ("--checkpoint", checkpoint, "--output_dir", output, "--device", "cpu", *inputs)]
+    )
+
+
+def read_segments(folder):
+    """Of each image's file name, its map and segments, from a folder of panoptic results."""
+    content = json.loads((folder / "panoptic.json").read_text())
+    names = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
+    return {
+        names[entry["image_id"]]: (
+            read_id_map(folder / "panoptic" / entry["file_name"], folder),
+            entry["segments_info"],
+        )
+        for entry in content["annotations"]
+    }
+
+
+def test_a_panoptic_prediction_is_what_an_evaluation_writes(sure, panoptic_run, shapes, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert predicted(sure, output, shapes / "val2017") == 0
+    assert f"pictures, predictions.json and panoptic_results in {output}" in capsys.readouterr().out
+    # As a checkpoint that does not know its things: the annotations do.
+    old = relabelled(sure, tmp_path / "old.pth", things=None)
+    flags = (*panoptic_run[0], "--resume", old, "--eval", "--batch_size", 1)
+    assert train("detr", shapes, tmp_path / "eval", *flags) == 0
+    ours, theirs = (read_segments(folder / "panoptic_results") for folder in (output, tmp_path / "eval"))
+    assert ours.keys() == theirs.keys() and len(ours) == 6
+    for name, (id_map, segments) in ours.items():
+        assert np.array_equal(id_map, theirs[name][0]) and segments == theirs[name][1]
+    assert len({segment["category_id"] for _, segments in ours.values() for segment in segments}) > 1
+    content, other = (
+        json.loads((folder / "panoptic_results" / "panoptic.json").read_text())
+        for folder in (output, tmp_path / "eval")
+    )
+    assert content["categories"] == [
+        {name: category[name] for name in ("id", "name", "isthing")} for category in other["categories"]
+    ]
+
+
+def test_panoptic_segments_have_pixels_names_and_a_picture(sure, shapes, tmp_path):
+    photo = tmp_path / "photo.png"
+    Image.open(sorted((shapes / "val2017").iterdir())[0]).save(photo)
+    detector = load_detector(sure, "cpu")
+    found = detector(photo)
+    id_map, segments = found.panoptic.id_map, found.panoptic.segments
+    assert id_map.dtype == torch.int64 and id_map.shape == (64, 80) and segments
+    assert detector.threshold == 0.85 and min(segment["score"] for segment in segments) >= 0.85
+    for segment in segments:
+        assert segment["area"] == (id_map == segment["id"]).sum() > 0
+        assert segment["name"] == detector.label_map.names[segment["category_id"]]
+        assert segment["isthing"] == (segment["name"] not in ("cross", "background"))
+    assert set(id_map.unique().tolist()) - {0} == {segment["id"] for segment in segments}
+    assert detector(photo, threshold=1.0).panoptic.segments == []
+
+    assert predicted(sure, tmp_path / "out", photo) == 0
+    drawn = np.array(Image.open(tmp_path / "out" / "photo.png"))
+    assert np.array_equal(drawn, draw_panoptic(decode_image(photo), id_map, segments, detector.label_map.names))
+
+
+def test_labels_without_a_category_are_no_segments(sure, shapes, tmp_path):
+    photo = sorted((shapes / "val2017").iterdir())[0]
+    segment = load_detector(sure, "cpu")(photo).panoptic.segments[0]
+    ids = load_detector(sure, "cpu").label_map.category_ids
+    fewer = [None if i == segment["category_id"] else i for i in ids]
+    found = load_detector(relabelled(sure, tmp_path / "fewer.pth", category_ids=fewer), "cpu")(photo).panoptic
+    assert segment["category_id"] not in [other["category_id"] for other in found.segments]
+    assert set(found.id_map.unique().tolist()) - {0} == {other["id"] for other in found.segments}
+
+
+def test_segments_of_a_video_are_written_frame_by_frame(sure, tmp_path):
+    writer = cv2.VideoWriter(str(tmp_path / "clip.avi"), cv2.VideoWriter_fourcc(*"MJPG"), 5, (80, 64))
+    for shade in (40, 200):
+        writer.write(np.full((64, 80, 3), shade, np.uint8))
+    writer.release()
+    assert predicted(sure, tmp_path / "out", tmp_path / "clip.avi") == 0
+    content = json.loads((tmp_path / "out" / "panoptic_results" / "panoptic.json").read_text())
+    assert [(image["id"], image["frame"]) for image in content["images"]] == [(1, 0), (2, 1)]
+    assert [entry["image_id"] for entry in content["annotations"]] == [1, 2]
+    assert (tmp_path / "out" / "clip.mp4").is_file()
+
+
+def test_what_a_panoptic_prediction_needs_is_found_before_any_work(sure, shapes, tmp_path, capsys):
+    old = relabelled(sure, tmp_path / "old.pth", things=None)
+    assert predicted(old, tmp_path / "out", shapes / "val2017") == 2
+    assert f"{old}: does not say which of its categories are things" in capsys.readouterr().err
+    kept = tmp_path / "out" / "panoptic_results" / "notes.txt"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("mine")
+    assert predicted(sure, tmp_path / "out", shapes / "val2017") == 2
+    assert "panoptic_results: holds something else than panoptic results" in capsys.readouterr().err
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [kept]
+    inputs = tmp_path / "in" / "panoptic_results"
+    inputs.mkdir(parents=True)
+    Image.new("RGB", (80, 64)).save(inputs / "a.png")
+    assert predicted(sure, tmp_path / "new", tmp_path / "in") == 2
+    assert "in the folder of the panoptic results" in capsys.readouterr().err
+    assert predicted(sure, tmp_path / "new", inputs) == 0

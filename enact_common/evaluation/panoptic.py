@@ -39,8 +39,18 @@ HALF = 0.5
 # Images are compared in parallel: sorting and decoding let other threads run.
 MAX_THREADS = 8
 
-# In a folder of results.
-RESULTS, MASKS = "panoptic.json", "panoptic"
+# A folder of results, in a run's, and what is in it.
+FOLDER, RESULTS, MASKS = "panoptic_results", "panoptic.json", "panoptic"
+
+
+def check_results_folder(folder: Path) -> None:
+    """Refuse to replace a folder that holds something else than panoptic results.
+
+    Raises:
+        UserError: it does, or there is a file of this name.
+    """
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {RESULTS, MASKS}):
+        raise UserError(f"{folder}: holds something else than panoptic results; choose another folder for them")
 
 
 @dataclass(frozen=True)
@@ -277,15 +287,16 @@ class PanopticEvaluator:
         encoded, segments = self._by_image[image_id]
         return read_id_map(io.BytesIO(encoded), Path(f"{image_id}.png")), segments
 
-    def write_results(self, folder: Path, truth: PanopticTruth) -> int:
+    def write_results(self, folder: Path, images: Iterable[dict], categories: Sequence[dict]) -> int:
         """Write the segments in COCO's panoptic format, whole or not at all.
 
-        The folder gets `panoptic.json` and PNG files in `panoptic/`. An earlier one is replaced. Segments of categories
-        that the truth has not become void.
+        The folder gets `panoptic.json` and PNG files in `panoptic/`. An earlier one is replaced. Segments of other
+        categories become void.
 
         Args:
             folder: to make or to replace.
-            truth: says the images' files and the categories; results of other images are not written.
+            images: dicts with `id` and `file_name`; results of other images are not written.
+            categories: dicts with `id`, `name` and `isthing`.
 
         Returns:
             how many images there are.
@@ -293,10 +304,9 @@ class PanopticEvaluator:
         Raises:
             UserError: it cannot be written, or there is something else of this name.
         """
-        if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {RESULTS, MASKS}):
-            raise UserError(f"{folder}: holds something else than panoptic results; choose another folder for them")
-        images = [image for image in truth.images if image["id"] in self._by_image]
-        known = {category["id"] for category in truth.categories}
+        check_results_folder(folder)
+        images = [image for image in images if image["id"] in self._by_image]
+        known = {category["id"] for category in categories}
         partial, replaced = (folder.with_name(folder.name + suffix) for suffix in (".partial", ".replaced"))
         with writing(folder):
             for leftover in (partial, replaced):
@@ -304,7 +314,7 @@ class PanopticEvaluator:
             try:
                 (partial / MASKS).mkdir(parents=True)
                 annotations = [self._write_image(partial / MASKS, image["id"], known) for image in images]
-                content = {"images": images, "annotations": annotations, "categories": truth.categories}
+                content = {"images": images, "annotations": annotations, "categories": categories}
                 write_atomically(partial / RESULTS, lambda file: file.write(json.dumps(content).encode()))
                 # A folder that holds something cannot be replaced in one step.
                 if folder.exists():
