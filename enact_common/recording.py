@@ -69,12 +69,13 @@ class TensorDetector(nn.Module):
             mask: bool (batch, H, W), True where padded; None for no padding.
 
         Returns:
-            `pred_logits` and `pred_boxes` of the last decoder layer, as the detector says.
+            `pred_logits` and `pred_boxes` of the last decoder layer, and with a mask head in evaluation mode
+            `pred_masks`, as the detector says.
         """
         if mask is None:
             mask = torch.zeros_like(images[:, 0], dtype=torch.bool)
         outputs = self.model(NestedTensor(images, mask))
-        return {"pred_logits": outputs["pred_logits"], "pred_boxes": outputs["pred_boxes"]}
+        return {name: outputs[name] for name in ("pred_logits", "pred_boxes", "pred_masks") if name in outputs}
 
 
 def traced(module: nn.Module, *examples: Tensor) -> torch.jit.ScriptModule:

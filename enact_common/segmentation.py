@@ -24,6 +24,7 @@ from enact_common.criterion import SetCriterion
 from enact_common.detector import Detector
 from enact_common.matcher import Matches
 from enact_common.nested_tensor import NestedTensor
+from enact_common.recording import Scriptable, recording
 
 # Queries whose masks are computed at a time: what bounds the head's memory, at 800 x 1333 pixels about 40 MB a query.
 HEAD_CHUNK = 16
@@ -167,6 +168,10 @@ class QueryMasks:
     def all(self) -> Tensor:
         """Logits of all queries' masks: float32 (batch, Q, h', w')."""
         batch, queries = self.maps.shape[:2]
+        if recording():
+            # As many steps for any batch: some queries of all images at a time.
+            parts = [self.of_batch(maps) for maps in self.maps.split(HEAD_CHUNK, dim=1)]
+            return torch.cat(parts, dim=1)
         image, query = (
             index.flatten()
             for index in torch.meshgrid(
@@ -174,6 +179,12 @@ class QueryMasks:
             )
         )
         return self.select(image, query).unflatten(0, (batch, queries))
+
+    def of_batch(self, maps: Tensor) -> Tensor:
+        """Logits float32 (batch, n, h', w') of n queries of each image, from their maps (batch, n, heads, h, w)."""
+        batch, count = maps.shape[:2]
+        image = torch.arange(batch, device=maps.device).unsqueeze(1).expand(batch, count).flatten()
+        return self.head(maps.flatten(0, 1), image, *self.shared).unflatten(0, (batch, count)).float()
 
 
 def recomputed(function: Callable) -> Callable:
@@ -185,7 +196,7 @@ def recomputed(function: Callable) -> Callable:
     return run
 
 
-class DETRsegm(nn.Module):
+class DETRsegm(Scriptable):
     """A DETR with a mask head.
 
     Modifications:

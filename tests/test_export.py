@@ -129,6 +129,45 @@ def test_pytorchs_own_formats_give_what_the_model_gives(suffix, variant, attenti
                 torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "suffix, attention",
+    [
+        (".pt", "enact"),
+        pytest.param(".pt2", "mhsa", marks=[exporting, pytest.mark.slow]),
+        pytest.param(".onnx", "enact", marks=[exporting, pytest.mark.slow]),
+    ],
+)
+def test_masks_are_exported_too(suffix, attention, checkpoint_of, tmp_path, capsys):
+    checkpoint = checkpoint_of(
+        "detr", attention, "--masks", "--num_queries", "20"
+    )  # more than the head takes at a time
+    assert export(checkpoint, tmp_path / f"model{suffix}", "--dynamic", "--mask", "--raw") == 0
+    assert "logits, boxes and masks" in capsys.readouterr().out
+    exported = load_exported(tmp_path / f"model{suffix}")
+    for size in SIZES:
+        for batch in (1, 3):
+            images, mask = padded_batch(batch, size)
+            expected = model_outputs(checkpoint, images, mask)
+            found = exported(images, mask)
+            assert list(found) == ["pred_logits", "pred_boxes", "pred_masks"] == list(exported.metadata["outputs"])
+            assert found["pred_masks"].std() > 0.1
+            for name, value in found.items():
+                torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_exported_masks_are_the_detectors(checkpoint_of, shapes, tmp_path):
+    checkpoint = checkpoint_of("detr", "mhsa", "--masks")
+    assert export(checkpoint, tmp_path / "model.pt", "--dynamic") == 0
+    exported = load_exported(tmp_path / "model.pt")
+    assert exported.metadata["things"] is None
+    detector = load_detector(checkpoint, "cpu", threshold=0)
+    pixels = as_pixels(next((shapes / "val2017").iterdir()))  # 64 x 80, as the model sees it
+    logits = exported(detector.model_input(pixels))["masks"]
+    found = detector.detect(pixels)
+    masks = nn.functional.interpolate(logits, size=(64, 80), mode="bilinear")[0] > 0
+    assert torch.equal(masks[found.queries], found.masks) and 0 < found.masks.float().mean() < 1
+
+
 def test_detections_are_decoded_as_the_detector_does(variant_and_attention, checkpoint_of, shapes, tmp_path):
     checkpoint = checkpoint_of(*variant_and_attention)
     assert export(checkpoint, tmp_path / "model.pt", "--dynamic") == 0

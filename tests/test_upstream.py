@@ -38,8 +38,9 @@ def batch(sizes: list[tuple[int, int]]) -> NestedTensor:
     return nested_tensor_from_tensor_list([torch.rand(3, *size) for size in sizes])
 
 
-def small(variant: str, attention: str) -> nn.Module:
-    return build(variant, *SMALL_MODEL[variant], "--encoder_attention", attention, "--no_aux_loss")[0].eval()
+def small(variant: str, attention: str, *flags: str) -> nn.Module:
+    argv = (*SMALL_MODEL[variant], "--encoder_attention", attention, "--no_aux_loss", *flags)
+    return build(variant, *argv)[0].eval()
 
 
 SCRIPT = """
@@ -135,6 +136,17 @@ def test_models_can_be_scripted(variant_and_attention, tmp_path):
                     tolerance = 0 if exact else 1e-5
                     torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=tolerance)
     assert not any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+
+
+def test_a_model_with_masks_can_be_scripted():
+    model = small("detr", "enact", "--masks", "--num_queries", "20")
+    scripted, images = torch.jit.script(model), batch([(97, 64), (80, 131), (64, 64)])
+    with torch.no_grad():
+        expected = model(images)
+        found = scripted(images)
+    assert found.keys() == expected.keys() == {"pred_logits", "pred_boxes", "pred_masks"}
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
 
 
 def test_a_scripted_model_follows_its_weights():

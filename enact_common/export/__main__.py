@@ -2,7 +2,7 @@
 
 The file takes pixels as they are stored, uint8 (batch, 3, height, width), 0 to 255, red, green, blue, and normalises
 them itself. It gives scores, labels and boxes (left, top, right, bottom as fractions of the image's width and height),
-and says so in its metadata.
+and of models with masks these too, and says so in its metadata.
 """
 
 import argparse
@@ -69,7 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="a second input, bool (batch, height, width), true where images are padded, for batches of several sizes",
     )  # fmt: skip
     parser.add_argument(
-        "--raw", action="store_true", help="give pred_logits and pred_boxes of all queries, as the model does"
+        "--raw",
+        action="store_true",
+        help="give pred_logits and pred_boxes, and of models with masks pred_masks, of all queries, as the model does",
     )
     parser.add_argument(
         "--clusters", metavar="N|PATH",
@@ -138,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
         size=None if args.dynamic else tuple(args.size or (side, side)),
         mask=args.mask,
         raw=args.raw,
+        masks=detector.args.masks,
         greatest_side=greatest_side(detector),
     )
     lengths = window_lengths(detector, args.clusters)
@@ -231,7 +234,9 @@ def check(graph: DetectorGraph, exported: ExportedDetector, quantized: bool) -> 
         with torch.inference_mode():
             expected = dict(zip(graph.interface.outputs, graph(images, *masks), strict=True))
         greatest = max(greatest, difference(expected, exported(images, *masks)))
-    what = "logits and boxes" if graph.interface.raw else "scores and boxes"
+    what = ("logits" if graph.interface.raw else "scores") + (
+        ", boxes and masks" if graph.interface.masks else " and boxes"
+    )
     print(f"greatest difference from PyTorch's {what}, on blurred noise: {greatest:.1e}")
     if quantized or greatest <= TOLERANCE:
         return 0
@@ -255,7 +260,11 @@ def difference(expected: dict[str, Tensor], found: dict[str, Tensor]) -> float:
     apart = torch.maximum(scores.abs(), boxes.abs().amax(dim=3)).nan_to_num(torch.inf)  # (batch, n, n)
     apart[found["labels"].unsqueeze(1) != expected["labels"].unsqueeze(2)] = torch.inf
     last = expected["scores"] <= expected["scores"].amin(dim=1, keepdim=True) + TOLERANCE
-    return float(apart.amin(dim=2).masked_fill(last, 0).max())
+    greatest = float(apart.amin(dim=2).masked_fill(last, 0).max())
+    if "masks" in expected:
+        # Of one order: that of the queries.
+        greatest = max(greatest, difference({"masks": expected["masks"]}, found))
+    return greatest
 
 
 def blurred_noise(batch: int, size: tuple[int, int]) -> Tensor:

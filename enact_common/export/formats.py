@@ -136,7 +136,7 @@ def write_onnx(graph: DetectorGraph, metadata: dict, path: Path) -> None:
         exported = torch.onnx.export(
             program,
             input_names=graph.interface.inputs,
-            output_names=graph.interface.outputs,
+            output_names=list(graph.interface.outputs),
             dynamo=True,
             verbose=False,
         )

@@ -36,6 +36,11 @@ RAW = {
     "pred_boxes": "float32 (batch, queries, 4): centre x, centre y, width, height as fractions of the image's width "
     "and height, without its padding",
 }
+# Of models with masks, beside these, in the same order.
+MASKS = (
+    "float32 (batch, {n}, h, w), on about a quarter of the images' height and width, padding included: enlarged "
+    "bilinearly, above 0 where the object is; sigmoid makes probabilities of them"
+)
 LOGITS = {
     "detr": "; the last one is no object: softmax makes probabilities of them",
     "conditional": ", one a label: sigmoid makes probabilities of them",
@@ -52,6 +57,7 @@ class Interface:
         size: (height, width) in pixels; None for any from `LEAST_SIDE` to `greatest_side`.
         mask: it takes a padding mask beside the images.
         raw: it gives logits and boxes of all queries, not detections.
+        masks: it gives masks, too.
         greatest_side: pixels.
     """
 
@@ -59,6 +65,7 @@ class Interface:
     size: tuple[int, int] | None = None
     mask: bool = False
     raw: bool = False
+    masks: bool = False
     greatest_side: int = GREATEST_SIDE
 
     @property
@@ -67,9 +74,11 @@ class Interface:
         return ["images", "mask"] if self.mask else ["images"]
 
     @property
-    def outputs(self) -> list[str]:
-        """Their names."""
-        return list(RAW if self.raw else DECODED)
+    def outputs(self) -> dict[str, str]:
+        """What each one is, by its name."""
+        if self.raw:
+            return RAW | ({"pred_masks": MASKS.format(n="queries")} if self.masks else {})
+        return DECODED | ({"masks": MASKS.format(n="n")} if self.masks else {})
 
     def example(self) -> tuple[Tensor, ...]:
         """Inputs to record a graph with."""
@@ -95,11 +104,15 @@ class DetectorGraph(nn.Module):
         self.interface = interface
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """As `IMAGES`, `MASK`, and `DECODED` or `RAW` say."""
+        """As `IMAGES` and `MASK` say, to what the interface's outputs are."""
         outputs = self.detector(images, mask)
         if not self.interface.raw:
-            outputs = self.postprocess.select(outputs)
-            outputs = outputs | {"boxes": box_cxcywh_to_xyxy(outputs["boxes"])}
+            decoded = self.postprocess.select(outputs)
+            decoded = decoded | {"boxes": box_cxcywh_to_xyxy(decoded["boxes"])}
+            if self.interface.masks:
+                # Models with masks have a detection of each query, in the queries' order.
+                decoded["masks"] = outputs["pred_masks"]
+            outputs = decoded
         return tuple(outputs[name] for name in self.interface.outputs)
 
 
@@ -186,7 +199,7 @@ def greatest_side(detector: LoadedDetector) -> int:
 def describe(detector: LoadedDetector, source: str, interface: Interface, lengths: Sequence[int] | None) -> dict:
     """What a file says about itself, in JSON's types."""
     args = detector.args
-    outputs = dict(RAW if interface.raw else DECODED)
+    outputs = interface.outputs
     if interface.raw:
         outputs["pred_logits"] += LOGITS[detector.variant]
     clustered = args.encoder_attention == "enact"
@@ -208,6 +221,7 @@ def describe(detector: LoadedDetector, source: str, interface: Interface, length
         "evaluation": {"shorter_side": args.eval_size, "longer_side_at_most": args.max_size},
         "names": list(detector.label_map.names),
         "category_ids": list(detector.label_map.category_ids),
+        "things": None if detector.things is None else sorted(detector.things),
         "quantized": False,
     }
 
