@@ -17,9 +17,9 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from enact_common import backbone
+from enact_common import backbone, segmentation
 from enact_common.attention import EnactSelfAttention
-from enact_common.benchmark import detectors, parts, pipeline, report, scaling, table
+from enact_common.benchmark import detectors, masks, parts, pipeline, report, scaling, table
 from enact_common.benchmark.__main__ import build_parser, main
 from enact_common.benchmark.eager import NAIVE_PRODUCTS, eager_attention, replaced
 from enact_common.benchmark.isolated import DONE, FAILED, OUT_OF_MEMORY, Outcome, attempt, died, run_isolated
@@ -30,7 +30,7 @@ from enact_common.nested_tensor import nested_tensor_from_tensor_list
 from enact_common.variants import VARIANTS, load_variant
 
 QUICK = "--size 64 96 --batch 2 --repeat 2 --warmup 1 --device cpu".split()
-COMMANDS = {"table": table, "parts": parts, "scaling": scaling, "pipeline": pipeline}
+COMMANDS = {"table": table, "parts": parts, "scaling": scaling, "pipeline": pipeline, "masks": masks}
 
 
 @pytest.fixture
@@ -507,6 +507,45 @@ def test_a_batch_without_images_is_refused(in_process, shapes, tmp_path, capsys)
     assert "2 make no batch of 4" in capsys.readouterr().err
 
 
+# masks
+
+
+def test_masks_are_compared_with_the_straightforward_way(in_process, tmp_path, capsys):
+    flags = [*QUICK, "--objects", "3", "--", *SMALL_MODEL["detr"]]
+    status, figures = run_benchmark("masks", tmp_path, *flags)
+    assert status == 0, capsys.readouterr().err
+    rows = {row["row"]: row for row in figures["rows"]}
+    assert list(rows) == list(masks.ROWS)
+    for row in rows.values():
+        assert row["status"] == DONE and len(row["runs"]) == 2 and row["memory"]["peak"] >= row["memory"]["rise"] >= 0
+    text, shown = (tmp_path / "masks.md").read_text(), capsys.readouterr()
+    assert text.strip() in shown.out and "2 x 64 x 96 pixels of noise with 3 objects" in text
+    assert [text.count(f"| {words} |") for words in masks.ROWS.values()] == [1, 1, 1]
+    for line, row in zip(read_csv(tmp_path / "masks.csv"), rows.values(), strict=True):
+        ratio = row["seconds"]["median"] / rows["boxes"]["seconds"]["median"]
+        assert float(line["seconds_over_boxes"]) == pytest.approx(ratio) and int(line["peak_bytes"]) > 0
+    assert segmentation.HEAD_CHUNK == 16
+
+
+def test_the_straightforward_way_has_the_same_losses_of_masks_of_boxes():
+    args = parse("detr", *SMALL_MODEL["detr"], "--masks", "--dropout", "0", "--batch_size", "2")
+    samples, targets = masks.masks_batch(args, (64, 96), 3)
+    for target in targets:
+        height, width = target["boxes"][:, 3] * 64, target["boxes"][:, 2] * 96
+        area = target["masks"].flatten(1).sum(dim=1)
+        assert target["masks"].shape == (3, 64, 96) and ((area - height * width).abs() <= height + width + 1).all()
+    model, criterion, _ = detectors.build_detector("detr", args, samples, torch.device("cpu"))
+    model.train()
+    ours = criterion(model(samples), targets)
+    with masks.at_once():
+        outputs = masks.AllMasks(model)(samples)
+        assert outputs["pred_masks"].shape == (2, 8, 16, 24)
+        theirs = criterion(outputs, targets)
+    assert ours["loss_mask"] > 0 and ours.keys() == theirs.keys()
+    for name in ours:
+        assert_close(ours[name].detach(), theirs[name].detach())
+
+
 # Arguments and files
 
 
@@ -522,6 +561,8 @@ def test_a_batch_without_images_is_refused(in_process, shapes, tmp_path, capsys)
         (["table", "--variants", "detr", "--", "--backbone", "resnet18", "--dilation"], "has no dilated form"),
         (["scaling", "--channels", "30", "--heads", "4"], "--channels 30: must be a multiple of --heads (4)"),
         (["scaling", "--device", "cpu", "--amp", "fp16"], "--amp fp16 needs a GPU"),
+        (["masks", "--", "--masks"], "--masks after --: choose with --rows"),
+        (["masks", "--objects", "9", "--", "--num_queries", "8"], "--objects 9: more than the model's 8 queries"),
         (["pipeline", "--coco_path", "nowhere"], "--coco_path nowhere: no such folder"),
         (["pipeline", "--", "--cache_mode"], "--cache_mode after --: pass it before --"),
     ],

@@ -4,7 +4,7 @@ import argparse
 import sys
 
 from enact_common import benchmark
-from enact_common.benchmark import agreement, parts, pipeline, rowcol, runtimes, scaling, table
+from enact_common.benchmark import agreement, masks, parts, pipeline, rowcol, runtimes, scaling, table
 from enact_common.errors import exit_status
 
 COMMANDS = {
@@ -13,6 +13,7 @@ COMMANDS = {
     "scaling": scaling,
     "pipeline": pipeline,
     "rowcol": rowcol,
+    "masks": masks,
     "runtimes": runtimes,
     "agreement": agreement,
 }

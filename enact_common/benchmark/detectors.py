@@ -109,27 +109,28 @@ class Fit:
         return resize(image, shape, antialias=True), {**target, "boxes": resize(target["boxes"], shape)}
 
 
-def noise_batch(args: argparse.Namespace, size: tuple[int, int]) -> Batch:
-    """Images of noise without padding, each with `OBJECTS` objects at random, from `args.seed`.
+def noise_batch(args: argparse.Namespace, size: tuple[int, int], objects: int = OBJECTS) -> Batch:
+    """Images of noise without padding, each with objects at random, from `args.seed`.
 
     They go through the last of the data sets' transforms, so they are what a loader would give.
 
     Args:
         args: parsed arguments.
         size: (height, width), pixels.
+        objects: of each image.
     """
     generator = torch.Generator().manual_seed(args.seed)
     height, width = size
     items = []
     for _ in range(args.batch_size):
         image = torch.randint(256, (3, height, width), dtype=torch.uint8, generator=generator)
-        corner, extent = torch.rand(2, OBJECTS, 2, generator=generator)  # fractions of the image
+        corner, extent = torch.rand(2, objects, 2, generator=generator)  # fractions of the image
         boxes = torch.cat((0.6 * corner, 0.6 * corner + 0.1 + 0.3 * extent), dim=1)  # xyxy
         boxes = boxes * torch.tensor([width, height, width, height])
         target = {
             "orig_size": torch.tensor([height, width]),
             "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=(height, width)),
-            "labels": torch.randint(num_classes_of(args), (OBJECTS,), generator=generator),
+            "labels": torch.randint(num_classes_of(args), (objects,), generator=generator),
         }
         items.append(to_model_input(tv_tensors.Image(image), target))
     return collate(items)
