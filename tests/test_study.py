@@ -1,0 +1,270 @@
+"""The study of accuracy: its arms, its images, its turns, and what it writes."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import build
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from enact_common.attention import EnactSelfAttention
+from enact_common.clustering import EntropyClustering
+from enact_common.hilbert import hilbert_order
+from enact_common.inside import clusterings
+from enact_common.plug import clustered
+from enact_common.study import __main__ as command
+from enact_common.study.arms import EqualShares, LearnedTemperature, MiddleAlone, Setting
+from enact_common.study.images import TRAIN, VAL, Photographs, Shapes, load_images
+from enact_common.study.page import difference, difference_text, mean_and_spread
+from enact_common.study.presets import ARMS, LIST, PRESETS
+from enact_common.study.schedule import needed, tasks_of
+from enact_common.study.training import START, Results, Task, initial_weights, look, order_of, prepared_model, start_of
+
+SOURCE = Shapes(train=6, val=4, height=96, widths=(96, 112), scale=0.5)
+SETTING = Setting((3, 4), (12, 14))
+
+
+def task_of(arm: str, variant="conditional", **changes) -> Task:
+    """A training of the CPU preset on very few images."""
+    trial = next(trial for trial in PRESETS["cpu"].trials if trial.variant == variant)
+    made = Task(SOURCE, variant, trial.flags, ARMS[arm], 0, 8, 8, "cpu")
+    return replace(made, **changes)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return load_images(SOURCE, tmp_path_factory.mktemp("images"))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 1), (4, 4), (8, 8), (7, 12), (13, 6), (3, 50), (33, 34)])
+def test_a_hilbert_curve_goes_through_every_cell_from_neighbour_to_neighbour(shape):
+    order = hilbert_order(*shape)
+    assert order.sort().values.equal(torch.arange(math.prod(shape)))
+    steps = torch.stack((order // shape[1], order % shape[1])).diff(dim=1).abs()
+    assert (steps.amax(dim=0) == 1).all() if order.numel() > 1 else True
+    assert (steps.sum(dim=0) == 2).sum() <= 1
+
+
+def test_stretches_of_a_hilbert_curve_are_patches():
+    cells = hilbert_order(32, 32).view(-1, 16)
+    rows, columns = cells // 32, cells % 32
+    extent = rows.amax(1) - rows.amin(1), columns.amax(1) - columns.amin(1)
+    assert (extent[0] == 3).all() and (extent[1] == 3).all()
+
+
+def test_images_are_padded_and_say_so(images):
+    data = images[TRAIN]
+    samples, targets = data.batch(torch.arange(6))
+    assert samples.tensors.shape == (6, 3, 48, 56) and samples.tensors.dtype == torch.uint8
+    widths = (~samples.mask[:, 0]).sum(dim=1).tolist()
+    assert widths == data.sizes[:, 1].tolist() and set(widths) == {48, 56}
+    assert samples.tensors[samples.mask.unsqueeze(1).expand(-1, 3, -1, -1)].max() == 0
+    assert all(2 <= len(t["labels"]) <= 6 and t["boxes"].shape == (len(t["labels"]), 4) for t in targets)
+    assert all((t["boxes"] >= 0).all() and (t["boxes"] <= 1).all() for t in targets)
+
+
+def test_the_truth_is_in_pixels_of_what_was_drawn(images):
+    data, truth = images[VAL], images[VAL].truth()
+    assert sorted(truth.imgs) == [0, 1, 2, 3]
+    assert len(truth.anns) == sum(len(labels) for labels in data.labels)
+    for annotation in truth.loadAnns(truth.getAnnIds(imgIds=[2])):
+        left, top, width, height = annotation["bbox"]
+        assert left >= 0 and left + width <= data.original[2, 1] and top + height <= 96
+        assert annotation["area"] <= width * height + 1
+
+
+def test_cells_are_on_objects_where_boxes_cover_their_centres(images):
+    data = images[TRAIN]
+    data = replace_boxes(data, torch.tensor([[0.25, 0.5, 0.5, 1.0]]))
+    inside, mask = data.on_object(torch.tensor([0]), (12, 14))
+    own = int(data.sizes[0, 1]) // 4
+    assert inside[0].sum(dim=1).tolist() == [own // 2] * 12
+    assert (~mask[0]).sum(dim=1).tolist() == [own] * 12
+
+
+def replace_boxes(data, boxes):
+    """The same images, the first of which has these objects."""
+    return replace(data, boxes=[boxes, *data.boxes[1:]], labels=[torch.zeros(len(boxes)).long(), *data.labels[1:]])
+
+
+def test_real_images_are_read_too(shapes):
+    data = load_images(Photographs("real", str(shapes), 48, 48), shapes)[VAL]
+    assert len(data) == 6 and data.original.tolist() == [[64, 80]] * 6 and data.sizes.tolist() == [[38, 48]] * 6
+    truth = json.loads((shapes / "annotations" / "instances_val2017.json").read_text())
+    ours = sorted(data.truth().anns[1]["bbox"])
+    assert_close(ours, sorted(truth["annotations"][0]["bbox"]), atol=1e-2, rtol=0)
+
+
+def test_shares_are_equal_one_or_learned():
+    torch.manual_seed(0)
+    layer, tokens = EntropyClustering(8), torch.randn(2, 40, 8)
+    layer.fixed_length = 4
+    expected = {EqualShares: [0.25] * 4, MiddleAlone: [0, 0, 1, 0]}
+    for kind, shares in expected.items():
+        layer.weight_logits = kind()
+        assert layer.cluster(tokens).weights[1, 3].tolist() == shares
+    layer.weight_logits = temperature = LearnedTemperature()
+    assert "weight_logits.log_factor" in dict(layer.named_parameters())
+    mild = layer.cluster(tokens).weights.amax(dim=-1).mean()
+    temperature.log_factor.data.fill_(2.0)
+    assert layer.cluster(tokens).weights.amax(dim=-1).mean() > mild
+    layer.cluster(tokens).weights.amax(dim=-1).sum().backward()
+    assert temperature.log_factor.grad.abs() > 0
+
+
+@pytest.mark.parametrize("arm", ["scaled", "hilbert", "hilbert_scaled"])
+def test_with_clusters_of_one_token_an_arm_computes_plain_attention(arm):
+    torch.manual_seed(0)
+    plain, ours = (build("conditional", *task_of(name).flags, *ARMS[name].flags)[0] for name in ("plain", arm))
+    weights = plain.state_dict()
+    for layer, attention in zip(plain.transformer.encoder.layers, ours.transformer.encoder.layers, strict=True):
+        converted = clustered(layer.self_attn, {"sigma": 3.0}).state_dict()
+        if arm != "hilbert":  # scaled as plain attention is, they take its weights as they are
+            width = layer.self_attn.head_dim
+            converted["W_q.weight"] *= width**0.5
+            converted["W_q.bias"] *= width**0.5
+            converted["W_o.weight"] /= width
+        attention.self_attn.load_state_dict(converted)
+        attention.load_state_dict({k: v for k, v in layer.state_dict().items() if "self_attn" not in k}, strict=False)
+    for change in ARMS[arm].changes:
+        change(ours, SETTING)
+    for clustering in clusterings(ours):
+        clustering.fixed_length = 1
+    assert weights.keys() - ours.state_dict().keys()
+    src, pos = torch.randn(2, 168, 2, 64)
+    mask = torch.zeros(2, 168, dtype=torch.bool)
+    with torch.no_grad():
+        expected, got = (m.transformer.encoder(src, key_padding_mask=mask, pos=pos) for m in (plain, ours))
+    assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_cluster_that_counts_by_its_size_stands_for_as_many_tokens():
+    torch.manual_seed(0)
+    layer = EnactSelfAttention(8, 2, clusters="regions", batch_first=True)
+    layer.weigh_by_size = True
+    query, key = torch.randn(1, 5, 8), torch.randn(1, 60, 8)
+    clusters = layer.cluster(key)
+    sizes = clusters.sizes()[0]
+    assert sizes.sum() == 60 and len(set(sizes.tolist())) > 1
+    pooled = clusters.pool(key)[0].repeat_interleave(sizes, dim=0).unsqueeze(0)  # (1, 60, 8)
+    q, k, v = (
+        linear(x).unflatten(-1, (2, 4)).transpose(1, 2)
+        for linear, x in ((layer.W_q, query), (layer.W_k, pooled), (layer.W_v, pooled))
+    )
+    expected = layer.W_o(F.scaled_dot_product_attention(q, k, v / 4, scale=1.0).transpose(1, 2).flatten(2))
+    assert_close(layer(query, key, key)[0], expected)
+
+
+def test_all_arms_begin_alike_and_see_the_same_images(tmp_path):
+    results = Results(tmp_path)
+    tasks = [task_of(name, start_images=0) for name in ("plain", "windows", "hilbert_scaled")]
+    models = [prepared_model(task, load_images(SOURCE, tmp_path)[TRAIN], (12, 14), results, ARMS)[0] for task in tasks]
+    names = [name for name in models[0].state_dict() if "encoder" not in name]
+    assert len(names) > 50
+    for model in models[1:]:
+        assert all(model.state_dict()[name].equal(models[0].state_dict()[name]) for name in names)
+    inner = models[2].transformer.encoder.encoder.layers[1].self_attn
+    assert inner.W_q.weight.equal(models[1].transformer.encoder.layers[1].self_attn.W_q.weight)
+    first, again, other = (
+        [next(order).tolist() for _ in range(4)] for order in map(order_of, [6] * 3, [3] * 3, [1, 1, 2])
+    )
+    assert first == again != other
+    assert sorted(first[0] + first[1]) == sorted(first[2] + first[3]) == list(range(6))
+
+
+def test_an_arm_begins_with_the_training_without_an_encoder(tmp_path):
+    results, task = Results(tmp_path), task_of("windows", start_images=8)
+    start = start_of(task)
+    path = results.weights(start)
+    path.parent.mkdir(parents=True)
+    model = build("conditional", *task.flags, *START.flags, "--num_classes", "3")[0]
+    torch.save(model.state_dict(), path)
+    weights = initial_weights(task, 3, results)
+    assert all(weights[name].equal(tensor) for name, tensor in model.state_dict().items())
+    assert any("encoder.layers" in name for name in weights)
+
+
+def test_information_that_marks_objects_correlates_with_them(images):
+    data = images[TRAIN]
+
+    class Marks(nn.Module):
+        """A detector whose clustering sees where the first image's object is."""
+
+        def __init__(self):
+            super().__init__()
+            self.clustering = EntropyClustering(1)
+            self.transformer = nn.Identity()
+
+        def forward(self, samples):
+            cells, _ = data.on_object(torch.arange(len(samples.tensors)), (12, 14))
+            self.clustering.observer(cells.flatten(1).float() + 1, EntropyClustering(1).cluster(torch.zeros(6, 168, 1)))
+
+    found = look(Marks(), data, (12, 14), type("Args", (), {"amp": "none"}))
+    assert found["correlation"] == pytest.approx([1.0])
+    assert found["inequality"] == pytest.approx([1.0], abs=1e-3)
+
+
+def test_every_arm_is_known_and_comes_after_what_it_needs():
+    for preset in PRESETS.values():
+        tasks = tasks_of(preset)
+        assert len({task.name for task in tasks}) == len(tasks)
+        names = [task.name for task in tasks]
+        for trial in preset.trials:
+            assert trial.arms[0] == "plain" and {"windows", "regions", "per_image", "uniform", "strided"} <= set(
+                trial.arms
+            )
+        for task in tasks:
+            before = [name for name in needed(task) if "-start-" not in name]
+            assert all(names.index(name) < names.index(task.name) for name in before)
+        assert len({trial.variant for trial in preset.trials}) >= 2
+    assert len(ARMS) == len(LIST)
+
+
+def test_differences_are_of_the_same_seeds():
+    ours, theirs = (
+        {seed: {"figures": {"AP": v}} for seed, v in runs.items()}
+        for runs in ({0: 0.3, 1: 0.2, 2: 0.9}, {0: 0.2, 1: 0.4})
+    )
+    mean, error = difference(ours, theirs)
+    # +10 and -20 points: -5 in the mean, a standard deviation of 21.2, over the root of two.
+    assert (mean, error) == pytest.approx((-5, 15))
+    assert difference_text((mean, error)) == "-5.0 ± 15.0"
+    assert difference(ours, {7: {}}) is None and difference_text(None) == "-"
+    assert (
+        mean_and_spread([0.1, 0.2, -1]) == "15.0 ± 7.1"
+        and mean_and_spread([0.25]) == "25.0"
+        and mean_and_spread([-1]) == "-"
+    )
+
+
+@pytest.mark.slow
+def test_a_small_study_runs_goes_on_and_writes_its_page(tmp_path, capsys):
+    argv = ["--preset", "cpu", "--output_dir", str(tmp_path), "--fraction", "0.002", "--seeds", "1", "--jobs", "2"]
+    argv += ["--variants", "conditional", "--arms", "uniform", "plain", "converted"]
+    assert command.main(argv) == 0
+    files = {path.name: path for path in (tmp_path / "results").iterdir()}
+    assert {name.split("-")[2] for name in files} == {"start", "plain", "windows", "uniform", "converted"}
+    result = json.loads(files["shapes-conditional-windows-0.json"].read_text())
+    assert result["settings"]["arm"]["name"] == "windows" and len(result["mean_lengths"]) == 2
+    assert len(result["clusters"][0]["clusters"]) == 2 and -1 <= result["after"]["correlation"][0] <= 1
+    uniform = json.loads(files["shapes-conditional-uniform-0.json"].read_text())
+    tokens = math.prod(uniform["map_size"])
+    assert uniform["clusters"][0]["clusters"] == [tokens // length for length in result["mean_lengths"]]
+    assert uniform["after"]["inequality"] == pytest.approx([1, 1])
+    page = (tmp_path / "accuracy.md").read_text()
+    for name in ("plain", "windows", "uniform", "converted"):
+        assert f"| `{name}` |" in page
+    measured = json.loads((tmp_path / "costs.json").read_text())
+    assert set(measured["encoders"]["conditional"]) == {"plain", "windows", "uniform"}
+    assert measured["steps"]["shapes-conditional-plain"]["seconds"] > 0
+    assert (tmp_path / "precision.png").is_file()
+
+    before = {name: path.stat().st_mtime_ns for name, path in files.items()}
+    assert command.main([*argv, "--skip_costs"]) == 0
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()} == before
+    assert command.main([*argv, "--variants", "detr"]) == 2
+    assert "this preset has none of these" in capsys.readouterr().err
