@@ -17,6 +17,7 @@ from enact_common import backbone as backbones
 from enact_common.backbone import Backbone, load_backbone_weights
 from enact_common.clustering import Windows
 from enact_common.data.pixels import IMAGENET_MEAN, IMAGENET_STD
+from enact_common.inference import arguments_of
 from enact_common.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
 from enact_common.variants import VARIANTS
 
@@ -132,6 +133,30 @@ def test_independent_classes_are_ranked_over_all_queries():
     assert len(result["scores"]) == 10
     many = {"pred_logits": logits.repeat(1, 50, 1), "pred_boxes": boxes.repeat(1, 50, 1)}
     assert len(postprocessors["bbox"](many, torch.tensor([[10, 10]]))[0]["scores"]) == 100
+
+
+@pytest.mark.parametrize("backbone, stages", [("resnet18", 1), ("resnet18", 3), ("resnet50", 2)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fewer_stages_give_finer_maps_and_show_in_the_weights(variant, backbone, stages):
+    flags = ["--backbone", backbone, "--backbone_stages", str(stages)]
+    model, _, _ = small((variant, "enact"), *flags)
+    maps = []
+    model.transformer.register_forward_pre_hook(lambda _, args: maps.append(args[1].shape))
+    assert model([torch.randn(3, 64, 96)])["pred_logits"].shape[:2] == (1, 8)
+    assert maps == [(1, 64 >> (stages + 1), 96 >> (stages + 1))]
+    weights = model.state_dict()
+    assert not any(f"layer{stages + 1}." in name for name in weights)
+    # As of a file of weights alone.
+    args, _ = arguments_of({"model": weights, "args": {}}, variant)
+    assert (args.backbone, args.backbone_stages) == (backbone, stages)
+
+
+@pytest.mark.parametrize("flag, way_out", [("--dilation", "--no-dilation"), ("--masks", "leave one of the two out")])
+def test_fewer_stages_are_refused_where_all_are_needed(flag, way_out):
+    parser = load_variant("detr").main.get_args_parser()
+    args = parser.parse_args(["--coco_path", "data", "--backbone_stages", "2", flag])
+    with pytest.raises(UserError, match=f"--backbone_stages 2: {flag} needs all 4; .*{way_out}"):
+        parser.check(args)
 
 
 @pytest.mark.parametrize("flags", [["--pre_norm"], ["--position_embedding", "learned"], ["--enc_layers", "0"]], ids=str)
