@@ -19,7 +19,7 @@ from enact_common.benchmark.measuring import machine
 from enact_common.device import find_device
 from enact_common.errors import UserError, exit_status
 from enact_common.files import make_folder, write_atomically
-from enact_common.study.arms import WINDOWS
+from enact_common.study.arms import NONE, PLAIN, UNIFORM, WINDOWS
 from enact_common.study.costs import measure_encoders, measure_step
 from enact_common.study.images import Photographs, Shapes, load_images
 from enact_common.study.page import write_page
@@ -35,7 +35,7 @@ FEWEST = 16
 
 # Real images are fitted into so many pixels: as many cells as the drawn ones have, or more.
 PHOTOGRAPHS = {"cpu": (120, 160), "gpu": (480, 640)}
-PHOTOGRAPH_ARMS = ("plain", "windows", "uniform", "strided", "scaled", "hilbert_scaled", "hilbert_scaled_uniform")
+PHOTOGRAPH_ARMS = (PLAIN, NONE, WINDOWS, UNIFORM, "strided", "scaled", "hilbert")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -85,7 +85,7 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
         model, (height, width) = {"cpu": CPU_MODEL, "gpu": GPU_MODEL}[args.preset], PHOTOGRAPHS[args.preset]
         source = Photographs("bccd", args.bccd, height, width)
         first = made[0]
-        (trial,) = trials(source, model, first.images, first.start_images, first.seeds, ("conditional",))
+        (trial,) = trials(source, model, first.images, first.seeds, {first.variant: first.start_images})
         made.append(replace(trial, arms=PHOTOGRAPH_ARMS))
     if args.variants:
         made = [trial for trial in made if trial.variant in args.variants]
@@ -115,7 +115,8 @@ def shrunk(trial: Trial, part: float) -> Trial:
     few = {name: max(round(getattr(trial, name) * part), FEWEST) for name in ("images", "start_images")}
     if not trial.start_images:
         few["start_images"] = 0
-    return replace(trial, source=source, **few)
+    first = trial.backbone_of and shrunk(trial.backbone_of, part)
+    return replace(trial, source=source, backbone_of=first, **few)
 
 
 def measure_costs(preset: Preset, folder: Path) -> None:
@@ -135,7 +136,7 @@ def measure_costs(preset: Preset, folder: Path) -> None:
         if trial.variant in costs["encoders"] or not tasks:
             continue
         lengths = windows["mean_lengths"] if windows else [5]
-        arms = tuple(task.arm for task in tasks if not task.arm.converted)
+        arms = tuple(task.arm for task in tasks if not task.arm.converted and task.arm.name != NONE)
         outcome = run_isolated(
             measure_encoders, trial.variant, arms, round(sum(lengths) / len(lengths)), preset.cost_map,
             preset.cost_batch, preset.device, preset.amp, preset.jobs * preset.threads, REPEAT,

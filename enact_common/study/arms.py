@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from enact_common.hilbert import hilbert_order
 from enact_common.inside import clusterings
 
-PLAIN, WINDOWS = "plain", "windows"
+PLAIN, NONE, WINDOWS, UNIFORM = "plain", "none", "windows", "uniform"
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,6 @@ class Arm:
         converted: begins with the weights of `after`'s, plain attention's turned into ENACT's, rather than with those
             that all begin with.
         budget: of the images that the others are trained on.
-        variants: those that it can be tried with; all where it is empty.
     """
 
     name: str
@@ -53,7 +52,6 @@ class Arm:
     after: str | None = None
     converted: bool = False
     budget: float = 1.0
-    variants: tuple[str, ...] = ()
 
 
 class EqualShares(nn.Module):

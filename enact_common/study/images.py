@@ -45,7 +45,7 @@ class Shapes:
     widths: tuple[int, ...]
     scale: float
     objects: tuple[int, int] = (2, 6)
-    object_size: tuple[float, float] = (0.1, 0.65)
+    object_size: tuple[float, float] = (0.1, 0.85)
     classes: tuple[str, ...] = ("circle", "triangle", "cross")
 
     name = "shapes"

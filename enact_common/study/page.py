@@ -12,15 +12,12 @@ from typing import Any
 
 from enact_common.benchmark.report import LEFT, MIB, RIGHT, figure, markdown_table
 from enact_common.files import write_atomically
-from enact_common.study.arms import PLAIN, fix_lengths
+from enact_common.study.arms import NONE, PLAIN, UNIFORM, fix_lengths
 from enact_common.study.presets import ARMS, Preset, Trial
 from enact_common.study.schedule import tasks_of
 from enact_common.study.training import Results, start_of
 
 FIGURES = ("AP", "AP50", "APS", "APM", "APL")
-
-# What no arm is compared with, beside plain attention.
-UNIFORM = "uniform"
 
 
 def results_of(preset: Preset, trial: Trial, results: Results) -> dict[str, dict[int, dict[str, Any]]]:
@@ -77,7 +74,7 @@ def accuracy_table(found: Mapping[str, Mapping[int, dict]]) -> str:
 
 def follows_scores(name: str) -> bool:
     """Whether an arm's clusters follow learned scores, its windows' lengths at least."""
-    return name != PLAIN and fix_lengths not in ARMS[name].changes
+    return name not in (PLAIN, NONE) and fix_lengths not in ARMS[name].changes
 
 
 def layers_text(values: Sequence[float | None], form: str) -> str:

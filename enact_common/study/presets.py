@@ -1,9 +1,12 @@
 """How large the study is: on two CPU cores within an hour, or on a GPU in slices of ten minutes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from enact_common.study.arms import (
+    NONE,
     PLAIN,
+    UNIFORM,
     WINDOWS,
     Arm,
     ChangeShares,
@@ -17,10 +20,9 @@ from enact_common.study.arms import (
 )
 from enact_common.study.images import Photographs, Shapes
 
-TOKENS = ("detr", "conditional")  # whose encoder attends among tokens
-
 LIST = (
     Arm(PLAIN, "plain attention", ("--encoder_attention", "mhsa")),
+    Arm(NONE, "no encoder at all", ("--enc_layers", "0")),
     Arm(WINDOWS, "ENACT: windows, as published"),
     Arm("regions", "ENACT: regions", ("--enact_clusters", "regions")),
     Arm(
@@ -29,7 +31,7 @@ LIST = (
         ("--enact_per_image", "--enact_mask_padding"),
     ),
     Arm(
-        "uniform",
+        UNIFORM,
         "average pooling over windows of the same lengths",
         changes=(fix_lengths, ChangeShares(EqualShares)),
         after=WINDOWS,
@@ -41,24 +43,17 @@ LIST = (
         after=WINDOWS,
     ),
     Arm("converted", "plain, converted to ENACT, trained a tenth longer", after=PLAIN, converted=True, budget=0.1),
-    Arm("scaled", "windows, logits scaled", changes=(scale_logits,), variants=TOKENS),
-    Arm("hilbert", "windows along a Hilbert curve", changes=(follow_hilbert,), variants=TOKENS),
+    Arm("sigma_1", "windows of less smoothed information: shorter", ("--smoothing_sigma", "1")),
+    Arm("scaled", "windows, logits scaled", changes=(scale_logits,)),
+    Arm("hilbert", "windows along a Hilbert curve", changes=(follow_hilbert,)),
     Arm("temperature", "windows, shares with a learned temperature", changes=(ChangeShares(LearnedTemperature),)),
     Arm(
         "regions_by_size",
         "regions that count by their size",
         ("--enact_clusters", "regions"),
         changes=(weigh_by_size,),
-        variants=TOKENS,
     ),
-    Arm("hilbert_scaled", "Hilbert windows, logits scaled", changes=(scale_logits, follow_hilbert), variants=TOKENS),
-    Arm(
-        "hilbert_scaled_uniform",
-        "the same, averages of the same lengths",
-        changes=(fix_lengths, ChangeShares(EqualShares), scale_logits, follow_hilbert),
-        after=WINDOWS,
-        variants=TOKENS,
-    ),
+    Arm("hilbert_scaled", "Hilbert windows, logits scaled", changes=(scale_logits, follow_hilbert)),
 )
 ARMS = {arm.name: arm for arm in LIST}
 
@@ -75,6 +70,7 @@ class Trial:
         images: that each is trained on, one counted as often as it is seen.
         start_images: of the training without an encoder that all begin with; 0 to begin with random weights.
         seeds: how many.
+        backbone_of: the trial whose training without an encoder gives this one's its backbone; None for random weights.
     """
 
     source: Shapes | Photographs
@@ -84,6 +80,7 @@ class Trial:
     images: int
     start_images: int
     seeds: int
+    backbone_of: "Trial | None" = None
 
     @property
     def name(self) -> str:
@@ -136,38 +133,45 @@ QUERIES = {
 }
 
 # Row-column attention over clusters: what is tried is what clusters are.
-ANCHOR_ARMS = (PLAIN, WINDOWS, "regions", "per_image", "uniform", "strided", "temperature")
+ANCHOR_ARMS = (PLAIN, NONE, WINDOWS, "regions", "per_image", UNIFORM, "strided", "converted")
 
 
 def trials(
-    source: Shapes | Photographs, model: str, images: int, start_images: int, seeds: int, variants: tuple[str, ...]
+    source: Shapes | Photographs, model: str, images: int, seeds: int, variants: Mapping[str, int]
 ) -> tuple[Trial, ...]:
-    """The trials of some variants on one data set."""
-    made = []
-    for variant in variants:
-        arms = tuple(arm.name for arm in LIST if not arm.variants or variant in arm.variants)
-        if variant == "anchor":
-            arms = ANCHOR_ARMS
+    """The trials of some variants on one data set.
+
+    Args:
+        source, images, seeds: as in `Trial`.
+        model: flags of all variants.
+        variants: which, each with its `start_images`; where there are some, the first one's training gives the others
+            their backbone.
+    """
+    made: list[Trial] = []
+    for variant, start_images in variants.items():
+        arms = ANCHOR_ARMS if variant == "anchor" else tuple(arm.name for arm in LIST)
         flags = tuple(f"{model} {QUERIES[variant]}".split())
-        made.append(Trial(source, variant, arms, flags, images, start_images, seeds))
+        first = made[0] if made and start_images else None
+        made.append(Trial(source, variant, arms, flags, images, start_images, seeds, first))
     return tuple(made)
 
 
-CPU_SHAPES = Shapes(train=4000, val=200, height=192, widths=(192, 216), scale=2 / 3)
+CPU_SHAPES = Shapes(train=4000, val=250, height=192, widths=(192, 216), scale=2 / 3)
 GPU_SHAPES = Shapes(
     train=16000, val=1000, height=512, widths=(512, 576), scale=1, objects=(4, 16), object_size=(0.03, 0.6)
 )
 
 PRESETS = {
     "cpu": Preset(
-        trials=trials(CPU_SHAPES, CPU_MODEL, 3000, 30000, 3, ("conditional", "anchor")),
+        # Without a trained backbone, Anchor DETR learns nothing in this time.
+        trials=trials(CPU_SHAPES, CPU_MODEL, 2000, 3, {"conditional": 18000, "anchor": 14000}),
         device="cpu",
         jobs=2,
         threads=1,
         seconds=3000,
     ),
     "gpu": Preset(
-        trials=trials(GPU_SHAPES, GPU_MODEL, 96000, 0, 3, ("conditional", "anchor")),
+        trials=trials(GPU_SHAPES, GPU_MODEL, 96000, 3, {"conditional": 0, "anchor": 0}),
         device="cuda",
         jobs=3,
         threads=4,

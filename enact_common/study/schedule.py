@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from enact_common.study.presets import ARMS, Preset
+from enact_common.study.presets import ARMS, Preset, Trial
 from enact_common.study.training import START, Results, Task, start_of, train
 
 
@@ -18,10 +18,17 @@ def tasks_of(preset: Preset) -> list[Task]:
     for seed in range(max(trial.seeds for trial in preset.trials)):
         for trial in preset.trials:
             if seed < trial.seeds:
-                common = (trial.source, trial.variant, trial.flags)
-                rest = (seed, trial.images, trial.start_images, preset.device)
-                made += [Task(*common, ARMS[name], *rest) for name in trial.arms]
+                made += [task_of(trial, name, seed, preset.device) for name in trial.arms]
     return made
+
+
+def task_of(trial: Trial, arm: str, seed: int, device: str) -> Task:
+    """One training of a trial."""
+    first = trial.backbone_of
+    before = None if first is None else start_of(task_of(first, arm, 0, device))
+    return Task(
+        trial.source, trial.variant, trial.flags, ARMS[arm], seed, trial.images, trial.start_images, device, before
+    )
 
 
 def begin_process(threads: int) -> None:
@@ -79,7 +86,7 @@ def missing_weights(task: Task, tasks: list[Task], results: Results) -> bool:
 def needed(task: Task) -> list[str]:
     """The names of the trainings that come before one."""
     if task.arm.name == START.name:
-        return []
+        return [task.backbone_of.name] if task.backbone_of else []
     names = [start_of(task).name] if task.start_images else []
     if task.arm.after:
         names.append(task.other(ARMS[task.arm.after]).name)

@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,8 @@ class Task:
         images: that an arm of budget 1 is trained on, one counted as often as it is seen.
         start_images: those of the training that all begin with; 0 for random weights.
         device: a device's name.
+        backbone_of: another variant's training without an encoder, whose backbone this variant's begins with; None for
+            random weights.
     """
 
     source: Shapes | Photographs
@@ -58,6 +60,7 @@ class Task:
     images: int
     start_images: int
     device: str
+    backbone_of: "Task | None" = None
 
     @property
     def name(self) -> str:
@@ -71,11 +74,13 @@ class Task:
             "name": self.arm.name, "flags": list(self.arm.flags), "budget": self.arm.budget, "after": self.arm.after,
             "changes": [change.__name__ for change in self.arm.changes],
         }  # fmt: skip
-        return json.loads(json.dumps({**asdict(self), "arm": arm}))
+        before = self.backbone_of and self.backbone_of.settings
+        own = asdict(replace(self, backbone_of=None))
+        return json.loads(json.dumps({**own, "arm": arm, "backbone_of": before}))
 
     def other(self, arm: Arm) -> "Task":
         """The same with another arm."""
-        return Task(**{**vars(self), "arm": arm})
+        return replace(self, arm=arm)
 
 
 class Results:
@@ -137,17 +142,26 @@ def initial_weights(task: Task, classes: int, results: Results) -> dict[str, Ten
     model, *_ = build(task.other(Arm(PLAIN, "", ("--encoder_attention", "mhsa"))), classes, task.seed)
     weights = model.state_dict()
     if task.start_images and task.arm.name != START.name:
-        start = start_of(task)
-        if not results.weights(start).is_file():
-            train(start, results)
-        trained = torch.load(results.weights(start), weights_only=True)
+        trained = saved_weights(start_of(task), results)
         weights |= {name: trained[name] for name in trained if name in weights}
+    elif task.arm.name == START.name and task.backbone_of:
+        trained = saved_weights(task.backbone_of, results)
+        by_part = {name.partition("body.")[2]: tensor for name, tensor in trained.items() if "body." in name}
+        weights |= {name: by_part[name.partition("body.")[2]] for name in weights if "body." in name}
     return weights
+
+
+def saved_weights(task: Task, results: Results) -> dict[str, Tensor]:
+    """The weights that a training ended with; where they are not kept, it is done again."""
+    path = results.weights(task)
+    if not path.is_file():
+        train(task, results)
+    return torch.load(path, weights_only=True)
 
 
 def start_of(task: Task) -> Task:
     """The training that a training begins with: of seed 0 for all seeds."""
-    return Task(**{**vars(task), "arm": START, "seed": 0, "images": task.start_images})
+    return replace(task, arm=START, seed=0, images=task.start_images)
 
 
 def prepared_model(task: Task, data: Images, map_size: tuple[int, int], results: Results, arms: Mapping[str, Arm]):
@@ -156,12 +170,8 @@ def prepared_model(task: Task, data: Images, map_size: tuple[int, int], results:
     weights = initial_weights(task, len(data.classes), results)
     own = model.state_dict()
     if task.arm.converted:
-        before = task.other(arms[task.arm.after])
-        if not results.weights(before).is_file():
-            train(before, results)
-        weights = fit_weights(
-            torch.load(results.weights(before), weights_only=True), own, args.nheads, same_labels=True
-        ).weights
+        trained = saved_weights(task.other(arms[task.arm.after]), results)
+        weights = fit_weights(trained, own, args.nheads, same_labels=True).weights
     model.load_state_dict(
         {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape},
         strict=False,
