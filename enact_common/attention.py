@@ -30,14 +30,20 @@ class EnactSelfAttention(EntropyClustering):
         batch_first: tensors are (batch, N, d) rather than (N, batch, d).
         clusters, per_image, mask_padding, max_clusters: as in `EntropyClustering`.
 
+    Attributes:
+        scale_logits: scale the logits by e^-0.5 and leave the attended values as they are, as everybody else does: no
+            weights of the reference's were trained so (`enact_common.study` tries it).
+        weigh_by_size: a cluster counts as often as it has tokens; likewise.
+
     Raises:
         ValueError: embed_dim is not a multiple of num_heads, or a setting of the clustering is wrong.
     """
 
-    # Read by nn.TransformerEncoder and its layer, which take fused paths of their own only where they find packed
-    # projections.
     scale_logits = False
     weigh_by_size = False
+
+    # Read by nn.TransformerEncoder and its layer, which take fused paths of their own only where they find packed
+    # projections.
     in_proj_bias = None
     _qkv_same_embed_dim = False
 

@@ -162,7 +162,7 @@ def test_a_cluster_that_counts_by_its_size_stands_for_as_many_tokens():
 def test_all_arms_begin_alike_and_see_the_same_images(tmp_path):
     results = Results(tmp_path)
     tasks = [task_of(name, start_images=0) for name in ("plain", "windows", "hilbert_scaled")]
-    models = [prepared_model(task, load_images(SOURCE, tmp_path)[TRAIN], (12, 14), results, ARMS)[0] for task in tasks]
+    models = [prepared_model(task, load_images(SOURCE, tmp_path)[TRAIN], (12, 14), results)[0] for task in tasks]
     names = [name for name in models[0].state_dict() if "encoder" not in name]
     assert len(names) > 50
     for model in models[1:]:
@@ -203,7 +203,7 @@ def test_information_that_marks_objects_correlates_with_them(images):
             cells, _ = data.on_object(torch.arange(len(samples.tensors)), (12, 14))
             self.clustering.observer(cells.flatten(1).float() + 1, EntropyClustering(1).cluster(torch.zeros(6, 168, 1)))
 
-    found = look(Marks(), data, (12, 14), type("Args", (), {"amp": "none"}))
+    found = look(Marks(), data, (12, 14), "none")
     assert found["correlation"] == pytest.approx([1.0])
     assert found["inequality"] == pytest.approx([1.0], abs=1e-3)
 

@@ -127,7 +127,7 @@ def measure_costs(preset: Preset, folder: Path) -> None:
         tasks = [task for task in tasks_of(replace(preset, trials=(trial,))) if task.seed == 0]
         tasks = [task for task in tasks if results.read(task) is not None]
         for task in tasks:
-            outcome = run_isolated(measure_step, task, folder, ARMS, preset.threads)
+            outcome = run_isolated(measure_step, task, folder, preset.threads)
             if outcome.status == DONE:
                 costs["steps"][task.name.rsplit("-", 1)[0]] = outcome.value
             else:

@@ -1,7 +1,7 @@
 """What an arm costs: a training step at the study's size, and the encoder at a size that matters."""
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -28,13 +28,13 @@ SMOOTH = 2.0
 ENCODER = "--backbone resnet18 --backbone_weights none --enc_layers 1 --dec_layers 1 --dropout 0"
 
 
-def measure_step(task: Task, folder: Path, arms: Mapping[str, Arm], threads: int) -> dict[str, float]:
+def measure_step(task: Task, folder: Path, threads: int) -> dict[str, float]:
     """`seconds` of a training step, the median, and `memory`, bytes by which it raises the peak. For a process of its
     own."""
     torch.set_num_threads(threads)
     device, results = torch.device(task.device), Results(folder)
     data = load_images(task.source, folder / "data")[TRAIN].to(device)
-    model, criterion, _, args = prepared_model(task, data, feature_map_size(task, data), results, arms)
+    model, criterion, _, args = prepared_model(task, data, feature_map_size(task, data), results)
     prepare(model, args, device)
     criterion.to(device)
     model.train()

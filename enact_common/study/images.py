@@ -2,8 +2,12 @@
 
 import contextlib
 import io
+import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -16,12 +20,15 @@ from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as transforms
 
 from enact_common.data.coco import decode_image, load_annotations
-from enact_common.data.synthetic import draw_scene
+from enact_common.data.synthetic import SceneObject, draw_scene
 from enact_common.errors import UserError
 from enact_common.files import write_atomically
 from enact_common.nested_tensor import NestedTensor
 
 TRAIN, VAL = "train", "val"
+
+# From so many images on, several processes draw.
+DRAWN_SIDE_BY_SIDE = 1000
 
 
 @dataclass(frozen=True)
@@ -183,17 +190,29 @@ def draw_images(source: Shapes, part: str) -> Images:
     rows = round(source.height * source.scale)
     pixels = torch.zeros(count, 3, rows, round(max(source.widths) * source.scale), dtype=torch.uint8)
     images = Images(pixels, *torch.zeros(2, count, 2, dtype=torch.int64), [], [], [], list(source.classes))
-    for i in range(count):
-        rng = np.random.default_rng([(TRAIN, VAL).index(part), i])
-        width = int(rng.choice(source.widths))
-        image, objects = draw_scene(rng, source.height, width, source.objects, source.object_size, source.classes)
-        own = (rows, round(width * source.scale))
-        seen = cv2.resize(image, own[::-1], interpolation=cv2.INTER_AREA)
-        pixels[i, :, : own[0], : own[1]] = torch.from_numpy(seen).permute(2, 0, 1)
-        images.sizes[i] = torch.tensor(own)
-        images.original[i] = torch.tensor((source.height, width))
-        add_objects(images, i, [o.class_index for o in objects], [o.bbox for o in objects], [o.area for o in objects])
+    with contextlib.ExitStack() as stack:
+        drawn: Iterator[tuple[np.ndarray, int, list[SceneObject]]] = map(partial(draw_one, source, part), range(count))
+        if count >= DRAWN_SIDE_BY_SIDE:
+            pool = stack.enter_context(ProcessPoolExecutor(os.cpu_count(), get_context("spawn")))
+            drawn = pool.map(partial(draw_one, source, part), range(count), chunksize=32)
+        for i, (seen, width, objects) in enumerate(drawn):
+            own = seen.shape[:2]
+            pixels[i, :, : own[0], : own[1]] = torch.from_numpy(seen).permute(2, 0, 1)
+            images.sizes[i] = torch.tensor(own)
+            images.original[i] = torch.tensor((source.height, width))
+            add_objects(
+                images, i, [o.class_index for o in objects], [o.bbox for o in objects], [o.area for o in objects]
+            )
     return images
+
+
+def draw_one(source: Shapes, part: str, index: int) -> tuple[np.ndarray, int, list[SceneObject]]:
+    """One image as the model sees it, uint8 (height, width, 3), the width that it was drawn with, and its objects."""
+    rng = np.random.default_rng([(TRAIN, VAL).index(part), index])
+    width = int(rng.choice(source.widths))
+    image, objects = draw_scene(rng, source.height, width, source.objects, source.object_size, source.classes)
+    own = (round(width * source.scale), round(source.height * source.scale))
+    return cv2.resize(image, own, interpolation=cv2.INTER_AREA), width, objects
 
 
 def read_photographs(source: Photographs, part: str) -> Images:

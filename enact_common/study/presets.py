@@ -158,7 +158,7 @@ def trials(
 
 CPU_SHAPES = Shapes(train=4000, val=250, height=192, widths=(192, 216), scale=2 / 3)
 GPU_SHAPES = Shapes(
-    train=16000, val=1000, height=512, widths=(512, 576), scale=1, objects=(4, 16), object_size=(0.03, 0.6)
+    train=8000, val=500, height=512, widths=(512, 576), scale=1, objects=(4, 16), object_size=(0.03, 0.6)
 )
 
 PRESETS = {

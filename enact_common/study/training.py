@@ -1,9 +1,11 @@
 """One arm's training: from weights that all arms share, on the same images in the same order, to COCO's figures."""
 
+import contextlib
+import itertools
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from enact_common.acceleration import prepare
+from enact_common.backbone import stride_of
 from enact_common.clustering import Segments, Windows
 from enact_common.data.categories import LabelMap
 from enact_common.device import start_counting_memory
@@ -24,6 +27,7 @@ from enact_common.optimization import build_optimization
 from enact_common.pretrained import fit_weights
 from enact_common.study.arms import PLAIN, WINDOWS, Arm, Setting
 from enact_common.study.images import TRAIN, VAL, Images, Photographs, Shapes, load_images
+from enact_common.study.presets import ARMS
 from enact_common.variants import load_variant
 
 # The training without an encoder whose weights all arms begin with.
@@ -33,6 +37,9 @@ START = Arm("start", "no encoder", ("--enc_layers", "0"))
 NOTE_EVERY = 20
 
 EVALUATION_BATCH = 10
+
+# Batches of that size whose information is looked at.
+LOOKED_AT = 10
 
 
 @dataclass(frozen=True)
@@ -164,13 +171,13 @@ def start_of(task: Task) -> Task:
     return replace(task, arm=START, seed=0, images=task.start_images)
 
 
-def prepared_model(task: Task, data: Images, map_size: tuple[int, int], results: Results, arms: Mapping[str, Arm]):
+def prepared_model(task: Task, data: Images, map_size: tuple[int, int], results: Results):
     """The model of an arm with the weights that it begins with, its criterion, post-processing and arguments."""
     model, criterion, postprocessors, args = build(task, len(data.classes), task.seed)
     weights = initial_weights(task, len(data.classes), results)
     own = model.state_dict()
     if task.arm.converted:
-        trained = saved_weights(task.other(arms[task.arm.after]), results)
+        trained = saved_weights(task.other(ARMS[task.arm.after]), results)
         weights = fit_weights(trained, own, args.nheads, same_labels=True).weights
     model.load_state_dict(
         {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape},
@@ -178,7 +185,7 @@ def prepared_model(task: Task, data: Images, map_size: tuple[int, int], results:
     )
     lengths: tuple[int, ...] = ()
     if task.arm.after == WINDOWS:
-        lengths = tuple(results.read(task.other(arms[WINDOWS]))["mean_lengths"])
+        lengths = tuple(results.read(task.other(ARMS[WINDOWS]))["mean_lengths"])
     for change in task.arm.changes:
         change(model, Setting(lengths, map_size))
     return model, criterion, postprocessors, args
@@ -226,17 +233,15 @@ def train(task: Task, results: Results) -> dict[str, Any]:
 
     Where it begins with the weights of another training that is not there, that one comes first.
     """
-    from enact_common.study.presets import ARMS
-
     device = torch.device(task.device)
     parts = {name: part.to(device) for name, part in load_images(task.source, results.folder / "data").items()}
     data = parts[TRAIN]
     map_size = feature_map_size(task, data)
-    model, criterion, postprocessors, args = prepared_model(task, data, map_size, results, ARMS)
+    model, criterion, postprocessors, args = prepared_model(task, data, map_size, results)
     prepare(model, args, device)
     criterion.to(device)
     model.train()
-    before = look(model, parts[VAL], map_size, args) if task.arm.name != START.name else {}
+    before = look(model, parts[VAL], map_size, args.amp)
     notes = ClusterNotes(model)
 
     optimization = build_optimization(model, args, device)
@@ -266,7 +271,7 @@ def train(task: Task, results: Results) -> dict[str, Any]:
         "clusters": rows,
         "mean_lengths": lengths,
         "before": before,
-        "after": look(model, parts[VAL], map_size, args) if before else {},
+        "after": look(model, parts[VAL], map_size, args.amp),
         "map_size": list(map_size),
     }
     if task.arm.name in (START.name, PLAIN):
@@ -279,14 +284,12 @@ def train(task: Task, results: Results) -> dict[str, Any]:
 
 def feature_map_size(task: Task, data: Images) -> tuple[int, int]:
     """Height and width of the feature map that the transformer gets."""
-    from enact_common.backbone import stride_of
-
     stride = stride_of(arguments(task))
     return tuple(math.ceil(side / stride) for side in data.pixels.shape[-2:])
 
 
-def order_of(count: int, batch: int, seed: int):
-    """Batches of indices int64 (batch,), pass after pass, each in an order of its own."""
+def order_of(count: int, batch: int, seed: int) -> Iterator[Tensor]:
+    """Batches of indices int64 (batch,), pass after pass, each in an order of its own, without end."""
     number = 0
     while True:
         generator = np.random.default_rng([seed, number])
@@ -311,60 +314,89 @@ def evaluate(model: nn.Module, postprocessors: Mapping[str, nn.Module], data: Im
     return evaluator.evaluate(data.truth())
 
 
+class Watch:
+    """Keeps what a clustering finds in each batch.
+
+    Args:
+        order: of the tokens, int64 (N,), where they do not come row by row.
+
+    Attributes:
+        information: (batch, N) of each batch, row by row, on the CPU.
+        inequality: of each batch, the largest share in a window over what each token has in an average, the mean over
+            the windows; empty where clusters are no windows.
+    """
+
+    def __init__(self, order: Tensor | None):
+        self.back = None if order is None else order.argsort()
+        self.information: list[Tensor] = []
+        self.inequality: list[float] = []
+
+    def __call__(self, information: Tensor, clusters: Windows | Segments) -> None:
+        information = information if self.back is None else information[:, self.back]
+        self.information.append(information.cpu())
+        if isinstance(clusters, Windows):
+            weights = clusters.weights
+            self.inequality.append(float((weights.amax(dim=-1) * weights.shape[-1]).mean()))
+
+
+@contextlib.contextmanager
+def watched(model: nn.Module) -> Iterator[list[Watch]]:
+    """Within it, each clustering of a model has a `Watch` in place of its observer."""
+    layers = clusterings(model)
+    order = getattr(getattr(model.transformer, "encoder", None), "order", None)
+    before = [layer.observer for layer in layers]
+    watches = [Watch(order) for _ in layers]
+    for layer, watch in zip(layers, watches, strict=True):
+        layer.observer = watch
+    try:
+        yield watches
+    finally:
+        for layer, observer in zip(layers, before, strict=True):
+            layer.observer = observer
+
+
 @torch.no_grad()
-def look(model: nn.Module, data: Images, map_size: tuple[int, int], args) -> dict[str, list[float]]:
+def look(model: nn.Module, data: Images, map_size: tuple[int, int], amp: str) -> dict[str, list[float | None]]:
     """What the encoder's layers take for informative, on some images.
+
+    Args:
+        model: a detector.
+        data: the first `LOOKED_AT` batches are looked at.
+        map_size: height and width of the feature map.
+        amp: a key of `AMP_DTYPE`.
 
     Returns:
         by layer: `correlation`, of a cell's information with being in an object's box, Pearson's r over the cells of
-        an image that are not padding, the mean over images; `inequality`, the largest share in a window over what
-        each token has in an average, the mean over windows: 1 where all are alike. Both empty without windows that
-        follow the information.
+        an image that are not padding, the mean over images; `inequality`, the mean over batches of `Watch`'s. None
+        where there is none.
     """
-    layers = clusterings(model)
-    found: list[list[tuple[Tensor, float]]] = [[] for _ in layers]
-
-    def observer_of(place: int):
-        def note(information: Tensor, clusters: Windows | Segments) -> None:
-            inequality = math.nan
-            if isinstance(clusters, Windows):
-                inequality = float((clusters.weights.amax(dim=-1) * clusters.weights.shape[-1]).mean())
-            found[place].append((information.cpu(), inequality))
-
-        return note
-
-    kept = [layer.observer for layer in layers]
-    for place, layer in enumerate(layers):
-        layer.observer = observer_of(place)
     was_training = model.training
     model.eval()
-    inside, padding = [], []
-    for indices in list(data.batches(EVALUATION_BATCH))[:10]:
-        samples, _ = data.batch(indices)
-        with autocast(samples.tensors.device, args.amp):
-            model(samples)
-        cells, mask = data.on_object(indices, map_size)
-        inside.append(cells.flatten(1))
-        padding.append(mask.flatten(1))
+    cells: list[tuple[Tensor, Tensor]] = []
+    with watched(model) as watches:
+        for indices in itertools.islice(data.batches(EVALUATION_BATCH), LOOKED_AT):
+            samples, _ = data.batch(indices)
+            with autocast(samples.tensors.device, amp):
+                model(samples)
+            cells.append(tuple(part.flatten(1) for part in data.on_object(indices, map_size)))
     model.train(was_training)
-    for layer, observer in zip(layers, kept, strict=True):
-        layer.observer = observer
-    if not layers or not inside:
-        return {}
-    order = getattr(model.transformer.encoder, "order", None) if hasattr(model.transformer, "encoder") else None
-    correlations, inequalities = [], []
-    for rows in found:
-        values = []
-        for (information, _), cells, mask in zip(rows, inside, padding, strict=True):
-            if order is not None:
-                information = information[:, order.cpu().argsort()]
-            for i in range(len(cells)):
-                own = ~mask[i]
-                pair = torch.stack((information[i][own].double(), cells[i][own].double()))
-                r = float(torch.corrcoef(pair)[0, 1])
-                if math.isfinite(r):
-                    values.append(r)
-        correlations.append(float(np.mean(values)) if values else math.nan)
-        inequalities.append(float(np.mean([inequality for _, inequality in rows])))
-    result = {"correlation": correlations, "inequality": inequalities}
-    return {name: [None if math.isnan(v) else v for v in values] for name, values in result.items()}
+    inside, padding = (torch.cat(parts) for parts in zip(*cells, strict=True))
+    return {
+        "correlation": [correlation(torch.cat(watch.information), inside, padding) for watch in watches],
+        "inequality": [float(np.mean(watch.inequality)) if watch.inequality else None for watch in watches],
+    }
+
+
+def correlation(information: Tensor, inside: Tensor, padding: Tensor) -> float | None:
+    """Pearson's r of the information with being inside an object, the mean over images; None where it has none.
+
+    Args:
+        information: (n, N).
+        inside, padding: bool (n, N).
+    """
+    found = []
+    for values, marks, skipped in zip(information.double(), inside.double(), padding, strict=True):
+        r = float(torch.corrcoef(torch.stack((values[~skipped], marks[~skipped])))[0, 1])
+        # An image without objects has none.
+        found += [r] if math.isfinite(r) else []
+    return float(np.mean(found)) if found else None
