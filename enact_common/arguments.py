@@ -13,6 +13,7 @@ from enact_common.errors import UserError
 from enact_common.layers import ENCODER_ATTENTIONS
 from enact_common.optimization import AMP_DTYPE
 from enact_common.position_encoding import PositionEmbeddingLearned
+from enact_common.segmentation import PostProcessPanoptic
 
 # The learning rates of the published trainings.
 ENACT_LR = 5e-5
@@ -430,7 +431,7 @@ def add_segmentation_flags(group) -> None:
         help=f"COCO's panoptic annotations, for --dataset_file {PANOPTIC}",
     )
     group.add_argument(
-        "--panoptic_threshold", type=fraction, default=0.85, metavar="P",
+        "--panoptic_threshold", type=fraction, default=PostProcessPanoptic.THRESHOLD, metavar="P",
         help="panoptic segments: the least probability of a query's class; short trainings seldom reach the default",
     )  # fmt: skip
     group.add_argument(
