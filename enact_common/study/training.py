@@ -18,7 +18,6 @@ from enact_common.acceleration import prepare
 from enact_common.backbone import stride_of
 from enact_common.clustering import Segments, Windows
 from enact_common.data.categories import LabelMap
-from enact_common.device import start_counting_memory
 from enact_common.engine import TrainStep, autocast
 from enact_common.evaluation.coco import FIGURES, CocoBoxEvaluator
 from enact_common.files import write_atomically
@@ -248,7 +247,6 @@ def train(task: Task, results: Results) -> dict[str, Any]:
     step = TrainStep(model, criterion, optimization, device)
     count = max(round(task.images * task.arm.budget) // args.batch_size, 1)
     losses = torch.zeros(count, device=device)
-    start_counting_memory(device)
     begin = time.perf_counter()
     for number, indices in zip(range(count), order_of(len(data), args.batch_size, task.seed), strict=False):
         optimization.learning_rate(0, number, count)
