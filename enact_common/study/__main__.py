@@ -85,14 +85,16 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
         model, (height, width) = {"cpu": CPU_MODEL, "gpu": GPU_MODEL}[args.preset], PHOTOGRAPHS[args.preset]
         source = Photographs("bccd", args.bccd, height, width)
         first = made[0]
-        (trial,) = trials(source, model, first.images, first.seeds, {first.variant: first.start_images})
+        (trial,) = trials(source, model, first.images, {first.variant: (first.start_images, first.seeds)})
         made.append(replace(trial, arms=PHOTOGRAPH_ARMS))
     if args.variants:
         made = [trial for trial in made if trial.variant in args.variants]
         if not made:
             raise UserError(f"--variants {' '.join(args.variants)}: this preset has none of these")
     if args.arms:
-        wanted = set(args.arms) | {ARMS[name].after for name in args.arms}
+        wanted = set(args.arms)
+        for name in args.arms:
+            wanted |= {ARMS[name].lengths_of, ARMS[name].begins_with}
         made = [replace(trial, arms=tuple(name for name in trial.arms if name in wanted)) for trial in made]
     made = [shrunk(trial, args.fraction) for trial in made]
     if args.seeds:
@@ -123,7 +125,7 @@ def measure_costs(preset: Preset, folder: Path) -> None:
     """Measure time and memory of each arm, and write them to `costs.json`."""
     results = Results(folder)
     costs: dict[str, dict] = {"machine": machine(torch.device("cpu")), "steps": {}, "encoders": {}}
-    for trial in preset.trials:
+    for trial in (trial for trial in preset.trials if not trial.label):
         tasks = [task for task in tasks_of(replace(preset, trials=(trial,))) if task.seed == 0]
         tasks = [task for task in tasks if results.read(task) is not None]
         for task in tasks:
@@ -136,7 +138,7 @@ def measure_costs(preset: Preset, folder: Path) -> None:
         if trial.variant in costs["encoders"] or not tasks:
             continue
         lengths = windows["mean_lengths"] if windows else [5]
-        arms = tuple(task.arm for task in tasks if not task.arm.converted and task.arm.name != NONE)
+        arms = tuple(task.arm for task in tasks if not task.arm.begins_with and task.arm.name != NONE)
         outcome = run_isolated(
             measure_encoders, trial.variant, arms, round(sum(lengths) / len(lengths)), preset.cost_map,
             preset.cost_batch, preset.device, preset.amp, preset.jobs * preset.threads, REPEAT,

@@ -15,6 +15,7 @@ from enact_common.hilbert import hilbert_order
 from enact_common.inside import clusterings
 
 PLAIN, NONE, WINDOWS, UNIFORM = "plain", "none", "windows", "uniform"
+CONVERTED, LONGER = "converted", "longer"
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Setting:
     """What a change of a model may depend on.
 
     Attributes:
-        lengths: of the windows in each encoder layer, as the arm `WINDOWS` had them in the mean of its training.
+        lengths: of the windows in each encoder layer, as the arm of `Arm.lengths_of` had them in the mean of its
+            training; empty without.
         map_size: height and width of the feature map.
     """
 
@@ -39,9 +41,9 @@ class Arm:
         title: in tables.
         flags: of the variant's command line.
         changes: of the built model, one after the other.
-        after: another arm, whose training must be done before this one's.
-        converted: begins with the weights of `after`'s, plain attention's turned into ENACT's, rather than with those
-            that all begin with.
+        lengths_of: another arm, whose windows' lengths a change takes.
+        begins_with: another arm, whose weights this one begins with, plain attention's turned into ENACT's where it
+            has that; None for those that all begin with.
         budget: of the images that the others are trained on.
     """
 
@@ -49,8 +51,8 @@ class Arm:
     title: str
     flags: tuple[str, ...] = ()
     changes: tuple[Callable[[nn.Module, Setting], None], ...] = ()
-    after: str | None = None
-    converted: bool = False
+    lengths_of: str | None = None
+    begins_with: str | None = None
     budget: float = 1.0
 
 
@@ -113,7 +115,7 @@ class ChangeShares:
 
 
 def fix_lengths(model: nn.Module, setting: Setting) -> None:
-    """Windows are as long as those of the arm `WINDOWS`, whatever the scores say."""
+    """Windows are as long as another arm's, whatever the scores say."""
     for clustering, length in zip(clusterings(model), setting.lengths, strict=True):
         clustering.fixed_length = length
 

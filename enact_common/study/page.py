@@ -12,7 +12,7 @@ from typing import Any
 
 from enact_common.benchmark.report import LEFT, MIB, RIGHT, figure, markdown_table
 from enact_common.files import write_atomically
-from enact_common.study.arms import NONE, PLAIN, UNIFORM, fix_lengths
+from enact_common.study.arms import LONGER, NONE, PLAIN, fix_lengths
 from enact_common.study.presets import ARMS, Preset, Trial
 from enact_common.study.schedule import tasks_of
 from enact_common.study.training import Results, start_of
@@ -57,16 +57,15 @@ def difference_text(value: tuple[float, float | None] | None) -> str:
     return f"{value[0]:+.1f}" + ("" if value[1] is None else f" ± {value[1]:.1f}")
 
 
-def accuracy_table(found: Mapping[str, Mapping[int, dict]]) -> str:
+def accuracy_table(found: Mapping[str, Mapping[int, dict]], references: tuple[str, str]) -> str:
     """COCO's figures of each arm, and how far its AP is from plain attention's and from average pooling's."""
     columns = {"arm": LEFT, "encoder attention": LEFT, "seeds": RIGHT, **dict.fromkeys(FIGURES, RIGHT)}
-    columns |= {"to plain": RIGHT, "to uniform": RIGHT}
+    columns |= {f"to `{name}`": RIGHT for name in references}
     rows = []
     for name, by_seed in found.items():
         cells = [mean_and_spread([run["figures"][key] for run in by_seed.values()]) for key in FIGURES]
         against = [
-            "" if name == other else difference_text(difference(by_seed, found.get(other, {})))
-            for other in (PLAIN, UNIFORM)
+            "" if name == other else difference_text(difference(by_seed, found.get(other, {}))) for other in references
         ]
         rows.append([f"`{name}`", ARMS[name].title, str(len(by_seed)), *cells, *against])
     return markdown_table(columns, rows)
@@ -74,7 +73,7 @@ def accuracy_table(found: Mapping[str, Mapping[int, dict]]) -> str:
 
 def follows_scores(name: str) -> bool:
     """Whether an arm's clusters follow learned scores, its windows' lengths at least."""
-    return name not in (PLAIN, NONE) and fix_lengths not in ARMS[name].changes
+    return name not in (PLAIN, NONE, LONGER) and fix_lengths not in ARMS[name].changes
 
 
 def layers_text(values: Sequence[float | None], form: str) -> str:
@@ -137,11 +136,16 @@ def costs_table(found: Mapping[str, Mapping[int, dict]], trial: Trial, costs: Ma
     return markdown_table(columns, rows)
 
 
+def title_of(trial: Trial) -> str:
+    """What a trial is about."""
+    return f"{trial.variant} on {trial.source.name}" + ", plain attention converted" * bool(trial.label)
+
+
 def trial_text(preset: Preset, trial: Trial, results: Results, costs: Mapping[str, Any]) -> str:
     """One trial's section."""
     found = results_of(preset, trial, results)
     if not found:
-        return f"## {trial.variant} on {trial.source.name}\n\nNothing is done yet."
+        return f"## {title_of(trial)}\n\nNothing is done yet."
     run = next(iter(next(iter(found.values())).values()))
     size = " x ".join(map(str, run["map_size"]))
     start = next((results.read(start_of(task)) for task in tasks_of(replace(preset, trials=(trial,)))), None)
@@ -151,18 +155,25 @@ def trial_text(preset: Preset, trial: Trial, results: Results, costs: Mapping[st
             f"All begin with the weights of one training without an encoder, on {start['images']:,} images (AP "
             f"{100 * start['figures']['AP']:.1f}); the encoder's are random, and the seed's."
         )
+    title = f"## {title_of(trial)}"
+    trained = f"each arm is trained on {run['images']:,} images"
+    if trial.label:
+        trained = (
+            f"plain attention is trained on {run['images']:,} images, and what it has learned on a tenth of that more, "
+            "as it is or converted"
+        )
     parts = [
-        f"## {trial.variant} on {trial.source.name}",
-        f"Feature maps of {size} cells; each arm is trained on {run['images']:,} images. {began}",
-        accuracy_table(found),
-        "Mean ± standard deviation over the seeds, in percent. To plain, to uniform: points of AP, the mean difference "
+        title,
+        f"Feature maps of {size} cells; {trained}. {began}",
+        accuracy_table(found, trial.references),
+        "Mean ± standard deviation over the seeds, in percent. To another arm: points of AP, the mean difference "
         "of the same seeds ± its standard error.",
         inside_table(found),
         "Clusters of an image in each encoder layer; largest share: of a window's tokens, over what each would have in "
         "an average (1: all alike); r: of a cell's information with being in an object's box. Before and after the "
         "training.",
     ]
-    if costs:
+    if costs and not trial.label:
         parts += [
             costs_table(found, trial, costs),
             f"Step: of the training here, batch and all, alone on the machine, and by how much it raises the peak. "
@@ -199,7 +210,7 @@ def write_page(preset: Preset, folder: Path, about: Mapping[str, Any]) -> Path:
     if importlib.util.find_spec("matplotlib"):
         from enact_common.study.charts import draw_clusters, draw_precision
 
-        found = {f"{trial.variant}, {trial.source.name}": results_of(preset, trial, results) for trial in preset.trials}
+        found = {title_of(trial): results_of(preset, trial, results) for trial in preset.trials}
         found = {name: arms for name, arms in found.items() if arms}
         moving = {
             title: {name: runs for name, runs in arms.items() if follows_scores(name)} for title, arms in found.items()

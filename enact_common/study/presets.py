@@ -1,9 +1,11 @@
 """How large the study is: on two CPU cores within an hour, or on a GPU in slices of ten minutes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from enact_common.study.arms import (
+    CONVERTED,
+    LONGER,
     NONE,
     PLAIN,
     UNIFORM,
@@ -34,15 +36,15 @@ LIST = (
         UNIFORM,
         "average pooling over windows of the same lengths",
         changes=(fix_lengths, ChangeShares(EqualShares)),
-        after=WINDOWS,
+        lengths_of=WINDOWS,
     ),
     Arm(
         "strided",
         "every c-th token",
         changes=(fix_lengths, ChangeShares(MiddleAlone)),
-        after=WINDOWS,
+        lengths_of=WINDOWS,
     ),
-    Arm("converted", "plain, converted to ENACT, trained a tenth longer", after=PLAIN, converted=True, budget=0.1),
+    Arm(CONVERTED, "plain, converted to ENACT's windows, a tenth longer", begins_with=PLAIN, budget=0.1),
     Arm("sigma_1", "windows of less smoothed information: shorter", ("--smoothing_sigma", "1")),
     Arm("scaled", "windows, logits scaled", changes=(scale_logits,)),
     Arm("hilbert", "windows along a Hilbert curve", changes=(follow_hilbert,)),
@@ -54,6 +56,44 @@ LIST = (
         changes=(weigh_by_size,),
     ),
     Arm("hilbert_scaled", "Hilbert windows, logits scaled", changes=(scale_logits, follow_hilbert)),
+    Arm(LONGER, "plain, a tenth longer", ("--encoder_attention", "mhsa"), begins_with=PLAIN, budget=0.1),
+    Arm(
+        "converted_regions",
+        "plain, converted to regions",
+        ("--enact_clusters", "regions"),
+        begins_with=PLAIN,
+        budget=0.1,
+    ),
+    Arm(
+        "converted_sigma_1",
+        "plain, converted to shorter windows",
+        ("--smoothing_sigma", "1"),
+        begins_with=PLAIN,
+        budget=0.1,
+    ),
+    Arm(
+        "converted_hilbert",
+        "plain, converted to windows along a Hilbert curve",
+        changes=(follow_hilbert,),
+        begins_with=PLAIN,
+        budget=0.1,
+    ),
+    Arm(
+        "converted_uniform",
+        "plain, converted to averages of the same lengths",
+        changes=(fix_lengths, ChangeShares(EqualShares)),
+        lengths_of=CONVERTED,
+        begins_with=PLAIN,
+        budget=0.1,
+    ),
+    Arm(
+        "converted_strided",
+        "plain, converted to every c-th token",
+        changes=(fix_lengths, ChangeShares(MiddleAlone)),
+        lengths_of=CONVERTED,
+        begins_with=PLAIN,
+        budget=0.1,
+    ),
 )
 ARMS = {arm.name: arm for arm in LIST}
 
@@ -71,6 +111,7 @@ class Trial:
         start_images: of the training without an encoder that all begin with; 0 to begin with random weights.
         seeds: how many.
         backbone_of: the trial whose training without an encoder gives this one's its backbone; None for random weights.
+        label: of the trial, where another one has the same data and variant.
     """
 
     source: Shapes | Photographs
@@ -81,11 +122,17 @@ class Trial:
     start_images: int
     seeds: int
     backbone_of: "Trial | None" = None
+    label: str = ""
 
     @property
     def name(self) -> str:
         """In files."""
-        return f"{self.source.name}-{self.variant}"
+        return f"{self.source.name}-{self.variant}{self.label}"
+
+    @property
+    def references(self) -> tuple[str, str]:
+        """The arms that all are compared with: plain attention, and average pooling."""
+        return (LONGER, "converted_uniform") if LONGER in self.arms else (PLAIN, UNIFORM)
 
 
 @dataclass(frozen=True)
@@ -132,28 +179,39 @@ QUERIES = {
     "anchor": "--num_query_position 36 --num_query_pattern 1 --no-dilation --spatial_prior grid",
 }
 
+# Trained for as long as each other.
+FROM_THE_START = tuple(arm.name for arm in LIST if arm.budget == 1 or arm.name == CONVERTED)
+# What a longer training of plain attention becomes.
+CONVERSIONS = (PLAIN, *(arm.name for arm in LIST if arm.begins_with))
+
 # Row-column attention over clusters: what is tried is what clusters are.
-ANCHOR_ARMS = (PLAIN, NONE, WINDOWS, "regions", "per_image", UNIFORM, "strided", "converted")
+ANCHOR_ARMS = (PLAIN, NONE, WINDOWS, "regions", "per_image", UNIFORM, "strided", CONVERTED)
 
 
 def trials(
-    source: Shapes | Photographs, model: str, images: int, seeds: int, variants: Mapping[str, int]
+    source: Shapes | Photographs, model: str, images: int, variants: Mapping[str, tuple[int, int]]
 ) -> tuple[Trial, ...]:
     """The trials of some variants on one data set.
 
     Args:
-        source, images, seeds: as in `Trial`.
+        source, images: as in `Trial`.
         model: flags of all variants.
-        variants: which, each with its `start_images`; where there are some, the first one's training gives the others
-            their backbone.
+        variants: which, each with its `start_images` and `seeds`; where there are such images, the first one's training
+            gives the others their backbone.
     """
     made: list[Trial] = []
-    for variant, start_images in variants.items():
-        arms = ANCHOR_ARMS if variant == "anchor" else tuple(arm.name for arm in LIST)
+    for variant, (start_images, seeds) in variants.items():
+        arms = ANCHOR_ARMS if variant == "anchor" else FROM_THE_START
         flags = tuple(f"{model} {QUERIES[variant]}".split())
         first = made[0] if made and start_images else None
         made.append(Trial(source, variant, arms, flags, images, start_images, seeds, first))
     return tuple(made)
+
+
+def with_conversions(made: tuple[Trial, ...], images: int, seeds: int) -> tuple[Trial, ...]:
+    """Trials, and one more: the first one's variant, trained with plain attention on so many images, and converted."""
+    longer = replace(made[0], arms=CONVERSIONS, images=images, seeds=seeds, label="_converted")
+    return (*made, longer)
 
 
 CPU_SHAPES = Shapes(train=4000, val=250, height=192, widths=(192, 216), scale=2 / 3)
@@ -164,14 +222,18 @@ GPU_SHAPES = Shapes(
 PRESETS = {
     "cpu": Preset(
         # Without a trained backbone, Anchor DETR learns nothing in this time.
-        trials=trials(CPU_SHAPES, CPU_MODEL, 2000, 3, {"conditional": 18000, "anchor": 14000}),
+        trials=with_conversions(
+            trials(CPU_SHAPES, CPU_MODEL, 2000, {"conditional": (18000, 2), "anchor": (14000, 1)}), images=8000, seeds=2
+        ),
         device="cpu",
         jobs=2,
         threads=1,
         seconds=3000,
     ),
     "gpu": Preset(
-        trials=trials(GPU_SHAPES, GPU_MODEL, 96000, 3, {"conditional": 0, "anchor": 0}),
+        trials=with_conversions(
+            trials(GPU_SHAPES, GPU_MODEL, 96000, {"conditional": (0, 3), "anchor": (0, 3)}), images=96000, seeds=3
+        ),
         device="cuda",
         jobs=3,
         threads=4,

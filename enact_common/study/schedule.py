@@ -27,8 +27,9 @@ def task_of(trial: Trial, arm: str, seed: int, device: str) -> Task:
     first = trial.backbone_of
     before = None if first is None else start_of(task_of(first, arm, 0, device))
     return Task(
-        trial.source, trial.variant, trial.flags, ARMS[arm], seed, trial.images, trial.start_images, device, before
-    )
+        trial.source, trial.variant, trial.flags, ARMS[arm], seed, trial.images, trial.start_images, device,
+        trial.label, before,
+    )  # fmt: skip
 
 
 def begin_process(threads: int) -> None:
@@ -88,6 +89,4 @@ def needed(task: Task) -> list[str]:
     if task.arm.name == START.name:
         return [task.backbone_of.name] if task.backbone_of else []
     names = [start_of(task).name] if task.start_images else []
-    if task.arm.after:
-        names.append(task.other(ARMS[task.arm.after]).name)
-    return names
+    return names + [task.other(ARMS[name]).name for name in (task.arm.lengths_of, task.arm.begins_with) if name]

@@ -24,7 +24,7 @@ from enact_common.files import write_atomically
 from enact_common.inside import clusterings
 from enact_common.optimization import build_optimization
 from enact_common.pretrained import fit_weights
-from enact_common.study.arms import PLAIN, WINDOWS, Arm, Setting
+from enact_common.study.arms import PLAIN, Arm, Setting
 from enact_common.study.images import TRAIN, VAL, Images, Photographs, Shapes, load_images
 from enact_common.study.presets import ARMS
 from enact_common.variants import load_variant
@@ -54,6 +54,7 @@ class Task:
         images: that an arm of budget 1 is trained on, one counted as often as it is seen.
         start_images: those of the training that all begin with; 0 for random weights.
         device: a device's name.
+        label: of the trial.
         backbone_of: another variant's training without an encoder, whose backbone this variant's begins with; None for
             random weights.
     """
@@ -66,23 +67,27 @@ class Task:
     images: int
     start_images: int
     device: str
+    label: str = ""
     backbone_of: "Task | None" = None
 
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{self.source.name}-{self.variant}-{self.arm.name}-{self.seed}"
+        # All trials of a data set and variant begin with the same training.
+        label = "" if self.arm.name == START.name else self.label
+        return f"{self.source.name}-{self.variant}{label}-{self.arm.name}-{self.seed}"
 
     @property
     def settings(self) -> dict[str, Any]:
         """What its result depends on, as JSON holds it."""
         arm = {
-            "name": self.arm.name, "flags": list(self.arm.flags), "budget": self.arm.budget, "after": self.arm.after,
-            "changes": [change.__name__ for change in self.arm.changes],
+            "name": self.arm.name, "flags": list(self.arm.flags), "budget": self.arm.budget,
+            "begins_with": self.arm.begins_with, "changes": [change.__name__ for change in self.arm.changes],
         }  # fmt: skip
         before = self.backbone_of and self.backbone_of.settings
-        own = asdict(replace(self, backbone_of=None))
-        return json.loads(json.dumps({**own, "arm": arm, "backbone_of": before}))
+        own = {name: value for name, value in vars(self).items() if name != "label"}
+        changed = {"source": asdict(self.source), "arm": arm, "backbone_of": before}
+        return json.loads(json.dumps({**own, **changed}))
 
     def other(self, arm: Arm) -> "Task":
         """The same with another arm."""
@@ -175,16 +180,16 @@ def prepared_model(task: Task, data: Images, map_size: tuple[int, int], results:
     model, criterion, postprocessors, args = build(task, len(data.classes), task.seed)
     weights = initial_weights(task, len(data.classes), results)
     own = model.state_dict()
-    if task.arm.converted:
-        trained = saved_weights(task.other(ARMS[task.arm.after]), results)
+    if task.arm.begins_with:
+        trained = saved_weights(task.other(ARMS[task.arm.begins_with]), results)
         weights = fit_weights(trained, own, args.nheads, same_labels=True).weights
     model.load_state_dict(
         {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape},
         strict=False,
     )
     lengths: tuple[int, ...] = ()
-    if task.arm.after == WINDOWS:
-        lengths = tuple(results.read(task.other(ARMS[WINDOWS]))["mean_lengths"])
+    if task.arm.lengths_of:
+        lengths = tuple(results.read(task.other(ARMS[task.arm.lengths_of]))["mean_lengths"])
     for change in task.arm.changes:
         change(model, Setting(lengths, map_size))
     return model, criterion, postprocessors, args
