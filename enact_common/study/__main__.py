@@ -19,7 +19,7 @@ from enact_common.benchmark.measuring import machine
 from enact_common.device import find_device
 from enact_common.errors import UserError, exit_status
 from enact_common.files import make_folder, write_atomically
-from enact_common.study.arms import NONE, PLAIN, UNIFORM, WINDOWS
+from enact_common.study.arms import CONVERTED, NONE, PLAIN, UNIFORM, WINDOWS
 from enact_common.study.costs import measure_encoders, measure_step
 from enact_common.study.images import Photographs, Shapes, load_images
 from enact_common.study.page import write_page
@@ -35,7 +35,9 @@ FEWEST = 16
 
 # Real images are fitted into so many pixels: as many cells as the drawn ones have, or more.
 PHOTOGRAPHS = {"cpu": (120, 160), "gpu": (480, 640)}
-PHOTOGRAPH_ARMS = (PLAIN, NONE, WINDOWS, UNIFORM, "strided", "scaled", "hilbert")
+PHOTOGRAPH_ARMS = (PLAIN, NONE, WINDOWS, UNIFORM, CONVERTED)
+# Of the training that these begin with: there are few real ones.
+PHOTOGRAPH_START = 8000
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,7 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"these alone, and those that they begin with: {', '.join(ARMS)}",
     )  # fmt: skip
     parser.add_argument("--seeds", type=positive_int, metavar="N", help="so many in place of the preset's")
-    parser.add_argument("--bccd", metavar="DIR", help="a real data set in COCO's layout, to be tried too")
+    parser.add_argument(
+        "--bccd", metavar="DIR", help="a real data set in COCO's layout, to be tried in place of the drawn images"
+    )
     parser.add_argument("--device", help="in place of the preset's")
     parser.add_argument("--jobs", type=positive_int, metavar="N", help="trainings side by side")
     parser.add_argument(
@@ -85,8 +89,9 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
         model, (height, width) = {"cpu": CPU_MODEL, "gpu": GPU_MODEL}[args.preset], PHOTOGRAPHS[args.preset]
         source = Photographs("bccd", args.bccd, height, width)
         first = made[0]
-        (trial,) = trials(source, model, first.images, {first.variant: (first.start_images, first.seeds)})
-        made.append(replace(trial, arms=PHOTOGRAPH_ARMS))
+        start_images = min(first.start_images, PHOTOGRAPH_START)
+        (trial,) = trials(source, model, first.images, {first.variant: (start_images, first.seeds)})
+        made = [replace(trial, arms=PHOTOGRAPH_ARMS)]
     if args.variants:
         made = [trial for trial in made if trial.variant in args.variants]
         if not made:
