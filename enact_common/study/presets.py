@@ -22,6 +22,10 @@ from enact_common.study.arms import (
 )
 from enact_common.study.images import Photographs, Shapes
 
+# What goes on from a training that has come to its end does so at a tenth of the rate: the full one would undo what was
+# learned, with any attention.
+GENTLY = ("--lr", "1e-4", "--lr_backbone", "1e-4")
+
 LIST = (
     Arm(PLAIN, "plain attention", ("--encoder_attention", "mhsa")),
     Arm(NONE, "no encoder at all", ("--enc_layers", "0")),
@@ -44,7 +48,7 @@ LIST = (
         changes=(fix_lengths, ChangeShares(MiddleAlone)),
         lengths_of=WINDOWS,
     ),
-    Arm(CONVERTED, "plain, converted to ENACT's windows, a tenth longer", begins_with=PLAIN, budget=0.1),
+    Arm(CONVERTED, "plain, converted to ENACT's windows, a tenth longer", GENTLY, begins_with=PLAIN, budget=0.1),
     Arm("sigma_1", "windows of less smoothed information: shorter", ("--smoothing_sigma", "1")),
     Arm("scaled", "windows, logits scaled", changes=(scale_logits,)),
     Arm("hilbert", "windows along a Hilbert curve", changes=(follow_hilbert,)),
@@ -56,24 +60,25 @@ LIST = (
         changes=(weigh_by_size,),
     ),
     Arm("hilbert_scaled", "Hilbert windows, logits scaled", changes=(scale_logits, follow_hilbert)),
-    Arm(LONGER, "plain, a tenth longer", ("--encoder_attention", "mhsa"), begins_with=PLAIN, budget=0.1),
+    Arm(LONGER, "plain, a tenth longer", ("--encoder_attention", "mhsa", *GENTLY), begins_with=PLAIN, budget=0.1),
     Arm(
         "converted_regions",
         "plain, converted to regions",
-        ("--enact_clusters", "regions"),
+        ("--enact_clusters", "regions", *GENTLY),
         begins_with=PLAIN,
         budget=0.1,
     ),
     Arm(
         "converted_sigma_1",
         "plain, converted to shorter windows",
-        ("--smoothing_sigma", "1"),
+        ("--smoothing_sigma", "1", *GENTLY),
         begins_with=PLAIN,
         budget=0.1,
     ),
     Arm(
         "converted_hilbert",
         "plain, converted to windows along a Hilbert curve",
+        GENTLY,
         changes=(follow_hilbert,),
         begins_with=PLAIN,
         budget=0.1,
@@ -81,6 +86,7 @@ LIST = (
     Arm(
         "converted_uniform",
         "plain, converted to averages of the same lengths",
+        GENTLY,
         changes=(fix_lengths, ChangeShares(EqualShares)),
         lengths_of=CONVERTED,
         begins_with=PLAIN,
@@ -89,6 +95,7 @@ LIST = (
     Arm(
         "converted_strided",
         "plain, converted to every c-th token",
+        GENTLY,
         changes=(fix_lengths, ChangeShares(MiddleAlone)),
         lengths_of=CONVERTED,
         begins_with=PLAIN,
