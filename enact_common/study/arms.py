@@ -15,7 +15,7 @@ from enact_common.hilbert import hilbert_order
 from enact_common.inside import clusterings
 
 PLAIN, NONE, WINDOWS, UNIFORM = "plain", "none", "windows", "uniform"
-CONVERTED, LONGER = "converted", "longer"
+CONVERTED, UNTRAINED, LONGER = "converted", "untrained", "longer"
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class Setting:
     map_size: tuple[int, int]
 
 
+Change = Callable[[nn.Module, Setting], None]
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way for the encoder to attend.
@@ -44,16 +47,18 @@ class Arm:
         lengths_of: another arm, whose windows' lengths a change takes.
         begins_with: another arm, whose weights this one begins with, plain attention's turned into ENACT's where it
             has that; None for those that all begin with.
-        budget: of the images that the others are trained on.
+        budget: of the images that the others are trained on, a fraction; one step is the least.
+        rate: of their learning rates, a fraction; 0 trains nothing but batch norm's statistics.
     """
 
     name: str
     title: str
     flags: tuple[str, ...] = ()
-    changes: tuple[Callable[[nn.Module, Setting], None], ...] = ()
+    changes: tuple[Change, ...] = ()
     lengths_of: str | None = None
     begins_with: str | None = None
     budget: float = 1.0
+    rate: float = 1.0
 
 
 class EqualShares(nn.Module):

@@ -9,8 +9,10 @@ from enact_common.study.arms import (
     NONE,
     PLAIN,
     UNIFORM,
+    UNTRAINED,
     WINDOWS,
     Arm,
+    Change,
     ChangeShares,
     EqualShares,
     LearnedTemperature,
@@ -22,9 +24,27 @@ from enact_common.study.arms import (
 )
 from enact_common.study.images import Photographs, Shapes
 
-# What goes on from a training that has come to its end does so at a tenth of the rate: the full one would undo what was
-# learned, with any attention.
-GENTLY = ("--lr", "1e-4", "--lr_backbone", "1e-4")
+# What goes on from a training that has come to its end does so for a tenth of its images, and at a tenth of its rates:
+# the full ones would undo what was learned, with any attention.
+TENTH = 0.1
+
+
+def conversions(kind: str, title: str, flags: tuple[str, ...] = (), changes: tuple[Change, ...] = ()) -> list[Arm]:
+    """Plain attention that has learned, converted: as it is then, and trained on.
+
+    Args:
+        kind: of clusters, for the arms' names; "" for ENACT's windows.
+        title, flags, changes: as in `Arm`.
+    """
+    suffix = f"_{kind}" * bool(kind)
+    made = []
+    for name, how, part in ((UNTRAINED, "untrained", 0.0), (CONVERTED, "a tenth longer", TENTH)):
+        lengths_of = name if fix_lengths in changes else None
+        made.append(
+            Arm(name + suffix, f"plain, converted to {title}, {how}", flags, changes, lengths_of, PLAIN, part, part)
+        )
+    return made
+
 
 LIST = (
     Arm(PLAIN, "plain attention", ("--encoder_attention", "mhsa")),
@@ -48,7 +68,7 @@ LIST = (
         changes=(fix_lengths, ChangeShares(MiddleAlone)),
         lengths_of=WINDOWS,
     ),
-    Arm(CONVERTED, "plain, converted to ENACT's windows, a tenth longer", GENTLY, begins_with=PLAIN, budget=0.1),
+    *conversions("", "ENACT's windows"),
     Arm("sigma_1", "windows of less smoothed information: shorter", ("--smoothing_sigma", "1")),
     Arm("scaled", "windows, logits scaled", changes=(scale_logits,)),
     Arm("hilbert", "windows along a Hilbert curve", changes=(follow_hilbert,)),
@@ -60,47 +80,12 @@ LIST = (
         changes=(weigh_by_size,),
     ),
     Arm("hilbert_scaled", "Hilbert windows, logits scaled", changes=(scale_logits, follow_hilbert)),
-    Arm(LONGER, "plain, a tenth longer", ("--encoder_attention", "mhsa", *GENTLY), begins_with=PLAIN, budget=0.1),
-    Arm(
-        "converted_regions",
-        "plain, converted to regions",
-        ("--enact_clusters", "regions", *GENTLY),
-        begins_with=PLAIN,
-        budget=0.1,
-    ),
-    Arm(
-        "converted_sigma_1",
-        "plain, converted to shorter windows",
-        ("--smoothing_sigma", "1", *GENTLY),
-        begins_with=PLAIN,
-        budget=0.1,
-    ),
-    Arm(
-        "converted_hilbert",
-        "plain, converted to windows along a Hilbert curve",
-        GENTLY,
-        changes=(follow_hilbert,),
-        begins_with=PLAIN,
-        budget=0.1,
-    ),
-    Arm(
-        "converted_uniform",
-        "plain, converted to averages of the same lengths",
-        GENTLY,
-        changes=(fix_lengths, ChangeShares(EqualShares)),
-        lengths_of=CONVERTED,
-        begins_with=PLAIN,
-        budget=0.1,
-    ),
-    Arm(
-        "converted_strided",
-        "plain, converted to every c-th token",
-        GENTLY,
-        changes=(fix_lengths, ChangeShares(MiddleAlone)),
-        lengths_of=CONVERTED,
-        begins_with=PLAIN,
-        budget=0.1,
-    ),
+    Arm(LONGER, "plain, a tenth longer", ("--encoder_attention", "mhsa"), begins_with=PLAIN, budget=TENTH, rate=TENTH),
+    *conversions("regions", "regions", ("--enact_clusters", "regions")),
+    *conversions("sigma_1", "shorter windows", ("--smoothing_sigma", "1")),
+    *conversions("hilbert", "windows along a Hilbert curve", changes=(follow_hilbert,)),
+    *conversions("uniform", "averages of the same lengths", changes=(fix_lengths, ChangeShares(EqualShares))),
+    *conversions("strided", "every c-th token", changes=(fix_lengths, ChangeShares(MiddleAlone))),
 )
 ARMS = {arm.name: arm for arm in LIST}
 

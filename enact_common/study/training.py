@@ -82,7 +82,8 @@ class Task:
         """What its result depends on, as JSON holds it."""
         arm = {
             "name": self.arm.name, "flags": list(self.arm.flags), "budget": self.arm.budget,
-            "begins_with": self.arm.begins_with, "changes": [change.__name__ for change in self.arm.changes],
+            "rate": self.arm.rate, "begins_with": self.arm.begins_with,
+            "changes": [change.__name__ for change in self.arm.changes],
         }  # fmt: skip
         before = self.backbone_of and self.backbone_of.settings
         own = {name: value for name, value in vars(self).items() if name != "label"}
@@ -134,6 +135,8 @@ def arguments(task: Task):
         ["--coco_path", "-", "--max_size", size, "--device", task.device, *task.flags, *task.arm.flags]
     )
     parser.check(args)
+    args.lr *= task.arm.rate
+    args.lr_backbone *= task.arm.rate
     return args
 
 
