@@ -125,6 +125,12 @@ def fix_lengths(model: nn.Module, setting: Setting) -> None:
         clustering.fixed_length = length
 
 
+def join_all(model: nn.Module, setting: Setting) -> None:
+    """One window of all tokens: what is left of attention when it cannot tell them apart."""
+    for clustering in clusterings(model):
+        clustering.fixed_length = setting.map_size[0] * setting.map_size[1]
+
+
 def scale_logits(model: nn.Module, setting: Setting) -> None:
     """Attention as everybody else computes it: logits over the root of a head's width, values as they are."""
     for attention in clusterings(model):

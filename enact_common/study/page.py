@@ -12,7 +12,7 @@ from typing import Any
 
 from enact_common.benchmark.report import LEFT, MIB, RIGHT, figure, markdown_table
 from enact_common.files import write_atomically
-from enact_common.study.arms import LONGER, NONE, PLAIN, fix_lengths
+from enact_common.study.arms import LONGER, NONE, PLAIN, fix_lengths, join_all
 from enact_common.study.presets import ARMS, Preset, Trial
 from enact_common.study.schedule import tasks_of
 from enact_common.study.training import Results, start_of
@@ -73,7 +73,7 @@ def accuracy_table(found: Mapping[str, Mapping[int, dict]], references: tuple[st
 
 def follows_scores(name: str) -> bool:
     """Whether an arm's clusters follow learned scores, its windows' lengths at least."""
-    return name not in (PLAIN, NONE, LONGER) and fix_lengths not in ARMS[name].changes
+    return name not in (PLAIN, NONE, LONGER) and not {fix_lengths, join_all} & set(ARMS[name].changes)
 
 
 def layers_text(values: Sequence[float | None], form: str) -> str:

@@ -19,6 +19,7 @@ from enact_common.study.arms import (
     MiddleAlone,
     fix_lengths,
     follow_hilbert,
+    join_all,
     scale_logits,
     weigh_by_size,
 )
@@ -85,6 +86,7 @@ LIST = (
     *conversions("sigma_1", "shorter windows", ("--smoothing_sigma", "1")),
     *conversions("hilbert", "windows along a Hilbert curve", changes=(follow_hilbert,)),
     *conversions("uniform", "averages of the same lengths", changes=(fix_lengths, ChangeShares(EqualShares))),
+    *conversions("single", "the average of all tokens", changes=(join_all, ChangeShares(EqualShares))),
     *conversions("strided", "every c-th token", changes=(fix_lengths, ChangeShares(MiddleAlone))),
 )
 ARMS = {arm.name: arm for arm in LIST}
