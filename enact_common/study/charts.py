@@ -1,12 +1,13 @@
 """The study's pictures. Needs matplotlib (extra `plots`)."""
 
+import itertools
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from enact_common.plots.style import colour, save
+from enact_common.plots.style import COLOURS, colour, save
 from enact_common.study.arms import PLAIN
 
 Found = Mapping[str, Mapping[str, Mapping[int, dict]]]
@@ -33,31 +34,33 @@ def draw_precision(found: Found, picture: Path) -> None:
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xlabel("AP, percent")
-        axes.set_title(title)
+        axes.set_title(title.replace(", ", ",\n"), fontsize=10)
         axes.grid(axis="x", alpha=0.3)
     save(figure, picture)
 
 
 def draw_clusters(found: Found, picture: Path) -> None:
-    """How many clusters an image has in the first and the last encoder layer while training, the mean over seeds.
+    """How many clusters an image has in the first and the last encoder layer while training, the mean over seeds, of as
+    many arms as there are colours.
 
     Args:
-        found: as in `draw_precision`, those arms alone whose clusters follow scores.
+        found: as in `draw_precision`, those arms alone whose clusters follow scores that train.
         picture: file to write.
     """
     figure = Figure(figsize=(5.2 * len(found), 4.2), layout="constrained")
     for axes, (title, arms) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        for i, (name, runs) in enumerate(arms.items()):
+        for i, (name, runs) in enumerate(itertools.islice(arms.items(), len(COLOURS))):
             rows = list(zip(*(run["clusters"] for run in runs.values()), strict=False))
             steps = [row[0]["step"] for row in rows]
             for layer, style in ((0, "-"), (-1, "--")):
                 counts = [statistics.mean(run["clusters"][layer] for run in row) for row in rows]
                 label = name if layer == 0 else None
                 axes.plot(steps, counts, style, color=colour(i), linewidth=1.2, label=label)
-        axes.set_title(f"{title}: first (solid) and last layer")
+        axes.set_title(title.replace(", ", ",\n"), fontsize=10)
         axes.set_xlabel("step")
         axes.set_ylabel("clusters an image")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, ncols=2)
+    figure.suptitle("First encoder layer solid, last dashed", fontsize=10)
     save(figure, picture)

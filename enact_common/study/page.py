@@ -213,7 +213,8 @@ def write_page(preset: Preset, folder: Path, about: Mapping[str, Any]) -> Path:
         found = {title_of(trial): results_of(preset, trial, results) for trial in preset.trials}
         found = {name: arms for name, arms in found.items() if arms}
         moving = {
-            title: {name: runs for name, runs in arms.items() if follows_scores(name)} for title, arms in found.items()
+            title: {name: runs for name, runs in arms.items() if follows_scores(name) and ARMS[name].rate}
+            for title, arms in found.items()
         }
         draw: dict[str, tuple[Callable, dict]] = {
             "precision.png": (draw_precision, found),

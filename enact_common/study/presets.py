@@ -222,7 +222,7 @@ PRESETS = {
         device="cpu",
         jobs=2,
         threads=1,
-        seconds=3000,
+        seconds=3240,
     ),
     "gpu": Preset(
         trials=with_conversions(
