@@ -362,7 +362,7 @@ def sizes_of(weights: dict[str, Tensor]) -> dict[str, Any]:
         tensor = next((tensor for name, tensor in weights.items() if name.endswith(endings)), None)
         if tensor is not None:
             found[flag] = tensor.shape[axis]
-    found["backbone_stages"] = sum(any(f"{name}." in key for key in weights) for name in ALL_STAGES) or len(ALL_STAGES)
+    found["backbone_stages"] = stages_of(weights) or len(ALL_STAGES)
     layers = {(match[1], match[2]) for match in map(LAYER.match, weights) if match}
     for flag, part in (("enc_layers", "encoder"), ("dec_layers", "decoder")):
         found[flag] = sum(name.startswith(part) for name, _ in layers)
@@ -381,6 +381,11 @@ def sizes_of(weights: dict[str, Tensor]) -> dict[str, Any]:
             "position_embedding": "learned" if "backbone.1.row_embed.weight" in weights else "sine",
         }
     return found
+
+
+def stages_of(weights: dict[str, Tensor]) -> int:
+    """How many of a ResNet's stages a state dict has."""
+    return sum(any(f"{name}." in key for key in weights) for name in ALL_STAGES)
 
 
 def backbone_of(weights: dict[str, Tensor]) -> str | None:

@@ -12,7 +12,7 @@ from enact_common.checkpoint import DETECTOR, detector_weights, differing_flags,
 from enact_common.conversion import PACKED, clustered_weights
 from enact_common.data.categories import LabelMap
 from enact_common.errors import UserError
-from enact_common.inference import backbone_of, labels_of, variant_of
+from enact_common.inference import backbone_of, labels_of, stages_of, variant_of
 from enact_common.variants import VARIANTS
 
 logger = logging.getLogger("enact")
@@ -75,6 +75,12 @@ def check_pretrained(checkpoint: dict[str, Any], variant: str, args: argparse.Na
         raise UserError(
             f"--pretrained {source}: its backbone is {backbone or 'none that is known here'}, this run's is "
             f"{args.backbone}; {way_out}"
+        )
+    stages = stages_of(checkpoint["model"])
+    if stages != args.backbone_stages:
+        raise UserError(
+            f"--pretrained {source}: its backbone has {stages} stages, this run's {args.backbone_stages}; pass "
+            f"--backbone_stages {stages}, or a whole checkpoint"
         )
 
 

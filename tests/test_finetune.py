@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_listed_by_reason():
             "the variant conditional, .* run Conditional-DETR-ENACT/main",
         ),
         (lambda state: {"model": {"weight": torch.zeros(1)}, "args": {}}, "is a checkpoint of none of the variants"),
-        (lambda state: state | {"model": without_stage(state["model"])}, "its backbone is none that is known"),
+        (lambda state: state | {"model": without_stage(state["model"])}, "has 3 stages, .* pass --backbone_stages 3"),
         (
             lambda state: state | {"model": small("detr", "--backbone", "resnet34")[0].state_dict()},
             "its backbone is resnet34, this run's is resnet18; pass --backbone resnet34",
