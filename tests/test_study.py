@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from enact_common.attention import EnactSelfAttention
 from enact_common.clustering import EntropyClustering
+from enact_common.errors import UserError
 from enact_common.hilbert import hilbert_order
 from enact_common.inside import clusterings
 from enact_common.plug import clustered
@@ -238,6 +239,20 @@ def test_differences_are_of_the_same_seeds():
         and mean_and_spread([0.25]) == "25.0"
         and mean_and_spread([-1]) == "-"
     )
+
+
+def test_what_is_wrong_is_named(tmp_path, capsys):
+    argv = ["--preset", "cpu", "--output_dir", str(tmp_path)]
+    assert command.main([*argv, "--bccd", str(tmp_path)]) == 2
+    assert f"--bccd {tmp_path}: holds no annotations/" in capsys.readouterr().err
+    assert command.main([*argv, "--variants", "detr"]) == 2
+    assert "this preset has none of these; choose from conditional, anchor" in capsys.readouterr().err
+    results, task = Results(tmp_path), task_of("plain")
+    results.write(task, {})
+    assert results.read(task)["settings"] == task.settings
+    results.path(task).write_text("{")
+    with pytest.raises(UserError, match="plain-0.json: is no result of a training .* remove it"):
+        results.read(task)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from enact_common import study
-from enact_common.arguments import fraction, positive_int
+from enact_common.arguments import HelpFormatter, fraction, positive_int
 from enact_common.benchmark.isolated import DONE, run_isolated
 from enact_common.benchmark.measuring import machine
 from enact_common.device import find_device
@@ -45,7 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m enact_common.study",
         description=study.__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("--preset", choices=tuple(PRESETS), required=True, default=argparse.SUPPRESS, help="how large")
     parser.add_argument(
@@ -86,6 +86,8 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
     preset = PRESETS[args.preset]
     made = list(preset.trials)
     if args.bccd:
+        if not (Path(args.bccd) / "annotations").is_dir():
+            raise UserError(f"--bccd {args.bccd}: holds no annotations/; pass a data set in COCO's layout")
         model, (height, width) = {"cpu": CPU_MODEL, "gpu": GPU_MODEL}[args.preset], PHOTOGRAPHS[args.preset]
         source = Photographs("bccd", args.bccd, height, width)
         first = made[0]
@@ -95,7 +97,8 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
     if args.variants:
         made = [trial for trial in made if trial.variant in args.variants]
         if not made:
-            raise UserError(f"--variants {' '.join(args.variants)}: this preset has none of these")
+            known = ", ".join(dict.fromkeys(trial.variant for trial in preset.trials))
+            raise UserError(f"--variants {' '.join(args.variants)}: this preset has none of these; choose from {known}")
     if args.arms:
         wanted = set(args.arms)
         for name in args.arms:

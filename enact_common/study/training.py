@@ -19,6 +19,7 @@ from enact_common.backbone import stride_of
 from enact_common.clustering import Segments, Windows
 from enact_common.data.categories import LabelMap
 from enact_common.engine import TrainStep, autocast
+from enact_common.errors import UserError
 from enact_common.evaluation.coco import FIGURES, CocoBoxEvaluator
 from enact_common.files import write_atomically
 from enact_common.inside import clusterings
@@ -114,10 +115,17 @@ class Results:
         return self.folder / "weights" / f"{task.name}.pt"
 
     def read(self, task: Task) -> dict[str, Any] | None:
-        """A training's result; None where it is not done, or was done with other settings."""
+        """A training's result; None where it is not done, or was done with other settings.
+
+        Raises:
+            UserError: the file is broken.
+        """
         path = self.path(task)
-        result = json.loads(path.read_text()) if path.is_file() else None
-        return result if result and result["settings"] == task.settings else None
+        try:
+            result = json.loads(path.read_text()) if path.is_file() else {}
+            return result if result.get("settings") == task.settings else None
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path}: is no result of a training ({error}); remove it, and it is done again") from error
 
     def write(self, task: Task, result: Mapping[str, Any]) -> None:
         """Write a training's result, whole or not at all."""
