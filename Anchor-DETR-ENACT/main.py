@@ -65,6 +65,11 @@ def check_arguments(args) -> None:
         raise UserError(
             f"--num_feature_levels {args.num_feature_levels} needs --dilation: without it the maps differ in size"
         )
+    if args.enact_scale_logits and args.attention_type == "RCDA":
+        raise UserError(
+            "--enact_scale_logits: row-column attention scales its logits with ENACT too, so it has no effect: leave "
+            "it out, or pass --attention_type nn.MultiheadAttention"
+        )
     if args.separate_images and args.num_feature_levels == 1:
         raise UserError("--separate_images has no effect on one feature level: leave it out")
 

@@ -37,8 +37,11 @@ MODEL_FLAGS = (
     "encoder_attention", "smoothing_sigma", "backbone", "backbone_stages", "dilation", "backbone_norm",
     "position_embedding", "enc_layers", "dec_layers", "dim_feedforward", "hidden_dim", "nheads", "num_queries",
     "pre_norm", "num_classes", "num_feature_levels", "num_query_position", "num_query_pattern", "spatial_prior",
-    "attention_type", "separate_images", "masks",
+    "attention_type", "separate_images", "masks", "enact_scale_logits",
 )  # fmt: skip
+
+# Those of `MODEL_FLAGS` that mean nothing to plain attention.
+ENACT_FLAGS = ("smoothing_sigma", "enact_scale_logits")
 
 # Flags of ENACT that any weights work with. One that is not given is taken from the checkpoint.
 CLUSTERING_FLAGS = ("enact_clusters", "enact_per_image", "enact_mask_padding", "enact_max_clusters")
@@ -283,6 +286,11 @@ def add_model_flags(group) -> None:
         "--enact_max_clusters", type=natural_int, metavar="M",
         help="ENACT: clusters grow until there are at most so many, whatever the image's size; 0 sets no limit; "
         "default: the checkpoint's, else none",
+    )  # fmt: skip
+    group.add_argument(
+        "--enact_scale_logits", action="store_true",
+        help="ENACT: logits are scaled by e^-0.5 before the softmax, as in plain attention, and attended values are "
+        "not divided by e, e being the width of a head: for trainings of one's own, the published weights have neither",
     )  # fmt: skip
     group.add_argument("--backbone", type=str, choices=BACKBONES, default="resnet50", help="ResNet from torchvision")
     group.add_argument(

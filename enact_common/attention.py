@@ -18,7 +18,7 @@ class EnactSelfAttention(EntropyClustering):
     rules out on CPUs.
 
     Modifications of multi-head attention, as in the reference:
-        - the logits are not scaled; the division by e comes after the softmax;
+        - the logits are not scaled; the division by e comes after the softmax (unless `scale_logits`);
         - projections are four `nn.Linear`, so checkpoints have `W_q, W_k, W_v, W_o` in place of `in_proj`;
         - neither attention weights nor attention masks exist, since the keys are no longer the tokens.
 
@@ -29,17 +29,16 @@ class EnactSelfAttention(EntropyClustering):
         sigma: standard deviation of the information's smoothing, tokens.
         batch_first: tensors are (batch, N, d) rather than (N, batch, d).
         clusters, per_image, mask_padding, max_clusters: as in `EntropyClustering`.
+        scale_logits: scale the logits by e^-0.5 and leave the attended values as they are, as plain attention does. No
+            weights of the reference's were trained so; trained anew, it learns better (docs/accuracy.md).
 
     Attributes:
-        scale_logits: scale the logits by e^-0.5 and leave the attended values as they are, as everybody else does: no
-            weights of the reference's were trained so (`enact_common.study` tries it).
-        weigh_by_size: a cluster counts as often as it has tokens; likewise.
+        weigh_by_size: a cluster counts as often as it has tokens; `enact_common.study` tries it.
 
     Raises:
         ValueError: embed_dim is not a multiple of num_heads, or a setting of the clustering is wrong.
     """
 
-    scale_logits = False
     weigh_by_size = False
 
     # Read by nn.TransformerEncoder and its layer, which take fused paths of their own only where they find packed
@@ -58,6 +57,7 @@ class EnactSelfAttention(EntropyClustering):
         per_image: bool = False,
         mask_padding: bool = False,
         max_clusters: int | None = None,
+        scale_logits: bool = False,
     ):
         super().__init__(embed_dim, sigma, clusters, per_image, mask_padding, max_clusters)
         if embed_dim % num_heads:
@@ -66,6 +66,7 @@ class EnactSelfAttention(EntropyClustering):
         self.num_heads = num_heads
         self.dropout = dropout
         self.batch_first = batch_first
+        self.scale_logits = scale_logits
         self.W_q = nn.Linear(embed_dim, embed_dim)
         self.W_k = nn.Linear(embed_dim, embed_dim)
         self.W_v = nn.Linear(embed_dim, embed_dim)
@@ -136,4 +137,5 @@ class EnactSelfAttention(EntropyClustering):
         return self.W_o(attended.flatten(2)), None  # (batch, L, heads, e) or (L, batch, heads, e) -> the query's shape
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, dropout={self.dropout}, {super().extra_repr()}"
+        own = f"num_heads={self.num_heads}, dropout={self.dropout}" + ", scale_logits" * self.scale_logits
+        return f"{own}, {super().extra_repr()}"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from enact_common.arguments import CLUSTERING_FLAGS, MODEL_FLAGS, NEGATABLE_FLAGS
+from enact_common.arguments import CLUSTERING_FLAGS, ENACT_FLAGS, MODEL_FLAGS, NEGATABLE_FLAGS
 from enact_common.download import download, is_url
 from enact_common.errors import UserError
 from enact_common.files import read_tensors, write_file
@@ -76,6 +76,9 @@ def load_checkpoint(source: str) -> dict[str, Any]:
     # Anchor DETR's parser kept the word that was typed, and built a dilated backbone for any.
     if "dilation" in args:
         args["dilation"] = bool(args["dilation"])
+    # Nothing else was there to choose before the flag came.
+    if args:
+        args.setdefault("enact_scale_logits", False)
     return {**state, "args": args}
 
 
@@ -118,7 +121,7 @@ def differing_flags(saved: dict[str, Any], args: argparse.Namespace) -> list[str
         saved: the checkpoint's arguments. Flags that they do not know are passed over.
         args: this run's arguments.
     """
-    flags = [flag for flag in MODEL_FLAGS if flag != "smoothing_sigma" or args.encoder_attention == "enact"]
+    flags = [flag for flag in MODEL_FLAGS if flag not in ENACT_FLAGS or args.encoder_attention == "enact"]
     return [
         flag
         for flag in flags

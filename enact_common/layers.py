@@ -61,12 +61,17 @@ def clustering_settings(args) -> dict:
     }
 
 
+def attention_settings(args) -> dict:
+    """The settings of `EnactSelfAttention` that the arguments ask for: those of its clustering, and its own."""
+    return {**clustering_settings(args), "scale_logits": bool(getattr(args, "enact_scale_logits", False))}
+
+
 def encoder_self_attention(
     kind: str,
     embed_dim: int,
     num_heads: int,
     dropout: float,
-    clustering: Mapping[str, Any],
+    settings: Mapping[str, Any],
     batch_first: bool = False,
 ) -> EnactSelfAttention | nn.MultiheadAttention:
     """The encoder's self-attention, on tokens.
@@ -75,11 +80,11 @@ def encoder_self_attention(
         kind: "enact", or "mhsa" for `nn.MultiheadAttention`.
         embed_dim, num_heads: channels and heads.
         dropout: of the attention weights, for "mhsa" alone: ENACT's reference encoder has none.
-        clustering: settings of `EntropyClustering` by name, for "enact" alone.
+        settings: of `EnactSelfAttention` by name, for "enact" alone.
         batch_first: tokens are (batch, N, d) rather than (N, batch, d).
     """
     if kind == "enact":
-        return EnactSelfAttention(embed_dim, num_heads, batch_first=batch_first, **clustering)
+        return EnactSelfAttention(embed_dim, num_heads, batch_first=batch_first, **settings)
     return nn.MultiheadAttention(embed_dim, num_heads, dropout=dropout, batch_first=batch_first)
 
 

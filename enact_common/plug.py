@@ -98,6 +98,7 @@ def plug_in(
     per_image: bool = False,
     mask_padding: bool = False,
     max_clusters: int | None = None,
+    scale_logits: bool = False,
 ) -> list[str]:
     """Replace the encoder self-attention of any model by ENACT's, in place, with the weights that it has.
 
@@ -115,6 +116,7 @@ def plug_in(
         where: which attention modules to replace: a regular expression that the whole dotted name matches, or a
             function (name, module) -> bool. None for those which `in_encoder` finds and that can be replaced.
         clusters, per_image, mask_padding, max_clusters: as in `EntropyClustering`.
+        scale_logits: as in `EnactSelfAttention`. It does not change what the model computes, but how it trains on.
 
     Returns:
         the names of the modules that were replaced, in the model's order.
@@ -141,6 +143,7 @@ def plug_in(
         "per_image": per_image,
         "mask_padding": mask_padding,
         "max_clusters": max_clusters,
+        "scale_logits": scale_logits,
     }
     # All are made before the first takes its place; an attention that layers share stays shared.
     unique = {id(attention): attention for attention in chosen.values()}
@@ -278,7 +281,7 @@ def clustered(attention: nn.Module, settings: Mapping[str, Any]) -> EnactSelfAtt
 
     Args:
         attention: stays as it is.
-        settings: of `EntropyClustering`, by name.
+        settings: of `EnactSelfAttention`, by name.
     """
     if is_hugging_face(attention):
         layers = projections(attention)
@@ -299,7 +302,7 @@ def clustered(attention: nn.Module, settings: Mapping[str, Any]) -> EnactSelfAtt
 
     packed = dict(zip(PACKED, (in_weight, in_bias, *out), strict=True))
     packed = {name: tensor for name, tensor in packed.items() if tensor is not None}
-    for name, tensor in clustered_weights(packed, new.num_heads).items():
+    for name, tensor in clustered_weights(packed, new.num_heads, new.scale_logits).items():
         layer, kind = name.split(".")
         source = sources[layer][kind == "bias"]
         # A bias that was not there is zero, and stays so.

@@ -111,7 +111,7 @@ def load_pretrained(
     elif has_masks(weights) and not args.masks:
         weights = {name.removeprefix(DETECTOR): tensor for name, tensor in weights.items()}
     same_labels = labels_of(checkpoint, variant).names == label_map.names
-    fit = fit_weights(weights, model.state_dict(), args.nheads, same_labels)
+    fit = fit_weights(weights, model.state_dict(), args.nheads, same_labels, args.enact_scale_logits)
     missing = [name for name in fit.fresh if name.removeprefix(DETECTOR).startswith("backbone.")]
     if missing:
         raise UserError(f"--pretrained {source}: {len(missing)} backbone tensors are missing, {missing[0]} first")
@@ -137,7 +137,13 @@ def load_pretrained(
         logger.info("note: %s was made with other flags than this run's: %s", source, ", ".join(others))
 
 
-def fit_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], nheads: int, same_labels: bool) -> Fit:
+def fit_weights(
+    weights: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    nheads: int,
+    same_labels: bool,
+    scale_logits: bool = False,
+) -> Fit:
     """Sort a checkpoint's tensors into those that go into a model and those that do not.
 
     Args:
@@ -145,6 +151,7 @@ def fit_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], nheads
         own: the model's.
         nheads: attention heads.
         same_labels: the labels mean the same; otherwise the classification head is skipped.
+        scale_logits: as in the model's `EnactSelfAttention`.
     """
     fit = Fit()
     available = dict(weights)
@@ -156,7 +163,9 @@ def fit_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], nheads
         height, width = own[name].shape
         if weights[prefix + PACKED[0]].shape == (3 * height, width):
             plain = {part: available.pop(prefix + part) for part in PACKED if prefix + part in available}
-            available |= {prefix + part: tensor for part, tensor in clustered_weights(plain, nheads).items()}
+            available |= {
+                prefix + part: tensor for part, tensor in clustered_weights(plain, nheads, scale_logits).items()
+            }
             fit.converted.append(prefix.rstrip("."))
     for name, tensor in available.items():
         if name not in own:

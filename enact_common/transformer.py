@@ -6,7 +6,7 @@ Positional encodings are added to queries and keys in every attention of the enc
 import torch
 from torch import Tensor, nn
 
-from enact_common.layers import TransformerEncoderLayer, clone_layers, clustering_settings, encoder_self_attention
+from enact_common.layers import TransformerEncoderLayer, attention_settings, clone_layers, encoder_self_attention
 
 
 class TransformerEncoder(nn.Module):
@@ -81,7 +81,7 @@ def build_encoder(args, normalize_before: bool) -> TransformerEncoder:
     """
     layer = TransformerEncoderLayer(
         encoder_self_attention(
-            args.encoder_attention, args.hidden_dim, args.nheads, args.dropout, clustering_settings(args)
+            args.encoder_attention, args.hidden_dim, args.nheads, args.dropout, attention_settings(args)
         ),
         args.hidden_dim,
         args.dim_feedforward,

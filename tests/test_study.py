@@ -18,12 +18,21 @@ from enact_common.hilbert import hilbert_order
 from enact_common.inside import clusterings
 from enact_common.plug import clustered
 from enact_common.study import __main__ as command
-from enact_common.study.arms import EqualShares, LearnedTemperature, MiddleAlone, Setting
-from enact_common.study.images import TRAIN, VAL, Photographs, Shapes, load_images
+from enact_common.study.arms import EqualShares, LearnedTemperature, MiddleAlone, Setting, encoder_layers
+from enact_common.study.images import DOTS, TRAIN, VAL, Photographs, Shapes, draw_one, load_images
 from enact_common.study.page import difference, difference_text, mean_and_spread
 from enact_common.study.presets import ARMS, LIST, PRESETS
 from enact_common.study.schedule import needed, tasks_of
-from enact_common.study.training import START, Results, Task, initial_weights, look, order_of, prepared_model, start_of
+from enact_common.study.training import (
+    Results,
+    Task,
+    initial_weights,
+    look,
+    order_of,
+    prepared_model,
+    set_training,
+    start_of,
+)
 
 SOURCE = Shapes(train=6, val=4, height=96, widths=(96, 112), scale=0.5)
 SETTING = Setting((3, 4), (12, 14))
@@ -92,6 +101,47 @@ def replace_boxes(data, boxes):
     return replace(data, boxes=[boxes, *data.boxes[1:]], labels=[torch.zeros(len(boxes)).long(), *data.labels[1:]])
 
 
+@pytest.mark.parametrize("dotted", ["some", "one"])
+def test_dots_tell_the_class_of_the_object_that_bears_them_or_of_all(dotted):
+    """Dots show as what differs from the same scene without: their grey level is the bearer's class."""
+    bare = replace(SOURCE, height=192, widths=(192,), scale=1.0)
+    assert bare.classes == ["circle", "triangle", "cross"]
+    source = replace(bare, dotted=dotted)
+    assert source.classes == ["dark", "light"]
+    seen = set()
+    for index in range(12):
+        before, _, objects, _ = draw_one(bare, TRAIN, index)
+        after, _, same, labels = draw_one(source, TRAIN, index)
+        assert same == objects and len(labels) == len(objects)
+        changed = (before != after).any(axis=2)
+        assert set(after[changed].ravel().tolist()) <= set(DOTS.values())
+        bearers = 0
+        for found, label in zip(objects, labels, strict=True):
+            x, y, w, h = found.bbox
+            box = slice(int(y), math.ceil(y + h)), slice(int(x), math.ceil(x + w))
+            others = [o.bbox for o in objects if o is not found]
+            apart = all(a >= x + w or x >= a + c or b >= y + h or y >= b + d for a, b, c, d in others)
+            if apart and changed[box].any():
+                assert set(after[box][changed[box]].ravel().tolist()) == {list(DOTS.values())[label]}
+                bearers += 1
+        assert changed.any() and bearers <= {"some": (len(objects) + 1) // 2, "one": 1}[dotted]
+        assert dotted == "some" or len(set(labels)) == 1
+        seen |= set(labels)
+    assert seen == {0, 1}
+
+
+def test_damaged_images_are_named(tmp_path):
+    load_images(SOURCE, tmp_path)
+    path = tmp_path / "shapes.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(UserError, match="shapes.pt: is damaged; remove it"):
+        load_images(SOURCE, tmp_path)
+    path.unlink()
+    load_images(SOURCE, tmp_path)
+    with pytest.raises(UserError, match="holds images of another preset"):
+        load_images(replace(SOURCE, objects=(3, 3)), tmp_path)
+
+
 def test_real_images_are_read_too(shapes):
     data = load_images(Photographs("real", str(shapes), 48, 48), shapes)[VAL]
     assert len(data) == 6 and data.original.tolist() == [[64, 80]] * 6 and data.sizes.tolist() == [[38, 48]] * 6
@@ -117,14 +167,14 @@ def test_shares_are_equal_one_or_learned():
     assert temperature.log_factor.grad.abs() > 0
 
 
-@pytest.mark.parametrize("arm", ["scaled", "hilbert", "hilbert_scaled"])
+@pytest.mark.parametrize("arm", ["scaled", "hilbert", "scaled_hilbert"])
 def test_with_clusters_of_one_token_an_arm_computes_plain_attention(arm):
     torch.manual_seed(0)
     plain, ours = (build("conditional", *task_of(name).flags, *ARMS[name].flags)[0] for name in ("plain", arm))
     weights = plain.state_dict()
     for layer, attention in zip(plain.transformer.encoder.layers, ours.transformer.encoder.layers, strict=True):
         converted = clustered(layer.self_attn, {"sigma": 3.0}).state_dict()
-        if arm != "hilbert":  # scaled as plain attention is, they take its weights as they are
+        if "scaled" in arm:  # scaled as plain attention is, they take its weights as they are
             width = layer.self_attn.head_dim
             converted["W_q.weight"] *= width**0.5
             converted["W_q.bias"] *= width**0.5
@@ -162,14 +212,14 @@ def test_a_cluster_that_counts_by_its_size_stands_for_as_many_tokens():
 
 def test_all_arms_begin_alike_and_see_the_same_images(tmp_path):
     results = Results(tmp_path)
-    tasks = [task_of(name, start_images=0) for name in ("plain", "windows", "hilbert_scaled")]
+    tasks = [task_of(name, start_images=0) for name in ("plain", "windows", "hilbert")]
     models = [prepared_model(task, load_images(SOURCE, tmp_path)[TRAIN], (12, 14), results)[0] for task in tasks]
     names = [name for name in models[0].state_dict() if "encoder" not in name]
     assert len(names) > 50
     for model in models[1:]:
         assert all(model.state_dict()[name].equal(models[0].state_dict()[name]) for name in names)
-    inner = models[2].transformer.encoder.encoder.layers[1].self_attn
-    assert inner.W_q.weight.equal(models[1].transformer.encoder.layers[1].self_attn.W_q.weight)
+    inner = models[2].transformer.encoder.encoder.layers[0].self_attn
+    assert inner.W_q.weight.equal(models[1].transformer.encoder.layers[0].self_attn.W_q.weight)
     first, again, other = (
         [next(order).tolist() for _ in range(4)] for order in map(order_of, [6] * 3, [3] * 3, [1, 1, 2])
     )
@@ -177,16 +227,44 @@ def test_all_arms_begin_alike_and_see_the_same_images(tmp_path):
     assert sorted(first[0] + first[1]) == sorted(first[2] + first[3]) == list(range(6))
 
 
-def test_an_arm_begins_with_the_training_without_an_encoder(tmp_path):
-    results, task = Results(tmp_path), task_of("windows", start_images=8)
-    start = start_of(task)
-    path = results.weights(start)
+@pytest.fixture(scope="module", params=["conditional", "anchor"])
+def started(request, tmp_path_factory):
+    """A variant, results with the weights of a training without attention, and its model."""
+    results, task = Results(tmp_path_factory.mktemp("started")), task_of("windows", request.param)
+    model, *_ = prepared_model(start_of(task), load_images(SOURCE, results.folder)[TRAIN], (12, 14), results)
+    path = results.weights(start_of(task))
     path.parent.mkdir(parents=True)
-    model = build("conditional", *task.flags, *START.flags, "--num_classes", "3")[0]
     torch.save(model.state_dict(), path)
-    weights = initial_weights(task, 3, results)
+    return request.param, results, model.eval()
+
+
+def test_an_arm_begins_with_the_training_without_attention(started):
+    variant, results, model = started
+    weights = initial_weights(task_of("windows", variant), 3, results)
     assert all(weights[name].equal(tensor) for name, tensor in model.state_dict().items())
-    assert any("encoder.layers" in name for name in weights)
+    attentions = {name for name in weights if "self_attn" in name and "decoder" not in name}
+    assert attentions and not attentions & set(model.state_dict())
+
+
+@pytest.mark.parametrize("arm", ["plain", "none", "windows", "regions"])
+def test_all_arms_begin_as_one_function_and_train_their_encoder_alone(started, arm):
+    variant, results, model = started
+    images = load_images(SOURCE, results.folder)[TRAIN]
+    task = task_of(arm, variant, encoder_alone=True)
+    ours, criterion, *_ = prepared_model(task, images, (12, 14), results)
+    samples, targets = images.batch(torch.arange(2))
+    with torch.no_grad():
+        expected, got = (m.eval()(samples) for m in (model, ours))
+    assert_close(got["pred_boxes"], expected["pred_boxes"], atol=1e-5, rtol=0)
+
+    set_training(ours, task)
+    criterion.total(criterion(ours(samples), targets)).backward()
+    inside = {id(parameter) for parameter in encoder_layers(ours).parameters()}
+    trained = {id(parameter) for parameter in ours.parameters() if parameter.grad is not None}
+    assert trained and trained <= inside
+    assert {id(parameter) for parameter in ours.parameters() if parameter.requires_grad} == inside
+    norms = [module for module in ours.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms and ours.training and not any(norm.training for norm in norms)
 
 
 def test_information_that_marks_objects_correlates_with_them(images):
@@ -216,7 +294,7 @@ def test_every_arm_is_known_and_comes_after_what_it_needs():
         names = [task.name for task in tasks]
         for trial in preset.trials:
             assert trial.arms[0] == "plain"
-            assert trial.label or {"windows", "regions", "per_image", "uniform", "strided"} <= set(trial.arms)
+            assert {"windows", "regions", "per_image", "uniform", "strided", "converted"} <= set(trial.arms)
         for task in tasks:
             before = [name for name in needed(task) if "-start-" not in name]
             assert all(names.index(name) < names.index(task.name) for name in before)
@@ -262,19 +340,19 @@ def test_a_small_study_runs_goes_on_and_writes_its_page(tmp_path, capsys):
     assert command.main(argv) == 0
     files = {path.name: path for path in (tmp_path / "results").iterdir()}
     assert {name.split("-")[2] for name in files} == {"start", "plain", "windows", "uniform", "converted"}
-    result = json.loads(files["shapes-conditional-windows-0.json"].read_text())
-    assert result["settings"]["arm"]["name"] == "windows" and len(result["mean_lengths"]) == 2
-    assert len(result["clusters"][0]["clusters"]) == 2 and -1 <= result["after"]["correlation"][0] <= 1
-    uniform = json.loads(files["shapes-conditional-uniform-0.json"].read_text())
+    result = json.loads(files["context-conditional-windows-0.json"].read_text())
+    assert result["settings"]["arm"]["name"] == "windows" and len(result["mean_lengths"]) == 1
+    assert len(result["clusters"][0]["clusters"]) == 1 and -1 <= result["after"]["correlation"][0] <= 1
+    uniform = json.loads(files["context-conditional-uniform-0.json"].read_text())
     tokens = math.prod(uniform["map_size"])
     assert uniform["clusters"][0]["clusters"] == [tokens // length for length in result["mean_lengths"]]
-    assert uniform["after"]["inequality"] == pytest.approx([1, 1])
+    assert uniform["after"]["inequality"] == pytest.approx([1])
     page = (tmp_path / "accuracy.md").read_text()
     for name in ("plain", "windows", "uniform", "converted"):
         assert f"| `{name}` |" in page
     measured = json.loads((tmp_path / "costs.json").read_text())
     assert set(measured["encoders"]["conditional"]) == {"plain", "windows", "uniform"}
-    assert measured["steps"]["shapes-conditional-plain"]["seconds"] > 0
+    assert measured["steps"]["context-conditional-plain"]["seconds"] > 0
     assert (tmp_path / "precision.png").is_file()
 
     before = {name: path.stat().st_mtime_ns for name, path in files.items()}

@@ -16,7 +16,14 @@ from torch.nn import functional as F
 from enact_common.acceleration import Recomputed
 from enact_common.boxes import boxes_at_points
 from enact_common.clustering import EntropyClustering
-from enact_common.layers import MLP, PRIOR_LOGIT, clone_layers, clustering_settings, encoder_self_attention
+from enact_common.layers import (
+    MLP,
+    PRIOR_LOGIT,
+    attention_settings,
+    clone_layers,
+    clustering_settings,
+    encoder_self_attention,
+)
 
 from .position_encoding import cell_centres, encode_coordinates, encode_points, grid_points
 from .row_column_decoupled_attention import ClusteredRCDA, MultiheadRCDA
@@ -518,6 +525,6 @@ def build_transformer(args, num_classes: int) -> Transformer:
         spatial_prior=args.spatial_prior,
         attention_type=args.attention_type,
         encoder_attention=args.encoder_attention,
-        clustering=clustering_settings(args),
+        clustering=(attention_settings if args.attention_type == TOKENS else clustering_settings)(args),
         separate_images=args.separate_images,
     )

@@ -5,16 +5,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from enact_common.arguments import CLUSTERING_FLAGS
+from enact_common.arguments import CLUSTERING_FLAGS, ENACT_FLAGS
 from enact_common.compare.recorded import RecordedRun
 from enact_common.compare.tables import DASH, Cell, Table
-from enact_common.layers import clustering_settings
+from enact_common.layers import attention_settings
 
 # Said where nothing speaks against a comparison.
 EQUAL = "Equal terms: as far as is recorded, these runs differ in the encoder attention at most."
 
 # What the comparison is about.
-SUBJECT = ("encoder_attention", "smoothing_sigma", *CLUSTERING_FLAGS)
+SUBJECT = ("encoder_attention", *ENACT_FLAGS, *CLUSTERING_FLAGS)
 
 # What changes time and memory, but not what is learned.
 COSTS = ("device", "compile", "checkpoint_activations", "cache_mode", "num_workers")
@@ -71,7 +71,7 @@ def enact_text(run: RecordedRun) -> str | None:
     """ENACT's settings in words; None where the run has none."""
     if run.args.get("encoder_attention") != "enact" or "smoothing_sigma" not in run.args:
         return None
-    settings = clustering_settings(SimpleNamespace(**run.args))
+    settings = attention_settings(SimpleNamespace(**run.args))
     words = [f"{name.replace('_', ' ')} {value_text(value)}" for name, value in settings.items() if value]
     return ", ".join(words).replace(" yes", "")
 

@@ -36,8 +36,8 @@ FEWEST = 16
 # Real images are fitted into so many pixels: as many cells as the drawn ones have, or more.
 PHOTOGRAPHS = {"cpu": (120, 160), "gpu": (480, 640)}
 PHOTOGRAPH_ARMS = (PLAIN, NONE, WINDOWS, UNIFORM, CONVERTED)
-# Of the training that these begin with: there are few real ones.
-PHOTOGRAPH_START = 8000
+# Of the training that these begin with, and of each arm: there are few real ones.
+PHOTOGRAPH_START, PHOTOGRAPH_IMAGES = 8000, 2000
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -92,7 +92,7 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
         source = Photographs("bccd", args.bccd, height, width)
         first = made[0]
         start_images = min(first.start_images, PHOTOGRAPH_START)
-        (trial,) = trials(source, model, first.images, {first.variant: (start_images, first.seeds)})
+        (trial,) = trials(source, model, PHOTOGRAPH_IMAGES, {first.variant: (start_images, first.seeds)})
         made = [replace(trial, arms=PHOTOGRAPH_ARMS)]
     if args.variants:
         made = [trial for trial in made if trial.variant in args.variants]
@@ -117,25 +117,28 @@ def shrunk(trial: Trial, part: float) -> Trial:
     """A part of a trial."""
     if part == 1:
         return trial
-    source = trial.source
-    if isinstance(source, Shapes):
-        source = replace(
-            source, **{name: max(round(getattr(source, name) * part), FEWEST) for name in ("train", "val")}
-        )
     few = {name: max(round(getattr(trial, name) * part), FEWEST) for name in ("images", "start_images")}
     if not trial.start_images:
         few["start_images"] = 0
+    fewer = {name: shrunk_source(getattr(trial, name), part) for name in ("source", "start_source")}
     first = trial.backbone_of and shrunk(trial.backbone_of, part)
-    return replace(trial, source=source, backbone_of=first, **few)
+    return replace(trial, backbone_of=first, **fewer, **few)
+
+
+def shrunk_source(source: Shapes | Photographs | None, part: float) -> Shapes | Photographs | None:
+    """A part of what is drawn, `FEWEST` images at least; real images all stay."""
+    if not isinstance(source, Shapes):
+        return source
+    return replace(source, **{name: max(round(getattr(source, name) * part), FEWEST) for name in ("train", "val")})
 
 
 def measure_costs(preset: Preset, folder: Path) -> None:
     """Measure time and memory of each arm, and write them to `costs.json`."""
     results = Results(folder)
     costs: dict[str, dict] = {"machine": machine(torch.device("cpu")), "steps": {}, "encoders": {}}
-    for trial in (trial for trial in preset.trials if not trial.label):
+    for trial in preset.trials:
         tasks = [task for task in tasks_of(replace(preset, trials=(trial,))) if task.seed == 0]
-        tasks = [task for task in tasks if results.read(task) is not None]
+        tasks = [task for task in tasks if results.read(task) is not None and not task.arm.begins_with]
         for task in tasks:
             outcome = run_isolated(measure_step, task, folder, preset.threads)
             if outcome.status == DONE:
@@ -146,7 +149,7 @@ def measure_costs(preset: Preset, folder: Path) -> None:
         if trial.variant in costs["encoders"] or not tasks:
             continue
         lengths = windows["mean_lengths"] if windows else [5]
-        arms = tuple(task.arm for task in tasks if not task.arm.begins_with and task.arm.name != NONE)
+        arms = tuple(task.arm for task in tasks if task.arm.name != NONE)
         outcome = run_isolated(
             measure_encoders, trial.variant, arms, round(sum(lengths) / len(lengths)), preset.cost_map,
             preset.cost_batch, preset.device, preset.amp, preset.jobs * preset.threads, REPEAT,
@@ -168,7 +171,10 @@ def run(args: argparse.Namespace) -> int:
     device = find_device(preset.device)
     folder = Path(args.output_dir)
     make_folder(folder)
-    for source in {trial.source.name: trial.source for trial in preset.trials}.values():
+    sources = {
+        source.name: source for trial in preset.trials for source in (trial.source, trial.start_source) if source
+    }
+    for source in sources.values():
         # Before any work, and once: the processes find what is drawn.
         load_images(source, folder / "data")
     run_trainings(preset, folder, begin + preset.seconds)

@@ -17,6 +17,9 @@ from enact_common.inside import clusterings
 PLAIN, NONE, WINDOWS, UNIFORM = "plain", "none", "windows", "uniform"
 CONVERTED, UNTRAINED, LONGER = "converted", "untrained", "longer"
 
+# The projection that ends an attention, by the names that the variants' have.
+OUTPUTS = ("W_o", "out_proj")
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -59,6 +62,23 @@ class Arm:
     begins_with: str | None = None
     budget: float = 1.0
     rate: float = 1.0
+
+
+class NoAttention(nn.Module):
+    """In place of an encoder layer's attention: what is left is its feed-forward network.
+
+    Args:
+        replaced: the attention, to be called as it is.
+    """
+
+    def __init__(self, replaced: nn.Module):
+        super().__init__()
+        self.returns_pair = isinstance(replaced, nn.MultiheadAttention)
+
+    def forward(self, query: Tensor, *others: Tensor, **options) -> Tensor | tuple[Tensor, None]:
+        """Zeros of the query's shape."""
+        nothing = torch.zeros_like(query)
+        return (nothing, None) if self.returns_pair else nothing
 
 
 class EqualShares(nn.Module):
@@ -119,6 +139,29 @@ class ChangeShares:
             clustering.weight_logits = self.kind()
 
 
+def encoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The encoder layers of a detector."""
+    transformer = model.transformer
+    return transformer.encoder_layers if hasattr(transformer, "encoder_layers") else transformer.encoder.layers
+
+
+def begin_silently(model: nn.Module) -> None:
+    """The encoder's attentions add nothing before they have learned to: their last projections are zero, so that all
+    arms begin as one and the same function (as residual branches in Goyal et al., "Accurate, Large Minibatch SGD",
+    arXiv:1706.02677, section 5.1)."""
+    for layer in encoder_layers(model):
+        for name, projection in layer.self_attn.named_children():
+            if name in OUTPUTS:
+                nn.init.zeros_(projection.weight)
+                nn.init.zeros_(projection.bias)
+
+
+def attend_to_nothing(model: nn.Module, setting: Setting) -> None:
+    """No attention in the encoder."""
+    for layer in encoder_layers(model):
+        layer.self_attn = NoAttention(layer.self_attn)
+
+
 def fix_lengths(model: nn.Module, setting: Setting) -> None:
     """Windows are as long as another arm's, whatever the scores say."""
     for clustering, length in zip(clusterings(model), setting.lengths, strict=True):
@@ -129,12 +172,6 @@ def join_all(model: nn.Module, setting: Setting) -> None:
     """One window of all tokens: what is left of attention when it cannot tell them apart."""
     for clustering in clusterings(model):
         clustering.fixed_length = setting.map_size[0] * setting.map_size[1]
-
-
-def scale_logits(model: nn.Module, setting: Setting) -> None:
-    """Attention as everybody else computes it: logits over the root of a head's width, values as they are."""
-    for attention in clusterings(model):
-        attention.scale_logits = True
 
 
 def weigh_by_size(model: nn.Module, setting: Setting) -> None:

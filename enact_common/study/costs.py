@@ -15,7 +15,7 @@ from enact_common.engine import TrainStep, autocast
 from enact_common.optimization import build_optimization
 from enact_common.study.arms import Arm, Setting
 from enact_common.study.images import TRAIN, load_images
-from enact_common.study.training import Results, Task, feature_map_size, prepared_model
+from enact_common.study.training import Results, Task, feature_map_size, prepared_model, set_training
 from enact_common.variants import load_variant
 
 # Of a training step: to warm up, and timed.
@@ -37,7 +37,7 @@ def measure_step(task: Task, folder: Path, threads: int) -> dict[str, float]:
     model, criterion, _, args = prepared_model(task, data, feature_map_size(task, data), results)
     prepare(model, args, device)
     criterion.to(device)
-    model.train()
+    set_training(model, task)
     step = TrainStep(model, criterion, build_optimization(model, args, device), device)
     samples, targets = data.batch(torch.arange(args.batch_size))
     for _ in range(WARMUP):

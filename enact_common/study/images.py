@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import pickle
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -27,8 +28,17 @@ from enact_common.nested_tensor import NestedTensor
 
 TRAIN, VAL = "train", "val"
 
+# An image, its width in its original size, and what it shows.
+Drawn = tuple[np.ndarray, int, list[SceneObject], list[int]]
+
 # From so many images on, several processes draw.
 DRAWN_SIDE_BY_SIDE = 1000
+
+SHAPES = ("circle", "triangle", "cross")
+
+# Grey levels of dots, by the class that they stand for, from one to the next so many pixels, and their radius.
+DOTS = {"dark": 5, "light": 250}
+DOT_SPACING, DOT_RADIUS = 7, 2
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,9 @@ class Shapes:
             side, as resizing does to photographs.
         objects: the least and the most in an image.
         object_size: the least and the greatest extent, fractions of the height, log-uniform: many small, some large.
-        classes: names.
+        name: for results.
+        dotted: what an object's class is. None: its shape. "some": its own, and every second object bears the dots
+            that tell it. "one": that of the dots on one object of the image, which speaks for all.
     """
 
     train: int
@@ -53,9 +65,13 @@ class Shapes:
     scale: float
     objects: tuple[int, int] = (2, 6)
     object_size: tuple[float, float] = (0.1, 0.85)
-    classes: tuple[str, ...] = ("circle", "triangle", "cross")
+    name: str = "shapes"
+    dotted: str | None = None
 
-    name = "shapes"
+    @property
+    def classes(self) -> list[str]:
+        """Their names."""
+        return list(DOTS if self.dotted else SHAPES)
 
 
 @dataclass(frozen=True)
@@ -178,7 +194,10 @@ def load_images(source: Shapes | Photographs, cache: Path) -> dict[str, Images]:
         drawn = {part: vars(draw_images(source, part)) for part in (TRAIN, VAL)}
         cache.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: torch.save((str(source), drawn), file), sync=False)
-    made_from, drawn = torch.load(path, weights_only=True)
+    try:
+        made_from, drawn = torch.load(path, weights_only=True)
+    except (RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path}: is damaged; remove it, and its images are drawn again") from error
     if made_from != str(source):
         raise UserError(f"{path}: holds images of another preset; remove it, or choose another --output_dir")
     return {part: Images(**content) for part, content in drawn.items()}
@@ -189,30 +208,47 @@ def draw_images(source: Shapes, part: str) -> Images:
     count = getattr(source, part)
     rows = round(source.height * source.scale)
     pixels = torch.zeros(count, 3, rows, round(max(source.widths) * source.scale), dtype=torch.uint8)
-    images = Images(pixels, *torch.zeros(2, count, 2, dtype=torch.int64), [], [], [], list(source.classes))
+    images = Images(pixels, *torch.zeros(2, count, 2, dtype=torch.int64), [], [], [], source.classes)
     with contextlib.ExitStack() as stack:
-        drawn: Iterator[tuple[np.ndarray, int, list[SceneObject]]] = map(partial(draw_one, source, part), range(count))
+        drawn: Iterator[Drawn] = map(partial(draw_one, source, part), range(count))
         if count >= DRAWN_SIDE_BY_SIDE:
             pool = stack.enter_context(ProcessPoolExecutor(os.cpu_count(), get_context("spawn")))
             drawn = pool.map(partial(draw_one, source, part), range(count), chunksize=32)
-        for i, (seen, width, objects) in enumerate(drawn):
+        for i, (seen, width, objects, labels) in enumerate(drawn):
             own = seen.shape[:2]
             pixels[i, :, : own[0], : own[1]] = torch.from_numpy(seen).permute(2, 0, 1)
             images.sizes[i] = torch.tensor(own)
             images.original[i] = torch.tensor((source.height, width))
-            add_objects(
-                images, i, [o.class_index for o in objects], [o.bbox for o in objects], [o.area for o in objects]
-            )
+            add_objects(images, i, labels, [o.bbox for o in objects], [o.area for o in objects])
     return images
 
 
-def draw_one(source: Shapes, part: str, index: int) -> tuple[np.ndarray, int, list[SceneObject]]:
-    """One image as the model sees it, uint8 (height, width, 3), the width that it was drawn with, and its objects."""
+def draw_one(source: Shapes, part: str, index: int) -> Drawn:
+    """One image as the model sees it, uint8 (height, width, 3), the width that it was drawn with, its objects, and
+    their classes, from 0."""
     rng = np.random.default_rng([(TRAIN, VAL).index(part), index])
     width = int(rng.choice(source.widths))
-    image, objects = draw_scene(rng, source.height, width, source.objects, source.object_size, source.classes)
+    image, objects = draw_scene(rng, source.height, width, source.objects, source.object_size, SHAPES)
+    labels = [found.class_index for found in objects]
+    if source.dotted and objects:
+        labels = rng.integers(len(DOTS), size=len(objects)).tolist()
+        bearers = rng.permutation(len(objects))
+        if source.dotted == "one":
+            labels, bearers = labels[:1] * len(objects), bearers[-1:]
+        for bearer in bearers[::2]:
+            add_dots(rng, image, objects[bearer], list(DOTS.values())[labels[bearer]])
     own = (round(width * source.scale), round(source.height * source.scale))
-    return cv2.resize(image, own, interpolation=cv2.INTER_AREA), width, objects
+    return cv2.resize(image, own, interpolation=cv2.INTER_AREA), width, objects, labels
+
+
+def add_dots(rng: np.random.Generator, image: np.ndarray, found: SceneObject, level: int) -> None:
+    """Draw dots all over what is visible of an object, into an image uint8 (height, width, 3), in a grey level."""
+    visible = np.zeros(image.shape[:2], np.uint8)
+    for polygon in found.polygons:
+        cv2.fillPoly(visible, [np.rint(np.reshape(polygon, (-1, 2)) - 0.5).astype(np.int32)], 1)
+    # From the middle of its cell in a grid that begins anywhere, both ways.
+    y, x = ((np.arange(side) + rng.integers(DOT_SPACING)) % DOT_SPACING - DOT_SPACING // 2 for side in image.shape[:2])
+    image[(visible > 0) & (y[:, None] ** 2 + x**2 <= DOT_RADIUS**2)] = level
 
 
 def read_photographs(source: Photographs, part: str) -> Images:

@@ -12,12 +12,15 @@ from typing import Any
 
 from enact_common.benchmark.report import LEFT, MIB, RIGHT, figure, markdown_table
 from enact_common.files import write_atomically
-from enact_common.study.arms import LONGER, NONE, PLAIN, fix_lengths, join_all
+from enact_common.study.arms import LONGER, NONE, PLAIN, UNIFORM, fix_lengths, join_all
 from enact_common.study.presets import ARMS, Preset, Trial
 from enact_common.study.schedule import tasks_of
 from enact_common.study.training import Results, start_of
 
 FIGURES = ("AP", "AP50", "APS", "APM", "APL")
+
+# Changes that leave nothing to the scores.
+FIXED = {fix_lengths, join_all}
 
 
 def results_of(preset: Preset, trial: Trial, results: Results) -> dict[str, dict[int, dict[str, Any]]]:
@@ -57,12 +60,14 @@ def difference_text(value: tuple[float, float | None] | None) -> str:
     return f"{value[0]:+.1f}" + ("" if value[1] is None else f" ± {value[1]:.1f}")
 
 
-def accuracy_table(found: Mapping[str, Mapping[int, dict]], references: tuple[str, str]) -> str:
-    """COCO's figures of each arm, and how far its AP is from plain attention's and from average pooling's."""
+def accuracy_table(
+    shown: Mapping[str, Mapping[int, dict]], found: Mapping[str, Mapping[int, dict]], references: tuple[str, str]
+) -> str:
+    """COCO's figures of some arms, and how far their AP is from that of others among all that were found."""
     columns = {"arm": LEFT, "encoder attention": LEFT, "seeds": RIGHT, **dict.fromkeys(FIGURES, RIGHT)}
     columns |= {f"to `{name}`": RIGHT for name in references}
     rows = []
-    for name, by_seed in found.items():
+    for name, by_seed in shown.items():
         cells = [mean_and_spread([run["figures"][key] for run in by_seed.values()]) for key in FIGURES]
         against = [
             "" if name == other else difference_text(difference(by_seed, found.get(other, {}))) for other in references
@@ -73,7 +78,7 @@ def accuracy_table(found: Mapping[str, Mapping[int, dict]], references: tuple[st
 
 def follows_scores(name: str) -> bool:
     """Whether an arm's clusters follow learned scores, its windows' lengths at least."""
-    return name not in (PLAIN, NONE, LONGER) and not {fix_lengths, join_all} & set(ARMS[name].changes)
+    return name not in (PLAIN, NONE, LONGER) and not FIXED & set(ARMS[name].changes)
 
 
 def layers_text(values: Sequence[float | None], form: str) -> str:
@@ -138,34 +143,40 @@ def costs_table(found: Mapping[str, Mapping[int, dict]], trial: Trial, costs: Ma
 
 def title_of(trial: Trial) -> str:
     """What a trial is about."""
-    return f"{trial.variant} on {trial.source.name}" + ", plain attention converted" * bool(trial.label)
+    return f"{trial.variant} on {trial.source.name}"
 
 
 def trial_text(preset: Preset, trial: Trial, results: Results, costs: Mapping[str, Any]) -> str:
     """One trial's section."""
     found = results_of(preset, trial, results)
+    title = f"## {title_of(trial)}"
     if not found:
-        return f"## {title_of(trial)}\n\nNothing is done yet."
+        return f"{title}\n\nNothing is done yet."
     run = next(iter(next(iter(found.values())).values()))
     size = " x ".join(map(str, run["map_size"]))
     start = next((results.read(start_of(task)) for task in tasks_of(replace(preset, trials=(trial,)))), None)
     began = "All begin with random weights."
     if start is not None:
         began = (
-            f"All begin with the weights of one training without an encoder, on {start['images']:,} images (AP "
-            f"{100 * start['figures']['AP']:.1f}); the encoder's are random, and the seed's."
+            f"All begin with the weights of one training without attention in the encoder, on {start['images']:,} "
+            f"images (AP {100 * start['figures']['AP']:.1f} on images of its own kind); the encoder's attention is "
+            "random, and the seed's, but for its last projection, which is zero."
         )
-    title = f"## {title_of(trial)}"
-    trained = f"each arm is trained on {run['images']:,} images"
-    if trial.label:
-        trained = (
-            f"plain attention is trained on {run['images']:,} images, and what it has learned on a tenth of that more, "
-            "as it is or converted"
-        )
+    if trial.encoder_alone:
+        began += " The encoder alone is trained."
+    trained = {name: runs for name, runs in found.items() if not ARMS[name].begins_with}
+    converted = {name: runs for name, runs in found.items() if name not in trained}
     parts = [
         title,
-        f"Feature maps of {size} cells; {trained}. {began}",
-        accuracy_table(found, trial.references),
+        f"Feature maps of {size} cells; each arm is trained on {run['images']:,} images. {began}",
+        accuracy_table(trained, found, (PLAIN, UNIFORM)),
+    ]
+    if converted:
+        parts += [
+            "Plain attention as it came out of that, converted: as it is then, and after a tenth of the images more.",
+            accuracy_table(converted, found, (PLAIN, LONGER)),
+        ]
+    parts += [
         "Mean ± standard deviation over the seeds, in percent. To another arm: points of AP, the mean difference "
         "of the same seeds ± its standard error.",
         inside_table(found),
@@ -173,9 +184,9 @@ def trial_text(preset: Preset, trial: Trial, results: Results, costs: Mapping[st
         "an average (1: all alike); r: of a cell's information with being in an object's box. Before and after the "
         "training.",
     ]
-    if costs and not trial.label:
+    if costs:
         parts += [
-            costs_table(found, trial, costs),
+            costs_table(trained, trial, costs),
             f"Step: of the training here, batch and all, alone on the machine, and by how much it raises the peak. "
             f"Layer: forward and backward of one encoder layer of the published width on a map of "
             f"{' x '.join(map(str, preset.cost_map))} cells, batch {preset.cost_batch}, the median of the runs. "

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from enact_common.study.arms import (
     CONVERTED,
@@ -17,10 +18,10 @@ from enact_common.study.arms import (
     EqualShares,
     LearnedTemperature,
     MiddleAlone,
+    attend_to_nothing,
     fix_lengths,
     follow_hilbert,
     join_all,
-    scale_logits,
     weigh_by_size,
 )
 from enact_common.study.images import Photographs, Shapes
@@ -30,16 +31,19 @@ from enact_common.study.images import Photographs, Shapes
 TENTH = 0.1
 
 
-def conversions(kind: str, title: str, flags: tuple[str, ...] = (), changes: tuple[Change, ...] = ()) -> list[Arm]:
+def conversions(
+    kind: str, title: str, flags: tuple[str, ...] = (), changes: tuple[Change, ...] = (), trained: bool = True
+) -> list[Arm]:
     """Plain attention that has learned, converted: as it is then, and trained on.
 
     Args:
         kind: of clusters, for the arms' names; "" for ENACT's windows.
         title, flags, changes: as in `Arm`.
+        trained: the second too.
     """
     suffix = f"_{kind}" * bool(kind)
     made = []
-    for name, how, part in ((UNTRAINED, "untrained", 0.0), (CONVERTED, "a tenth longer", TENTH)):
+    for name, how, part in ((UNTRAINED, "untrained", 0.0), (CONVERTED, "a tenth longer", TENTH))[: 1 + trained]:
         lengths_of = name if fix_lengths in changes else None
         made.append(
             Arm(name + suffix, f"plain, converted to {title}, {how}", flags, changes, lengths_of, PLAIN, part, part)
@@ -47,9 +51,17 @@ def conversions(kind: str, title: str, flags: tuple[str, ...] = (), changes: tup
     return made
 
 
+# Attention as everybody else computes it: logits over the root of a head's width, values as they are.
+SCALED = ("--enact_scale_logits",)
+
 LIST = (
     Arm(PLAIN, "plain attention", ("--encoder_attention", "mhsa")),
-    Arm(NONE, "no encoder at all", ("--enc_layers", "0")),
+    Arm(
+        NONE,
+        "none: the encoder's feed-forward networks alone",
+        ("--encoder_attention", "mhsa"),
+        (attend_to_nothing,),
+    ),
     Arm(WINDOWS, "ENACT: windows, as published"),
     Arm("regions", "ENACT: regions", ("--enact_clusters", "regions")),
     Arm(
@@ -69,10 +81,18 @@ LIST = (
         changes=(fix_lengths, ChangeShares(MiddleAlone)),
         lengths_of=WINDOWS,
     ),
-    *conversions("", "ENACT's windows"),
     Arm("sigma_1", "windows of less smoothed information: shorter", ("--smoothing_sigma", "1")),
-    Arm("scaled", "windows, logits scaled", changes=(scale_logits,)),
     Arm("hilbert", "windows along a Hilbert curve", changes=(follow_hilbert,)),
+    Arm("scaled", "windows, logits scaled", SCALED),
+    Arm("scaled_sigma_1", "shorter windows, logits scaled", (*SCALED, "--smoothing_sigma", "1")),
+    Arm("scaled_hilbert", "windows along a Hilbert curve, logits scaled", SCALED, (follow_hilbert,)),
+    Arm(
+        "scaled_uniform",
+        "average pooling over windows of the same lengths, logits scaled",
+        SCALED,
+        (fix_lengths, ChangeShares(EqualShares)),
+        lengths_of="scaled",
+    ),
     Arm("temperature", "windows, shares with a learned temperature", changes=(ChangeShares(LearnedTemperature),)),
     Arm(
         "regions_by_size",
@@ -80,14 +100,16 @@ LIST = (
         ("--enact_clusters", "regions"),
         changes=(weigh_by_size,),
     ),
-    Arm("hilbert_scaled", "Hilbert windows, logits scaled", changes=(scale_logits, follow_hilbert)),
+    *conversions("", "ENACT's windows"),
     Arm(LONGER, "plain, a tenth longer", ("--encoder_attention", "mhsa"), begins_with=PLAIN, budget=TENTH, rate=TENTH),
-    *conversions("regions", "regions", ("--enact_clusters", "regions")),
     *conversions("sigma_1", "shorter windows", ("--smoothing_sigma", "1")),
     *conversions("hilbert", "windows along a Hilbert curve", changes=(follow_hilbert,)),
-    *conversions("uniform", "averages of the same lengths", changes=(fix_lengths, ChangeShares(EqualShares))),
-    *conversions("single", "the average of all tokens", changes=(join_all, ChangeShares(EqualShares))),
-    *conversions("strided", "every c-th token", changes=(fix_lengths, ChangeShares(MiddleAlone))),
+    *conversions("regions", "regions", ("--enact_clusters", "regions"), trained=False),
+    *conversions(
+        "uniform", "averages of the same lengths", changes=(fix_lengths, ChangeShares(EqualShares)), trained=False
+    ),
+    *conversions("strided", "every c-th token", changes=(fix_lengths, ChangeShares(MiddleAlone)), trained=False),
+    *conversions("single", "the average of all tokens", changes=(join_all, ChangeShares(EqualShares)), trained=False),
 )
 ARMS = {arm.name: arm for arm in LIST}
 
@@ -102,10 +124,11 @@ class Trial:
         arms: names in `ARMS`, the first one plain attention.
         flags: of the variant's command line, for all arms.
         images: that each is trained on, one counted as often as it is seen.
-        start_images: of the training without an encoder that all begin with; 0 to begin with random weights.
+        start_images: of the training without attention in the encoder that all begin with; 0 to begin with random
+            weights.
         seeds: how many.
-        backbone_of: the trial whose training without an encoder gives this one's its backbone; None for random weights.
-        label: of the trial, where another one has the same data and variant.
+        start_source, encoder_alone: as in `Task`.
+        backbone_of: the trial whose training without attention gives this one's its backbone; None for random weights.
     """
 
     source: Shapes | Photographs
@@ -115,18 +138,14 @@ class Trial:
     images: int
     start_images: int
     seeds: int
+    start_source: Shapes | Photographs | None = None
+    encoder_alone: bool = False
     backbone_of: "Trial | None" = None
-    label: str = ""
 
     @property
     def name(self) -> str:
         """In files."""
-        return f"{self.source.name}-{self.variant}{self.label}"
-
-    @property
-    def references(self) -> tuple[str, str]:
-        """The arms that all are compared with: plain attention, and average pooling."""
-        return (LONGER, "converted_uniform") if LONGER in self.arms else (PLAIN, UNIFORM)
+        return f"{self.source.name}-{self.variant}"
 
 
 @dataclass(frozen=True)
@@ -156,7 +175,7 @@ class Preset:
 
 # Cells of 4 pixels, 32 x 32 to 32 x 36 of them: on two CPU cores, a deeper backbone would leave no time for the rest.
 CPU_MODEL = (
-    "--backbone resnet18 --backbone_stages 1 --backbone_weights none --backbone_norm batch --enc_layers 2 "
+    "--backbone resnet18 --backbone_stages 1 --backbone_weights none --backbone_norm batch --enc_layers 1 "
     "--dec_layers 2 --hidden_dim 64 --nheads 4 --dim_feedforward 256 --dropout 0 --batch_size 4 --epochs 1 --lr 1e-3 "
     "--lr_backbone 1e-3 --lr_schedule cosine --warmup_steps 20 --bbox_loss_coef 1.25 --giou_loss_coef 0.5"
 )
@@ -173,51 +192,64 @@ QUERIES = {
     "anchor": "--num_query_position 36 --num_query_pattern 1 --no-dilation --spatial_prior grid",
 }
 
-# Trained for as long as each other.
-FROM_THE_START = tuple(arm.name for arm in LIST if arm.budget == 1 or arm.name == CONVERTED)
-# What a longer training of plain attention becomes.
-CONVERSIONS = (PLAIN, *(arm.name for arm in LIST if arm.begins_with))
-
 # Row-column attention over clusters: what is tried is what clusters are.
-ANCHOR_ARMS = (PLAIN, NONE, WINDOWS, "regions", "per_image", UNIFORM, "strided", CONVERTED)
+ANCHOR_ARMS = (PLAIN, NONE, WINDOWS, "regions", "per_image", UNIFORM, "strided", UNTRAINED, CONVERTED)
 
 
 def trials(
-    source: Shapes | Photographs, model: str, images: int, variants: Mapping[str, tuple[int, int]]
+    source: Shapes | Photographs,
+    model: str,
+    images: int,
+    variants: Mapping[str, tuple[int, int]],
+    start_source: Shapes | None = None,
+    encoder_alone: bool = False,
 ) -> tuple[Trial, ...]:
     """The trials of some variants on one data set.
 
     Args:
-        source, images: as in `Trial`.
+        source, images, start_source, encoder_alone: as in `Trial`.
         model: flags of all variants.
         variants: which, each with its `start_images` and `seeds`; where there are such images, the first one's training
             gives the others their backbone.
     """
     made: list[Trial] = []
     for variant, (start_images, seeds) in variants.items():
-        arms = ANCHOR_ARMS if variant == "anchor" else FROM_THE_START
+        arms = ANCHOR_ARMS if variant == "anchor" else tuple(ARMS)
         flags = tuple(f"{model} {QUERIES[variant]}".split())
         first = made[0] if made and start_images else None
-        made.append(Trial(source, variant, arms, flags, images, start_images, seeds, first))
+        made.append(
+            Trial(source, variant, arms, flags, images, start_images, seeds, start_source, encoder_alone, first)
+        )
     return tuple(made)
 
 
-def with_conversions(made: tuple[Trial, ...], images: int, seeds: int) -> tuple[Trial, ...]:
-    """Trials, and one more: the first one's variant, trained with plain attention on so many images, and converted."""
-    longer = replace(made[0], arms=CONVERSIONS, images=images, seeds=seeds, label="_converted")
-    return (*made, longer)
-
-
-CPU_SHAPES = Shapes(train=4000, val=250, height=192, widths=(192, 216), scale=2 / 3)
+CPU_SHAPES = Shapes(
+    train=6000, val=300, height=192, widths=(192, 216), scale=2 / 3, objects=(3, 7), object_size=(0.1, 0.75)
+)
 GPU_SHAPES = Shapes(
     train=8000, val=500, height=512, widths=(512, 576), scale=1, objects=(4, 16), object_size=(0.03, 0.6)
 )
 
+
+def in_context(shapes: Shapes) -> dict[str, Any]:
+    """The problem that takes attention: one object's dots speak for all objects of the image.
+
+    What the detectors begin with is to find objects, with and without dots, and to read an object's own dots. All of
+    them but the encoder stays as it is: to the decoder, an object must look as if it bore dots itself. So all that is
+    to be learned is what the encoder's attention brings.
+    """
+    own, others = replace(shapes, name="dots", dotted="some"), replace(shapes, name="context", dotted="one")
+    return {"source": others, "start_source": own, "encoder_alone": True}
+
+
 PRESETS = {
     "cpu": Preset(
-        # Without a trained backbone, Anchor DETR learns nothing in this time.
-        trials=with_conversions(
-            trials(CPU_SHAPES, CPU_MODEL, 2000, {"conditional": (18000, 2), "anchor": (14000, 1)}), images=8000, seeds=2
+        trials=trials(
+            model=CPU_MODEL,
+            images=2000,
+            # Without a trained backbone, Anchor DETR learns nothing in this time.
+            variants={"conditional": (16000, 3), "anchor": (12000, 3)},
+            **in_context(CPU_SHAPES),
         ),
         device="cpu",
         jobs=2,
@@ -225,8 +257,14 @@ PRESETS = {
         seconds=3240,
     ),
     "gpu": Preset(
-        trials=with_conversions(
-            trials(GPU_SHAPES, GPU_MODEL, 96000, {"conditional": (0, 3), "anchor": (0, 3)}), images=96000, seeds=3
+        trials=(
+            *trials(
+                model=GPU_MODEL,
+                images=48000,
+                variants={"conditional": (96000, 3), "anchor": (96000, 3)},
+                **in_context(GPU_SHAPES),
+            ),
+            *trials(GPU_SHAPES, GPU_MODEL, 96000, {"conditional": (0, 3), "anchor": (0, 3)}),
         ),
         device="cuda",
         jobs=3,

@@ -28,17 +28,13 @@ def task_of(trial: Trial, arm: str, seed: int, device: str) -> Task:
     before = None if first is None else start_of(task_of(first, arm, 0, device))
     return Task(
         trial.source, trial.variant, trial.flags, ARMS[arm], seed, trial.images, trial.start_images, device,
-        trial.label, before,
+        trial.start_source, trial.encoder_alone, before,
     )  # fmt: skip
 
 
-def begin_process(threads: int) -> None:
-    """What each process of the pool does first."""
+def run_task(task: Task, folder: Path, threads: int) -> tuple[str, float, float]:
+    """Train in a process of the pool: its name, the AP, and seconds."""
     torch.set_num_threads(threads)
-
-
-def run_task(task: Task, folder: Path) -> tuple[str, float]:
-    """Train in a process of the pool: the AP, and seconds."""
     begin = time.perf_counter()
     result = train(task, Results(folder))
     return task.name, result["figures"]["AP"], time.perf_counter() - begin
@@ -54,19 +50,16 @@ def run_trainings(preset: Preset, folder: Path, until: float) -> None:
     running: dict[Future, Task] = {}
     environment = {"OMP_NUM_THREADS": str(preset.threads)}
     os.environ.update(environment)
-    with ProcessPoolExecutor(
-        preset.jobs, get_context("spawn"), initializer=begin_process, initargs=(preset.threads,)
-    ) as pool:
+    with ProcessPoolExecutor(preset.jobs, get_context("spawn")) as pool:
         while waiting or running:
-            busy = {task.name for task in running.values()}
-            for task in list(waiting):
-                if len(running) >= preset.jobs or time.perf_counter() > until:
-                    break
-                if set(needed(task)) & (busy | {other.name for other in waiting}):
-                    continue
-                waiting.remove(task)
-                busy.add(task.name)
-                running[pool.submit(run_task, task, folder)] = task
+            undone = {task.name for task in (*running.values(), *waiting)}
+            ready = [task for task in waiting if not undone & set(needed(task))]
+            # What all others wait for has the machine to itself.
+            threads = preset.threads * (preset.jobs if not running and len(ready) == 1 else 1)
+            for task in ready[: preset.jobs - len(running)]:
+                if time.perf_counter() < until:
+                    waiting.remove(task)
+                    running[pool.submit(run_task, task, folder, threads)] = task
             if not running:
                 break
             done, _ = wait(running, return_when=FIRST_COMPLETED)

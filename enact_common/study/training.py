@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from enact_common.acceleration import prepare
+from enact_common.acceleration import BATCH_NORMS, prepare
 from enact_common.backbone import stride_of
 from enact_common.clustering import Segments, Windows
 from enact_common.data.categories import LabelMap
@@ -25,13 +25,13 @@ from enact_common.files import write_atomically
 from enact_common.inside import clusterings
 from enact_common.optimization import build_optimization
 from enact_common.pretrained import fit_weights
-from enact_common.study.arms import PLAIN, Arm, Setting
+from enact_common.study.arms import PLAIN, Arm, Setting, attend_to_nothing, begin_silently, encoder_layers
 from enact_common.study.images import TRAIN, VAL, Images, Photographs, Shapes, load_images
 from enact_common.study.presets import ARMS
 from enact_common.variants import load_variant
 
-# The training without an encoder whose weights all arms begin with.
-START = Arm("start", "no encoder", ("--enc_layers", "0"))
+# The training without attention in the encoder, whose weights all arms begin with.
+START = Arm("start", "no attention", ("--encoder_attention", "mhsa"), (attend_to_nothing,))
 
 # Steps between two notes of the clusters.
 NOTE_EVERY = 20
@@ -55,9 +55,10 @@ class Task:
         images: that an arm of budget 1 is trained on, one counted as often as it is seen.
         start_images: those of the training that all begin with; 0 for random weights.
         device: a device's name.
-        label: of the trial.
-        backbone_of: another variant's training without an encoder, whose backbone this variant's begins with; None for
-            random weights.
+        start_source: that training's data set, where it is another one.
+        encoder_alone: arms train their encoder, and leave the rest as it is.
+        backbone_of: another variant's such training, whose backbone this variant's begins with; None for random
+            weights.
     """
 
     source: Shapes | Photographs
@@ -68,15 +69,14 @@ class Task:
     images: int
     start_images: int
     device: str
-    label: str = ""
+    start_source: Shapes | Photographs | None = None
+    encoder_alone: bool = False
     backbone_of: "Task | None" = None
 
     @property
     def name(self) -> str:
         """Of its files."""
-        # All trials of a data set and variant begin with the same training.
-        label = "" if self.arm.name == START.name else self.label
-        return f"{self.source.name}-{self.variant}{label}-{self.arm.name}-{self.seed}"
+        return f"{self.source.name}-{self.variant}-{self.arm.name}-{self.seed}"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -87,9 +87,8 @@ class Task:
             "changes": [change.__name__ for change in self.arm.changes],
         }  # fmt: skip
         before = self.backbone_of and self.backbone_of.settings
-        own = {name: value for name, value in vars(self).items() if name != "label"}
-        changed = {"source": asdict(self.source), "arm": arm, "backbone_of": before}
-        return json.loads(json.dumps({**own, **changed}))
+        seen = {"source": asdict(self.source), "start_source": self.start_source and asdict(self.start_source)}
+        return json.loads(json.dumps({**vars(self), **seen, "arm": arm, "backbone_of": before}))
 
     def other(self, arm: Arm) -> "Task":
         """The same with another arm."""
@@ -159,7 +158,7 @@ def build(task: Task, classes: int, seed: int):
 def initial_weights(task: Task, classes: int, results: Results) -> dict[str, Tensor]:
     """The weights that all arms of a seed begin with, as a plain model has them.
 
-    Where there is a training without an encoder to begin with, all but the encoder is its.
+    Where there is a training without attention to begin with, all but the encoder's attention is its.
     """
     model, *_ = build(task.other(Arm(PLAIN, "", ("--encoder_attention", "mhsa"))), classes, task.seed)
     weights = model.state_dict()
@@ -183,12 +182,16 @@ def saved_weights(task: Task, results: Results) -> dict[str, Tensor]:
 
 def start_of(task: Task) -> Task:
     """The training that a training begins with: of seed 0 for all seeds."""
-    return replace(task, arm=START, seed=0, images=task.start_images)
+    source = task.start_source or task.source
+    return replace(
+        task, arm=START, seed=0, images=task.start_images, source=source, start_source=None, encoder_alone=False
+    )
 
 
 def prepared_model(task: Task, data: Images, map_size: tuple[int, int], results: Results):
     """The model of an arm with the weights that it begins with, its criterion, post-processing and arguments."""
     model, criterion, postprocessors, args = build(task, len(data.classes), task.seed)
+    layers = encoder_layers(model)
     weights = initial_weights(task, len(data.classes), results)
     own = model.state_dict()
     if task.arm.begins_with:
@@ -198,12 +201,25 @@ def prepared_model(task: Task, data: Images, map_size: tuple[int, int], results:
         {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape},
         strict=False,
     )
+    if task.start_images and task.arm.name != START.name and not task.arm.begins_with:
+        begin_silently(model)
     lengths: tuple[int, ...] = ()
     if task.arm.lengths_of:
         lengths = tuple(results.read(task.other(ARMS[task.arm.lengths_of]))["mean_lengths"])
     for change in task.arm.changes:
         change(model, Setting(lengths, map_size))
+    if task.encoder_alone:
+        model.requires_grad_(False)
+        layers.requires_grad_(True)
     return model, criterion, postprocessors, args
+
+
+def set_training(model: nn.Module, task: Task) -> None:
+    """Put a model into training mode, but batch norms that are left as they are."""
+    model.train()
+    for module in model.modules():
+        if task.encoder_alone and isinstance(module, BATCH_NORMS):
+            module.eval()
 
 
 class ClusterNotes:
@@ -255,8 +271,8 @@ def train(task: Task, results: Results) -> dict[str, Any]:
     model, criterion, postprocessors, args = prepared_model(task, data, map_size, results)
     prepare(model, args, device)
     criterion.to(device)
-    model.train()
     before = look(model, parts[VAL], map_size, args.amp)
+    set_training(model, task)
     notes = ClusterNotes(model)
 
     optimization = build_optimization(model, args, device)
@@ -314,8 +330,7 @@ def order_of(count: int, batch: int, seed: int) -> Iterator[Tensor]:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, postprocessors: Mapping[str, nn.Module], data: Images, device: torch.device, args):
-    """pycocotools' evaluation of a model on some images."""
-    was_training = model.training
+    """pycocotools' evaluation of a model on some images; it is left in evaluation mode."""
     model.eval()
     ids = [i + 1 for i in range(len(data.classes))]
     evaluator = CocoBoxEvaluator(LabelMap.from_dict({"category_ids": ids, "names": data.classes}))
@@ -324,7 +339,6 @@ def evaluate(model: nn.Module, postprocessors: Mapping[str, nn.Module], data: Im
         with autocast(device, args.amp):
             outputs = model(samples)
         evaluator.update(indices.tolist(), postprocessors["bbox"](outputs, data.original[indices].to(device)))
-    model.train(was_training)
     return evaluator.evaluate(data.truth())
 
 
@@ -371,7 +385,7 @@ def watched(model: nn.Module) -> Iterator[list[Watch]]:
 
 @torch.no_grad()
 def look(model: nn.Module, data: Images, map_size: tuple[int, int], amp: str) -> dict[str, list[float | None]]:
-    """What the encoder's layers take for informative, on some images.
+    """What the encoder's layers take for informative, on some images. The model is left in evaluation mode.
 
     Args:
         model: a detector.
@@ -384,7 +398,6 @@ def look(model: nn.Module, data: Images, map_size: tuple[int, int], amp: str) ->
         an image that are not padding, the mean over images; `inequality`, the mean over batches of `Watch`'s. None
         where there is none.
     """
-    was_training = model.training
     model.eval()
     cells: list[tuple[Tensor, Tensor]] = []
     with watched(model) as watches:
@@ -393,7 +406,6 @@ def look(model: nn.Module, data: Images, map_size: tuple[int, int], amp: str) ->
             with autocast(samples.tensors.device, amp):
                 model(samples)
             cells.append(tuple(part.flatten(1) for part in data.on_object(indices, map_size)))
-    model.train(was_training)
     inside, padding = (torch.cat(parts) for parts in zip(*cells, strict=True))
     return {
         "correlation": [correlation(torch.cat(watch.information), inside, padding) for watch in watches],
