@@ -12,6 +12,7 @@ from enact_common.arguments import CLUSTERING_FLAGS
 from enact_common.attention import EnactSelfAttention
 from enact_common.checkpoint import load_checkpoint
 from enact_common.clustering import EntropyClustering, count_regions, self_information, smooth
+from enact_common.inference import load_detector
 from enact_common.layers import clustering_settings
 from enact_common.variants import VARIANTS
 
@@ -267,6 +268,27 @@ def test_flags_are_stored_and_restored(variant, shapes, tmp_path, capfd):
     other = "--enact_clusters windows --no-enact_mask_padding --enact_max_clusters 0".split()
     assert run(variant, *argv, "--resume", checkpoint, "--eval", *other) == 0
     assert "clusters windows, per_image True)" in capfd.readouterr().out
+
+
+def test_scaled_logits_belong_to_the_weights(shapes, tmp_path, capfd):
+    """Unlike the other settings: a checkpoint works with what it was trained with alone."""
+    argv = ["--coco_path", shapes, *SMALL_MODEL["detr"], "--limit_val", "2"]
+    scaled = [*argv, "--enact_scale_logits"]
+    assert run("detr", *scaled, "--output_dir", tmp_path / "run", "--epochs", "1") == 0
+    checkpoint = tmp_path / "run" / "checkpoint.pth"
+    capfd.readouterr()
+    assert run("detr", *argv, "--resume", checkpoint, "--eval") == 2
+    assert "Pass, as then: --enact_scale_logits" in capfd.readouterr().err
+    assert run("detr", *scaled, "--resume", checkpoint, "--eval") == 0
+    assert "scale_logits True" in capfd.readouterr().out
+    assert load_detector(checkpoint, "cpu").model.transformer.encoder.layers[0].self_attn.scale_logits
+
+    # One from before the flag was trained without.
+    state = torch.load(checkpoint, weights_only=False)
+    args = dict(state["args"] if isinstance(state["args"], dict) else vars(state["args"]))
+    torch.save({**state, "args": {k: v for k, v in args.items() if k != "enact_scale_logits"}}, checkpoint)
+    assert run("detr", *scaled, "--resume", checkpoint, "--eval") == 2
+    assert "Pass, as then: no --enact_scale_logits" in capfd.readouterr().err
 
 
 def test_without_flags_nothing_is_on():

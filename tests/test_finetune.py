@@ -59,15 +59,18 @@ def plain(shapes, tmp_path_factory):
     return output
 
 
-@pytest.mark.parametrize("padding", [[], ["--enact_mask_padding"]], ids=["alike", "padded"])
+@pytest.mark.parametrize(
+    "own", [[], ["--enact_mask_padding"], ["--enact_scale_logits"]], ids=["alike", "padded", "scaled"]
+)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_plain_model_becomes_enact(variant, padding, clusters_of_one_token, caplog):
+def test_a_plain_model_becomes_enact(variant, own, clusters_of_one_token, caplog):
     caplog.set_level(logging.INFO, "enact")
     flags = ["--enc_layers", "2", *TOKENS[variant]]
     model, args = small(variant, "--encoder_attention", "mhsa", *flags)
     checkpoint = checkpoint_of(variant, shuffle_(model), args)
-    converted, args = small(variant, "--pretrained", "plain.pth", *flags, *padding)
+    converted, args = small(variant, "--pretrained", "plain.pth", *flags, *own)
     load_pretrained(converted, checkpoint, variant, args, LABELS)
+    padding = "--enact_mask_padding" in own
     sizes = [(64, 96), (80, 64)] if padding else [(64, 96), (64, 96)]
     images = nested_tensor_from_tensor_list([torch.randn(3, *size) for size in sizes])
     with torch.no_grad():

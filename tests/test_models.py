@@ -230,13 +230,22 @@ def test_separate_images_keep_levels_of_a_batch_apart(attention):
     assert differs == {0: True, 1: False}
 
 
-def test_anchor_detr_refuses_levels_that_differ_in_size():
-    args = parse("anchor", "--num_feature_levels", "3", "--no-dilation", "--coco_path", "x")
-    with pytest.raises(UserError, match="--num_feature_levels 3 needs --dilation"):
-        load_variant("anchor").main.get_args_parser().check(args)
-    args = parse("anchor", "--separate_images", "--coco_path", "x")
-    with pytest.raises(UserError, match="--separate_images has no effect"):
-        load_variant("anchor").main.get_args_parser().check(args)
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--num_feature_levels 3 --no-dilation", "--num_feature_levels 3 needs --dilation"),
+        ("--separate_images", "--separate_images has no effect"),
+        ("--enact_scale_logits", "--enact_scale_logits: row-column attention scales its logits .* leave it out"),
+        ("--enact_scale_logits --attention_type nn.MultiheadAttention", None),
+    ],
+)
+def test_anchor_detr_refuses_what_it_cannot_be_built_with(flags, message):
+    args = parse("anchor", *flags.split(), "--coco_path", "x")
+    check = load_variant("anchor").main.get_args_parser().check
+    if message is None:
+        return check(args)
+    with pytest.raises(UserError, match=message):
+        check(args)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -143,11 +143,13 @@ def test_of_pytorchs_transformer_the_encoder_alone_is_replaced(clusters_of_one_t
     close(model(source, target), plain(source, target))
 
 
+@pytest.mark.parametrize("scale_logits", [False, True], ids=["as_published", "scaled"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
-def test_a_strangers_encoder_computes_what_it_did(clusters_of_one_token, bias):
+def test_a_strangers_encoder_computes_what_it_did(clusters_of_one_token, bias, scale_logits):
     plain = trained(Stranger(bias=bias))
     model = copy.deepcopy(plain)
-    assert plug_in(model) == ["encoder.0.attn"]
+    assert plug_in(model, scale_logits=scale_logits) == ["encoder.0.attn"]
+    assert model.encoder[0].attn.scale_logits == scale_logits
     x = torch.randn(12, 2, 16)
     close(model(x), plain(x))
 

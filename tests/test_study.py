@@ -30,6 +30,7 @@ from enact_common.study.training import (
     look,
     order_of,
     prepared_model,
+    right_classes,
     set_training,
     start_of,
 )
@@ -125,7 +126,11 @@ def test_dots_tell_the_class_of_the_object_that_bears_them_or_of_all(dotted):
                 assert set(after[box][changed[box]].ravel().tolist()) == {list(DOTS.values())[label]}
                 bearers += 1
         assert changed.any() and bearers <= {"some": (len(objects) + 1) // 2, "one": 1}[dotted]
-        assert dotted == "some" or len(set(labels)) == 1
+        if dotted == "one":
+            x, y, w, h = min(objects, key=lambda found: found.area).bbox
+            rows, columns = changed.nonzero()
+            assert rows.min() >= y - 1 and rows.max() <= y + h and columns.min() >= x - 1 and columns.max() <= x + w
+            assert len(set(labels)) == 1
         seen |= set(labels)
     assert seen == {0, 1}
 
@@ -173,12 +178,7 @@ def test_with_clusters_of_one_token_an_arm_computes_plain_attention(arm):
     plain, ours = (build("conditional", *task_of(name).flags, *ARMS[name].flags)[0] for name in ("plain", arm))
     weights = plain.state_dict()
     for layer, attention in zip(plain.transformer.encoder.layers, ours.transformer.encoder.layers, strict=True):
-        converted = clustered(layer.self_attn, {"sigma": 3.0}).state_dict()
-        if "scaled" in arm:  # scaled as plain attention is, they take its weights as they are
-            width = layer.self_attn.head_dim
-            converted["W_q.weight"] *= width**0.5
-            converted["W_q.bias"] *= width**0.5
-            converted["W_o.weight"] /= width
+        converted = clustered(layer.self_attn, {"sigma": 3.0, "scale_logits": "scaled" in arm}).state_dict()
         attention.self_attn.load_state_dict(converted)
         attention.load_state_dict({k: v for k, v in layer.state_dict().items() if "self_attn" not in k}, strict=False)
     for change in ARMS[arm].changes:
@@ -300,6 +300,21 @@ def test_every_arm_is_known_and_comes_after_what_it_needs():
             assert all(names.index(name) < names.index(task.name) for name in before)
         assert len({trial.variant for trial in preset.trials}) >= 2
     assert len(ARMS) == len(LIST)
+
+
+def test_classes_are_right_where_a_box_covers_an_object():
+    boxes = torch.tensor([[0.25, 0.5, 0.5, 1.0], [0.3, 0.5, 0.5, 1.0], [0.8, 0.8, 0.2, 0.2]])
+    targets = [{"boxes": boxes[[0, 2]], "labels": torch.tensor([0, 1])}, {"boxes": boxes[:0], "labels": boxes[:0, 0]}]
+    # The second query covers the first object too, but less; the third object's query has half of its box.
+    predicted = torch.stack((boxes, boxes))
+    predicted[:, 2, 2] = 0.08
+    logits = torch.tensor([[2.0, 1.0, 9.0], [0.0, 1.0, 9.0], [0.0, 1.0, 9.0]]).expand(2, -1, -1)
+    outputs = {"pred_logits": logits, "pred_boxes": predicted}
+    assert right_classes(outputs, targets, 2) == [True]
+    predicted[:, 2, 2] = 0.12
+    assert right_classes(outputs, targets, 2) == [True, True]
+    targets[0]["labels"] = torch.tensor([1, 1])
+    assert right_classes(outputs, targets, 2) == [False, True]
 
 
 def test_differences_are_of_the_same_seeds():

@@ -23,7 +23,7 @@ from enact_common.study.arms import CONVERTED, NONE, PLAIN, UNIFORM, WINDOWS
 from enact_common.study.costs import measure_encoders, measure_step
 from enact_common.study.images import Photographs, Shapes, load_images
 from enact_common.study.page import write_page
-from enact_common.study.presets import ARMS, CPU_MODEL, GPU_MODEL, PRESETS, Preset, Trial, trials
+from enact_common.study.presets import ARMS, CPU_MODEL, GPU_MODEL, PRESETS, Preset, Trial, sources_of, trials
 from enact_common.study.schedule import run_trainings, tasks_of
 from enact_common.study.training import Results
 
@@ -171,10 +171,7 @@ def run(args: argparse.Namespace) -> int:
     device = find_device(preset.device)
     folder = Path(args.output_dir)
     make_folder(folder)
-    sources = {
-        source.name: source for trial in preset.trials for source in (trial.source, trial.start_source) if source
-    }
-    for source in sources.values():
+    for source in sources_of(preset):
         # Before any work, and once: the processes find what is drawn.
         load_images(source, folder / "data")
     run_trainings(preset, folder, begin + preset.seconds)

@@ -2,15 +2,43 @@
 
 import itertools
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from enact_common.plots.style import COLOURS, colour, save
 from enact_common.study.arms import PLAIN
+from enact_common.study.images import VAL, Shapes, draw_one
 
 Found = Mapping[str, Mapping[str, Mapping[int, dict]]]
+
+# Images of each kind that are shown.
+EXAMPLES = 5
+
+
+def draw_examples(sources: Sequence[Shapes], picture: Path) -> None:
+    """Images as the models see them, a row for each data set, with the boxes and classes of their objects.
+
+    Args:
+        sources: what is drawn.
+        picture: file to write.
+    """
+    figure = Figure(figsize=(2 * EXAMPLES, 2.1 * len(sources)), layout="constrained")
+    for row, source in zip(figure.subplots(len(sources), EXAMPLES, squeeze=False), sources, strict=True):
+        row[0].set_ylabel(source.name)
+        for axes, index in zip(row, range(EXAMPLES), strict=True):
+            image, _, objects, labels = draw_one(source, VAL, index)
+            axes.imshow(image)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            for found, label in zip(objects, labels, strict=True):
+                x, y, width, height = (source.scale * side for side in found.bbox)
+                axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour(label)))
+                frame = {"facecolor": colour(label), "edgecolor": "none", "pad": 1}
+                axes.text(x + 1, y, source.classes[label], fontsize=5, color="white", bbox=frame)
+    save(figure, picture)
 
 
 def draw_precision(found: Found, picture: Path) -> None:
@@ -34,7 +62,7 @@ def draw_precision(found: Found, picture: Path) -> None:
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xlabel("AP, percent")
-        axes.set_title(title.replace(", ", ",\n"), fontsize=10)
+        axes.set_title(title, fontsize=10)
         axes.grid(axis="x", alpha=0.3)
     save(figure, picture)
 
@@ -56,7 +84,7 @@ def draw_clusters(found: Found, picture: Path) -> None:
                 counts = [statistics.mean(run["clusters"][layer] for run in row) for row in rows]
                 label = name if layer == 0 else None
                 axes.plot(steps, counts, style, color=colour(i), linewidth=1.2, label=label)
-        axes.set_title(title.replace(", ", ",\n"), fontsize=10)
+        axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
         axes.set_ylabel("clusters an image")
         axes.set_ylim(bottom=0)

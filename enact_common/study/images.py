@@ -55,7 +55,7 @@ class Shapes:
         object_size: the least and the greatest extent, fractions of the height, log-uniform: many small, some large.
         name: for results.
         dotted: what an object's class is. None: its shape. "some": its own, and every second object bears the dots
-            that tell it. "one": that of the dots on one object of the image, which speaks for all.
+            that tell it. "one": that of the dots on the image's smallest object, which speaks for all.
     """
 
     train: int
@@ -232,10 +232,11 @@ def draw_one(source: Shapes, part: str, index: int) -> Drawn:
     labels = [found.class_index for found in objects]
     if source.dotted and objects:
         labels = rng.integers(len(DOTS), size=len(objects)).tolist()
-        bearers = rng.permutation(len(objects))
+        bearers = rng.permutation(len(objects))[::2].tolist()
         if source.dotted == "one":
-            labels, bearers = labels[:1] * len(objects), bearers[-1:]
-        for bearer in bearers[::2]:
+            labels = labels[:1] * len(objects)
+            bearers = [min(range(len(objects)), key=lambda i: objects[i].area)]
+        for bearer in bearers:
             add_dots(rng, image, objects[bearer], list(DOTS.values())[labels[bearer]])
     own = (round(width * source.scale), round(source.height * source.scale))
     return cv2.resize(image, own, interpolation=cv2.INTER_AREA), width, objects, labels

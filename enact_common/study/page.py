@@ -13,7 +13,8 @@ from typing import Any
 from enact_common.benchmark.report import LEFT, MIB, RIGHT, figure, markdown_table
 from enact_common.files import write_atomically
 from enact_common.study.arms import LONGER, NONE, PLAIN, UNIFORM, fix_lengths, join_all
-from enact_common.study.presets import ARMS, Preset, Trial
+from enact_common.study.images import Shapes
+from enact_common.study.presets import ARMS, Preset, Trial, sources_of
 from enact_common.study.schedule import tasks_of
 from enact_common.study.training import Results, start_of
 
@@ -64,11 +65,12 @@ def accuracy_table(
     shown: Mapping[str, Mapping[int, dict]], found: Mapping[str, Mapping[int, dict]], references: tuple[str, str]
 ) -> str:
     """COCO's figures of some arms, and how far their AP is from that of others among all that were found."""
-    columns = {"arm": LEFT, "encoder attention": LEFT, "seeds": RIGHT, **dict.fromkeys(FIGURES, RIGHT)}
+    columns = {"arm": LEFT, "encoder attention": LEFT, "seeds": RIGHT, **dict.fromkeys((*FIGURES, "class"), RIGHT)}
     columns |= {f"to `{name}`": RIGHT for name in references}
     rows = []
     for name, by_seed in shown.items():
         cells = [mean_and_spread([run["figures"][key] for run in by_seed.values()]) for key in FIGURES]
+        cells.append(mean_and_spread([run["right"] for run in by_seed.values()]))
         against = [
             "" if name == other else difference_text(difference(by_seed, found.get(other, {}))) for other in references
         ]
@@ -177,8 +179,9 @@ def trial_text(preset: Preset, trial: Trial, results: Results, costs: Mapping[st
             accuracy_table(converted, found, (PLAIN, LONGER)),
         ]
     parts += [
-        "Mean ± standard deviation over the seeds, in percent. To another arm: points of AP, the mean difference "
-        "of the same seeds ± its standard error.",
+        "Mean ± standard deviation over the seeds, in percent. Class: of the objects that a query's box covers (an IoU "
+        "of 0.5 or more), those whose class is right. To another arm: points of AP, the mean difference of the same "
+        "seeds ± its standard error.",
         inside_table(found),
         "Clusters of an image in each encoder layer; largest share: of a window's tokens, over what each would have in "
         "an average (1: all alike); r: of a cell's information with being in an object's box. Before and after the "
@@ -219,7 +222,7 @@ def write_page(preset: Preset, folder: Path, about: Mapping[str, Any]) -> Path:
     sections = [trial_text(preset, trial, results, costs) for trial in preset.trials]
     pictures = []
     if importlib.util.find_spec("matplotlib"):
-        from enact_common.study.charts import draw_clusters, draw_precision
+        from enact_common.study.charts import draw_clusters, draw_examples, draw_precision
 
         found = {title_of(trial): results_of(preset, trial, results) for trial in preset.trials}
         found = {name: arms for name, arms in found.items() if arms}
@@ -227,7 +230,9 @@ def write_page(preset: Preset, folder: Path, about: Mapping[str, Any]) -> Path:
             title: {name: runs for name, runs in arms.items() if follows_scores(name) and ARMS[name].rate}
             for title, arms in found.items()
         }
-        draw: dict[str, tuple[Callable, dict]] = {
+        drawn = {source.name: source for source in sources_of(preset) if isinstance(source, Shapes)}
+        draw: dict[str, tuple[Callable, Any]] = {
+            "images.png": (draw_examples, list(drawn.values())),
             "precision.png": (draw_precision, found),
             "clusters.png": (draw_clusters, {title: arms for title, arms in moving.items() if arms}),
         }

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_convert, box_iou
 
 from enact_common.acceleration import BATCH_NORMS, prepare
 from enact_common.backbone import stride_of
@@ -37,6 +38,9 @@ START = Arm("start", "no attention", ("--encoder_attention", "mhsa"), (attend_to
 NOTE_EVERY = 20
 
 EVALUATION_BATCH = 10
+
+# IoU from which a box covers an object.
+COVERED = 0.5
 
 # Batches of that size whose information is looked at.
 LOOKED_AT = 10
@@ -291,9 +295,8 @@ def train(task: Task, results: Results) -> dict[str, Any]:
     rows, lengths = notes.as_json(), notes.mean_lengths()
     for layer in notes.layers:
         layer.observer = None
-    evaluation = evaluate(model, postprocessors, parts[VAL], device, args)
     result = {
-        "figures": {name: float(value) for name, value in zip(FIGURES, evaluation.stats, strict=True)},
+        **evaluate(model, postprocessors, parts[VAL], device, args),
         "images": count * args.batch_size,
         "steps": count,
         "seconds": seconds,
@@ -329,17 +332,50 @@ def order_of(count: int, batch: int, seed: int) -> Iterator[Tensor]:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, postprocessors: Mapping[str, nn.Module], data: Images, device: torch.device, args):
-    """pycocotools' evaluation of a model on some images; it is left in evaluation mode."""
+def evaluate(
+    model: nn.Module, postprocessors: Mapping[str, nn.Module], data: Images, device: torch.device, args
+) -> dict[str, Any]:
+    """Evaluate a model on some images; it is left in evaluation mode.
+
+    Returns:
+        `figures`, pycocotools' by name; `right`, of the objects that some query's box covers (an IoU of 0.5 or more),
+        the fraction of which the best such query says the right class: what a detector knows of classes, whatever it
+        knows of boxes. None where none is covered.
+    """
     model.eval()
     ids = [i + 1 for i in range(len(data.classes))]
     evaluator = CocoBoxEvaluator(LabelMap.from_dict({"category_ids": ids, "names": data.classes}))
+    right: list[bool] = []
     for indices in data.batches(EVALUATION_BATCH):
-        samples, _ = data.batch(indices)
+        samples, targets = data.batch(indices)
         with autocast(device, args.amp):
             outputs = model(samples)
+        right += right_classes(outputs, targets, len(ids))
         evaluator.update(indices.tolist(), postprocessors["bbox"](outputs, data.original[indices].to(device)))
-    return evaluator.evaluate(data.truth())
+    stats = evaluator.evaluate(data.truth()).stats
+    figures = {name: float(value) for name, value in zip(FIGURES, stats, strict=True)}
+    return {"figures": figures, "right": float(np.mean(right)) if right else None}
+
+
+def right_classes(outputs: Mapping[str, Tensor], targets: list[dict[str, Tensor]], classes: int) -> list[bool]:
+    """Of each object that a query's box covers with an IoU of 0.5 or more, whether the best such query's class is
+    right.
+
+    Args:
+        outputs: `pred_logits` (batch, Q, classes or more), `pred_boxes` (batch, Q, 4), centre x, centre y, width,
+            height as fractions of the image.
+        targets: `labels` and `boxes` of each image's objects.
+        classes: how many there are.
+    """
+    found: list[bool] = []
+    for logits, boxes, target in zip(outputs["pred_logits"], outputs["pred_boxes"], targets, strict=True):
+        if len(target["labels"]) == 0:
+            continue
+        corners = (box_convert(part.float(), "cxcywh", "xyxy") for part in (boxes, target["boxes"]))
+        overlap, query = box_iou(*corners).max(dim=0)  # (objects,)
+        right = logits[query, :classes].argmax(dim=1) == target["labels"]
+        found += right[overlap >= COVERED].tolist()
+    return found
 
 
 class Watch:
