@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -315,6 +319,35 @@ def test_classes_are_right_where_a_box_covers_an_object():
     assert right_classes(outputs, targets, 2) == [True, True]
     targets[0]["labels"] = torch.tensor([1, 1])
     assert right_classes(outputs, targets, 2) == [False, True]
+
+
+POOL = """
+import os, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from enact_common.study.schedule import end_with_parent
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        time.sleep(600)
+"""
+
+
+def test_a_study_that_is_killed_leaves_no_process(tmp_path):
+    script = tmp_path / "pool.py"
+    script.write_text(POOL)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=environment) as study:
+        worker = int(study.stdout.readline())
+        study.kill()
+    for _ in range(100):
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the pool's process goes on")
 
 
 def test_differences_are_of_the_same_seeds():

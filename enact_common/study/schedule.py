@@ -1,9 +1,10 @@
 """Which trainings there are, and their turns: several side by side, each after those that it begins with."""
 
 import os
+import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
@@ -32,6 +33,16 @@ def task_of(trial: Trial, arm: str, seed: int, device: str) -> Task:
     )  # fmt: skip
 
 
+def end_with_parent() -> None:
+    """Let a process of the pool end when the study is killed, rather than wait for work for ever."""
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run_task(task: Task, folder: Path, threads: int) -> tuple[str, float, float]:
     """Train in a process of the pool: its name, the AP, and seconds."""
     torch.set_num_threads(threads)
@@ -50,7 +61,7 @@ def run_trainings(preset: Preset, folder: Path, until: float) -> None:
     running: dict[Future, Task] = {}
     environment = {"OMP_NUM_THREADS": str(preset.threads)}
     os.environ.update(environment)
-    with ProcessPoolExecutor(preset.jobs, get_context("spawn")) as pool:
+    with ProcessPoolExecutor(preset.jobs, get_context("spawn"), end_with_parent) as pool:
         while waiting or running:
             undone = {task.name for task in (*running.values(), *waiting)}
             ready = [task for task in waiting if not undone & set(needed(task))]
