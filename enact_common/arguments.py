@@ -10,6 +10,7 @@ from enact_common.backbone import ALL_STAGES, BACKBONES, NORMS, SHALLOW_BACKBONE
 from enact_common.clustering import CLUSTERS
 from enact_common.device import TORCH_VERSION
 from enact_common.errors import UserError
+from enact_common.hilbert import ORDERS, ROWS
 from enact_common.layers import ENCODER_ATTENTIONS
 from enact_common.optimization import AMP_DTYPE
 from enact_common.position_encoding import PositionEmbeddingLearned
@@ -44,7 +45,7 @@ MODEL_FLAGS = (
 ENACT_FLAGS = ("smoothing_sigma", "enact_scale_logits")
 
 # Flags of ENACT that any weights work with. One that is not given is taken from the checkpoint.
-CLUSTERING_FLAGS = ("enact_clusters", "enact_per_image", "enact_mask_padding", "enact_max_clusters")
+CLUSTERING_FLAGS = ("enact_clusters", "enact_order", "enact_per_image", "enact_mask_padding", "enact_max_clusters")
 
 # Booleans that can also be switched off, `--no-dilation`: a variant may have them on by default.
 NEGATABLE_FLAGS = ("dilation",)
@@ -272,6 +273,11 @@ def add_model_flags(group) -> None:
         "--enact_clusters", choices=CLUSTERS,
         help="ENACT: what is pooled, windows as long as the entropy's regions are on average, or each region itself; "
         f"default: the checkpoint's, else {CLUSTERS[0]}",
+    )  # fmt: skip
+    group.add_argument(
+        "--enact_order", choices=ORDERS,
+        help="ENACT: the tokens that follow each other are cells of a row, or of a Hilbert curve, so that clusters are "
+        f"compact patches; default: the checkpoint's, else {ROWS}",
     )  # fmt: skip
     group.add_argument(
         "--enact_per_image", action=argparse.BooleanOptionalAction, default=None,

@@ -12,6 +12,18 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+# How a map's cells follow each other where they are clustered: row by row, or along the curve.
+ORDERS = ROWS, HILBERT = ("rows", "hilbert")
+
+
+@lru_cache(maxsize=256)
+def hilbert_permutations(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`hilbert_order` on a device, kept for the next map of that size, and what puts cells back row by row."""
+    # What is kept serves training too, whoever asks first.
+    with torch.inference_mode(False):
+        order = hilbert_order(height, width).to(device)
+        return order, order.argsort()
+
 
 def hilbert_order(height: int, width: int) -> Tensor:
     """The cells of a map in the curve's order: int64 (height * width,), each cell's index row by row.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from enact_common.clustering import EntropyClustering, Segments, Windows
 from enact_common.errors import UserError
 from enact_common.files import write_file
+from enact_common.hilbert import HILBERT, ROWS, hilbert_permutations
 from enact_common.inference import Detections, LoadedDetector
 
 SHOWN = ("entropy", "clusters", "attention")
@@ -32,7 +33,8 @@ class ClusteredMaps:
 
     Attributes:
         information: float (levels, h, w), bits, smoothed: what the clusters and their weights come from.
-        clusters: int64 (levels, h, w), the cluster of each cell, from 0 in row-major order, or -1 where it is in none.
+        clusters: int64 (levels, h, w), the cluster of each cell, from 0 in the order that they are clustered in, or -1
+            where it is in none.
     """
 
     information: Tensor
@@ -104,6 +106,9 @@ def look_inside(detector: LoadedDetector, pixels: Tensor, queries: Tensor) -> In
         detector.model(detector.model_input(pixels))
 
     (size,), (call,) = maps, calls
+    if getattr(getattr(detector.model.transformer, "encoder", None), "order", ROWS) == HILBERT:
+        _, back = hilbert_permutations(*size, torch.device("cpu"))
+        clustered = [tuple(tensor[:, back] for tensor in tensors) for tensors in clustered]
     layers = [ClusteredMaps(*(tensor.unflatten(1, size) for tensor in tensors)) for tensors in clustered]
     if len(queries) == 0:
         return Inside(layers, torch.zeros(0, *size))

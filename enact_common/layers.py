@@ -66,6 +66,11 @@ def attention_settings(args) -> dict:
     return {**clustering_settings(args), "scale_logits": bool(getattr(args, "enact_scale_logits", False))}
 
 
+def encoder_settings(args) -> dict:
+    """All of the encoder's settings of ENACT that the arguments ask for, to be told."""
+    return {**attention_settings(args), "order": getattr(args, "enact_order", None)}
+
+
 def encoder_self_attention(
     kind: str,
     embed_dim: int,

@@ -66,7 +66,7 @@ from enact_common.evaluation.panoptic import (
     panoptic_text,
 )
 from enact_common.files import make_folder, write_file
-from enact_common.layers import attention_settings
+from enact_common.layers import encoder_settings
 from enact_common.logs import AverageMeter, RunLog, main_figure, setup_logging
 from enact_common.optimization import Optimization, build_optimization, drops_until, freeze
 from enact_common.pretrained import check_pretrained, load_pretrained
@@ -385,7 +385,7 @@ class Run:
         args, processes = self.args, get_world_size()
         attention = "row-column" if getattr(args, "attention_type", "") == "RCDA" else "multi-head"
         if args.encoder_attention == "enact":
-            settings = {name: value for name, value in attention_settings(args).items() if value}
+            settings = {name: value for name, value in encoder_settings(args).items() if value}
             if settings["clusters"] == "regions":
                 # Regions are an image's own in any case.
                 settings.pop("per_image", None)

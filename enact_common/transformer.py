@@ -6,6 +6,7 @@ Positional encodings are added to queries and keys in every attention of the enc
 import torch
 from torch import Tensor, nn
 
+from enact_common.hilbert import HILBERT, ROWS, hilbert_permutations
 from enact_common.layers import TransformerEncoderLayer, attention_settings, clone_layers, encoder_self_attention
 
 
@@ -16,25 +17,43 @@ class TransformerEncoder(nn.Module):
         encoder_layer: the layer, copied.
         num_layers: how many.
         norm: applied to the result; None for none.
+        order: one of `ORDERS`, in which the layers get the tokens: what their clusters are stretches of.
     """
 
-    def __init__(self, encoder_layer: nn.Module, num_layers: int, norm: nn.Module | None = None):
+    def __init__(self, encoder_layer: nn.Module, num_layers: int, norm: nn.Module | None = None, order: str = ROWS):
         super().__init__()
+        self.order = order
         self.layers = clone_layers(encoder_layer, num_layers)
         self.norm = norm
 
-    def forward(self, src: Tensor, key_padding_mask: Tensor | None = None, pos: Tensor | None = None) -> Tensor:
-        """(N, batch, d) to (N, batch, d); key_padding_mask (batch, N), pos (N, batch, d)."""
+    def forward(self, src: Tensor, key_padding_mask: Tensor, pos: Tensor, size: tuple[int, int]) -> Tensor:
+        """Encode a map's tokens.
+
+        Args:
+            src: (N, batch, d), row by row.
+            key_padding_mask: bool (batch, N), True where padded.
+            pos: (N, batch, d).
+            size: height and width of the map, N cells.
+
+        Returns:
+            (N, batch, d), row by row.
+        """
+        if self.order == HILBERT:
+            order, back = hilbert_permutations(*size, src.device)
+            src, pos = src.index_select(0, order), pos.index_select(0, order)
+            key_padding_mask = key_padding_mask.index_select(1, order)
         for layer in self.layers:
             src = layer(src, key_padding_mask=key_padding_mask, pos=pos)
-        return src if self.norm is None else self.norm(src)
+        if self.norm is not None:
+            src = self.norm(src)
+        return src.index_select(0, back) if self.order == HILBERT else src
 
 
 class Transformer(nn.Module):
     """Encodes a feature map and decodes object queries from it.
 
     Args:
-        encoder: (N, batch, d), a padding mask and positions to the memory (N, batch, d).
+        encoder: called as `TransformerEncoder`.
         decoder: called with the queries' content and the memory (both length first), the padding mask (batch, N), and
             the memory's and the queries' positions.
         d_model: channels d.
@@ -67,7 +86,7 @@ class Transformer(nn.Module):
         padded = mask.flatten(1)  # (batch, h w)
         query_pos = query_embed.unsqueeze(1).expand(-1, batch, -1)  # (Q, batch, d)
 
-        memory = self.encoder(tokens, key_padding_mask=padded, pos=pos)  # (h w, batch, d)
+        memory = self.encoder(tokens, padded, pos, (h, w))  # (h w, batch, d)
         decoded = self.decoder(torch.zeros_like(query_pos), memory, padded, pos, query_pos)
         return decoded, memory.permute(1, 2, 0).unflatten(2, (h, w))
 
@@ -88,4 +107,6 @@ def build_encoder(args, normalize_before: bool) -> TransformerEncoder:
         args.dropout,
         normalize_before,
     )
-    return TransformerEncoder(layer, args.enc_layers, nn.LayerNorm(args.hidden_dim) if args.pre_norm else None)
+    # Plain attention does not care.
+    order = (getattr(args, "enact_order", None) or ROWS) if args.encoder_attention == "enact" else ROWS
+    return TransformerEncoder(layer, args.enc_layers, nn.LayerNorm(args.hidden_dim) if args.pre_norm else None, order)

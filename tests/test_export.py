@@ -395,6 +395,7 @@ def test_int8_makes_smaller_files_that_nearly_agree(checkpoint_of, tmp_path):
     [
         ("mhsa", "", "--clusters 4", "--clusters: this is a plain model"),
         ("enact", "--enact_clusters regions", "--clusters 4", "pass --enact_clusters windows"),
+        ("enact", "--enact_order hilbert", "", "--enact_order hilbert: exported files cluster row by row alone"),
         ("enact", "--enact_mask_padding", "--clusters 4 --mask", "--clusters with --mask"),
         ("enact", "", "--clusters /nowhere/at/all", "--clusters /nowhere/at/all: neither a number"),
         ("enact", "", "--clusters 0", "--clusters 0: neither a number of at least 1"),

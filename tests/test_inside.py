@@ -21,6 +21,7 @@ from enact_common.clustering import self_information, smooth
 from enact_common.data.categories import LabelMap
 from enact_common.data.coco import decode_image
 from enact_common.errors import UserError
+from enact_common.hilbert import hilbert_order
 from enact_common.inference import Detections, LoadedDetector
 from enact_common.inside import (
     MAX_DETECTIONS,
@@ -41,7 +42,12 @@ CELLS = (8, 10)
 # Of each variant what its attention to the map or its clustering depends on.
 FLAGS = {
     "detr": ("", "--encoder_attention mhsa --pre_norm", "--enact_clusters regions --enact_mask_padding"),
-    "conditional": ("", "--encoder_attention mhsa --pre_norm", "--enact_max_clusters 5 --enact_per_image"),
+    "conditional": (
+        "",
+        "--encoder_attention mhsa --pre_norm",
+        "--enact_max_clusters 5 --enact_per_image",
+        "--enact_order hilbert",
+    ),
     "anchor": (
         "",
         "--encoder_attention mhsa",
@@ -74,6 +80,12 @@ def pixels(shapes):
 def map_size(variant: str, flags: str) -> tuple[int, int]:
     """Cells of the map: twice as many a side where the backbone is dilated."""
     return tuple(side * (2 if "--dilation" in flags else 1) for side in CELLS)
+
+
+def order_of(flags: str) -> torch.Tensor:
+    """The map's cells in the order that they are clustered in, int64 (h w,)."""
+    size = map_size("", flags)
+    return hilbert_order(*size) if "hilbert" in flags else torch.arange(size[0] * size[1])
 
 
 def values_of(attention, value):
@@ -166,7 +178,7 @@ def test_information_is_that_of_the_scored_tokens(variant, flags, pixels):
     assert len(seen) == len(expected) == 2
     for layer, information in zip(seen, expected, strict=True):
         assert layer.information.shape[1:] == layer.clusters.shape[1:] == map_size(variant, flags)
-        assert_close(layer.information.flatten(1), information)
+        assert_close(layer.information.flatten(1)[:, order_of(flags)], information)
 
 
 @pytest.mark.parametrize("variant, flags", CLUSTERED)
@@ -177,7 +189,8 @@ def test_clusters_are_those_of_the_definition(variant, flags, pixels):
         (int(after) for flag, after in itertools.pairwise(flags.split()) if flag == "--enact_max_clusters"), None
     )
     for layer in look_inside(loaded, pixels, torch.arange(1)).layers:
-        for information, clusters in zip(layer.information.flatten(1), layer.clusters.flatten(1), strict=True):
+        found = (tensor.flatten(1)[:, order_of(flags)] for tensor in (layer.information, layer.clusters))
+        for information, clusters in zip(*found, strict=True):
             lists = expected_clusters(information, kind, most)
             expected = torch.full_like(clusters, -1)
             for i, cells in enumerate(lists):

@@ -248,6 +248,11 @@ def test_anchor_detr_refuses_what_it_cannot_be_built_with(flags, message):
         check(args)
 
 
+def test_anchor_detr_clusters_row_by_row_alone():
+    with pytest.raises(UserError, match="--enact_order hilbert: Anchor DETR .* leave it out"):
+        build("anchor", *SMALL_MODEL["anchor"], "--enact_order", "hilbert")
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_shallow_backbones_are_refused_before_any_work(variant):
     args = parse(variant, "--coco_path", "x", "--backbone", "resnet18", "--dilation")

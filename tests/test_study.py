@@ -193,7 +193,7 @@ def test_with_clusters_of_one_token_an_arm_computes_plain_attention(arm):
     src, pos = torch.randn(2, 168, 2, 64)
     mask = torch.zeros(2, 168, dtype=torch.bool)
     with torch.no_grad():
-        expected, got = (m.transformer.encoder(src, key_padding_mask=mask, pos=pos) for m in (plain, ours))
+        expected, got = (m.transformer.encoder(src, mask, pos, (12, 14)) for m in (plain, ours))
     assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -222,7 +222,7 @@ def test_all_arms_begin_alike_and_see_the_same_images(tmp_path):
     assert len(names) > 50
     for model in models[1:]:
         assert all(model.state_dict()[name].equal(models[0].state_dict()[name]) for name in names)
-    inner = models[2].transformer.encoder.encoder.layers[0].self_attn
+    inner = models[2].transformer.encoder.layers[0].self_attn
     assert inner.W_q.weight.equal(models[1].transformer.encoder.layers[0].self_attn.W_q.weight)
     first, again, other = (
         [next(order).tolist() for _ in range(4)] for order in map(order_of, [6] * 3, [3] * 3, [1, 1, 2])

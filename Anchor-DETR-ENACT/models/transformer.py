@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from enact_common.acceleration import Recomputed
 from enact_common.boxes import boxes_at_points
 from enact_common.clustering import EntropyClustering
+from enact_common.errors import UserError
+from enact_common.hilbert import HILBERT
 from enact_common.layers import (
     MLP,
     PRIOR_LOGIT,
@@ -510,7 +512,13 @@ class Transformer(nn.Module):
 
 
 def build_transformer(args, num_classes: int) -> Transformer:
-    """The transformer that the arguments ask for."""
+    """The transformer that the arguments ask for.
+
+    Raises:
+        UserError: they ask for ENACT's clusters along a curve.
+    """
+    if getattr(args, "enact_order", None) == HILBERT and args.encoder_attention == "enact":
+        raise UserError(f"--enact_order {HILBERT}: Anchor DETR clusters its maps row by row alone: leave it out")
     return Transformer(
         d_model=args.hidden_dim,
         nhead=args.nheads,

@@ -8,7 +8,7 @@ from typing import Any
 from enact_common.arguments import CLUSTERING_FLAGS, ENACT_FLAGS
 from enact_common.compare.recorded import RecordedRun
 from enact_common.compare.tables import DASH, Cell, Table
-from enact_common.layers import attention_settings
+from enact_common.layers import encoder_settings
 
 # Said where nothing speaks against a comparison.
 EQUAL = "Equal terms: as far as is recorded, these runs differ in the encoder attention at most."
@@ -71,7 +71,7 @@ def enact_text(run: RecordedRun) -> str | None:
     """ENACT's settings in words; None where the run has none."""
     if run.args.get("encoder_attention") != "enact" or "smoothing_sigma" not in run.args:
         return None
-    settings = attention_settings(SimpleNamespace(**run.args))
+    settings = encoder_settings(SimpleNamespace(**run.args))
     words = [f"{name.replace('_', ' ')} {value_text(value)}" for name, value in settings.items() if value]
     return ", ".join(words).replace(" yes", "")
 

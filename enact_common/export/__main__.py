@@ -31,6 +31,7 @@ from enact_common.export.graph import (
     greatest_side,
 )
 from enact_common.files import check_no_folder, make_folder
+from enact_common.hilbert import ORDERS
 from enact_common.inference import LoadedDetector, load_detector
 
 # Outputs of a file may differ from PyTorch's by this much: other runtimes sum in another order.
@@ -93,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
 def add_clustering_flags(parser: argparse.ArgumentParser) -> None:
     """ENACT's settings, where they shall differ from the checkpoint's."""
     parser.add_argument("--enact_clusters", choices=CLUSTERS, help="ENACT: what is pooled; default: the checkpoint's")
+    parser.add_argument("--enact_order", choices=ORDERS, help="ENACT: in which cells follow each other; likewise")
     for flag, text in (
         ("per_image", "each image has its own window length"),
         ("mask_padding", "padding is not clustered"),

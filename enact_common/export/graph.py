@@ -13,6 +13,7 @@ from enact_common.backbone import stride_of
 from enact_common.boxes import box_cxcywh_to_xyxy
 from enact_common.clustering import EntropyClustering, Segments, Windows
 from enact_common.errors import UserError
+from enact_common.hilbert import HILBERT, ROWS
 from enact_common.inference import LoadedDetector
 from enact_common.position_encoding import PositionEmbeddingLearned
 from enact_common.recording import EXAMPLE_SIZE, TensorDetector
@@ -170,6 +171,11 @@ def check_interface(detector: LoadedDetector, interface: Interface, lengths: Seq
         raise UserError(
             f"--size {height} {width}: each must be from {LEAST_SIDE} to {interface.greatest_side} pixels for this "
             "model"
+        )
+    if detector.args.encoder_attention == "enact" and detector.args.enact_order == HILBERT:
+        raise UserError(
+            f"--enact_order {HILBERT}: exported files cluster row by row alone, pass --enact_order {ROWS}: the weights "
+            "work with either, but see with --eval what it changes"
         )
     if lengths is None:
         return

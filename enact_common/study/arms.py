@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from enact_common.hilbert import hilbert_order
 from enact_common.inside import clusterings
 
 PLAIN, NONE, WINDOWS, UNIFORM = "plain", "none", "windows", "uniform"
@@ -179,29 +178,3 @@ def weigh_by_size(model: nn.Module, setting: Setting) -> None:
     equation 1)."""
     for attention in clusterings(model):
         attention.weigh_by_size = True
-
-
-class AlongHilbertCurve(nn.Module):
-    """An encoder whose tokens come along a Hilbert curve.
-
-    Args:
-        encoder: as `enact_common.transformer.TransformerEncoder`; it does not care for the order but for its clusters.
-        map_size: height and width of all feature maps.
-    """
-
-    def __init__(self, encoder: nn.Module, map_size: tuple[int, int]):
-        super().__init__()
-        self.encoder = encoder
-        order = hilbert_order(*map_size)
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("back", order.argsort(), persistent=False)
-
-    def forward(self, src: Tensor, key_padding_mask: Tensor, pos: Tensor) -> Tensor:
-        """(N, batch, d) to (N, batch, d); key_padding_mask (batch, N), pos (N, batch, d)."""
-        mask, pos = key_padding_mask.index_select(1, self.order), pos.index_select(0, self.order)
-        return self.encoder(src.index_select(0, self.order), mask, pos).index_select(0, self.back)
-
-
-def follow_hilbert(model: nn.Module, setting: Setting) -> None:
-    """Windows are stretches of a Hilbert curve, patches of the image, rather than parts of rows."""
-    model.transformer.encoder = AlongHilbertCurve(model.transformer.encoder, setting.map_size)

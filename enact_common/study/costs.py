@@ -116,7 +116,7 @@ class EncoderStep:
         else:
             pos = positions.flatten(1, 2).transpose(0, 1)  # (N, batch, d)
             self.maps = self.maps.flatten(1, 2).transpose(0, 1).contiguous()  # (N, batch, d)
-            self.encode = lambda tokens: transformer.encoder(tokens, key_padding_mask=mask.flatten(1), pos=pos)
+            self.encode = lambda tokens: transformer.encoder(tokens, mask.flatten(1), pos, shape)
         self.maps.requires_grad_()
 
     def __call__(self) -> None:

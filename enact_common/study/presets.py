@@ -20,7 +20,6 @@ from enact_common.study.arms import (
     MiddleAlone,
     attend_to_nothing,
     fix_lengths,
-    follow_hilbert,
     join_all,
     weigh_by_size,
 )
@@ -53,6 +52,7 @@ def conversions(
 
 # Attention as everybody else computes it: logits over the root of a head's width, values as they are.
 SCALED = ("--enact_scale_logits",)
+CURVE = ("--enact_order", "hilbert")
 
 LIST = (
     Arm(PLAIN, "plain attention", ("--encoder_attention", "mhsa")),
@@ -82,10 +82,10 @@ LIST = (
         lengths_of=WINDOWS,
     ),
     Arm("sigma_1", "windows of less smoothed information: shorter", ("--smoothing_sigma", "1")),
-    Arm("hilbert", "windows along a Hilbert curve", changes=(follow_hilbert,)),
+    Arm("hilbert", "windows along a Hilbert curve", CURVE),
     Arm("scaled", "windows, logits scaled", SCALED),
     Arm("scaled_sigma_1", "shorter windows, logits scaled", (*SCALED, "--smoothing_sigma", "1")),
-    Arm("scaled_hilbert", "windows along a Hilbert curve, logits scaled", SCALED, (follow_hilbert,)),
+    Arm("scaled_hilbert", "windows along a Hilbert curve, logits scaled", (*SCALED, *CURVE)),
     Arm(
         "scaled_uniform",
         "average pooling over windows of the same lengths, logits scaled",
@@ -103,7 +103,7 @@ LIST = (
     *conversions("", "ENACT's windows"),
     Arm(LONGER, "plain, a tenth longer", ("--encoder_attention", "mhsa"), begins_with=PLAIN, budget=TENTH, rate=TENTH),
     *conversions("sigma_1", "shorter windows", ("--smoothing_sigma", "1")),
-    *conversions("hilbert", "windows along a Hilbert curve", changes=(follow_hilbert,)),
+    *conversions("hilbert", "windows along a Hilbert curve", CURVE),
     *conversions("regions", "regions", ("--enact_clusters", "regions"), trained=False),
     *conversions(
         "uniform", "averages of the same lengths", changes=(fix_lengths, ChangeShares(EqualShares)), trained=False

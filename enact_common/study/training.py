@@ -23,6 +23,7 @@ from enact_common.engine import TrainStep, autocast
 from enact_common.errors import UserError
 from enact_common.evaluation.coco import FIGURES, CocoBoxEvaluator
 from enact_common.files import write_atomically
+from enact_common.hilbert import HILBERT, ROWS, hilbert_permutations
 from enact_common.inside import clusterings
 from enact_common.optimization import build_optimization
 from enact_common.pretrained import fit_weights
@@ -382,7 +383,7 @@ class Watch:
     """Keeps what a clustering finds in each batch.
 
     Args:
-        order: of the tokens, int64 (N,), where they do not come row by row.
+        back: int64 (N,), what puts the tokens row by row; None where they come so.
 
     Attributes:
         information: (batch, N) of each batch, row by row, on the CPU.
@@ -390,26 +391,27 @@ class Watch:
             the windows; empty where clusters are no windows.
     """
 
-    def __init__(self, order: Tensor | None):
-        self.back = None if order is None else order.argsort()
+    def __init__(self, back: Tensor | None):
+        self.back = back
         self.information: list[Tensor] = []
         self.inequality: list[float] = []
 
     def __call__(self, information: Tensor, clusters: Windows | Segments) -> None:
-        information = information if self.back is None else information[:, self.back]
-        self.information.append(information.cpu())
+        information = information.cpu()
+        self.information.append(information if self.back is None else information[:, self.back])
         if isinstance(clusters, Windows):
             weights = clusters.weights
             self.inequality.append(float((weights.amax(dim=-1) * weights.shape[-1]).mean()))
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module) -> Iterator[list[Watch]]:
+def watched(model: nn.Module, map_size: tuple[int, int]) -> Iterator[list[Watch]]:
     """Within it, each clustering of a model has a `Watch` in place of its observer."""
     layers = clusterings(model)
-    order = getattr(getattr(model.transformer, "encoder", None), "order", None)
+    curved = getattr(getattr(model.transformer, "encoder", None), "order", ROWS) == HILBERT
+    back = hilbert_permutations(*map_size, torch.device("cpu"))[1] if curved else None
     before = [layer.observer for layer in layers]
-    watches = [Watch(order) for _ in layers]
+    watches = [Watch(back) for _ in layers]
     for layer, watch in zip(layers, watches, strict=True):
         layer.observer = watch
     try:
@@ -436,7 +438,7 @@ def look(model: nn.Module, data: Images, map_size: tuple[int, int], amp: str) ->
     """
     model.eval()
     cells: list[tuple[Tensor, Tensor]] = []
-    with watched(model) as watches:
+    with watched(model, map_size) as watches:
         for indices in itertools.islice(data.batches(EVALUATION_BATCH), LOOKED_AT):
             samples, _ = data.batch(indices)
             with autocast(samples.tensors.device, amp):
