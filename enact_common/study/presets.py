@@ -87,6 +87,16 @@ LIST = (
     Arm("scaled_sigma_1", "shorter windows, logits scaled", (*SCALED, "--smoothing_sigma", "1")),
     Arm("scaled_hilbert", "windows along a Hilbert curve, logits scaled", (*SCALED, *CURVE)),
     Arm(
+        "scaled_hilbert_sigma_1",
+        "shorter windows along a Hilbert curve, logits scaled",
+        (*SCALED, *CURVE, "--smoothing_sigma", "1"),
+    ),
+    Arm(
+        "scaled_hilbert_regions",
+        "regions along a Hilbert curve, logits scaled",
+        (*SCALED, *CURVE, "--enact_clusters", "regions"),
+    ),
+    Arm(
         "scaled_uniform",
         "average pooling over windows of the same lengths, logits scaled",
         SCALED,
