@@ -3,7 +3,6 @@
 import contextlib
 import io
 import os
-import pickle
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torchvision.transforms.v2 import functional as transforms
 from enact_common.data.coco import decode_image, load_annotations
 from enact_common.data.synthetic import SceneObject, draw_scene
 from enact_common.errors import UserError
-from enact_common.files import write_atomically
+from enact_common.files import read_tensors, write_atomically
 from enact_common.nested_tensor import NestedTensor
 
 TRAIN, VAL = "train", "val"
@@ -194,10 +193,7 @@ def load_images(source: Shapes | Photographs, cache: Path) -> dict[str, Images]:
         drawn = {part: vars(draw_images(source, part)) for part in (TRAIN, VAL)}
         cache.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: torch.save((str(source), drawn), file), sync=False)
-    try:
-        made_from, drawn = torch.load(path, weights_only=True)
-    except (RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path}: is damaged; remove it, and its images are drawn again") from error
+    made_from, drawn = read_tensors(path, "drawn images: remove it, and they are drawn again")
     if made_from != str(source):
         raise UserError(f"{path}: holds images of another preset; remove it, or choose another --output_dir")
     return {part: Images(**content) for part, content in drawn.items()}
