@@ -1,5 +1,6 @@
 """The study of accuracy: its arms, its images, its turns, and what it writes."""
 
+import itertools
 import json
 import math
 import os
@@ -379,6 +380,15 @@ def test_what_is_wrong_is_named(tmp_path, capsys):
     results.path(task).write_text("{")
     with pytest.raises(UserError, match="plain-0.json: is no result of a training .* remove it"):
         results.read(task)
+
+
+def test_without_time_nothing_is_trained_or_measured(tmp_path, capsys, monkeypatch):
+    # Each look at the clock comes hours after the last one.
+    monkeypatch.setattr(command.time, "perf_counter", itertools.count(0, 10_000).__next__)
+    argv = ["--preset", "cpu", "--output_dir", str(tmp_path), "--fraction", "0.002", "--variants", "conditional"]
+    assert command.main([*argv, "--arms", "plain", "--seeds", "1"]) == 0
+    assert "out of time: 2 trainings are left" in capsys.readouterr().out
+    assert not (tmp_path / "costs.json").exists() and "Nothing is done yet" in (tmp_path / "accuracy.md").read_text()
 
 
 @pytest.mark.slow

@@ -51,7 +51,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output_dir", required=True, metavar="DIR", default=argparse.SUPPRESS,
         help="results, a small JSON file of each training, and the page. What is done is not done again: on a machine "
-        "that keeps nothing, put results/ there first and fetch it afterwards",
+        "that keeps nothing, put results/ there first and fetch it afterwards, and weights/ too, or what others begin "
+        "with is trained again",
     )  # fmt: skip
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="of the preset's, these alone")
     parser.add_argument(
@@ -174,8 +175,9 @@ def run(args: argparse.Namespace) -> int:
     for source in sources_of(preset):
         # Before any work, and once: the processes find what is drawn.
         load_images(source, folder / "data")
-    run_trainings(preset, folder, begin + preset.seconds)
-    if not args.skip_costs:
+    left = run_trainings(preset, folder, begin + preset.seconds)
+    # Once, at the end: measuring would take up a slice of its own.
+    if not left and not args.skip_costs:
         measure_costs(preset, folder)
     about = {
         "command": f"python -m enact_common.study {shlex.join(args.argv)}",

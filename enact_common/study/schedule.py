@@ -51,8 +51,12 @@ def run_task(task: Task, folder: Path, threads: int) -> tuple[str, float, float]
     return task.name, result["figures"]["AP"], time.perf_counter() - begin
 
 
-def run_trainings(preset: Preset, folder: Path, until: float) -> None:
-    """Do what is not done, as many side by side as the preset says, until a time on `time.perf_counter`."""
+def run_trainings(preset: Preset, folder: Path, until: float) -> int:
+    """Do what is not done, as many side by side as the preset says, until a time on `time.perf_counter`.
+
+    Returns:
+        how many trainings are left.
+    """
     results = Results(folder)
     tasks = tasks_of(preset)
     starts = {start.name: start for start in map(start_of, tasks) if start.images}
@@ -80,6 +84,7 @@ def run_trainings(preset: Preset, folder: Path, until: float) -> None:
                 print(f"{name}: AP {precision:.3f}, {seconds:.0f} s; {len(waiting)} to begin", flush=True)
     if waiting:
         print(f"out of time: {len(waiting)} trainings are left; the same command goes on with them")
+    return len(waiting)
 
 
 def missing_weights(task: Task, tasks: list[Task], results: Results) -> bool:
