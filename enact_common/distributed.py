@@ -1,7 +1,9 @@
 """One process or many: start-up by torchrun, the main process, and the few collectives that are needed."""
 
+import gc
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -146,4 +148,21 @@ def lost_process(error: BaseException) -> bool:
 def leave_process_group() -> None:
     """End this process's part in the group, if there is one; the others must do so, too."""
     if is_distributed():
+        # The group's threads end with its last reference, and a model wrapped for it has one. Were they still there
+        # when Python ends, one that lets go of a tensor then would abort the process.
+        gc.collect()
         dist.destroy_process_group()
+
+
+def abandon_process_group(status: int) -> None:
+    """End this process at once with an exit status, if it is in a group; the others need not know.
+
+    They may wait in the middle of a step. They notice when this process ends, but not if it waits for them.
+    """
+    if is_distributed():
+        # What is left of loaders ends their processes.
+        gc.collect()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not by Python's own end, which the group's threads may not survive (see `leave_process_group`).
+        os._exit(status)

@@ -45,6 +45,7 @@ from enact_common.data.loading import make_loader, worker_death
 from enact_common.device import check_precision, find_device, peak_memory, start_counting_memory
 from enact_common.distributed import (
     SharedError,
+    abandon_process_group,
     failing_together,
     gather_objects,
     get_rank,
@@ -146,9 +147,10 @@ def main(
         status, problem, together = 1, f"stopped: {death or f'another process has ended, or hangs ({reason})'}", False
     if problem and (is_main_process() or not together):
         print(f"{parser.prog}: {problem}", file=sys.stderr)
-    # The others may wait in the middle of a step. They notice when this process ends, but not if it waits for them.
     if together:
         leave_process_group()
+    else:
+        abandon_process_group(status)
     return status
 
 

@@ -165,7 +165,12 @@ def test_signals_do_what_they_did_before_and_after():
 
 
 def test_ctrl_c_ends_without_a_traceback(shapes, tmp_path):
-    (process,) = start(1, "detr", shapes, tmp_path, *STEPS, "--epochs", "50", "--num_workers", "1")
+    # What a process ignores, those that it starts ignore: the tests may run in the background of a script.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        (process,) = start(1, "detr", shapes, tmp_path, *STEPS, "--epochs", "50", "--num_workers", "1")
+    finally:
+        signal.signal(signal.SIGINT, before)
     wait_for_line(process, "epoch 1 [ 2/12]")
     os.killpg(process.pid, signal.SIGINT)
     assert end([process]) == [130]
@@ -173,9 +178,42 @@ def test_ctrl_c_ends_without_a_traceback(shapes, tmp_path):
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 0
 
 
+# What a process that is started runs first: as it ends, it writes the names of its threads.
+TELL_THREADS = """
+import atexit, os, time
+from pathlib import Path
+
+def names():
+    for task in os.listdir("/proc/self/task"):
+        try:
+            yield Path(f"/proc/self/task/{task}/comm").read_text()
+        except OSError:
+            # It ended just now.
+            pass
+
+def tell():
+    # The system lists threads for a moment longer than they run.
+    deadline = time.monotonic() + 2
+    while any("gloo" in name for name in names()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    Path(__file__).with_name(f"threads_{os.getpid()}").write_text("".join(names()))
+
+atexit.register(tell)
+"""
+
+
+@pytest.fixture
+def threads_at_the_end(tmp_path_factory, monkeypatch):
+    """From a started process to the names of the threads that it had as Python ended."""
+    folder = tmp_path_factory.mktemp("threads")
+    (folder / "sitecustomize.py").write_text(TELL_THREADS)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))))
+    return lambda process: (folder / f"threads_{process.pid}").read_text().split()
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_full_disk_is_said_and_the_old_checkpoint_stays(shapes, tmp_path, processes):
+def test_a_full_disk_is_said_and_the_old_checkpoint_stays(shapes, tmp_path, threads_at_the_end, processes):
     assert train("detr", shapes, tmp_path, "--epochs", "1", "--limit_val", "1") == 0
     latest = tmp_path / "checkpoint.pth"
     before = latest.read_bytes()
@@ -187,6 +225,8 @@ def test_a_full_disk_is_said_and_the_old_checkpoint_stays(shapes, tmp_path, proc
     complaints = "".join(process.complained for process in running)
     assert complaints.count(f"{latest}: cannot be written (No space left on device); what it held before") == 1
     assert "Traceback" not in complaints and latest.read_bytes() == before
+    # A thread of the process group that is still there may abort the process.
+    assert not [name for process in running for name in threads_at_the_end(process) if "gloo" in name]
     # With room again, it goes on.
     assert train("detr", shapes, tmp_path, *argv[:-2], "--epochs", "2") == 0
     assert [row["epoch"] for row in read_log(tmp_path)] == [0, 1]
