@@ -45,7 +45,9 @@ MODEL_FLAGS = (
 ENACT_FLAGS = ("smoothing_sigma", "enact_scale_logits")
 
 # Flags of ENACT that any weights work with. One that is not given is taken from the checkpoint.
-CLUSTERING_FLAGS = ("enact_clusters", "enact_order", "enact_per_image", "enact_mask_padding", "enact_max_clusters")
+CLUSTERING_FLAGS = (
+    "enact_clusters", "enact_order", "enact_per_image", "enact_mask_padding", "enact_max_clusters", "enact_temperature",
+)  # fmt: skip
 
 # Booleans that can also be switched off, `--no-dilation`: a variant may have them on by default.
 NEGATABLE_FLAGS = ("dilation",)
@@ -292,6 +294,12 @@ def add_model_flags(group) -> None:
         "--enact_max_clusters", type=natural_int, metavar="M",
         help="ENACT: clusters grow until there are at most so many, whatever the image's size; 0 sets no limit; "
         "default: the checkpoint's, else none",
+    )  # fmt: skip
+    group.add_argument(
+        "--enact_temperature", type=non_negative_float, metavar="T",
+        help="ENACT: a token's share in its cluster follows from its information over T times the image's mean of it, "
+        "so that the more informative count more; 0: from the information itself, in bits, which makes all but equal "
+        "shares, as published; default: the checkpoint's, else 0",
     )  # fmt: skip
     group.add_argument(
         "--enact_scale_logits", action="store_true",

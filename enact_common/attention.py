@@ -28,7 +28,7 @@ class EnactSelfAttention(EntropyClustering):
         dropout: probability of dropping an attention weight in training. The reference has none.
         sigma: standard deviation of the information's smoothing, tokens.
         batch_first: tensors are (batch, N, d) rather than (N, batch, d).
-        clusters, per_image, mask_padding, max_clusters: as in `EntropyClustering`.
+        clusters, per_image, mask_padding, max_clusters, temperature: as in `EntropyClustering`.
         scale_logits: scale the logits by e^-0.5 and leave the attended values as they are, as plain attention does. No
             weights of the reference's were trained so; trained anew, it learns better (docs/accuracy.md).
 
@@ -57,9 +57,10 @@ class EnactSelfAttention(EntropyClustering):
         per_image: bool = False,
         mask_padding: bool = False,
         max_clusters: int | None = None,
+        temperature: float | None = None,
         scale_logits: bool = False,
     ):
-        super().__init__(embed_dim, sigma, clusters, per_image, mask_padding, max_clusters)
+        super().__init__(embed_dim, sigma, clusters, per_image, mask_padding, max_clusters, temperature)
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim ({embed_dim}) must be a multiple of num_heads ({num_heads})")
         self.embed_dim = embed_dim

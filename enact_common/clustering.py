@@ -26,6 +26,12 @@ PROBABILITY_FLOOR = 1e-8
 # Elements of an intermediate in the gradient of segments: small against the tokens, large against a kernel's launch.
 GRADIENT_PART = 2**20
 
+# Of information over its mean: beyond it, the exponentials of many tokens might add up to more than float32 holds.
+GREATEST_LOGIT = 60.0
+
+# bits: less than any mean that is not rounding alone, which for N tokens is about log2(N) / N.
+LEAST_MEAN = 1e-6
+
 # What a cluster is: a window as long as the regions are on average, or a region itself.
 CLUSTERS = ("windows", "regions")
 
@@ -188,7 +194,7 @@ class Segments:
     not listed.
 
     Args:
-        information: (batch, N), smoothed; each cluster's softmax of it makes the weights of its tokens.
+        logits: (batch, N), at most `GREATEST_LOGIT`; each cluster's softmax of them makes the weights of its tokens.
         token: int64 (batch, N), which token each place is about: its index in the image.
         cluster: int64 (batch, N), the cluster of each place, not falling along the places that are kept.
         kept: bool (batch, N), whether the place's token is in a cluster.
@@ -199,8 +205,8 @@ class Segments:
         padding_mask: bool (batch, M), True where an image has no such cluster; None where all have M.
     """
 
-    def __init__(self, information: Tensor, token: Tensor, cluster: Tensor, kept: Tensor, num_clusters: Tensor):
-        batch, num_tokens = information.shape
+    def __init__(self, logits: Tensor, token: Tensor, cluster: Tensor, kept: Tensor, num_clusters: Tensor):
+        batch, num_tokens = logits.shape
         # The one read-back: shapes depend on it.
         counts, listed = torch.stack((num_clusters, kept.sum(dim=1))).tolist()
         self.shape = batch, max(counts)
@@ -212,8 +218,8 @@ class Segments:
         every = torch.arange(batch * self.shape[1], device=token.device)
         self.first = torch.searchsorted(self.cluster, every)  # (batch M,), where each cluster begins in the list
 
-        # Information is at most 0.54 bits: its exponential needs no shift.
-        share = information.flatten()[place].exp()
+        # So small that their exponentials need no shift.
+        share = logits.flatten()[place].exp()
         total = share.new_zeros(len(every)).index_add(0, self.cluster, share)
         self.weights = share / total[self.cluster]
         self.padding_mask: Tensor | None = None
@@ -255,21 +261,21 @@ class RecordedSegments:
     """`Segments` in a graph that is being recorded: in each token's place, with one more cluster for those in none.
 
     Args:
-        information, token, cluster, kept, num_clusters: as in `Segments`.
+        logits, token, cluster, kept, num_clusters: as in `Segments`.
 
     Attributes:
         padding_mask: bool (batch, M), True where an image has no such cluster.
     """
 
-    def __init__(self, information: Tensor, token: Tensor, cluster: Tensor, kept: Tensor, num_clusters: Tensor):
-        batch, num_tokens = information.shape
+    def __init__(self, logits: Tensor, token: Tensor, cluster: Tensor, kept: Tensor, num_clusters: Tensor):
+        batch, num_tokens = logits.shape
         most = size_from_data(num_clusters.max(), num_tokens)
         self.shape = batch, most
         image = torch.arange(batch, device=token.device).unsqueeze(1)
         # Those in none go behind all images' clusters.
         cluster = (image * most + cluster).where(kept, batch * most)
         self.cluster = torch.zeros_like(token).scatter(1, token, cluster).flatten()  # (batch N,)
-        share = torch.zeros_like(information).scatter(1, token, information).exp()  # (batch, N)
+        share = torch.zeros_like(logits).scatter(1, token, logits).exp()  # (batch, N)
         total = self.add_up(share.flatten())  # (batch M + 1,)
         self.weights = share / total.index_select(0, self.cluster).view_as(share)  # (batch, N)
         self.padding_mask = torch.arange(most, device=token.device) >= num_clusters.unsqueeze(1)
@@ -348,18 +354,22 @@ class EntropyClustering(nn.Module):
             without it.
         max_clusters: clusters grow until there are at most so many an image: longer windows, or as many neighbouring
             regions together as it takes. None sets no limit.
+        temperature: above 0; tokens' shares in their cluster are the softmax of the information over so many times its
+            mean in the image, so that they can differ. None: of the information itself, in bits, as published; of N
+            tokens that score alike each has log2(N) / N bits, so shares are all but equal, whatever the scores.
 
     Attributes:
         fixed_length: None; or the length of all windows, tokens, whatever the information says: for graphs without
             sizes that depend on data (`enact_common.export`). Padding is then clustered like any other token.
         weight_logits: None; or what makes of the information, smoothed, the logits of its tokens' shares in their
             cluster, to try other weights (`enact_common.study`): windows come cut, (batch, M, length), other clusters
-            as (batch, N), for which the result must be small enough for its exponential. A module trains along.
+            as (batch, N), for which the result must be at most `GREATEST_LOGIT`. In place of a temperature. A module
+            trains along.
         observer: None; or what is called at the end of every clustering, to look on: with the smoothed information
             (batch, N), bits, each token in its place and zero where padding is masked, and with the clusters.
 
     Raises:
-        ValueError: no such kind of clusters, or `max_clusters` is below 1.
+        ValueError: no such kind of clusters, `max_clusters` is below 1, or the temperature is not above 0.
     """
 
     fixed_length: int | None = None
@@ -374,17 +384,21 @@ class EntropyClustering(nn.Module):
         per_image: bool = False,
         mask_padding: bool = False,
         max_clusters: int | None = None,
+        temperature: float | None = None,
     ):
         super().__init__()
         if clusters not in CLUSTERS:
             raise ValueError(f"clusters must be one of {', '.join(CLUSTERS)}, got {clusters!r}")
         if max_clusters is not None and max_clusters < 1:
             raise ValueError(f"max_clusters must be at least 1, or None for no limit, got {max_clusters}")
+        if temperature is not None and not temperature > 0:
+            raise ValueError(f"temperature must be above 0, or None for the published shares, got {temperature}")
         self.sigma = sigma
         self.clusters = clusters
         self.per_image = per_image
         self.mask_padding = mask_padding
         self.max_clusters = max_clusters
+        self.temperature = temperature
         # Of the object: one of the class would hide a module that takes its place.
         self.weight_logits = None
         self.W_prob = nn.Linear(embed_dim, 1)
@@ -434,8 +448,11 @@ class EntropyClustering(nn.Module):
         if common or self.fixed_length is not None:
             information = smooth(self_information(logits), self.kernel)  # (batch, N)
             length = self.common_length(information)
-            cut = cut_windows(information, length)  # (batch, M, length)
-            windows = Windows((cut if self.weight_logits is None else self.weight_logits(cut)).softmax(dim=-1))
+            if self.weight_logits is None:
+                logits = cut_windows(self.share_logits(information), length)  # (batch, M, length)
+            else:
+                logits = self.weight_logits(cut_windows(information, length))
+            windows = Windows(logits.softmax(dim=-1))
             if self.observer is not None:
                 self.observer(information, windows)
             return windows
@@ -453,15 +470,35 @@ class EntropyClustering(nn.Module):
             logits = logits.gather(1, token).masked_fill(~present, torch.finfo(logits.dtype).min)
             information = smooth(self_information(logits) * present, self.kernel) * present
         borders = region_borders(information) & present[:, 1:]  # (batch, N - 1)
+        tokens = present.sum(dim=1)  # (batch,)
         if self.clusters == "regions":
             kept, cluster, count = present, *self.join_regions(borders)
         else:
-            kept, cluster, count = self.cut_by_length(place, present.sum(dim=1), borders.sum(dim=1) + 1)
-        logits = information if self.weight_logits is None else self.weight_logits(information)
+            kept, cluster, count = self.cut_by_length(place, tokens, borders.sum(dim=1) + 1)
+        if self.weight_logits is None:
+            logits = self.share_logits(information, tokens)
+        else:
+            logits = self.weight_logits(information)
         segments = (RecordedSegments if recording() else Segments)(logits, token, cluster, kept, count)
         if self.observer is not None:
             self.observer(torch.empty_like(information).scatter(1, token, information), segments)
         return segments
+
+    def share_logits(self, information: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """The logits of tokens' shares in their clusters.
+
+        Args:
+            information: (batch, N), smoothed, zero where padding is masked.
+            tokens: int64 (batch,), how many of an image's N are no padding; None for all.
+
+        Returns:
+            (batch, N), at most `GREATEST_LOGIT`. To the gradient, the mean is a constant.
+        """
+        if self.temperature is None:
+            return information
+        count = information.shape[1] if tokens is None else tokens.clamp(min=1).unsqueeze(1)
+        mean = information.detach().sum(dim=1, keepdim=True) / count  # (batch, 1)
+        return (information / (self.temperature * mean.clamp(min=LEAST_MEAN))).clamp(max=GREATEST_LOGIT)
 
     def common_length(self, information: Tensor) -> int:
         """The length of all windows of a batch, for its information (batch, N), smoothed."""
@@ -519,4 +556,5 @@ class EntropyClustering(nn.Module):
     def extra_repr(self) -> str:
         options = f"sigma={self.sigma}, clusters={self.clusters}"
         options += ", per_image" * self.per_image + ", mask_padding" * self.mask_padding
-        return options + (f", max_clusters={self.max_clusters}" if self.max_clusters is not None else "")
+        options += f", max_clusters={self.max_clusters}" if self.max_clusters is not None else ""
+        return options + (f", temperature={self.temperature}" if self.temperature is not None else "")

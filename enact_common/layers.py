@@ -58,6 +58,7 @@ def clustering_settings(args) -> dict:
         "per_image": bool(getattr(args, "enact_per_image", None)),
         "mask_padding": bool(getattr(args, "enact_mask_padding", None)),
         "max_clusters": getattr(args, "enact_max_clusters", None) or None,
+        "temperature": getattr(args, "enact_temperature", None) or None,
     }
 
 

@@ -98,6 +98,7 @@ def plug_in(
     per_image: bool = False,
     mask_padding: bool = False,
     max_clusters: int | None = None,
+    temperature: float | None = None,
     scale_logits: bool = False,
 ) -> list[str]:
     """Replace the encoder self-attention of any model by ENACT's, in place, with the weights that it has.
@@ -115,7 +116,7 @@ def plug_in(
         sigma: standard deviation of the information's smoothing, tokens.
         where: which attention modules to replace: a regular expression that the whole dotted name matches, or a
             function (name, module) -> bool. None for those which `in_encoder` finds and that can be replaced.
-        clusters, per_image, mask_padding, max_clusters: as in `EntropyClustering`.
+        clusters, per_image, mask_padding, max_clusters, temperature: as in `EntropyClustering`.
         scale_logits: as in `EnactSelfAttention`. It does not change what the model computes, but how it trains on.
 
     Returns:
@@ -143,6 +144,7 @@ def plug_in(
         "per_image": per_image,
         "mask_padding": mask_padding,
         "max_clusters": max_clusters,
+        "temperature": temperature,
         "scale_logits": scale_logits,
     }
     # All are made before the first takes its place; an attention that layers share stays shared.

@@ -53,9 +53,9 @@ def expected_clusters(information, clusters, max_clusters):
 
 
 @pytest.mark.parametrize("combination", INDEPENDENT, ids=name)
-@pytest.mark.parametrize("sigma", [0.5, 1.5])
-def test_each_image_is_clustered_by_the_definition(combination, sigma):
-    layer = EntropyClustering(6, sigma, **combination).double()
+@pytest.mark.parametrize("sigma, temperature", [(0.5, None), (1.5, 0.2), (1.5, None)])
+def test_each_image_is_clustered_by_the_definition(combination, sigma, temperature):
+    layer = EntropyClustering(6, sigma, **combination, temperature=temperature).double()
     tokens, mask = torch.randn(3, 60, 6, dtype=torch.float64), torch.zeros(3, 60, dtype=torch.bool)
     # The padding of a map of 6 x 10 at its right and bottom.
     mask[1] = torch.ones(6, 10).index_fill(1, torch.arange(7), 0).bool().flatten()
@@ -66,7 +66,8 @@ def test_each_image_is_clustered_by_the_definition(combination, sigma):
         own = tokens[i, ~mask[i]]
         information = smooth(self_information(layer.W_prob(own).T), layer.kernel)[0]
         lists = expected_clusters(information, combination["clusters"], combination["max_clusters"])
-        expected = torch.stack([information[part].softmax(0) @ own[part] for part in lists])
+        logits = information / (temperature * information.mean()) if temperature else information
+        expected = torch.stack([logits[part].softmax(0) @ own[part] for part in lists])
         assert_close(pooled[i, : len(lists)], expected)
         assert pooled[i, len(lists) :].abs().sum() == 0
         if padding_mask is not None:
@@ -82,6 +83,42 @@ def test_one_image_has_the_same_windows_in_all_modes(most):
         layer.load_state_dict(layers[0].state_dict())
         for mask in (None, torch.zeros(1, 83, dtype=torch.bool)):
             assert_close(layer(tokens, key_padding_mask=mask)[0], layers[0](tokens)[0])
+
+
+def test_temperature_lets_shares_differ():
+    """Of two images, each by its own mean; the published shares are all but equal."""
+    tokens = torch.randn(2, 1000, 8)
+    published = EntropyClustering(8, 1.0)
+    layers = {t: EntropyClustering(8, 1.0, temperature=t) for t in (1e9, 1.0, 0.1)}
+    shares = {None: published.cluster(tokens).weights}
+    information = smooth(self_information(published.W_prob(tokens).squeeze(-1)), published.kernel)
+    length = shares[None].shape[-1]
+    for temperature, layer in layers.items():
+        layer.load_state_dict(published.state_dict())
+        shares[temperature] = layer.cluster(tokens).weights
+        logits = information / information.mean(dim=1, keepdim=True) / temperature
+        front = 1000 % length // 2
+        expected = logits[:, front : front + 1000 // length * length].unflatten(1, (-1, length)).softmax(dim=-1)
+        assert_close(shares[temperature], expected)
+    greatest = {temperature: found.amax(dim=-1).mean().item() * length for temperature, found in shares.items()}
+    assert greatest[1e9] == pytest.approx(1, abs=1e-5) and greatest[None] == pytest.approx(1, abs=0.01)
+    assert 1.05 < greatest[1.0] < greatest[0.1] <= length
+
+
+@pytest.mark.parametrize("clusters", ["windows", "regions"])
+@pytest.mark.parametrize("num_tokens", [1, 3, 400])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
+def test_temperature_is_finite_whatever_the_scores(clusters, num_tokens, scale):
+    """All tokens alike, and one that has all the probability."""
+    layer = EntropyClustering(4, 1.0, clusters=clusters, temperature=0.01)
+    with torch.no_grad():
+        layer.W_prob.weight.fill_(scale)
+    tokens = torch.randn(2, num_tokens, 4, requires_grad=True)
+    pooled = layer(tokens)[0]
+    pooled.square().sum().backward()
+    assert pooled.isfinite().all() and tokens.grad.isfinite().all() and layer.W_prob.weight.grad.isfinite().all()
+    weights = layer.cluster(tokens).pool(torch.ones(2, num_tokens, 1))
+    assert_close(weights.amax(), torch.tensor(1.0))
 
 
 def test_one_length_for_all_is_the_mean_over_the_images_own_tokens():
@@ -193,7 +230,7 @@ def test_masked_clusters_are_not_attended_to():
         assert_close(output[i : i + 1], attention(*[tokens[i : i + 1]] * 3)[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [{"clusters": "lines"}, {"max_clusters": 0}])
+@pytest.mark.parametrize("wrong", [{"clusters": "lines"}, {"max_clusters": 0}, {"temperature": 0.0}])
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         EnactSelfAttention(8, 2, **wrong)
@@ -203,6 +240,7 @@ FLAGS = {
     "windows": "--enact_per_image --enact_mask_padding",
     "regions": "--enact_clusters regions --enact_mask_padding",
     "limited": "--enact_per_image --enact_mask_padding --enact_max_clusters 9",
+    "temperature": "--enact_clusters regions --enact_mask_padding --enact_temperature 0.1",
 }
 
 
@@ -250,7 +288,9 @@ def test_without_the_flags_it_depends_on_the_batch():
     assert (both[0] - alone[0]).abs().max() > 1e-3
 
 
-SETTINGS = "--enact_clusters regions --enact_per_image --enact_mask_padding --enact_max_clusters 5"
+SETTINGS = (
+    "--enact_clusters regions --enact_per_image --enact_mask_padding --enact_max_clusters 5 --enact_temperature 0.5"
+)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -261,11 +301,11 @@ def test_flags_are_stored_and_restored(variant, shapes, tmp_path, capfd):
     assert load_checkpoint(str(checkpoint))["args"]["enact_clusters"] == "regions"
     capfd.readouterr()
     # Regions are an image's own in any case: there, --enact_per_image is idle.
-    text = "clusters regions, mask_padding True, max_clusters 5"
+    text = "clusters regions, mask_padding True, max_clusters 5, temperature 0.5"
     assert run(variant, *argv, "--resume", checkpoint, "--eval") == 0
     assert text in capfd.readouterr().out
     # What the command line says goes before what the checkpoint says.
-    other = "--enact_clusters windows --no-enact_mask_padding --enact_max_clusters 0".split()
+    other = "--enact_clusters windows --no-enact_mask_padding --enact_max_clusters 0 --enact_temperature 0".split()
     assert run(variant, *argv, "--resume", checkpoint, "--eval", *other) == 0
     assert "clusters windows, per_image True)" in capfd.readouterr().out
 
@@ -292,8 +332,7 @@ def test_scaled_logits_belong_to_the_weights(shapes, tmp_path, capfd):
 
 
 def test_without_flags_nothing_is_on():
-    default = clustering_settings(parse("detr"))
-    assert default == {"sigma": 3.0, **COMBINATIONS[0]}
+    assert clustering_settings(parse("detr")) == {"sigma": 3.0, **COMBINATIONS[0], "temperature": None}
 
 
 def test_gradients_in_parts(monkeypatch):
@@ -327,7 +366,7 @@ def test_arguments_of_earlier_versions_serve():
     args = parse("detr")
     for flag in CLUSTERING_FLAGS:
         delattr(args, flag)
-    assert clustering_settings(args) == {"sigma": 3.0, **COMBINATIONS[0]}
+    assert clustering_settings(args) == clustering_settings(parse("detr"))
 
 
 def test_settings_without_effect_are_named(shapes, tmp_path, capfd):

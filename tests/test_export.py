@@ -230,10 +230,10 @@ def tokens(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 SETTINGS = [
     {},
-    {"max_clusters": 5},
+    {"max_clusters": 5, "temperature": 0.1},
     {"per_image": True},
     {"mask_padding": True},
-    {"per_image": True, "mask_padding": True, "max_clusters": 4},
+    {"per_image": True, "mask_padding": True, "max_clusters": 4, "temperature": 0.5},
     {"clusters": "regions"},
     {"clusters": "regions", "mask_padding": True, "max_clusters": 3},
 ]
@@ -361,10 +361,12 @@ def test_a_file_describes_itself(suffix, checkpoint_of, tmp_path):
 
 def test_settings_of_the_clusters_are_in_the_metadata_and_can_be_changed(checkpoint_of, tmp_path):
     checkpoint = checkpoint_of("conditional", "enact", "--enact_per_image")
-    flags = ["--dynamic", "--raw", "--no-enact_per_image", "--enact_max_clusters", 4]
+    flags = ["--dynamic", "--raw", "--no-enact_per_image", "--enact_max_clusters", 4, "--enact_temperature", 0.5]
     assert export(checkpoint, tmp_path / "model.pt", *flags) == 0
     exported = load_exported(tmp_path / "model.pt")
-    assert exported.metadata["settings"] == {"enact_per_image": False, "enact_max_clusters": 4}
+    assert exported.metadata["settings"] == {
+        "enact_per_image": False, "enact_max_clusters": 4, "enact_temperature": 0.5
+    }  # fmt: skip
     assert exported.metadata["sides"] == [64, 4096] and exported.metadata["batch"] is None
     assert "sigmoid" in exported.metadata["outputs"]["pred_logits"]
 

@@ -207,7 +207,9 @@ def output(model: nn.Module, inputs: dict) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"clusters": "regions", "per_image": True, "mask_padding": True, "max_clusters": 9}], ids=str
+    "settings",
+    [{}, {"clusters": "regions", "per_image": True, "mask_padding": True, "max_clusters": 9}, {"temperature": 0.5}],
+    ids=str,
 )
 def test_real_clusters_train_everything(model_and_inputs, settings):
     plain, inputs = model_and_inputs
@@ -458,7 +460,9 @@ def test_plugging_in_twice():
     assert dict(model.named_modules()) == before
 
 
-@pytest.mark.parametrize("settings", [{"sigma": 0.1}, {"clusters": "circles"}, {"max_clusters": 0}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"sigma": 0.1}, {"clusters": "circles"}, {"max_clusters": 0}, {"temperature": -1}], ids=str
+)
 def test_wrong_settings_replace_nothing(settings):
     model = Stranger()
     with pytest.raises(ValueError, match=next(iter(settings)).split("_")[0]):

@@ -274,6 +274,7 @@ combinations = st.fixed_dictionaries(
         "per_image": st.booleans(),
         "mask_padding": st.booleans(),
         "max_clusters": st.sampled_from([None, 1, 2, 7, 1000]),
+        "temperature": st.sampled_from([None, 0.1, 1.0]),
     }
 )
 

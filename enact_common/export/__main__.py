@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from enact_common.arguments import CLUSTERING_FLAGS, HelpFormatter, natural_int, positive_int
+from enact_common.arguments import CLUSTERING_FLAGS, HelpFormatter, natural_int, non_negative_float, positive_int
 from enact_common.clustering import CLUSTERS
 from enact_common.data.coco import IMAGE_SUFFIXES, decode_image
 from enact_common.errors import UserError, exit_status
@@ -106,6 +106,10 @@ def add_clustering_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--enact_max_clusters", type=natural_int, metavar="M",
         help="ENACT: at most so many clusters, 0 for no limit; default: the checkpoint's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--enact_temperature", type=non_negative_float, metavar="T",
+        help="ENACT: of the shares in a cluster, 0 for the published ones; default: the checkpoint's",
     )  # fmt: skip
 
 

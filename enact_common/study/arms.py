@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from enact_common.clustering import GREATEST_LOGIT, LEAST_MEAN
 from enact_common.inside import clusterings
 
 PLAIN, NONE, WINDOWS, UNIFORM = "plain", "none", "windows", "uniform"
@@ -99,22 +100,18 @@ class MiddleAlone(nn.Module):
 
 
 class LearnedTemperature(nn.Module):
-    """Shares that can become unequal: the information over what it would be in each token were all alike, times a
-    learned factor.
-
-    Of N tokens that score alike, each has log2(N) / N bits: a hundredth for a thousand tokens. The published softmax
-    over a window is of such numbers, whose exponentials all but equal one.
-    """
+    """The `temperature` of `EntropyClustering`, learned, from 1: the information over its mean in an image's tokens,
+    times a factor that is a parameter."""
 
     def __init__(self):
         super().__init__()
         self.log_factor = nn.Parameter(torch.zeros(()))
 
     def forward(self, information: Tensor) -> Tensor:
-        """Logits of the shares, of the information's shape; at most 30, so that their exponentials are finite."""
-        scale = information.detach().flatten(1).mean(dim=1).clamp(min=1e-12)  # (batch,)
+        """Logits of the shares, of the information's shape; at most `GREATEST_LOGIT`."""
+        scale = information.detach().flatten(1).mean(dim=1).clamp(min=LEAST_MEAN)  # (batch,)
         relative = information / scale.view(-1, *[1] * (information.ndim - 1))
-        return (relative * self.log_factor.exp()).clamp(max=30)
+        return (relative * self.log_factor.exp()).clamp(max=GREATEST_LOGIT)
 
 
 @dataclass(frozen=True)

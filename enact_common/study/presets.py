@@ -53,6 +53,8 @@ def conversions(
 # Attention as everybody else computes it: logits over the root of a head's width, values as they are.
 SCALED = ("--enact_scale_logits",)
 CURVE = ("--enact_order", "hilbert")
+SHORTER = ("--smoothing_sigma", "1")
+DIFFERING = ("--enact_temperature", "1")
 
 LIST = (
     Arm(PLAIN, "plain attention", ("--encoder_attention", "mhsa")),
@@ -81,20 +83,30 @@ LIST = (
         changes=(fix_lengths, ChangeShares(MiddleAlone)),
         lengths_of=WINDOWS,
     ),
-    Arm("sigma_1", "windows of less smoothed information: shorter", ("--smoothing_sigma", "1")),
+    Arm("sigma_1", "windows of less smoothed information: shorter", SHORTER),
     Arm("hilbert", "windows along a Hilbert curve", CURVE),
+    Arm("temperature", "windows, shares that differ", DIFFERING),
     Arm("scaled", "windows, logits scaled", SCALED),
-    Arm("scaled_sigma_1", "shorter windows, logits scaled", (*SCALED, "--smoothing_sigma", "1")),
     Arm("scaled_hilbert", "windows along a Hilbert curve, logits scaled", (*SCALED, *CURVE)),
     Arm(
         "scaled_hilbert_sigma_1",
         "shorter windows along a Hilbert curve, logits scaled",
-        (*SCALED, *CURVE, "--smoothing_sigma", "1"),
+        (*SCALED, *CURVE, *SHORTER),
     ),
     Arm(
-        "scaled_hilbert_regions",
-        "regions along a Hilbert curve, logits scaled",
-        (*SCALED, *CURVE, "--enact_clusters", "regions"),
+        "scaled_hilbert_temperature",
+        "windows along a Hilbert curve, logits scaled, shares that differ",
+        (*SCALED, *CURVE, *DIFFERING),
+    ),
+    Arm(
+        "scaled_hilbert_sharp",
+        "windows along a Hilbert curve, logits scaled, shares that differ more",
+        (*SCALED, *CURVE, "--enact_temperature", "0.25"),
+    ),
+    Arm(
+        "scaled_hilbert_sigma_1_temperature",
+        "shorter windows along a Hilbert curve, logits scaled, shares that differ",
+        (*SCALED, *CURVE, *SHORTER, *DIFFERING),
     ),
     Arm(
         "scaled_uniform",
@@ -103,7 +115,9 @@ LIST = (
         (fix_lengths, ChangeShares(EqualShares)),
         lengths_of="scaled",
     ),
-    Arm("temperature", "windows, shares with a learned temperature", changes=(ChangeShares(LearnedTemperature),)),
+    Arm(
+        "learned", "windows, shares that differ, by a learned temperature", changes=(ChangeShares(LearnedTemperature),)
+    ),
     Arm(
         "regions_by_size",
         "regions that count by their size",
@@ -112,8 +126,9 @@ LIST = (
     ),
     *conversions("", "ENACT's windows"),
     Arm(LONGER, "plain, a tenth longer", ("--encoder_attention", "mhsa"), begins_with=PLAIN, budget=TENTH, rate=TENTH),
-    *conversions("sigma_1", "shorter windows", ("--smoothing_sigma", "1")),
+    *conversions("sigma_1", "shorter windows", SHORTER),
     *conversions("hilbert", "windows along a Hilbert curve", CURVE),
+    *conversions("temperature", "windows, shares that differ", DIFFERING, trained=False),
     *conversions("regions", "regions", ("--enact_clusters", "regions"), trained=False),
     *conversions(
         "uniform", "averages of the same lengths", changes=(fix_lengths, ChangeShares(EqualShares)), trained=False
@@ -209,7 +224,7 @@ QUERIES = {
 }
 
 # Row-column attention over clusters: what is tried is what clusters are.
-ANCHOR_ARMS = (PLAIN, NONE, WINDOWS, "regions", "per_image", UNIFORM, "strided", UNTRAINED, CONVERTED)
+ANCHOR_ARMS = (PLAIN, NONE, WINDOWS, "regions", "per_image", UNIFORM, "strided", "temperature", UNTRAINED, CONVERTED)
 
 
 def trials(
