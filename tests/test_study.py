@@ -272,6 +272,18 @@ def test_all_arms_begin_as_one_function_and_train_their_encoder_alone(started, a
     assert norms and ours.training and not any(norm.training for norm in norms)
 
 
+@pytest.mark.parametrize("arm, learned", [("scaled_hilbert_random", False), ("scaled_hilbert_temperature", True)])
+def test_scores_can_stay_random(tmp_path, arm, learned):
+    images = load_images(SOURCE, tmp_path)[TRAIN]
+    task = task_of(arm, start_images=0, encoder_alone=True)
+    model, criterion, *_ = prepared_model(task, images, (12, 14), Results(tmp_path))
+    samples, targets = images.batch(torch.arange(2))
+    criterion.total(criterion(model(samples), targets)).backward()
+    layer = model.transformer.encoder.layers[0].self_attn
+    assert layer.W_v.weight.grad is not None
+    assert (layer.W_prob.weight.grad is not None) == learned
+
+
 def test_information_that_marks_objects_correlates_with_them(images):
     data = images[TRAIN]
 

@@ -164,6 +164,12 @@ def fix_lengths(model: nn.Module, setting: Setting) -> None:
         clustering.fixed_length = length
 
 
+def keep_scores(model: nn.Module, setting: Setting) -> None:
+    """What scores the tokens stays as it began, random: clusters and shares follow from it, but nothing is learned."""
+    for clustering in clusterings(model):
+        clustering.W_prob.requires_grad_(False)
+
+
 def join_all(model: nn.Module, setting: Setting) -> None:
     """One window of all tokens: what is left of attention when it cannot tell them apart."""
     for clustering in clusterings(model):

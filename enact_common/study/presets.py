@@ -21,6 +21,7 @@ from enact_common.study.arms import (
     attend_to_nothing,
     fix_lengths,
     join_all,
+    keep_scores,
     weigh_by_size,
 )
 from enact_common.study.images import Photographs, Shapes
@@ -97,6 +98,12 @@ LIST = (
         "scaled_hilbert_temperature",
         "windows along a Hilbert curve, logits scaled, shares that differ",
         (*SCALED, *CURVE, *DIFFERING),
+    ),
+    Arm(
+        "scaled_hilbert_random",
+        "windows along a Hilbert curve, logits scaled, shares that differ by random scores",
+        (*SCALED, *CURVE, *DIFFERING),
+        (keep_scores,),
     ),
     Arm(
         "scaled_hilbert_sharp",

@@ -211,11 +211,11 @@ def prepared_model(task: Task, data: Images, map_size: tuple[int, int], results:
     lengths: tuple[int, ...] = ()
     if task.arm.lengths_of:
         lengths = tuple(results.read(task.other(ARMS[task.arm.lengths_of]))["mean_lengths"])
-    for change in task.arm.changes:
-        change(model, Setting(lengths, map_size))
     if task.encoder_alone:
         model.requires_grad_(False)
         layers.requires_grad_(True)
+    for change in task.arm.changes:
+        change(model, Setting(lengths, map_size))
     return model, criterion, postprocessors, args
 
 
