@@ -136,6 +136,12 @@ LIST = (
     *conversions("sigma_1", "shorter windows", SHORTER),
     *conversions("hilbert", "windows along a Hilbert curve", CURVE),
     *conversions("temperature", "windows, shares that differ", DIFFERING, trained=False),
+    *conversions("hilbert_temperature", "windows along a Hilbert curve, shares that differ", (*CURVE, *DIFFERING)),
+    *conversions(
+        "hilbert_sigma_1_temperature",
+        "shorter windows along a Hilbert curve, shares that differ",
+        (*CURVE, *SHORTER, *DIFFERING),
+    ),
     *conversions("regions", "regions", ("--enact_clusters", "regions"), trained=False),
     *conversions(
         "uniform", "averages of the same lengths", changes=(fix_lengths, ChangeShares(EqualShares)), trained=False
