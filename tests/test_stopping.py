@@ -174,7 +174,10 @@ def test_ctrl_c_ends_without_a_traceback(shapes, tmp_path):
     wait_for_line(process, "epoch 1 [ 2/12]")
     os.killpg(process.pid, signal.SIGINT)
     assert end([process]) == [130]
-    assert "interrupted" in process.complained and "Traceback" not in process.complained
+    assert process.complained.splitlines()[-1] == "main.py: interrupted; what was saved before is whole"
+    # A loader's process that was passing a batch on may complain, in a thread of Python's own, that nobody takes it.
+    assert "KeyboardInterrupt" not in process.complained
+    assert "Traceback" not in process.complained or "ConnectionResetError" in process.complained
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 0
 
 
