@@ -1,4 +1,4 @@
-"""How large the study is: on two CPU cores within an hour, or on a GPU in slices of ten minutes."""
+"""How large the study is: on two CPU cores at most an hour a call, or on a GPU in slices of ten minutes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
