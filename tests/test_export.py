@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -372,6 +373,42 @@ def test_settings_of_the_clusters_are_in_the_metadata_and_can_be_changed(checkpo
 
 
 # -------------------------------------------------------------------------------------------------------- int8
+
+
+def test_int8_products_cannot_saturate(tmp_path):
+    """The largest activations times the largest weights: two such products add up to more than 16 bits hold."""
+    onnx = pytest.importorskip("onnx")
+    weight = torch.full((64, 3), 0.5)
+    weight[:, 1] *= -1
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", kind, [2, 64])],
+        [helper.make_tensor_value_info("y", kind, [2, 3])],
+        [onnx.numpy_helper.from_array(weight.numpy(), "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    formats.save_onnx(onnx, model, {"outputs": {"y": ""}}, tmp_path / "whole.onnx")
+    formats.quantize(tmp_path / "whole.onnx", tmp_path / "int8.onnx")
+    x = torch.full((2, 64), 3.0)
+    x[1, ::2] = -1
+    found = load_exported(tmp_path / "int8.onnx")(x)["y"]
+    torch.testing.assert_close(found, x @ weight, rtol=0.01, atol=0.3)
+    # On CPUs with VNNI nothing saturates, whatever the weights are: those without it want them unsigned.
+    kinds = {item.data_type for item in onnx.load(tmp_path / "int8.onnx").graph.initializer if len(item.dims) == 2}
+    assert kinds == {onnx.TensorProto.UINT8}
+
+
+@exporting
+def test_int8_loss_is_measured_at_export(checkpoint_of, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("onnx")
+    monkeypatch.setattr(command, "INT8_TOLERANCE", 1e-9)
+    checkpoint = checkpoint_of("detr", "mhsa", "--dim_feedforward", "4096")
+    assert export(checkpoint, tmp_path / "int8.onnx", "--size", 64, 64, "--quantize") == 0
+    printed = capsys.readouterr()
+    (loss,) = re.findall(r"up to (\S+) on this machine", printed.err)
+    assert 0 < float(loss) < 0.5 and f"{float(loss):.1e}" in printed.out and "without --quantize" in printed.err
 
 
 @exporting

@@ -37,6 +37,9 @@ from enact_common.inference import LoadedDetector, load_detector
 # Outputs of a file may differ from PyTorch's by this much: other runtimes sum in another order.
 TOLERANCE = 1e-3
 
+# An 8-bit file's scores and boxes may differ by this much before the export warns.
+INT8_TOLERANCE = 0.05
+
 # Sides that a file of any size is tried at, beside the one it was recorded with.
 TRIED_SIZES = ((128, 160), (224, 192))
 
@@ -80,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         "folder of them, as long as each layer's are there, by the median; default: as long as follows from the image",
     )  # fmt: skip
     parser.add_argument(
-        "--quantize", action="store_true", help="int8 weights in the transformer's matrix products; for onnx alone"
+        "--quantize", action="store_true", help="8-bit weights in the transformer's matrix products; for onnx alone"
     )
     parser.add_argument(
         "--dilation", action=argparse.BooleanOptionalAction, default=None,
@@ -230,7 +233,8 @@ def check(graph: DetectorGraph, exported: ExportedDetector, quantized: bool) -> 
     """Compare a file with the model that it was made of, on blurred noise, and say how far they are apart.
 
     Returns:
-        1 where that is further than other runtimes' rounding explains, else 0; always 0 for int8.
+        1 if they differ by more than rounding explains, else 0. An 8-bit file is meant to differ, so it gets a warning
+        at most.
     """
     sizes = [graph.interface.size] if graph.interface.size else TRIED_SIZES
     greatest = 0.0
@@ -244,7 +248,14 @@ def check(graph: DetectorGraph, exported: ExportedDetector, quantized: bool) -> 
         ", boxes and masks" if graph.interface.masks else " and boxes"
     )
     print(f"greatest difference from PyTorch's {what}, on blurred noise: {greatest:.1e}")
-    if quantized or greatest <= TOLERANCE:
+    if greatest <= (INT8_TOLERANCE if quantized else TOLERANCE):
+        return 0
+    if quantized:
+        print(
+            f"warning: 8-bit weights change {what} by up to {greatest:.2g} on this machine. Measure the loss on your "
+            "own images (python -m enact_common.benchmark agreement), or export without --quantize",
+            file=sys.stderr,
+        )
         return 0
     print(
         f"warning: more than {TOLERANCE:g}. With ENACT, a cell whose information is near an inflection point may fall "

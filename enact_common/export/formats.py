@@ -31,7 +31,7 @@ METADATA = "enact.json"
 # The release that `torch.export` was tried with: earlier ones refuse sizes that depend on data, or fix them.
 EXPORTING = (2, 15)
 
-# What int8 weights are given to: the transformer's products. Quantized convolutions are slower than those in floating
+# Operations with 8-bit weights: the transformer's products. Quantized convolutions are slower than those in floating
 # point on CPUs, and the backbone's activations lose more.
 QUANTIZED = ["MatMul", "Gemm"]
 
@@ -241,9 +241,13 @@ def load_exported(path: str | Path) -> ExportedDetector:
 
 
 def quantize(source: Path, path: Path) -> None:
-    """Write an ONNX file again with int8 weights in its matrix products; activations follow as it runs.
+    """Write an ONNX file again with 8-bit weights in its matrix products; activations are quantized as it runs.
 
-    Tokens' scores for ENACT keep their floating point: a rounded one moves the clusters' borders.
+    Weights are unsigned, as activations are. ONNX Runtime multiplies unsigned activations by signed weights with an
+    instruction that adds two products in 16 bits (vpmaddubsw), where they saturate: on a CPU without VNNI the same file
+    then gives other boxes. Its kernel for unsigned weights widens to 16 bits first and adds in 32, on every CPU.
+
+    ENACT's scores stay in floating point: a rounded score would move the clusters' borders.
 
     Raises:
         UserError: ONNX Runtime or ONNX is not installed.
@@ -257,7 +261,7 @@ def quantize(source: Path, path: Path) -> None:
         quantization.quantize_dynamic(
             model,
             made,
-            weight_type=quantization.QuantType.QInt8,
+            weight_type=quantization.QuantType.QUInt8,
             per_channel=True,
             op_types_to_quantize=QUANTIZED,
             nodes_to_exclude=scoring_nodes(model),
