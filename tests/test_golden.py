@@ -75,12 +75,13 @@ def test_outputs_and_boxes(case):
 @pytest.mark.parametrize("norms", ["folded", "apart"])
 def test_losses_matches_and_gradients(case, norms, monkeypatch):
     recorded, spec, _, model, criterion, _ = case
-    # Folding the frozen norms into the convolutions rounds otherwise: of 19 million activations it turns about three
-    # from zero to positive or back, and one of them can move a gradient's norm by more than a thousandth.
+    # Folding the frozen norms into the convolutions rounds differently: it turns about three of 19 million activations
+    # from zero to positive or back, and one of them can move a gradient's norm by more than a thousandth. So can
+    # another CPU's instructions: norms moved by up to 1.4e-3 with AVX2 in place of AVX-512.
     tolerance = 1e-2
     if norms == "apart":
         monkeypatch.setattr(backbone, "convolve_and_norm", lambda x, conv, norm: norm(conv(x)))
-        tolerance = 1e-3
+        tolerance = 3e-3
     samples, targets = golden_batch(spec)
     model.train()
     model.zero_grad()
@@ -100,11 +101,15 @@ def test_losses_matches_and_gradients(case, norms, monkeypatch):
     grads = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
     expected = json.loads(str(recorded["grad_norms"]))
     assert grads.keys() == expected.keys()
+    masks = "--masks" in spec["argv"]
+    # A key's bias has no gradient but rounding: norms far below all others are compared absolutely. In the masks case
+    # the unscaled attention is so saturated that W_q has none either (3e-9), unless rounding makes two logits of one
+    # query meet (2e-3 with AVX2).
+    floor = 1e-4 * max(expected.values()) if masks else 1e-5
     for name, norm in grads.items():
         # With masks, the backbone is ResNet-50, where activations turn even without folding.
-        deep = "backbone" in name and "--masks" in spec["argv"]
-        # A key's bias has no gradient but rounding: what is far below all others is compared absolutely.
-        assert norm == pytest.approx(expected[name], rel=1e-2 if deep else tolerance, abs=1e-5), name
+        deep = "backbone" in name and masks
+        assert norm == pytest.approx(expected[name], rel=1e-2 if deep else tolerance, abs=floor), name
 
 
 def test_five_training_steps(case):
@@ -124,7 +129,8 @@ def test_five_training_steps(case):
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_max_norm)
         optimizer.step()
-    tolerance = 1e-3
+    # Rounding grows from step to step: 1.3e-3 in the fifth on a CPU with AVX2 alone.
+    tolerance = 3e-3
     if "--masks" in spec["argv"]:
         # Rounding grows from step to step, the more so at the plain model's learning rate: the same code gave 21.99 and
         # 22.59 for its third step with two threads and with one.
