@@ -11,7 +11,9 @@ from pycocotools.coco import COCO
 from enact_common.data.categories import LabelMap
 from enact_common.data.coco import CocoDetection
 from enact_common.data.transforms import eval_transforms
+from enact_common.errors import UserError
 from enact_common.evaluation.coco import FIGURES, CocoBoxEvaluator, evaluation_record, figures_text, per_class_text
+from enact_common.segmentation import encode_masks
 
 try:
     import faster_coco_eval
@@ -278,6 +280,45 @@ def test_a_broken_models_figures_end_no_training(package, fault):
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1, 2], [result, detected((0, 0.7, [50, 50, 90, 90]))])
     assert len(figures(evaluator)) == 12
+
+
+def masked(segmentation, side=200):
+    """The ground truth of a nut with this segmentation in an image whose sides are written so, and its detection."""
+    truth = ground_truth(TWO_NUTS[:1], images=(1,))
+    truth.dataset["images"][0].update(height=side, width=side)
+    truth.dataset["annotations"][0]["segmentation"] = segmentation
+    mask = torch.zeros(1, 200, 200, dtype=torch.bool)
+    mask[:, 10:50, 10:50] = True
+    evaluator = CocoBoxEvaluator(LABELS)
+    evaluator.update([1], [{**detected((0, 0.9, [10, 10, 50, 50])), "segmentations": encode_masks(mask)}])
+    return truth, evaluator
+
+
+RUNS = [10 * 200 + 10, *[40, 160] * 39, 40, 150 * 200 + 150]
+POLYGON = [[10, 10, 50, 10, 50, 50, 10, 50]]
+
+
+@pytest.mark.parametrize("side", [200, 200.0, "200"])
+@pytest.mark.parametrize("counts", [None, RUNS, "text", [float(run) for run in RUNS], [0, 0, *RUNS, 0, 0]],
+                         ids=["polygon", "runs", "text", "floats", "empty runs"])  # fmt: skip
+def test_masks_are_compared_however_their_sizes_are_written(package, side, counts):
+    truth, evaluator = masked(POLYGON, side)
+    if counts == "text":
+        counts = evaluator.segmentations()[0]["counts"]
+    if counts:
+        truth.dataset["annotations"][0]["segmentation"] = {"size": [side, side], "counts": counts}
+    # Evaluation packages may leave their own codes in the ground truth: once more.
+    for _ in range(2):
+        assert evaluator.evaluate(truth, masks=True).stats[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("counts", ["", "j", "b'`2'", "zz\u00e9", [3], [40_000, -1, 1], [2**40], None], ids=repr)
+def test_damaged_masks_in_a_ground_truth_are_refused(package, counts):
+    truth, evaluator = masked({"size": [200, 200], "counts": counts})
+    with pytest.raises(UserError, match="the ground truth: annotation 1 of image 1, .* has "):
+        evaluator.evaluate(truth, masks=True)
+    # For boxes they do not matter.
+    assert evaluator.evaluate(truth).stats[0] == pytest.approx(1)
 
 
 def test_a_batch_is_copied_from_the_device_once(monkeypatch):

@@ -231,7 +231,14 @@ def test_images_without_an_annotation_are_left_out_and_counted(tmp_path, caplog)
 
 
 def test_boxes_of_things_are_ground_truth_for_box_figures(tmp_path):
-    coco = dataset_of(write_data(tmp_path)).coco_api()
+    def change(data):
+        # Unchecked masks must not come near C code.
+        data["annotations"][0]["segments_info"][0]["segmentation"] = {"size": [8, 8], "counts": "b'damaged'"}
+
+    coco = dataset_of(write_data(tmp_path, change=change)).coco_api()
+    assert all(
+        set(a) == {"id", "image_id", "category_id", "bbox", "area", "iscrowd"} for a in coco.dataset["annotations"]
+    )
     found = [(a["image_id"], a["category_id"], a["iscrowd"], a["bbox"]) for a in coco.dataset["annotations"]]
     assert found == [(5, 1, 0, [4, 4, 36, 36]), (2, 3, 0, [10, 10, 20, 20]), (2, 3, 0, [30, 10, 20, 20]),
                      (2, 1, 1, [0, 32, 40, 16])]  # fmt: skip

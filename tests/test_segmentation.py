@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -16,8 +18,10 @@ from torch.nn import functional as F
 from torchvision import tv_tensors
 
 from enact_common import load_detector, predict, segmentation
+from enact_common.data.checks import FAULT, Split, check_masks
 from enact_common.data.coco import CocoDetection, decode_image, find_split
-from enact_common.data.masks import PackedMasks, check_segmentations
+from enact_common.data.masks import PackedMasks, decode_mask, normalize_all, normalize_segmentation
+from enact_common.data.masks import normalize_segmentations as normalize
 from enact_common.data.panoptic import encode_id_map, read_id_map
 from enact_common.data.transforms import eval_transforms, train_transforms
 from enact_common.drawing import draw_detections
@@ -202,9 +206,9 @@ def test_polygons_and_codes_are_decoded():
     assert all(np.array_equal(mask, square) for mask in masks[:3].numpy())
     assert masks[3, 1:4, 2:6].all() and masks[3, 6:, 8:].all() and masks[3].sum() == 16
     assert packed.decode(slice(2, 2), 8, 10, "photo.jpg").shape == (0, 8, 10)
-    with pytest.raises(UserError, match=r"photo.jpg: is 9 x 10 pixels .* 8 x 10"):
+    with pytest.raises(UserError, match=r"photo.jpg: .* code of size \[8, 10\], its image is \[9, 10\]"):
         packed.decode(slice(2, 3), 9, 10, "photo.jpg")
-    with pytest.raises(UserError, match="photo.jpg: .* is damaged"):
+    with pytest.raises(UserError, match="photo.jpg: .* has a damaged run-length code"):
         PackedMasks([{"size": [8, 10], "counts": "abc"}]).decode(slice(0, 1), 8, 10, "photo.jpg")
 
 
@@ -215,25 +219,248 @@ def test_polygons_and_codes_are_decoded():
         ([], "has no segmentation"),
         ([[1, 2, 3, 4]], "a polygon of 4 numbers"),
         ([[1, 2, 3, 4, 5, 6, 7]], "a polygon of 7 numbers"),
-        ([[1, 2, 3, 4, 5, float("nan")]], "something else than finite numbers"),
+        ([[1, 2, 3, 4, 5, float("nan")]], "a polygon with nan in it: expected finite numbers"),
+        ([[float("nan"), 2, 3, 4, 5, 6]], "a polygon with nan in it"),
+        ([[1, 2, 3, 4, 5, float("-inf")]], "a polygon with -inf in it"),
+        ([[1, 2, 3, 4, 5, 10**400]], "a polygon with 10000.* in it"),
+        ([[1e9, 2, 3, 4, 5, 6]], "a polygon with 1000000000.0 in it: .* pixels in its image of .* or near it"),
+        ([[1, -60_000] * 2 + [1, 60_000] * 2], "a polygon of 240000 pixels around, too many for its image"),
+        ([[1, 2, 3, 4, 5, True]], "a polygon with True in it"),
+        ([[1, 2, 3, 4, 5, "6"]], "a polygon with '6' in it"),
+        ([*SQUARE, []], "a polygon of 0 numbers"),
+        ([[[1, 2], [3, 4], [5, 6]]], "a polygon with a list in it"),
         ([1, 2, 3, 4, 5, 6], "neither a list of polygons nor"),
+        ([*SQUARE, CODE], "a list of run-length codes"),
+        (json.dumps(SQUARE), "neither a list of polygons nor"),
+        (7, "neither a list of polygons nor"),
         ({"size": [10, 8], "counts": [80]}, r"of size \[10, 8\], its image is \[8, 10\]"),
-        ({"size": [8, 10], "counts": [79]}, "does not cover its image"),
+        ({"size": [8, 10, 1], "counts": [80]}, r"of size \[8, 10, 1\]"),
+        ({"size": [8, 10.5], "counts": [80]}, r"of size \[8, 10.5\]"),
+        ({"size": "8x10", "counts": [80]}, "of size '8x10'"),
+        ({"counts": [80]}, "of size None"),
+        ({"size": [8, 10]}, "neither a text nor whole numbers"),
         ({"size": [8, 10], "counts": 3}, "neither a text nor whole numbers"),
-        ({"size": [8, 10], "counts": ""}, "an empty run-length code|neither"),
+        ({"size": [8, 10], "counts": ["80"]}, "neither a text nor whole numbers"),
+        ({"size": [8, 10], "counts": [True, 79]}, "neither a text nor whole numbers"),
+        ({"size": [8, 10], "counts": [79]}, "do not add up to its image's pixels"),
+        ({"size": [8, 10], "counts": [40, 41]}, "do not add up to its image's pixels"),
+        ({"size": [8, 10], "counts": [-1, 81]}, "a run is negative, or longer than its image"),
+        ({"size": [8, 10], "counts": [2**32, 80]}, "a run is negative, or longer than its image"),
+        ({"size": [8, 10], "counts": [79.5, 0.5]}, "a run is no whole number"),
+        ({"size": [8, 10], "counts": [80, float("nan")]}, "a run is no whole number"),
+        ({"size": [8, 10], "counts": []}, "an empty run-length code"),
+        ({"size": [8, 10], "counts": ""}, "an empty run-length code"),
+        ({"size": [8, 10], "counts": "b'`2'"}, r"Python's text of bytes .* counts.decode\(\)"),
+        ({"size": [8, 10], "counts": "`"}, "it ends inside a number"),
+        ({"size": [8, 10], "counts": "`2`"}, "it ends inside a number"),
+        ({"size": [8, 10], "counts": "PPPPPP0`2"}, "a number of more than 6 digits"),
+        ({"size": [8, 10], "counts": "O`2"}, "a negative run"),
+        ({"size": [8, 10], "counts": "a2"}, "do not add up to its image's pixels"),
+        ({"size": [8, 10], "counts": "`2 "}, "characters that such codes do not have"),
+        ({"size": [8, 10], "counts": "`2\0"}, "characters that such codes do not have"),
+        ({"size": [8, 10], "counts": "`2\u0130"}, "characters that such codes do not have"),
+        ({"size": [8, 10], "counts": "p2"}, "characters that such codes do not have"),
     ],
-    ids=str,
-)
+    ids=lambda value: str(value)[:40],
+)  # fmt: skip
 def test_segmentations_that_cannot_be_learned_from_are_named(segmentation, message):
     images = [{"id": 7, "height": 8, "width": 10}]
     annotation = {"id": 3, "image_id": 7, "segmentation": segmentation}
     good = {"id": 1, "image_id": 7, "segmentation": SQUARE}
     with pytest.raises(UserError, match=f"truth.json: annotation 3 of image 7.*({message})"):
-        check_segmentations(images, [good, annotation], "truth.json")
-    # Of another image: passed over.
-    check_segmentations(images, [good, {**good, "segmentation": CODE}, {**annotation, "image_id": 8}], "truth.json")
-    with pytest.raises(UserError, match="image 7 lacks its height and width"):
-        check_segmentations([{"id": 7, "file_name": "x"}], [], "truth.json")
+        normalize(images, [good, annotation], "truth.json")
+    # Of another image: left out.
+    other = {**annotation, "image_id": 8}
+    assert normalize(images, [good, {**good, "segmentation": CODE}, other], "truth.json")[1][0] == good
+    with pytest.raises(UserError, match="photo.jpg: an object .*; take annotations"):
+        decode_mask(segmentation, 8, 10, "photo.jpg")
+
+
+@pytest.mark.parametrize("size", [(None, 10), (0, 10), (8, -1), (8.5, 10), (True, 10), ("8 px", 10), ([8], 10),
+                                  (float("inf"), 10), ("nan", 10)], ids=str)  # fmt: skip
+def test_image_sizes_that_masks_cannot_have_are_named(size):
+    image = {"id": 7, "height": size[0], "width": size[1]}
+    with pytest.raises(UserError, match="truth.json: image 7 states height .* not whole numbers above 0.*--masks"):
+        normalize([image], [], "truth.json")
+
+
+def test_masks_of_more_pixels_than_codes_are_made_for_are_refused():
+    for given in (SQUARE, {"size": [2**15, 2**14], "counts": [2**29]}):
+        with pytest.raises(ValueError, match="masks have fewer than 536870912 pixels"):
+            normalize_segmentation(given, [2**15, 2**14])
+
+
+@pytest.mark.parametrize("height, width", [(8, 10), (8.0, 10.0), ("8", "10"), ("8.0", 10)])
+@pytest.mark.parametrize("counts", [[17, 3, 5, 3, 52], [17.0, 3, 5, 3.0, 52], [17, 3, 0, 0, 5, 0, 0, 3, 52, 0],
+                                    [10, 0, 7, 3, 5, 1, 0, 2, 52], "a0350_1", "a030M53_1", b"a0350_1"],
+                         ids=str)  # fmt: skip
+def test_sizes_and_runs_are_the_same_however_they_are_written(height, width, counts):
+    image = {"id": 7, "height": height, "width": width}
+    given = {"id": 1, "image_id": 7, "segmentation": {"size": [height, width], "counts": counts}}
+    before = json.dumps([image, str(given)])
+    expected = np.zeros(80, dtype=np.uint8)
+    expected[17:20] = expected[25:28] = 1
+    expected = expected.reshape(10, 8).T
+    ((sized,), (annotation,)) = normalize([image], [given], "truth.json")
+    assert json.dumps([image, str(given)]) == before
+    code = annotation["segmentation"]
+    for side in (sized["height"], sized["width"], *code["size"]):
+        assert type(side) is int
+    assert isinstance(code["counts"], str) or all(type(run) is int and run > 0 for run in code["counts"])
+    assert np.array_equal(decode_mask(code, 8, 10, "x"), expected)
+    runs = coco_mask.frPyObjects(code, 8, 10) if isinstance(code["counts"], list) else code
+    assert np.array_equal(coco_mask.decode(runs), expected)
+
+
+def test_many_are_read_as_one_by_one():
+    good = {"size": [8, 10], "counts": "a0350_1"}
+    kinds = [good, SQUARE, {"size": [8, 10], "counts": "a035"}, CODE, {"size": [8, 10], "counts": "`2"}, None, "x",
+             {"size": [8, 10], "counts": "`"}, {"size": ["8", 10.0], "counts": "0`2"}]  # fmt: skip
+    order = np.random.default_rng(0).integers(0, len(kinds), 700)
+    sizes = [[8, 10], [10, 8]]
+    which = np.random.default_rng(1).random(700) < 0.1
+    several = list(normalize_all([kinds[i] for i in order], [sizes[int(w)] for w in which]))
+    assert len(several) == 700
+    for i, w, found in zip(order, which, several, strict=True):
+        if isinstance(found, str):
+            with pytest.raises(ValueError, match=re.escape(found)):
+                normalize_segmentation(kinds[i], sizes[int(w)])
+        else:
+            assert found == normalize_segmentation(kinds[i], sizes[int(w)])
+    assert sum(isinstance(found, str) for found in several) > 300
+
+
+DAMAGED_CODES = """
+import numpy as np
+from pycocotools import mask as coco_mask
+from enact_common.data.masks import decode_mask, normalize_all
+
+rng, codes, sizes, masks = np.random.default_rng(0), [], [], []
+for i in range(1500):
+    height, width = (int(side) for side in rng.integers(1, 30, 2))
+    mask = rng.random((height, width)) < rng.random()
+    if i % 3 == 0:  # longer runs
+        mask = np.kron(mask, np.ones((9, 7), dtype=bool))
+    size, text = list(mask.shape), coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+    codes.append({"size": size, "counts": text}), masks.append(mask)
+    for kind in range(4):
+        letters, place = list(text), int(rng.integers(0, len(text)))
+        if kind == 0:
+            letters = letters[:place]
+        elif kind == 1:
+            letters[place] = chr(rng.integers(48, 112))
+        elif kind == 2:
+            letters[place:place] = [chr(c) for c in rng.integers(40, 120, rng.integers(1, 9))]
+        else:
+            i, j = rng.integers(0, len(letters), 2)
+            letters[i], letters[j] = letters[j], letters[i]
+        codes.append({"size": size, "counts": "".join(letters)}), masks.append(None)
+counts = [0, 0]
+for code, mask, found in zip(codes, masks, normalize_all(codes, [code["size"] for code in codes])):
+    refused = isinstance(found, str)
+    counts[refused] += 1
+    assert not (refused and mask is not None), (code, found)
+    if refused:
+        continue
+    size = code["size"]
+    ours = decode_mask(found, *size, "x")
+    assert mask is None or np.array_equal(ours, mask), code
+    compressed = found if isinstance(found["counts"], str) else coco_mask.frPyObjects(found, *size)
+    assert np.array_equal(coco_mask.decode(compressed), ours), code
+    assert coco_mask.area(compressed) == ours.sum() == coco_mask.area(coco_mask.merge([compressed])), code
+assert counts[0] > 1500 and counts[1] > 3000, counts
+print("all read or refused")
+"""
+
+
+def test_damaged_codes_crash_nothing_and_none_is_read_wrong():
+    # In a process of its own, since C code that writes outside its memory may end it much later.
+    done = subprocess.run([sys.executable, "-c", DAMAGED_CODES], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "all read or refused\n"), done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("shift", [-70, -3, 0, 3, 70, 5000])
+def test_polygons_near_the_image_are_drawn_as_ever(shift):
+    polygon = [x + shift for x in SQUARE[0]]
+    assert normalize_segmentation([polygon], [8, 10]) == [polygon]
+    drawn = coco_mask.decode(coco_mask.frPyObjects([polygon], 8, 10))[..., 0]
+    assert np.array_equal(decode_mask([polygon], 8, 10, "x"), drawn)
+
+
+def coco_code(annotation, image):
+    """An annotation's box as a compressed run-length code."""
+    mask = np.zeros((image["height"], image["width"]), np.uint8, order="F")
+    left, top, width, height = (max(round(side), 0) for side in annotation["bbox"])
+    mask[top : top + height, left : left + width] = 1
+    return {"size": list(mask.shape), "counts": coco_mask.encode(mask)["counts"].decode()}
+
+
+def with_codes(shapes, folder, split, change):
+    """A copy of a split's annotation file whose masks are compressed run-length codes, and what `change` made of it.
+
+    Args:
+        change: is called with the file's object.
+    """
+    data = json.loads((shapes / "annotations" / f"instances_{split}2017.json").read_text())
+    images = {image["id"]: image for image in data["images"]}
+    for annotation in data["annotations"]:
+        annotation["segmentation"] = coco_code(annotation, images[annotation["image_id"]])
+    change(data)
+    path = folder / f"{split}.json"
+    path.write_text(json.dumps(data))
+    return path
+
+
+def cut_short(data):
+    data["annotations"][2]["segmentation"]["counts"] = data["annotations"][2]["segmentation"]["counts"][:2]
+
+
+def text_of_bytes(data):
+    for annotation in data["annotations"]:
+        annotation["segmentation"]["counts"] = str(annotation["segmentation"]["counts"].encode())
+
+
+def far_polygon(data):
+    data["annotations"][0]["segmentation"] = [[0, 0, 1e9, 0, 1e9, 5]]
+
+
+def nested_points(data):
+    data["annotations"][0]["segmentation"] = [[[1, 2], [3, 4], [5, 6]]]
+
+
+def list_of_codes(data):
+    data["annotations"][0]["segmentation"] = [data["annotations"][0]["segmentation"]]
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("damage", [cut_short, text_of_bytes, far_polygon, nested_points, list_of_codes])
+def test_the_loader_and_the_checks_refuse_the_same(shapes, tmp_path, split, damage):
+    file, folder = with_codes(shapes, tmp_path, split, damage), shapes / f"{split}2017"
+    with pytest.raises(UserError, match=f"{split}.json: annotation [13] of image 1.*leave --masks out") as refused:
+        CocoDetection(folder, file, lambda *item: item, masks=True)
+    (finding,) = check_masks(Split(split, folder, file))
+    assert finding.severity == FAULT and "segmentations that --masks refuses" in finding.text
+    said = re.search(r"has .*(?=; take)", str(refused.value))[0]
+    assert finding.examples[0].endswith(said)
+    # Boxes need no masks, and nobody else gets to see them.
+    dataset = CocoDetection(folder, file, lambda *item: item)
+    assert len(dataset[0][1]["boxes"]) and "masks" not in dataset[0][1]
+    assert all("segmentation" not in annotation for annotation in dataset.coco_api().dataset["annotations"])
+
+
+def test_the_checks_name_what_lacks_a_mask(shapes, tmp_path):
+    def change(data):
+        data["annotations"][1]["segmentation"] = []
+        data["images"][-1]["height"] = None
+
+    file = with_codes(shapes, tmp_path, "val", change)
+    texts = {finding.text: finding.count for finding in check_masks(Split("val", shapes / "val2017", file))}
+    assert texts == {
+        "annotations without a segmentation, which --masks refuses": 1,
+        "images without a height and width for --masks: whole numbers above 0": 1,
+    }
+    none = with_codes(shapes, tmp_path, "val", lambda data: [a.pop("segmentation") for a in data["annotations"]])
+    assert check_masks(Split("val", shapes / "val2017", none)) == []
 
 
 @pytest.mark.parametrize("seed", range(6))

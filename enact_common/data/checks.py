@@ -43,6 +43,7 @@ from enact_common.data.coco import (
     read_json,
     stated_size,
 )
+from enact_common.data.masks import normalize_all, normalize_size
 from enact_common.errors import UserError, exit_status
 
 # From what ends a training, over what spoils it and what it copes with, to what is good to know.
@@ -268,6 +269,7 @@ def check_annotations(split: Split, num_queries: int) -> list[Finding]:
     findings = check_entries(split)
     if split.name != "test" and "annotations" not in split.missing:
         findings += check_ids(split) + check_boxes(split) + check_counts(split, num_queries)
+        findings += check_masks(split)
     return findings
 
 
@@ -406,6 +408,36 @@ def check_counts(split: Split, num_queries: int) -> list[Finding]:
     text = "annotations marked as difficult: --remove_difficult treats them as crowds"
     findings += found(NOTE, source, text, difficult, split.describe)
     return findings
+
+
+def check_masks(split: Split) -> list[Finding]:
+    """Segmentations that a training with --masks refuses; nothing where there are none at all."""
+    given = [annotation.get("segmentation") for annotation in split.annotations]
+    if not any(given):
+        return []
+    sizes: list[list[int] | None] = []
+    for image in split.images:
+        try:
+            sizes.append(normalize_size(image.get("height"), image.get("width")))
+        except ValueError:
+            sizes.append(None)
+    unsized = [split.images[i]["file_name"] for i, size in enumerate(sizes) if size is None]
+    rows = [i for i, place in enumerate(split.image_of) if place >= 0 and sizes[place]]
+    absent = [i for i in rows if not given[i]]
+    rows = [i for i in rows if given[i]]
+    read = normalize_all([given[i] for i in rows], [sizes[split.image_of[i]] for i in rows])
+    damaged = [(i, words) for i, words in zip(rows, read, strict=True) if isinstance(words, str)]
+
+    def describe(i: int, words: str = "") -> str:
+        name = split.images[split.image_of[i]]["file_name"]
+        return f"annotation {split.annotations[i].get('id')} in {name}{words and ' ' + words}"
+
+    source = split.name
+    return [
+        *found(FAULT, source, "segmentations that --masks refuses", damaged, lambda case: describe(*case)),
+        *found(WARNING, source, "annotations without a segmentation, which --masks refuses", absent, describe),
+        *found(WARNING, source, "images without a height and width for --masks: whole numbers above 0", unsized),
+    ]
 
 
 def check_files(split: Split) -> list[Finding]:

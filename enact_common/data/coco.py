@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from enact_common.data.categories import LabelMap
-from enact_common.data.masks import PackedMasks, check_segmentations
+from enact_common.data.masks import PackedMasks, normalize_segmentations
 from enact_common.data.transforms import drop_degenerate
 from enact_common.errors import UserError
 from enact_common.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
@@ -424,15 +424,16 @@ class CocoDetection(Dataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
         images = sorted(annotations["images"], key=lambda image: image["id"])[:limit]
+        objects = annotations["annotations"]
         if masks:
-            check_segmentations(images, annotations["annotations"], self.annotation_file)
+            images, objects = normalize_segmentations(images, objects, self.annotation_file)
         self.image_ids = [image["id"] for image in images]
         self.file_names = [image["file_name"] for image in images]
         self.check_files()
         self._cache: Sequence[Tensor] | None = None
         self._state = torch.full((len(self.image_ids),), UNTRIED, dtype=torch.uint8).share_memory_()
         # Files need not say how large their images are; boxes are clipped once more when an image is read.
-        self.pack(annotations["annotations"], np.array([stated_size(image) for image in images]))
+        self.pack(objects, np.array([stated_size(image) for image in images]))
 
     def load(self, path: Path) -> dict:
         """`images`, `annotations` and `categories` of an annotation file, checked.
@@ -625,16 +626,23 @@ class CocoDetection(Dataset):
             return self.transforms(*item)
 
     def coco_api(self) -> COCO:
-        """The ground truth of these images as pycocotools has it, crowds included."""
+        """The ground truth of these images as pycocotools has it, crowds included; without masks, no `segmentation`."""
         data = load_annotations(self.annotation_file, self.annotated, self.remove_difficult)
         kept = set(self.image_ids)
+        images = [image for image in data["images"] if image["id"] in kept]
+        annotations = [a for a in data["annotations"] if a["image_id"] in kept]
+        if self.with_masks:
+            images, annotations = normalize_segmentations(images, annotations, self.annotation_file)
+        else:
+            # Unchecked ones must not reach pycocotools' C code.
+            annotations = [{key: a[key] for key in a if key != "segmentation"} for a in annotations]
         coco = COCO()
         coco.dataset = {
             # pycocotools copies both into its results; a file need not have them.
             "info": {},
             "licenses": [],
-            "images": [image for image in data["images"] if image["id"] in kept],
-            "annotations": [a for a in data["annotations"] if a["image_id"] in kept],
+            "images": images,
+            "annotations": annotations,
             "categories": data["categories"],
         }
         with contextlib.redirect_stdout(io.StringIO()):

@@ -492,7 +492,9 @@ class CocoPanoptic(CocoDetection):
                         f"{self.annotation_file}: segment {segment['id']} of image {image_id} has no bbox of four "
                         "numbers or no area, which the figures of boxes need"
                     )
-                annotations.append({**segment, "id": len(annotations) + 1, "image_id": image_id})
+                # Nothing else, such as a `segmentation`, which nobody has checked.
+                own = {"category_id": segment["category_id"], "bbox": box, "area": area, "iscrowd": segment["iscrowd"]}
+                annotations.append({"id": len(annotations) + 1, "image_id": image_id, **own})
         coco = COCO()
         coco.dataset = {
             "info": {},

@@ -20,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from enact_common.data.categories import LabelMap
+from enact_common.data.masks import normalize_segmentations
 from enact_common.distributed import gather_objects
 from enact_common.files import write_atomically
 
@@ -69,7 +70,7 @@ class CocoBoxEvaluator:
             image_ids: of each image. An image that is given again (distributed samplers repeat some) replaces
                 itself.
             results: of each image `scores` (Q,), `labels` (Q,), `boxes` (Q, 4) xyxy in pixels; with masks,
-                `segmentations`, a run-length code of each.
+                `segmentations`, a run-length code of each, from `encode_masks`: they are not checked.
         """
         image_ids, counts = list(image_ids), [len(result["labels"]) for result in results]
         columns = [torch.cat([result[name] for result in results]).double() for name in ("boxes", "scores", "labels")]
@@ -119,6 +120,9 @@ class CocoBoxEvaluator:
             coco: the ground truth, of either package; its images are what is evaluated, those without a detection
                 included.
             masks: match masks rather than boxes. The ground truth must have `segmentation`.
+
+        Raises:
+            UserError: with `masks`, the ground truth's masks are damaged.
         """
         detections = self.detections()
         name, truth_class, evaluation_class = evaluation_package()
@@ -127,8 +131,14 @@ class CocoBoxEvaluator:
             name, truth_class, evaluation_class = "pycocotools", COCO, COCOeval
         logger.info("COCO's figures are computed by %s", name)
         with contextlib.redirect_stdout(io.StringIO()):
-            if not isinstance(coco, truth_class):
+            if masks or not isinstance(coco, truth_class):
                 dataset, coco = coco.dataset, truth_class()
+                if masks:
+                    # The ground truth need not be from `coco_api`, which has checked its masks.
+                    images, truth = normalize_segmentations(
+                        dataset["images"], dataset["annotations"], "the ground truth"
+                    )
+                    dataset = {**dataset, "images": images, "annotations": truth}
                 coco.dataset = dataset
                 coco.createIndex()
             # pycocotools cannot load an empty list.
