@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 VARIANT ?= conditional
 JOBS ?= 2
+WHEELS ?= .whl
+GPU_FLAGS ?=
 
 python := $(VENV)/bin/python
 # Notes that the environment is ready, and for which checkout: an editable install points to one folder,
@@ -10,7 +12,7 @@ python := $(VENV)/bin/python
 stamp := $(VENV)/.enact-installed
 other_checkout := $(if $(filter-out "$(CURDIR)","$(shell cat $(stamp) 2>/dev/null)"),force)
 
-.PHONY: help install test soak lint audit demo clean force
+.PHONY: help install test soak lint audit demo gpu clean force
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1:/p' Makefile | awk -F: '{ printf "  make %-9s%s\n", $$1, $$2 }'
@@ -40,8 +42,16 @@ audit: $(stamp)  ## look up known vulnerabilities of the versions in constraints
 demo: $(stamp)  ## train a small model on made-up images; the results go to demo/
 	$(python) -m enact_common.demo --variant $(VARIANT) --output_dir demo
 
+# Without `install`: a GPU server may have PyTorch of its own and reach no package index. Wheels of what it lacks
+# (pycocotools) are taken from WHEELS.
+gpu_python := $(if $(wildcard $(python)),$(CURDIR)/$(python),$(PYTHON))
+gpu:  ## check and measure on a GPU, in about ten minutes; the results go to gpu_run/. Wheels in WHEELS are used
+	@if ls $(WHEELS)/*.whl >/dev/null 2>&1; then \
+	    $(gpu_python) -m pip install -q --no-index --no-deps --upgrade --target $(WHEELS)/site $(WHEELS)/*.whl; fi
+	PYTHONPATH="$(CURDIR)/$(WHEELS)/site:$(CURDIR)" $(gpu_python) -m enact_common.gpu run --output_dir gpu_run $(GPU_FLAGS)
+
 clean:  ## remove what runs leave behind (not the environment, not outputs/)
-	rm -rf demo build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf demo gpu_run build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 # An environment without a working pip is a half-made one and made again.

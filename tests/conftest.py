@@ -22,7 +22,6 @@ import pytest
 import torch
 
 from enact_common.data.synthetic import make_shapes
-from enact_common.nested_tensor import nested_tensor_from_tensor_list
 from enact_common.run import main
 from enact_common.variants import VARIANTS, load_variant
 
@@ -224,21 +223,6 @@ def read_log(output_dir: Path) -> list[dict]:
     """The epochs in `log.txt`, without what they cost."""
     rows = [json.loads(line) for line in (output_dir / "log.txt").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key not in COST} for row in rows]
-
-
-def golden_batch(spec: dict):
-    """The images, as a padded batch, and the targets of a recorded case."""
-    import recipe
-
-    images = [torch.from_numpy(recipe.image(i + spec["seed"], *hw)) for i, hw in enumerate(spec["sizes"])]
-    targets = [
-        {name: torch.from_numpy(value) for name, value in recipe.targets(i + spec["seed"], count).items()}
-        for i, count in enumerate(spec["objects"])
-    ]
-    if "--masks" in spec["argv"]:
-        for target, size in zip(targets, spec["sizes"], strict=True):
-            target["masks"] = recipe.box_masks(target["boxes"], *size)
-    return nested_tensor_from_tensor_list(images), targets
 
 
 def assert_close(actual, expected, tolerance: float = 1e-4) -> None:

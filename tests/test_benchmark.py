@@ -22,8 +22,19 @@ from enact_common.attention import EnactSelfAttention
 from enact_common.benchmark import detectors, masks, parts, pipeline, report, scaling, table
 from enact_common.benchmark.__main__ import build_parser, main
 from enact_common.benchmark.eager import NAIVE_PRODUCTS, eager_attention, replaced
-from enact_common.benchmark.isolated import DONE, FAILED, OUT_OF_MEMORY, Outcome, attempt, died, run_isolated
+from enact_common.benchmark.isolated import (
+    DONE,
+    FAILED,
+    OUT_OF_MEMORY,
+    Outcome,
+    Worker,
+    attempt,
+    died,
+    numerics,
+    run_isolated,
+)
 from enact_common.benchmark.measuring import MemoryMeter, spread, take_turns
+from enact_common.benchmark.report import heading
 from enact_common.data.cache import physical_memory
 from enact_common.errors import UserError
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
@@ -36,8 +47,20 @@ COMMANDS = {"table": table, "parts": parts, "scaling": scaling, "pipeline": pipe
 @pytest.fixture
 def in_process(monkeypatch):
     """Measure in this process: a new one takes seconds to import PyTorch."""
-    for module in COMMANDS.values():
+    for module in (parts, pipeline, masks):
         monkeypatch.setattr(module, "run_isolated", lambda function, *args, limit=False: attempt(function, *args))
+    answer(monkeypatch, attempt, table, scaling)
+
+
+def answer(monkeypatch, call, *modules) -> None:
+    """Let a function take the place of the modules' workers."""
+
+    class Answering(Worker):
+        def call(self, function, *args):
+            return call(function, *args)
+
+    for module in modules:
+        monkeypatch.setattr(module, "worker_for", lambda device: Answering())
 
 
 def run_benchmark(command: str, folder, *argv: str) -> tuple[int, dict]:
@@ -60,7 +83,7 @@ def assert_is_chart(path) -> None:
 
 
 def test_an_error_is_told_from_a_lack_of_memory():
-    assert attempt(max, 1, 2) == Outcome(DONE, 2)
+    assert attempt(max, 1, 2) == Outcome(DONE, 2, numerics=numerics())
     failed = attempt(int, "x")
     assert failed.status == FAILED and failed.message.startswith("ValueError") and "Traceback" in failed.details
     assert attempt(bytearray, 2**62).status == OUT_OF_MEMORY
@@ -89,6 +112,28 @@ def test_a_killed_process_is_reported():
     assert died(-signal.SIGABRT, limit=True).status == OUT_OF_MEMORY
     assert died(-signal.SIGABRT, limit=False).status == FAILED
     assert died(3, limit=True) == Outcome(FAILED, message="ended with status 3")
+
+
+def test_a_worker_is_one_process_until_a_call_fails():
+    with Worker() as worker:
+        first, second = (worker.call(os.getpid).value for _ in range(2))
+        assert first == second != os.getpid()
+        assert worker.call(bytearray, 2**62).status == OUT_OF_MEMORY
+        third = worker.call(os.getpid).value
+        assert third != first
+        assert worker.call(signal.raise_signal, signal.SIGKILL).status == OUT_OF_MEMORY
+        assert worker.call(os.getpid).value != third
+    with pytest.raises(ProcessLookupError):
+        os.kill(third, 0)
+
+
+def test_what_ran_is_said_beside_figures_of_a_gpu():
+    figures = {"machine": "M", "date": "2026-11-28T01:00", "command": "c", "device": "cuda", "rows": [{}]}
+    assert "convolved" not in heading(figures)
+    figures["rows"].append({"numerics": numerics()})
+    assert "convolved in TF32 and multiplied in float32" in heading(figures)
+    assert "memory-efficient" in heading(figures)
+    assert "convolved" not in heading(figures | {"device": "cpu"})
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="the limit is Linux's")
@@ -331,7 +376,7 @@ def test_the_table_in_processes_of_its_own_on_real_images(shapes, tmp_path, caps
 
 
 def test_rows_that_do_not_fit_or_fail_let_the_others_go_on(monkeypatch, tmp_path, capsys):
-    def run(function, what, phase, limit):
+    def run(function, what, phase):
         if what.row == "eager":
             return Outcome(OUT_OF_MEMORY, message="killed by signal 9, probably out of memory")
         if what.row == "efficient" and phase == "inference":
@@ -339,7 +384,7 @@ def test_rows_that_do_not_fit_or_fail_let_the_others_go_on(monkeypatch, tmp_path
         counted = {"parameters": 10, "tokens": 6, "clusters": [2, 4], "flops": 1e9} if phase == "inference" else {}
         return Outcome(DONE, {"seconds": [1.0, 2.0], "memory": {"peak": 2**30, "rise": 5, "reserved": None}, **counted})
 
-    monkeypatch.setattr(table, "run_isolated", run)
+    answer(monkeypatch, run, table)
     status, figures = run_benchmark("table", tmp_path, "--variants", "detr", *QUICK, "--", *SMALL_MODEL["detr"])
     assert status == 1
     over_eager, over_efficient = figures["ratios"]
@@ -407,7 +452,7 @@ def test_scaling_compares_all_layers(in_process, tmp_path, capsys):
 
 
 def test_a_layer_that_does_not_fit_is_left_out_of_larger_maps(monkeypatch, tmp_path):
-    def run(function, *args, limit):
+    def run(function, *args):
         if function is scaling.measure_memory:
             name, (height, width), _ = args
             if name == "mha_eager" and height * width >= 108:
@@ -415,7 +460,7 @@ def test_a_layer_that_does_not_fit_is_left_out_of_larger_maps(monkeypatch, tmp_p
             return Outcome(DONE, {"memory": 100, "clusters": None})
         return Outcome(DONE, {name: [1.0] for name in args[0]})
 
-    monkeypatch.setattr(scaling, "run_isolated", run)
+    answer(monkeypatch, run, scaling)
     argv = "--tokens 48 108 300 --layers mha_eager mha --device cpu".split()
     status, figures = run_benchmark("scaling", tmp_path, *argv)
     assert status == 0
@@ -428,10 +473,10 @@ def test_a_layer_that_does_not_fit_is_left_out_of_larger_maps(monkeypatch, tmp_p
 
 
 def test_a_layer_that_fails_is_shown(monkeypatch, tmp_path, capsys):
-    def run(function, *args, limit):
+    def run(function, *args):
         return Outcome(FAILED, message="ValueError: odd", details="Traceback ...\n")
 
-    monkeypatch.setattr(scaling, "run_isolated", run)
+    answer(monkeypatch, run, scaling)
     status, figures = run_benchmark("scaling", tmp_path, "--tokens", "48", "--layers", "mha", "--device", "cpu")
     assert status == 1 and "Traceback ..." in capsys.readouterr().err
     assert figures["rows"][0]["seconds"] is None and figures["fits"]["mha"] == {"time": None, "memory": None}

@@ -8,9 +8,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, assert_close, build, golden_batch, parse
+from conftest import GOLDEN, assert_close, build, parse
 
 from enact_common import backbone
+from enact_common.gpu.golden import golden_batch, load_recipe
 from enact_common.optimization import parameter_groups
 
 # recorded file: (variant, encoder attention)
@@ -55,7 +56,7 @@ def case(request):
 
 def test_outputs_and_boxes(case):
     recorded, spec, _, model, _, postprocessors = case
-    samples, _ = golden_batch(spec)
+    samples, _ = golden_batch(load_recipe(), spec)
     model.eval()
     with torch.no_grad():
         outputs = model(samples)
@@ -82,7 +83,7 @@ def test_losses_matches_and_gradients(case, norms, monkeypatch):
     if norms == "apart":
         monkeypatch.setattr(backbone, "convolve_and_norm", lambda x, conv, norm: norm(conv(x)))
         tolerance = 3e-3
-    samples, targets = golden_batch(spec)
+    samples, targets = golden_batch(load_recipe(), spec)
     model.train()
     model.zero_grad()
     outputs = model(samples)
@@ -117,7 +118,7 @@ def test_five_training_steps(case):
     import recipe
 
     recipe.fill(model)
-    samples, targets = golden_batch(spec)
+    samples, targets = golden_batch(load_recipe(), spec)
     model.train()
     groups = parameter_groups(model, args.lr, args.lr_backbone)
     optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)

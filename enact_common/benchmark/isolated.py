@@ -1,6 +1,8 @@
-"""Measurements in processes of their own: each starts from nothing, and one that runs out of memory ends alone."""
+"""Measurements in other processes: one that runs out of memory ends alone."""
 
+import contextlib
 import errno
+import gc
 import multiprocessing
 import resource
 import signal
@@ -41,12 +43,14 @@ class Outcome:
         value: what the function returned; None unless it is done.
         message: what went wrong, in one line; "" where it is done.
         details: the traceback of an error that is neither the user's nor the memory's; else "".
+        numerics: how the process computed, as `numerics` describes it; None unless it is done.
     """
 
     status: str
     value: Any = None
     message: str = ""
     details: str = ""
+    numerics: dict | None = None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -58,10 +62,27 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in MEMORY_MESSAGES)
 
 
+def numerics() -> dict:
+    """The settings of this process that decide which kernels compute: TF32, attention's backends, determinism."""
+    cuda = torch.backends.cuda
+    attention = {
+        "flash": cuda.flash_sdp_enabled(),
+        "memory-efficient": cuda.mem_efficient_sdp_enabled(),
+        "cuDNN": cuda.cudnn_sdp_enabled(),
+        "math": cuda.math_sdp_enabled(),
+    }
+    return {
+        "tf32_convolutions": torch.backends.cudnn.allow_tf32,
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "attention": [name for name, enabled in attention.items() if enabled],
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+
+
 def attempt(function: Callable, *args) -> Outcome:
     """Call a function in this process; its errors become an outcome."""
     try:
-        return Outcome(DONE, function(*args))
+        return Outcome(DONE, function(*args), numerics=numerics())
     except Exception as error:  # whatever it is, the other measurements go on
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         if is_out_of_memory(error):
@@ -71,33 +92,84 @@ def attempt(function: Callable, *args) -> Outcome:
         return Outcome(FAILED, message=f"{type(error).__name__}: {message}", details=traceback.format_exc())
 
 
-def run_isolated(function: Callable, *args, limit: bool = False) -> Outcome:
-    """Call a function in a new process and wait for what it returns.
+class Worker:
+    """A process that calls functions one after the other, each call with an `Outcome`.
+
+    A call that does not succeed ends the process, and the next call starts a new one, so that no measurement finds what
+    a failed one left behind. Used as a context manager; the process ends with it.
 
     Args:
-        function: at the top level of a module; what it takes and returns can be pickled.
-        args: its arguments.
         limit: let the process have no more of the host's memory than is available, so that it fails rather than
             the kernel ending a process, this one or another. For computations on the CPU: what is reserved but not
             used counts too, and GPU drivers reserve much.
+        fresh: start a new process for every call.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(sender, limit, function, args))
-    process.start()
-    # The child's end is now the only one: its death closes the pipe.
-    sender.close()
-    try:
-        outcome = receiver.recv()
-    except EOFError:
-        outcome = None
-    except BaseException:
-        process.kill()
-        raise
-    finally:
-        receiver.close()
-        process.join()
-    return outcome or died(process.exitcode, limit)
+
+    def __init__(self, limit: bool = False, fresh: bool = False):
+        self.limit = limit
+        self.fresh = fresh
+        self._process = self._pipe = None
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self._end(kill=kind is not None)
+
+    def call(self, function: Callable, *args) -> Outcome:
+        """Call a function in the process and wait for what it returns.
+
+        Args:
+            function: at the top level of a module; what it takes and returns can be pickled.
+            args: its arguments.
+        """
+        if self._process is None:
+            self._start()
+        try:
+            self._pipe.send((function, args))
+            outcome = self._pipe.recv()
+        except (EOFError, ConnectionError):  # it died
+            outcome = died(self._end(), self.limit)
+        except BaseException:
+            self._end(kill=True)
+            raise
+        if self.fresh or outcome.status != DONE:
+            self._end()
+        return outcome
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self.limit))
+        self._process.start()
+        # The child's end is now the only one: its death closes the pipe.
+        theirs.close()
+
+    def _end(self, kill: bool = False) -> int:
+        """Let the process end, or kill it; its exit code, 0 without a process."""
+        if self._process is None:
+            return 0
+        if kill:
+            self._process.kill()
+        self._pipe.close()
+        self._process.join()
+        code, self._process = self._process.exitcode, None
+        return code
+
+
+def run_isolated(function: Callable, *args, limit: bool = False) -> Outcome:
+    """Call a function in a new process, as `Worker` does."""
+    with Worker(limit, fresh=True) as worker:
+        return worker.call(function, *args)
+
+
+def worker_for(device: torch.device) -> Worker:
+    """Where measurements on a device run.
+
+    On a GPU they share a process: PyTorch counts a GPU's memory anew for each, and starting CUDA takes seconds. On a
+    CPU each has a new one: what the system counts is the process's whole memory.
+    """
+    return Worker(limit=device.type == "cpu", fresh=device.type == "cpu")
 
 
 def died(exitcode: int, limit: bool) -> Outcome:
@@ -115,10 +187,17 @@ def died(exitcode: int, limit: bool) -> Outcome:
     return Outcome(FAILED, message=message)
 
 
-def _child(sender, limit: bool, function: Callable, args: tuple) -> None:
+def _serve(pipe, limit: bool) -> None:
     if limit:
         limit_memory()
-    sender.send(attempt(function, *args))
+    with contextlib.suppress(EOFError):  # whoever asks has ended
+        while True:
+            function, args = pipe.recv()
+            pipe.send(attempt(function, *args))
+            # Models hold themselves in cycles, and with them a GPU's memory; compiled code counts against a limit.
+            gc.collect()
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.reset()
 
 
 def limit_memory() -> None:

@@ -163,6 +163,7 @@ def measure_row(what: Measurement) -> dict:
         "row": what.row,
         "status": outcome.status,
         "message": outcome.message,
+        "numerics": outcome.numerics,
         "runs": measured.get("seconds"),
         "seconds": measured and spread(measured["seconds"]),
         "memory": measured.get("memory"),

@@ -196,6 +196,7 @@ def run(args: argparse.Namespace) -> int:
             "batch": what.args.batch_size,
             "status": outcome.status,
             "message": outcome.message,
+            "numerics": outcome.numerics,
             "runs": outcome.value or {},
             "seconds": {name: spread(values) for name, values in (outcome.value or {}).items()},
         }

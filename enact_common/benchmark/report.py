@@ -82,8 +82,23 @@ def environment(argv: Sequence[str], device: torch.device) -> dict:
 
 
 def heading(figures: dict) -> str:
-    """The machine, the date and the command, in Markdown."""
-    return f"Machine: {figures['machine']}; {figures['date'][:10]}\n\n`{figures['command']}`"
+    """The machine, the date, the command and, for a GPU, how it computed; in Markdown."""
+    text = f"Machine: {figures['machine']}; {figures['date'][:10]}\n\n`{figures['command']}`"
+    numerics = next((row["numerics"] for row in figures["rows"] if row.get("numerics")), None)
+    if numerics and figures["device"].startswith("cuda"):
+        text += f"\n\n{numerics_text(numerics)}"
+    return text
+
+
+def numerics_text(numerics: dict) -> str:
+    """What `isolated.numerics` gives, as a sentence about a GPU."""
+    convolutions = "TF32" if numerics["tf32_convolutions"] else "float32"
+    products = {"highest": "float32", "high": "TF32", "medium": "bf16"}[numerics["matmul_precision"]]
+    kernels = "deterministic kernels" if numerics["deterministic"] else "kernels that need not be deterministic"
+    return (
+        f"Float32 tensors are convolved in {convolutions} and multiplied in {products}; attention may run as "
+        f"{', '.join(numerics['attention'])}; {kernels}."
+    )
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:

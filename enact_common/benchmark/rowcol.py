@@ -12,6 +12,7 @@ from torch import Tensor
 
 from enact_common.arguments import positive_int
 from enact_common.benchmark.eager import naive_clustered, naive_row_column
+from enact_common.benchmark.isolated import numerics
 from enact_common.benchmark.measuring import machine, synchronizer, take_turns
 from enact_common.device import find_device
 from enact_common.variants import load_variant
@@ -107,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
         mib = " | ".join(f"{count / 2**20:.1f}" for count in saved.values())
         print(f"| {case} | {times} | {row['time_ratio']:.2f} | {mib} | {row['saved_ratio']:.3f} |", flush=True)
     if args.output:
-        figures = {"machine": where, "batch": args.batch, "channels": args.channels, "rows": rows}
+        settings = {"batch": args.batch, "channels": args.channels}
+        figures = {"machine": where, **settings, "numerics": numerics(), "rows": rows}
         Path(args.output).write_text(json.dumps(figures, indent=1))
     return 0
 

@@ -121,6 +121,7 @@ def measure_row(what: Measurement) -> dict:
         "runtime": what.runtime,
         "status": outcome.status,
         "message": outcome.message,
+        "numerics": outcome.numerics,
         "runs": measured.get("seconds"),
         "seconds": measured and spread(measured["seconds"]),
         "bytes": measured.get("bytes"),

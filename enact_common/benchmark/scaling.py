@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from enact_common.arguments import non_negative_float, positive_int
 from enact_common.attention import EnactSelfAttention
 from enact_common.benchmark.detectors import counted_clusters
-from enact_common.benchmark.isolated import DONE, FAILED, OUT_OF_MEMORY, Outcome, run_isolated
+from enact_common.benchmark.isolated import DONE, FAILED, OUT_OF_MEMORY, Outcome, Worker, worker_for
 from enact_common.benchmark.measuring import MemoryMeter, spread, synchronizer, take_turns
 from enact_common.benchmark.report import (
     LEFT,
@@ -190,7 +190,7 @@ class Workload:
 
 
 def measure_memory(name: str, shape: tuple[int, int], problem: Problem) -> dict:
-    """`memory`: bytes by which one step raises the peak; and `clusters`. For a process of its own."""
+    """`memory`: bytes by which one step raises the peak; and `clusters`."""
     # What any first backward pass allocates for itself is not the layer's.
     Workload(name, map_shape(WARMUP_TOKENS), problem).step()
     workload = Workload(name, shape, problem)
@@ -202,19 +202,20 @@ def measure_memory(name: str, shape: tuple[int, int], problem: Problem) -> dict:
 
 
 def measure_time(names: list[str], shape: tuple[int, int], problem: Problem, repeat: int) -> dict[str, list[float]]:
-    """Seconds of the layers' steps, which take turns. For a process of its own."""
+    """Seconds of the layers' steps, which take turns."""
     steps = {name: Workload(name, shape, problem).step for name in names}
     return take_turns(steps, repeat, synchronizer(torch.device(problem.device)))
 
 
-def measure_size(names: list[str], shape: tuple[int, int], problem: Problem, repeat: int) -> list[dict]:
+def measure_size(
+    names: list[str], shape: tuple[int, int], problem: Problem, repeat: int, worker: Worker
+) -> list[dict]:
     """The figures of every layer at one size, memory first: what does not fit takes no turns."""
-    limit = torch.device(problem.device).type == "cpu"
-    outcomes = {name: run_isolated(measure_memory, name, shape, problem, limit=limit) for name in names}
+    outcomes = {name: worker.call(measure_memory, name, shape, problem) for name in names}
     fitting = [name for name in names if outcomes[name].status == DONE]
     timed = Outcome(DONE, {})
     if fitting:
-        timed = run_isolated(measure_time, fitting, shape, problem, repeat, limit=limit)
+        timed = worker.call(measure_time, fitting, shape, problem, repeat)
     for outcome in (*outcomes.values(), timed):
         print(outcome.details, end="", file=sys.stderr)
     rows = []
@@ -229,7 +230,15 @@ def measure_size(names: list[str], shape: tuple[int, int], problem: Problem, rep
         }
         measured = outcomes[name].value or {"memory": None, "clusters": None}
         seconds = timed.value[name] if outcome.status == DONE else None
-        rows.append({**row, "runs": seconds, "seconds": spread(seconds) if seconds else None, **measured})
+        rows.append(
+            {
+                **row,
+                "runs": seconds,
+                "seconds": spread(seconds) if seconds else None,
+                **measured,
+                "numerics": outcomes[name].numerics,
+            }
+        )
     add_ratios(rows)
     return rows
 
@@ -348,8 +357,10 @@ def run(args: argparse.Namespace) -> int:
         "rows": [],
     }
     layers = [name for name in LAYERS if name in args.layers]
+    worker = worker_for(device)
     for shape in sorted({map_shape(tokens) for tokens in args.tokens}, key=math.prod):
-        rows = measure_size(layers, shape, problem, args.repeat)
+        with worker:  # a process a size
+            rows = measure_size(layers, shape, problem, args.repeat, worker)
         figures["rows"] += rows
         for row in rows:
             said = f"{1000 * row['seconds']['median']:.1f} ms" if row["seconds"] else row["status"]

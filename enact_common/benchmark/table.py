@@ -26,7 +26,7 @@ from enact_common.benchmark.detectors import (
     refuse_flags,
 )
 from enact_common.benchmark.eager import eager_attention
-from enact_common.benchmark.isolated import DONE, FAILED, is_out_of_memory, run_isolated
+from enact_common.benchmark.isolated import DONE, FAILED, Worker, is_out_of_memory, worker_for
 from enact_common.benchmark.measuring import MemoryMeter, spread, synchronizer, take_turns
 from enact_common.benchmark.report import (
     GIB,
@@ -88,7 +88,7 @@ class Measurement:
 
 
 def measure(what: Measurement, phase: str) -> dict:
-    """Time and memory of a model's training steps or of its inference; for a process of its own.
+    """Time and memory of a model's training steps or of its inference.
 
     Returns:
         `seconds` of each timed run, of a whole batch; `memory` as `MemoryMeter` reads it. Of inference also
@@ -137,8 +137,8 @@ def measure_step(step: Callable[[], object], what: Measurement, device: torch.de
     return {"seconds": seconds, "memory": meter.read()}
 
 
-def measure_row(what: Measurement) -> dict:
-    """All figures of one row, each phase from a process of its own; says on standard error how it goes."""
+def measure_row(what: Measurement, worker: Worker) -> dict:
+    """All figures of one row, measured by a worker; says on standard error how it goes."""
     args = what.args
     row = {
         "variant": what.variant,
@@ -149,10 +149,11 @@ def measure_row(what: Measurement) -> dict:
     counted = {}
     for phase in PHASES:
         begin = time.perf_counter()
-        outcome = run_isolated(measure, what, phase, limit=find_device(args.device).type == "cpu")
+        outcome = worker.call(measure, what, phase)
         row[phase] = {"status": outcome.status, "message": outcome.message}
         said = f"{outcome.status} ({outcome.message})"
         if outcome.status == DONE:
+            row["numerics"] = outcome.numerics
             figures = outcome.value
             counted = {name: value for name, value in figures.items() if name not in ("seconds", "memory")}
             per_image = spread([seconds / args.batch_size for seconds in figures["seconds"]])
@@ -346,10 +347,11 @@ def run(args: argparse.Namespace) -> int:
     measurements = plan(args)
     report = Report(args.output_dir, "table")
     figures = {**describe(args, measurements), "benchmark": "table", "rows": []}
-    for what in measurements:
-        figures["rows"].append(measure_row(what))
-        figures["ratios"] = ratios_of(figures["rows"])
-        report.save_figures(figures)
+    with worker_for(find_device(measurements[0].args.device)) as worker:
+        for what in measurements:
+            figures["rows"].append(measure_row(what, worker))
+            figures["ratios"] = ratios_of(figures["rows"])
+            report.save_figures(figures)
     report.save(figures, to_markdown(figures), to_csv(figures["rows"]))
     return int(any(row[phase]["status"] == FAILED for row in figures["rows"] for phase in PHASES))
 

@@ -1,0 +1,238 @@
+"""The run for a GPU: is it right there, what does it cost, and a page of what came out.
+
+    python -m enact_common.gpu run --output_dir gpu_run           # about ten minutes on one GPU
+    python -m enact_common.gpu report gpu_run --page docs/gpu.md  # later, on any machine: tables and charts
+
+`run` starts one command after the other, each with a time limit, and packs what there is after each into results.tgz. A
+command that fails or takes too long leaves the others alone.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+from enact_common.arguments import HelpFormatter
+from enact_common.benchmark.isolated import attempt
+from enact_common.benchmark.measuring import machine
+from enact_common.device import default_device, find_device
+from enact_common.errors import UserError, exit_status
+from enact_common.files import make_folder, write_atomically
+from enact_common.gpu.checks import CHECKS, Setting, run_check
+from enact_common.gpu.page import write_page
+
+# The summary of a run, beside its steps' folders, and all of it but pictures in one file.
+SUMMARY, PACKED = "run.json", "results.tgz"
+
+# What shrinks a benchmark to seconds on a CPU.
+TINY = "--size 64 96 --batch 1 --repeat 1 --warmup 0 --variants detr --rows enact".split()
+TINY_MODEL = "--backbone resnet18 --enc_layers 1 --dec_layers 1".split()
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the run.
+
+    Attributes:
+        name: of its folder.
+        limit: seconds after which it is ended.
+        module: below `enact_common`.
+        words: its command line.
+        small: the command line that tries it in seconds.
+    """
+
+    name: str
+    limit: int
+    module: str
+    words: tuple[str, ...]
+    small: tuple[str, ...]
+
+
+def checks(name: str, limit: int, *names: str) -> Step:
+    """A step of checks."""
+    return Step(name, limit, "gpu", ("check", *names), ("check", *names, "--small"))
+
+
+def table(name: str, limit: int, words: str, flags: str = "") -> Step:
+    """A step of the published table."""
+    small = ("table", *TINY, *(["--compile"] if "--compile" in words else []), "--", *TINY_MODEL)
+    return Step(name, limit, "benchmark", ("table", *words.split(), *(["--", flags] if flags else [])), small)
+
+
+# In the order of what they tell, so that a run that is cut short has the most important ones.
+STEPS = (
+    checks("right", 90, "golden", "windows", "faults"),
+    checks("resume", 60, "resume"),
+    table("table_bf16", 110, "--amp bf16 --repeat 5 --warmup 3"),
+    table("table_float32", 120, "--repeat 5 --warmup 3"),
+    table("detr_dc5", 40, "--variants detr --amp bf16 --batch 4 --repeat 5 --warmup 3", "--dilation"),
+    checks("attention", 80, "attention", "layers"),
+    checks("sizes", 60, "sizes"),
+    Step(
+        "scaling", 60, "benchmark", ("scaling", "--amp", "bf16"),
+        tuple("scaling --tokens 60 --layers mha enact --repeat 1 --channels 16 --heads 2".split()),
+    ),
+    Step(
+        "rowcol", 20, "benchmark", ("rowcol",),
+        tuple("rowcol --batch 1 --channels 8 --repeat 1 --clustered 4 5 3 --plain 4 5 6".split()),
+    ),
+    table("compile", 110, "--variants detr --rows enact --amp bf16 --compile --repeat 5 --warmup 4"),
+)  # fmt: skip
+
+
+def command_of(step: Step, folder: Path, device: str, small: bool) -> list[str]:
+    """The command line of a step, which writes into a folder."""
+    words = list(step.small if small else step.words)
+    # Words behind `--` are the model's.
+    place = words.index("--") if "--" in words else len(words)
+    output = ["--output", str(folder / "rowcol.json")] if step.name == "rowcol" else ["--output_dir", str(folder)]
+    words[place:place] = ["--device", device, *output]
+    return [sys.executable, "-m", f"enact_common.{step.module}", *words]
+
+
+def run_step(step: Step, folder: Path, device: str, small: bool) -> dict:
+    """Run a step, and say how it ended: `status`, 0 where it is done, "time limit", or another number; `seconds`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = command_of(step, folder, device, small)
+    begin = time.perf_counter()
+    with open(folder / "log.txt", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            status: int | str = process.wait(timeout=10 * step.limit if small else step.limit)
+        except subprocess.TimeoutExpired:
+            status = "time limit"
+        finally:
+            # Its children too: measurements run in processes of their own.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    shown = shlex.join(["python", *command[1:]])
+    return {"step": step.name, "status": status, "seconds": time.perf_counter() - begin, "command": shown}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run all steps; 1 where one failed, else 0.
+
+    Raises:
+        UserError: the device is not here, or the folder cannot be made.
+    """
+    device = find_device(args.device or default_device())
+    if device.type == "cpu" and not args.small:
+        raise UserError("no GPU here: on a CPU this would take hours; pass --small to try the commands")
+    output = Path(args.output_dir)
+    make_folder(output)
+    summary = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": f"python -m enact_common.gpu {shlex.join(args.argv)}",
+        "machine": machine(device),
+        "device": str(device),
+        "small": args.small,
+        "steps": [],
+    }
+    for step in STEPS:
+        if args.only and step.name not in args.only:
+            continue
+        summary["steps"].append(run_step(step, output / step.name, str(device), args.small))
+        result = summary["steps"][-1]
+        print(f"{step.name}: status {result['status']}, {result['seconds']:.0f} s", flush=True)
+        if result["status"] != 0:
+            last_lines = (output / step.name / "log.txt").read_text().splitlines()[-5:]
+            print("\n".join(last_lines), file=sys.stderr, flush=True)
+        write_atomically(output / SUMMARY, lambda file: file.write(json.dumps(summary, indent=1).encode()), sync=False)
+        write_atomically(output / PACKED, lambda file: pack(output, file), sync=False)
+    return int(any(result["status"] != 0 for result in summary["steps"]))
+
+
+def pack(folder: Path, file) -> None:
+    """Write what the steps left, but for pictures, as a compressed archive."""
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".json", ".md", ".csv", ".txt"):
+                archive.add(path, path.relative_to(folder))
+
+
+def check(args: argparse.Namespace) -> int:
+    """Run checks, and write a JSON file for each; 1 where one failed, else 0."""
+    setting = Setting(find_device(args.device or default_device()), args.small)
+    output = Path(args.output_dir)
+    make_folder(output)
+    failed = 0
+    for name in args.names or CHECKS:
+        outcome = attempt(run_check, name, setting)
+        failed += outcome.value is None
+        print(f"{name}: {outcome.status} {outcome.message}\n{outcome.details}", flush=True)
+        result = outcome.value or {"check": name, "problem": outcome.message}
+        result["machine"] = machine(setting.device)
+        text = json.dumps(result, indent=1)
+        write_atomically(output / f"{name}.json", lambda file, text=text: file.write(text.encode()), sync=False)
+    return int(failed > 0)
+
+
+def report(args: argparse.Namespace) -> int:
+    """Write the page of a run.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    write_page(Path(args.folder), Path(args.page))
+    print(args.page)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m enact_common.gpu", description=" ".join(__doc__.split("\n\n")[0].split())
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    device = {"help": "cuda, cuda:1, or cpu with --small (default: a GPU where there is one)"}
+    small = {"action": "store_true", "help": "tiny sizes, which try the code in a minute or two and measure nothing"}
+
+    whole = commands.add_parser("run", help="all steps", formatter_class=HelpFormatter)
+    whole.add_argument("--output_dir", default="gpu_run", metavar="DIR", help="results")
+    whole.add_argument("--device", **device)
+    whole.add_argument("--small", **small)
+    whole.add_argument(
+        "--only", nargs="+", choices=[step.name for step in STEPS], metavar="STEP",
+        help=f"these steps alone, of {', '.join(step.name for step in STEPS)}; default: all",
+    )  # fmt: skip
+    whole.set_defaults(run=run)
+
+    part = commands.add_parser("check", help="checks alone", formatter_class=HelpFormatter)
+    part.add_argument("names", nargs="*", choices=tuple(CHECKS), metavar="CHECK", help=f"of {', '.join(CHECKS)}")
+    part.add_argument("--output_dir", default="gpu_run", metavar="DIR", help="JSON files")
+    part.add_argument("--device", **device)
+    part.add_argument("--small", **small)
+    part.set_defaults(run=check)
+
+    page = commands.add_parser("report", help="a page of a run's results", formatter_class=HelpFormatter)
+    page.add_argument("folder", metavar="DIR", help="results of `run`")
+    page.add_argument("--page", default="docs/gpu.md", metavar="FILE", help="to write; charts go beside it")
+    page.set_defaults(run=report)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        the exit status: 0; 1 where a step or a check failed; 2 for what the user can mend.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else list(argv)
+    return exit_status(parser.prog, lambda: args.run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,438 @@
+"""Is it right on this device, and where does the time go: each check gives rows of a table.
+
+A check is a function of a `Setting` in `CHECKS`. All of them also run on a CPU with `small`, which tries the code and
+measures nothing.
+"""
+
+import contextlib
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+
+from enact_common.acceleration import prepare
+from enact_common.attention import EnactSelfAttention
+from enact_common.benchmark.detectors import build_detector, build_train_step, noise_batch, parse_flags
+from enact_common.benchmark.isolated import numerics
+from enact_common.benchmark.measuring import synchronizer, take_turns
+from enact_common.clustering import (
+    EntropyClustering,
+    Windows,
+    count_regions,
+    gaussian_kernel,
+    self_information,
+    smooth,
+    window_length,
+)
+from enact_common.data.synthetic import make_shapes
+from enact_common.engine import NonFiniteLossError, autocast, to_device
+from enact_common.gpu import golden
+from enact_common.run import main as run_variant
+from enact_common.variants import load_variant
+
+# What a CPU's rounding stays within, absolute and relative: errors are given in units of it.
+UNIT = 1e-4
+
+# (batch, tokens) of an encoder layer: the published sizes of DETR-C5 and of Anchor DETR-DC5, and one to try the code.
+PUBLISHED = ((8, 850), (4, 4200))
+SMALL = ((2, 60),)
+
+# How PyTorch says that a backend does not take such inputs, on a GPU and on a CPU.
+NO_BACKEND = ("No available kernel", "No viable backend")
+
+SMALL_DETECTOR = "--backbone resnet18 --enc_layers 1 --dec_layers 1".split()
+
+# Losses of a training whose resumption has to be exact.
+TRAINING = (
+    "--backbone resnet18 --backbone_weights none --backbone_norm batch --enc_layers 2 --dec_layers 2 --batch_size 8 "
+    "--num_workers 2 --lr 2e-4 --lr_backbone 2e-4 --deterministic"
+).split()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where checks run.
+
+    Attributes:
+        device: where.
+        small: sizes that a CPU computes in seconds.
+    """
+
+    device: torch.device
+    small: bool
+
+    @property
+    def cuda(self) -> bool:
+        """Whether this is a GPU."""
+        return self.device.type == "cuda"
+
+    @property
+    def maps(self) -> tuple[tuple[int, int], ...]:
+        """(batch, tokens) of encoder layers."""
+        return SMALL if self.small else PUBLISHED
+
+    def milliseconds(self, step: Callable[[], object]) -> float:
+        """Median time of a step that is waited for."""
+        runs = 2 if self.small else 12
+        return 1e3 * statistics.median(take_turns({"": step}, runs, synchronizer(self.device), warmup=3)[""])
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Within it, convolutions may run in TF32 or not; products never do."""
+    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [flag.allow_tf32 for flag in flags]
+    flags[0].allow_tf32, flags[1].allow_tf32 = allowed, False
+    try:
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+
+
+def error_in_units(ours: Tensor | float, recorded: np.ndarray) -> float:
+    """The largest difference, in units of what a CPU's rounding stays within."""
+    ours, recorded = np.asarray(ours, dtype=np.float64), np.asarray(recorded, dtype=np.float64)
+    return float((np.abs(ours - recorded) / (UNIT + UNIT * np.abs(recorded))).max(initial=0))
+
+
+@contextlib.contextmanager
+def noted_lengths(model: nn.Module) -> Iterator[list[int]]:
+    """Within it, a list receives the window length of each clustering, in the order of the calls."""
+    lengths: list[int] = []
+
+    def note(information: Tensor, clusters) -> None:
+        if isinstance(clusters, Windows):
+            lengths.append(clusters.weights.shape[-1])
+
+    layers = [module for module in model.modules() if isinstance(module, EntropyClustering)]
+    for layer in layers:
+        layer.observer = note
+    try:
+        yield lengths
+    finally:
+        for layer in layers:
+            layer.observer = None
+
+
+def check_golden(setting: Setting) -> list[dict]:
+    """The recorded reference cases: with TF32 off, at the default flags, and in bf16.
+
+    `outputs` and `losses` are errors in units of 1e-4 absolute and relative, `gradients` the largest relative error of
+    a parameter's gradient norm. `matches`: the matcher chose the recorded pairs. `lengths`: every window is as long as
+    on the CPU.
+    """
+    recipe = golden.load_recipe()
+    rows = []
+    for case in list(golden.cases())[: 1 if setting.small else None]:
+        variant = load_variant(case.variant)
+        args = variant.main.get_args_parser().parse_args(["--coco_path", "none", *case.argv])
+        model, criterion, _ = variant.models.build_model(args)
+        recipe.fill(model)
+        samples, targets = golden.golden_batch(recipe, case.spec)
+        with torch.no_grad(), noted_lengths(model) as on_cpu:
+            model.eval()(samples)
+        model.to(setting.device), criterion.to(setting.device)
+        moved = to_device(samples, targets, setting.device)
+        for how, allowed, amp in (("TF32 off", False, "none"), ("default", True, "none"), ("bf16", True, "bf16")):
+            with tf32(allowed):
+                rows.append({"case": case.name, "numerics": how, **compare(case, model, criterion, moved, amp, on_cpu)})
+    return rows
+
+
+def compare(case: golden.Case, model: nn.Module, criterion: nn.Module, batch, amp: str, on_cpu: list[int]) -> dict:
+    """One row of `check_golden`."""
+    samples, targets = batch
+    device = samples.tensors.device
+    with torch.no_grad(), noted_lengths(model) as lengths, autocast(device, amp):
+        outputs = model.eval()(samples)
+    wanted = {name: case.recorded[f"eval/{name}"] for name in outputs if f"eval/{name}" in case.recorded}
+    model.train().zero_grad()
+    with autocast(device, amp):
+        trained = model(samples)
+    losses = criterion(trained, targets)
+    criterion.total(losses).backward()
+    norms = json.loads(str(case.recorded["grad_norms"]))
+    found = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    pairs = criterion.matcher(trained, targets)
+    return {
+        "outputs": max(error_in_units(outputs[name].float().cpu(), value) for name, value in wanted.items()),
+        "losses": max(error_in_units(value.item(), case.recorded[f"loss/{name}"]) for name, value in losses.items()),
+        "gradients": max(abs(found[name] - norm) / (norm + 1e-5) for name, norm in norms.items()),
+        "matches": all(
+            np.array_equal(np.stack([np.asarray(part.cpu()) for part in pair]), case.recorded[f"match/{i}"])
+            for i, pair in enumerate(pairs)
+        ),
+        "lengths": lengths == on_cpu,
+    }
+
+
+def check_windows(setting: Setting) -> list[dict]:
+    """Smoothing on the device, with TF32 allowed and not, against float64: its error, and the window length."""
+    rows = []
+    for batch, tokens in setting.maps:
+        for gain in (1.0, 10.0):
+            torch.manual_seed(0)
+            logits = gain * F.avg_pool1d(torch.randn(batch, 1, tokens), 5, 1, 2).squeeze(1)  # (batch, tokens)
+            for sigma in (3.0, 5.0):
+                kernel = gaussian_kernel(sigma)
+                exact = smooth(self_information(logits.double()), kernel.double())
+                row = {"batch": batch, "tokens": tokens, "gain": gain, "sigma": sigma}
+                row["float64"] = window_length(tokens, count_regions(exact).tolist())
+                for allowed in (False, True):
+                    with tf32(allowed):
+                        information = self_information(logits.to(setting.device))
+                        ours = smooth(information, kernel.to(setting.device)).cpu()
+                    name = "TF32 allowed" if allowed else "TF32 off"
+                    row[name] = window_length(tokens, count_regions(ours).tolist())
+                    row[f"{name}: error"] = float((ours - exact).abs().max() / exact.abs().max())
+                rows.append(row)
+    return rows
+
+
+def check_attention(setting: Setting) -> list[dict]:
+    """Attention alone, forward and backward, milliseconds.
+
+    `all keys` and `a fifth`: with as many keys as queries, and with a fifth. `new number`: the first call with a number
+    of keys that was not seen before, as ENACT has in every step.
+    """
+    rows = []
+    backends = {"chosen": None, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
+    if setting.cuda:
+        backends["cuDNN"] = SDPBackend.CUDNN_ATTENTION
+    for batch, tokens in setting.maps:
+        for dtype in (torch.bfloat16, torch.float32):
+            for name, backend in backends.items():
+                for masked in (False, True):
+                    row = {"batch": batch, "tokens": tokens, "dtype": str(dtype).removeprefix("torch.")}
+                    rows.append({**row, "backend": name, "mask": masked})
+                    times = attempt_attention(setting, batch, tokens, dtype, backend, masked)
+                    rows[-1] |= times or dict.fromkeys(("all keys", "a fifth", "new number"))
+    return rows
+
+
+def attempt_attention(setting: Setting, batch: int, tokens: int, dtype, backend, masked: bool) -> dict | None:
+    """The times of one row of `check_attention`; None where a backend does not take such inputs."""
+
+    def step(keys: int) -> Callable[[], None]:
+        def random(length: int) -> Tensor:
+            return torch.randn(batch, 8, length, 32, device=setting.device, dtype=dtype, requires_grad=True)
+
+        query, key, value = random(tokens), random(keys), random(keys)
+        mask = torch.zeros(batch, 1, 1, keys, device=setting.device, dtype=dtype) if masked else None
+        gradient = torch.randn_like(query)
+
+        def both() -> None:
+            with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+                F.scaled_dot_product_attention(query, key, value, mask, scale=1.0).backward(gradient)
+
+        return both
+
+    try:
+        step(tokens // 5)()
+        fresh = []
+        for part in (4, 6, 7, 8):
+            both = step(tokens // part)
+            synchronizer(setting.device)()
+            begin = time.perf_counter()
+            both()
+            synchronizer(setting.device)()
+            fresh.append(1e3 * (time.perf_counter() - begin))
+        times = {"all keys": setting.milliseconds(step(tokens)), "a fifth": setting.milliseconds(step(tokens // 5))}
+        return {**times, "new number": statistics.median(fresh)}
+    except RuntimeError as error:
+        if any(words in str(error) for words in NO_BACKEND):
+            return None
+        raise
+
+
+LAYERS = {
+    "plain": None,
+    "plain, padded": None,
+    "ENACT": {},
+    "ENACT, regions": {"clusters": "regions"},
+    "ENACT, per image": {"per_image": True, "mask_padding": True},
+}
+
+
+def check_layers(setting: Setting) -> list[dict]:
+    """One encoder layer's self-attention: milliseconds, and on a GPU its kernels and what it keeps, MiB."""
+    rows = []
+    for batch, tokens in setting.maps:
+        for amp in ("none", "bf16"):
+            for name, settings in LAYERS.items():
+                torch.manual_seed(0)
+                layer = nn.MultiheadAttention(256, 8) if settings is None else EnactSelfAttention(256, 8, **settings)
+                layer.to(setting.device)
+                size = (tokens, batch, 256)
+                src = torch.randn(size, device=setting.device, requires_grad=True)
+                pos, gradient = (torch.randn(size, device=setting.device) for _ in range(2))
+                mask = None if name == "plain" else torch.zeros(batch, tokens, dtype=torch.bool, device=setting.device)
+
+                def forward(layer=layer, src=src, pos=pos, mask=mask, amp=amp) -> Tensor:
+                    with autocast(setting.device, amp):
+                        placed = src + pos
+                        return layer(placed, placed, src, key_padding_mask=mask, need_weights=False)[0]
+
+                def both(layer=layer, src=src, gradient=gradient, forward=forward) -> None:
+                    forward().float().backward(gradient)
+                    src.grad = None
+                    layer.zero_grad(set_to_none=True)
+
+                row = {"batch": batch, "tokens": tokens, "amp": amp, "layer": name}
+                row |= {"forward": setting.milliseconds(forward), "both": setting.milliseconds(both)}
+                rows.append(row | (launches(both) | {"kept": kept_mib(forward)} if setting.cuda else {}))
+    return rows
+
+
+def launches(step: Callable[[], None]) -> dict:
+    """On a GPU: `kernels` of a step, how long they run (`busy`, milliseconds), and how often the host `waits`."""
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    events = profiler.events()
+    kernels = [event for event in events if str(event.device_type).endswith("CUDA")]
+    waiting = ("cudaStreamSynchronize", "cudaEventSynchronize")
+    return {
+        "kernels": len(kernels),
+        "busy": sum(event.time_range.elapsed_us() for event in kernels) / 1e3,
+        "waits": sum(event.name in waiting for event in events),
+    }
+
+
+def kept_mib(forward: Callable[[], Tensor]) -> float:
+    """What a forward pass on a GPU leaves allocated for its backward pass, its output included, MiB."""
+    before = torch.cuda.memory_allocated()
+    output = forward()
+    kept = torch.cuda.memory_allocated() - before
+    del output
+    return kept / 2**20
+
+
+def train_step(setting: Setting, flags: list[str], amp: str, size: tuple[int, int], batch: int):
+    """(arguments, model, step, samples, targets) of DETR on noise, as a run trains it."""
+    flags = [*flags, *(SMALL_DETECTOR if setting.small else [])]
+    own = ["--coco_path", "none", "--amp", amp, "--batch_size", str(batch)]
+    args = parse_flags("detr", str(setting.device), flags, own)
+    samples, targets = noise_batch(args, size)
+    model, criterion, _ = build_detector("detr", args, samples, setting.device)
+    prepare(model, args, setting.device)
+    return args, model, build_train_step(model, criterion, args, setting.device), samples, targets
+
+
+def check_sizes(setting: Setting) -> list[dict]:
+    """Training steps of DETR in bf16 on ten image sizes: milliseconds when a size is new, and when it was seen.
+
+    On a GPU, with cuDNN's attention too, which plans anew for every number of clusters.
+    """
+    rows = []
+    sizes = [(480 + 32 * (i % 11), 640 + 32 * (7 * i % 13)) for i in range(10)]
+    if setting.small:
+        sizes = [(64, 96), (96, 64)]
+    for attention in ("mhsa", "enact"):
+        for cudnn in (False, True) if setting.cuda else (False,):
+            batch = 2 if setting.small else 4
+            args, _, step, *_ = train_step(setting, ["--encoder_attention", attention], "bf16", sizes[0], batch)
+            batches = [noise_batch(args, size) for size in sizes]
+            before = torch.backends.cuda.cudnn_sdp_enabled()
+            torch.backends.cuda.enable_cudnn_sdp(cudnn)
+            try:
+                times = [timed(setting, lambda pair=pair, step=step: step(*pair)) for _ in range(3) for pair in batches]
+            finally:
+                torch.backends.cuda.enable_cudnn_sdp(before)
+            step.check()
+            row = {"attention": attention, "cuDNN attention": cudnn}
+            new, again = times[: len(sizes)], times[len(sizes) :]
+            rows.append({**row, "new": statistics.median(new), "new, most": max(new), "seen": statistics.median(again)})
+    return rows
+
+
+def timed(setting: Setting, step: Callable[[], object]) -> float:
+    """Milliseconds of one call."""
+    return 1e3 * take_turns({"": step}, 1, synchronizer(setting.device), warmup=0)[""][0]
+
+
+def check_faults(setting: Setting) -> list[dict]:
+    """Losses that are not finite: are they reported, and do they leave the weights alone."""
+    rows = []
+    for amp in ("none", "bf16", *(["fp16"] if setting.cuda else [])):
+        _, model, step, samples, targets = train_step(setting, SMALL_DETECTOR, amp, (96, 128), 2)
+        for _ in range(2):
+            step(samples, targets)
+        step.check()
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        bad = [{**target, "boxes": target["boxes"] * torch.nan} for target in targets]
+        reported = False
+        try:
+            for _ in range(40):  # fp16's scaler may blame its scale for a while
+                step(samples, bad)
+            step.check()
+        except NonFiniteLossError:
+            reported = True
+        same = all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+        rows.append({"amp": amp, "reported": reported, "weights unchanged": same})
+    return rows
+
+
+def check_resume(setting: Setting) -> list[dict]:
+    """A short training with `--deterministic`, whole and in two parts: its last loss, and whether all weights agree."""
+    rows = []
+    sizes = "--train_sizes 64 --eval_size 64 --max_size 96".split()
+    train, val, size = (8, 2, (64, 80)) if setting.small else (96, 16, (256, 320))
+    if not setting.small:
+        sizes = "--train_sizes 224 256 --eval_size 256 --max_size 400".split()
+    for amp in ("none", "bf16"):
+        with tempfile.TemporaryDirectory() as folder:
+            shapes = make_shapes(Path(folder) / "shapes", train=train, val=val, size=size, seed=3)
+            own = ["--coco_path", shapes, "--device", setting.device, "--amp", amp, *sizes]
+            own += SMALL_DETECTOR if setting.small else []
+            whole, parts = Path(folder) / "whole", Path(folder) / "parts"
+            for output, more in (
+                (whole, ["--epochs", 2]),
+                (parts, ["--epochs", 1]),
+                (parts, ["--epochs", 2, "--resume", parts / "checkpoint.pth"]),
+            ):
+                variant = load_variant("detr")
+                argv = [str(word) for word in (*TRAINING, *own, "--output_dir", output, *more)]
+                build = variant.models.build_model, variant.datasets.build_dataset
+                status = run_variant("detr", variant.main.get_args_parser(), *build, argv)
+                if status:
+                    raise RuntimeError(f"the training ended with status {status}: {' '.join(argv)}")
+            weights = [torch.load(output / "checkpoint.pth", weights_only=False)["model"] for output in (whole, parts)]
+            losses = [json.loads((output / "log.txt").read_text().splitlines()[-1]) for output in (whole, parts)]
+            row = {"amp": amp, "loss, whole": losses[0]["train_loss"], "loss, resumed": losses[1]["train_loss"]}
+            same = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+            rows.append({**row, "weights equal": same})
+    return rows
+
+
+CHECKS = {
+    "golden": check_golden,
+    "windows": check_windows,
+    "faults": check_faults,
+    "resume": check_resume,
+    "attention": check_attention,
+    "layers": check_layers,
+    "sizes": check_sizes,
+}
+
+
+def run_check(name: str, setting: Setting) -> dict:
+    """A check's rows, with what it is and which kernels were allowed."""
+    begin = time.perf_counter()
+    rows = CHECKS[name](setting)
+    about = " ".join(CHECKS[name].__doc__.split())
+    seconds = time.perf_counter() - begin
+    where = {"device": str(setting.device), "numerics": numerics()}
+    return {"check": name, "about": about, "rows": rows, "seconds": seconds, **where}

@@ -1,0 +1,102 @@
+"""The page of a run on a GPU: every figure from the run's JSON, none typed by hand."""
+
+import json
+from pathlib import Path
+
+from enact_common.benchmark import charts, scaling, table
+from enact_common.benchmark.measuring import spread
+from enact_common.benchmark.report import LEFT, MIB, RIGHT, figure_range, markdown_table, numerics_text
+from enact_common.errors import UserError
+from enact_common.files import make_folder, write_atomically
+
+TABLES = {"table": table.to_markdown, "scaling": scaling.to_markdown}
+
+INTRODUCTION = """# On a GPU
+
+Made by `python -m enact_common.gpu report` from the JSON files of one run; no figure is typed by hand."""
+
+
+def write_page(folder: Path, page: Path) -> None:
+    """Write a run's tables as a page, and its charts into a folder of the page's name.
+
+    Args:
+        folder: as `python -m enact_common.gpu run` left it.
+        page: Markdown file to write.
+
+    Raises:
+        UserError: there is no run in the folder, or the page's folder cannot be made.
+    """
+    summary = read(folder / "run.json")
+    if summary is None:
+        raise UserError(f"{folder}: no run.json; name the folder that python -m enact_common.gpu run wrote")
+    pictures = page.parent / page.stem
+    make_folder(pictures)
+    warning = "\n\n**Tiny sizes: the code was tried, nothing was measured.**" if summary["small"] else ""
+    about = f"Machine: {summary['machine']}; {summary['date'][:10]}\n\n`{summary['command']}`{warning}"
+    columns = {"step": LEFT, "ended": LEFT, "seconds": RIGHT, "command": LEFT}
+    rows = [
+        [step["step"], "done" if step["status"] == 0 else str(step["status"]), f"{step['seconds']:.0f}",
+         f"`{step['command']}`"]
+        for step in summary["steps"]
+    ]  # fmt: skip
+    sections = [INTRODUCTION, about, markdown_table(columns, rows)]
+    for step in summary["steps"]:
+        sections.append(f"## {step['step']}")
+        parts = [section_of(path, pictures) for path in sorted((folder / step["step"]).glob("*.json"))]
+        sections += parts or ["No results."]
+    text = "\n\n".join(sections) + "\n"
+    write_atomically(page, lambda file: file.write(text.encode()), sync=False)
+
+
+def read(path: Path) -> dict | None:
+    """A JSON file's object; None where there is no such file."""
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def section_of(path: Path, pictures: Path) -> str:
+    """What a JSON file of a step holds, as Markdown; a chart, if there is one, goes into the folder."""
+    result = read(path)
+    if "check" in result:
+        return check_text(result)
+    if path.stem == "rowcol":
+        return rowcol_text(result)
+    picture = pictures / f"{path.parent.name}.png"
+    charts.CHARTS[path.stem](result, picture)
+    return f"{TABLES[path.stem](result)}\n\n![{path.parent.name}]({pictures.name}/{picture.name})"
+
+
+def check_text(result: dict) -> str:
+    """A check's rows as a table."""
+    head = f"### {result['check']}"
+    if "problem" in result:
+        return f"{head}\n\nFailed: {result['problem']}"
+    columns = {
+        name: LEFT if isinstance(value, str | bool) else RIGHT for row in result["rows"] for name, value in row.items()
+    }
+    rows = [[cell(row.get(name)) for name in columns] for row in result["rows"]]
+    how = f"\n\n{numerics_text(result['numerics'])}" if result["device"].startswith("cuda") else ""
+    return f"{head}\n\n{result['about']}{how}\n\n{markdown_table(columns, rows)}"
+
+
+def cell(value) -> str:
+    """A value in a table: numbers with three digits."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def rowcol_text(result: dict) -> str:
+    """The sums of Anchor DETR's attention as a table."""
+    columns = {"map": LEFT, "naive ms": RIGHT, "ours ms": RIGHT, "naive saves MiB": RIGHT, "ours saves MiB": RIGHT}
+    rows = [
+        [
+            row["case"],
+            *(figure_range(spread(row["seconds"][name]), ".2f", 1000) for name in ("naive", "ours")),
+            *(f"{row['saved_bytes'][name] / MIB:.1f}" for name in ("naive", "ours")),
+        ]
+        for row in result["rows"]
+    ]
+    about = f"Machine: {result['machine']}\n\nBatch times heads {result['batch']}, e = {result['channels']}, float32."
+    return f"{about}\n\n{markdown_table(columns, rows)}"
