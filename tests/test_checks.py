@@ -361,7 +361,8 @@ def test_training_is_stopped_by_errors_and_told_of_the_rest(name, data):
         assert "train: " in str(error.value) and str(file_of(data, "train")) in str(error.value)
         return
     own = [finding for finding in quick(data) if finding.source == "train"]
-    assert any(text in str(finding) for finding in own) == (severity != "note")
+    # Loading logs which values it reads as numbers.
+    assert any(text in str(finding) for finding in own) == (severity != "note" and "read as numbers" not in text)
 
 
 def test_findings_come_once_and_the_worst_first(data):

@@ -122,8 +122,10 @@ def as_numbers(rows: list, width: int) -> np.ndarray:
         table = np.array(rows)
     except ValueError:
         table = np.array(None)
-    # Numbers in a string would make an array of strings; truth values would pass for numbers.
-    if table.dtype.kind in "iuf" and table.shape == (len(rows), width) and bool not in set(map(type, chain(*rows))):
+    # Numbers in a string would make an array of strings.
+    numbers = table.dtype.kind in "iuf" and table.shape == (len(rows), width)
+    # Beside numbers, truth values would pass for numbers.
+    if numbers and bool not in set(map(type, chain.from_iterable(rows))):
         return table.astype(np.float64)
     nothing = [math.nan] * width
     whole = (isinstance(row, list) and len(row) == width and all(map(is_number, row)) for row in rows)
@@ -443,12 +445,14 @@ def repeated(split: Split) -> np.ndarray:
 
 def check_counts(split: Split, num_queries: int) -> list[Finding]:
     """Too many objects, or none: by image, by category, and on the whole."""
-    source, findings = split.name, []
+    source = split.name
     if split.annotations and not split.readable.any():
         return []  # other findings say why
+    ignored = [i for i, a in enumerate(split.annotations) if is_set(a.get("ignore")) and not is_set(a.get("iscrowd"))]
+    findings = found(NOTE, source, 'annotations with "ignore": 1: they count as crowds', ignored, split.describe)
     if not split.objects.any():
         text = "no boxes to learn from" if source == "train" else "no boxes: COCO's figures will all be -1"
-        return [Finding(ERROR if source == "train" else WARNING, source, text, 1)]
+        return [*findings, Finding(ERROR if source == "train" else WARNING, source, text, 1)]
     objects = np.bincount(split.image_of[split.objects], minlength=len(split.images))
     many = np.flatnonzero(objects > num_queries)
     text = f"images with more objects than the model has queries ({num_queries}): the rest cannot be found"
@@ -465,8 +469,6 @@ def check_counts(split: Split, num_queries: int) -> list[Finding]:
     )  # fmt: skip
     text = "crowds: not trained on, and neither right nor wrong in evaluation"
     findings += found(NOTE, source, text, np.flatnonzero(split.crowd), split.describe)
-    ignored = [i for i, a in enumerate(split.annotations) if is_set(a.get("ignore")) and not is_set(a.get("iscrowd"))]
-    findings += found(NOTE, source, 'annotations with "ignore": 1: they count as crowds', ignored, split.describe)
     difficult = [i for i, annotation in enumerate(split.annotations) if is_set(annotation.get("difficult"))]
     text = "annotations marked as difficult: --remove_difficult treats them as crowds"
     findings += found(NOTE, source, text, difficult, split.describe)
@@ -489,7 +491,7 @@ def check_files(split: Split) -> list[Finding]:
     if any(hint(name, index) for name in names):
         text += f"; where another is there, {MEND.format(split.file.name)}"
     return [
-        *found(ERROR, split.name, text, names, lambda name: f"{short(name)}{hint(name, index)}"),
+        *found(ERROR, split.name, text, names, lambda name: f"{name[:200]}{hint(name, index)}"),
         *found(NOTE, split.name, "image files that the annotations do not list: not used", unlisted),
     ]
 
@@ -718,7 +720,9 @@ def quick_checks(
             # Of the whole, which the command looks at, it need not be true.
             way_out = f", in the part that --limit_{'train' if first == 'train' else 'val'} leaves"
         raise UserError(f"{errors[0]}{more} [{where}]{way_out}")
-    return [finding for finding in findings if finding.severity != NOTE]
+    # Loading has logged which values it read as numbers.
+    logged = {str(split.rewritten) for split in read}
+    return [finding for finding in findings if finding.severity != NOTE and finding.text not in logged]
 
 
 # The report ----------------------------------------------------------------------------------------------------------

@@ -87,12 +87,12 @@ def find_split(coco_path: str, split: str) -> tuple[Path, Path]:
         coco = [path for path in coco_parts(root) if path.exists()]
         if coco:
             raise UserError(
-                f"--coco_path {coco_path}: mixes two layouts, {coco[0]} and {min(exported)}; take one of them away "
-                f"({layouts})"
+                f"--coco_path {coco_path}: mixes two layouts, {coco[0]} and {exported[0]}; keep one of them in "
+                f"this folder ({layouts})"
             )
         own = [path for path in exported if path.parent.name in ROBOFLOW_FOLDERS[split]]
         if len(own) > 1:
-            raise UserError(f"--coco_path {coco_path}: {own[0]} and {own[1]} are both there; take one of them away")
+            raise UserError(f"--coco_path {coco_path}: {own[0]} and {own[1]} are both there; keep one of them")
         if not own:
             missing = root / ROBOFLOW_FOLDERS[split][0] / ROBOFLOW_FILE
             raise UserError(f"--coco_path {coco_path}: {missing} is missing ({layouts})")

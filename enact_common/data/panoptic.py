@@ -49,7 +49,7 @@ def find_panoptic_split(coco_path: str, coco_panoptic_path: str, split: str) -> 
     """The image folder, the annotation file and the folder of PNG files of a split.
 
     Args:
-        coco_path: `--coco_path`, where the images are, in either layout of `find_split`.
+        coco_path: `--coco_path`, where the images are: `{split}2017/` or `images/{split}2017/`.
         coco_panoptic_path: `--coco_panoptic_path`, where the annotations are: themselves, or in `annotations/`.
         split: "train" or "val".
 
