@@ -209,7 +209,8 @@ def add_data_flags(group) -> None:
     group.add_argument("--dataset_file", default=COCO, help=f"kind of data set: {COCO}, {PANOPTIC}")
     group.add_argument(
         "--coco_path", type=str, metavar="DIR",
-        help="folder with train2017/, val2017/ (or images/train2017, ...) and annotations/instances_*2017.json",
+        help="folder with train2017/, val2017/ (or images/train2017, ...) and annotations/instances_*2017.json; or a "
+        "Roboflow export: train/, valid/ (or val/), test/, each with _annotations.coco.json beside the images",
     )  # fmt: skip
     for split, purpose in (("train", "train on"), ("val", "evaluate on")):
         group.add_argument(
@@ -221,7 +222,8 @@ def add_data_flags(group) -> None:
         )
     group.add_argument(
         "--num_classes", type=positive_int, metavar="N",
-        help="labels; default: 91 where the categories are COCO's own, else as many as the annotations have",
+        help="labels; default: 91 where the categories are COCO's own, whose labels are their ids (person alone, id 1, "
+        "needs 2), else as many as the annotations have",
     )  # fmt: skip
     group.add_argument(
         "--train_sizes", type=positive_int, nargs="+", metavar="PIXELS", default=list(range(480, 801, 32)),
@@ -640,8 +642,8 @@ def check_own_data(args) -> None:
         raise UserError(f"the images to evaluate on or to train on are missing: pass --{missing}_images too")
     if not any(own.values()) and not args.coco_path:
         raise UserError(
-            "--coco_path is missing: pass the folder that holds train2017, val2017 and annotations, or --train_images, "
-            "--train_annotations, --val_images and --val_annotations"
+            "--coco_path is missing: pass the folder that holds train2017, val2017 and annotations, or a Roboflow "
+            "export's train and valid, or --train_images, --train_annotations, --val_images and --val_annotations"
         )
 
 

@@ -286,7 +286,7 @@ class Run:
         if args.num_classes not in (None, self.label_map.num_classes):
             raise UserError(
                 f"--num_classes {args.num_classes}: {args.resume or args.frozen_weights} was trained with "
-                f"{self.label_map.num_classes}"
+                f"{self.label_map.num_classes}; leave the flag out"
             )
         args.num_classes = self.label_map.num_classes
 

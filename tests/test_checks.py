@@ -87,6 +87,11 @@ def quick(root: Path, num_queries: int = 100) -> list[Finding]:
     return quick_checks({name: find_split(str(root), name) for name in ("train", "val")}, num_queries)
 
 
+def quick_findings(root: Path) -> list[Finding]:
+    """Those of the training images."""
+    return [finding for finding in checks.check_quickly(splits_of(root), 100) if finding.source == "train"]
+
+
 def the_finding(findings: list[Finding], text: str) -> Finding:
     """The one whose text has these words."""
     matching = [finding for finding in findings if text in finding.text]
@@ -121,9 +126,38 @@ ERRORS = {
     "no images": (lambda c: c.update(images=[]), "the list 'images' is empty", 1, None),
     "no boxes": (lambda c: c.update(annotations=[]), "no boxes to learn from", 1, None),
     "crowds alone": (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], "no boxes to learn from", 1, None),
-    "an image is no object": (adder("images", 7), "'images' without an integer id and a file_name", 1, "7"),
-    "an image without a name": (setter("images", 0, file_name=None), "'images' without an integer id", 1, "'id': 1"),
-    "an image's id is a string": (setter("images", 0, id="1"), "'images' without an integer id", 1, "'id': '1'"),
+    "an image is no object": (adder("images", 7), "'images' without an id and a file_name", 1, "7"),
+    "an image without a name": (setter("images", 0, file_name=None), "'images' without an id", 1, "'id': 1"),
+    "an image named elsewhere": (
+        setter("images", 0, file_name=None, coco_url="http://x.org/train2017/train1.png?s=1"),
+        "images without a file_name, whose file another field names",
+        1,
+        "image 1: coco_url 'http://x.org/train2017/train1.png?s=1' (there is train1.png)",
+    ),
+    "an image's id is text": (
+        setter("images", 0, id="img_1"),
+        "ids in 'images' that cannot be used",
+        1,
+        "the text 'img_1' in {'id': 'img_1'",
+    ),
+    "a category's id is a truth value": (
+        setter("categories", 0, id=True),
+        "ids in 'categories' that cannot be used",
+        1,
+        "True in {'id': True",
+    ),
+    "a category's id has an exponent": (
+        setter("categories", 0, id="1e0"),
+        "ids in 'categories' that cannot be used",
+        1,
+        "the text '1e0'",
+    ),
+    "an image id stands twice, once as text": (
+        setter("images", 0, id="2"),
+        "ids that stand twice in 'images'",
+        1,
+        "2",
+    ),
     "a category without a name": (setter("categories", 0, name=None), "'categories' without", 1, "{'id': 1}"),
     "an annotation is no object": (adder("annotations", [], 3), "without the form of a JSON object", 2, "[]"),
     "an image id stands twice": (
@@ -139,10 +173,22 @@ ERRORS = {
         "2",
     ),
     "an unknown image": (
-        adder("annotations", annotation(90, image=77), annotation(91, image=[1])),
+        adder("annotations", annotation(90, image=77), annotation(91, image="78")),
         "annotations of images that are not listed",
         2,
         "annotation 90: image 77",
+    ),
+    "an image that is no id": (
+        adder("annotations", annotation(90, image="img_7"), annotation(91, image=[1]), annotation(92, image=True)),
+        "annotations whose image_id is no id",
+        3,
+        "annotation 90: image the text 'img_7'",
+    ),
+    "a category that is no id": (
+        adder("annotations", annotation(90, category="cell")),
+        "annotations whose category_id is no id",
+        1,
+        "annotation 90: category the text 'cell'",
     ),
     "an unknown category": (
         adder("annotations", annotation(90, category=9)),
@@ -151,14 +197,26 @@ ERRORS = {
         "annotation 90: category 9",
     ),
     "boxes that are none": (
-        adder("annotations", *(annotation(90 + i, box) for i, box in enumerate(((1, 2, 3), ("1", 2, 3, 4), ())))),
-        "boxes that are not four finite numbers",
+        adder("annotations", *(annotation(90 + i, box) for i, box in enumerate(((1, 2, 3), ("a", 2, 3, 4), ())))),
+        "boxes that cannot be read: expected a list of four finite numbers",
         3,
         "annotation 90 in train1.png: bbox [1, 2, 3]",
     ),
+    "a box in one text": (
+        setter("annotations", 0, bbox="[1, 2, 3, 4]"),
+        "boxes that cannot be read: expected a list of four finite numbers",
+        1,
+        "annotation 1 in train1.png: bbox the text '[1, 2, 3, 4]'",
+    ),
+    "a truth value in a box": (
+        setter("annotations", 0, bbox=[True, 2, 3, 4]),
+        "boxes that cannot be read",
+        1,
+        "bbox [True, 2, 3, 4]",
+    ),
     "a box without an end": (
         adder("annotations", annotation(90, (1, 2, float("nan"), 4)), annotation(91, (1, 2, 3, float("inf")))),
-        "boxes that are not four finite numbers",
+        "boxes that cannot be read: expected a list of four finite numbers",
         2,
         "annotation 90",
     ),
@@ -198,6 +256,30 @@ FAULTS = {
 }
 
 WARNINGS = {
+    "numbers as text": (
+        lambda c: [a.update(image_id=str(a["image_id"]), bbox=[str(n) for n in a["bbox"]]) for a in c["annotations"]],
+        "read as numbers (image_id of annotations: 8, bbox of annotations: 8)",
+        16,
+        "entry 1 of annotations: image_id '1'",
+    ),
+    "ids as text": (
+        lambda c: [entry.update(id=f" {entry['id']} ") for key in ("images", "categories") for entry in c[key]],
+        "read as numbers (id of images: 4, id of categories: 2)",
+        6,
+        "entry 1 of images: id ' 1 '",
+    ),
+    "ids as floats": (
+        lambda c: [a.update(category_id=float(a["category_id"])) for a in c["annotations"]],
+        "read as numbers (category_id of annotations: 8)",
+        8,
+        "entry 1 of annotations: category_id 1.0",
+    ),
+    "a mark that is none": (
+        setter("annotations", 0, ignore="maybe"),
+        "values of ignore that are neither 0 nor 1",
+        1,
+        "annotation 1: 'maybe'",
+    ),
     "a box over the edge": (
         adder("annotations", annotation(90, (40, 30, 20, 5))),
         "over the image's edge",
@@ -231,8 +313,16 @@ WARNINGS = {
     ),
 }
 
+IGNORE_MARKS = (1, "true", True, 0, "false", "0", None, False)
+
 NOTES = {
     "a crowd": (setter("annotations", 0, iscrowd=1), "crowds", 1, "annotation 1 in train1.png"),
+    "an object to ignore": (
+        lambda c: [a.update(ignore=mark) for a, mark in zip(c["annotations"], IGNORE_MARKS, strict=False)],
+        "they count as crowds",
+        3,
+        "annotation 1 in train1.png",
+    ),
     "a difficult object": (setter("annotations", 0, difficult=1), "--remove_difficult", 1, "annotation 1"),
     "an empty image": (
         lambda c: c.update(annotations=c["annotations"][2:]),
@@ -271,7 +361,8 @@ def test_training_is_stopped_by_errors_and_told_of_the_rest(name, data):
         assert "train: " in str(error.value) and str(file_of(data, "train")) in str(error.value)
         return
     own = [finding for finding in quick(data) if finding.source == "train"]
-    assert any(text in str(finding) for finding in own) == (severity != "note")
+    # Loading logs which values it reads as numbers.
+    assert any(text in str(finding) for finding in own) == (severity != "note" and "read as numbers" not in text)
 
 
 def test_findings_come_once_and_the_worst_first(data):
@@ -444,6 +535,72 @@ def test_names_that_only_look_the_same_are_explained(data, listed, stored):
     assert f"(there is {ACCENTED[stored]}, with its accents stored in another way)" in finding.examples[0]
 
 
+# How the JSON writes a file's name, what the file is called below the image folder, and what is in brackets.
+MISNAMED = {
+    "backslashes": ("train2017\\train2.png", "train2.png", "there is train2.png"),
+    "backslashes and a folder": ("C:\\data\\sub\\train2.png", "sub/train2.png", "there is sub/train2.png"),
+    "a backslash in the file's own name": ("sub/train2.png", "sub\\train2.png", "there is sub\\train2.png"),
+    "a folder too many": ("train2017/train2.png", "train2.png", "there is train2.png"),
+    "a folder too few": ("train2.png", "sub/train2.png", "there is sub/train2.png"),
+    "a folder above": ("../../upload/4/train2.png", "train2.png", "there is train2.png"),
+    "another machine's folder": ("/data/upload/4/train2.png", "train2.png", "there is train2.png"),
+    "a URL": ("https://x.org/a/train2.png?size=1#top", "train2.png", "there is train2.png"),
+    "a URL of nothing": ("https://x.org/a/b.png", "train2.png", "a URL: images are read from the folder alone"),
+    "quoted": ("my%20image%231.png", "my image#1.png", "there is my image#1.png"),
+    "upper case": ("TRAIN2.PNG", "train2.png", "there is train2.png"),
+    "another suffix": ("train2.jpeg", "train2.png", "there is train2.png"),
+    "an upload's name": ("/data/upload/4/1a2b3c4d-my_image.png", "my image.png", "there is my image.png"),
+    "an upload's file": ("my image.png", "1a2b3c4d-my_image.png", "there is 1a2b3c4d-my_image.png"),
+}
+
+
+@pytest.mark.parametrize("name", MISNAMED)
+def test_files_under_another_name_are_named_with_the_way_to_mend_the_file(data, name):
+    listed, stored, words = MISNAMED[name]
+    folder = data / "train2017"
+    (folder / "sub").mkdir()
+    (folder / "train2.png").rename(folder / stored)
+    change(data, "train", setter("images", 1, file_name=listed))
+    findings = [finding for finding in full(data) if finding.source == "train"]
+    (error,) = [finding for finding in findings if finding.severity == "error"]
+    assert error.count == 1 and error.examples[0].endswith(f" ({words})")
+    assert ("as file_name into instances_train2017.json" in error.text) == ("there is" in words or "read" in words)
+    with pytest.raises(UserError, match="enact_common.data.checks names .*, and what is there instead") as raised:
+        CocoDetection(*find_split(str(data), "train"), eval_transforms(40, 100))
+    assert f"({words})" in str(raised.value)
+
+
+def test_of_several_files_of_a_name_those_nearest_in_path_are_named_and_none_that_has_its_entry(data):
+    folder = data / "train2017"
+    (folder / "train3.png").unlink()
+    for sub in ("left", "right", "third"):
+        (folder / sub).mkdir()
+        shutil.copy(folder / "train2.png", folder / sub / "train2.png")
+        shutil.copy(folder / "train2.png", folder / sub / "train3.png")
+    change(data, "train", setter("images", 0, file_name="x\\Left\\train2.png"))
+    change(data, "train", setter("images", 2, file_name="train3.png"))
+    finding = the_finding(quick_findings(data), "image files that are missing")
+    assert finding.examples == (
+        "x\\Left\\train2.png (there is left/train2.png)",
+        "train3.png (there are 3 files of that name, left/train3.png first)",
+    )
+    for sub in ("left", "right", "third"):
+        shutil.rmtree(folder / sub)
+    finding = the_finding(quick_findings(data), "image files that are missing")
+    # train2.png has an entry of its own.
+    assert finding.examples == ("x\\Left\\train2.png", "train3.png")
+
+
+def test_annotations_of_an_image_that_cannot_be_used_are_not_said_to_belong_to_none(data):
+    change(data, "train", setter("images", 0, file_name="../a.png"))
+    change(data, "train", setter("images", 1, file_name=None, coco_url="http://x.org/train2.png"))
+    own = [finding for finding in quick_findings(data) if finding.severity == "error"]
+    assert not any("not listed" in finding.text for finding in own) and len(own) == 2
+    change(data, "train", lambda c: [image.update(file_name="../a.png") for image in c["images"]])
+    own = [finding for finding in quick_findings(data) if finding.severity == "error"]
+    assert len(own) == 1 and "is no file in" in own[0].text
+
+
 @pytest.mark.parametrize("name", ["x" * 300 + ".png", "x" * 300 + "/a.png"])
 def test_names_that_no_file_can_have_are_missing_files(data, name):
     for split in ("train", "val"):
@@ -470,7 +627,7 @@ def test_quick_looks_for_missing_files_but_opens_none(data):
         spoil(data / "train2017" / "train2.png")
         assert quick(data) == []
     missing(data / "train2017" / "train2.png")
-    with pytest.raises(UserError, match=r"image files that are missing: 1 \(.*train2.png\)"):
+    with pytest.raises(UserError, match=r"image files that are missing in .*train2017: 1 \(train2.png\)"):
         quick(data)
 
 

@@ -5,13 +5,15 @@ import json
 import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import parse, real_data
+from conftest import parse, read_log, real_data, train
 from PIL import Image
+from pycocotools import mask as coco_mask
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
@@ -19,10 +21,11 @@ from torchvision.transforms.v2 import functional as F
 
 from enact_common import NestedTensor, UserError, nested_tensor_from_tensor_list
 from enact_common.boxes import box_cxcywh_to_xyxy
-from enact_common.data import cache
+from enact_common.data import cache, checks
 from enact_common.data.build import build_dataset
 from enact_common.data.cache import cache_images
 from enact_common.data.categories import LabelMap, coco_names
+from enact_common.data.checks import Split
 from enact_common.data.coco import (
     CocoDetection,
     collate,
@@ -39,6 +42,8 @@ from enact_common.data.transforms import (
     resized_shape,
     train_transforms,
 )
+from enact_common.data.values import normalise
+from enact_common.evaluation.coco import CocoBoxEvaluator
 
 COCO_CATEGORIES = [{"id": i, "name": name} for i, name in enumerate(coco_names()) if name != "N/A"]
 OWN_CATEGORIES = [{"id": 7, "name": "bolt"}, {"id": 3, "name": "nut"}]
@@ -76,6 +81,22 @@ def test_num_classes_can_leave_room_but_not_be_too_small():
         LabelMap.from_categories(OWN_CATEGORIES, 1)
     with pytest.raises(UserError, match="at least 91"):
         LabelMap.from_categories(COCO_CATEGORIES, 80)
+
+
+@pytest.mark.parametrize(
+    "categories, num_classes, needed, without",
+    [
+        ([{"id": 1, "name": "person"}], 1, 2, 91),
+        (COCO_CATEGORIES[:3], 3, 4, 91),
+        (OWN_CATEGORIES, 1, 2, 2),
+        ([{"id": 0, "name": "cells"}, {"id": 5, "name": "RBC"}, {"id": 9, "name": "WBC"}], 2, 3, 3),
+    ],
+)
+def test_too_few_classes_are_refused_with_the_way_out(categories, num_classes, needed, without):
+    with pytest.raises(UserError, match=f"^--num_classes {num_classes}: .* pass --num_classes {needed}, or leave") as e:
+        LabelMap.from_categories(categories, num_classes)
+    assert LabelMap.from_categories(categories, needed).num_classes == needed
+    assert LabelMap.from_categories(categories).num_classes == without and f"makes {without} labels" in str(e.value)
 
 
 def test_label_map_survives_a_checkpoint():
@@ -132,8 +153,16 @@ def test_annotations_are_renumbered_and_completed(tmp_path):
         ({"categories": []}, "'categories' is empty"),
         ({"images": []}, "'images' is empty"),
         ({"images": [{"id": 1}]}, "lacks one of id, file_name"),
-        ({"images": [{"id": "1", "file_name": "a"}]}, "an id in 'images' is no integer"),
-        ({"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]}, "an id stands twice in 'images'"),
+        (
+            {"images": [{"id": "img_1", "file_name": "a"}]},
+            r"an id in 'images' is the text 'img_1': expected a whole number below 2\^53",
+        ),
+        ({"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]}, "an id stands twice in 'images': 1$"),
+        (
+            {"images": [{"id": "01", "file_name": "a"}, {"id": 1, "file_name": "b"}]},
+            "an id stands twice in 'images': '01' and 1$",
+        ),
+        ({"images": [{"id": 1, "coco_url": "http://x.org/a.jpg"}]}, "'http://x.org/a.jpg', as LVIS .* into file_name"),
         (
             {"annotations": [{"id": 4, "image_id": 9, "category_id": 3, "bbox": [0, 0, 1, 1]}]},
             "annotation 4 .* image 9",
@@ -146,7 +175,15 @@ def test_annotations_are_renumbered_and_completed(tmp_path):
         ),
         ({"annotations": [{"id": 4, "image_id": 1, "category_id": 3}]}, "bbox None"),
         ({"annotations": [5]}, "annotation 1 is no object"),
-        ({"annotations": [{"id": 4, "image_id": [1], "category_id": 3}]}, r"annotation 4 belongs to image \[1\]"),
+        ({"annotations": [{"id": 4, "image_id": [1], "category_id": 3}]}, r"annotation 4 belongs to image \[1\]: exp"),
+        ({"annotations": [{"id": 4, "image_id": True, "category_id": 3}]}, "annotation 4 belongs to image True: exp"),
+        ({"annotations": [{"id": 4, "image_id": "i", "category_id": 3}]}, "belongs to image the text 'i': expected"),
+        ({"annotations": [{"id": 4, "image_id": 1, "category_id": "nut"}]}, "has category the text 'nut': expected"),
+        ({"annotations": [{"id": 4, "image_id": "9", "category_id": 3}]}, "to image 9, which is not in 'images'"),
+        (
+            {"annotations": [{"id": 4, "image_id": 1, "category_id": 3, "bbox": "[1, 2, 3, 4]"}]},
+            r"annotation 4 has bbox the text '\[1, 2, 3, 4\]': expected a list of four finite numbers",
+        ),
         ({"annotations": [{"id": 4, "image_id": 1, "category_id": {}}]}, r"annotation 4 has category \{\}"),
         (
             {"annotations": [{"id": 4, "image_id": 1, "category_id": 3, "bbox": [0, 0, 1, 10**400]}]},
@@ -160,6 +197,87 @@ def test_annotation_faults_are_named_with_their_file(tmp_path, changes, message)
     with pytest.raises(UserError, match=message) as error:
         load_annotations(path)
     assert str(path) in str(error.value)
+
+
+# How a whole number may be written, and what it is; None for what is no id.
+WRITTEN_IDS = {
+    "text": ("7", 7), "blanks": (" 7 ", 7), "zeros": ("007", 7), "text of a float": ("7.0", 7), "a float": (7.0, 7),
+    "negative": ("-7", -7), "large": (str(2**53 - 1), 2**53 - 1), "too large": (str(2**53), None),
+    "too large, float": (2.0**53, None), "too large, int": (2**60, None), "many digits": ("9" * 5000, None),
+    "a hash": ("1e3", None), "other digits": ("\u0663", None), "half": (7.5, None), "half as text": ("7.5", None),
+    "true": (True, None), "NaN": (float("nan"), None), "infinity": (float("inf"), None), "a name": ("img_7", None),
+    "nothing": ("", None), "null": (None, None), "underscore": ("1_0", None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", ["id", "category_id", "image_id"])
+@pytest.mark.parametrize("name", WRITTEN_IDS)
+def test_ids_are_read_however_whole_numbers_are_written(tmp_path, two_images, caplog, field, name):
+    """In `images` and `categories` or in the annotations, each against a plain number in the other."""
+    written, number = WRITTEN_IDS[name]
+    plain = 7 if number is None else number
+    entries = {
+        "images": [{"id": written if field == "id" else plain, "file_name": "a.png"}],
+        "categories": [{"id": written if field == "id" else plain, "name": "nut"}],
+        "annotations": [
+            {"id": "x", "image_id": plain, "category_id": plain, "bbox": [1, 2, 10, 20]} | ({field: written})
+        ],
+    }
+    path = annotation_file(tmp_path, **entries)
+    split = Split("train", tmp_path, path)
+    errors = [f for f in checks.check_quickly([split], 100) if f.severity == "error"]
+    if number is None:
+        with pytest.raises(UserError, match="expected a whole number below 2"):
+            load_annotations(path)
+        assert any("expected a whole number below 2" in error.text for error in errors)
+        assert field == "id" or not any("not listed" in error.text for error in errors)
+        return
+    assert not errors
+    dataset = CocoDetection(tmp_path, path, eval_transforms(40, 100))
+    truth = dataset.coco_api()
+    assert dataset.image_ids == truth.getImgIds() == [number] and dataset.num_objects == 1
+    assert dataset.label_map.category_ids == (number,) == tuple(truth.getCatIds())
+    assert (truth.anns[1]["image_id"], truth.anns[1]["category_id"]) == (number, number)
+    assert caplog.text.count("read as numbers") == 1
+    assert split.rewritten.counts.total() == (3 if field == "id" else 1)
+
+
+@pytest.mark.parametrize(
+    "box, area",
+    [
+        (["1", " 2.5", "1e1", "20"], "200.0"), ([1, 2.5, "10.", 2e1], "2e2"), ([1, "2.50", 10, "+20"], 200),
+    ],
+)  # fmt: skip
+def test_numbers_of_boxes_and_areas_may_be_text(tmp_path, two_images, box, area):
+    annotations = [{"id": 1, "image_id": 1, "category_id": 3, "bbox": box, "area": area}]
+    path = annotation_file(tmp_path, annotations=annotations)
+    (read,) = load_annotations(path)["annotations"]
+    assert (read["bbox"], read["area"]) == ([1, 2.5, 10, 20], 200)
+    split = Split("train", tmp_path, path)
+    assert split.boxes.tolist() == [[1, 2.5, 10, 20]] and split.areas.tolist() == [200]
+    assert CocoDetection(tmp_path, path, eval_transforms(40, 100)).num_objects == 1
+
+
+@pytest.mark.parametrize(
+    "box", ["1 2 3 4", ["1", "a", 3, 4], ["1", "nan", 3, 4], ["1,5", 2, 3, 4], [1, "\u0663", 3, 4]]
+)
+def test_boxes_of_other_text_are_shown_as_the_file_has_them(tmp_path, box):
+    path = annotation_file(tmp_path, annotations=[{"id": 4, "image_id": 1, "category_id": 3, "bbox": box}])
+    with pytest.raises(UserError) as error:
+        load_annotations(path)
+    assert f"annotation 4 has bbox {'the text ' * isinstance(box, str)}{box!r}: expected a list" in str(error.value)
+
+
+def test_normalising_leaves_what_it_was_given_alone():
+    entries = [{"id": "1", "image_id": "2", "bbox": ["1", 2, 3, 4]}, 7, {"bbox": [1, "a"]}, {"bbox": {}}]
+    data = {"annotations": entries, "images": {}, "other": "5"}
+    before = json.dumps(data)
+    read, rewritten = normalise(data)
+    assert json.dumps(data) == before and rewritten.counts.total() == 3
+    assert read["annotations"][0] == {"id": 1, "image_id": 2, "bbox": [1, 2, 3, 4]}
+    assert read["annotations"][1:] == entries[1:] and read["images"] == {} and read["other"] == "5"
+    # There is nothing left to do.
+    assert normalise(read)[1].counts.total() == 0
 
 
 @pytest.mark.parametrize(
@@ -260,6 +378,44 @@ def test_difficult_annotations_become_crowds_where_asked(tmp_path, two_images, m
         assert len(truth.getAnnIds()) == 2 and len(truth.getAnnIds(iscrowd=True)) == (asked and left_out)
 
 
+MARKS = [(1, 1), (True, 1), ("1", 1), ("true", 1), (" True", 1), ("1.0", 1), (1.0, 1)]
+MARKS += [(0, 0), (False, 0), ("0", 0), ("false", 0), ("False", 0), (None, 0), ("x", 0), (2, 0), ([], 0), ("", 0)]
+
+
+@pytest.mark.parametrize("key", ["ignore", "iscrowd"])
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("mark, crowd", MARKS, ids=lambda value: repr(value))
+def test_what_is_to_be_ignored_is_a_crowd(tmp_path, two_images, caplog, key, mark, crowd, masks):
+    boxes = [[1, 2, 10, 20], [20, 20, 5, 5]]
+    corners = [[x, y, x + w, y, x + w, y + h, x, y + h] for x, y, w, h in boxes]
+    annotations = [
+        {"id": n, "image_id": 1, "category_id": 3, "bbox": box, "segmentation": [polygon]}
+        for n, (box, polygon) in enumerate(zip(boxes, corners, strict=True))
+    ]
+    annotations[1] |= {"iscrowd": 0, key: mark}
+    images = [{"id": 1, "file_name": "a.png", "width": 50, "height": 40}]
+    path = annotation_file(tmp_path, images=images, annotations=annotations)
+    dataset = CocoDetection(tmp_path, path, eval_transforms(40, 100), masks=masks)
+    assert dataset.num_objects == len(dataset[0][1]["labels"]) == 2 - crowd
+    assert Split("train", tmp_path, path).crowd.tolist() == [False, crowd]
+    truth = dataset.coco_api()
+    assert len(truth.getAnnIds(iscrowd=True)) == crowd
+    said = '1 annotations have "ignore": 1 and count as crowds'
+    assert caplog.text.count(said) == (crowd and key == "ignore")
+    # The detection on the second object counts as wrong only where it is to be found.
+    evaluator = CocoBoxEvaluator(dataset.label_map)
+    found = {"scores": torch.tensor([0.8, 0.9]), "labels": torch.tensor([0, 0])}
+    found["boxes"] = torch.tensor([[1.0, 2, 11, 22], [20, 20, 23, 25]])
+    if masks:
+        sides = np.zeros((2, 40, 50), np.uint8)
+        sides[0, 2:22, 1:11] = sides[1, 20:25, 20:23] = 1
+        found["segmentations"] = [coco_mask.encode(np.asfortranarray(mask)) for mask in sides]
+    evaluator.update([1], [found])
+    stats = evaluator.evaluate(truth, masks).stats
+    assert stats[1] == pytest.approx(1)
+    assert (stats[0] == pytest.approx(1)) == bool(crowd)
+
+
 def test_image_lists_without_annotations_are_for_the_test_split(tmp_path, two_images):
     path = annotation_file(tmp_path)
     data = json.loads(path.read_text())
@@ -302,6 +458,90 @@ def test_both_folder_layouts_are_found(tmp_path):
     assert find_split(str(tmp_path), "val")[0] == tmp_path / "val2017"
     with pytest.raises(UserError, match="no such folder"):
         find_split(str(tmp_path / "nowhere"), "val")
+
+
+@pytest.fixture
+def exported(tmp_path) -> Path:
+    """A Roboflow export: each part's annotations beside its images, with a category of no object above the others."""
+    categories = [{"id": 0, "name": "cells", "supercategory": "none"}]
+    categories += [{"id": i, "name": name, "supercategory": "cells"} for i, name in enumerate(("RBC", "WBC"), start=1)]
+    for part in ("train", "valid", "test"):
+        folder = tmp_path / "export" / part
+        folder.mkdir(parents=True)
+        annotation_file(
+            folder,
+            images=[{"id": i, "file_name": f"{part}{i}.png", "width": 50, "height": 40} for i in range(2)],
+            annotations=[
+                {"id": i, "image_id": i, "category_id": 1 + i, "bbox": [5, 5, 20, 20 + i], "iscrowd": 0}
+                for i in range(2)
+            ],
+            categories=categories,
+        ).rename(folder / "_annotations.coco.json")
+        for i in range(2):
+            pixels = np.random.default_rng(ord(part[1]) + i).integers(0, 255, (40, 50, 3), dtype=np.uint8)
+            cv2.imwrite(str(folder / f"{part}{i}.png"), pixels)
+    return tmp_path / "export"
+
+
+@pytest.mark.parametrize("val", ["valid", "val"])
+def test_roboflows_layout_is_found(exported, val):
+    (exported / "valid").rename(exported / val)
+    for split, folder in (("train", "train"), ("val", val), ("test", "test")):
+        file = exported / folder / "_annotations.coco.json"
+        assert find_split(str(exported), split) == (exported / folder, file)
+    assert checks.main([str(exported)]) == 0
+    dataset = CocoDetection(*find_split(str(exported), "train"), eval_transforms(40, 100))
+    # The first category has no objects, but keeps its label.
+    assert dataset.label_map.names == ("cells", "RBC", "WBC") and dataset.label_map.category_ids == (0, 1, 2)
+    assert [dataset[i][1]["labels"].tolist() for i in range(2)] == [[1], [2]]
+
+
+def test_a_roboflow_export_trains(exported, tmp_path):
+    assert train("detr", exported, tmp_path / "out", "--epochs", "1", "--batch_size", "2") == 0
+    (row,) = read_log(tmp_path / "out")
+    assert np.isfinite(row["train_loss"]) and row["test_coco_eval_bbox"][0] >= 0
+
+
+def remove_valid(root: Path) -> None:
+    shutil.rmtree(root / "valid")
+
+
+def remove_json(root: Path) -> None:
+    (root / "valid" / "_annotations.coco.json").unlink()
+
+
+def add_coco(root: Path) -> None:
+    remove_valid(root)
+    (root / "val2017").mkdir()
+    (root / "annotations").mkdir()
+    (root / "annotations" / "instances_val2017.json").write_text("{}")
+
+
+def add_val(root: Path) -> None:
+    shutil.copytree(root / "valid", root / "val")
+
+
+def remove_all(root: Path) -> None:
+    for part in ("train", "valid", "test"):
+        (root / part / "_annotations.coco.json").unlink()
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (remove_valid, "valid/_annotations.coco.json is missing"),
+        (remove_json, "valid/_annotations.coco.json is missing"),
+        (add_coco, "mixes two layouts, .*instances_val2017.json and .*_annotations.coco.json"),
+        (add_val, "valid/_annotations.coco.json and .*val/_annotations.coco.json are both there"),
+        (remove_all, "val2017 is missing"),
+    ],
+)
+def test_mixed_and_missing_parts_are_refused_with_the_layouts_that_are_known(exported, spoil, message):
+    spoil(exported)
+    with pytest.raises(UserError, match=message) as error:
+        find_split(str(exported), "val")
+    if spoil is not add_val:
+        assert all(words in str(error.value) for words in ("known layouts: COCO's", "Roboflow's", "--val_images"))
 
 
 # Decoding -----------------------------------------------------------------------------------------------------------

@@ -258,11 +258,14 @@ def first(data):
         (lambda d: d["categories"][0].pop("isthing"), "category 1 does not say whether it is a thing"),
         (lambda d: first(d).pop("segments_info"), "no list segments_info; --coco_panoptic_path"),
         (lambda d: first(d).update(image_id=99), "belongs to image 99, which is not in 'images'"),
-        (lambda d: first(d).update(image_id=[]), r"belongs to image \[\], which"),
+        (lambda d: first(d).update(image_id=[]), r"belongs to image \[\]: expected a whole number"),
+        (lambda d: first(d).update(image_id="img_5"), "belongs to image the text 'img_5': expected a whole number"),
         (lambda d: d["annotations"].append(first(d)), "annotation of image 5 stands there twice"),
         (lambda d: first(d).update(file_name="../secret.png"), "file_name '../secret.png': expected the name"),
         (lambda d: first(d).update(file_name=None), "file_name None"),
         (lambda d: first(d)["segments_info"][0].update(id=0), "image 5 has a segment without an id in 1"),
+        (lambda d: first(d)["segments_info"][0].update(id="s7"), "without an id in 1 .*'s7'"),
+        (lambda d: first(d)["segments_info"][0].update(category_id="sky"), "of category the text 'sky': expected"),
         (lambda d: first(d)["segments_info"].append(7), "image 5 has a segment without an id in 1"),
         (lambda d: first(d)["segments_info"][0].update(id=301), "image 5 has two segments 301"),
         (lambda d: first(d)["segments_info"][0].update(category_id=8), "segment 7 of category 8, which is not"),
@@ -280,6 +283,33 @@ def test_annotation_faults_are_named_with_their_file(tmp_path, change, message):
     with pytest.raises(UserError, match=f"(panoptic_val2017.json: .*|not given, .*){message}|{message}") as raised:
         dataset_of(tmp_path)
     assert "panoptic_val2017" in str(raised.value) or "--num_classes" in str(raised.value)
+
+
+def test_numbers_as_text_and_marks_in_words_are_read(tmp_path, caplog):
+    def as_text(data):
+        data["images"][0]["id"] = str(data["images"][0]["id"])
+        data["categories"] = [{**c, "id": float(c["id"]), "isthing": str(c["isthing"])} for c in data["categories"]]
+        for entry in data["annotations"]:
+            entry["image_id"] = f" {entry['image_id']} "
+            for segment in entry["segments_info"]:
+                segment |= {"id": str(segment["id"]), "category_id": float(segment["category_id"])}
+                segment["iscrowd"] = str(segment["iscrowd"])
+
+    plain, text = (dataset_of(write_data(tmp_path / name, change=change)) for name, change in
+                   (("plain", lambda data: None), ("text", as_text)))  # fmt: skip
+    assert caplog.text.count("read as numbers") == 1 and "image_id of annotations: 3" in caplog.text
+    assert text.num_objects == plain.num_objects and text.image_ids == plain.image_ids
+    truths = text.truth(), plain.truth()
+    assert truths[0].segments == truths[1].segments and truths[0].categories == truths[1].categories
+    # The file is read a second time for the evaluation, without a second warning.
+    assert caplog.text.count("read as numbers") == 1
+
+
+def test_segments_to_ignore_are_crowds(tmp_path):
+    root = write_data(tmp_path, change=lambda d: first(d)["segments_info"][0].update(iscrowd=0, ignore="true"))
+    dataset = dataset_of(root)
+    assert dataset.truth().segments[5][0]["iscrowd"] == 1
+    assert len(dataset[dataset.image_ids.index(5)][1]["labels"]) == 2
 
 
 def replace_png(ids=None, mode=None):

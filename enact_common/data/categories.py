@@ -61,14 +61,19 @@ class LabelMap:
         coco = coco_names()
         if all(0 < i < len(coco) and coco[i] == name for i, name in names.items()):
             ids = [None if name == "N/A" else i for i, name in enumerate(coco)]
-            needed = max(names) + 1
+            needed, last = max(names) + 1, max(names)
+            why = f"these are COCO's own categories, whose labels are their ids, up to {last} ({names[last]}) here"
             names = dict(enumerate(coco))
         else:
             ids = sorted(names)
             needed = len(ids)
+            why = f"the annotations have {needed} categories, those without objects included"
         size = num_classes or len(ids)
         if size < needed:
-            raise UserError(f"--num_classes {num_classes}: the annotations' categories need at least {needed}")
+            raise UserError(
+                f"--num_classes {num_classes}: {why}, which needs at least {needed}; pass --num_classes {needed}, or "
+                f"leave the flag out (which makes {len(ids)} labels)"
+            )
         ids = (ids + [None] * size)[:size]
         return cls(tuple(ids), tuple("N/A" if i is None else names[i] for i in ids))
 

@@ -13,12 +13,12 @@ import io
 import math
 import sys
 import textwrap
-import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,6 @@ from enact_common.data.coco import (
     IMAGE_SUFFIXES,
     decode_rgb,
     find_split,
-    is_area,
-    is_id,
-    is_number,
-    is_set,
     lies_in,
     missing_files,
     read_file,
@@ -44,6 +40,20 @@ from enact_common.data.coco import (
     stated_size,
 )
 from enact_common.data.masks import normalize_all, normalize_size
+from enact_common.data.names import hint, index_files, other_name
+from enact_common.data.values import (
+    BOX_WANTED,
+    ID_WANTED,
+    as_mark,
+    is_area,
+    is_crowd,
+    is_id,
+    is_integer,
+    is_number,
+    is_set,
+    normalise,
+    shown,
+)
 from enact_common.errors import UserError, exit_status
 
 # From what ends a training, over what spoils it and what it copes with, to what is good to know.
@@ -65,6 +75,8 @@ EXIF_ORIENTATION = 0x0112
 MAX_THREADS = 8
 
 LINE_WIDTH = 110
+
+MEND = "write its path below that folder, with slashes, as file_name into {}"
 
 
 @dataclass(frozen=True)
@@ -105,11 +117,6 @@ def found(
 # A split as arrays ---------------------------------------------------------------------------------------------------
 
 
-def is_integer(value: Any) -> bool:
-    """Whether it is an integer, and no truth value."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def as_numbers(rows: list, width: int) -> np.ndarray:
     """Lists of numbers as float64 (n, width), with a row of NaN for each that is not `width` numbers."""
     try:
@@ -117,7 +124,9 @@ def as_numbers(rows: list, width: int) -> np.ndarray:
     except ValueError:
         table = np.array(None)
     # Numbers in a string would make an array of strings.
-    if table.dtype.kind in "iuf" and table.shape == (len(rows), width):
+    numbers = table.dtype.kind in "iuf" and table.shape == (len(rows), width)
+    # Beside numbers, truth values would pass for numbers.
+    if numbers and bool not in set(map(type, chain.from_iterable(rows))):
         return table.astype(np.float64)
     nothing = [math.nan] * width
     whole = (isinstance(row, list) and len(row) == width and all(map(is_number, row)) for row in rows)
@@ -126,14 +135,9 @@ def as_numbers(rows: list, width: int) -> np.ndarray:
     ).reshape(-1, width)
 
 
-def as_indices(keys: list, index: dict) -> np.ndarray:
-    """Where each key stands in an index, int64 (n,), -1 for one that does not."""
-    try:
-        places = [index.get(key, -1) for key in keys]
-    except TypeError:
-        # A list, say, which nothing can be named by.
-        places = [index.get(key, -1) if isinstance(key, Hashable) else -1 for key in keys]
-    return np.array(places, dtype=np.int64)
+def as_indices(ids: list, index: dict[int, int]) -> np.ndarray:
+    """Where each id stands in an index, int64 (n,), -1 for one that does not, or is no id."""
+    return np.array([index.get(i, -1) if is_integer(i) else -1 for i in ids], dtype=np.int64)
 
 
 class Split:
@@ -147,7 +151,9 @@ class Split:
             annotations anew: faults in their ids cannot be seen any more); None reads the file.
 
     Attributes:
-        images, categories, annotations: the entries that have what an entry needs, in the order of the file.
+        images, categories, annotations: the entries that have what an entry needs, in the order of the file, as
+            `normalise` gives them.
+        rewritten: what that changed.
         malformed: under each of those names, what was left out of it.
         outside: what was left out of `images` because its file would not lie in the folder.
         missing: the lists that the file lacks.
@@ -160,7 +166,7 @@ class Split:
         self.name = name
         self.folder = Path(folder)
         self.file = Path(file)
-        data = read_json(self.file) if data is None else data
+        data, self.rewritten = normalise(read_json(self.file) if data is None else data)
         needed = ("images", "categories") if name == "test" else ("images", "categories", "annotations")
         self.missing = [key for key in needed if not isinstance(data.get(key), list)]
         self.malformed: dict[str, list] = {}
@@ -201,8 +207,8 @@ class Split:
 
     @cached_property
     def crowd(self) -> np.ndarray:
-        """Which annotations are crowds, bool (n,)."""
-        return np.array([is_set(annotation.get("iscrowd")) for annotation in self.annotations], dtype=bool)
+        """Which annotations are crowds, those to ignore included, bool (n,)."""
+        return np.array([is_crowd(annotation) for annotation in self.annotations], dtype=bool)
 
     @cached_property
     def areas(self) -> np.ndarray:
@@ -247,7 +253,19 @@ class Split:
         """Words for annotation i."""
         annotation, image = self.annotations[i], self.image_of[i]
         where = f" in {self.images[image]['file_name']}" if image >= 0 else ""
-        return f"annotation {annotation.get('id')}{where}: bbox {short(annotation.get('bbox'))}"
+        return f"annotation {annotation.get('id')}{where}: bbox {shown(annotation.get('bbox'))}"
+
+    def known_ids(self, key: str) -> set[int]:
+        """Ids of all entries of `images` or `categories`, those that cannot be used for another reason included."""
+        entries = [*getattr(self, key), *self.malformed[key], *(self.outside if key == "images" else ())]
+        return {entry["id"] for entry in entries if isinstance(entry, dict) and is_id(entry.get("id"))}
+
+    def file_index(self) -> list[dict[str, list[str]]]:
+        """The files of the image folder that no entry names rightly, for `hint`."""
+        missing, _ = missing_files(map(self.path, self.images))
+        absent = set(missing)
+        taken = (image["file_name"] for image in self.images if self.path(image) not in absent)
+        return index_files(self.folder, IMAGE_SUFFIXES, taken)
 
 
 def short(value: Any) -> str:
@@ -276,13 +294,24 @@ def check_annotations(split: Split, num_queries: int) -> list[Finding]:
 def check_entries(split: Split) -> list[Finding]:
     """Lists that are missing or empty, entries that lack something, and ids that stand twice."""
     source, findings = split.name, found(ERROR, split.name, f"{split.file.name} lacks a list", split.missing, repr)
+    if split.rewritten.counts:
+        count, examples = split.rewritten.counts.total(), tuple(split.rewritten.examples)
+        findings.append(Finding(WARNING, source, str(split.rewritten), count, examples))
     for key, needs in (
-        ("images", "an integer id and a file_name, or with an id beyond 2^53"),
-        ("categories", "an integer id and a name, or with an id beyond 2^53"),
+        ("images", "an id and a file_name"),
+        ("categories", "an id and a name"),
         ("annotations", "the form of a JSON object"),
     ):
         entries, malformed = getattr(split, key), split.malformed[key]
-        findings += found(ERROR, source, f"entries of {key!r} without {needs}", malformed, short)
+        wrong, lacking = [], []
+        for entry in malformed:
+            if isinstance(entry, dict) and "id" in entry and not is_id(entry["id"]):
+                wrong.append(entry)
+            elif key != "images" or not other_name(entry):  # `check_names` tells of those
+                lacking.append(entry)
+        text = f"ids in {key!r} that cannot be used: {ID_WANTED}"
+        findings += found(ERROR, source, text, wrong, lambda entry: f"{shown(entry['id'])} in {short(entry)}")
+        findings += found(ERROR, source, f"entries of {key!r} without {needs}", lacking, short)
         if key == "annotations":
             continue
         if not (entries or malformed or key in split.missing or (key == "images" and split.outside)):
@@ -290,8 +319,7 @@ def check_entries(split: Split) -> list[Finding]:
         twice = [i for i, count in Counter(entry["id"] for entry in entries).items() if count > 1]
         findings += found(ERROR, source, f"ids that stand twice in {key!r}", twice)
 
-    text = f"images whose file_name is no file in {split.folder} or below it"
-    findings += found(ERROR, source, text, split.outside, lambda i: f"image {i['id']}: {short(repr(i['file_name']))}")
+    findings += check_names(split)
     files = Counter(image["file_name"] for image in split.images)
     twice = [name for name, count in files.items() if count > 1]
     text = "image files listed under two ids: each time with a part of the boxes, or counted twice"
@@ -306,6 +334,29 @@ def check_entries(split: Split) -> list[Finding]:
 
     text = "images without width and height above 0: whether boxes lie inside is not checked"
     return findings + found(WARNING, source, text, np.flatnonzero(np.isinf(split.sizes[:, 0])), stated)
+
+
+def check_names(split: Split) -> list[Finding]:
+    """Images without a file_name, or with one that leads out of the folder; each with the file that it may mean."""
+    nameless = [(image, *other) for image in split.malformed["images"] if (other := other_name(image))]
+    if not (nameless or split.outside):
+        return []
+    index, listing = split.file_index(), split.file.name
+    text = (
+        f"images without a file_name, whose file another field names, as LVIS's coco_url: write the file's path below "
+        f"{split.folder} as file_name into {listing}"
+    )
+    outside = f"images whose file_name is no file in {split.folder} or below it: {MEND.format(listing)}"
+    return [
+        *found(
+            ERROR, split.name, text, nameless,
+            lambda case: f"image {short(case[0].get('id'))}: {case[1]} {short(repr(case[2]))}{hint(case[2], index)}",
+        ),
+        *found(
+            ERROR, split.name, outside, split.outside,
+            lambda i: f"image {i['id']}: {short(repr(i['file_name']))}{hint(i['file_name'], index)}",
+        ),
+    ]  # fmt: skip
 
 
 def check_ids(split: Split) -> list[Finding]:
@@ -334,12 +385,16 @@ def check_boxes(split: Split) -> list[Finding]:
     inside = (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
     beyond = readable & positive & inside & (np.abs(corners - clipped) > EDGE_SLACK).any(axis=1)
 
-    def image_id(i: int) -> str:
-        return f"annotation {split.annotations[i].get('id')}: image {short(split.annotations[i].get('image_id'))}"
+    def reference(key: str) -> Callable[[int], str]:
+        word = key.removesuffix("_id")
+        return lambda i: f"annotation {split.annotations[i].get('id')}: {word} {shown(split.annotations[i].get(key))}"
 
-    def category_id(i: int) -> str:
-        category = short(split.annotations[i].get("category_id"))
-        return f"annotation {split.annotations[i].get('id')}: category {category}"
+    def references(key: str, entries: str) -> tuple[np.ndarray, np.ndarray]:
+        """Which annotations have no id there, and which have one that no entry has."""
+        ids, known = [a.get(key) for a in split.annotations], split.known_ids(entries)
+        usable = np.array([is_id(i) for i in ids], dtype=bool)
+        unknown = [is_id(i) and i not in known for i in ids]
+        return ~usable, np.array(unknown, dtype=bool)
 
     def stated(key: str) -> Callable[[int], str]:
         return lambda i: f"annotation {split.annotations[i].get('id')}: {short(repr(split.annotations[i][key]))}"
@@ -347,18 +402,26 @@ def check_boxes(split: Split) -> list[Finding]:
     def odd(key: str, usable: Callable[[Any], bool]) -> np.ndarray:
         return np.array([key in a and not usable(a[key]) for a in split.annotations], dtype=bool)
 
-    odd_crowd = odd("iscrowd", lambda value: value in (0, 1, "0", "1"))
+    def no_mark(key: str) -> tuple[str, str, np.ndarray, Callable[[int], str]]:
+        text = f"values of {key} that are neither 0 nor 1: taken as 0"
+        return WARNING, text, odd(key, lambda value: as_mark(value) is not None), stated(key)
+
+    no_image, other_image = references("image_id", "images")
+    no_category, other_category = references("category_id", "categories")
     findings = []
     for severity, text, which, describe in (
-        (ERROR, "annotations of images that are not listed", split.image_of < 0, image_id),
-        (ERROR, "annotations of categories that are not listed", split.category_of < 0, category_id),
-        (ERROR, "boxes that are not four finite numbers, x, y, width, height", ~readable, split.describe),
+        (ERROR, f"annotations whose image_id is no id: {ID_WANTED}", no_image, reference("image_id")),
+        (ERROR, f"annotations whose category_id is no id: {ID_WANTED}", no_category, reference("category_id")),
+        (ERROR, "annotations of images that are not listed", other_image, reference("image_id")),
+        (ERROR, "annotations of categories that are not listed", other_category, reference("category_id")),
+        (ERROR, f"boxes that cannot be read: {BOX_WANTED}", ~readable, split.describe),
         (FAULT, "boxes without width or height: dropped", readable & ~positive, split.describe),
         (FAULT, "boxes wholly outside their image: dropped", readable & positive & ~inside, split.describe),
         (WARNING, "boxes that reach over the image's edge by more than a pixel: clipped", beyond, split.describe),
         (WARNING, "boxes that repeat another of the same class in their image", repeated(split), split.describe),
         (WARNING, "areas that are no number from 0 on: the box's is taken", odd("area", is_area), stated("area")),
-        (WARNING, "values of iscrowd that are neither 0 nor 1: taken as 0", odd_crowd, stated("iscrowd")),
+        no_mark("iscrowd"),
+        no_mark("ignore"),
     ):
         findings += found(severity, source, text, np.flatnonzero(which), describe)
 
@@ -384,10 +447,14 @@ def repeated(split: Split) -> np.ndarray:
 
 def check_counts(split: Split, num_queries: int) -> list[Finding]:
     """Too many objects, or none: by image, by category, and on the whole."""
-    source, findings = split.name, []
+    source = split.name
+    if split.annotations and not split.readable.any():
+        return []  # other findings say why
+    ignored = [i for i, a in enumerate(split.annotations) if is_set(a.get("ignore")) and not is_set(a.get("iscrowd"))]
+    findings = found(NOTE, source, 'annotations with "ignore": 1: they count as crowds', ignored, split.describe)
     if not split.objects.any():
         text = "no boxes to learn from" if source == "train" else "no boxes: COCO's figures will all be -1"
-        return [Finding(ERROR if source == "train" else WARNING, source, text, 1)]
+        return [*findings, Finding(ERROR if source == "train" else WARNING, source, text, 1)]
     objects = np.bincount(split.image_of[split.objects], minlength=len(split.images))
     many = np.flatnonzero(objects > num_queries)
     text = f"images with more objects than the model has queries ({num_queries}): the rest cannot be found"
@@ -446,30 +513,19 @@ def check_files(split: Split) -> list[Finding]:
         return [Finding(ERROR, split.name, f"the image folder {split.folder} is missing", 1)]
     paths = [split.path(image) for image in split.images]
     missing, present = missing_files(paths)
-    # What another system took for the same name.
-    folders = {path.parent for path in missing}
-    alike = {folder / comparable(name): name for folder in folders for name in sorted(present[folder])}
-
-    def with_hint(path: Path) -> str:
-        other = alike.get(path.parent / comparable(path.name))
-        if other is None:
-            return str(path)
-        # The two look the same where they differ in how accents are stored alone, as macOS and others do.
-        looks_same = unicodedata.normalize("NFC", other) == unicodedata.normalize("NFC", path.name)
-        return f"{path} (there is {other}{', with its accents stored in another way' if looks_same else ''})"
-
     listed = set(paths)
     there = (folder / name for folder, names in present.items() for name in names)
     unlisted = sorted(str(path) for path in there if path.suffix.lower() in IMAGE_SUFFIXES and path not in listed)
+    absent = set(missing)
+    names = [image["file_name"] for image, path in zip(split.images, paths, strict=True) if path in absent]
+    index = split.file_index() if names else []
+    text = f"image files that are missing in {split.folder}"
+    if any(hint(name, index) for name in names):
+        text += f"; where another is there, {MEND.format(split.file.name)}"
     return [
-        *found(ERROR, split.name, "image files that are missing", missing, with_hint),
+        *found(ERROR, split.name, text, names, lambda name: f"{name[:200]}{hint(name, index)}"),
         *found(NOTE, split.name, "image files that the annotations do not list: not used", unlisted),
     ]
-
-
-def comparable(name: str) -> str:
-    """A file name without what file systems disagree about: upper and lower case, and how accents are stored."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 @dataclass(frozen=True)
@@ -696,7 +752,9 @@ def quick_checks(
             # Of the whole, which the command looks at, it need not be true.
             way_out = f", in the part that --limit_{'train' if first == 'train' else 'val'} leaves"
         raise UserError(f"{errors[0]}{more} [{where}]{way_out}")
-    return [finding for finding in findings if finding.severity != NOTE]
+    # Loading has logged which values it read as numbers.
+    logged = {str(split.rewritten) for split in read}
+    return [finding for finding in findings if finding.severity != NOTE and finding.text not in logged]
 
 
 # The report ----------------------------------------------------------------------------------------------------------
@@ -806,8 +864,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "data", nargs="?", metavar="DATA",
-        help="folder in COCO's layout: train2017/, val2017/ (or under images/) and "
-        "annotations/instances_{train,val}2017.json",
+        help="folder in COCO's layout, train2017/, val2017/ (or under images/) and "
+        "annotations/instances_{train,val}2017.json; or a Roboflow export, train/ and valid/ (or val/), each with "
+        "_annotations.coco.json beside the images",
     )  # fmt: skip
     for split in ("train", "val"):
         parser.add_argument(f"--{split}_images", metavar="DIR", help=f"{split} images, in place of DATA's")
@@ -842,7 +901,9 @@ def find_splits(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
             except UserError as error:
                 raise UserError(str(error).removeprefix("--coco_path ")) from error
     if not splits:
-        raise UserError("no data: name a folder in COCO's layout, or pass --train_images and --train_annotations")
+        raise UserError(
+            "no data: name a folder in COCO's or Roboflow's layout, or pass --train_images and --train_annotations"
+        )
     return splits
 
 

@@ -6,9 +6,9 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -21,7 +21,9 @@ from torchvision import tv_tensors
 
 from enact_common.data.categories import LabelMap
 from enact_common.data.masks import PackedMasks, normalize_segmentations
+from enact_common.data.names import hint, index_files, other_name
 from enact_common.data.transforms import drop_degenerate
+from enact_common.data.values import BOX_WANTED, is_area, is_box, is_crowd, is_id, is_set, normalise, shown, wrong_id
 from enact_common.errors import UserError
 from enact_common.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
@@ -36,10 +38,15 @@ IMAGE_SUFFIXES = (
 # What a TIFF file begins with, by the order of its bytes; the last two are those of large files.
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
-# Evaluation holds ids in float64, which knows every integer below this.
-ID_LIMIT = 2**53
+# Roboflow's exports in COCO's format have this file in each part's folder, beside the images.
+ROBOFLOW_FILE = "_annotations.coco.json"
+ROBOFLOW_FOLDERS = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
 
-LAYOUT = "expected <coco_path>/{split}2017 or <coco_path>/images/{split}2017, and <coco_path>/annotations/{file}"
+LAYOUTS = (
+    "known layouts: COCO's, <coco_path>/{split}2017 or <coco_path>/images/{split}2017 with <coco_path>/annotations/"
+    "{file}; Roboflow's, <coco_path>/{roboflow}/" + ROBOFLOW_FILE + " with the images beside it; for any other, pass "
+    "--train_images, --train_annotations, --val_images and --val_annotations"
+)
 
 # What becomes of an item whose image cannot be read: an error; another item in its place; None.
 ON_UNREADABLE = ("raise", "replace", "leave out")
@@ -55,28 +62,60 @@ TEST_FILES = ("image_info_test-dev2017.json", "image_info_test2017.json")
 
 
 def find_split(coco_path: str, split: str) -> tuple[Path, Path]:
-    """The image folder and the annotation file of a split, in COCO's layout or with an `images/` folder between.
+    """The image folder and the annotation file of a split, in COCO's layout or in that of Roboflow's exports.
+
+    COCO's layout has `{split}2017/`, or that folder in `images/`, and `annotations/instances_{split}2017.json`.
+    Roboflow's has `train/`, `valid/` (or `val/`) and `test/`, each with `_annotations.coco.json` and the images.
 
     Args:
         coco_path: `--coco_path`.
         split: "train", "val" or "test".
 
     Raises:
-        UserError: naming what is missing.
+        UserError: naming what is missing, or that the folder has parts of both layouts.
     """
     root = Path(coco_path)
-    files = TEST_FILES if split == "test" else (f"instances_{split}2017.json",)
-    candidates = [root / "annotations" / file for file in files]
-    annotations = next((path for path in candidates if path.is_file()), None)
-    folders = [root / f"{split}2017", root / "images" / f"{split}2017"]
     if not root.is_dir():
         raise UserError(f"--coco_path {coco_path}: no such folder")
+    files = TEST_FILES if split == "test" else (f"instances_{split}2017.json",)
+    candidates = [root / "annotations" / file for file in files]
+    folders = [root / f"{split}2017", root / "images" / f"{split}2017"]
+    layouts = LAYOUTS.format(split=split, file=" or ".join(files), roboflow=" or ".join(ROBOFLOW_FOLDERS[split]))
+
+    exported = roboflow_files(root)
+    if exported:
+        coco = [path for path in coco_parts(root) if path.exists()]
+        if coco:
+            raise UserError(
+                f"--coco_path {coco_path}: mixes two layouts, {coco[0]} and {exported[0]}; keep one of them in "
+                f"this folder ({layouts})"
+            )
+        own = [path for path in exported if path.parent.name in ROBOFLOW_FOLDERS[split]]
+        if len(own) > 1:
+            raise UserError(f"--coco_path {coco_path}: {own[0]} and {own[1]} are both there; keep one of them")
+        if not own:
+            missing = root / ROBOFLOW_FOLDERS[split][0] / ROBOFLOW_FILE
+            raise UserError(f"--coco_path {coco_path}: {missing} is missing ({layouts})")
+        return own[0].parent, own[0]
+
+    annotations = next((path for path in candidates if path.is_file()), None)
     images = next((folder for folder in folders if folder.is_dir()), None)
     if images is None or annotations is None:
         missing = candidates[0] if images else folders[0]
-        layout = LAYOUT.format(split=split, file=" or ".join(files))
-        raise UserError(f"--coco_path {coco_path}: {missing} is missing ({layout})")
+        raise UserError(f"--coco_path {coco_path}: {missing} is missing ({layouts})")
     return images, annotations
+
+
+def roboflow_files(root: Path) -> list[Path]:
+    """The annotation files of a Roboflow export in COCO's format; none where the folder is no such export."""
+    places = [root / folder / ROBOFLOW_FILE for folders in ROBOFLOW_FOLDERS.values() for folder in folders]
+    return [path for path in places if path.is_file()]
+
+
+def coco_parts(root: Path) -> list[Path]:
+    """The annotation files of COCO's layout, whether they are there or not."""
+    names = (*(f"instances_{split}2017.json" for split in ("train", "val")), *TEST_FILES)
+    return [root / "annotations" / name for name in names]
 
 
 def read_json(path: Path) -> dict:
@@ -94,26 +133,6 @@ def read_json(path: Path) -> dict:
     if not isinstance(data, dict):
         raise UserError(f"{path}: not a COCO annotation file: it holds a {type(data).__name__}, not an object")
     return data
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a number that floating point can hold, infinite ones included."""
-    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**1000)
-
-
-def is_id(value: Any) -> bool:
-    """Whether it is an integer that evaluation can tell from the next one, and no truth value."""
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < ID_LIMIT
-
-
-def is_area(value: Any) -> bool:
-    """Whether it is a finite number from 0 on."""
-    return is_number(value) and 0 <= value < math.inf
-
-
-def is_set(mark: Any) -> bool:
-    """Whether a mark that is 0 or 1, such as `iscrowd`, is set; some tools write it as text, or null for 0."""
-    return mark in (1, "1")
 
 
 def lies_in(folder: Path, name: str) -> bool:
@@ -138,14 +157,17 @@ def check_file_names(images: Iterable[dict], folder: Path, source: Path) -> None
         source: the annotation file, for the message.
 
     Raises:
-        UserError: naming the first that is not in the folder or below it, by its name.
+        UserError: naming the first that is not in the folder or below it, by its name, and the file in the folder that
+            it may mean.
     """
     for image in images:
         name = image["file_name"]
         if not lies_in(folder, name):
+            there = hint(name, index_files(folder, IMAGE_SUFFIXES))
             raise UserError(
                 f"{source}: image {image['id']} has the file_name {name[:200]!r}, which is no file in {folder} or "
-                "below it; correct the name, or name the folder above all the images as the image folder"
+                f"below it{there}; correct the name, or name the folder above all the images as the image folder; "
+                "python -m enact_common.data.checks names all such files, and what is there instead"
             )
 
 
@@ -180,43 +202,63 @@ def missing_files(paths: Iterable[Path]) -> tuple[list[Path], dict[Path, set[str
     return missing, present
 
 
-def load_lists(path: Path, lists: Sequence[str]) -> dict:
-    """A file's object, with the lists that it must have, and `images` and `categories` checked.
+def load_lists(path: Path, lists: Sequence[str], log: bool = True) -> dict:
+    """A file's object as `normalise` gives it, with the lists that it must have; `images`, `categories` are checked.
+
+    Args:
+        path: the file.
+        lists: which it must have.
+        log: say in one line which values had to be read as numbers.
 
     Raises:
         UserError: naming the file and the entry at fault.
     """
-    data = read_json(path)
+    original = read_json(path)
     for key in lists:
-        if not isinstance(data.get(key), list):
+        if not isinstance(original.get(key), list):
             raise UserError(f"{path}: not a COCO annotation file, it has no list {key!r}")
+    data, rewritten = normalise(original)
+    if rewritten.counts and log:
+        logger.warning("%s: %s", path, rewritten)
     for key, wanted in (("images", ("id", "file_name")), ("categories", ("id", "name"))):
         if not data[key]:
             raise UserError(f"{path}: the list {key!r} is empty")
         for entry in data[key]:
             if not isinstance(entry, dict) or any(name not in entry for name in wanted):
+                if key == "images" and (other := other_name(entry)):
+                    raise UserError(
+                        f"{path}: an entry of 'images' has no file_name but a {other[0]}, {other[1][:200]!r}, as LVIS "
+                        "has coco_url: write each file's path below the image folder into file_name"
+                    )
                 raise UserError(f"{path}: an entry of {key!r} lacks one of {', '.join(wanted)}: {str(entry)[:100]}")
             if not is_id(entry["id"]):
-                raise UserError(f"{path}: an id in {key!r} is no integer below 2^53: {str(entry)[:100]}")
+                raise UserError(f"{path}: an id in {key!r} is {wrong_id(entry['id'])}: {str(entry)[:100]}")
             if not isinstance(entry.get("file_name", ""), str):
                 raise UserError(f"{path}: a file_name in {key!r} is no text: {str(entry)[:100]}")
-        if len({entry["id"] for entry in data[key]}) < len(data[key]):
-            raise UserError(f"{path}: an id stands twice in {key!r}")
+        number, count = Counter(entry["id"] for entry in data[key]).most_common(1)[0]
+        if count > 1:
+            # They may be written in two ways, "1" and 1.
+            both = zip(original[key], data[key], strict=True)
+            written = dict.fromkeys(repr(old["id"]) for old, new in both if new["id"] == number)
+            raise UserError(f"{path}: an id stands twice in {key!r}: {' and '.join(written)}")
     return data
 
 
-def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool = False) -> dict:
+def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool = False, log: bool = True) -> dict:
     """A COCO-format annotation file, checked.
 
-    Annotations are numbered anew from 1: pycocotools takes an id of 0 for "not matched" and overlooks repeated
-    ones, both without a word. What COCO's evaluation needs and some files lack or have as something else than numbers
-    (`iscrowd`, `area`) is filled in.
+    Ids and numbers that are written as text, and ids written as floats, are read as `normalise` says. Annotations are
+    numbered anew from 1: pycocotools takes an id of 0 for "not matched" and overlooks repeated ones, both without a
+    word. What COCO's evaluation needs and some files lack or have as something else than numbers (`iscrowd`, `area`)
+    is filled in. Annotations with `"ignore": 1` become crowds.
 
     Args:
         path: the file.
         annotated: False for a list of test images: it need not have `annotations`, and none are taken from it.
         remove_difficult: make crowds of the annotations with `"difficult": 1`, which converters write for those that
             Pascal VOC leaves out of training and of its figures.
+        log: say which values had to be read as numbers and how many annotations are ignored; False where the file was
+            read before.
 
     Returns:
         a dict with `images`, `annotations` and `categories`.
@@ -224,10 +266,10 @@ def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool 
     Raises:
         UserError: naming the file and the entry at fault.
     """
-    data = load_lists(path, ("images", "annotations", "categories") if annotated else ("images", "categories"))
+    data = load_lists(path, ("images", "annotations", "categories") if annotated else ("images", "categories"), log)
     images = {image["id"] for image in data["images"]}
     categories = {category["id"] for category in data["categories"]}
-    annotations = []
+    annotations, ignored = [], 0
     for number, annotation in enumerate(data["annotations"] if annotated else (), start=1):
         if not isinstance(annotation, dict):
             raise UserError(f"{path}: annotation {number} is no object: {str(annotation)[:100]}")
@@ -237,22 +279,23 @@ def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool 
             ("category_id", "has category", categories, "categories"),
         ):
             value = annotation.get(key)
-            # A list, say, cannot even be looked up.
-            if not isinstance(value, Hashable) or value not in ids:
-                raise UserError(f"{where} {words} {repr(value)[:100]}, which is not in {name!r}")
+            if not is_id(value):
+                raise UserError(f"{where} {words} {wrong_id(value)}, the id of an entry of {name!r}")
+            if value not in ids:
+                raise UserError(f"{where} {words} {value}, which is not in {name!r}")
         box = annotation.get("bbox")
-        if not (
-            isinstance(box, list) and len(box) == 4 and all(is_number(side) and math.isfinite(side) for side in box)
-        ):
-            shown = str(box)[:100]
-            raise UserError(f"{where} has bbox {shown}: expected four finite numbers, x, y, width, height in pixels")
-        area, crowd = annotation.get("area"), is_set(annotation.get("iscrowd"))
+        if not is_box(box):
+            raise UserError(f"{where} has bbox {shown(box)}: {BOX_WANTED}")
+        area, crowd = annotation.get("area"), is_crowd(annotation)
+        ignored += crowd and not is_set(annotation.get("iscrowd"))
         # pycocotools computes with both, and ends a training at its first evaluation where they are no numbers.
         completed = {
             "iscrowd": int(crowd or (remove_difficult and is_set(annotation.get("difficult")))),
             "area": area if is_area(area) else max(box[2], 0) * max(box[3], 0),
         }
         annotations.append({**annotation, **completed, "id": number})
+    if ignored and log:
+        logger.warning('%s: %d annotations have "ignore": 1 and count as crowds, like "iscrowd": 1', path, ignored)
     return {"images": data["images"], "annotations": annotations, "categories": data["categories"]}
 
 
@@ -455,9 +498,14 @@ class CocoDetection(Dataset):
         """Refuse a data set whose image files are not all there."""
         missing, _ = missing_files(self.path(i) for i in range(len(self)))
         if missing:
+            absent = set(missing)
+            name = next(name for i, name in enumerate(self.file_names) if self.path(i) in absent)
+            taken = (name for i, name in enumerate(self.file_names) if self.path(i) not in absent)
+            there = hint(name, index_files(self.image_folder, IMAGE_SUFFIXES, taken))
             raise UserError(
                 f"{self.annotation_file}: {len(missing)} of its {len(self.file_names)} image files are missing, "
-                f"{missing[0]} first; python -m enact_common.data.checks names them, and what is there instead"
+                f"{name[:200]!r} in {self.image_folder} first{there}; python -m enact_common.data.checks names them, "
+                "and what is there instead"
             )
 
     def pack(self, annotations: list[dict], sizes: np.ndarray) -> None:
@@ -627,7 +675,8 @@ class CocoDetection(Dataset):
 
     def coco_api(self) -> COCO:
         """The ground truth of these images as pycocotools has it, crowds included; without masks, no `segmentation`."""
-        data = load_annotations(self.annotation_file, self.annotated, self.remove_difficult)
+        # The log has said it when the data set was made.
+        data = load_annotations(self.annotation_file, self.annotated, self.remove_difficult, log=False)
         kept = set(self.image_ids)
         images = [image for image in data["images"] if image["id"] in kept]
         annotations = [a for a in data["annotations"] if a["image_id"] in kept]

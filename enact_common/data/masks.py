@@ -20,6 +20,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from enact_common.data.values import as_whole, is_integer
 from enact_common.errors import UserError
 
 # A polygon has three corners, two numbers each. pycocotools takes four numbers for a box.
@@ -47,27 +48,14 @@ BATCH, LONG_TEXT = 128, 4096
 WAYS_OUT = "take annotations that have masks, or leave --masks out"
 
 
-def whole_number(value: Any) -> int | None:
-    """The whole number that a file states as a number or as text: 450, 450.0, "450" and "450.0" are 450; None for
-    everything else."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return None
-    if isinstance(value, float):
-        return int(value) if value.is_integer() else None
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
-
-
 def normalize_size(height: Any, width: Any) -> list[int]:
-    """[height, width] in pixels as int, from whatever `whole_number` reads.
+    """[height, width] in pixels as int, from whole numbers, be they floats or text.
 
     Raises:
         ValueError: they are no whole numbers above 0; the message names them.
     """
-    size = [whole_number(height), whole_number(width)]
-    if None in size or min(size) <= 0:
+    size = [as_whole(height), as_whole(width)]
+    if not all(map(is_integer, size)) or min(size) <= 0:
         raise ValueError(f"states height {shown(height)} and width {shown(width)}, not whole numbers above 0")
     return size
 
@@ -331,7 +319,7 @@ def read_texts(texts: list[str], pixels: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def matches(stated: Any, size: list[int]) -> bool:
     """Whether a run-length code's `size` is that of its image."""
-    return stated == size or (isinstance(stated, list) and [whole_number(side) for side in stated] == size)
+    return stated == size or (isinstance(stated, list) and [as_whole(side) for side in stated] == size)
 
 
 def without_empty_runs(runs: np.ndarray) -> np.ndarray:

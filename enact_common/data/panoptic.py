@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -27,7 +27,8 @@ from torchvision import tv_tensors
 
 from enact_common.boxes import boxes_of_masks
 from enact_common.data.categories import COCO_STUFF, LabelMap, coco_names
-from enact_common.data.coco import CocoDetection, is_number, load_lists, missing_files
+from enact_common.data.coco import CocoDetection, load_lists, missing_files
+from enact_common.data.values import as_mark, is_box, is_crowd, is_id, is_number, shown, wrong_id
 from enact_common.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def find_panoptic_split(coco_path: str, coco_panoptic_path: str, split: str) -> 
     """The image folder, the annotation file and the folder of PNG files of a split.
 
     Args:
-        coco_path: `--coco_path`, where the images are, in either layout of `find_split`.
+        coco_path: `--coco_path`, where the images are: `{split}2017/` or `images/{split}2017/`.
         coco_panoptic_path: `--coco_panoptic_path`, where the annotations are: themselves, or in `annotations/`.
         split: "train" or "val".
 
@@ -104,7 +105,9 @@ def panoptic_label_map(categories: list[dict], num_classes: int | None = None) -
     if max(names) >= size:
         given = f"--num_classes {size}" if num_classes else f"--num_classes is not given, which makes {size}"
         raise UserError(
-            f"{given}: panoptic labels are category ids, up to {max(names)} here: at least {max(names) + 1}"
+            f"{given}: panoptic labels are category ids, up to {max(names)} here, which needs at least "
+            f"{max(names) + 1}: pass --num_classes {max(names) + 1}"
+            + (", or leave the flag out" if max(names) < NUM_CLASSES else "")
         )
     return LabelMap(
         tuple(label if label in names else None for label in range(size)),
@@ -141,13 +144,15 @@ def things_of(label_map: LabelMap, source: str) -> tuple[int, ...]:
     return tuple(label for label in labels if label < len(coco_names()))
 
 
-def load_panoptic(path: Path) -> dict:
+def load_panoptic(path: Path, log: bool = True) -> dict:
     """A panoptic annotation file, checked.
 
-    `iscrowd` is filled in where it is missing.
+    Ids and numbers that are written as text, and ids written as floats, are read as `normalise` says. `iscrowd` and
+    `isthing` become 0 or 1; segments with `"ignore": 1` become crowds.
 
     Args:
         path: the file.
+        log: say which values had to be read as numbers; False where the file was read before.
 
     Returns:
         a dict with `images`, `annotations`, at most one of each image, and `categories`.
@@ -155,9 +160,9 @@ def load_panoptic(path: Path) -> dict:
     Raises:
         UserError: naming the file and the entry at fault.
     """
-    data = load_lists(path, ("images", "annotations", "categories"))
+    data = load_lists(path, ("images", "annotations", "categories"), log)
     for category in data["categories"]:
-        if category.get("isthing") not in (0, 1):
+        if category.get("isthing") is None or as_mark(category["isthing"]) is None:
             raise UserError(
                 f"{path}: category {category['id']} does not say whether it is a thing (isthing 1) or stuff"
             )
@@ -171,22 +176,25 @@ def load_panoptic(path: Path) -> dict:
                 "annotations, not instances"
             )
         image_id, name = annotation.get("image_id"), annotation.get("file_name")
-        if not isinstance(image_id, int) or image_id not in images:
-            raise UserError(f"{path}: annotation {number} belongs to image {short(image_id)}, which is not in 'images'")
+        if not is_id(image_id):
+            raise UserError(f"{path}: annotation {number} belongs to image {wrong_id(image_id)}")
+        if image_id not in images:
+            raise UserError(f"{path}: annotation {number} belongs to image {image_id}, which is not in 'images'")
         where = f"{path}: annotation of image {image_id}"
         if image_id in annotations:
             raise UserError(f"{where} stands there twice")
         # Who hands on an annotation file must not choose what is read.
         if not isinstance(name, str) or not name or "\0" in name or Path(name).name != name:
             raise UserError(
-                f"{where} has the file_name {short(name)}: expected the name of a PNG file, without folders"
+                f"{where} has the file_name {repr(name)[:100]}: expected the name of a PNG file, without folders"
             )
         check_segments(annotation["segments_info"], categories, where)
-        segments = [{"iscrowd": 0, **segment} for segment in annotation["segments_info"]]
+        segments = [{**segment, "iscrowd": int(is_crowd(segment))} for segment in annotation["segments_info"]]
         annotations[image_id] = {**annotation, "segments_info": segments}
     if not annotations:
         raise UserError(f"{path}: the list 'annotations' is empty")
-    return {"images": data["images"], "annotations": list(annotations.values()), "categories": data["categories"]}
+    things = [{**category, "isthing": int(as_mark(category["isthing"]))} for category in data["categories"]]
+    return {"images": data["images"], "annotations": list(annotations.values()), "categories": things}
 
 
 def check_segments(segments: list, categories: set[int], where: str) -> None:
@@ -198,19 +206,16 @@ def check_segments(segments: list, categories: set[int], where: str) -> None:
     seen: set[int] = set()
     for segment in segments:
         number = segment.get("id") if isinstance(segment, dict) else None
-        if not isinstance(number, int) or not VOID < number < ID_LIMIT:
-            raise UserError(f"{where} has a segment without an id in 1 to 2^24 - 1: {short(segment)}")
+        if not is_id(number) or not VOID < number < ID_LIMIT:
+            raise UserError(f"{where} has a segment without an id in 1 to 2^24 - 1: {shown(segment)}")
         if number in seen:
             raise UserError(f"{where} has two segments {number}")
         seen.add(number)
         category = segment.get("category_id")
-        if not isinstance(category, int) or category not in categories:
-            raise UserError(f"{where} has segment {number} of category {short(category)}, which is not in 'categories'")
-
-
-def short(value: Any) -> str:
-    """What a file says, for a message."""
-    return repr(value)[:100]
+        if not is_id(category):
+            raise UserError(f"{where} has segment {number} of category {wrong_id(category)}")
+        if category not in categories:
+            raise UserError(f"{where} has segment {number} of category {category}, which is not in 'categories'")
 
 
 def read_id_map(source: Path | BinaryIO, path: Path) -> np.ndarray:
@@ -296,7 +301,8 @@ class PanopticTruth:
         Raises:
             UserError: the file is at fault.
         """
-        data = load_panoptic(annotation_file)
+        # The data set has said what is odd about it.
+        data = load_panoptic(annotation_file, log=False)
         kept = {image["id"] for image in data["images"]} if image_ids is None else set(image_ids)
         annotations = [annotation for annotation in data["annotations"] if annotation["image_id"] in kept]
         annotated = {annotation["image_id"] for annotation in annotations}
@@ -487,7 +493,7 @@ class CocoPanoptic(CocoDetection):
                 if segment["category_id"] not in things:
                     continue
                 box, area = segment.get("bbox"), segment.get("area")
-                if not (isinstance(box, list) and len(box) == 4 and all(map(is_finite, (*box, area)))):
+                if not (is_box(box) and is_number(area) and math.isfinite(area)):
                     raise UserError(
                         f"{self.annotation_file}: segment {segment['id']} of image {image_id} has no bbox of four "
                         "numbers or no area, which the figures of boxes need"
@@ -506,8 +512,3 @@ class CocoPanoptic(CocoDetection):
         with contextlib.redirect_stdout(io.StringIO()):
             coco.createIndex()
         return coco
-
-
-def is_finite(value: Any) -> bool:
-    """Whether it is a finite number."""
-    return is_number(value) and math.isfinite(value)
