@@ -19,7 +19,7 @@ from PIL import Image
 from enact_common import UserError, drawing, load_detector, predict
 from enact_common.arguments import MODEL_FLAGS
 from enact_common.data.categories import coco_names
-from enact_common.data.coco import decode_image
+from enact_common.data.images import decode_image
 from enact_common.data.synthetic import SHAPES
 from enact_common.drawing import (
     PALETTE,

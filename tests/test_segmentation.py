@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from torchvision import tv_tensors
 
 from enact_common import load_detector, predict, segmentation
-from enact_common.data.coco import CocoDetection, decode_image, find_split
+from enact_common.data.coco import CocoDetection, find_split
+from enact_common.data.images import decode_image
 from enact_common.data.masks import PackedMasks, check_segmentations
 from enact_common.data.panoptic import encode_id_map, read_id_map
 from enact_common.data.transforms import eval_transforms, train_transforms

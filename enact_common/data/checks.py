@@ -9,7 +9,6 @@ loading a data set stops at the first fault, this names every kind of fault, how
 
 import argparse
 import hashlib
-import io
 import math
 import sys
 import textwrap
@@ -24,14 +23,11 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from enact_common.arguments import positive_int
 from enact_common.data.categories import LabelMap
 from enact_common.data.coco import (
-    IMAGE_SUFFIXES,
-    decode_rgb,
     find_split,
     is_area,
     is_id,
@@ -39,10 +35,10 @@ from enact_common.data.coco import (
     is_set,
     lies_in,
     missing_files,
-    read_file,
     read_json,
     stated_size,
 )
+from enact_common.data.images import decode_rgb, image_suffixes, is_hidden, open_image, read_file
 from enact_common.errors import UserError, exit_status
 
 # From what ends a training, over what spoils it and what it copes with, to what is good to know.
@@ -428,7 +424,9 @@ def check_files(split: Split) -> list[Finding]:
 
     listed = set(paths)
     there = (folder / name for folder, names in present.items() for name in names)
-    unlisted = sorted(str(path) for path in there if path.suffix.lower() in IMAGE_SUFFIXES and path not in listed)
+    suffixes = image_suffixes()
+    there = (path for path in there if path.suffix.lower() in suffixes and not is_hidden(path.name))
+    unlisted = sorted(str(path) for path in there if path not in listed)
     return [
         *found(ERROR, split.name, "image files that are missing", missing, with_hint),
         *found(NOTE, split.name, "image files that the annotations do not list: not used", unlisted),
@@ -475,7 +473,7 @@ def inspect_image(path: Path) -> StoredImage | None:
 def exif_orientation(source: Path | bytes) -> int:
     """EXIF's orientation of an image file or its content, 1 to 8, that reading does not apply; 1, upright, for none."""
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with open_image(source) as image:
             # A TIFF is read as its orientation says: what comes of it is upright.
             orientation = 1 if image.format == "TIFF" else image.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # what damaged metadata raises has no end, and decoding has shown that the pixels are there
@@ -494,8 +492,6 @@ def inspect_images(split: Split, progress: bool = False) -> list[StoredImage | N
         of each image what its file holds, None where it is missing.
     """
     paths = [split.path(image) for image in split.images]
-    # Formats are registered here: PIL, which does so at its first need, fails where two threads have it at once.
-    Image.init()
     opencv_threads = cv2.getNumThreads()
     cv2.setNumThreads(0)
     try:
