@@ -221,8 +221,8 @@ def test_images_of_fewer_bits_are_said_once(tmp_path, caplog, monkeypatch):
     for name, bits in (("full", 16), ("a", 12), ("b", 10)):
         (tmp_path / name).write_bytes(encoded(deep(bits)[:, :, 0], "PNG"))
         decode_image(tmp_path / name)
-    assert caplog.text.count("16-bit image") == 1 and f"{tmp_path / 'a'}: a 16-bit image" in caplog.text
-    assert "12 bits" in caplog.text
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{tmp_path / 'a'}: a 16-bit image") and "12 bits" in record.getMessage()
 
 
 def test_a_host_programs_limit_of_pixels_is_left_alone(tmp_path, monkeypatch):
@@ -240,9 +240,7 @@ def test_the_limit_of_pixels_is_one_for_all_readers(tmp_path, monkeypatch, kind)
     path = tmp_path / f"image.{kind.lower()}"
     path.write_bytes(encoded(palette() if kind == "GIF" else with_alpha(RGB), kind))
     for read in (decode_image, images.image_size):
-        with pytest.raises(
-            UserError, match=r"it has 80 x 60 pixels, width x height, and the most that is read are 4,799"
-        ):
+        with pytest.raises(UserError, match=r"it has 80 x 60 pixels, width x height, and the most .* are 4,799"):
             read(path)
 
 
@@ -255,7 +253,7 @@ def test_what_a_folder_is_searched_for_can_be_read(tmp_path):
     assert len(tried) > 20
     for suffix in tried:
         path = tmp_path / f"image{suffix}"
-        mode = "1" if registered[suffix] in ("MSP", "XBM") else "RGB"
+        mode = {"MSP": "1", "XBM": "1", "BLP": "P"}.get(registered[suffix], "RGB")
         Image.fromarray(RGB).convert(mode).save(path, registered[suffix])
         if suffix == ".icns":
             assert decode_image(path).shape[0] == 3  # its sizes are fixed
@@ -305,7 +303,7 @@ def test_a_search_follows_links_once_and_passes_over_what_is_hidden(tmp_path):
     found = images.search(root, {".jpg", ".png"})
     expected = ["b.PNG", "c.jpg", "gone.jpg", "link/g.jpg", "link/deep/h.jpg", "sub/a.jpg"]
     assert names_in(root, found.files) == expected
-    assert names_in(root, found.hidden) == [".d.jpg", ".git", "._c.jpg", "__MACOSX"]
+    assert names_in(root, found.hidden) == ["._c.jpg", ".d.jpg", ".git", "__MACOSX"]
     assert names_in(root, found.others) == ["sub/note.txt"]
     assert sorted(names_in(root, found.again)) == ["again", "link/deep/out", "sub/up"]
     line = found.passed_over("root: ")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import struct
 import zlib
@@ -23,6 +24,7 @@ from enact_common.data import cache
 from enact_common.data.build import build_dataset
 from enact_common.data.cache import cache_images
 from enact_common.data.categories import LabelMap, coco_names
+from enact_common.data.checks import inspect_image
 from enact_common.data.coco import (
     CocoDetection,
     collate,
@@ -382,15 +384,11 @@ def test_an_image_of_too_many_pixels_is_named(tmp_path, two_images):
     with pytest.raises(cv2.error):
         cv2.imdecode(np.frombuffer(bomb, np.uint8), cv2.IMREAD_COLOR)
     path.write_bytes(bomb)
-    reason = (
-        r"b\.png: not an image that can be read whole \(it has 60,000 x 60,000 pixels, .* are 1,073,741,824; make it"
-    )
+    reason = r"b\.png: not an image that can be read whole \(it has 60,000 x 60,000 pixels, .* are 1,073,741,824; make"
     for read in (lambda: two_images[1], lambda: image_size(path), lambda: cache_images([two_images], "decoded")):
         with pytest.raises(UserError, match=reason):
             read()
-    assert (
-        checks.inspect_image(path).error.startswith(str(path)) and "1,073,741,824" in checks.inspect_image(path).error
-    )
+    assert re.search(reason, inspect_image(path).error)
 
 
 @pytest.mark.parametrize("kind, places", [("bmp", (18, 22, 28, 30)), ("tiff", (4, 8, 10, 12))])

@@ -137,8 +137,10 @@ def search(folder: Path, suffixes: Collection[str], left_out: Path | None = None
         left_out: a resolved folder that is not searched.
     """
     found, seen = Found(), set()
-    # Real folders come first, so that files have their real place where a link leads to them too.
-    folders: list[tuple[Path, frozenset[Path]]] = [(folder, frozenset())]
+    # With each folder go those above it, both by its path as spelled and behind links.
+    parent = Path(os.path.realpath(os.path.dirname(os.path.abspath(folder))))
+    folders = [(folder, frozenset((parent, *parent.parents)))]
+    # Links come last, so that files keep their real place where a link leads to them too.
     links: list[tuple[Path, frozenset[Path]]] = []
     while folders or links:
         place, above = folders.pop() if folders else links.pop(0)
@@ -146,7 +148,7 @@ def search(folder: Path, suffixes: Collection[str], left_out: Path | None = None
         if real == left_out:
             continue
         # A link to a folder above itself would bring in what lies beside the folder that is searched.
-        if real in seen or real in above:
+        if real in seen or (real in above and place != folder):
             found.again.append(place)
             continue
         seen.add(real)
