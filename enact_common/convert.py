@@ -97,8 +97,10 @@ def to_coco(source: Source, issues: Issues, description: str, progress: bool = F
         read[split] = [row for row in rows if row[1] and row[2] is not None]
         if not read[split]:
             raise UserError(f"no annotated images are left for {split}{first_findings(issues)}")
-    for image in sorted({row[0] for row in read["train"]} & {row[0] for row in read["val"]}):
-        issues.add(IN_BOTH, str(image))
+    in_train = {os.path.realpath(image) for image, *_ in read["train"]}
+    for image, *_ in read["val"]:
+        if os.path.realpath(image) in in_train:
+            issues.add(IN_BOTH, str(image))
 
     used = {thing.name for rows in read.values() for *_, objects in rows for thing in objects}
     classes = source.classes or sorted(used)

@@ -307,7 +307,7 @@ def test_a_search_follows_links_once_and_passes_over_what_is_hidden(tmp_path):
     assert names_in(root, found.others) == ["sub/note.txt"]
     assert sorted(names_in(root, found.again)) == ["again", "link/deep/out", "sub/up"]
     line = found.passed_over("root: ")
-    assert line.startswith("root: passed over: 1 files by their suffix (1 .txt), 4 hidden files and folders, 3 links")
+    assert line.startswith("root: passed over: 1 file by its suffix (1 .txt), 4 hidden, 3 links to")
     assert images.Found().passed_over("root: ") == ""
     assert names_in(root, images.search(root, {".jpg"}, (root / "sub").resolve()).files)[-1] == "link/deep/h.jpg"
 

@@ -774,6 +774,12 @@ def test_linked_folders_of_voc_are_searched_too(tmp_path, linked):
     assert {Path(name).name for name in all_boxes(tmp_path / "out")} == {"a.jpg", "b.jpg", "c.jpg"}
 
 
+def test_images_that_a_link_puts_into_both_splits_are_named(yolo, tmp_path):
+    (yolo / "images" / "val" / "more").symlink_to(yolo / "images" / "train")
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 0
+    assert "images that are in train and in val: 2\n" in (tmp_path / "out" / "conversion.txt").read_text()
+
+
 def test_a_link_to_an_image_that_is_gone_is_named(yolo, tmp_path, capsys):
     (yolo / "images" / "train" / "gone.jpg").symlink_to("nowhere.jpg")
     assert convert_to(tmp_path / "out", "yolo", yolo) == 1

@@ -110,13 +110,14 @@ class Found:
         """What was passed over, in one line between two other texts; empty where nothing was."""
         parts = []
         if self.others:
-            parts.append(f"{len(self.others)} files by their suffix ({count_suffixes(self.others)})")
+            what = "file by its suffix" if len(self.others) == 1 else "files by their suffix"
+            parts.append(f"{len(self.others)} {what} ({count_suffixes(self.others)})")
         if self.hidden:
-            parts.append(f"{len(self.hidden)} hidden files and folders")
+            parts.append(f"{len(self.hidden)} hidden")
         if self.again:
-            parts.append(f"{len(self.again)} links to folders that are searched anyway, {self.again[0]} first")
+            parts.append(f"{len(self.again)} links to what is searched anyway ({self.again[0]} first)")
         if self.closed:
-            parts.append(f"{len(self.closed)} folders that cannot be read, {self.closed[0]} first")
+            parts.append(f"{len(self.closed)} that cannot be read ({self.closed[0]} first)")
         unreadable = sorted({path.suffix.lower() for path in self.unreadable()})
         hint = f"; nothing here reads {', '.join(unreadable)}: {WAY_OUT}" if unreadable else ""
         return f"{before}passed over: {', '.join(parts)}{hint}{behind}" if parts else ""
