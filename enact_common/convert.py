@@ -11,6 +11,7 @@ was changed or left out is printed with its first cases; OUT/conversion.txt has 
 """
 
 import argparse
+import contextlib
 import os
 import shlex
 import shutil
@@ -24,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from enact_common.data.checks import FAULT, WARNING, exif_orientation, findings_text
+from enact_common.data.images import image_size
 from enact_common.data.sources import Issues, Item, Object, Source, number_or_none
 from enact_common.data.voc import find_voc
 from enact_common.data.yolo import find_yolo
@@ -96,8 +97,10 @@ def to_coco(source: Source, issues: Issues, description: str, progress: bool = F
         read[split] = [row for row in rows if row[1] and row[2] is not None]
         if not read[split]:
             raise UserError(f"no annotated images are left for {split}{first_findings(issues)}")
-    for image in sorted({row[0] for row in read["train"]} & {row[0] for row in read["val"]}):
-        issues.add(IN_BOTH, str(image))
+    in_train = {os.path.realpath(image) for image, *_ in read["train"]}
+    for image, *_ in read["val"]:
+        if os.path.realpath(image) in in_train:
+            issues.add(IN_BOTH, str(image))
 
     used = {thing.name for rows in read.values() for *_, objects in rows for thing in objects}
     classes = source.classes or sorted(used)
@@ -142,11 +145,9 @@ def first_findings(issues: Issues) -> str:
 def read_item(item: Item, issues: Issues) -> tuple[tuple[int, int] | None, list[Object] | None]:
     """An image's size, from its header, and its objects; None for what cannot be read."""
     try:
-        with Image.open(item.image) as image:
-            size = image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "not an image that can be read"
-        issues.add(UNREADABLE, f"{item.image}: {reason}")
+        size = image_size(item.image)
+    except UserError as error:
+        issues.add(UNREADABLE, str(error))
         return None, None
     if exif_orientation(item.image) != 1:
         issues.add(TURNED, str(item.image))
@@ -214,7 +215,7 @@ def write_coco(conversion: Conversion, output_dir: Path, mode: str, progress: bo
     Raises:
         UserError: it cannot be written.
     """
-    made_anew = not output_dir.exists()
+    new_folders = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     try:
         for split, images in conversion.images.items():
             folder = output_dir / f"{split}2017"
@@ -232,12 +233,14 @@ def write_coco(conversion: Conversion, output_dir: Path, mode: str, progress: bo
             encoded = dumps(content).encode()
             path = output_dir / "annotations" / f"instances_{split}2017.json"
             write_atomically(path, lambda file, encoded=encoded: file.write(encoded))
-    except BaseException as error:
+    except BaseException as error:  # Ctrl-C and SystemExit too
         for name in ("train2017", "val2017", "annotations"):
             shutil.rmtree(output_dir / name, ignore_errors=True)
         (output_dir / REPORT).unlink(missing_ok=True)
-        if made_anew and output_dir.is_dir():
-            output_dir.rmdir()
+        for folder in new_folders:
+            # Another process may have put something there.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         if isinstance(error, OSError):
             raise UserError(f"--output_dir {output_dir}: cannot be written ({error})") from error
         raise
@@ -320,8 +323,9 @@ def build_parser() -> argparse.ArgumentParser:
         ),
         (
             "yolo", "YOLO: a text file an image, with boxes or polygons",
-            "folder with data.yaml, or with images/, labels/ and classes.txt, or the YAML file",
-            "key in data.yaml or folder in images/ (default: train and val; without val, drawn at random)",
+            "folder with data.yaml, with obj.data (Darknet, CVAT's \"YOLO 1.1\"), or with images/, labels/ and "
+            "classes.txt; or the YAML or data file",
+            "key in data.yaml or obj.data, or folder in images/ (default: train and val; without val, drawn at random)",
         ),
     ):  # fmt: skip
         command = formats.add_parser(name, help=text, description=text, epilog=STATUS)
@@ -341,7 +345,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--classes", nargs="+", metavar="NAME",
             help="class names in the order of their ids, from 1 (default: "
-            + ("those that occur, sorted)" if name == "voc" else "those of data.yaml or classes.txt)"),
+            + ("those that occur, sorted)" if name == "voc" else "those of data.yaml, obj.names or classes.txt)"),
         )  # fmt: skip
         command.add_argument(
             "--images", choices=("link", "copy", "symlink"), default="link",

@@ -13,7 +13,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from enact_common.data.coco import decode_image, load_annotations
+from enact_common.data.coco import load_annotations
+from enact_common.data.images import decode_image
 from enact_common.data.synthetic import make_shapes
 from enact_common.plots.curves import plot_curves
 from enact_common.plots.detections import plot_detections

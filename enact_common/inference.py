@@ -18,7 +18,7 @@ from enact_common.arguments import CLUSTERING_FLAGS, COCO, MODEL_FLAGS, PANOPTIC
 from enact_common.backbone import ALL_STAGES, SHALLOW_BACKBONES, STAGES
 from enact_common.checkpoint import detector_weights, has_masks, load_checkpoint, load_model
 from enact_common.data.categories import LabelMap, coco_names
-from enact_common.data.coco import decode_image, pil_to_rgb
+from enact_common.data.images import decode_image, pil_to_rgb
 from enact_common.data.panoptic import NUM_CLASSES, VOID, coco_panoptic_names, panoptic_label_map, things_of
 from enact_common.data.transforms import eval_transforms, resized_shape
 from enact_common.device import default_device, find_device

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from enact_common.arguments import HelpFormatter, fraction
-from enact_common.data.coco import IMAGE_SUFFIXES, decode_image
+from enact_common.data.images import Found, decode_image, image_suffixes, search
 from enact_common.drawing import draw_detections
 from enact_common.drawing_panoptic import draw_panoptic
 from enact_common.errors import UserError, exit_status
@@ -37,7 +37,7 @@ VIDEO_SUFFIXES = frozenset(".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .
 # a guess, and too high where the sound is longer.
 COUNTED_SUFFIXES = frozenset(".3gp .avi .m4v .mov .mp4".split())
 # Pictures of these stay JPEG; all others become PNG.
-JPEG_SUFFIXES = frozenset(".jpe .jpeg .jpg".split())
+JPEG_SUFFIXES = frozenset(".jfif .jpe .jpeg .jpg".split())
 # Little is lost, and coloured text keeps sharp edges.
 JPEG_OPTIONS = {"quality": 95, "subsampling": 0}
 
@@ -86,6 +86,7 @@ class Tally:
         pictures: COCO's entries of the images and frames with segments.
         skipped, incomplete: files that could not be read at all, or whose video could not be written, and videos that
             could not be read to their end.
+        others: files in folders that are neither images nor videos.
         next_id: the image id that comes next, from 1.
     """
 
@@ -98,6 +99,7 @@ class Tally:
     frames: int = 0
     skipped: int = 0
     incomplete: int = 0
+    others: int = 0
     next_id: int = 1
 
     def add(self, found: Detections, path: Path, frame: int | None = None) -> None:
@@ -137,7 +139,7 @@ class Tally:
         parts = [counted(self.images, "image")]
         if self.videos:
             parts.append(f"{counted(self.videos, 'video')} ({counted(self.frames, 'frame')})")
-        parts += [counted(len(self.entries), "detection"), f"{self.skipped} skipped"]
+        parts += [counted(len(self.entries), "detection"), f"{self.skipped + self.others} skipped"]
         if self.incomplete:
             parts.append(f"{self.incomplete} incomplete")
         written = f"pictures and {PREDICTIONS}" if self.panoptic is None else f"pictures, {PREDICTIONS} and {FOLDER}"
@@ -156,8 +158,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT",
-        help="image, video, or folder, which is searched with its sub-folders, in the order of the names; hidden files "
-        "and the output folder are left out",
+        help="image, video, or folder, which is searched with its sub-folders, linked ones included, in the order of "
+        "the names; hidden files and the output folder are left out",
     )  # fmt: skip
     parser.add_argument(
         "--checkpoint", required=True, metavar="CKPT",
@@ -199,8 +201,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its words; None for the process's own.
 
     Returns:
-        the exit status: 0; 1 where a file was skipped, or could not be read to its end; 2 for what the user can mend;
-        130 after Ctrl-C.
+        the exit status: 0; 1 where an image or video was skipped, or could not be read to its end; 2 for what the
+        user can mend; 130 after Ctrl-C.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -221,7 +223,8 @@ def run(args: argparse.Namespace) -> int:
     """
     output_dir = Path(args.output_dir)
     kinds = tuple(dict.fromkeys(args.show))
-    inputs = plan(find_files(args.inputs, output_dir), output_dir, kinds)
+    files, passed_over = find_files(args.inputs, output_dir)
+    inputs = plan(files, output_dir, kinds)
     check_no_folder(output_dir / PREDICTIONS)
     if kinds and all(item.is_video for item in inputs):
         raise UserError("--show: there are only videos, and it is for images; leave it out")
@@ -232,6 +235,10 @@ def run(args: argparse.Namespace) -> int:
     if kinds:
         check_kinds(detector, kinds)
     tally = new_tally(detector, inputs, output_dir)
+    for name, found in passed_over.items():
+        print(found.passed_over(f"{name}: ", "\n"), end="", file=sys.stderr)
+        tally.skipped += len(found.unreadable()) + len(found.closed)
+        tally.others += len(found.others) - len(found.unreadable())
     for folder in sorted({output_dir, *(item.picture.parent for item in inputs)}):
         make_folder(folder)
 
@@ -286,7 +293,7 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
-def find_files(names: Sequence[str], output_dir: Path) -> list[tuple[Path, Path]]:
+def find_files(names: Sequence[str], output_dir: Path) -> tuple[list[tuple[Path, Path]], dict[str, Found]]:
     """The files that the command line names, folders searched; a file that is named twice is taken once.
 
     Args:
@@ -294,20 +301,23 @@ def find_files(names: Sequence[str], output_dir: Path) -> list[tuple[Path, Path]
         output_dir: not searched where it lies in one of the folders.
 
     Returns:
-        of each file its path, and its place below the folder that was named, or its name.
+        of each file its path, and its place below the folder that was named, or its name; and what each folder that
+        was named holds.
 
     Raises:
         UserError: one does not exist, or a folder has nothing in it.
     """
     found: dict[Path, tuple[Path, Path]] = {}
+    searched: dict[str, Found] = {}
     for name in names:
         root = Path(name)
         if root.is_dir():
-            files = list(search(root, output_dir.resolve()))
+            searched[name] = search(root, image_suffixes() | VIDEO_SUFFIXES, output_dir.resolve())
+            files = [(path, path.relative_to(root)) for path in searched[name].files]
             if not files:
                 raise UserError(
                     f"{name}: no image or video in this folder, by their suffixes; name files of other suffixes "
-                    "themselves (the output folder is not searched)"
+                    f"themselves (the output folder is not searched{searched[name].passed_over('; ')})"
                 )
         elif root.exists():
             files = [(root, Path(root.name))]
@@ -315,25 +325,7 @@ def find_files(names: Sequence[str], output_dir: Path) -> list[tuple[Path, Path]
             raise UserError(f"{name}: no such file or folder")
         for path, place in files:
             found.setdefault(path.resolve(), (path, place))
-    return list(found.values())
-
-
-def search(root: Path, left_out: Path) -> Iterator[tuple[Path, Path]]:
-    """Images and videos in a folder and its sub-folders, with their places in it, in the order of the names.
-
-    Args:
-        root: the folder. Hidden files and folders in it are passed over, and links to folders.
-        left_out: a folder, resolved, that is passed over too.
-    """
-    for folder, folders, files in os.walk(root):
-        if Path(folder).resolve() == left_out:
-            folders.clear()
-            continue
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            path = Path(folder) / name
-            if not name.startswith(".") and path.suffix.lower() in VIDEO_SUFFIXES.union(IMAGE_SUFFIXES):
-                yield path, path.relative_to(root)
+    return list(found.values()), searched
 
 
 def plan(files: Sequence[tuple[Path, Path]], output_dir: Path, kinds: Sequence[str] = ()) -> list[Input]:

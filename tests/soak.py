@@ -30,7 +30,8 @@ from PIL import Image
 
 from enact_common.benchmark.report import environment
 from enact_common.checkpoint import load_checkpoint
-from enact_common.data.coco import decode_image, load_annotations
+from enact_common.data.coco import load_annotations
+from enact_common.data.images import decode_image
 from enact_common.data.synthetic import make_shapes
 from enact_common.errors import UserError
 from enact_common.evaluation.coco import EVALUATION, FIGURES

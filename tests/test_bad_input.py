@@ -22,9 +22,10 @@ from torchvision import tv_tensors
 
 from enact_common import UserError, convert, predict
 from enact_common.compare.pictures import read_scenes
-from enact_common.data import checks, coco, transforms
+from enact_common.data import checks, coco, images, transforms
 from enact_common.data.checks import Split
-from enact_common.data.coco import CocoDetection, decode_image, lies_in, load_annotations, seeded
+from enact_common.data.coco import CocoDetection, lies_in, load_annotations, seeded
+from enact_common.data.images import decode_image
 from enact_common.data.synthetic import make_shapes
 from enact_common.data.transforms import eval_transforms, resized_shape, train_transforms
 from enact_common.data.voc import mentioned_image
@@ -175,6 +176,161 @@ def test_what_is_cut_short_is_not_taken_for_an_image(tmp_path, kind, options, pa
         decode_image(path)
 
 
+def deep(bits: int) -> np.ndarray:
+    """A picture whose highest value needs so many bits, uint16 (height, width, 3)."""
+    return (RGB.astype(np.uint32) * (2**bits - 1) // RGB.max()).astype(np.uint16)
+
+
+DEEP_KINDS = {
+    "grey, PNG": lambda pixels: encoded(pixels[:, :, 0], "PNG"),
+    "grey, TIFF": lambda pixels: encoded(pixels[:, :, 0], "TIFF"),
+    "colour, PNG": lambda pixels: encoded_16(pixels, ".png"),
+    "colour, TIFF": lambda pixels: encoded_16(pixels, ".tiff"),
+    "colour, JPEG 2000": lambda pixels: encoded_16(pixels, ".jp2"),
+    "colour with alpha, PNG": lambda pixels: encoded_16(with_alpha(pixels, ALPHA * 257.0), ".png"),
+    "colour with alpha, TIFF": lambda pixels: encoded_16(with_alpha(pixels, ALPHA * 257.0), ".tiff"),
+}
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("kind", DEEP_KINDS)
+def test_16_bits_count_as_those_that_the_image_uses(tmp_path, kind, bits):
+    pixels = deep(bits)
+    if kind.startswith("grey"):
+        pixels = np.repeat(pixels[:, :, :1], 3, axis=2)
+        pixels[0, 0] = 2**bits - 1
+    path = tmp_path / "deep"
+    path.write_bytes(DEEP_KINDS[kind](pixels))
+    decoded = decode_image(path).permute(1, 2, 0).numpy().astype(int)
+    # JPEG 2000 loses a little.
+    assert np.abs(decoded - (pixels >> (bits - 8))).max() <= (2 if "2000" in kind else 0)
+    if kind.startswith("grey"):
+        with Image.open(path) as image:
+            assert torch.equal(as_pixels(image), decode_image(path))
+
+
+def test_a_dark_image_keeps_the_depth_of_its_camera():
+    """1,500 of 4,095 has 11 bits, which no camera has."""
+    dark = np.full((2, 2), 1500, np.uint16)
+    assert (images.eight_bits(dark, "dark") == 1500 >> 4).all()
+    assert not images.eight_bits(np.zeros((2, 2), np.uint16), "black").any()
+
+
+def test_images_of_fewer_bits_are_said_once(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(images, "_depth_is_logged", bytearray(1))
+    for name, bits in (("full", 16), ("a", 12), ("b", 10)):
+        (tmp_path / name).write_bytes(encoded(deep(bits)[:, :, 0], "PNG"))
+        decode_image(tmp_path / name)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(f"{tmp_path / 'a'}: a 16-bit image") and "12 bits" in record.getMessage()
+
+
+def test_a_host_programs_limit_of_pixels_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "TGA"):
+        path = tmp_path / f"image.{kind.lower()}"
+        path.write_bytes(encoded(palette() if kind == "GIF" else RGB, kind))
+        assert images.image_size(path) == (WIDTH, HEIGHT) and decode_image(path).shape == (3, HEIGHT, WIDTH)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "GIF", "TGA"])
+def test_the_limit_of_pixels_is_one_for_all_readers(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(images, "MAX_PIXELS", HEIGHT * WIDTH - 1)
+    path = tmp_path / f"image.{kind.lower()}"
+    path.write_bytes(encoded(palette() if kind == "GIF" else with_alpha(RGB), kind))
+    for read in (decode_image, images.image_size):
+        with pytest.raises(UserError, match=r"it has 80 x 60 pixels, width x height, and the most .* are 4,799"):
+            read(path)
+
+
+def test_what_a_folder_is_searched_for_can_be_read(tmp_path):
+    suffixes = images.image_suffixes()
+    assert {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"} <= suffixes
+    assert not suffixes & {".txt", ".pdf", ".eps", ".mpg", ".h5", ".heic"}
+    registered = Image.registered_extensions()
+    tried = [suffix for suffix in suffixes if registered.get(suffix) in Image.SAVE and registered[suffix] != "ICO"]
+    assert len(tried) > 20
+    for suffix in tried:
+        path = tmp_path / f"image{suffix}"
+        mode = {"MSP": "1", "XBM": "1", "BLP": "P"}.get(registered[suffix], "RGB")
+        Image.fromarray(RGB).convert(mode).save(path, registered[suffix])
+        if suffix == ".icns":
+            assert decode_image(path).shape[0] == 3  # its sizes are fixed
+        else:
+            assert decode_image(path).shape == (3, HEIGHT, WIDTH) and images.image_size(path) == (WIDTH, HEIGHT)
+
+
+def test_suffixes_follow_what_pillow_and_opencv_were_built_with(monkeypatch):
+    monkeypatch.setattr(images.features, "check", lambda name: False)
+    assert ".j2k" not in images.image_suffixes()
+    monkeypatch.setattr(Image, "EXTENSION", {s: f for s, f in Image.EXTENSION.items() if f != "WEBP"})
+    assert ".webp" in images.image_suffixes()  # OpenCV reads them
+    monkeypatch.setattr(images.cv2, "haveImageWriter", lambda name: False)
+    assert ".webp" not in images.image_suffixes()
+    monkeypatch.setitem(Image.OPEN, "HEIF", (None, None))  # as a plug-in does
+    monkeypatch.setattr(Image, "ID", [*Image.ID, "HEIF"])
+    monkeypatch.setitem(Image.EXTENSION, ".heic", "HEIF")
+    assert ".heic" in images.image_suffixes()
+
+
+def test_a_format_without_a_reader_is_said_with_the_way_out(tmp_path):
+    path = tmp_path / "photo.heic"
+    path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    with pytest.raises(UserError, match=r"photo\.heic: .*nothing here reads \.heic; save such images as JPEG or PNG"):
+        decode_image(path)
+
+
+# Folders -------------------------------------------------------------------------------------------------------------
+
+
+def names_in(folder: Path, paths: list[Path]) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in paths]
+
+
+def test_a_search_follows_links_once_and_passes_over_what_is_hidden(tmp_path):
+    root, pool = tmp_path / "root", tmp_path / "pool"
+    names = ("c.jpg", "b.PNG", "sub/a.jpg", "sub/note.txt", ".d.jpg", ".git/e.jpg", "__MACOSX/f.jpg", "._c.jpg")
+    for name in (*(root / name for name in names), pool / "g.jpg", pool / "deep" / "h.jpg"):
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.touch()
+    (root / "link").symlink_to(pool)
+    (root / "again").symlink_to("sub")
+    (root / "sub" / "up").symlink_to(root)
+    (pool / "deep" / "out").symlink_to(tmp_path)
+    (root / "gone.jpg").symlink_to("nothing")
+    os.mkfifo(root / "pipe.jpg")
+    found = images.search(root, {".jpg", ".png"})
+    expected = ["b.PNG", "c.jpg", "gone.jpg", "link/g.jpg", "link/deep/h.jpg", "sub/a.jpg"]
+    assert names_in(root, found.files) == expected
+    assert names_in(root, found.hidden) == ["._c.jpg", ".d.jpg", ".git", "__MACOSX"]
+    assert names_in(root, found.others) == ["sub/note.txt"]
+    assert sorted(names_in(root, found.again)) == ["again", "link/deep/out", "sub/up"]
+    line = found.passed_over("root: ")
+    assert line.startswith("root: passed over: 1 file by its suffix (1 .txt), 4 hidden, 3 links to")
+    assert images.Found().passed_over("root: ") == ""
+    assert names_in(root, images.search(root, {".jpg"}, (root / "sub").resolve()).files)[-1] == "link/deep/h.jpg"
+
+
+def test_a_hidden_folder_that_is_named_itself_is_searched(tmp_path):
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "a.jpg").touch()
+    assert len(images.search(tmp_path / ".cache", {".jpg"}).files) == 1
+
+
+def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+    (tmp_path / "shut").mkdir()
+    listdir = os.listdir
+
+    def refuse(place):
+        if Path(place).name == "shut":
+            raise PermissionError(13, "Permission denied")
+        return listdir(place)
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    assert images.search(tmp_path, {".jpg"}).closed == [f"{tmp_path / 'shut'} (Permission denied)"]
+
+
 def write_data(root: Path, images: dict[str, bytes], boxes=((5, 5, 20, 10),), **changes) -> Path:
     """A data set in COCO's layout with these files in both splits, and these boxes (x, y, width, height) in each.
 
@@ -248,14 +404,15 @@ def test_a_strip_becomes_no_giant_on_its_way(monkeypatch):
     assert len(pixels) > 16 and max(pixels) <= 800 * 1333
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_an_image_of_12000_x_12000_pixels_is_read_and_made_smaller(tmp_path):
-    large = Image.new("1", (12000, 12000))
-    large.paste(1, (6000, 3000, 12000, 6000))
-    root = write_data(tmp_path / "data", {"large.png": encoded(large, "PNG")}, boxes=[(6000, 3000, 6000, 3000)])
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+def test_an_image_of_13500_x_13500_pixels_is_read_and_made_smaller(tmp_path):
+    """More pixels than Pillow's own limit allows."""
+    large = Image.new("1", (13500, 13500))
+    large.paste(1, (6750, 3375, 13500, 6750))
+    root = write_data(tmp_path / "data", {"large.png": encoded(large, "PNG")}, boxes=[(6750, 3375, 6750, 3375)])
     del large
     image, target = dataset_of(root)[0]
-    assert image.shape == (3, 40, 40) and target["orig_size"].tolist() == [12000, 12000]
+    assert image.shape == (3, 40, 40) and target["orig_size"].tolist() == [13500, 13500]
     assert target["boxes"].tolist() == [[0.75, 0.375, 0.5, 0.25]]
     inside = torch.zeros(40, 40, dtype=torch.bool)
     inside[10:20, 20:] = True

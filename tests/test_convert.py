@@ -597,6 +597,97 @@ def test_yolo_folders_come_in_many_forms(yolo, tmp_path, rearrange, capsys):
     assert "class" in capsys.readouterr().out
 
 
+def in_darknets_layout(
+    root: Path,
+    lists=("train", "valid"),
+    subsets=("train", "valid"),
+    prefix: str = "data/",
+    text: str = "classes = 2\n{lists}names = data/obj.names\nbackup = backup/\n",
+) -> None:
+    """As CVAT's "YOLO 1.1" has it: images beside their labels, lists, obj.data and obj.names.
+
+    Args:
+        root: a folder as `yolo` makes it.
+        lists: names of the lists' keys; None leaves the list out, though obj.data names it.
+        subsets: names of the two parts.
+        prefix: of the paths in the lists.
+        text: of obj.data.
+    """
+    (root / "data.yaml").unlink()
+    keys = ""
+    for split, key, subset in zip(("train", "val"), lists, subsets, strict=True):
+        folder = root / f"obj_{subset}_data"
+        (root / "images" / split).rename(folder)
+        for label in (root / "labels" / split).iterdir():
+            label.rename(folder / label.name)
+        keys += f"{key or subset} = data/{subset}.txt\n"
+        if key:
+            paths = sorted(folder.glob("*.jpg"))
+            write(root / f"{subset}.txt", "".join(f"{prefix}{folder.name}/{path.name}\n" for path in paths))
+    shutil.rmtree(root / "images")
+    shutil.rmtree(root / "labels")
+    write(root / "obj.data", text.format(lists=keys))
+    write(root / "obj.names", "cell\nplate\n")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"lists": ("Train", "Validation"), "subsets": ("Train", "Validation")},
+        {"lists": ("train", "val"), "prefix": "/content/darknet/data/"},
+        {"prefix": ""},
+        {"prefix": "build\\darknet\\data\\"},
+        {"prefix": "C:\\Users\\me\\data\\"},
+        {"text": "names=obj.names\r\n{lists}"},
+    ],
+    ids=str,
+)
+def test_darknets_data_files_are_read(yolo, tmp_path, changes):
+    in_darknets_layout(yolo, **changes)
+    for name, data in (("out", yolo), ("named", yolo / "obj.data")):
+        assert convert_to(tmp_path / name, "yolo", data) == 0
+        assert boxes_of(tmp_path / name, "train") == dict.fromkeys(("a.jpg", "b.jpg"), [("cell", 15, 15, 30, 10)])
+        assert list(boxes_of(tmp_path / name, "val")) == ["c.jpg"]
+
+
+def test_a_list_to_validate_on_that_cvat_did_not_write_is_drawn(yolo, tmp_path, capsys):
+    in_darknets_layout(yolo, lists=("train", None))
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 0
+    assert [len(boxes_of(tmp_path / "out", split)) for split in ("train", "val")] == [1, 1]
+    text = " ".join(capsys.readouterr().out.split())
+    assert "lists to validate on that are not there" in text and "valid = data/valid.txt" in text
+    assert "drawn at random" in text and "--val_fraction 0.2" in text
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("train = data/nothing.txt\nnames = obj.names\n", "names data/nothing.txt, but there is no"),
+        ("{lists}names = other.names\n", "names other.names, but there is no such file; pass --classes"),
+        ("{lists}", "no class names"),
+        ("names = obj.names\n", "'train' names no images; the file has the keys names"),
+    ],
+)
+def test_darknets_data_files_that_name_nothing_are_refused(yolo, tmp_path, capsys, text, message):
+    in_darknets_layout(yolo, text=text)
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["/content/data/images/{}", "D:\\data\\images\\{}", ".\\images\\{}"])
+def test_paths_of_another_machine_are_found_by_their_ends(yolo, tmp_path, place):
+    names = "names: [cell, plate]\n"
+    write(yolo / "data.yaml", f"train: '{place.format('train')}'\nval: '{place.format('val')}'\n{names}")
+    assert convert_to(tmp_path / "folders", "yolo", yolo) == 0
+    for split, letters in (("train", "ab"), ("val", "c")):
+        write(yolo / f"{split}.txt", "".join(place.format(f"{split}/{letter}.jpg") + "\n" for letter in letters))
+    write(yolo / "data.yaml", f"train: train.txt\nval: val.txt\n{names}")
+    assert convert_to(tmp_path / "lists", "yolo", yolo) == 0
+    assert all_boxes(tmp_path / "folders") == all_boxes(tmp_path / "lists")
+    assert len(all_boxes(tmp_path / "lists")) == 3
+
+
 def test_the_yaml_file_itself_and_keys_of_other_names(yolo, tmp_path):
     config = write(yolo / "mine.yaml", "fit: images/train\ntest: images/val\nnames: [cell]\n")
     flags = ("--train_set", "fit", "--val_set", "test")
@@ -651,6 +742,129 @@ def test_without_pyyaml_the_message_says_how_to_get_it(yolo, tmp_path, capsys, m
     assert "pip install 'enact-detection[yolo]'" in capsys.readouterr().err
 
 
+# Folders -------------------------------------------------------------------------------------------------------------
+
+
+def link_away(folder: Path, place: Path) -> None:
+    """Move a folder, and leave a link to it."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(place)
+    folder.symlink_to(place)
+
+
+@pytest.mark.parametrize("linked", ["images/train", "images/train/sub", "labels/train", "labels/train/sub"])
+def test_linked_folders_are_searched_and_labels_found_beside_the_link(yolo, tmp_path, linked):
+    for kind, name in (("images", "b.jpg"), ("labels", "b.txt")):
+        (yolo / kind / "train" / "sub").mkdir()
+        (yolo / kind / "train" / name).rename(yolo / kind / "train" / "sub" / name)
+    link_away(yolo / linked, tmp_path / "elsewhere" / "pool")
+    (yolo / "images" / "train" / "round").symlink_to(yolo / "images")  # leads in a circle
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 0
+    assert boxes_of(tmp_path / "out", "train") == dict.fromkeys(("a.jpg", "sub/b.jpg"), [("cell", 15, 15, 30, 10)])
+    assert "lead in a circle: not followed: 1\n" in (tmp_path / "out" / "conversion.txt").read_text()
+
+
+@pytest.mark.parametrize("linked", ["JPEGImages", "Annotations", "JPEGImages/sub"])
+def test_linked_folders_of_voc_are_searched_too(tmp_path, linked):
+    root = make_kit(tmp_path / "voc", "abc", {})
+    (root / "JPEGImages" / "sub").mkdir()
+    (root / "JPEGImages" / "c.jpg").rename(root / "JPEGImages" / "sub" / "c.jpg")
+    link_away(root / linked, tmp_path / "elsewhere" / "pool")
+    assert convert_to(tmp_path / "out", "voc", root) == 0
+    assert {Path(name).name for name in all_boxes(tmp_path / "out")} == {"a.jpg", "b.jpg", "c.jpg"}
+
+
+def test_images_that_a_link_puts_into_both_splits_are_named(yolo, tmp_path):
+    (yolo / "images" / "val" / "more").symlink_to(yolo / "images" / "train")
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 0
+    assert "images that are in train and in val: 2\n" in (tmp_path / "out" / "conversion.txt").read_text()
+
+
+def test_a_link_to_an_image_that_is_gone_is_named(yolo, tmp_path, capsys):
+    (yolo / "images" / "train" / "gone.jpg").symlink_to("nowhere.jpg")
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 1
+    assert "gone.jpg: cannot be read (No such file" in " ".join(capsys.readouterr().out.split())
+
+
+def add_hidden_files(root: Path) -> int:
+    """What macOS and Jupyter put beside files; how many files and folders."""
+    count = 0
+    for path in sorted(path for path in root.rglob("*") if path.is_file()):
+        (path.parent / f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+        count += 1
+    for name in (".ipynb_checkpoints", "__MACOSX"):
+        for folder in {path.parent for path in root.rglob("*.jpg") if not path.name.startswith("._")}:
+            (folder / name).mkdir()
+            shutil.copy(next(folder.glob("[!.]*.jpg")), folder / name / "copy.jpg")
+            count += 1
+    return count
+
+
+def listed(root: Path) -> None:
+    """A list that was made of all that lies in the folder."""
+    names = sorted(path.relative_to(root).as_posix() for path in (root / "images").rglob("*.jpg"))
+    write(root / "train.txt", "\n".join(names))
+    write(root / "data.yaml", "train: train.txt\nnames: [cell, plate]\n")
+
+
+@pytest.mark.parametrize("kind", ["voc", "kit", "yolo", "folders", "list", "darknet"])
+def test_hidden_files_and_folders_are_passed_over_and_counted(kind, request, tmp_path):
+    """They change neither what is read nor what is drawn."""
+    if kind == "kit":
+        root = make_kit(tmp_path / "kit", "abcd", {"train": "ab", "val": "cd"})
+    else:
+        root = request.getfixturevalue("voc" if kind == "voc" else "yolo")
+    if kind == "darknet":
+        in_darknets_layout(root)
+    if kind == "folders":
+        without_yaml(root)
+    if kind == "list":
+        listed(root)
+    reader = "voc" if kind in ("voc", "kit") else "yolo"
+    assert convert_to(tmp_path / "before", reader, root) == 0
+    count = add_hidden_files(root)
+    if kind == "list":
+        listed(root)
+        count -= 1  # that of data.yaml
+    assert convert_to(tmp_path / "after", reader, root) == 0
+    for split in ("train", "val"):
+        assert boxes_of(tmp_path / "after", split) == boxes_of(tmp_path / "before", split)
+    report = (tmp_path / "after" / "conversion.txt").read_text()
+    assert "hidden files and folders: passed over: " in report and "cannot be read" not in report
+
+
+def test_a_data_set_below_a_hidden_folder_is_read(yolo, tmp_path):
+    listed(yolo)
+    (tmp_path / ".cache").mkdir()
+    yolo.rename(tmp_path / ".cache" / "yolo")
+    assert convert_to(tmp_path / "out", "yolo", tmp_path / ".cache" / "yolo") == 0
+    assert len(all_boxes(tmp_path / "out")) == 3
+
+
+def test_all_formats_that_can_be_read_are_and_the_others_are_counted_by_suffix(yolo, tmp_path, capsys):
+    folder = yolo / "images" / "train"
+    for name in ("b.jfif", "c.j2k", "d.tga"):
+        save_image(folder / name)
+        write(yolo / "labels" / "train" / f"{name[0]}.txt", "0 0.5 0.5 0.5 0.25\n")
+    (folder / "b.jpg").unlink()
+    for name in ("e.HEIC", "f.heic", "e.pdf", "e.txt"):
+        write(folder / name, "no image")
+    write(yolo / "labels" / "train" / "e.txt", "0 0.5 0.5 0.5 0.25\n")
+    assert convert_to(tmp_path / "out", "yolo", yolo) == 1
+    assert set(boxes_of(tmp_path / "out", "train")) == {"a.jpg", "b.jfif", "c.j2k", "d.tga"}
+    text = " ".join(capsys.readouterr().out.split())
+    assert "fault 2 images of formats that nothing here reads: left out; save such images as JPEG or PNG" in text
+    assert f"{folder}: 2 .heic" in text and f"{folder}: 1 .pdf" in text and ".txt:" not in text
+    assert "label files without an image" not in text
+
+
+@pytest.mark.parametrize("kind", ["voc", "yolo"])
+def test_images_beyond_pillows_limit_are_converted(kind, request, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert convert_to(tmp_path / "out", kind, request.getfixturevalue(kind)) == 0
+    assert len(all_boxes(tmp_path / "out")) == (4 if kind == "voc" else 3)
+
+
 # Both ----------------------------------------------------------------------------------------------------------------
 
 
@@ -692,23 +906,33 @@ def test_where_links_cannot_be_made_images_are_copied(voc, tmp_path, monkeypatch
     assert place.read_bytes() == (voc / "a.jpg").read_bytes() and not os.path.samefile(place, voc / "a.jpg")
 
 
-@pytest.mark.parametrize("stopped_by", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "stopped_by", [OSError(28, "No space left on device"), KeyboardInterrupt(), SystemExit(143)], ids=repr
+)
 @pytest.mark.parametrize("made_before", [False, True])
-def test_a_conversion_that_fails_leaves_nothing(voc, tmp_path, monkeypatch, capsys, stopped_by, made_before):
-    def stop(*_):
-        raise stopped_by
+@pytest.mark.parametrize("step, times", [("put_image", 2), ("write_atomically", 1), ("write_atomically", 3)])
+def test_a_conversion_that_ends_early_leaves_nothing(
+    voc, tmp_path, monkeypatch, capsys, stopped_by, made_before, step, times
+):
+    original, calls = getattr(convert, step), []
 
-    monkeypatch.setattr(convert, "write_atomically", stop)
-    out = tmp_path / "out"
+    def stop(*args):
+        calls.append(args)
+        if len(calls) == times:
+            raise stopped_by
+        original(*args)
+
+    monkeypatch.setattr(convert, step, stop)
+    out = tmp_path / "new" / "out"
     if made_before:
-        out.mkdir()
+        out.mkdir(parents=True)
     if isinstance(stopped_by, OSError):
         assert convert_to(out, "voc", voc) == 2
         assert f"--output_dir {out}: cannot be written" in capsys.readouterr().err
     else:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(type(stopped_by)):
             convert_to(out, "voc", voc)
-    assert out.exists() == made_before and not list(tmp_path.glob("out/*"))
+    assert out.exists() == out.parent.exists() == made_before and not list(tmp_path.glob("new/out/*"))
     assert len(list(voc.iterdir())) == 8
 
 

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from enact_common import inside_plots
 from enact_common.clustering import self_information, smooth
 from enact_common.data.categories import LabelMap
-from enact_common.data.coco import decode_image
+from enact_common.data.images import decode_image
 from enact_common.errors import UserError
 from enact_common.hilbert import hilbert_order
 from enact_common.inference import Detections, LoadedDetector

@@ -15,7 +15,8 @@ from torch.testing import assert_close
 
 from enact_common.boxes import box_cxcywh_to_xyxy, boxes_of_masks
 from enact_common.data.cache import cache_images
-from enact_common.data.coco import collate, decode_image, seeded
+from enact_common.data.coco import collate, seeded
+from enact_common.data.images import decode_image
 from enact_common.data.panoptic import (
     CocoPanoptic,
     PanopticTruth,

@@ -19,7 +19,7 @@ from PIL import Image
 from enact_common import UserError, drawing, load_detector, predict
 from enact_common.arguments import MODEL_FLAGS
 from enact_common.data.categories import coco_names
-from enact_common.data.coco import decode_image
+from enact_common.data.images import decode_image
 from enact_common.data.synthetic import SHAPES
 from enact_common.drawing import (
     PALETTE,
@@ -519,6 +519,7 @@ def folder(photo, tmp_path) -> Path:
     (folder / "broken.png").write_bytes((folder / "a.png").read_bytes()[:30])
     (folder / ".hidden.jpg").write_text("no image")
     (folder / "notes.txt").write_text("no image")
+    (folder / "phone.heic").write_text("no image")
     write_video(folder / "c.avi", codec="MJPG")
     return folder
 
@@ -532,7 +533,9 @@ def test_a_folder_of_all_kinds(checkpoint, detector, folder, tmp_path, capsys):
     assert written_in(output) == sorted([*pictures, "predictions.json"])
     assert f"skipped: {folder / 'broken.png'}" in said.err and "Traceback" not in said.err
     entries = read_predictions(output)
-    assert f"6 images, 1 video (6 frames), {len(entries)} detections, 1 skipped; " in said.out
+    assert f"6 images, 1 video (6 frames), {len(entries)} detections, 3 skipped; " in said.out
+    assert f"{folder}: passed over: 2 files by their suffix (1 .heic, 1 .txt), 1 hidden; nothing" in said.err
+    assert "; nothing here reads .heic: save such images as JPEG or PNG" in said.err
     assert str(output) in said.out
 
     # Numbered in order; the broken file has a number too, and the video one for each frame.
@@ -555,6 +558,25 @@ def test_a_folder_of_all_kinds(checkpoint, detector, folder, tmp_path, capsys):
     boxes[:, 2:] += boxes[:, :2]
     torch.testing.assert_close(boxes, found.boxes, rtol=0, atol=0.02)
     torch.testing.assert_close(torch.tensor([entry["score"] for entry in mine]), found.scores, rtol=0, atol=1e-5)
+
+
+def test_folders_are_searched_with_what_links_lead_to_but_not_for_hidden_files(tmp_path):
+    root, pool, output = tmp_path / "in", tmp_path / "pool", tmp_path / "in" / "out"
+    for name in ("in/b.jfif", "in/a.tga", "in/.c.jpg", "in/.d/e.jpg", "pool/f.mp4", "in/out/g.png"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    (root / "link").symlink_to(pool)
+    (pool / "round").symlink_to(root)
+    files, searched = predict.find_files([str(root)], output)
+    assert [place.as_posix() for _, place in files] == ["a.tga", "b.jfif", "link/f.mp4"]
+    assert len(searched[str(root)].hidden) == 2 and len(searched[str(root)].again) == 1
+    # What is named itself is taken.
+    assert len(predict.find_files([str(root / ".c.jpg"), str(root / ".d")], output)[0]) == 2
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "a.heic").touch()
+    with pytest.raises(UserError, match=r"no image or video .*passed over: 1 file by its suffix \(1 \.heic\)"):
+        predict.find_files([str(tmp_path / "phone")], output)
 
 
 def test_images_without_detections_are_written_too(checkpoint, photo, tmp_path, capsys):

@@ -19,7 +19,8 @@ from torchvision import tv_tensors
 
 from enact_common import load_detector, predict, segmentation
 from enact_common.data.checks import FAULT, Split, check_masks
-from enact_common.data.coco import CocoDetection, decode_image, find_split
+from enact_common.data.coco import CocoDetection, find_split
+from enact_common.data.images import decode_image
 from enact_common.data.masks import PackedMasks, decode_mask, normalize_all, normalize_segmentation
 from enact_common.data.masks import normalize_segmentations as normalize
 from enact_common.data.panoptic import encode_id_map, read_id_map

@@ -4,7 +4,7 @@ import pytest
 import soak
 import torch
 
-from enact_common.data.coco import decode_image
+from enact_common.data.images import decode_image
 from enact_common.errors import UserError
 
 

@@ -20,7 +20,7 @@ from conftest import SMALL_MODEL, build, equal_states, parse, read_log, start, t
 
 from enact_common import UserError
 from enact_common.checkpoint import check_model_flags, load_checkpoint, optimizer_state_by_name, save_checkpoint
-from enact_common.data import cache, coco
+from enact_common.data import cache, images
 from enact_common.data.synthetic import make_shapes
 from enact_common.engine import NonFiniteLossError, TrainStep, describe_non_finite, first_non_finite_output
 from enact_common.logs import AverageMeter
@@ -140,8 +140,8 @@ def test_processes_that_do_not_share_a_folder_are_told(shapes, tmp_path, monkeyp
 @pytest.mark.parametrize("mode", [["--cache_mode"], ["--cache_mode", "decoded"]], ids=" ".join)
 def test_cached_images_are_read_once(shapes, trained, tmp_path, monkeypatch, capsys, mode):
     read = []
-    original = coco.read_file
-    for module in (coco, cache):
+    original = images.read_file
+    for module in (images, cache):
         monkeypatch.setattr(module, "read_file", lambda path: read.append(path) or original(path))
     assert train("detr", shapes, tmp_path, "--epochs", "2", "--dropout", "0.1", *mode) == 0
     assert len(read) == len(set(read)) == 12 + 6

@@ -13,7 +13,7 @@ import torch
 from conftest import equal_states, read_log, train
 
 from enact_common.checkpoint import load_checkpoint
-from enact_common.data import coco
+from enact_common.data import images
 from enact_common.data.coco import CocoDetection, collate, find_split
 from enact_common.data.loading import worker_death
 from enact_common.data.transforms import eval_transforms
@@ -166,14 +166,14 @@ def test_what_becomes_of_unreadable_images_has_a_known_name(shapes):
     ids=["killed", "exit"],
 )
 def test_a_loading_process_that_dies_is_said_with_its_cause(shapes, tmp_path, monkeypatch, capsys, end, said):
-    original = coco.read_file
+    original = images.read_file
 
     def read(path):
         if multiprocessing.parent_process() is not None:
             end()
         return original(path)
 
-    monkeypatch.setattr(coco, "read_file", read)
+    monkeypatch.setattr(images, "read_file", read)
     assert train("detr", shapes, tmp_path, "--epochs", "1", "--num_workers", "2") == 1
     error = capsys.readouterr().err
     assert re.search(f"stopped: a process that loads images has died: .*{said}", error) and "Traceback" not in error

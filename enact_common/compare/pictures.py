@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from enact_common.compare.recorded import RecordedRun
 from enact_common.data.build import data_files
-from enact_common.data.coco import IMAGE_SUFFIXES, check_file_names, decode_image, load_annotations
+from enact_common.data.coco import check_file_names, load_annotations
+from enact_common.data.images import decode_image, images_in
 from enact_common.drawing import draw_detections
 from enact_common.errors import UserError
 from enact_common.inference import load_detector
@@ -59,10 +60,7 @@ def given_scenes(sources: Sequence[Path], most: int) -> list[Scene]:
     paths = []
     for source in sources:
         if source.is_dir():
-            found = sorted(path for path in source.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-            if not found:
-                raise UserError(f"--images {source}: no image in this folder ({', '.join(IMAGE_SUFFIXES)})")
-            paths += found[:most]
+            paths += images_in(source, f"--images {source}")[:most]
         elif source.is_file():
             paths.append(source)
         else:

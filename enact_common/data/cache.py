@@ -10,10 +10,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from enact_common.data.coco import CocoDetection, decode_rgb, read_file
+from enact_common.data.coco import CocoDetection
+from enact_common.data.images import decode_rgb, image_size, read_file
 from enact_common.errors import UserError
 from enact_common.logs import Progress
 
@@ -89,8 +89,6 @@ def cache_images(datasets: Sequence[CocoDetection], mode: str) -> None:
             return None
 
     folders = " and ".join(dict.fromkeys(dataset.image_folder.name for dataset in datasets))
-    # Formats are registered here: PIL, which does so at its first need, fails where two threads have it at once.
-    Image.init()
     opencv_threads = cv2.getNumThreads()
     # The images are the parallelism. OpenCV's own threads would also be missing in processes that are forked later.
     cv2.setNumThreads(0)
@@ -149,20 +147,12 @@ def read_encoded(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def pixels_shape(path: Path) -> tuple[int, int, int]:
-    """(3, height, width) of an image, from its header alone.
+    """(3, height, width) of an image, from its header.
 
     Raises:
-        UserError: it cannot be read, or has no header that tells.
+        UserError: it cannot be read, is no image, or has too many pixels.
     """
-    file_shape(path)
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{path}: its header does not tell how large it is ({error}); where it is an image all the same, pass "
-            "--cache_mode encoded"
-        ) from error
+    width, height = image_size(path)
     return 3, height, width
 
 

@@ -9,7 +9,6 @@ loading a data set stops at the first fault, this names every kind of fault, how
 
 import argparse
 import hashlib
-import io
 import math
 import sys
 import textwrap
@@ -24,21 +23,18 @@ from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from enact_common.arguments import positive_int
 from enact_common.data.categories import LabelMap
 from enact_common.data.coco import (
-    IMAGE_SUFFIXES,
-    decode_rgb,
     find_split,
     lies_in,
     missing_files,
-    read_file,
     read_json,
     stated_size,
 )
+from enact_common.data.images import decode_rgb, image_suffixes, is_hidden, open_image, read_file
 from enact_common.data.masks import normalize_all, normalize_size
 from enact_common.data.names import hint, index_files, other_name
 from enact_common.data.values import (
@@ -265,7 +261,7 @@ class Split:
         missing, _ = missing_files(map(self.path, self.images))
         absent = set(missing)
         taken = (image["file_name"] for image in self.images if self.path(image) not in absent)
-        return index_files(self.folder, IMAGE_SUFFIXES, taken)
+        return index_files(self.folder, taken)
 
 
 def short(value: Any) -> str:
@@ -515,7 +511,9 @@ def check_files(split: Split) -> list[Finding]:
     missing, present = missing_files(paths)
     listed = set(paths)
     there = (folder / name for folder, names in present.items() for name in names)
-    unlisted = sorted(str(path) for path in there if path.suffix.lower() in IMAGE_SUFFIXES and path not in listed)
+    suffixes = image_suffixes()
+    there = (path for path in there if path.suffix.lower() in suffixes and not is_hidden(path.name))
+    unlisted = sorted(str(path) for path in there if path not in listed)
     absent = set(missing)
     names = [image["file_name"] for image, path in zip(split.images, paths, strict=True) if path in absent]
     index = split.file_index() if names else []
@@ -563,7 +561,7 @@ def inspect_image(path: Path) -> StoredImage | None:
 def exif_orientation(source: Path | bytes) -> int:
     """EXIF's orientation of an image file or its content, 1 to 8, that reading does not apply; 1, upright, for none."""
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with open_image(source) as image:
             # A TIFF is read as its orientation says: what comes of it is upright.
             orientation = 1 if image.format == "TIFF" else image.getexif().get(EXIF_ORIENTATION, 1)
     except Exception:  # what damaged metadata raises has no end, and decoding has shown that the pixels are there
@@ -582,8 +580,6 @@ def inspect_images(split: Split, progress: bool = False) -> list[StoredImage | N
         of each image what its file holds, None where it is missing.
     """
     paths = [split.path(image) for image in split.images]
-    # Formats are registered here: PIL, which does so at its first need, fails where two threads have it at once.
-    Image.init()
     opencv_threads = cv2.getNumThreads()
     cv2.setNumThreads(0)
     try:

@@ -1,4 +1,4 @@
-"""COCO-format detection data: annotations checked and packed, images decoded, batches collated."""
+"""COCO-format detection data: annotations checked and packed, items made, batches collated."""
 
 import contextlib
 import io
@@ -10,16 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from enact_common.data.categories import LabelMap
+from enact_common.data.images import decode_bytes, decode_image
 from enact_common.data.masks import PackedMasks, normalize_segmentations
 from enact_common.data.names import hint, index_files, other_name
 from enact_common.data.transforms import drop_degenerate
@@ -28,15 +27,6 @@ from enact_common.errors import UserError
 from enact_common.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
 
 logger = logging.getLogger(__name__)
-
-# Of the image files that a folder is searched for; lower case.
-IMAGE_SUFFIXES = (
-    ".bmp", ".dib", ".gif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff",
-    ".webp",
-)  # fmt: skip
-
-# What a TIFF file begins with, by the order of its bytes; the last two are those of large files.
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
 # Roboflow's exports in COCO's format have this file in each part's folder, beside the images.
 ROBOFLOW_FILE = "_annotations.coco.json"
@@ -163,7 +153,7 @@ def check_file_names(images: Iterable[dict], folder: Path, source: Path) -> None
     for image in images:
         name = image["file_name"]
         if not lies_in(folder, name):
-            there = hint(name, index_files(folder, IMAGE_SUFFIXES))
+            there = hint(name, index_files(folder))
             raise UserError(
                 f"{source}: image {image['id']} has the file_name {name[:200]!r}, which is no file in {folder} or "
                 f"below it{there}; correct the name, or name the folder above all the images as the image folder; "
@@ -299,97 +289,6 @@ def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool 
     return {"images": data["images"], "annotations": annotations, "categories": data["categories"]}
 
 
-def read_file(path: Path) -> np.ndarray:
-    """A file's bytes, uint8 (bytes,).
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        return np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-
-
-def decode_image(path: Path) -> Tensor:
-    """An image file as `decode_bytes` gives it.
-
-    Raises:
-        UserError: the file is missing, or is no image that can be read whole.
-    """
-    return decode_bytes(read_file(path), path)
-
-
-def decode_bytes(encoded: np.ndarray, path: Path) -> Tensor:
-    """An encoded image as RGB, uint8 (3, height, width), as `decode_rgb` gives it.
-
-    Raises:
-        UserError: it is no image that can be read whole.
-    """
-    return torch.from_numpy(decode_rgb(encoded, path)).permute(2, 0, 1).contiguous()
-
-
-def decode_rgb(encoded: np.ndarray, path: Path) -> np.ndarray:
-    """An encoded image as RGB, uint8 (height, width, 3), whatever its colours.
-
-    Of 16 bits, the upper eight are taken; of an animation, the first frame. Transparency is left out: a pixel has the
-    colour that is stored beside it. EXIF rotation is not applied: COCO's boxes refer to the pixels as stored, so a
-    rotation flag must not turn them. (That of a TIFF is a part of its format, and every reader applies it.)
-
-    Args:
-        encoded: uint8 (bytes,).
-        path: the file it was read from, for the message.
-
-    Raises:
-        UserError: it is no image that can be read whole, or has 32 bits a colour.
-    """
-    # OpenCV is the fastest reader; PIL knows a few formats more.
-    if len(encoded) and not is_for_pil(encoded):
-        # What OpenCV has no reader for gives None; too many pixels and some damage raise. PIL decides on both.
-        with contextlib.suppress(cv2.error):
-            bgr = cv2.imdecode(encoded, cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)  # (height, width, 3)
-            if bgr is not None:
-                return cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return pil_to_rgb(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        # PIL names the stream, not the file.
-        reason = "of no known format" if isinstance(error, UnidentifiedImageError) else error
-        raise UserError(f"{path}: not an image that can be read whole ({reason})") from error
-
-
-def is_for_pil(encoded: np.ndarray) -> bool:
-    """Whether OpenCV would make other pixels of an encoded image, uint8 (bytes,), than those that are stored."""
-    start = encoded[:4].tobytes()
-    if start.startswith(b"\xff\xd8"):
-        # A JPEG without its end marker: OpenCV fills a truncated one up with grey. PIL tells it from a file with
-        # something behind its end.
-        return encoded[-2:].tobytes() != b"\xff\xd9"
-    if start in TIFF_STARTS:
-        # OpenCV blends what is transparent with black.
-        damage = OSError, ValueError, SyntaxError, Image.DecompressionBombError
-        with contextlib.suppress(*damage), Image.open(io.BytesIO(encoded)) as image:
-            return image.getbands()[-1] in ("A", "a")
-    # Where a GIF is transparent, OpenCV, if it knows the format, shows its background.
-    return start == b"GIF8"
-
-
-def pil_to_rgb(image: Image.Image) -> np.ndarray:
-    """A PIL image as RGB, uint8 (height, width, 3), as `decode_rgb` gives it.
-
-    Raises:
-        ValueError: it has 32 bits a colour, or colours that cannot be converted.
-    """
-    if image.mode in ("I", "F"):
-        raise ValueError("it has 32 bits a colour, for which no brightest is agreed on; save it with 8 or 16")
-    if image.mode.startswith("I;16"):
-        # PIL's own conversion cuts off at 255.
-        grey = (np.asarray(image) >> 8).astype(np.uint8)  # (height, width)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    return np.array(image.convert("RGB"))
-
-
 @contextlib.contextmanager
 def seeded(*numbers: int):
     """Random numbers of PyTorch's CPU generator that depend on these numbers alone; its state is put back."""
@@ -501,7 +400,7 @@ class CocoDetection(Dataset):
             absent = set(missing)
             name = next(name for i, name in enumerate(self.file_names) if self.path(i) in absent)
             taken = (name for i, name in enumerate(self.file_names) if self.path(i) not in absent)
-            there = hint(name, index_files(self.image_folder, IMAGE_SUFFIXES, taken))
+            there = hint(name, index_files(self.image_folder, taken))
             raise UserError(
                 f"{self.annotation_file}: {len(missing)} of its {len(self.file_names)} image files are missing, "
                 f"{name[:200]!r} in {self.image_folder} first{there}; python -m enact_common.data.checks names them, "

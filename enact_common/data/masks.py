@@ -20,7 +20,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
-from enact_common.data.values import as_whole, is_integer
+from enact_common.data.values import as_whole, is_integer, shown
 from enact_common.errors import UserError
 
 # A polygon has three corners, two numbers each. pycocotools takes four numbers for a box.
@@ -327,11 +327,6 @@ def without_empty_runs(runs: np.ndarray) -> np.ndarray:
     edges, times = np.unique(runs.cumsum(), return_counts=True)
     # Colours change at an edge that an odd number of runs ends at; the last edge is the image's end.
     return np.diff(np.concatenate(([0], edges[:-1][times[:-1] % 2 == 1], edges[-1:])))
-
-
-def shown(value: Any) -> str:
-    """What a file says, for a message."""
-    return repr(value)[:60]
 
 
 class PackedMasks:

@@ -4,10 +4,12 @@ import os
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
+
+from enact_common.data.images import image_suffixes, search
 
 # Label Studio puts eight hexadecimal digits before the name of each file that is uploaded.
 UPLOAD_PREFIX = re.compile(r"[0-9a-f]{8}-(?=.)")
@@ -37,14 +39,11 @@ def keys_of(last: str) -> list[str]:
     return [last, same, plain, stem, re.sub("[ +]", "_", UPLOAD_PREFIX.sub("", stem))]
 
 
-def index_files(folder: Path, suffixes: Collection[str], taken: Iterable[str] = ()) -> list[dict[str, list[str]]]:
-    """The files of a folder and of the folders below it, by each of `keys_of` their names.
-
-    Links to folders are not followed. A folder that cannot be listed has no files.
+def index_files(folder: Path, taken: Iterable[str] = ()) -> list[dict[str, list[str]]]:
+    """The images of a folder and of the folders below it, by each of `keys_of` their names.
 
     Args:
-        folder: where the files are.
-        suffixes: of the files that count, in lower case.
+        folder: where the files are. One that cannot be listed has none.
         taken: file names below the folder that are no match, since other entries have them.
 
     Returns:
@@ -52,15 +51,13 @@ def index_files(folder: Path, suffixes: Collection[str], taken: Iterable[str] = 
     """
     taken = {os.path.normpath(name) for name in taken}
     by_key: list[defaultdict[str, list[str]]] = [defaultdict(list) for _ in keys_of("")]
-    for place, folders, names in os.walk(folder):
-        folders.sort()
-        for last in sorted(names):
-            name = os.path.relpath(os.path.join(place, last), folder)
-            if name in taken or os.path.splitext(last)[1].lower() not in suffixes:
-                continue
-            # A file may have backslashes in its name: an archive of Windows, unpacked elsewhere.
-            for index, key in zip(by_key, keys_of(parts_of(last)[-1]), strict=True):
-                index[key].append(name.replace(os.sep, "/"))
+    for path in search(folder, image_suffixes()).files:
+        name = os.path.relpath(path, folder)
+        if name in taken:
+            continue
+        # A file may have backslashes in its name: an archive of Windows, unpacked elsewhere.
+        for index, key in zip(by_key, keys_of(parts_of(path.name)[-1]), strict=True):
+            index[key].append(name.replace(os.sep, "/"))
     return by_key
 
 

@@ -28,6 +28,7 @@ from torchvision import tv_tensors
 from enact_common.boxes import boxes_of_masks
 from enact_common.data.categories import COCO_STUFF, LabelMap, coco_names
 from enact_common.data.coco import CocoDetection, load_lists, missing_files
+from enact_common.data.images import open_image
 from enact_common.data.values import as_mark, is_box, is_crowd, is_id, is_number, shown, wrong_id
 from enact_common.errors import UserError
 
@@ -229,7 +230,7 @@ def read_id_map(source: Path | BinaryIO, path: Path) -> np.ndarray:
         UserError: it cannot be read whole, or has other colours than RGB of 8 bits.
     """
     try:
-        with Image.open(source) as image:
+        with open_image(source) as image:
             if image.mode != "RGB":
                 raise UserError(
                     f"{path}: a PNG of mode {image.mode}; segment ids are RGB of 8 bits (--coco_panoptic_path wants "

@@ -13,11 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from enact_common.data.checks import FAULT, WARNING, Finding
-from enact_common.data.coco import IMAGE_SUFFIXES
+from enact_common.data.checks import FAULT, NOTE, WARNING, Finding
+from enact_common.data.images import WAY_OUT, Found, count_suffixes, image_suffixes, is_hidden, search
 from enact_common.errors import UserError
 
 DRAWN = WARNING, "images drawn at random for val, as the data name none: copies of one picture may be in both splits"
+NO_READER = FAULT, f"images of formats that nothing here reads: left out; {WAY_OUT}"
+CLOSED = FAULT, "folders that cannot be read: left out"
+AGAIN = WARNING, "links to folders that are searched anyway, or that lead in a circle: not followed"
+OTHERS = NOTE, "files that are no images by their suffix: passed over"
+HIDDEN = NOTE, "hidden files and folders: passed over"
+
+# Files that belong to the formats, and need no mention where images are looked for.
+OWN_SUFFIXES = frozenset(".cache .data .names .txt .xml .yaml .yml".split())
 
 
 class Issues:
@@ -27,16 +35,16 @@ class Issues:
     """
 
     def __init__(self):
-        self._cases: dict[tuple[str, str], list[str]] = defaultdict(list)
+        self._cases: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
 
-    def add(self, kind: tuple[str, str], case: str) -> None:
-        """Note a case."""
-        self._cases[kind].append(case)
+    def add(self, kind: tuple[str, str], case: str, count: int = 1) -> None:
+        """Note a case, once however often it is met, or a text that stands for several."""
+        self._cases[kind][case] = count
 
     def findings(self, source: str) -> list[Finding]:
         """One finding of each kind, the faults first, with all cases as examples."""
         kinds = sorted(self._cases.items(), key=lambda item: item[0][0] != FAULT)
-        return [Finding(severity, source, text, len(cases), tuple(cases)) for (severity, text), cases in kinds]
+        return [Finding(severity, source, text, sum(cases.values()), tuple(cases)) for (severity, text), cases in kinds]
 
 
 @dataclass
@@ -85,9 +93,32 @@ class Source:
     classes: list[str] | None
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The image files in a folder and below it, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+def image_files(folder: Path, issues: Issues) -> list[Path]:
+    """The image files in a folder and below it, sorted; what is passed over goes to the issues."""
+    found = search(folder, image_suffixes())
+    note_passed_over(found, issues)
+    unreadable = found.unreadable()
+    others = [p for p in found.others if p.suffix.lower() not in OWN_SUFFIXES and p not in set(unreadable)]
+    for kind, paths in ((NO_READER, unreadable), (OTHERS, others)):
+        if paths:
+            issues.add(kind, f"{folder}: {count_suffixes(paths)}", len(paths))
+    return sorted(found.files)
+
+
+def visible(folder: Path, pattern: str, issues: Issues) -> list[Path]:
+    """What matches a pattern in a folder alone, sorted; what is hidden goes to the issues."""
+    paths = sorted(folder.glob(pattern))
+    for path in paths:
+        if is_hidden(path.name):
+            issues.add(HIDDEN, str(path))
+    return [path for path in paths if not is_hidden(path.name)]
+
+
+def note_passed_over(found: Found, issues: Issues) -> None:
+    """Let the issues have the hidden files, the links that were not followed, and the folders that cannot be read."""
+    for kind, cases in ((CLOSED, found.closed), (AGAIN, found.again), (HIDDEN, found.hidden)):
+        for case in cases:
+            issues.add(kind, str(case))
 
 
 def divide(items: list[Item], args: argparse.Namespace, issues: Issues) -> dict[str, list[Item]]:

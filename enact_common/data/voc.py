@@ -10,6 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from enact_common.data.checks import FAULT, WARNING
+from enact_common.data.images import search
 from enact_common.data.sources import (
     Issues,
     Item,
@@ -18,7 +19,9 @@ from enact_common.data.sources import (
     divide,
     image_files,
     listed_names,
+    note_passed_over,
     number_or_none,
+    visible,
 )
 from enact_common.errors import UserError
 
@@ -53,15 +56,17 @@ def find_voc(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
     Raises:
         UserError: there are no XML files with images, or not the lists or folders that were asked for.
     """
-    kits = [root] if (root / "Annotations").is_dir() else sorted(path.parent for path in root.glob("*/Annotations"))
+    candidates = [root] if (root / "Annotations").is_dir() else visible(root, "*", issues)
+    kits = [path for path in candidates if (path / "Annotations").is_dir()]
     items: dict[Path, Item] = {}
     lists: Lists = defaultdict(list)
     for kit in kits or [root]:
         folder = kit / "JPEGImages" if (kit / "JPEGImages").is_dir() else kit
-        images, xmls = image_files(folder), sorted((kit / "Annotations" if kits else kit).rglob("*.xml"))
-        for image, xml in pair(kit, images, xmls, issues).items():
+        images, xmls = image_files(folder, issues), search(kit / "Annotations" if kits else kit, [".xml"])
+        note_passed_over(xmls, issues)
+        for image, xml in pair(kit, images, sorted(xmls.files), issues).items():
             items[image] = Item(image, partial(read_voc, xml, args.zero_based, issues))
-        for name, entries in read_lists(kit / "ImageSets" / "Main", folder, images).items():
+        for name, entries in read_lists(kit / "ImageSets" / "Main", folder, images, issues).items():
             lists[name] += entries
     if not items:
         raise UserError(f"{root}: no XML files with images, in Annotations/ and JPEGImages/ or anywhere else in it")
@@ -119,7 +124,7 @@ def mentioned_image(xml: Path) -> str:
         return ""
 
 
-def read_lists(folder: Path, image_folder: Path, images: list[Path]) -> Lists:
+def read_lists(folder: Path, image_folder: Path, images: list[Path], issues: Issues) -> Lists:
     """The lists of a folder like ImageSets/Main, by their names.
 
     They name images without the ending, with it, or with a sub-folder before it.
@@ -129,7 +134,7 @@ def read_lists(folder: Path, image_folder: Path, images: list[Path]) -> Lists:
     by_name |= {image.stem: image for image in images if image.stem not in by_name}
     return {
         file.stem: [(f"{file}: {name}", by_name.get(name)) for name in listed_names(file)]
-        for file in sorted(folder.glob("*.txt"))
+        for file in visible(folder, "*.txt", issues)
     }
 
 

@@ -8,12 +8,14 @@ says `kpt_shape`, each box has the numbers of its keypoints behind it, which are
 import argparse
 import math
 import os
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from enact_common.data.checks import FAULT, WARNING
-from enact_common.data.coco import IMAGE_SUFFIXES
+from enact_common.data.checks import FAULT, NOTE, WARNING
+from enact_common.data.images import PICTURE_SUFFIXES, image_suffixes, is_hidden
 from enact_common.data.sources import (
+    HIDDEN,
     Issues,
     Item,
     Object,
@@ -23,6 +25,7 @@ from enact_common.data.sources import (
     listed_names,
     number_or_none,
     read_text,
+    visible,
 )
 from enact_common.errors import UserError
 
@@ -39,27 +42,29 @@ NO_FRACTION = FAULT, "lines with numbers outside 0 to 1, no fractions of the ima
 BAD_FILE = FAULT, "label files that cannot be read: left out with their images"
 NO_LABELS = WARNING, "images without a label file: taken as images without objects"
 STRAY_LABELS = WARNING, "label files without an image: left out"
+NO_LIST = WARNING, "lists to validate on that are not there: taken as not named"
+ELSEWHERE = NOTE, "paths of another machine in lists: the images here that they end like are taken"
 NAME_COUNT = WARNING, "class counts that differ from the number of names, which counts"
 
 
 def find_yolo(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
-    """The images and label files of a YOLO folder, by its data.yaml or by its folders.
+    """The images and label files of a YOLO folder, by its data.yaml or obj.data, or by its folders.
 
     Args:
-        root: the folder, or the YAML file itself.
+        root: the folder, or the YAML or data file itself.
         args: of the command line.
         issues: takes what is amiss.
 
     Raises:
         UserError: there are no images, no class names, or a file that the YAML names is missing.
     """
-    config, names, keypoints = find_yaml(root), args.classes, 0
+    config, names, keypoints = find_config(root, issues), args.classes, 0
     if config:
-        root, data = config.parent, load_yaml(config)
-        splits, own_names = yaml_splits(config, data, args), yaml_names(config, data, issues)
+        root, data = config.parent, load_darknet(config, issues) if config.suffix == ".data" else load_yaml(config)
+        splits, own_names = yaml_splits(config, data, args, issues), yaml_names(config, data, issues)
         names, keypoints = names or own_names, yaml_keypoints(config, data)
     else:
-        splits = yolo_folders(root, args)
+        splits = yolo_folders(root, args, issues)
     names = names or class_names(root)
 
     items: dict[str, list[Item]] = {}
@@ -72,22 +77,30 @@ def find_yolo(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
             if image.is_file() and not label.is_file():
                 issues.add(NO_LABELS, str(image))
             items[split].append(Item(image, partial(read_yolo, label, names, keypoints, issues)))
-    for path in stray_labels(folders):
+    for path in stray_labels(folders, issues):
         issues.add(STRAY_LABELS, str(path))
     if "val" not in items:
         items = divide(items["train"], args, issues)
     return Source(items, names)
 
 
-def find_yaml(root: Path) -> Path | None:
-    """The YAML file that describes a data set: the path itself, data.yaml, or the only one in the folder."""
+def find_config(root: Path, issues: Issues) -> Path | None:
+    """The file that describes a data set: the path itself; data.yaml, or the only YAML file in the folder; obj.data, or
+    the only file in the folder that is called so.
+
+    Raises:
+        UserError: there are several.
+    """
     if root.is_file():
         return root
-    files = sorted([*root.glob("*.yaml"), *root.glob("*.yml")])
-    named = [file for file in files if file.stem == "data"] or files
-    if len(named) > 1:
-        raise UserError(f"{root}: has several YAML files ({', '.join(f.name for f in named)}); name one as DIR")
-    return named[0] if named else None
+    for patterns, stem, kind in ((("*.yaml", "*.yml"), "data", "YAML"), (("*.data",), "obj", "data")):
+        files = [file for pattern in patterns for file in visible(root, pattern, issues)]
+        named = [file for file in files if file.stem == stem] or files
+        if len(named) > 1:
+            raise UserError(f"{root}: has several {kind} files ({', '.join(f.name for f in named)}); name one as DIR")
+        if named:
+            return named[0]
+    return None
 
 
 def load_yaml(config: Path) -> dict:
@@ -111,7 +124,36 @@ def load_yaml(config: Path) -> dict:
     return data
 
 
-def yaml_splits(config: Path, data: dict, args: argparse.Namespace) -> dict[str, list[Path]]:
+def load_darknet(config: Path, issues: Issues) -> dict:
+    """What Darknet's obj.data says, as `load_yaml` gives it; CVAT's "YOLO 1.1" is such an export.
+
+    A line is `key = value`. Keys may be capitalised, as CVAT's subsets are. A list to validate on that is not there
+    counts as not named: CVAT names one whether or not it writes it.
+
+    Raises:
+        UserError: it cannot be read, or names a file of class names that is not there.
+    """
+    pairs = (line.partition("=") for line in listed_names(config) if "=" in line)
+    data: dict = {}
+    for key, _, value in pairs:
+        data[key.strip()] = data[key.strip().lower()] = value.strip()
+    for key in (key for key in data if key.lower() in VAL_NAMES):
+        if find_named(data[key], [config.parent], Path.exists) is None:
+            issues.add(NO_LIST, f"{config}: {key} = {data[key]}")
+            data[key] = ""
+    if data.get("names"):
+        file = find_named(data["names"], [config.parent], Path.is_file)
+        if file is None:
+            raise UserError(f"{config}: names {data['names']}, but there is no such file; pass --classes NAME ...")
+        data["names"] = listed_names(file)
+        count = number_or_none(data.get("classes"))
+        data["nc"] = len(data["names"]) if count is None else int(count)
+    else:
+        data.pop("names", None)
+    return data
+
+
+def yaml_splits(config: Path, data: dict, args: argparse.Namespace, issues: Issues) -> dict[str, list[Path]]:
     """The images of "train" and, where it is named, of "val".
 
     Raises:
@@ -130,7 +172,7 @@ def yaml_splits(config: Path, data: dict, args: argparse.Namespace) -> dict[str,
         entries = entries if isinstance(entries, list) else [entries]
         if not all(isinstance(entry, str) and entry for entry in entries):
             raise UserError(f"{config}: {key!r} names no images; the file has the keys {', '.join(map(str, data))}")
-        splits[split] = [image for entry in entries for image in yaml_images(config, base, entry)]
+        splits[split] = [image for entry in entries for image in yaml_images(config, base, entry, issues)]
     return splits
 
 
@@ -171,34 +213,54 @@ def yaml_keypoints(config: Path, data: dict) -> int:
     return math.prod(shape)
 
 
-def yaml_images(config: Path, base: Path, entry: str) -> list[Path]:
+def yaml_images(config: Path, base: Path, entry: str, issues: Issues) -> list[Path]:
     """The images of a folder, or in a list of paths, that an entry of a YAML file names.
 
     Raises:
         UserError: there is no such folder or file.
     """
-    # Some exports say ../train for what is beside the file.
-    inside = entry
-    while inside.startswith("../"):
-        inside = inside[3:]
-    places = [base / entry, config.parent / entry, base / inside]
-    place = next((place for place in places if place.exists()), None)
+    place = find_named(entry, [base, config.parent], Path.exists)
     if place is None:
-        raise UserError(f"{config}: names {entry}, but there is no {places[0]}")
-    place = Path(os.path.normpath(place))
+        raise UserError(f"{config}: names {entry}, but there is no {base / entry}")
     if place.is_dir():
-        return image_files(place)
-    return [listed_image(place, base, line) for line in listed_names(place)]
+        return image_files(place, issues)
+    images = []
+    for line in listed_names(place):
+        image = find_named(line, [place.parent, base], Path.is_file) or Path(os.path.normpath(place.parent / line))
+        # Folders above the data set may be hidden: they are no part of it.
+        inside = image.relative_to(base).parts if image.is_relative_to(base) else (image.name,)
+        if any(map(is_hidden, inside)):
+            issues.add(HIDDEN, str(image))
+        else:
+            if os.path.isabs(line) and not Path(line).exists():
+                issues.add(ELSEWHERE, f"{place}: {line}: {image}")
+            images.append(image)
+    return images
 
 
-def listed_image(file: Path, base: Path, line: str) -> Path:
-    """The image that a line of a list means: relative to the list or to the data set, or absolute."""
-    places = [file.parent / line, base / line]
-    place = next((place for place in places if place.is_file()), places[0])
-    return Path(os.path.normpath(place))
+def find_named(name: str, folders: Sequence[Path], is_there: Callable[[Path], bool]) -> Path | None:
+    """The file or folder that a list or a data set's description means by a path; None where nothing fits.
+
+    It is absolute or relative to a folder, perhaps with backslashes. Else its longest tail that is there counts: what
+    another machine's path ends with, or `data/obj_train_data/a.jpg` where the export had another folder above.
+
+    Args:
+        name: the path.
+        folders: that it may be relative to.
+        is_there: whether a place has what is looked for.
+    """
+    plain = name.replace("\\", "/")
+    parts = PurePosixPath(plain).parts
+    tails = ("/".join(parts[start:]) for start in range(1, len(parts)) if parts[start] != "..")
+    for spelling in (name, plain, *tails):
+        for folder in folders:
+            if is_there(folder / spelling):
+                # Not resolved: labels are looked for beside links, not where these lead.
+                return Path(os.path.normpath(folder / spelling))
+    return None
 
 
-def yolo_folders(root: Path, args: argparse.Namespace) -> dict[str, list[Path]]:
+def yolo_folders(root: Path, args: argparse.Namespace, issues: Issues) -> dict[str, list[Path]]:
     """The images of each split in images/train, images/val or train/images, val/images; else all as "train".
 
     Raises:
@@ -213,13 +275,13 @@ def yolo_folders(root: Path, args: argparse.Namespace) -> dict[str, list[Path]]:
         folders = [place for name in names for place in (root / "images" / name, root / name / "images")]
         folder = next((folder for folder in folders if folder.is_dir()), None)
         if folder:
-            splits[split] = image_files(folder)
+            splits[split] = image_files(folder, issues)
         elif getattr(args, f"{split}_set"):
             raise UserError(f"--{split}_set {names[0]}: there is neither {folders[0]} nor {folders[1]}")
     if "train" not in splits:
         if splits:
             raise UserError(f"{root}: has no training images, in images/train or train/images")
-        splits = {"train": image_files(root / "images" if (root / "images").is_dir() else root)}
+        splits = {"train": image_files(root / "images" if (root / "images").is_dir() else root, issues)}
     return splits
 
 
@@ -246,17 +308,18 @@ def label_file(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def stray_labels(folders: set[tuple[Path, Path]]) -> list[Path]:
+def stray_labels(folders: set[tuple[Path, Path]], issues: Issues) -> list[Path]:
     """The label files that belong to no image, whether or not a split has the image.
 
     Args:
         folders: pairs of a folder of labels and a folder of its images.
+        issues: takes hidden label files.
     """
-    stems, labels = set(), set()
+    stems, labels, suffixes = set(), set(), image_suffixes() | PICTURE_SUFFIXES
     for label_folder, image_folder in folders:
         if label_folder.is_dir() and image_folder.is_dir():
-            labels |= {path for path in label_folder.glob("*.txt") if path.name != "classes.txt"}
-            images = (path for path in image_folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+            labels |= {path for path in visible(label_folder, "*.txt", issues) if path.name != "classes.txt"}
+            images = (path for path in image_folder.iterdir() if path.suffix.lower() in suffixes)
             stems |= {(label_folder, path.stem) for path in images}
     # With labels beside images, lists of images may lie there too.
     own = {folder for folder, image_folder in folders if folder != image_folder}

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from enact_common.arguments import CLUSTERING_FLAGS, HelpFormatter, natural_int, non_negative_float, positive_int
 from enact_common.clustering import CLUSTERS
-from enact_common.data.coco import IMAGE_SUFFIXES, decode_image
+from enact_common.data.images import decode_image, images_in
 from enact_common.errors import UserError, exit_status
 from enact_common.export.formats import FORMATS, ExportedDetector, load_exported, needed, quantize
 from enact_common.export.graph import (
@@ -205,10 +205,9 @@ def find_images(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else []
-    if not found:
+    if not path.is_dir():
         raise UserError(f"--clusters {path}: neither a number of at least 1, nor an image, nor a folder of images")
-    return found
+    return images_in(path, f"--clusters {path}")
 
 
 def write(graph: DetectorGraph, metadata: dict, form: str, quantized: bool, output: Path) -> None:
