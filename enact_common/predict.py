@@ -30,6 +30,7 @@ from enact_common.files import check_no_folder, make_folder, write_file, writing
 from enact_common.inference import THRESHOLD, Detections, LoadedDetector, load_detector
 from enact_common.inside import SHOWN, check_kinds, write_inside
 from enact_common.segmentation import PostProcessPanoptic, encode_masks
+from enact_common.stopping import interruption, uninterrupted
 
 # What a folder is searched for beside images. Files that are named themselves may be called anything.
 VIDEO_SUFFIXES = frozenset(".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())
@@ -47,9 +48,6 @@ PREDICTIONS = "predictions.json"
 USUAL_RATE = 25.0
 # MPEG-4 gives times as multiples of 1 / n of a second, n up to this.
 FINEST_TIME = 65535
-
-# The shell's own status of a command that Ctrl-C ended.
-INTERRUPTED = 130
 
 
 class SkippedError(Exception):
@@ -200,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         the exit status: 0; 1 where a file was skipped, or could not be read to its end; 2 for what the user can mend;
-        130 after Ctrl-C.
+        130 after Ctrl-C, 143 after SIGTERM.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -235,7 +233,7 @@ def run(args: argparse.Namespace) -> int:
     for folder in sorted({output_dir, *(item.picture.parent for item in inputs)}):
         make_folder(folder)
 
-    interrupted = False
+    stopped = None
     try:
         for item in tqdm(inputs, unit="file", disable=None):
             try:
@@ -248,13 +246,17 @@ def run(args: argparse.Namespace) -> int:
                 # What is skipped has its number all the same: numbers do not depend on it.
                 tally.next_id += 1
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        interrupted = True
-        print("interrupted: what was done so far is kept", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        stopped = error
     finally:
-        tally.write(output_dir)
+        with uninterrupted():
+            tally.write(output_dir)
+    status = int(tally.skipped + tally.incomplete > 0)
+    if stopped:
+        status, text = interruption(stopped)
+        print(f"{text}: what was done so far is kept", file=sys.stderr)
     print(tally.summary(output_dir))
-    return INTERRUPTED if interrupted else int(tally.skipped + tally.incomplete > 0)
+    return status
 
 
 def new_tally(detector: LoadedDetector, inputs: Sequence[Input], output_dir: Path) -> Tally:
@@ -407,18 +409,19 @@ def predict_image(detector: LoadedDetector, item: Input, kinds: Sequence[str], t
     found = detector.detect(pixels)
     drawn = Image.fromarray(draw(detector, pixels, found))
     options = {"format": "JPEG", **JPEG_OPTIONS} if item.picture.suffix == ".jpg" else {"format": "PNG"}
-    write_file(item.picture, lambda file: drawn.save(file, **options), sync=False)
-    if kinds:
-        write_inside(detector, pixels, found, kinds, item.picture.parent, item.picture.stem)
-    tally.images += 1
-    tally.add(found, item.path)
+    with uninterrupted():
+        write_file(item.picture, lambda file: drawn.save(file, **options), sync=False)
+        if kinds:
+            write_inside(detector, pixels, found, kinds, item.picture.parent, item.picture.stem)
+        tally.images += 1
+        tally.add(found, item.path)
 
 
 def predict_video(detector: LoadedDetector, item: Input, tally: Tally) -> None:
     """Detect in each frame of a video, and write a video of the same size and frame rate.
 
-    After Ctrl-C, the frames that are done stay, as a whole video. A video that ends before the number of frames that
-    it stores is named and counted.
+    After Ctrl-C or SIGTERM, the frames that are done stay, as a whole video. A video that ends before the number of
+    frames that it stores is named and counted.
 
     Raises:
         SkippedError: not one frame can be read, or none be written.
@@ -432,9 +435,11 @@ def predict_video(detector: LoadedDetector, item: Input, tally: Tally) -> None:
         with VideoFile(item.picture, rate if 0 < rate < math.inf else USUAL_RATE) as video:
             for pixels in tqdm(frames(reader), item.path.name, promised, unit="frame", leave=False, disable=None):
                 found = detector.detect(pixels)
-                video.write(draw(detector, pixels, found, enlarge=False))
-                tally.add(found, item.path, read)
-                read += 1
+                picture = draw(detector, pixels, found, enlarge=False)
+                with uninterrupted():
+                    video.write(picture)
+                    tally.add(found, item.path, read)
+                    read += 1
     finally:
         reader.release()
         tally.frames += read
@@ -464,7 +469,8 @@ def writable_rate(rate: float) -> float:
 class VideoFile:
     """A video (MPEG-4 in mp4) that is written beside its path and renamed when it is complete.
 
-    As a context manager: it is kept when the block ends or is interrupted by Ctrl-C, and removed after other errors.
+    As a context manager: it is kept when the block ends or is interrupted (Ctrl-C, SIGTERM), and removed after other
+    errors.
 
     Args:
         path: the file to make or replace.
@@ -506,13 +512,14 @@ class VideoFile:
     def __exit__(self, kind, error, traceback) -> None:
         if self._writer is None:
             return
-        self._writer.release()
-        try:
-            if kind is None or issubclass(kind, KeyboardInterrupt):
-                with writing(self.path):
-                    os.replace(self._partial, self.path)
-        finally:
-            self._partial.unlink(missing_ok=True)
+        with uninterrupted():
+            self._writer.release()
+            try:
+                if kind is None or issubclass(kind, KeyboardInterrupt):
+                    with writing(self.path):
+                        os.replace(self._partial, self.path)
+            finally:
+                self._partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

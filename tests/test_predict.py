@@ -4,9 +4,11 @@ import argparse
 import errno
 import json
 import os
+import signal
 import struct
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
@@ -663,25 +665,38 @@ def test_a_video_is_complete_though_its_sound_is_longer(checkpoint, tmp_path, ca
     assert "1 video (6 frames)" in said.out and "incomplete" not in said.out + said.err
 
 
-def fail_at(monkeypatch, number: int, error: BaseException) -> None:
-    """Let the detector raise an error in its so-many-th image, from 1."""
+def fail_at(monkeypatch, number: int, fail: Callable[[], object]) -> None:
+    """Let something happen as the detector sees its so-many-th image, from 1."""
     detect, calls = LoadedDetector.detect, []
 
     def failing(self, *args):
         calls.append(args)
         if len(calls) == number:
-            raise error
+            fail()
         return detect(self, *args)
 
     monkeypatch.setattr(LoadedDetector, "detect", failing)
 
 
-def test_what_was_done_before_an_interruption_is_kept(checkpoint, shapes, tmp_path, capsys, monkeypatch):
+def raising(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    "stop, status",
+    [
+        (lambda: raising(KeyboardInterrupt()), 130),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143),
+        (lambda: os.kill(os.getpid(), signal.SIGHUP), 129),
+    ],
+    ids=["Ctrl-C", "SIGTERM", "SIGHUP"],
+)
+def test_what_was_done_before_an_interruption_is_kept(stop, status, checkpoint, shapes, tmp_path, capsys, monkeypatch):
     images = sorted((shapes / "val2017").iterdir())[:3]
     video = write_video(tmp_path / "clip.mp4")
     # The first frame is the second image.
-    fail_at(monkeypatch, 5, KeyboardInterrupt())
-    assert call(checkpoint, tmp_path / "out", images[0], video, *images[1:]) == 130
+    fail_at(monkeypatch, 5, stop)
+    assert call(checkpoint, tmp_path / "out", images[0], video, *images[1:]) == status
     assert {entry["image_id"] for entry in read_predictions(tmp_path / "out")} == {1, 2, 3, 4}
     assert written_in(tmp_path / "out") == sorted([images[0].name, "clip.mp4", "predictions.json"])
     assert len(read_video(tmp_path / "out" / "clip.mp4")[1]) == 3
@@ -689,8 +704,21 @@ def test_what_was_done_before_an_interruption_is_kept(checkpoint, shapes, tmp_pa
     assert "interrupted" in said.err and "1 image, 1 video (3 frames)" in said.out
 
 
+def test_a_signal_does_not_come_between_a_frame_and_its_detections(checkpoint, tmp_path, monkeypatch):
+    write = VideoFile.write
+
+    def stop_after(self, frame):
+        write(self, frame)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(VideoFile, "write", stop_after)
+    assert call(checkpoint, tmp_path / "out", write_video(tmp_path / "clip.mp4")) == 143
+    assert {entry["frame"] for entry in read_predictions(tmp_path / "out")} == {0}
+    assert len(read_video(tmp_path / "out" / "clip.mp4")[1]) == 1
+
+
 def test_a_failure_leaves_no_half_video(checkpoint, tmp_path, monkeypatch):
-    fail_at(monkeypatch, 3, RuntimeError("out of memory"))
+    fail_at(monkeypatch, 3, lambda: raising(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
         call(checkpoint, tmp_path / "out", write_video(tmp_path / "clip.mp4"))
     assert written_in(tmp_path / "out") == ["predictions.json"]

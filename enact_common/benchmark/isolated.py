@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from enact_common.errors import UserError
+from enact_common.stopping import end_children, interruptible, interruption
 
 # Statuses of an `Outcome`.
 DONE, OUT_OF_MEMORY, FAILED = "done", "out of memory", "failed"
@@ -92,7 +93,8 @@ def run_isolated(function: Callable, *args, limit: bool = False) -> Outcome:
     except EOFError:
         outcome = None
     except BaseException:
-        process.kill()
+        # Not killed: it may have temporary files and loaders' workers.
+        end_children()
         raise
     finally:
         receiver.close()
@@ -116,9 +118,14 @@ def died(exitcode: int, limit: bool) -> Outcome:
 
 
 def _child(sender, limit: bool, function: Callable, args: tuple) -> None:
-    if limit:
-        limit_memory()
-    sender.send(attempt(function, *args))
+    try:
+        with interruptible():
+            if limit:
+                limit_memory()
+            sender.send(attempt(function, *args))
+    except KeyboardInterrupt as error:
+        # The parent says it.
+        sys.exit(interruption(error)[0])
 
 
 def limit_memory() -> None:

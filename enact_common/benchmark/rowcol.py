@@ -14,6 +14,7 @@ from enact_common.arguments import positive_int
 from enact_common.benchmark.eager import naive_clustered, naive_row_column
 from enact_common.benchmark.measuring import machine, synchronizer, take_turns
 from enact_common.device import find_device
+from enact_common.files import write_file
 from enact_common.variants import load_variant
 
 # (H, W, clusters) and (H, W, queries): maps of images of 800 x 1333 and 640 x 800 pixels at stride 16, with a cluster
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"| {case} | {times} | {row['time_ratio']:.2f} | {mib} | {row['saved_ratio']:.3f} |", flush=True)
     if args.output:
         figures = {"machine": where, "batch": args.batch, "channels": args.channels, "rows": rows}
-        Path(args.output).write_text(json.dumps(figures, indent=1))
+        write_file(Path(args.output), lambda file: file.write(json.dumps(figures, indent=1).encode()), sync=False)
     return 0
 
 

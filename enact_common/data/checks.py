@@ -44,6 +44,7 @@ from enact_common.data.coco import (
     stated_size,
 )
 from enact_common.errors import UserError, exit_status
+from enact_common.stopping import cancelling
 
 # From what ends a training, over what spoils it and what it copes with, to what is good to know.
 ERROR, FAULT, WARNING, NOTE = SEVERITIES = ("error", "fault", "warning", "note")
@@ -499,7 +500,7 @@ def inspect_images(split: Split, progress: bool = False) -> list[StoredImage | N
     opencv_threads = cv2.getNumThreads()
     cv2.setNumThreads(0)
     try:
-        with ThreadPoolExecutor(MAX_THREADS) as pool:
+        with ThreadPoolExecutor(MAX_THREADS) as pool, cancelling(pool):
             stored = pool.map(inspect_image, paths)
             bar = tqdm(stored, split.name, len(paths), unit="image", disable=None if progress else True)
             return list(bar)

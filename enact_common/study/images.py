@@ -24,6 +24,7 @@ from enact_common.data.synthetic import SceneObject, draw_scene
 from enact_common.errors import UserError
 from enact_common.files import read_tensors, write_atomically
 from enact_common.nested_tensor import NestedTensor
+from enact_common.stopping import cancelling
 
 TRAIN, VAL = "train", "val"
 
@@ -209,6 +210,7 @@ def draw_images(source: Shapes, part: str) -> Images:
         drawn: Iterator[Drawn] = map(partial(draw_one, source, part), range(count))
         if count >= DRAWN_SIDE_BY_SIDE:
             pool = stack.enter_context(ProcessPoolExecutor(os.cpu_count(), get_context("spawn")))
+            stack.enter_context(cancelling(pool))
             drawn = pool.map(partial(draw_one, source, part), range(count), chunksize=32)
         for i, (seen, width, objects, labels) in enumerate(drawn):
             own = seen.shape[:2]
