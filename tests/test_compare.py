@@ -23,6 +23,7 @@ from enact_common.compare.recorded import read_run
 from enact_common.compare.tables import classes_table, costs_table, figures_table
 from enact_common.compare.terms import differing_flags, inequalities, settings_table
 from enact_common.data.coco import load_annotations
+from enact_common.evaluation.coco import FIGURES
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -88,6 +89,20 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if data.strip() and not {"script", "style"} & set(self._inside):
             self.texts.append(data.strip())
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["evaluation.json", "log.txt alone"])
+def test_where_nothing_could_be_measured_there_are_dashes(recorded, tmp_path, capsys):
+    rows = [{"epoch": 0, "train_loss": 3.0, "test_coco_eval_bbox": [-1.0] * 12}]
+    (tmp_path / "log.txt").write_text(json.dumps(rows[0]))
+    if recorded:
+        record = {"figures": dict.fromkeys(FIGURES, -1.0), "recall": [], "classes": [], "images": 2, "epoch": 0}
+        (tmp_path / "evaluation.json").write_text(json.dumps(record))
+    run = read_run(tmp_path, "run")
+    assert run.figures == {} and run.best is None
+    assert {cell.text for row in figures_table([run]).rows for cell in row[1:]} == {"-"}
+    assert compare(tmp_path, "--output_dir", tmp_path / "out") == 0
+    assert "-1" not in capsys.readouterr().out.replace(str(tmp_path), "")
 
 
 def test_every_evaluation_leaves_its_record(trained, shapes, tmp_path):

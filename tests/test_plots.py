@@ -142,6 +142,17 @@ def test_panels_without_a_number_are_left_out(drawn, tmp_path):
     assert axes.get_title() == "Loss" and lines(axes) == [[(2, 2.0)], [(1, 3.0)]]
 
 
+@pytest.mark.parametrize("measured", [[], [0.1]])
+def test_a_precision_of_minus_one_has_no_point(drawn, tmp_path, measured):
+    rows = [{"epoch": i, "train_loss": 3.0, "test_coco_eval_bbox": [ap] * 12} for i, ap in enumerate([*measured, -1])]
+    assert main([str(write_log(tmp_path / "run", rows)), "--output", str(tmp_path / "c.png")]) == 0
+    (figure,) = drawn
+    assert [axes.get_title() for axes in figure.axes] == ["Loss", "Average precision"][: 1 + len(measured)]
+    if measured:
+        assert lines(figure.axes[1]) == [[(1, 0.1)]] * 2
+    assert figure.get_suptitle() == ("run (AP 0.100 after 1 epochs)" if measured else "run")
+
+
 def test_one_runs_precision_by_recall(drawn, tmp_path):
     folder = write_evaluation(tmp_path / "run", evaluation_of(["nut", "bolt"]))
     assert main(["precision-recall", str(folder), "--output", str(tmp_path / "pr.png")]) == 0

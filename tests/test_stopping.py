@@ -1,7 +1,9 @@
 """Runs that are told to stop, killed, or out of disk, and go on: nothing is lost, and nothing changes by it."""
 
+import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -301,6 +303,61 @@ def test_the_best_checkpoint_is_that_of_the_highest_precision(shapes, tmp_path, 
     argv = ["--epochs", "3", "--limit_train", "4", "--limit_val", "1"]
     assert train("detr", shapes, tmp_path, *argv) == 0
     assert load_checkpoint(str(tmp_path / "best.pth"))["epoch"] == 1
+
+
+@pytest.fixture
+def nothing_to_find(shapes, tmp_path):
+    """From what the validation's annotations become to the data set."""
+
+    def make(change) -> Path:
+        root = shutil.copytree(shapes, tmp_path / "data")
+        path = root / "annotations" / "instances_val2017.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({**content, "annotations": change(content["annotations"])}))
+        return root
+
+    return make
+
+
+EMPTY = {
+    "no objects": lambda annotations: [],
+    "crowds alone": lambda annotations: [{**annotation, "iscrowd": 1} for annotation in annotations],
+    "not in the part": lambda annotations: [a for a in annotations if a["image_id"] > 2],  # of --limit_val 2
+}
+
+
+@pytest.mark.parametrize("change", EMPTY.values(), ids=EMPTY)
+def test_where_nothing_can_be_measured_nothing_is_the_best(nothing_to_find, change, tmp_path, capsys):
+    root = nothing_to_find(change)
+    few = ["--epochs", "2", "--limit_train", "4", "--limit_val", "2", "--auto_resume"]
+    assert train("detr", root, tmp_path / "out", *few, "--early_stop", "1") == 2
+    refused = capsys.readouterr()
+    file = root / "annotations" / "instances_val2017.json"
+    assert f"error: --early_stop 1: there is no AP to go by, since {file} has no objects" in refused.err
+    assert "epoch 0" not in refused.out and not list((tmp_path / "out").glob("*.pth"))
+
+    assert train("detr", root, tmp_path / "out", *few) == 0
+    out = capsys.readouterr().out
+    assert out.count(f"no AP can be measured (COCO's figures are -1), since {file} has no objects") == 1
+    assert "the 2 images that --limit_val 2 leaves; best.pth is not written" in out and "highest AP" not in out
+    assert [row["test_coco_eval_bbox"] for row in read_log(tmp_path / "out")] == [[-1] * 12] * 2
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.pth")) == ["checkpoint.pth"]
+    # An earlier best stays.
+    (tmp_path / "out" / "best.pth").write_bytes(b"of before")
+    assert train("detr", root, tmp_path / "out", *few, "--epochs", "3") == 0
+    assert (tmp_path / "out" / "best.pth").read_bytes() == b"of before"
+
+
+@pytest.mark.parametrize("number", [-1.0, float("nan")])
+def test_figures_that_are_no_measurements_do_not_count(shapes, tmp_path, monkeypatch, number):
+    figures = iter([number, 0.2, number, number, 0.3])
+    monkeypatch.setattr(Run, "report", lambda self, *args: {"test_coco_eval_bbox": [next(figures)] * 12})
+    argv = ["--limit_train", "4", "--limit_val", "1", "--early_stop", "2", "--auto_resume"]
+    for epochs, best in ((1, None), (4, 1), (5, 4)):
+        assert train("detr", shapes, tmp_path, "--epochs", str(epochs), *argv) == 0
+        assert (tmp_path / "best.pth").is_file() == (best is not None)
+        assert best is None or load_checkpoint(str(tmp_path / "best.pth"))["epoch"] == best
+    assert [row["epoch"] for row in read_log(tmp_path)] == [0, 1, 2, 3, 4]
 
 
 # ------------------------------------------------------------------------------------------- commands beside a training

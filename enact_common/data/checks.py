@@ -49,6 +49,9 @@ from enact_common.stopping import cancelling
 # From what ends a training, over what spoils it and what it copes with, to what is good to know.
 ERROR, FAULT, WARNING, NOTE = SEVERITIES = ("error", "fault", "warning", "note")
 
+# A finding that a training words in its own way.
+NOTHING_TO_MEASURE = "no boxes: COCO's figures will all be -1"
+
 # Cases that a finding names.
 EXAMPLES = 3
 
@@ -385,7 +388,7 @@ def check_counts(split: Split, num_queries: int) -> list[Finding]:
     """Too many objects, or none: by image, by category, and on the whole."""
     source, findings = split.name, []
     if not split.objects.any():
-        text = "no boxes to learn from" if source == "train" else "no boxes: COCO's figures will all be -1"
+        text = "no boxes to learn from" if source == "train" else NOTHING_TO_MEASURE
         return [Finding(ERROR if source == "train" else WARNING, source, text, 1)]
     objects = np.bincount(split.image_of[split.objects], minlength=len(split.images))
     many = np.flatnonzero(objects > num_queries)

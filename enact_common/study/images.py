@@ -254,7 +254,7 @@ def read_photographs(source: Photographs, part: str) -> Images:
     """Read one part, crowds left out.
 
     Raises:
-        UserError: it is not there.
+        UserError: it is not there, or has no objects.
     """
     folder = Path(source.folder)
     content = load_annotations(folder / "annotations" / f"instances_{part}2017.json")
@@ -265,6 +265,8 @@ def read_photographs(source: Photographs, part: str) -> Images:
         x, y, w, h = annotation["bbox"]
         if not annotation.get("iscrowd") and w > 0 and h > 0:
             by_image[annotation["image_id"]].append(annotation)
+    if not any(by_image.values()):
+        raise UserError(f"--bccd {source.folder}: {part} has no objects (crowds do not count): nothing can be measured")
     count = len(content["images"])
     pixels = torch.zeros(count, 3, source.height, source.width, dtype=torch.uint8)
     names = [category["name"] for category in categories]
