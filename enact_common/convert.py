@@ -27,7 +27,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from enact_common.data.checks import FAULT, WARNING, exif_orientation, findings_text
+from enact_common.data.checks import FAULT, WARNING, findings_text
+from enact_common.data.exif import exif_orientation
 from enact_common.data.sources import Issues, Item, Object, Source, number_or_none
 from enact_common.data.voc import find_voc
 from enact_common.data.yolo import find_yolo

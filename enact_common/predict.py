@@ -21,13 +21,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from enact_common.arguments import HelpFormatter, fraction
-from enact_common.data.coco import IMAGE_SUFFIXES, decode_image
+from enact_common.data.coco import IMAGE_SUFFIXES
 from enact_common.drawing import draw_detections
 from enact_common.drawing_panoptic import draw_panoptic
 from enact_common.errors import UserError, exit_status
 from enact_common.evaluation.panoptic import FOLDER, PanopticEvaluator, check_results_folder
 from enact_common.files import check_no_folder, make_folder, write_file, writing
-from enact_common.inference import THRESHOLD, Detections, LoadedDetector, load_detector
+from enact_common.inference import THRESHOLD, Detections, LoadedDetector, as_pixels, load_detector
 from enact_common.inside import SHOWN, check_kinds, write_inside
 from enact_common.segmentation import PostProcessPanoptic, encode_masks
 from enact_common.stopping import interruption, uninterrupted
@@ -77,7 +77,8 @@ class Tally:
     """What was done so far, for `predictions.json` and the last line.
 
     Attributes:
-        entries: COCO's results format, with `file_name`, of videos `frame`, and of models with masks `segmentation`.
+        entries: COCO's results format, with `width`, `height`, `file_name`, of videos `frame`, and of models with masks
+            `segmentation`.
         images, videos, frames: how many were read; frames are those of the videos.
         panoptic: the segments of panoptic models' images; None of other models.
         categories: of the segments, in COCO's panoptic format.
@@ -98,9 +99,18 @@ class Tally:
     incomplete: int = 0
     next_id: int = 1
 
-    def add(self, found: Detections, path: Path, frame: int | None = None) -> None:
-        """Take the detections of an image, or of a frame of a video, under the next image id."""
-        where = {"file_name": path.as_posix()} | ({} if frame is None else {"frame": frame})
+    def add(self, found: Detections, size: tuple[int, int], path: Path, frame: int | None = None) -> None:
+        """Take the detections of an image, or of a frame of a video, under the next image id.
+
+        Args:
+            found: the detections.
+            size: (height, width) in pixels that they refer to.
+            path: of the image or video.
+            frame: number, from 0; None for an image.
+        """
+        height, width = size
+        where = {"width": width, "height": height, "file_name": path.as_posix()}
+        where |= {} if frame is None else {"frame": frame}
         corners = found.boxes.double()
         boxes = torch.cat((corners[:, :2], corners[:, 2:] - corners[:, :2]), dim=1).tolist()  # x, y, width, height
         masks = [{}] * len(found)
@@ -120,8 +130,7 @@ class Tally:
         ]
         if self.panoptic is not None:
             self.panoptic.update([self.next_id], [vars(found.panoptic)])
-            height, width = found.panoptic.id_map.shape
-            self.pictures.append({"id": self.next_id, "width": width, "height": height, **where})
+            self.pictures.append({"id": self.next_id, **where})
         self.next_id += 1
 
     def write(self, output_dir: Path) -> None:
@@ -166,7 +175,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output_dir", required=True, metavar="DIR",
         help=f"for the pictures, in sub-folders as the inputs are, and {PREDICTIONS}: COCO's results format (boxes x, "
-        "y, width, height in pixels; masks as run-length codes), with file_name and, of videos, frame, from 0; "
+        "y, width, height in pixels of the upright image; masks as run-length codes), with that image's width and "
+        "height, file_name and, of videos, frame, from 0; "
         "image_id counts the images and frames in the order of the inputs, from 1, those that cannot be read and those "
         f"without detections included; of panoptic models also {FOLDER}: COCO's panoptic format, JSON and PNG files, "
         "with the same image_id",
@@ -175,6 +185,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--threshold", type=fraction, metavar="SCORE",
         help=f"least score of a detection, and of a panoptic model's segment, 0 to 1 (default: {THRESHOLD}; of "
         f"panoptic models {PostProcessPanoptic.THRESHOLD})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no_exif", action="store_true",
+        help="take photos as their pixels are stored, as training does; default: upright, as viewers show them, by the "
+        "orientation in their EXIF data, and boxes refer to the upright image",
     )  # fmt: skip
     parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
     parser.add_argument(
@@ -240,7 +255,7 @@ def run(args: argparse.Namespace) -> int:
                 if item.is_video:
                     predict_video(detector, item, tally)
                 else:
-                    predict_image(detector, item, kinds, tally)
+                    predict_image(detector, item, kinds, tally, not args.no_exif)
             except SkippedError as error:
                 tally.skipped += 1
                 # What is skipped has its number all the same: numbers do not depend on it.
@@ -396,14 +411,14 @@ def draw(detector: LoadedDetector, pixels: Tensor, found: Detections, enlarge: b
     return draw_detections(pixels, found.boxes, found.names, found.scores, found.labels, enlarge, found.masks)
 
 
-def predict_image(detector: LoadedDetector, item: Input, kinds: Sequence[str], tally: Tally) -> None:
-    """Detect in an image, and write its picture.
+def predict_image(detector: LoadedDetector, item: Input, kinds: Sequence[str], tally: Tally, exif: bool = True) -> None:
+    """Detect in an image, turned as EXIF says unless `exif` is False, and write its picture.
 
     Raises:
         SkippedError: it cannot be read.
     """
     try:
-        pixels = decode_image(item.path)
+        pixels = as_pixels(item.path, exif)
     except UserError as error:
         raise SkippedError(str(error)) from error
     found = detector.detect(pixels)
@@ -414,7 +429,7 @@ def predict_image(detector: LoadedDetector, item: Input, kinds: Sequence[str], t
         if kinds:
             write_inside(detector, pixels, found, kinds, item.picture.parent, item.picture.stem)
         tally.images += 1
-        tally.add(found, item.path)
+        tally.add(found, pixels.shape[-2:], item.path)
 
 
 def predict_video(detector: LoadedDetector, item: Input, tally: Tally) -> None:
@@ -438,7 +453,7 @@ def predict_video(detector: LoadedDetector, item: Input, tally: Tally) -> None:
                 picture = draw(detector, pixels, found, enlarge=False)
                 with uninterrupted():
                     video.write(picture)
-                    tally.add(found, item.path, read)
+                    tally.add(found, pixels.shape[-2:], item.path, read)
                     read += 1
     finally:
         reader.release()

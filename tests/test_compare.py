@@ -1,6 +1,8 @@
 """The comparison of runs: what it says of their terms and figures, and the page, which a browser opens."""
 
+import base64
 import errno
+import io
 import json
 import os
 import re
@@ -103,6 +105,16 @@ def test_where_nothing_could_be_measured_there_are_dashes(recorded, tmp_path, ca
     assert {cell.text for row in figures_table([run]).rows for cell in row[1:]} == {"-"}
     assert compare(tmp_path, "--output_dir", tmp_path / "out") == 0
     assert "-1" not in capsys.readouterr().out.replace(str(tmp_path), "")
+
+
+def test_given_photos_are_turned_as_viewers_do(trained, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (80, 64)).save(tmp_path / "photo.jpg", exif=exif)
+    (scene,) = pictures.given_scenes([tmp_path / "photo.jpg"], 1)
+    ((_, (panel,)),) = pictures.side_by_side([read_run(trained["enact"], "run")], [scene], 0.0, "cpu")
+    with Image.open(io.BytesIO(base64.b64decode(panel.source.partition(",")[2]))) as picture:
+        assert picture.height * 64 == picture.width * 80
 
 
 def test_every_evaluation_leaves_its_record(trained, shapes, tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ATTENTIONS, SMALL_MODEL, build, parse, real_data, run
-from PIL import Image
+from PIL import Image, ImageOps
 
 from enact_common import UserError, drawing, load_detector, predict
 from enact_common.arguments import MODEL_FLAGS
@@ -663,6 +663,55 @@ def test_a_video_is_complete_though_its_sound_is_longer(checkpoint, tmp_path, ca
     assert call(checkpoint, tmp_path / "out", video) == 0
     said = capsys.readouterr()
     assert "1 video (6 frames)" in said.out and "incomplete" not in said.out + said.err
+
+
+def turned_photo(path: Path, orientation: int, **options) -> Path:
+    """A photo of 64 x 80 stored pixels, blocks of random colours, that EXIF turns."""
+    blocks = np.random.default_rng(3).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(blocks.repeat(16, axis=0).repeat(16, axis=1)).save(path, exif=exif, **options)
+    return path
+
+
+def seen_by_viewers(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_photos_of_all_formats_are_turned_as_viewers_do(suffix, orientation, tmp_path):
+    options = {".jpg": {"quality": 95, "subsampling": 0}, ".webp": {"lossless": True}}.get(suffix, {})
+    path = turned_photo(tmp_path / f"photo{suffix}", orientation, **options)
+    pixels = as_pixels(path).permute(1, 2, 0).numpy()
+    assert np.abs(pixels.astype(int) - seen_by_viewers(path)).max() <= 2
+    # A TIFF's orientation is a part of the format.
+    upright = orientation == 1 or suffix == ".tif"
+    assert torch.equal(as_pixels(path, exif=False), as_pixels(path)) == upright
+    with Image.open(path) as image:
+        # Who passes pixels gets boxes in these.
+        assert suffix == ".tif" or as_pixels(image).shape == (3, 64, 80)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("flag", [(), ("--no_exif",)], ids=["upright", "stored"])
+def test_boxes_pictures_and_sizes_are_of_the_same_pixels(orientation, flag, checkpoint, detector, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = turned_photo(tmp_path / "photo.jpg", orientation, quality=95)
+    show = ("--threshold", 0, "--show", "entropy")
+    assert call(checkpoint, tmp_path / "out", path, *show, *flag) == 0
+    found = detector(path, exif=not flag)
+    height, width = as_pixels(path, exif=not flag).shape[1:]
+    assert (width > height) == (orientation in (1, 3) or bool(flag))
+    entries = read_predictions(tmp_path / "out")
+    assert len(entries) == len(found) > 0
+    assert {(entry["width"], entry["height"]) for entry in entries} == {(width, height)}
+    for entry, (left, top, right, bottom) in zip(entries, found.boxes.tolist(), strict=True):
+        assert entry["bbox"] == pytest.approx([left, top, right - left, bottom - top], abs=0.01)
+    # What is written is as it was seen, and no viewer turns it again.
+    with Image.open(tmp_path / "out" / "photo.jpg") as picture:
+        assert picture.getexif().get(0x0112, 1) == 1 and picture.width * height == picture.height * width
 
 
 def fail_at(monkeypatch, number: int, fail: Callable[[], object]) -> None:

@@ -9,7 +9,6 @@ loading a data set stops at the first fault, this names every kind of fault, how
 
 import argparse
 import hashlib
-import io
 import math
 import sys
 import textwrap
@@ -43,6 +42,7 @@ from enact_common.data.coco import (
     read_json,
     stated_size,
 )
+from enact_common.data.exif import exif_orientation
 from enact_common.errors import UserError, exit_status
 from enact_common.stopping import cancelling
 
@@ -60,9 +60,6 @@ AREAS = {"small (below 32 x 32)": 32**2, "medium": 96**2, "large (from 96 x 96)"
 
 # Pixels by which annotation tools round boxes over the image's edge.
 EDGE_SLACK = 1.0
-
-# EXIF's number for how an image is to be turned.
-EXIF_ORIENTATION = 0x0112
 
 # Decoding is OpenCV's, which lets other threads run.
 MAX_THREADS = 8
@@ -474,17 +471,6 @@ def inspect_image(path: Path) -> StoredImage | None:
     height, width = pixels.shape[:2]
     digest = hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=16, key=f"{width} {height}".encode()).digest()
     return StoredImage((width, height), exif_orientation(encoded.tobytes()), digest)
-
-
-def exif_orientation(source: Path | bytes) -> int:
-    """EXIF's orientation of an image file or its content, 1 to 8, that reading does not apply; 1, upright, for none."""
-    try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            # A TIFF is read as its orientation says: what comes of it is upright.
-            orientation = 1 if image.format == "TIFF" else image.getexif().get(EXIF_ORIENTATION, 1)
-    except Exception:  # what damaged metadata raises has no end, and decoding has shown that the pixels are there
-        return 1
-    return orientation if orientation in range(1, 9) else 1
 
 
 def inspect_images(split: Split, progress: bool = False) -> list[StoredImage | None]:
