@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ATTENTIONS, SMALL_MODEL, build, parse, real_data, run
+from conftest import ATTENTIONS, SMALL_MODEL, build, make_font, parse, real_data, run
 from PIL import Image, ImageOps
 
 from enact_common import UserError, drawing, load_detector, predict
@@ -431,7 +431,8 @@ def test_labels_have_different_colours_that_their_text_can_be_read_on():
 @pytest.fixture
 def no_fonts(monkeypatch):
     """A machine with no font but Pillow's own."""
-    monkeypatch.setattr(drawing, "font_sources", lambda: iter([drawing.OWN_FONT]))
+    monkeypatch.setattr(drawing, "font_sources", lambda: (drawing.OWN_FONT,))
+    drawing._said.clear()
     readable_name.cache_clear()
     yield
     readable_name.cache_clear()
@@ -450,8 +451,36 @@ def no_fonts(monkeypatch):
 )
 def test_names_that_no_font_has_are_drawn_as_what_can_be(name, written, no_fonts, caplog):
     assert readable_name(name, 4)[0] == written
-    assert (len(caplog.records) == 0) == (written == " ".join(name.split()))
+    # No font helps where there is no name.
+    assert (len(caplog.records) == 0) == (written == " ".join(name.split()) or not name)
     draw_detections(np.zeros((100, 100, 3), np.uint8), [[0, 0, 50, 50]], [name], [0.5], [4])
+
+
+def test_a_font_that_is_installed_is_found_whatever_its_name(fonts, caplog):
+    names = ("白血球", "セル", "세포")
+    for name in names:
+        assert readable_name(name, 4)[0] == "class 4"
+    # Once for all of them.
+    (record,) = caplog.records
+    assert "apt install fonts-noto-cjk" in record.getMessage() and "白血球" in record.getMessage()
+    make_font(fonts / "of mine" / "Anything-Bold.ttf", "".join(names))
+    chosen = str(make_font(fonts / "Something.otf", "".join(names)))
+    (fonts / "damaged.ttf").write_bytes(b"no font")
+    drawing.font_sources.cache_clear()
+    readable_name.cache_clear()
+    assert [readable_name(name, 4) for name in names] == [(name, chosen) for name in names]
+    plain, named = (
+        draw_detections(np.zeros((100, 200, 3), np.uint8), [[0, 30, 50, 90]], [name], [0.5], [4])
+        for name in ("class 4", "白血球")
+    )
+    assert plain.shape == named.shape and (plain != named).any()
+    assert len(caplog.records) == 1
+
+
+def test_another_script_needs_another_package(fonts, caplog):
+    readable_name("白血球", 0)
+    readable_name("\u1200\u1201", 1)  # Ethiopic
+    assert [record.args[1] for record in caplog.records] == ["fonts-noto-cjk", "fonts-noto-core"]
 
 
 def test_names_in_other_scripts_are_drawn_by_a_font_that_has_them():
