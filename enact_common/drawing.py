@@ -48,7 +48,7 @@ OWN_FONT, NO_CHARACTER = "", "\U0010ffff"
 SCORE_CHARACTERS = "0123456789."
 # Files that hold fonts; faces that are tried last; and fonts whose glyphs of all characters show none of them.
 FONT_SUFFIXES = frozenset(".otf .ttc .ttf".split())
-STYLED = re.compile("bold|italic|oblique|light|thin|black|mono|serif", re.IGNORECASE)
+STYLED = re.compile("Bold|Italic|Oblique|Light|Thin|Black|Mono|Serif")
 EMPTY_FONTS = re.compile("lastresort|adobeblank", re.IGNORECASE)
 # How Unicode's names of characters begin that Debian's package fonts-noto-cjk has glyphs of.
 CJK = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "IDEOGRAPHIC", "FULLWIDTH", "BOPOMOFO")
