@@ -397,7 +397,8 @@ def add_training_flags(group) -> None:
     )  # fmt: skip
     group.add_argument(
         "--early_stop", type=positive_int, metavar="N",
-        help="end after N evaluations in a row without a better AP; default: train all --epochs",
+        help="end after N evaluations in a row without a better AP, for which validation needs objects; default: train "
+        "all --epochs",
     )  # fmt: skip
     group.add_argument("--weight_decay", type=non_negative_float, default=1e-4, metavar="RATE", help="the optimizer's")
     group.add_argument("--epochs", type=natural_int, default=300, metavar="N", help="train up to this many in all")

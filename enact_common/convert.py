@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from enact_common.data.checks import FAULT, WARNING, exif_orientation, findings_text
+from enact_common.data.checks import FAULT, WARNING, findings_text
+from enact_common.data.exif import exif_orientation
 from enact_common.data.images import image_size
 from enact_common.data.sources import Issues, Item, Object, Source, number_or_none
 from enact_common.data.voc import find_voc

@@ -16,6 +16,7 @@ from pathlib import Path
 from enact_common.data.coco import load_annotations
 from enact_common.data.images import decode_image
 from enact_common.data.synthetic import make_shapes
+from enact_common.errors import exit_status
 from enact_common.plots.curves import plot_curves
 from enact_common.plots.detections import plot_detections
 from enact_common.runs import FIGURES_KEY, read_epochs
@@ -76,7 +77,13 @@ def run_variant(variant: str, *argv: str) -> None:
     """
     script = Path(VARIANTS[variant][0]) / "main.py"
     print(f"\n$ python {script} {shlex.join(argv)}\n", flush=True)
-    status = subprocess.run([sys.executable, str(ROOT / script), *argv], check=False).returncode
+    with subprocess.Popen([sys.executable, str(ROOT / script), *argv]) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            # It finishes its step and writes a checkpoint; killed, it would leave half a one.
+            process.terminate()
+            raise
     if status:
         sys.exit(status)
 
@@ -103,7 +110,20 @@ def picture_detections(data: Path, results: Path, threshold: float, picture: Pat
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; its exit status."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    return exit_status(parser.prog, lambda: demonstrate(args))
+
+
+def demonstrate(args: argparse.Namespace) -> int:
+    """Draw, train, evaluate and show.
+
+    Returns:
+        0.
+
+    Raises:
+        SystemExit: training or evaluation failed, with its status.
+    """
     output = Path(args.output_dir)
     run = output / "run"
     try:

@@ -7,10 +7,13 @@ box's upper left corner, over its neighbours' names and beyond the picture's edg
 import importlib.util
 import logging
 import math
+import os
+import re
+import sys
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -41,13 +44,14 @@ FILM = 0.4
 
 # Pillow's own font, and a code point that no font has.
 OWN_FONT, NO_CHARACTER = "", "\U0010ffff"
-# Tried in turn for names that Pillow's own font has not: it knows ASCII alone. Names of files in the system's folders.
-FONTS = (
-    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "NotoSansCJK-Regular.ttc", "DroidSansFallback.ttf",
-    "DroidSansFallbackFull.ttf", "wqy-microhei.ttc", "wqy-zenhei.ttc", "PingFang.ttc", "AppleSDGothicNeo.ttc",
-    "msyh.ttc", "msgothic.ttc", "malgun.ttf", "Nirmala.ttf", "arial.ttf", "segoeui.ttf",
-    "NotoSansDevanagari-Regular.ttf", "NotoSansThai-Regular.ttf", "unifont.ttf",
-)  # fmt: skip
+# Written beside every name.
+SCORE_CHARACTERS = "0123456789."
+# Files that hold fonts; faces that are tried last; and fonts whose glyphs of all characters show none of them.
+FONT_SUFFIXES = frozenset(".otf .ttc .ttf".split())
+STYLED = re.compile("Bold|Italic|Oblique|Light|Thin|Black|Mono|Serif")
+EMPTY_FONTS = re.compile("lastresort|adobeblank", re.IGNORECASE)
+# How Unicode's names of characters begin that Debian's package fonts-noto-cjk has glyphs of.
+CJK = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "IDEOGRAPHIC", "FULLWIDTH", "BOPOMOFO")
 
 # A label's place costs, per part of it that lies over another label, over another box, and per part of its own box that
 # it hides. Each next place that is tried costs a little more, so that the first is taken where nothing is in the way.
@@ -314,33 +318,65 @@ def readable_name(name: str, label: int) -> tuple[str, str]:
     """
     name = " ".join(name.split())
     for source in font_sources():
-        if name and all(has_glyph(source, character) for character in name):
+        if name and all(has_glyph(source, character) for character in name + SCORE_CHARACTERS):
             return name, source
     known = "".join(c for c in unicodedata.normalize("NFKD", name) if has_glyph(OWN_FONT, c)).strip()
-    written = known or f"class {label}"
-    logger.warning(
-        "no font here has all characters of the class name %r: it is drawn as %r; a font of that script, such as Noto "
-        "Sans, in the system's font folder helps", name, written,
-    )  # fmt: skip
-    return written, OWN_FONT
+    if name:
+        say_which_font(name)
+    return known or f"class {label}", OWN_FONT
 
 
-def font_sources() -> Iterator[str]:
-    """The fonts that there are: Pillow's own, then matplotlib's where it is installed, then the system's."""
-    yield OWN_FONT
-    matplotlib = importlib.util.find_spec("matplotlib")
-    bundled = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf" if matplotlib else None
-    for source in (str(bundled), *FONTS):
-        if open_font(source, FONT_MIN) is not None:
-            yield source
+# The packages that `say_which_font` has named.
+_said: set[str] = set()
+
+
+def say_which_font(text: str) -> None:
+    """Warn, once for a package, that no font here has all characters of a text, and say what to install."""
+    cjk = any(unicodedata.name(character, "").startswith(CJK) for character in text)
+    package = "fonts-noto-cjk" if cjk else "fonts-noto-core"
+    if package not in _said:
+        _said.add(package)
+        logger.warning(
+            "no font here has all characters of %r: such names are drawn without them; install a font that has them "
+            "(on Debian and Ubuntu: apt install %s)", text, package,
+        )  # fmt: skip
 
 
 @cache
+def font_sources() -> tuple[str, ...]:
+    """The fonts that there are, for `open_font`: Pillow's own, matplotlib's where it is installed, then the system's.
+
+    Pillow's own has ASCII alone, matplotlib's (DejaVu Sans) European scripts, Arabic and Hebrew too.
+    """
+    matplotlib = importlib.util.find_spec("matplotlib")
+    bundled = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf" if matplotlib else None
+    sources = (OWN_FONT, *((str(bundled),) if bundled else ()), *map(str, installed_fonts()))
+    return tuple(source for source in sources if open_font(source, FONT_MIN) is not None)
+
+
+def installed_fonts() -> list[Path]:
+    """The font files in the system's folders and the user's, plain faces before bold and slanted ones."""
+    environment = os.environ.get
+    if sys.platform == "win32":
+        folders = [environment("WINDIR", "C:/Windows") + "/Fonts"]
+        folders += [environment("LOCALAPPDATA", "~/AppData/Local") + "/Microsoft/Windows/Fonts"]
+    elif sys.platform == "darwin":
+        folders = ["/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts"]
+    else:
+        shared = environment("XDG_DATA_DIRS") or "/usr/local/share:/usr/share"
+        roots = [environment("XDG_DATA_HOME") or "~/.local/share", *shared.split(":")]
+        folders = ["~/.fonts", *(f"{root}/fonts" for root in roots)]
+    paths = [path for folder in folders for path in Path(os.path.expanduser(folder)).rglob("*")]
+    paths = [p for p in paths if p.suffix.lower() in FONT_SUFFIXES and not EMPTY_FONTS.search(p.name)]
+    return sorted(paths, key=lambda path: (bool(STYLED.search(path.name)), path.name))
+
+
+@lru_cache(maxsize=32)  # each holds its file open
 def open_font(source: str, size: int) -> ImageFont.FreeTypeFont | None:
-    """A font by its path, or its file's name in the system's folders, or Pillow's own; None where there is none.
+    """A font by its path, or Pillow's own; None where it cannot be read.
 
     Args:
-        source: `OWN_FONT`, a path, or a file's name.
+        source: `OWN_FONT` or a path.
         size: height in pixels.
     """
     if source == OWN_FONT:

@@ -1,9 +1,12 @@
 """The error that a user can mend, and how a command ends with it."""
 
+import contextlib
 import io
 import os
 import sys
 from collections.abc import Callable
+
+from enact_common.stopping import end_children, interruptible, interruption
 
 # The shell's own status of a command that has nobody left to write to.
 NO_READER = 141
@@ -27,15 +30,30 @@ def exit_status(prog: str, command: Callable[[], int]) -> int:
 
     A command whose output nobody reads any more, because it was piped to `head`, say, ends quietly. What standard
     output cannot take, such as Chinese names in a Latin-1 terminal, is written as its number (backslash, u, digits).
+    After Ctrl-C, SIGTERM or SIGHUP, the command cleans up, its child processes end, and one line says so.
 
     Args:
         prog: the program's name.
         command: returns its exit status.
 
     Returns:
-        the command's; 2 after a UserError; 141 where the output is not read to its end.
+        the command's; 2 after a UserError; 141 where the output is not read to its end; 128 and the signal's number
+        after a signal: 130 for Ctrl-C, 143 for SIGTERM.
     """
     let_any_text_out()
+    try:
+        with interruptible():
+            return status_of(prog, command)
+    except KeyboardInterrupt as error:
+        end_children()
+        status, text = interruption(error)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print(f"{prog}: {text}", file=sys.stderr)
+        return status
+
+
+def status_of(prog: str, command: Callable[[], int]) -> int:
+    """`exit_status` without its signals."""
     try:
         status = command()
         # What is still held back would otherwise fail when the process ends, out of reach.

@@ -18,6 +18,7 @@ from enact_common.arguments import CLUSTERING_FLAGS, COCO, MODEL_FLAGS, PANOPTIC
 from enact_common.backbone import ALL_STAGES, SHALLOW_BACKBONES, STAGES
 from enact_common.checkpoint import detector_weights, has_masks, load_checkpoint, load_model
 from enact_common.data.categories import LabelMap, coco_names
+from enact_common.data.exif import decode_upright
 from enact_common.data.images import decode_image, pil_to_rgb
 from enact_common.data.panoptic import NUM_CLASSES, VOID, coco_panoptic_names, panoptic_label_map, things_of
 from enact_common.data.transforms import eval_transforms, resized_shape
@@ -130,15 +131,17 @@ class LoadedDetector:
         self._resize = eval_transforms(args.eval_size, args.max_size)
 
     def __call__(
-        self, images: ImageLike | Sequence[ImageLike], threshold: float | None = None
+        self, images: ImageLike | Sequence[ImageLike], threshold: float | None = None, exif: bool = True
     ) -> Detections | list[Detections]:
         """Detect.
 
         Args:
             images: one image or a list of them. An image is a path; a PIL image; an array (height, width, 3) or
                 (height, width); or a tensor (3, height, width). Arrays and tensors are RGB, uint8 0 to 255 or floating
-                point 0 to 1. Files and PIL images are taken as their pixels are stored: no EXIF rotation.
+                point 0 to 1. PIL images are taken as their pixels are stored.
             threshold: least score; None for the detector's own.
+            exif: turn the images of paths as EXIF says and viewers do; boxes and masks then refer to the upright
+                image. False takes the pixels as they are stored, as training and COCO's evaluation do.
 
         Returns:
             the image's detections, or a list of them for a list of images.
@@ -148,8 +151,8 @@ class LoadedDetector:
             ValueError: an array or tensor is no image, or a PIL image has 32 bits a colour.
         """
         if isinstance(images, list | tuple):
-            return [self.detect(as_pixels(image), threshold) for image in images]
-        return self.detect(as_pixels(images), threshold)
+            return [self.detect(as_pixels(image, exif), threshold) for image in images]
+        return self.detect(as_pixels(images, exif), threshold)
 
     def model_input(self, pixels: Tensor) -> Tensor:
         """An image uint8 (3, height, width) at the evaluation's size: uint8 (1, 3, h, w), on the model's device."""
@@ -399,15 +402,19 @@ def backbone_of(weights: dict[str, Tensor]) -> str | None:
     return None
 
 
-def as_pixels(image: ImageLike) -> Tensor:
+def as_pixels(image: ImageLike, exif: bool = True) -> Tensor:
     """An image as uint8 (3, height, width), RGB, on the CPU.
+
+    Args:
+        image: as `LoadedDetector` takes it.
+        exif: turn the image of a path as EXIF says.
 
     Raises:
         UserError: a file is missing or cannot be read.
         ValueError: an array or tensor is no image, or a PIL image has 32 bits a colour.
     """
     if isinstance(image, str | Path):
-        return decode_image(Path(image))
+        return (decode_upright if exif else decode_image)(Path(image))
     if isinstance(image, Image.Image):
         image = pil_to_rgb(image)
     if isinstance(image, np.ndarray):

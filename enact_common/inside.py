@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from enact_common.clustering import EntropyClustering, Segments, Windows
 from enact_common.errors import UserError
-from enact_common.files import write_file
 from enact_common.hilbert import HILBERT, ROWS, hilbert_permutations
 from enact_common.inference import Detections, LoadedDetector
 
@@ -163,6 +162,7 @@ def write_inside(
     check_kinds(detector, kinds)
     # Only here is matplotlib needed, an optional extra.
     from enact_common import inside_plots
+    from enact_common.plots.style import save
 
     best = best_of_each_query(found)[:MAX_DETECTIONS] if "attention" in kinds else []
     inside = look_inside(detector, pixels, found.queries[best])
@@ -181,9 +181,8 @@ def write_inside(
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for kind in dict.fromkeys(kinds):
-        figure = draw[kind]()
         written.append(folder / f"{stem}_{kind}.png")
-        write_file(written[-1], lambda file, figure=figure: figure.savefig(file, format="png"))
+        save(draw[kind](), written[-1])
     return written
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -147,13 +148,20 @@ class Progress:
         )  # fmt: skip
 
 
+def is_measured(value: Any) -> bool:
+    """Whether an AP, AR or PQ is a measurement: -1 says that there was nothing to measure, NaN that the model broke."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
 def main_figure(row: dict) -> float | None:
-    """What an epoch's evaluation is compared by: the panoptic quality, the AP of masks or that of boxes, the first that
-    the model was evaluated for; None where there was no evaluation."""
+    """The metric that an epoch's evaluation is compared by: the panoptic quality, the AP of masks or the AP of boxes,
+    the first that the model was evaluated for; None where it was not measured."""
     if row.get("test_PQ_all"):
-        return row["test_PQ_all"]["pq"]
-    figures = row.get("test_coco_eval_masks") or row.get("test_coco_eval_bbox")
-    return figures[0] if figures else None
+        figure = row["test_PQ_all"]["pq"]
+    else:
+        figures = row.get("test_coco_eval_masks") or row.get("test_coco_eval_bbox")
+        figure = figures[0] if figures else None
+    return figure if is_measured(figure) else None
 
 
 class RunLog:
@@ -210,7 +218,8 @@ class RunLog:
                 self._board.add_scalar(name.replace("_", "/", 1), value, epoch)
         for key, suffix in (("test_coco_eval_bbox", ""), ("test_coco_eval_masks", "_masks")):
             for name, value in zip(("AP", "AP50"), stats.get(key, ()), strict=False):
-                self._board.add_scalar(f"test/{name}{suffix}", value, epoch)
+                if is_measured(value):
+                    self._board.add_scalar(f"test/{name}{suffix}", value, epoch)
         self._board.flush()
 
     def close(self) -> None:

@@ -21,15 +21,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from enact_common.arguments import HelpFormatter, fraction
-from enact_common.data.images import Found, decode_image, image_suffixes, search
+from enact_common.data.images import Found, image_suffixes, search
 from enact_common.drawing import draw_detections
 from enact_common.drawing_panoptic import draw_panoptic
 from enact_common.errors import UserError, exit_status
 from enact_common.evaluation.panoptic import FOLDER, PanopticEvaluator, check_results_folder
 from enact_common.files import check_no_folder, make_folder, write_file, writing
-from enact_common.inference import THRESHOLD, Detections, LoadedDetector, load_detector
+from enact_common.inference import THRESHOLD, Detections, LoadedDetector, as_pixels, load_detector
 from enact_common.inside import SHOWN, check_kinds, write_inside
 from enact_common.segmentation import PostProcessPanoptic, encode_masks
+from enact_common.stopping import interruption, uninterrupted
 
 # What a folder is searched for beside images. Files that are named themselves may be called anything.
 VIDEO_SUFFIXES = frozenset(".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())
@@ -47,9 +48,6 @@ PREDICTIONS = "predictions.json"
 USUAL_RATE = 25.0
 # MPEG-4 gives times as multiples of 1 / n of a second, n up to this.
 FINEST_TIME = 65535
-
-# The shell's own status of a command that Ctrl-C ended.
-INTERRUPTED = 130
 
 
 class SkippedError(Exception):
@@ -79,7 +77,8 @@ class Tally:
     """What was done so far, for `predictions.json` and the last line.
 
     Attributes:
-        entries: COCO's results format, with `file_name`, of videos `frame`, and of models with masks `segmentation`.
+        entries: COCO's results format, with `width`, `height`, `file_name`, of videos `frame`, and of models with masks
+            `segmentation`.
         images, videos, frames: how many were read; frames are those of the videos.
         panoptic: the segments of panoptic models' images; None of other models.
         categories: of the segments, in COCO's panoptic format.
@@ -102,9 +101,18 @@ class Tally:
     others: int = 0
     next_id: int = 1
 
-    def add(self, found: Detections, path: Path, frame: int | None = None) -> None:
-        """Take the detections of an image, or of a frame of a video, under the next image id."""
-        where = {"file_name": path.as_posix()} | ({} if frame is None else {"frame": frame})
+    def add(self, found: Detections, size: tuple[int, int], path: Path, frame: int | None = None) -> None:
+        """Take the detections of an image, or of a frame of a video, under the next image id.
+
+        Args:
+            found: the detections.
+            size: (height, width) in pixels that they refer to.
+            path: of the image or video.
+            frame: number, from 0; None for an image.
+        """
+        height, width = size
+        where = {"width": width, "height": height, "file_name": path.as_posix()}
+        where |= {} if frame is None else {"frame": frame}
         corners = found.boxes.double()
         boxes = torch.cat((corners[:, :2], corners[:, 2:] - corners[:, :2]), dim=1).tolist()  # x, y, width, height
         masks = [{}] * len(found)
@@ -124,8 +132,7 @@ class Tally:
         ]
         if self.panoptic is not None:
             self.panoptic.update([self.next_id], [vars(found.panoptic)])
-            height, width = found.panoptic.id_map.shape
-            self.pictures.append({"id": self.next_id, "width": width, "height": height, **where})
+            self.pictures.append({"id": self.next_id, **where})
         self.next_id += 1
 
     def write(self, output_dir: Path) -> None:
@@ -170,7 +177,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output_dir", required=True, metavar="DIR",
         help=f"for the pictures, in sub-folders as the inputs are, and {PREDICTIONS}: COCO's results format (boxes x, "
-        "y, width, height in pixels; masks as run-length codes), with file_name and, of videos, frame, from 0; "
+        "y, width, height in pixels of the upright image; masks as run-length codes), with that image's width and "
+        "height, file_name and, of videos, frame, from 0; "
         "image_id counts the images and frames in the order of the inputs, from 1, those that cannot be read and those "
         f"without detections included; of panoptic models also {FOLDER}: COCO's panoptic format, JSON and PNG files, "
         "with the same image_id",
@@ -179,6 +187,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--threshold", type=fraction, metavar="SCORE",
         help=f"least score of a detection, and of a panoptic model's segment, 0 to 1 (default: {THRESHOLD}; of "
         f"panoptic models {PostProcessPanoptic.THRESHOLD})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--no_exif", action="store_true",
+        help="take photos as their pixels are stored, as training does; default: upright, as viewers show them, by the "
+        "orientation in their EXIF data, and boxes refer to the upright image",
     )  # fmt: skip
     parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU where there is one")
     parser.add_argument(
@@ -201,8 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its words; None for the process's own.
 
     Returns:
-        the exit status: 0; 1 where an image or video was skipped, or could not be read to its end; 2 for what the
-        user can mend; 130 after Ctrl-C.
+        the exit status: 0; 1 where a file was skipped, or could not be read to its end; 2 for what the user can mend;
+        130 after Ctrl-C, 143 after SIGTERM.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -242,26 +255,30 @@ def run(args: argparse.Namespace) -> int:
     for folder in sorted({output_dir, *(item.picture.parent for item in inputs)}):
         make_folder(folder)
 
-    interrupted = False
+    stopped = None
     try:
         for item in tqdm(inputs, unit="file", disable=None):
             try:
                 if item.is_video:
                     predict_video(detector, item, tally)
                 else:
-                    predict_image(detector, item, kinds, tally)
+                    predict_image(detector, item, kinds, tally, not args.no_exif)
             except SkippedError as error:
                 tally.skipped += 1
                 # What is skipped has its number all the same: numbers do not depend on it.
                 tally.next_id += 1
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        interrupted = True
-        print("interrupted: what was done so far is kept", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        stopped = error
     finally:
-        tally.write(output_dir)
+        with uninterrupted():
+            tally.write(output_dir)
+    status = int(tally.skipped + tally.incomplete > 0)
+    if stopped:
+        status, text = interruption(stopped)
+        print(f"{text}: what was done so far is kept", file=sys.stderr)
     print(tally.summary(output_dir))
-    return INTERRUPTED if interrupted else int(tally.skipped + tally.incomplete > 0)
+    return status
 
 
 def new_tally(detector: LoadedDetector, inputs: Sequence[Input], output_dir: Path) -> Tally:
@@ -386,31 +403,32 @@ def draw(detector: LoadedDetector, pixels: Tensor, found: Detections, enlarge: b
     return draw_detections(pixels, found.boxes, found.names, found.scores, found.labels, enlarge, found.masks)
 
 
-def predict_image(detector: LoadedDetector, item: Input, kinds: Sequence[str], tally: Tally) -> None:
-    """Detect in an image, and write its picture.
+def predict_image(detector: LoadedDetector, item: Input, kinds: Sequence[str], tally: Tally, exif: bool = True) -> None:
+    """Detect in an image, turned as EXIF says unless `exif` is False, and write its picture.
 
     Raises:
         SkippedError: it cannot be read.
     """
     try:
-        pixels = decode_image(item.path)
+        pixels = as_pixels(item.path, exif)
     except UserError as error:
         raise SkippedError(str(error)) from error
     found = detector.detect(pixels)
     drawn = Image.fromarray(draw(detector, pixels, found))
     options = {"format": "JPEG", **JPEG_OPTIONS} if item.picture.suffix == ".jpg" else {"format": "PNG"}
-    write_file(item.picture, lambda file: drawn.save(file, **options), sync=False)
-    if kinds:
-        write_inside(detector, pixels, found, kinds, item.picture.parent, item.picture.stem)
-    tally.images += 1
-    tally.add(found, item.path)
+    with uninterrupted():
+        write_file(item.picture, lambda file: drawn.save(file, **options), sync=False)
+        if kinds:
+            write_inside(detector, pixels, found, kinds, item.picture.parent, item.picture.stem)
+        tally.images += 1
+        tally.add(found, pixels.shape[-2:], item.path)
 
 
 def predict_video(detector: LoadedDetector, item: Input, tally: Tally) -> None:
     """Detect in each frame of a video, and write a video of the same size and frame rate.
 
-    After Ctrl-C, the frames that are done stay, as a whole video. A video that ends before the number of frames that
-    it stores is named and counted.
+    After Ctrl-C or SIGTERM, the frames that are done stay, as a whole video. A video that ends before the number of
+    frames that it stores is named and counted.
 
     Raises:
         SkippedError: not one frame can be read, or none be written.
@@ -424,9 +442,11 @@ def predict_video(detector: LoadedDetector, item: Input, tally: Tally) -> None:
         with VideoFile(item.picture, rate if 0 < rate < math.inf else USUAL_RATE) as video:
             for pixels in tqdm(frames(reader), item.path.name, promised, unit="frame", leave=False, disable=None):
                 found = detector.detect(pixels)
-                video.write(draw(detector, pixels, found, enlarge=False))
-                tally.add(found, item.path, read)
-                read += 1
+                picture = draw(detector, pixels, found, enlarge=False)
+                with uninterrupted():
+                    video.write(picture)
+                    tally.add(found, pixels.shape[-2:], item.path, read)
+                    read += 1
     finally:
         reader.release()
         tally.frames += read
@@ -456,7 +476,8 @@ def writable_rate(rate: float) -> float:
 class VideoFile:
     """A video (MPEG-4 in mp4) that is written beside its path and renamed when it is complete.
 
-    As a context manager: it is kept when the block ends or is interrupted by Ctrl-C, and removed after other errors.
+    As a context manager: it is kept when the block ends or is interrupted (Ctrl-C, SIGTERM), and removed after other
+    errors.
 
     Args:
         path: the file to make or replace.
@@ -498,13 +519,14 @@ class VideoFile:
     def __exit__(self, kind, error, traceback) -> None:
         if self._writer is None:
             return
-        self._writer.release()
-        try:
-            if kind is None or issubclass(kind, KeyboardInterrupt):
-                with writing(self.path):
-                    os.replace(self._partial, self.path)
-        finally:
-            self._partial.unlink(missing_ok=True)
+        with uninterrupted():
+            self._writer.release()
+            try:
+                if kind is None or issubclass(kind, KeyboardInterrupt):
+                    with writing(self.path):
+                        os.replace(self._partial, self.path)
+            finally:
+                self._partial.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from enact_common.checkpoint import (
 from enact_common.data.build import data_files
 from enact_common.data.cache import cache_images
 from enact_common.data.categories import LabelMap
-from enact_common.data.checks import quick_checks
+from enact_common.data.checks import NOTHING_TO_MEASURE, quick_checks
 from enact_common.data.coco import CocoDetection
 from enact_common.data.loading import make_loader, worker_death
 from enact_common.device import check_precision, find_device, peak_memory, start_counting_memory
@@ -219,6 +219,7 @@ class Run:
         with failing_together():
             self.load_data(checkpoint)
             self.load_model(checkpoint)
+            self.check_truth()
         self.wrap_model()
         if get_rank():
             # From here on they differ, so that dropout does.
@@ -307,6 +308,32 @@ class Run:
                     f"{len(self.train_set)} images there are to train on"
                 )
 
+    def check_truth(self) -> None:
+        """Say where there is nothing to measure AP or PQ by, and set `measurable`; the main process has the truth.
+
+        Raises:
+            UserError: `--early_stop` would wait for it.
+        """
+        args, file, self.measurable = self.args, self.val_set.annotation_file, True
+        if self.ground_truth is None:
+            return
+        objects = self.ground_truth.dataset["annotations"]
+        if "panoptic" in self.postprocessors:
+            objects = [segment for segments in self.panoptic_truth.segments.values() for segment in segments]
+        if any(not thing.get("iscrowd") for thing in objects):
+            return
+        self.measurable = False
+        figure = "PQ" if "panoptic" in self.postprocessors else "AP"
+        limited = f" that --limit_val {args.limit_val} leaves" if args.limit_val else ""
+        why = f"{file} has no objects (crowds do not count) in the {len(self.val_set)} images{limited}"
+        if args.early_stop and not args.eval:
+            raise UserError(
+                f"--early_stop {args.early_stop}: there is no {figure} to go by, since {why}; leave the flag out, or "
+                "evaluate on images with objects"
+            )
+        kept = "" if args.eval else f"; {BEST} is not written"
+        logger.warning("data: no %s can be measured (COCO's figures are -1), since %s%s", figure, why, kept)
+
     def check_data(self) -> None:
         """Look for what makes a training on this data vain, and log what makes it doubtful; the main process does.
 
@@ -326,7 +353,8 @@ class Run:
             parts = {split: datasets[split][0].coco_api().dataset for split in parsed}
             files = {split: (data.image_folder, data.annotation_file) for split, (data, _) in datasets.items()}
             for finding in quick_checks(files, self.model.num_queries, parts, self.label_map, limited):
-                logger.info("data: %s", finding)
+                if finding.text != NOTHING_TO_MEASURE:
+                    logger.info("data: %s", finding)
 
     def cache_images(self) -> None:
         """With `--cache_mode`, read all images: before the loaders' workers start, after all else is checked."""
@@ -640,11 +668,18 @@ class Run:
             stats |= {f"test_{name}": value for name, value in test_stats.items()}
             if figures:
                 stats |= figures
-                self.note_precision(epoch, main_figure(figures))
+                self.note_precision(epoch, main_figure(figures) if self.measurable else None)
         log.write(epoch, {**stats, "n_parameters": self.num_parameters})
 
-    def note_precision(self, epoch: int, precision: float) -> None:
-        """Remember an evaluation's AP; where it is the highest so far, keep its checkpoint as `best.pth`."""
+    def note_precision(self, epoch: int, precision: float | None) -> None:
+        """Remember an evaluation's AP; where it is the highest so far, keep its checkpoint as `best.pth`.
+
+        Args:
+            epoch: from 0.
+            precision: of `main_figure`; None, where it was not measured, counts neither here nor for `--early_stop`.
+        """
+        if precision is None:
+            return
         best = max(self.precisions, default=-math.inf)
         self.precisions.append(precision)
         if self.output_dir is None or precision <= best:

@@ -12,7 +12,7 @@ from typing import Any
 
 from enact_common.errors import UserError
 from enact_common.evaluation.coco import EVALUATION
-from enact_common.logs import read_log
+from enact_common.logs import is_measured, read_log
 
 LOG = "log.txt"
 
@@ -128,18 +128,19 @@ def is_number(value: Any) -> bool:
 
 
 def series(epochs: Sequence[dict], key: str, position: int | None = None) -> list[tuple[int, float]]:
-    """A quantity after each epoch that has it, as (epochs done, value).
+    """A quantity after each epoch that has it, as (epochs done, value). COCO's figures of -1 are left out.
 
     Args:
         epochs: of `read_epochs`.
         key: of the quantity.
-        position: in the list that the key holds; None where it holds a number.
+        position: in the list of COCO's figures that the key holds; None where it holds a number.
     """
     points = []
     for row in epochs:
         value = row.get(key)
         if position is not None:
             value = value[position] if isinstance(value, list) and position < len(value) else None
+            value = value if is_measured(value) else None
         if is_number(value):
             points.append((row["epoch"] + 1, value))
     return points

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 
+from enact_common import drawing
 from enact_common.data.synthetic import make_shapes
 from enact_common.run import main
 from enact_common.variants import VARIANTS, load_variant
@@ -109,6 +110,50 @@ class Website:
         """In place of `HTTPSHandler.https_open`."""
         port = self.server.server_port
         return handler.do_open(lambda _, **options: http.client.HTTPConnection("127.0.0.1", port, **options), request)
+
+
+def make_font(path: Path, characters: str) -> Path:
+    """A font that has these characters, each a bar of another width, and digits and a dot."""
+    builder = pytest.importorskip("fontTools.fontBuilder")
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    glyphs = {}
+    for i, name in enumerate([".notdef", *(f"u{ord(c):04X}" for c in dict.fromkeys(characters + "0123456789."))]):
+        pen = TTGlyphPen(None)
+        pen.moveTo((50, 0))
+        for corner in ((50, 700), (150 + 20 * i, 700), (150 + 20 * i, 0)):
+            pen.lineTo(corner)
+        pen.closePath()
+        glyphs[name] = pen.glyph()
+    font = builder.FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder(list(glyphs))
+    font.setupCharacterMap({int(name[1:], 16): name for name in glyphs if name != ".notdef"})
+    font.setupGlyf(glyphs)
+    font.setupHorizontalMetrics(dict.fromkeys(glyphs, (1000, 50)))
+    font.setupHorizontalHeader(ascent=800, descent=-200)
+    font.setupNameTable({"familyName": path.stem, "styleName": "Regular"})
+    font.setupOS2(sTypoAscender=800, usWinAscent=800, usWinDescent=200)
+    font.setupPost()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    font.save(path)
+    return path
+
+
+@pytest.fixture
+def fonts(monkeypatch, tmp_path) -> Path:
+    """The user's folder of fonts, empty, on a machine that has no others but Pillow's and matplotlib's."""
+    caches = (drawing.font_sources, drawing.readable_name, drawing.open_font, drawing.has_glyph)
+    home = tmp_path / "share"
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_DATA_HOME", str(home))
+    monkeypatch.setenv("XDG_DATA_DIRS", str(home))
+    for function in caches:
+        function.cache_clear()
+    drawing._said.clear()
+    yield home / "fonts"
+    for function in caches:
+        function.cache_clear()
 
 
 @pytest.fixture

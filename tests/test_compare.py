@@ -1,6 +1,8 @@
 """The comparison of runs: what it says of their terms and figures, and the page, which a browser opens."""
 
+import base64
 import errno
+import io
 import json
 import os
 import re
@@ -23,6 +25,7 @@ from enact_common.compare.recorded import read_run
 from enact_common.compare.tables import classes_table, costs_table, figures_table
 from enact_common.compare.terms import differing_flags, inequalities, settings_table
 from enact_common.data.coco import load_annotations
+from enact_common.evaluation.coco import FIGURES
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -88,6 +91,30 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if data.strip() and not {"script", "style"} & set(self._inside):
             self.texts.append(data.strip())
+
+
+@pytest.mark.parametrize("recorded", [True, False], ids=["evaluation.json", "log.txt alone"])
+def test_where_nothing_could_be_measured_there_are_dashes(recorded, tmp_path, capsys):
+    rows = [{"epoch": 0, "train_loss": 3.0, "test_coco_eval_bbox": [-1.0] * 12}]
+    (tmp_path / "log.txt").write_text(json.dumps(rows[0]))
+    if recorded:
+        record = {"figures": dict.fromkeys(FIGURES, -1.0), "recall": [], "classes": [], "images": 2, "epoch": 0}
+        (tmp_path / "evaluation.json").write_text(json.dumps(record))
+    run = read_run(tmp_path, "run")
+    assert run.figures == {} and run.best is None
+    assert {cell.text for row in figures_table([run]).rows for cell in row[1:]} == {"-"}
+    assert compare(tmp_path, "--output_dir", tmp_path / "out") == 0
+    assert "-1" not in capsys.readouterr().out.replace(str(tmp_path), "")
+
+
+def test_given_photos_are_turned_as_viewers_do(trained, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (80, 64)).save(tmp_path / "photo.jpg", exif=exif)
+    (scene,) = pictures.given_scenes([tmp_path / "photo.jpg"], 1)
+    ((_, (panel,)),) = pictures.side_by_side([read_run(trained["enact"], "run")], [scene], 0.0, "cpu")
+    with Image.open(io.BytesIO(base64.b64decode(panel.source.partition(",")[2]))) as picture:
+        assert picture.height * 64 == picture.width * 80
 
 
 def test_every_evaluation_leaves_its_record(trained, shapes, tmp_path):

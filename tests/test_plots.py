@@ -5,11 +5,14 @@ import errno
 import json
 import os
 import sys
+import warnings
 
 import matplotlib
 import numpy as np
 import pytest
+from conftest import make_font
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from enact_common.errors import UserError
@@ -17,6 +20,7 @@ from enact_common.evaluation.coco import FIGURES
 from enact_common.plots import curves, precision_recall
 from enact_common.plots.__main__ import main
 from enact_common.plots.detections import plot_detections
+from enact_common.plots.style import save
 from enact_common.runs import CURVES, read_epochs, read_evaluation, run_names, series
 
 
@@ -142,6 +146,17 @@ def test_panels_without_a_number_are_left_out(drawn, tmp_path):
     assert axes.get_title() == "Loss" and lines(axes) == [[(2, 2.0)], [(1, 3.0)]]
 
 
+@pytest.mark.parametrize("measured", [[], [0.1]])
+def test_a_precision_of_minus_one_has_no_point(drawn, tmp_path, measured):
+    rows = [{"epoch": i, "train_loss": 3.0, "test_coco_eval_bbox": [ap] * 12} for i, ap in enumerate([*measured, -1])]
+    assert main([str(write_log(tmp_path / "run", rows)), "--output", str(tmp_path / "c.png")]) == 0
+    (figure,) = drawn
+    assert [axes.get_title() for axes in figure.axes] == ["Loss", "Average precision"][: 1 + len(measured)]
+    if measured:
+        assert lines(figure.axes[1]) == [[(1, 0.1)]] * 2
+    assert figure.get_suptitle() == ("run (AP 0.100 after 1 epochs)" if measured else "run")
+
+
 def test_one_runs_precision_by_recall(drawn, tmp_path):
     folder = write_evaluation(tmp_path / "run", evaluation_of(["nut", "bolt"]))
     assert main(["precision-recall", str(folder), "--output", str(tmp_path / "pr.png")]) == 0
@@ -252,6 +267,31 @@ def test_names_are_no_formulas(tmp_path, command, runs):
     text = picture.read_text()
     expected = names if command == "curves" else [*names, *(f"{name} class" for name in HOSTILE)]
     assert all(name in text for name in expected)
+
+
+@pytest.mark.parametrize("command, runs", [("curves", 2), ("precision-recall", 1), ("precision-recall", 2)])
+@pytest.mark.parametrize("installed", [True, False])
+def test_names_in_chinese_are_drawn_or_said(installed, command, runs, fonts, tmp_path, caplog, monkeypatch):
+    if installed:
+        # A family of its own: matplotlib remembers them.
+        make_font(fonts / f"{tmp_path.name}.ttf", "白血球红")
+    classes = ["白血球", "红血球 $5", "Zelle"]
+    folders = []
+    for name in ("白", "红")[:runs]:
+        folders.append(write_log(tmp_path / name, original_log()))
+        write_evaluation(folders[-1], evaluation_of(classes))
+    figures = []
+    for module in (curves, precision_recall):
+        monkeypatch.setattr(module, "save", lambda *args: figures.append(args[0]) or save(*args))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main([command, *map(str, folders), "--output", str(tmp_path / "p.png")]) == 0
+    texts = [text.get_text() for text in figures[0].findobj(Text)]
+    shown = ["白", "白血球"][command == "precision-recall"]
+    assert any(shown in text for text in texts) == installed
+    assert any(ascii(shown)[1:-1] in text for text in texts) != installed
+    said = [record.getMessage() for record in caplog.records]
+    assert (said == []) if installed else (len(said) == 1 and "apt install fonts-noto-cjk" in said[0])
 
 
 def test_names_at_boxes_are_no_formulas(tmp_path):

@@ -4,17 +4,19 @@ import argparse
 import errno
 import json
 import os
+import signal
 import struct
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import ATTENTIONS, SMALL_MODEL, build, parse, real_data, run
-from PIL import Image
+from conftest import ATTENTIONS, SMALL_MODEL, build, make_font, parse, real_data, run
+from PIL import Image, ImageOps
 
 from enact_common import UserError, drawing, load_detector, predict
 from enact_common.arguments import MODEL_FLAGS
@@ -429,7 +431,8 @@ def test_labels_have_different_colours_that_their_text_can_be_read_on():
 @pytest.fixture
 def no_fonts(monkeypatch):
     """A machine with no font but Pillow's own."""
-    monkeypatch.setattr(drawing, "font_sources", lambda: iter([drawing.OWN_FONT]))
+    monkeypatch.setattr(drawing, "font_sources", lambda: (drawing.OWN_FONT,))
+    drawing._said.clear()
     readable_name.cache_clear()
     yield
     readable_name.cache_clear()
@@ -448,8 +451,36 @@ def no_fonts(monkeypatch):
 )
 def test_names_that_no_font_has_are_drawn_as_what_can_be(name, written, no_fonts, caplog):
     assert readable_name(name, 4)[0] == written
-    assert (len(caplog.records) == 0) == (written == " ".join(name.split()))
+    # No font helps where there is no name.
+    assert (len(caplog.records) == 0) == (written == " ".join(name.split()) or not name)
     draw_detections(np.zeros((100, 100, 3), np.uint8), [[0, 0, 50, 50]], [name], [0.5], [4])
+
+
+def test_a_font_that_is_installed_is_found_whatever_its_name(fonts, caplog):
+    names = ("白血球", "セル", "세포")
+    for name in names:
+        assert readable_name(name, 4)[0] == "class 4"
+    # Once for all of them.
+    (record,) = caplog.records
+    assert "apt install fonts-noto-cjk" in record.getMessage() and "白血球" in record.getMessage()
+    make_font(fonts / "of mine" / "Anything-Bold.ttf", "".join(names))
+    chosen = str(make_font(fonts / "Something.otf", "".join(names)))
+    (fonts / "damaged.ttf").write_bytes(b"no font")
+    drawing.font_sources.cache_clear()
+    readable_name.cache_clear()
+    assert [readable_name(name, 4) for name in names] == [(name, chosen) for name in names]
+    plain, named = (
+        draw_detections(np.zeros((100, 200, 3), np.uint8), [[0, 30, 50, 90]], [name], [0.5], [4])
+        for name in ("class 4", "白血球")
+    )
+    assert plain.shape == named.shape and (plain != named).any()
+    assert len(caplog.records) == 1
+
+
+def test_another_script_needs_another_package(fonts, caplog):
+    readable_name("白血球", 0)
+    readable_name("\u1200\u1201", 1)  # Ethiopic
+    assert [record.args[1] for record in caplog.records] == ["fonts-noto-cjk", "fonts-noto-core"]
 
 
 def test_names_in_other_scripts_are_drawn_by_a_font_that_has_them():
@@ -685,25 +716,87 @@ def test_a_video_is_complete_though_its_sound_is_longer(checkpoint, tmp_path, ca
     assert "1 video (6 frames)" in said.out and "incomplete" not in said.out + said.err
 
 
-def fail_at(monkeypatch, number: int, error: BaseException) -> None:
-    """Let the detector raise an error in its so-many-th image, from 1."""
+def turned_photo(path: Path, orientation: int, **options) -> Path:
+    """A photo of 64 x 80 stored pixels, blocks of random colours, that EXIF turns."""
+    blocks = np.random.default_rng(3).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(blocks.repeat(16, axis=0).repeat(16, axis=1)).save(path, exif=exif, **options)
+    return path
+
+
+def seen_by_viewers(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_photos_of_all_formats_are_turned_as_viewers_do(suffix, orientation, tmp_path):
+    options = {".jpg": {"quality": 95, "subsampling": 0}, ".webp": {"lossless": True}}.get(suffix, {})
+    path = turned_photo(tmp_path / f"photo{suffix}", orientation, **options)
+    pixels = as_pixels(path).permute(1, 2, 0).numpy()
+    assert np.abs(pixels.astype(int) - seen_by_viewers(path)).max() <= 2
+    # A TIFF's orientation is a part of the format.
+    upright = orientation == 1 or suffix == ".tif"
+    assert torch.equal(as_pixels(path, exif=False), as_pixels(path)) == upright
+    with Image.open(path) as image:
+        # Who passes pixels gets boxes in these.
+        assert suffix == ".tif" or as_pixels(image).shape == (3, 64, 80)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+@pytest.mark.parametrize("flag", [(), ("--no_exif",)], ids=["upright", "stored"])
+def test_boxes_pictures_and_sizes_are_of_the_same_pixels(orientation, flag, checkpoint, detector, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = turned_photo(tmp_path / "photo.jpg", orientation, quality=95)
+    show = ("--threshold", 0, "--show", "entropy")
+    assert call(checkpoint, tmp_path / "out", path, *show, *flag) == 0
+    found = detector(path, exif=not flag)
+    height, width = as_pixels(path, exif=not flag).shape[1:]
+    assert (width > height) == (orientation in (1, 3) or bool(flag))
+    entries = read_predictions(tmp_path / "out")
+    assert len(entries) == len(found) > 0
+    assert {(entry["width"], entry["height"]) for entry in entries} == {(width, height)}
+    for entry, (left, top, right, bottom) in zip(entries, found.boxes.tolist(), strict=True):
+        assert entry["bbox"] == pytest.approx([left, top, right - left, bottom - top], abs=0.01)
+    # What is written is as it was seen, and no viewer turns it again.
+    with Image.open(tmp_path / "out" / "photo.jpg") as picture:
+        assert picture.getexif().get(0x0112, 1) == 1 and picture.width * height == picture.height * width
+
+
+def fail_at(monkeypatch, number: int, fail: Callable[[], object]) -> None:
+    """Let something happen as the detector sees its so-many-th image, from 1."""
     detect, calls = LoadedDetector.detect, []
 
     def failing(self, *args):
         calls.append(args)
         if len(calls) == number:
-            raise error
+            fail()
         return detect(self, *args)
 
     monkeypatch.setattr(LoadedDetector, "detect", failing)
 
 
-def test_what_was_done_before_an_interruption_is_kept(checkpoint, shapes, tmp_path, capsys, monkeypatch):
+def raising(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize(
+    "stop, status",
+    [
+        (lambda: raising(KeyboardInterrupt()), 130),
+        (lambda: os.kill(os.getpid(), signal.SIGTERM), 143),
+        (lambda: os.kill(os.getpid(), signal.SIGHUP), 129),
+    ],
+    ids=["Ctrl-C", "SIGTERM", "SIGHUP"],
+)
+def test_what_was_done_before_an_interruption_is_kept(stop, status, checkpoint, shapes, tmp_path, capsys, monkeypatch):
     images = sorted((shapes / "val2017").iterdir())[:3]
     video = write_video(tmp_path / "clip.mp4")
     # The first frame is the second image.
-    fail_at(monkeypatch, 5, KeyboardInterrupt())
-    assert call(checkpoint, tmp_path / "out", images[0], video, *images[1:]) == 130
+    fail_at(monkeypatch, 5, stop)
+    assert call(checkpoint, tmp_path / "out", images[0], video, *images[1:]) == status
     assert {entry["image_id"] for entry in read_predictions(tmp_path / "out")} == {1, 2, 3, 4}
     assert written_in(tmp_path / "out") == sorted([images[0].name, "clip.mp4", "predictions.json"])
     assert len(read_video(tmp_path / "out" / "clip.mp4")[1]) == 3
@@ -711,8 +804,21 @@ def test_what_was_done_before_an_interruption_is_kept(checkpoint, shapes, tmp_pa
     assert "interrupted" in said.err and "1 image, 1 video (3 frames)" in said.out
 
 
+def test_a_signal_does_not_come_between_a_frame_and_its_detections(checkpoint, tmp_path, monkeypatch):
+    write = VideoFile.write
+
+    def stop_after(self, frame):
+        write(self, frame)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(VideoFile, "write", stop_after)
+    assert call(checkpoint, tmp_path / "out", write_video(tmp_path / "clip.mp4")) == 143
+    assert {entry["frame"] for entry in read_predictions(tmp_path / "out")} == {0}
+    assert len(read_video(tmp_path / "out" / "clip.mp4")[1]) == 1
+
+
 def test_a_failure_leaves_no_half_video(checkpoint, tmp_path, monkeypatch):
-    fail_at(monkeypatch, 3, RuntimeError("out of memory"))
+    fail_at(monkeypatch, 3, lambda: raising(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
         call(checkpoint, tmp_path / "out", write_video(tmp_path / "clip.mp4"))
     assert written_in(tmp_path / "out") == ["predictions.json"]

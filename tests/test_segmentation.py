@@ -789,6 +789,10 @@ def test_best_is_what_the_model_was_trained_for():
     boxes, masks = {"test_coco_eval_bbox": [0.1] * 12}, {"test_coco_eval_masks": [0.2] * 12}
     quality = {"test_PQ_all": {"pq": 0.3}}
     assert [main_figure(row) for row in ({}, boxes, boxes | masks, boxes | quality)] == [None, 0.1, 0.2, 0.3]
+    # -1 and NaN are no measurements.
+    for number in (-1, float("nan")):
+        assert main_figure({"test_coco_eval_bbox": [number] * 12}) is None
+        assert main_figure(quality | {"test_PQ_all": {"pq": number}}) is None
 
 
 # Prediction --------------------------------------------------------------------------------------------------------

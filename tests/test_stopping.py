@@ -1,19 +1,37 @@
 """Runs that are told to stop, killed, or out of disk, and go on: nothing is lost, and nothing changes by it."""
 
+import json
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import equal_states, read_log, start, train
+from conftest import ROOT, equal_states, read_log, start, train
 
+from enact_common.benchmark.isolated import run_isolated
 from enact_common.checkpoint import load_checkpoint, save_checkpoint
-from enact_common.errors import UserError
+from enact_common.errors import UserError, exit_status
+from enact_common.files import write_file
 from enact_common.run import Run
-from enact_common.stopping import SIGNALS, STOPPED, listening, stop_requested
+from enact_common.stopping import (
+    ENDING,
+    SIGNALS,
+    STOPPED,
+    Interrupted,
+    cancelling,
+    interruptible,
+    listening,
+    stop_requested,
+    uninterrupted,
+)
 
 # Twelve images, one at a time: twelve batches and six steps an epoch, with all that a checkpoint has to remember.
 STEPS = "--batch_size 1 --accumulate 2 --epochs 2 --dropout 0.1 --ema 0.9 --print_freq 1 --limit_val 2".split()
@@ -44,9 +62,9 @@ def assert_same_training(ours: Path, theirs: Path) -> None:
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["alone", "two processes"])
-def uninterrupted(request, shapes, tmp_path_factory):
+def whole_training(request, shapes, tmp_path_factory):
     """How many processes, and the folder of their training."""
-    output = tmp_path_factory.mktemp("uninterrupted") / "run"
+    output = tmp_path_factory.mktemp("whole") / "run"
     statuses = end(start(request.param, "detr", shapes, output, *STEPS))
     assert statuses == [0] * request.param
     return request.param, output
@@ -55,8 +73,8 @@ def uninterrupted(request, shapes, tmp_path_factory):
 @pytest.mark.parametrize(
     "number, workers", [(signal.SIGTERM, "2"), (signal.SIGUSR1, "0")], ids=["SIGTERM to all", "SIGUSR1 to one"]
 )
-def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(uninterrupted, shapes, tmp_path, number, workers):
-    count, theirs = uninterrupted
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(whole_training, shapes, tmp_path, number, workers):
+    count, theirs = whole_training
     argv = [*STEPS, "--num_workers", workers, "--auto_resume"]
     processes = start(count, "detr", shapes, tmp_path, *argv)
     wait_for_line(processes[0], "epoch 0 [ 3/12]" if count == 1 else "epoch 0 [2/6]")
@@ -79,8 +97,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(uninterrupted, shap
     assert_same_training(tmp_path, theirs)
 
 
-def test_kills_at_any_moment_leave_a_checkpoint_that_goes_on(uninterrupted, shapes, tmp_path):
-    count, theirs = uninterrupted
+def test_kills_at_any_moment_leave_a_checkpoint_that_goes_on(whole_training, shapes, tmp_path):
+    count, theirs = whole_training
     argv = [*STEPS, "--auto_resume", "--save_every_steps", "1"]
     latest, partial = tmp_path / "checkpoint.pth", tmp_path / "checkpoint.pth.partial"
     during_saves = 0
@@ -285,3 +303,224 @@ def test_the_best_checkpoint_is_that_of_the_highest_precision(shapes, tmp_path, 
     argv = ["--epochs", "3", "--limit_train", "4", "--limit_val", "1"]
     assert train("detr", shapes, tmp_path, *argv) == 0
     assert load_checkpoint(str(tmp_path / "best.pth"))["epoch"] == 1
+
+
+@pytest.fixture
+def nothing_to_find(shapes, tmp_path):
+    """From what the validation's annotations become to the data set."""
+
+    def make(change) -> Path:
+        root = shutil.copytree(shapes, tmp_path / "data")
+        path = root / "annotations" / "instances_val2017.json"
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({**content, "annotations": change(content["annotations"])}))
+        return root
+
+    return make
+
+
+EMPTY = {
+    "no objects": lambda annotations: [],
+    "crowds alone": lambda annotations: [{**annotation, "iscrowd": 1} for annotation in annotations],
+    "not in the part": lambda annotations: [a for a in annotations if a["image_id"] > 2],  # of --limit_val 2
+}
+
+
+@pytest.mark.parametrize("change", EMPTY.values(), ids=EMPTY)
+def test_where_nothing_can_be_measured_nothing_is_the_best(nothing_to_find, change, tmp_path, capsys):
+    root = nothing_to_find(change)
+    few = ["--epochs", "2", "--limit_train", "4", "--limit_val", "2", "--auto_resume"]
+    assert train("detr", root, tmp_path / "out", *few, "--early_stop", "1") == 2
+    refused = capsys.readouterr()
+    file = root / "annotations" / "instances_val2017.json"
+    assert f"error: --early_stop 1: there is no AP to go by, since {file} has no objects" in refused.err
+    assert "epoch 0" not in refused.out and not list((tmp_path / "out").glob("*.pth"))
+
+    assert train("detr", root, tmp_path / "out", *few) == 0
+    out = capsys.readouterr().out
+    assert out.count(f"no AP can be measured (COCO's figures are -1), since {file} has no objects") == 1
+    assert "the 2 images that --limit_val 2 leaves; best.pth is not written" in out and "highest AP" not in out
+    assert [row["test_coco_eval_bbox"] for row in read_log(tmp_path / "out")] == [[-1] * 12] * 2
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.pth")) == ["checkpoint.pth"]
+    # An earlier best stays.
+    (tmp_path / "out" / "best.pth").write_bytes(b"of before")
+    assert train("detr", root, tmp_path / "out", *few, "--epochs", "3") == 0
+    assert (tmp_path / "out" / "best.pth").read_bytes() == b"of before"
+
+
+@pytest.mark.parametrize("number", [-1.0, float("nan")])
+def test_figures_that_are_no_measurements_do_not_count(shapes, tmp_path, monkeypatch, number):
+    figures = iter([number, 0.2, number, number, 0.3])
+    monkeypatch.setattr(Run, "report", lambda self, *args: {"test_coco_eval_bbox": [next(figures)] * 12})
+    argv = ["--limit_train", "4", "--limit_val", "1", "--early_stop", "2", "--auto_resume"]
+    for epochs, best in ((1, None), (4, 1), (5, 4)):
+        assert train("detr", shapes, tmp_path, "--epochs", str(epochs), *argv) == 0
+        assert (tmp_path / "best.pth").is_file() == (best is not None)
+        assert best is None or load_checkpoint(str(tmp_path / "best.pth"))["epoch"] == best
+    assert [row["epoch"] for row in read_log(tmp_path)] == [0, 1, 2, 3, 4]
+
+
+# ------------------------------------------------------------------------------------------- commands beside a training
+
+
+def send(number: int = signal.SIGTERM, times: int = 1) -> None:
+    for _ in range(times):
+        os.kill(os.getpid(), number)
+
+
+@pytest.fixture
+def ctrl_c_works():
+    """SIGINT as in a terminal: the tests may run in the background of a script, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", ENDING, ids=lambda number: number.name)
+def test_a_signal_ends_a_command_like_ctrl_c(number, tmp_path, capsys, ctrl_c_works):
+    handlers = {other: signal.getsignal(other) for other in ENDING}
+
+    def command() -> int:
+        def write(file) -> None:
+            file.write(b"half")
+            send(number, times=2)  # as `timeout` does it: to the process and to its group
+            file.write(b"whole")
+
+        write_file(tmp_path / "file", write)
+        return 0
+
+    assert exit_status("program", command) == 128 + number
+    assert capsys.readouterr() == ("", f"program: interrupted by {number.name}\n")
+    assert list(tmp_path.iterdir()) == []
+    assert {other: signal.getsignal(other) for other in ENDING} == handlers
+
+
+def test_a_signal_waits_for_the_end_of_a_block_that_is_not_to_be_cut_in_two():
+    done = []
+    with pytest.raises(Interrupted), interruptible():
+        with uninterrupted():
+            with uninterrupted():
+                send()
+                done.append(1)
+            done.append(2)
+        done.append(3)
+    assert done == [1, 2]
+
+
+def test_an_interruption_that_other_code_turned_into_an_error_is_one(capsys):
+    def command() -> int:
+        try:
+            send()
+        except KeyboardInterrupt as error:
+            raise RuntimeError("terminate called, frame #0: ...") from error
+
+    assert exit_status("program", command) == 143
+    assert capsys.readouterr().err == "program: interrupted by SIGTERM\n"
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert exit_status("program", lambda: send(signal.SIGHUP) or 5) == 5
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_other_threads_can_run_commands():
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(exit_status, "program", lambda: 5).result() == 5
+
+
+def test_a_second_signal_ends_a_command_at_once(capfd):
+    def command() -> int:
+        try:
+            send()
+        finally:
+            time.sleep(1.1)  # so that it is another request
+            send()
+            time.sleep(60)
+
+    assert status_of_fork(lambda: exit_status("program", command)) == -signal.SIGTERM
+    assert capfd.readouterr().err == ""
+
+
+def test_a_forked_child_does_not_clean_up_for_its_parent():
+    def command() -> int:
+        return status_of_fork(lambda: send() or 5)
+
+    assert exit_status("program", command) == -signal.SIGTERM
+
+
+def status_of_fork(function: Callable[[], int]) -> int:
+    """The exit status of a forked process that calls a function; negative for a signal."""
+    child = os.fork()
+    if not child:
+        os._exit(function())
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def sleep_in(folder: str) -> None:
+    """For a process of its own: say that it has begun, then take long."""
+    partial = Path(folder) / "temporary"
+    partial.touch()
+    try:
+        time.sleep(60)
+    finally:
+        partial.unlink()
+
+
+def interrupt_when(path: Path) -> None:
+    """Send this process SIGTERM, from a thread, once there is such a file."""
+
+    def watch() -> None:
+        deadline = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        send()
+
+    ThreadPoolExecutor(1).submit(watch)
+
+
+def test_processes_that_a_command_started_clean_up_and_end(tmp_path, capsys):
+    interrupt_when(tmp_path / "temporary")
+    begin = time.monotonic()
+    assert exit_status("program", lambda: run_isolated(sleep_in, str(tmp_path)).status) == 143
+    assert time.monotonic() - begin < 55
+    assert list(tmp_path.iterdir()) == [] and multiprocessing.active_children() == []
+    assert capsys.readouterr().err == "program: interrupted by SIGTERM\n"
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_what_waits_for_its_turn_in_a_pool_is_not_done(tmp_path, kind):
+    context = multiprocessing.get_context("spawn")
+    pool = ThreadPoolExecutor(1) if kind == "threads" else ProcessPoolExecutor(1, context)
+    begin = time.monotonic()
+    with pytest.raises(Interrupted), interruptible(), pool, cancelling(pool):
+        futures = [pool.submit(time.sleep, 0.5 if kind == "threads" else 30) for _ in range(8)]
+        send()
+        futures[-1].result()
+    assert time.monotonic() - begin < 25 and multiprocessing.active_children() == []
+
+
+# The commands, by their modules, with what makes them go on for long; in FOLDER they write.
+COMMANDS = {
+    "enact_common.data.synthetic": ["--output_dir", "FOLDER/out", "--train", "100000"],
+    "enact_common.demo": ["--output_dir", "FOLDER/out"],
+}
+
+
+@pytest.mark.parametrize("module", COMMANDS)
+def test_sigterm_ends_a_command_in_one_line(module, tmp_path):
+    argv = [word.replace("FOLDER", str(tmp_path)) for word in COMMANDS[module]]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-m", module, *argv],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while not list(tmp_path.glob("**/*.jpg")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, complained = process.communicate(timeout=60)
+    assert (process.returncode, complained) == (143, f"python -m {module}: interrupted by SIGTERM\n")
+    assert list(tmp_path.glob("**/*.partial")) == []

@@ -13,6 +13,7 @@ from enact_common.benchmark.parts import PARTS
 from enact_common.benchmark.report import GIB, MIB, precision_text
 from enact_common.benchmark.scaling import LAYERS
 from enact_common.benchmark.table import ROWS
+from enact_common.plots.style import save
 
 # Of Okabe and Ito's palette, which colour-blind readers can tell apart: plain attention in cool colours, clusters in
 # warm ones, the same in all pictures.
@@ -79,7 +80,7 @@ def finish(figure: Figure, title: str, handles: Sequence, path: Path, columns: i
     """Give a figure its title and one legend for all panels, in one row or in so many columns, and write it."""
     figure.suptitle(title, fontsize=9)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns or len(handles), frameon=False)
-    figure.savefig(path, dpi=150)
+    save(figure, path)
 
 
 def draw_table(figures: dict, path: Path) -> None:

@@ -1,6 +1,5 @@
 """Measurements in other processes: one that runs out of memory ends alone."""
 
-import contextlib
 import errno
 import gc
 import multiprocessing
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from enact_common.errors import UserError
+from enact_common.stopping import end_children, interruptible, interruption
 
 # Statuses of an `Outcome`.
 DONE, OUT_OF_MEMORY, FAILED = "done", "out of memory", "failed"
@@ -113,8 +113,8 @@ class Worker:
     def __enter__(self) -> "Worker":
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
-        self._end(kill=kind is not None)
+    def __exit__(self, *error) -> None:
+        self._end()
 
     def call(self, function: Callable, *args) -> Outcome:
         """Call a function in the process and wait for what it returns.
@@ -131,7 +131,9 @@ class Worker:
         except (EOFError, ConnectionError):  # it died
             outcome = died(self._end(), self.limit)
         except BaseException:
-            self._end(kill=True)
+            # Not killed at once: it may have temporary files and loaders' workers.
+            end_children()
+            self._end()
             raise
         if self.fresh or outcome.status != DONE:
             self._end()
@@ -145,12 +147,10 @@ class Worker:
         # The child's end is now the only one: its death closes the pipe.
         theirs.close()
 
-    def _end(self, kill: bool = False) -> int:
-        """Let the process end, or kill it; its exit code, 0 without a process."""
+    def _end(self) -> int:
+        """Let the process end; its exit code, 0 without a process."""
         if self._process is None:
             return 0
-        if kill:
-            self._process.kill()
         self._pipe.close()
         self._process.join()
         code, self._process = self._process.exitcode, None
@@ -188,16 +188,22 @@ def died(exitcode: int, limit: bool) -> Outcome:
 
 
 def _serve(pipe, limit: bool) -> None:
-    if limit:
-        limit_memory()
-    with contextlib.suppress(EOFError):  # whoever asks has ended
-        while True:
-            function, args = pipe.recv()
-            pipe.send(attempt(function, *args))
-            # Models hold themselves in cycles, and with them a GPU's memory; compiled code counts against a limit.
-            gc.collect()
-            if "torch._dynamo" in sys.modules:
-                torch.compiler.reset()
+    try:
+        with interruptible():
+            if limit:
+                limit_memory()
+            while True:
+                function, args = pipe.recv()
+                pipe.send(attempt(function, *args))
+                # Models hold themselves in cycles, and with them a GPU's memory; compiled code counts against a limit.
+                gc.collect()
+                if "torch._dynamo" in sys.modules:
+                    torch.compiler.reset()
+    except (EOFError, ConnectionError):  # whoever asks has ended
+        return
+    except KeyboardInterrupt as error:
+        # The parent says it.
+        sys.exit(interruption(error)[0])
 
 
 def limit_memory() -> None:

@@ -15,6 +15,7 @@ from enact_common.benchmark.eager import naive_clustered, naive_row_column
 from enact_common.benchmark.isolated import numerics
 from enact_common.benchmark.measuring import machine, synchronizer, take_turns
 from enact_common.device import find_device
+from enact_common.files import write_file
 from enact_common.variants import load_variant
 
 # (H, W, clusters) and (H, W, queries): maps of images of 800 x 1333 and 640 x 800 pixels at stride 16, with a cluster
@@ -110,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         settings = {"batch": args.batch, "channels": args.channels}
         figures = {"machine": where, **settings, "numerics": numerics(), "rows": rows}
-        Path(args.output).write_text(json.dumps(figures, indent=1))
+        write_file(Path(args.output), lambda file: file.write(json.dumps(figures, indent=1).encode()), sync=False)
     return 0
 
 

@@ -19,7 +19,7 @@ from enact_common.data.coco import check_file_names, load_annotations
 from enact_common.data.images import decode_image, images_in
 from enact_common.drawing import draw_detections
 from enact_common.errors import UserError
-from enact_common.inference import load_detector
+from enact_common.inference import as_pixels, load_detector
 
 # Larger pictures are scaled down to this longer side, in pixels: a page is looked at, and sent to others.
 LONGEST_SIDE = 800
@@ -36,10 +36,12 @@ class Objects:
 
 @dataclass
 class Scene:
-    """An image to detect in: its file, and what is in it, None where that is not known."""
+    """An image to detect in: its file; what is in it, None where that is not known; and whether it is turned as EXIF
+    says, which a data set's is not."""
 
     path: Path
     truth: Objects | None = None
+    exif: bool = False
 
 
 @dataclass
@@ -67,7 +69,7 @@ def given_scenes(sources: Sequence[Path], most: int) -> list[Scene]:
             raise UserError(f"--images {source}: no such file or folder")
     for path in paths:
         decode_image(path)
-    return [Scene(path) for path in paths]
+    return [Scene(path, exif=True) for path in paths]
 
 
 def validation_scenes(runs: Sequence[RecordedRun], most: int) -> list[Scene]:
@@ -136,20 +138,20 @@ def detect(run: RecordedRun, scenes: Sequence[Scene], threshold: float, device: 
         return str(error)
     found = []
     for scene in tqdm(scenes, desc=run.name, unit="image"):
-        detections = detector(scene.path)
+        detections = detector(scene.path, exif=scene.exif)
         found.append(Objects(detections.boxes.numpy(), detections.names, detections.scores.tolist()))
     return found
 
 
-def draw(path: Path, objects: Objects, colours: dict[str, int]) -> str:
+def draw(scene: Scene, objects: Objects, colours: dict[str, int]) -> str:
     """An image with objects drawn into it, as a data URI.
 
     Args:
-        path: the image.
+        scene: the image.
         objects: in it.
         colours: class name to number of its colour.
     """
-    pixels = decode_image(path).permute(1, 2, 0).numpy()
+    pixels = as_pixels(scene.path, scene.exif).permute(1, 2, 0).numpy()
     height, width = pixels.shape[:2]
     scale = min(1.0, LONGEST_SIDE / max(height, width))
     if scale < 1:
@@ -179,12 +181,12 @@ def side_by_side(
         panels = []
         if scene.truth is not None:
             caption = f"annotated: {len(scene.truth.names)}"
-            panels.append(Panel(caption, draw(scene.path, scene.truth, colours)))
+            panels.append(Panel(caption, draw(scene, scene.truth, colours)))
         for run in runs:
             outcome = found[run.name]
             if isinstance(outcome, str):
                 panels.append(Panel(run.name, reason=outcome))
             else:
                 caption = f"{run.name}: {len(outcome[i].names)} found"
-                panels.append(Panel(caption, draw(scene.path, outcome[i], colours)))
+                panels.append(Panel(caption, draw(scene, outcome[i], colours)))
         yield scene.path.name, panels

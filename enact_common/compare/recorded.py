@@ -9,6 +9,7 @@ from enact_common.checkpoint import BEST, LATEST, load_checkpoint
 from enact_common.errors import UserError
 from enact_common.evaluation.coco import EVALUATION, FIGURES
 from enact_common.inference import variant_of
+from enact_common.logs import is_measured
 from enact_common.runs import FIGURES_KEY, LOG, is_number, read_epochs, read_evaluation, series
 
 
@@ -61,7 +62,7 @@ class RecordedRun:
         else:
             lists = [row[FIGURES_KEY] for row in self.epochs if series([row], FIGURES_KEY, 0)]
             found = dict(zip(FIGURES, lists[-1], strict=False)) if lists else {}
-        return {name: found[name] for name in FIGURES if is_number(found.get(name)) and found[name] >= 0}
+        return {name: found[name] for name in FIGURES if is_measured(found.get(name))}
 
     @property
     def best(self) -> tuple[int, float] | None:

@@ -34,7 +34,8 @@ from enact_common.data.coco import (
     read_json,
     stated_size,
 )
-from enact_common.data.images import decode_rgb, image_suffixes, is_hidden, open_image, read_file
+from enact_common.data.exif import exif_orientation
+from enact_common.data.images import decode_rgb, image_suffixes, is_hidden, read_file
 from enact_common.data.masks import normalize_all, normalize_size
 from enact_common.data.names import hint, index_files, other_name
 from enact_common.data.values import (
@@ -51,9 +52,13 @@ from enact_common.data.values import (
     shown,
 )
 from enact_common.errors import UserError, exit_status
+from enact_common.stopping import cancelling
 
 # From what ends a training, over what spoils it and what it copes with, to what is good to know.
 ERROR, FAULT, WARNING, NOTE = SEVERITIES = ("error", "fault", "warning", "note")
+
+# A finding that a training words in its own way.
+NOTHING_TO_MEASURE = "no boxes: COCO's figures will all be -1"
 
 # Cases that a finding names.
 EXAMPLES = 3
@@ -63,9 +68,6 @@ AREAS = {"small (below 32 x 32)": 32**2, "medium": 96**2, "large (from 96 x 96)"
 
 # Pixels by which annotation tools round boxes over the image's edge.
 EDGE_SLACK = 1.0
-
-# EXIF's number for how an image is to be turned.
-EXIF_ORIENTATION = 0x0112
 
 # Decoding is OpenCV's, which lets other threads run.
 MAX_THREADS = 8
@@ -451,6 +453,8 @@ def check_counts(split: Split, num_queries: int) -> list[Finding]:
     if not split.objects.any():
         text = "no boxes to learn from" if source == "train" else "no boxes: COCO's figures will all be -1"
         return [*findings, Finding(ERROR if source == "train" else WARNING, source, text, 1)]
+        text = "no boxes to learn from" if source == "train" else NOTHING_TO_MEASURE
+        return [*findings, Finding(ERROR if source == "train" else WARNING, source, text, 1)]
     objects = np.bincount(split.image_of[split.objects], minlength=len(split.images))
     many = np.flatnonzero(objects > num_queries)
     text = f"images with more objects than the model has queries ({num_queries}): the rest cannot be found"
@@ -558,17 +562,6 @@ def inspect_image(path: Path) -> StoredImage | None:
     return StoredImage((width, height), exif_orientation(encoded.tobytes()), digest)
 
 
-def exif_orientation(source: Path | bytes) -> int:
-    """EXIF's orientation of an image file or its content, 1 to 8, that reading does not apply; 1, upright, for none."""
-    try:
-        with open_image(source) as image:
-            # A TIFF is read as its orientation says: what comes of it is upright.
-            orientation = 1 if image.format == "TIFF" else image.getexif().get(EXIF_ORIENTATION, 1)
-    except Exception:  # what damaged metadata raises has no end, and decoding has shown that the pixels are there
-        return 1
-    return orientation if orientation in range(1, 9) else 1
-
-
 def inspect_images(split: Split, progress: bool = False) -> list[StoredImage | None]:
     """Read all image files of a split whole, with threads.
 
@@ -583,7 +576,7 @@ def inspect_images(split: Split, progress: bool = False) -> list[StoredImage | N
     opencv_threads = cv2.getNumThreads()
     cv2.setNumThreads(0)
     try:
-        with ThreadPoolExecutor(MAX_THREADS) as pool:
+        with ThreadPoolExecutor(MAX_THREADS) as pool, cancelling(pool):
             stored = pool.map(inspect_image, paths)
             bar = tqdm(stored, split.name, len(paths), unit="image", disable=None if progress else True)
             return list(bar)

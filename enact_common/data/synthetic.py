@@ -28,6 +28,7 @@ import json
 import math
 import operator
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from enact_common.errors import exit_status
 from enact_common.files import write_atomically
 
 SHAPES = ("circle", "square", "triangle", "star", "crescent", "cross")
@@ -625,10 +627,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a bad value or a folder that is refused ends it with status 2."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0; 143 after SIGTERM, 130 after Ctrl-C: the same command goes on with what is missing then.
+
+    Raises:
+        SystemExit: 2, for a bad value or a folder that is refused.
+    """
     parser = build_parser()
-    options = vars(parser.parse_args(arguments))
+    args = parser.parse_args(arguments)
+    return exit_status(parser.prog, lambda: run(parser, vars(args)))
+
+
+def run(parser: argparse.ArgumentParser, options: dict) -> int:
+    """Make the data set that the options describe, and say so."""
     if len(options["size"]) == 1:
         options["size"] *= 2
     parameters = {key: value for key, value in options.items() if key not in ("output_dir", "force")}
@@ -642,7 +656,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (FileExistsError, NotADirectoryError) as error:
         parser.error(str(error))
     print(f"{options['train']} training and {options['val']} validation images in {root}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -25,6 +25,7 @@ from enact_common.data.synthetic import SceneObject, draw_scene
 from enact_common.errors import UserError
 from enact_common.files import read_tensors, write_atomically
 from enact_common.nested_tensor import NestedTensor
+from enact_common.stopping import cancelling
 
 TRAIN, VAL = "train", "val"
 
@@ -210,6 +211,7 @@ def draw_images(source: Shapes, part: str) -> Images:
         drawn: Iterator[Drawn] = map(partial(draw_one, source, part), range(count))
         if count >= DRAWN_SIDE_BY_SIDE:
             pool = stack.enter_context(ProcessPoolExecutor(os.cpu_count(), get_context("spawn")))
+            stack.enter_context(cancelling(pool))
             drawn = pool.map(partial(draw_one, source, part), range(count), chunksize=32)
         for i, (seen, width, objects, labels) in enumerate(drawn):
             own = seen.shape[:2]
@@ -253,7 +255,7 @@ def read_photographs(source: Photographs, part: str) -> Images:
     """Read one part, crowds left out.
 
     Raises:
-        UserError: it is not there.
+        UserError: it is not there, or has no objects.
     """
     folder = Path(source.folder)
     content = load_annotations(folder / "annotations" / f"instances_{part}2017.json")
@@ -264,6 +266,8 @@ def read_photographs(source: Photographs, part: str) -> Images:
         x, y, w, h = annotation["bbox"]
         if not annotation.get("iscrowd") and w > 0 and h > 0:
             by_image[annotation["image_id"]].append(annotation)
+    if not any(by_image.values()):
+        raise UserError(f"--bccd {source.folder}: {part} has no objects (crowds do not count): nothing can be measured")
     count = len(content["images"])
     pixels = torch.zeros(count, 3, source.height, source.width, dtype=torch.uint8)
     names = [category["name"] for category in categories]

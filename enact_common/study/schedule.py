@@ -1,6 +1,7 @@
 """Which trainings there are, and their turns: several side by side, each after those that it begins with."""
 
 import os
+import signal
 import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from enact_common.stopping import cancelling
 from enact_common.study.presets import ARMS, Preset, Trial
 from enact_common.study.training import START, Results, Task, start_of, train
 
@@ -34,7 +36,9 @@ def task_of(trial: Trial, arm: str, seed: int, device: str) -> Task:
 
 
 def end_with_parent() -> None:
-    """Let a process of the pool end when the study is killed, rather than wait for work for ever."""
+    """Let a process of the pool end when the study is killed, rather than wait for work for ever; and after Ctrl-C,
+    which goes to all processes, without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def watch() -> None:
         parent_process().join()
@@ -65,7 +69,7 @@ def run_trainings(preset: Preset, folder: Path, until: float) -> int:
     running: dict[Future, Task] = {}
     environment = {"OMP_NUM_THREADS": str(preset.threads)}
     os.environ.update(environment)
-    with ProcessPoolExecutor(preset.jobs, get_context("spawn"), end_with_parent) as pool:
+    with ProcessPoolExecutor(preset.jobs, get_context("spawn"), end_with_parent) as pool, cancelling(pool):
         while waiting or running:
             undone = {task.name for task in (*running.values(), *waiting)}
             ready = [task for task in waiting if not undone & set(needed(task))]
