@@ -96,6 +96,8 @@ class Detections:
 class LoadedDetector:
     """A trained detector that takes images as they come; `load_detector` makes it.
 
+    It can be pickled, deep-copied and sent to other processes; `detector.model` can be moved and cast to another dtype.
+
     Images go through the model one by one: with ENACT's default settings a result would depend on its batch mates.
 
     Attributes:
@@ -104,7 +106,7 @@ class LoadedDetector:
         model: in evaluation mode, on `device`.
         label_map: what its labels mean.
         threshold: least score of a detection, and of a segment, in [0, 1].
-        device: where the model is.
+        device: where the model is now, so `detector.model.to(...)` may move it.
         things: of a panoptic model, the labels of what can be counted; None of others.
     """
 
@@ -125,9 +127,12 @@ class LoadedDetector:
         self.postprocess = postprocess
         self.label_map = label_map
         self.threshold = threshold
-        self.device = device
         self.things = things
         self._resize = eval_transforms(args.eval_size, args.max_size)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
     def __call__(
         self, images: ImageLike | Sequence[ImageLike], threshold: float | None = None
