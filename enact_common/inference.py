@@ -107,7 +107,6 @@ class LoadedDetector:
         model: in evaluation mode, on `device`.
         label_map: what its labels mean.
         threshold: least score of a detection, and of a segment, in [0, 1].
-        device: where the model is now, so `detector.model.to(...)` may move it.
         things: of a panoptic model, the labels of what can be counted; None of others.
     """
 
@@ -133,6 +132,7 @@ class LoadedDetector:
 
     @property
     def device(self) -> torch.device:
+        """Where the model is now."""
         return next(self.model.parameters()).device
 
     def __call__(
