@@ -1,7 +1,9 @@
 """Checkpoints: plain tensors and built-in types, written whole or not at all."""
 
 import argparse
+import logging
 import random
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from enact_common.download import download, is_url
 from enact_common.errors import UserError
 from enact_common.files import read_tensors, write_file
 
+logger = logging.getLogger("enact")
+
 # Names in a run's folder: what each epoch replaces, and its copy at the evaluation with the highest AP so far.
 LATEST, BEST = "checkpoint.pth", "best.pth"
 
@@ -24,7 +28,20 @@ OLD_NAMES = {"v2": "sine", "v3": "learned"}
 # Of a model with a mask head, what the names of the detector's tensors and of the head's begin with.
 DETECTOR, MASK_HEAD = "detr.", "mask_head."
 
-EXPECTED = "a file that torch.save wrote, holding a dict with the key 'model' (a state dict)"
+EXPECTED = "a file that torch.save or safetensors wrote, with a state dict, by itself or under the key 'model'"
+
+# Keys under which checkpoints keep a state dict, in the order in which they are looked for.
+WEIGHTS = ("model", "state_dict", "model_state_dict", "ema", "model_ema", "module")
+
+# Dicts in one another that are searched for a state dict.
+MOST_NESTED = 4
+
+# Parts of tensors' names that wrappers add, anywhere in the name: DataParallel and DistributedDataParallel,
+# torch.compile, FSDP and activation checkpointing.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+# What comes before the names of a detector with a mask head, and of one without: a Lightning module's attribute, say.
+PREFIXES = re.compile(r"((?:\w+\.)*?)mask_head\."), re.compile(r"((?:\w+\.)*?)transformer\.(?:en|de)coder")
 
 
 def detector_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -52,25 +69,51 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         raise UserError(f"{error}{kept}. Make room or choose another --output_dir, and go on with --resume") from error
 
 
-def load_checkpoint(source: str) -> dict[str, Any]:
-    """Read a checkpoint of ours or of the original repositories; tensors come to the CPU.
+def load_checkpoint(source: str, to_resume: bool = False) -> dict[str, Any]:
+    """Read a checkpoint of ours, of the original repositories, or of another training program's shape.
+
+    The weights are looked for under `WEIGHTS`, and the names that wrappers added are taken off; one line in the log
+    says what was done. Tensors come to the CPU.
 
     Args:
         source: a path, or an https URL that says the file's hash (`enact_common.download.download`).
+        to_resume: refuse another shape than ours: its optimizer's state would not belong to the renamed weights.
 
     Returns:
-        a dict with at least `model`; `args`, where there are any, as a dict.
+        a dict with at least `model`, from names to tensors; `args`, where there are any, as a dict.
 
     Raises:
         UserError: naming the file and what was expected; nothing in the file has been executed.
     """
     path = download(source) if is_url(source) else Path(source)
     state = read_tensors(path, EXPECTED)
-    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+    weights, place = find_weights(state)
+    if weights is None:
         keys = f"keys {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{path}: not a checkpoint ({keys}); expected {EXPECTED}")
+    weights, changes = own_names(weights, source)
+    if place != "model":
+        changes.insert(0, f"weights taken from '{place}'" if place else "the whole file taken as weights")
+    if changes and to_resume:
+        raise UserError(
+            f"{source}: no training can go on from a checkpoint of this shape ({'; '.join(changes)}). Pass it as "
+            "--pretrained, to begin from its weights, or with --eval, to evaluate them"
+        )
+    state = {**state, "model": weights} if place else {"model": weights}
+    if place.startswith("model_ema"):
+        del state["model_ema"]
+    elif find_weights(state.get("model_ema"))[0]:
+        state["model_ema"], _ = own_names(find_weights(state["model_ema"])[0], source)
+    # Our own averaged weights are for those who read the checkpoint to choose.
+    first = place.partition(".")[0]
+    aside = [key for key in WEIGHTS if key not in (first, "model", "model_ema") and find_weights(state.get(key))[0]]
+    if aside:
+        changes.append(f"weights taken from '{place}', not from {' or '.join(map(repr, aside))}")
+    if changes:
+        logger.warning("%s: %s", source, "; ".join(changes))
     args = state.get("args") or {}
-    args = dict(vars(args) if isinstance(args, argparse.Namespace) else args)
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
+    args = dict(args) if isinstance(args, Mapping) else {}
     if "position_embedding" in args:
         args["position_embedding"] = OLD_NAMES.get(args["position_embedding"], args["position_embedding"])
     # Anchor DETR's parser kept the word that was typed, and built a dilated backbone for any.
@@ -80,6 +123,66 @@ def load_checkpoint(source: str) -> dict[str, Any]:
     if args:
         args.setdefault("enact_scale_logits", False)
     return {**state, "args": args}
+
+
+def find_weights(state: Any, nested: int = MOST_NESTED) -> tuple[dict[str, torch.Tensor] | None, str]:
+    """The state dict in what a file holds, and the keys that lead to it, joined by dots.
+
+    Args:
+        state: tensors and built-in types.
+        nested: how many dicts in one another are searched.
+
+    Returns:
+        the state dict, None where there is none; the keys are "" where it is all that the file holds.
+    """
+    if not isinstance(state, dict) or not nested:
+        return None, ""
+    for key in WEIGHTS:
+        weights, place = find_weights(state.get(key), nested - 1)
+        if weights is not None:
+            return weights, f"{key}.{place}".rstrip(".")
+    named = all(isinstance(name, str) for name in state)
+    return (state if named and any(map(torch.is_tensor, state.values())) else None), ""
+
+
+def own_names(weights: dict[str, Any], source: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """A state dict under the detector's own names, without what wrappers and training programs added.
+
+    Args:
+        weights: from names to tensors, and to other things that are left out.
+        source: the checkpoint's name, for the message.
+
+    Returns:
+        the state dict, and what was done, in words.
+
+    Raises:
+        UserError: two tensors would have one name.
+    """
+    changes = []
+    found = {part for name in weights for part in name.split(".")[:-1] if part in WRAPPERS}
+    if found:
+        changes.append(f"{', '.join(f'{part}.' for part in sorted(found))} taken off the tensors' names")
+    names = {name: ".".join(p for p in name.split(".") if p not in found) for name in weights}
+    prefixes: list[str] = []
+    for pattern in PREFIXES:
+        prefixes = prefixes or list(dict.fromkeys(m[1] for m in map(pattern.match, names.values()) if m))
+    prefix = next((p for p in ("", "model.") if p in prefixes), prefixes[0] if prefixes else "")
+    others = tuple(p for p in prefixes if p.startswith(prefix) and p != prefix)
+    if prefix:
+        changes.append(f"{prefix} taken off the tensors' names")
+    own: dict[str, torch.Tensor] = {}
+    left_out = []
+    for name, bare in names.items():
+        short = bare.removeprefix(prefix)
+        if not bare.startswith(prefix) or bare.startswith(others) or not torch.is_tensor(weights[name]):
+            left_out.append(name)
+        elif short in own:
+            raise UserError(f"{source}: has two tensors {short}, one of them as {name}: save one model alone")
+        elif short != "n_averaged":  # AveragedModel's counter
+            own[short] = weights[name]
+    if left_out:
+        changes.append(f"left out: {', '.join(left_out[:3])}{', ...' if len(left_out) > 3 else ''}")
+    return own, changes
 
 
 def restore_clustering_flags(saved: dict[str, Any], args: argparse.Namespace) -> None:

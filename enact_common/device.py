@@ -1,5 +1,6 @@
 """Where a model runs: what `--device` and `--amp` ask for, and whether it is here."""
 
+import re
 import sys
 
 import torch
@@ -9,30 +10,56 @@ from enact_common.errors import UserError
 TORCH_VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
-def parse_device(name: str) -> torch.device:
-    """The device that `--device` names, be it here or not.
+# Types that the message about a missing device lists, where they are there.
+KINDS = ("cpu", "cuda", "mps", "xpu", "hpu")
+
+# Type and number, as PyTorch spells a device.
+NAME = re.compile(r"([a-z]+)(?::(0|[1-9]\d*))?")
+
+
+def parse_device(name: str) -> tuple[str, int]:
+    """The type and number that `--device` names, whether or not the device is here.
 
     Raises:
         UserError: no device has such a name.
     """
+    match = NAME.fullmatch(name)
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"--device {name}: not a device's name; use cuda, cuda:1 or cpu") from error
+        # PyTorch knows the types; it takes cuda:300 for cuda:44, so the number is read here.
+        torch.device(match[1] if match else name)
+    except RuntimeError:
+        match = None
+    if match is None:
+        raise UserError(f"--device {name}: not a device's name; use cuda, cuda:1 or cpu")
+    return match[1], int(match[2] or 0)
+
+
+def count_devices(kind: str) -> int:
+    """How many devices of a type ("cuda", "mps", ...) PyTorch sees; 0 for "meta" and others that compute nothing."""
+    if kind == "cpu":
+        return 1
+    backend = getattr(torch, kind, None)
+    if not hasattr(backend, "device_count"):
+        return 0
+    available = getattr(backend, "is_available", None)  # PyTorch 2.4's torch.mps has none
+    return backend.device_count() if available is None or available() else 0
 
 
 def find_device(name: str) -> torch.device:
     """The device that `--device` names.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: there is no such device here; the message names those that are.
     """
-    device = parse_device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: PyTorch sees no GPU here; pass --device cpu, or check the driver")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs here")
-    return device
+    kind, index = parse_device(name)
+    if index >= count_devices(kind):
+        counts = {kind: count_devices(kind) for kind in KINDS}
+        here = [k if count == 1 else f"{k}:{i}" for k, count in counts.items() for i in range(count)]
+        way_out = "pass --device cpu" if len(here) == 1 else f"here are {', '.join(here)}: pass one of these"
+        if kind == "cuda" and not counts["cuda"]:
+            way_out += ", or check the driver and that PyTorch is a build for GPUs"
+        raise UserError(f"--device {name}: PyTorch sees no such device here; {way_out}")
+    return torch.device("cpu") if kind == "cpu" else torch.device(name)
 
 
 def check_precision(amp: str, device: torch.device) -> None:

@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from enact_common.device import TORCH_VERSION
 from enact_common.errors import UserError
+from enact_common.file_kinds import describe_file, describe_folder, is_safetensors
 
 # The original repositories keep their arguments in one; nothing else beyond tensors and built-in types is let in.
 torch.serialization.add_safe_globals([argparse.Namespace])
@@ -96,7 +96,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], sync: bool = Tru
 
 
 def read_tensors(path: Path, expected: str) -> Any:
-    """What `torch.save` put into a file: tensors and built-in types alone, on the CPU.
+    """What `torch.save` or safetensors put into a file: tensors and built-in types alone, on the CPU.
 
     Nothing in the file is executed: a pickle that names any other class or function is refused as it is read.
 
@@ -105,22 +105,43 @@ def read_tensors(path: Path, expected: str) -> Any:
         expected: what it should hold, for the message.
 
     Raises:
-        UserError: it is missing, truncated, or holds something else.
+        UserError: it is missing, truncated, or holds something else; the message says what, where that shows.
     """
+    if path.is_dir():
+        kind, way_out = describe_folder(path)
+        raise UserError(f"{path}: not a file of tensors but {kind}; {way_out}")
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected {expected}")
     try:
-        if TORCH_VERSION < (2, 6):
-            check_reader(path)
+        if is_safetensors(path):
+            return read_safetensors(path)
+        check_reader(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # what a damaged pickle or archive raises has no end: struct.error, IndexError, ...
+        found = describe_file(path)
+        if found:
+            raise UserError(f"{path}: not a file of tensors but {found[0]}; {found[1]}") from error
         raise UserError(f"{path}: {describe(error)}; expected {expected}") from error
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors in a file of safetensors' format.
+
+    Raises:
+        UserError: the package is not installed.
+    """
+    try:
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        raise UserError(f"{path}: reading it needs safetensors: pip install 'safetensors>=0.4'") from error
+    return load_file(path)
 
 
 def check_reader(path: Path) -> None:
     """Refuse the two kinds of files that PyTorch before 2.6 gives to readers which execute code, whatever
-    `weights_only` says (CVE-2025-32434): TorchScript, and the tar archives of PyTorch's first releases. Later ones
-    refuse them themselves.
+    `weights_only` says (CVE-2025-32434): TorchScript, and the tar archives of PyTorch's first releases.
 
     Raises:
         ValueError: it is of one of these kinds.

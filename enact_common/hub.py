@@ -18,7 +18,7 @@ from enact_common.checkpoint import load_checkpoint, load_model
 from enact_common.data.categories import LabelMap, coco_names
 from enact_common.data.panoptic import NUM_CLASSES, things_of
 from enact_common.errors import UserError
-from enact_common.inference import arguments_of, variant_of
+from enact_common.inference import arguments_of, averaged_weights, known_variant
 from enact_common.segmentation import PostProcessPanoptic
 from enact_common.variants import VARIANTS, load_variant
 
@@ -133,7 +133,7 @@ def build(
     check_arguments(model, args)
     built, _, postprocessors = load_variant(model.variant).models.build_model(args)
     if state is not None:
-        load_model(built, state.get("model_ema") or state["model"], source)
+        load_model(built, averaged_weights(state, source), source)
     if not return_postprocessor:
         return built
     if model.panoptic:
@@ -204,9 +204,7 @@ def pretrained_arguments(
     Raises:
         UserError: naming the model that it is of.
     """
-    variant = variant_of(state)
-    if variant is None:
-        raise UserError(f"{source}: is a checkpoint of none of the variants ({', '.join(VARIANTS)})")
+    variant = known_variant(state, source)
     dilation = state["args"].get("dilation", model.dilation)
     args, label_map = arguments_of(state, variant, {"dilation": dilation})
     found = Model(variant, args.backbone, args.dilation, args.encoder_attention, args.dataset_file == PANOPTIC)

@@ -24,6 +24,7 @@ from enact_common.data.panoptic import NUM_CLASSES, VOID, coco_panoptic_names, p
 from enact_common.data.transforms import eval_transforms, resized_shape
 from enact_common.device import default_device, find_device
 from enact_common.errors import UserError
+from enact_common.file_kinds import describe_names
 from enact_common.segmentation import PostProcessPanoptic, full_size_masks
 from enact_common.variants import VARIANTS, load_variant
 
@@ -97,6 +98,8 @@ class Detections:
 class LoadedDetector:
     """A trained detector that takes images as they come; `load_detector` makes it.
 
+    It can be pickled, deep-copied and sent to other processes; `detector.model` can be moved and cast to another dtype.
+
     Images go through the model one by one: with ENACT's default settings a result would depend on its batch mates.
 
     Attributes:
@@ -105,7 +108,6 @@ class LoadedDetector:
         model: in evaluation mode, on `device`.
         label_map: what its labels mean.
         threshold: least score of a detection, and of a segment, in [0, 1].
-        device: where the model is.
         things: of a panoptic model, the labels of what can be counted; None of others.
     """
 
@@ -126,9 +128,13 @@ class LoadedDetector:
         self.postprocess = postprocess
         self.label_map = label_map
         self.threshold = threshold
-        self.device = device
         self.things = things
         self._resize = eval_transforms(args.eval_size, args.max_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is now."""
+        return next(self.model.parameters()).device
 
     def __call__(
         self, images: ImageLike | Sequence[ImageLike], threshold: float | None = None, exif: bool = True
@@ -249,18 +255,13 @@ def load_detector(
     source = str(checkpoint)
     device = find_device(default_device() if device is None else str(device))
     state = load_checkpoint(source)
-    variant = variant_of(state)
-    if variant is None:
-        raise UserError(
-            f"{source}: is of none of the variants ({', '.join(VARIANTS)}); its tensors are named "
-            f"{', '.join(map(str, list(state['model'])[:3]))}, ..."
-        )
+    variant = known_variant(state, source)
     try:
         args, label_map = arguments_of(state, variant, flags)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     model, _, postprocessors = load_variant(variant).models.build_model(args)
-    load_model(model, state.get("model_ema") or state["model"], source)
+    load_model(model, averaged_weights(state, source), source)
     things = things_of(label_map, source) if args.dataset_file == PANOPTIC else None
     if threshold is None:
         threshold = THRESHOLD if things is None else PostProcessPanoptic.THRESHOLD
@@ -273,6 +274,31 @@ def variant_of(checkpoint: dict[str, Any]) -> str | None:
         return checkpoint["variant"]
     weights = detector_weights(checkpoint["model"])
     return next((variant for variant, name in SIGNATURES.items() if name in weights), None)
+
+
+def known_variant(checkpoint: dict[str, Any], source: str) -> str:
+    """The variant that a checkpoint is of.
+
+    Raises:
+        UserError: it is of none; the message says whose model it is, where the tensors' names show it.
+    """
+    variant = variant_of(checkpoint)
+    if variant is None:
+        kind = describe_names(checkpoint["model"])
+        named = f"it is {kind}" if kind else f"its tensors are named {', '.join(list(checkpoint['model'])[:3])}, ..."
+        raise UserError(
+            f"{source}: is a checkpoint of none of the variants ({', '.join(VARIANTS)}): {named}. Pass one of this "
+            "project, or of DETR, Conditional DETR or Anchor DETR"
+        )
+    return variant
+
+
+def averaged_weights(checkpoint: dict[str, Any], source: str) -> dict[str, Tensor]:
+    """A checkpoint's averaged weights, which the log then says, or else its only ones."""
+    if not checkpoint.get("model_ema"):
+        return checkpoint["model"]
+    logger.info("%s: its averaged weights (--ema) are taken", source)
+    return checkpoint["model_ema"]
 
 
 def arguments_of(

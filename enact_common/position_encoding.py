@@ -27,9 +27,17 @@ def sine_encoding(position: Tensor, channels: int, temperature: float = 10000.0)
     return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-2)
 
 
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in its own dtype if that is wider: bf16 cannot tell neighbouring cells apart."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def encode_points(points: Tensor, channels: int) -> Tensor:
-    """Points (..., 2), (x, y) as fractions of the image's sides, to (..., channels): first y's encoding, then x's."""
-    encoding = sine_encoding(points.flip(-1) * (2 * math.pi), channels // 2)  # (..., 2, channels / 2)
+    """Points (..., 2), (x, y) as fractions of the image's sides, to (..., channels): first y's encoding, then x's.
+
+    The encoding is computed and returned in float32 or wider.
+    """
+    encoding = sine_encoding(at_least_float32(points).flip(-1) * (2 * math.pi), channels // 2)  # (..., 2, channels / 2)
     return encoding.flatten(-2)
 
 

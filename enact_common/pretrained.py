@@ -12,7 +12,7 @@ from enact_common.checkpoint import DETECTOR, detector_weights, differing_flags,
 from enact_common.conversion import PACKED, clustered_weights
 from enact_common.data.categories import LabelMap
 from enact_common.errors import UserError
-from enact_common.inference import backbone_of, labels_of, stages_of, variant_of
+from enact_common.inference import averaged_weights, backbone_of, known_variant, labels_of, stages_of
 from enact_common.variants import VARIANTS
 
 logger = logging.getLogger("enact")
@@ -58,13 +58,8 @@ def check_pretrained(checkpoint: dict[str, Any], variant: str, args: argparse.Na
     Raises:
         UserError: it is of another variant or has another backbone.
     """
-    source, theirs = args.pretrained, variant_of(checkpoint)
+    source, theirs = args.pretrained, known_variant(checkpoint, f"--pretrained {args.pretrained}")
     if theirs != variant:
-        if theirs is None:
-            raise UserError(
-                f"--pretrained {source}: is a checkpoint of none of the variants ({', '.join(VARIANTS)}); its tensors "
-                f"are named {', '.join(list(checkpoint['model'])[:3])}, ..."
-            )
         raise UserError(
             f"--pretrained {source}: is a checkpoint of the variant {theirs}, this is {variant}; run "
             f"{VARIANTS[theirs][0]}/main.py, or pass one of {variant}"
@@ -105,7 +100,7 @@ def load_pretrained(
     """
     check_pretrained(checkpoint, variant, args)
     source = args.pretrained
-    weights = checkpoint.get("model_ema") or checkpoint["model"]
+    weights = averaged_weights(checkpoint, source)
     if args.masks and not has_masks(weights):
         weights = {DETECTOR + name: tensor for name, tensor in weights.items()}
     elif has_masks(weights) and not args.masks:

@@ -67,6 +67,7 @@ from enact_common.evaluation.panoptic import (
     panoptic_text,
 )
 from enact_common.files import make_folder, write_file
+from enact_common.inference import averaged_weights, known_variant
 from enact_common.layers import encoder_settings
 from enact_common.logs import AverageMeter, RunLog, main_figure, setup_logging
 from enact_common.optimization import Optimization, build_optimization, drops_until, freeze
@@ -238,12 +239,14 @@ class Run:
     def load_checkpoints(self) -> dict | None:
         """Read the checkpoint to go on from, if there is one, and set `pretrained` to the one to begin from, if any."""
         args = self.args
-        checkpoint = load_checkpoint(args.resume) if args.resume else None
+        checkpoint = load_checkpoint(args.resume, to_resume=not args.eval) if args.resume else None
         # A run that goes on has left what it began from behind.
         self.pretrained = load_checkpoint(args.pretrained) if args.pretrained and not checkpoint else None
         self.frozen = load_checkpoint(args.frozen_weights) if args.frozen_weights and not checkpoint else None
         if self.pretrained:
             check_pretrained(self.pretrained, self.variant, args)
+        if checkpoint:
+            known_variant(checkpoint, args.resume)
         if checkpoint and checkpoint.get("variant", self.variant) != self.variant:
             raise UserError(f"{args.resume}: is a checkpoint of the variant {checkpoint['variant']}")
         return checkpoint
@@ -380,15 +383,12 @@ class Run:
         if "panoptic" in self.postprocessors:
             self.postprocessors["panoptic"] = PostProcessPanoptic(self.label_map.things, args.panoptic_threshold)
         if checkpoint:
-            weights = checkpoint["model"]
-            if args.eval and checkpoint.get("model_ema"):
-                weights = checkpoint["model_ema"]
-                logger.info("%s: evaluating its averaged weights (--ema)", args.resume)
+            weights = averaged_weights(checkpoint, args.resume) if args.eval else checkpoint["model"]
             load_model(self.model, weights, args.resume)
         elif self.pretrained:
             load_pretrained(self.model, self.pretrained, self.variant, args, self.label_map)
         elif self.frozen:
-            weights = self.frozen.get("model_ema") or self.frozen["model"]
+            weights = averaged_weights(self.frozen, args.frozen_weights)
             load_model(self.model.detr, detector_weights(weights), args.frozen_weights)
         if not args.eval:
             freeze(self.model, args.freeze)

@@ -125,7 +125,8 @@ class MaskHead(Recomputed):
         Returns:
             logits (n, h', w'), of the size of the finest map.
         """
-        x = first[image] + F.conv2d(maps, self.lay1.weight[:, self.d_model :], padding=1)
+        # Attention maps are float32, whatever dtype the model was cast to.
+        x = first[image] + F.conv2d(maps.to(first.dtype), self.lay1.weight[:, self.d_model :], padding=1)
         x = F.relu_(self.gn1(x))
         x = F.relu_(self.gn2(self.lay2(x)))
         stages = ((self.lay3, self.gn3), (self.lay4, self.gn4), (self.lay5, self.gn5))

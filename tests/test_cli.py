@@ -7,10 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import SMALL_MODEL, parse, run
 
-from enact_common import UserError, demo
+from enact_common import UserError, demo, load_detector, predict
 from enact_common.arguments import add_focal_flags, add_query_flags, common_parser
+from enact_common.benchmark.__main__ import main as benchmark
+from enact_common.compare.__main__ import main as compare
+from enact_common.device import find_device
+from enact_common.study.__main__ import main as study
 from enact_common.variants import VARIANTS, load_variant
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,8 +111,6 @@ def test_the_demos_flags_are_each_variants(variant):
     "argv, message",
     [
         (["--coco_path", "/nowhere/at/all"], "--coco_path /nowhere/at/all: no such folder"),
-        (["--device", "cuda:99"], "pass --device cpu|GPUs here"),
-        (["--device", "gpu"], "--device gpu: not a device's name"),
         (["--frozen_weights", "x.pth"], "--frozen_weights .* pass --masks too"),
         (["--masks", "--frozen_weights", "x.pth", "--pretrained", "y.pth"], "both say what to begin from"),
         (["--masks", "--frozen_weights", "/nowhere.pth"], "/nowhere.pth: no such file"),
@@ -199,3 +202,59 @@ def test_output_that_nobody_reads_ends_a_command_quietly(shapes, buffered):
         environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1", "PYTHONPATH": str(ROOT)}
         result = subprocess.run(command, stdout=pipe, stderr=subprocess.PIPE, text=True, env=environment)
     assert (result.returncode, result.stderr) == (141, "")
+
+
+# From every command that takes --device to its exit status, for a device, a data set, and a folder for its output.
+DEVICE_COMMANDS = {
+    **{
+        variant: lambda device, shapes, output, variant=variant: run(
+            variant, "--coco_path", shapes, "--output_dir", output, "--device", device
+        )
+        for variant in VARIANTS
+    },
+    "predict": lambda device, shapes, output: predict.main(
+        ["--checkpoint", "x.pth", "--output_dir", str(output), "--device", device, str(shapes / "val2017")]
+    ),
+    "compare": lambda device, shapes, output: compare(["run", "--output_dir", str(output), "--device", device]),
+    "study": lambda device, shapes, output: study(["--preset", "cpu", "--output_dir", str(output), "--device", device]),
+    **{
+        f"benchmark {name}": lambda device, shapes, output, words=(name, *more): benchmark(
+            [*(word or str(shapes) for word in words), "--device", device]
+        )
+        for name, *more in (
+            ["table"], ["parts"], ["scaling"], ["masks"], ["rowcol"], ["pipeline", "--coco_path", None],
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "device", ["mps", "xpu", "hpu", "cuda", "cuda:7", "cuda:300", "cpu:1", "meta", "gpu", "0", "CPU"]
+)
+@pytest.mark.parametrize("command", [*DEVICE_COMMANDS, "load_detector", "find_device"])
+def test_a_device_that_is_not_here_is_refused_by_every_command(command, device, shapes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.mps, "device_count", lambda: 0)
+    output = tmp_path / "out"
+    if command in DEVICE_COMMANDS:
+        assert DEVICE_COMMANDS[command](device, shapes, output) == 2
+        error = capsys.readouterr().err
+    else:
+        with pytest.raises(UserError) as raised:
+            load_detector("x.pth", device) if command == "load_detector" else find_device(device)
+        error = f"{raised.value}\n"
+    missing, misspelt = "PyTorch sees no such device here; pass --device cpu", "not a device's name; use cuda, cuda:1"
+    assert f"--device {device}: {misspelt if device in ('gpu', '0', 'CPU') else missing}" in error
+    assert error.count("\n") == 1
+    assert not output.exists()
+
+
+def test_the_message_names_the_devices_that_are_here(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.mps, "device_count", lambda: 0)
+    assert find_device("cuda:1") == torch.device("cuda:1") and find_device("cuda") == torch.device("cuda")
+    assert find_device("cpu:0") == torch.device("cpu")
+    with pytest.raises(UserError, match="--device cuda:2: .* here are cpu, cuda:0, cuda:1: pass one of these$"):
+        find_device("cuda:2")

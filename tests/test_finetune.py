@@ -10,11 +10,12 @@ import torch
 from conftest import SMALL_MODEL, assert_close, build, parse, read_log, run, train
 from torch import nn
 
-from enact_common import UserError, clustering
+from enact_common import UserError, clustering, load_detector
 from enact_common.averaging import WeightAverage
 from enact_common.checkpoint import load_checkpoint
 from enact_common.conversion import clustered_weights
 from enact_common.data.categories import LabelMap, coco_names
+from enact_common.hub import ENTRIES
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
 from enact_common.pretrained import fit_weights, load_pretrained
 from enact_common.run import Run
@@ -317,7 +318,7 @@ def test_averaged_weights_are_evaluated_and_resumed(shapes, tmp_path, capsys):
     capsys.readouterr()
     assert train("detr", shapes, tmp_path / "eval", "--resume", whole / "checkpoint.pth", "--eval") == 0
     text = capsys.readouterr().out
-    assert "evaluating its averaged weights" in text
+    assert "its averaged weights (--ema) are taken" in text
     assert f"loss {read_log(whole)[-1]['test_loss']:.4g} " in text
 
 
@@ -428,3 +429,125 @@ def test_what_an_epoch_cost_is_logged(shapes, tmp_path):
     assert train("detr", shapes, tmp_path, "--epochs", "1", "--limit_train", "4", "--limit_val", "1") == 0
     row = json.loads((tmp_path / "log.txt").read_text())
     assert row["train_seconds"] > 0 and row["test_seconds"] > 0 and 0.05 < row["peak_memory_gib"] < 64
+
+
+# ------------------------------------------------------------------------------- checkpoints of other programs' shapes
+
+
+def prefixed(prefix, weights):
+    return {prefix + name: tensor for name, tensor in weights.items()}
+
+
+def compiled_inside(weights):
+    """Names as of a model whose backbone and encoder layers were compiled and wrapped."""
+    return {
+        name.replace("backbone.", "backbone._orig_mod.").replace("layers.0.", "layers.0._orig_mod.module."): tensor
+        for name, tensor in weights.items()
+    }
+
+
+# What a file holds, for a state dict, and what the log says.
+SHAPES = {
+    "flat": (lambda w: w, "the whole file taken as weights"),
+    "DataParallel": (lambda w: {"model": prefixed("module.", w)}, "module. taken off"),
+    "compiled": (lambda w: {"model": prefixed("_orig_mod.", w)}, "_orig_mod. taken off"),
+    "both": (lambda w: {"model": prefixed("module._orig_mod.", w)}, "_orig_mod., module. taken off"),
+    "parts": (lambda w: {"model": compiled_inside(w)}, "_orig_mod., module. taken off"),
+    "state_dict": (lambda w: {"state_dict": w, "epoch": 3}, "weights taken from 'state_dict'"),
+    "model_state_dict": (lambda w: {"model_state_dict": prefixed("module.", w)}, "from 'model_state_dict'; module."),
+    "nested": (lambda w: {"model": {"state_dict": prefixed("module.", w)}, "args": [1]}, "from 'model.state_dict'"),
+    "ema": (lambda w: {"ema": {"module": w, "updates": 3}}, "from 'ema.module'"),
+    "model_ema": (lambda w: {"model_ema": prefixed("module.", w)}, "from 'model_ema'; module. taken off"),
+    "model and ema": (
+        lambda w: {"model": w, "ema": {"module": {name: t + 1 for name, t in w.items()}}},
+        "weights taken from 'model', not from 'ema'",
+    ),
+    "AveragedModel": (lambda w: {"n_averaged": torch.tensor(3), **prefixed("module.", w)}, "module. taken off"),
+    "Lightning": (
+        lambda w: {
+            "state_dict": prefixed("model.", w) | {"criterion.empty_weight": torch.ones(4)},
+            "pytorch-lightning_version": "2.5", "hyper_parameters": {"lr": 1}, "epoch": 3, "callbacks": {},
+        },
+        "from 'state_dict'; model. taken off the tensors' names; left out: criterion.empty_weight",
+    ),
+    "Lightning compiled": (lambda w: {"state_dict": prefixed("net.detector._orig_mod.", w)}, "net.detector. taken off"),
+    "two models": (
+        lambda w: {"state_dict": prefixed("teacher.", {n: t + 1 for n, t in w.items()}) | prefixed("model.", w)},
+        "model. taken off the tensors' names; left out: teacher.",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_weights_are_found_in_checkpoints_of_other_shapes(shape, tmp_path, caplog):
+    make, said = SHAPES[shape]
+    model, _ = small("detr")
+    torch.save(make(model.state_dict()), tmp_path / "other.pth")
+    found = load_checkpoint(str(tmp_path / "other.pth"))["model"]
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    (record,) = caplog.records
+    assert str(tmp_path / "other.pth") in record.message and said in record.message and "\n" not in record.message
+    if shape != "model and ema":
+        with pytest.raises(UserError, match="other.pth: no training can go on .* --pretrained, .* --eval"):
+            load_checkpoint(str(tmp_path / "other.pth"), to_resume=True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_safetensors_load(variant, tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    model, _ = small(variant)
+    # safetensors refuses tensors that share their memory, as Anchor DETR's heads do.
+    save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "w.safetensors")
+    detector = load_detector(tmp_path / "w.safetensors", "cpu", nheads=4, dilation=False)
+    assert detector.variant == variant
+    assert all(torch.equal(t, model.state_dict()[n]) for n, t in detector.model.state_dict().items())
+
+
+def test_a_mask_heads_names_are_found_behind_a_prefix(tmp_path):
+    model, _ = small("detr", "--masks")
+    torch.save({"state_dict": prefixed("model.", model.state_dict())}, tmp_path / "masks.ckpt")
+    assert load_checkpoint(str(tmp_path / "masks.ckpt"))["model"].keys() == model.state_dict().keys()
+
+
+def test_every_door_takes_the_other_shapes(plain, shapes, tmp_path, capsys):
+    weights = load_checkpoint(str(plain / "checkpoint.pth"))["model"]
+    path = tmp_path / "other.ckpt"
+    torch.save({"state_dict": prefixed("model._orig_mod.", weights)}, path)
+    flags = ["--encoder_attention", "mhsa", "--limit_val", "2"]
+    assert train("detr", shapes, "", "--resume", path, "--eval", *flags) == 0
+    assert train("detr", shapes, "", "--pretrained", path, "--epochs", "1", "--limit_train", "4", *flags) == 0
+    text = capsys.readouterr().out
+    assert text.count("other.ckpt: weights taken from 'state_dict'; _orig_mod. taken off") == 2
+    assert load_detector(path, "cpu").variant == "detr"
+    capsys.readouterr()
+    assert train("detr", shapes, tmp_path / "out", "--resume", path, *flags) == 2
+    assert "no training can go on from a checkpoint of this shape" in capsys.readouterr().err
+
+
+def test_two_tensors_of_one_name_are_refused(tmp_path):
+    model, _ = small("detr")
+    torch.save({"model": model.state_dict() | prefixed("module.", model.state_dict())}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match="x.pth: has two tensors .*: save one model alone"):
+        load_checkpoint(str(tmp_path / "x.pth"))
+
+
+@pytest.mark.parametrize(
+    "names, kind",
+    [
+        (["class_labels_classifier.weight", "model.encoder.layers.0.self_attn.q_proj.weight"], "a Hugging Face DETR"),
+        (["backbone.bottom_up.stem.conv1.weight", "proposal_generator.rpn_head.conv.weight"], "a Detectron2"),
+        (["backbone.layer1.0.conv1.weight", "bbox_head.fc_cls.weight"], "an MMDetection"),
+        (["model.0.conv.weight", "model.1.bn.weight"], "a YOLO"),
+        (["backbone.body.conv1.weight", "rpn.head.conv.0.0.weight"], "a torchvision detector"),
+        (["transformer.decoder.layers.0.cross_attn.sampling_offsets.weight"], "a Deformable DETR"),
+        (["conv1.weight", "layer1.0.conv1.weight", "fc.weight"], "a backbone alone, for --backbone_weights"),
+        (["some.weight"], "its tensors are named some.weight"),
+    ],
+)
+def test_other_libraries_models_are_named(names, kind, tmp_path):
+    path = tmp_path / "x.pth"
+    torch.save({"model": {name: torch.zeros(1) for name in names}}, path)
+    for door in (lambda: load_detector(path, "cpu"), lambda: ENTRIES["detr_resnet50"](pretrained=path)):
+        with pytest.raises(UserError, match=f"x.pth: is a checkpoint of none of the variants .*{kind}.* Pass one of"):
+            door()

@@ -1,5 +1,7 @@
 """Every variant's model, with and without ENACT: shapes, inputs, and what its builders promise."""
 
+import copy
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -12,13 +14,15 @@ from conftest import ATTENTIONS, SMALL_MODEL, build, parse
 from torch.testing import assert_close
 from torchvision.transforms.v2 import functional as F
 
-from enact_common import NestedTensor, UserError, load_variant, nested_tensor_from_tensor_list
+from enact_common import LoadedDetector, NestedTensor, UserError, load_variant, nested_tensor_from_tensor_list
 from enact_common import backbone as backbones
 from enact_common.backbone import Backbone, load_backbone_weights
 from enact_common.clustering import Windows
+from enact_common.data.categories import LabelMap
 from enact_common.data.pixels import IMAGENET_MEAN, IMAGENET_STD
+from enact_common.hub import ENTRIES
 from enact_common.inference import arguments_of
-from enact_common.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine
+from enact_common.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine, encode_points
 from enact_common.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -438,3 +442,109 @@ def test_variant_packages_import_relatively(variant):
 def test_an_unknown_variant_is_named():
     with pytest.raises(UserError, match="no variant 'yolo'.*detr"):
         load_variant("yolo")
+
+
+# ------------------------------------------------------------------------------------------------- in other processes
+
+
+def detector(variant, *argv) -> LoadedDetector:
+    """A small detector with random weights that finds every query."""
+    model, _, postprocessors = build(variant, *SMALL_MODEL[variant], "--num_classes", "5", "--no_aux_loss", *argv)
+    args = parse(variant, *SMALL_MODEL[variant], *argv)
+    labels = LabelMap(tuple(range(5)), tuple("abcde"))
+    return LoadedDetector(variant, args, model, postprocessors["bbox"], labels, 0.0, torch.device("cpu"))
+
+
+KINDS = [(v, "--encoder_attention", a) for v in VARIANTS for a in ATTENTIONS] + [
+    ("detr", "--masks"),
+    ("detr", "--position_embedding", "learned"),
+    ("detr", "--enact_clusters", "regions"),
+    ("anchor", "--spatial_prior", "grid"),
+    ("anchor", "--attention_type", "nn.MultiheadAttention"),
+    ("anchor", "--enact_mask_padding"),
+]
+
+
+def test_detectors_and_models_can_be_loaded_in_a_fresh_process(tmp_path):
+    pixels = torch.rand(3, 70, 90)
+    expected = []
+    for i, kind in enumerate(KINDS):
+        made = detector(*kind)
+        torch.save(made, tmp_path / f"detector{i}.pt")
+        expected.append(made(pixels).scores)
+    torch.save(made.model, tmp_path / "model.pt")
+    torch.save(ENTRIES["detr_resnet50_enact"](enc_layers=1, dec_layers=1), tmp_path / "hub.pt")
+    torch.save(pixels, tmp_path / "pixels")
+    # The process imports nothing of the project itself: pickles name what they need.
+    code = (
+        "import sys, torch; from pathlib import Path; folder = Path(sys.argv[1])\n"
+        "loaded = {path.stem: torch.load(path, weights_only=False) for path in folder.glob('*.pt')}\n"
+        "assert all(sum(p.numel() for p in value.parameters()) for name, value in loaded.items() if name[0] in 'mh')\n"
+        "pixels = torch.load(folder / 'pixels')\n"
+        f"torch.save([loaded[f'detector{{i}}'](pixels).scores for i in range({len(KINDS)})], folder / 'scores')"
+    )
+    # In another folder, so that the package alone is found, by its installation or the path.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=tmp_path, env=environment)
+    for scores, theirs in zip(expected, torch.load(tmp_path / "scores"), strict=True):
+        assert_close(scores, theirs)
+
+
+def test_a_detector_works_in_a_spawned_pool():
+    made, pixels = detector("anchor"), torch.rand(3, 70, 90)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply_async(made, (pixels,)).get(timeout=100)
+    assert_close(found.scores, made(pixels).scores)
+
+
+def test_a_copied_or_moved_detector_is_whole(variant_and_attention):
+    variant, attention = variant_and_attention
+    made, pixels = detector(variant, "--encoder_attention", attention), torch.rand(3, 70, 90)
+    expected = made(pixels).scores
+    twin = copy.deepcopy(made)
+    with torch.no_grad():
+        for parameter in made.model.parameters():
+            parameter.zero_()
+    assert_close(twin(pixels).scores, expected)
+    # Its device is the model's, wherever that was moved or unpickled to.
+    twin.model.to("meta")
+    assert twin.device.type == "meta"
+
+
+# ---------------------------------------------------------------------------------------------------------- in a dtype
+
+
+# What a dtype's rounding leaves of boxes, as fractions of the image.
+@pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.03), (torch.half, 0.005), (torch.double, 1e-5)])
+@pytest.mark.parametrize("kind", KINDS, ids=" ".join)
+def test_a_model_that_was_cast_detects_as_before(kind, dtype, tolerance):
+    made, pixels = detector(*kind), torch.rand(3, 70, 90)
+    made.model.requires_grad_(False)
+    samples = made.model_input(pixels.mul(255).byte())
+    expected = made.model(samples)
+    made.model.to(dtype)
+    outputs = made.model(samples)
+    for name in expected:
+        assert outputs[name].isfinite().all()
+    assert_close(outputs["pred_boxes"].float(), expected["pred_boxes"], rtol=0, atol=tolerance)
+    assert_close(outputs["pred_logits"].float().sigmoid(), expected["pred_logits"].sigmoid(), rtol=0, atol=tolerance)
+    # Images that are normalised already follow the model, too.
+    normalized = F.normalize(samples / 255, IMAGENET_MEAN, IMAGENET_STD)
+    assert_close(made.model(normalized)["pred_boxes"].float(), expected["pred_boxes"], rtol=0, atol=2 * tolerance)
+    found = made(pixels)
+    assert found.scores.dtype == found.boxes.dtype == torch.float32
+    assert found.scores.isfinite().all() and found.boxes.isfinite().all() and len(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half, torch.double])
+def test_positions_keep_their_precision_in_any_dtype(dtype):
+    # bf16 has 256 values between 0.5 and 1: anchor points and cells of a large image would coincide.
+    transformer = small(("anchor", "enact"), "--spatial_prior", "grid", "--num_query_position", "900")[0].transformer
+    points = transformer.anchor_points()
+    assert torch.equal(transformer.to(dtype).anchor_points(), points) and points.dtype == torch.float32
+    encodings = load_variant("anchor").models.transformer
+    places = torch.linspace(0, 1, 9).to(dtype)
+    exact = encodings.encode_coordinates(places.double(), 32)
+    assert_close(encodings.encode_coordinates(places, 32).double(), exact, rtol=0, atol=1e-4)
+    exact = encode_points(places.double().unsqueeze(-1).expand(-1, 2), 32)
+    assert_close(encode_points(places.unsqueeze(-1).expand(-1, 2), 32).double(), exact, rtol=0, atol=1e-4)

@@ -5,19 +5,25 @@ import hashlib
 import io
 import pickle
 import re
+import sys
 import tarfile
+import warnings
 import zipfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 import torchvision
 import yaml
 from conftest import train
+from PIL import Image
+from torch import nn
 
-from enact_common import UserError, files, load_detector
+from enact_common import UserError, load_detector
 from enact_common.backbone import BACKBONES, load_backbone_weights
 from enact_common.checkpoint import load_checkpoint
 from enact_common.compare.__main__ import main as compare
@@ -126,8 +132,10 @@ def test_a_malicious_file_executes_nothing_and_is_refused_by_name(door, form, sh
         assert DOORS[door](path, shapes, tmp_path) == 2
         message = capsys.readouterr().err
     assert not fired.exists()
-    assert f"{path}: truncated, or not a file of tensors" in message
-    if form not in ("pickle", "tar", "torchscript"):
+    assert str(path) in message and "not a file of tensors" in message
+    if form in ("tar", "torchscript"):
+        assert "archive, and was not executed" in message
+    elif form != "pickle":
         assert "io.open, which is neither a tensor nor a built-in type, and was not executed" in message
     # PyTorch's message tells how to load such a file in spite of all.
     assert "weights_only` set to `False" not in message and "add_safe_globals" not in message
@@ -143,15 +151,129 @@ def test_a_malicious_file_behind_a_url(website, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["tar", "torchscript"])
-def test_older_pytorch_does_not_get_what_it_would_execute(form, tmp_path, monkeypatch):
+def test_pytorch_does_not_get_what_older_ones_would_execute(form, tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
-    monkeypatch.setattr(files, "TORCH_VERSION", (2, 5))
     # What is no such file is still read.
     torch.save({"model": {"a": torch.ones(1)}}, path)
     assert load_checkpoint(str(path))["model"]["a"].item() == 1
     monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("it went on to torch.load"))
     MALICIOUS[form](path, Payload(tmp_path / "fired"))
-    with pytest.raises(UserError, match=f"{path}: truncated, or .*(tar|TorchScript) archive, and was not executed"):
+    with pytest.raises(UserError, match=f"{path}: not a file .*(tar|TorchScript) archive, and was not executed"):
+        load_checkpoint(str(path))
+
+
+def image_bytes(kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def zip_bytes(**members: str) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def save_onnx(path: Path) -> None:
+    """As PyTorch's exporter writes it, whatever the file's name is."""
+    onnx = pytest.importorskip("onnx")
+    sizes = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", sizes[:1], sizes[1:])
+    onnx.save(onnx.helper.make_model(graph, producer_name="pytorch"), path)
+
+
+def save_pickle_of(module: str) -> Callable[[Path], None]:
+    """A checkpoint that holds an object of a library's class, which need not be installed."""
+
+    def write(path: Path) -> None:
+        kind = type("Kind", (), {"__module__": module})
+        parents = [module[:end] for end, letter in enumerate(module) if letter == "."]
+        modules = dict.fromkeys(parents, SimpleNamespace()) | {module: SimpleNamespace(Kind=kind)}
+        buffer = io.BytesIO()
+        with mock.patch.dict(sys.modules, modules):
+            torch.save({"model": kind(), "epoch": 3}, buffer)
+        path.write_bytes(buffer.getvalue())
+
+    return write
+
+
+def save_traced(path: Path) -> None:
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), path)
+
+
+def make_folder_with(name: str) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        path.mkdir()
+        (path / name).touch()
+
+    return write
+
+
+PAGE = "\n<!DOCTYPE html>\n<html><title>weights.pth</title></html>"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 166618694\n"
+NO_MODULE = "save its tensors: torch.save({'model': model.state_dict()}, FILE)"
+
+# What was given in place of a checkpoint: how it is made, and what is said of it.
+FOREIGN = {
+    "empty": (lambda path: path.touch(), "an empty file; download or copy it again"),
+    "zeros": (lambda path: path.write_bytes(bytes(5000)), "a file of zeros"),
+    "html": (lambda path: path.write_text(PAGE), "a web page in place of the file; download the file itself"),
+    "lfs": (lambda path: path.write_text(POINTER), "a Git LFS pointer in place of the file; .* git lfs pull"),
+    "text": (lambda path: path.write_text("lr: 0.1\nträining: yes\n"), "a text file; pass a checkpoint"),
+    "json": (lambda path: path.write_text('{"model": []}'), "a text file; pass a checkpoint"),
+    "gzip": (lambda path: path.write_bytes(b"\x1f\x8b" + bytes(9)), "a gzip archive; unpack it"),
+    "zip": (lambda path: path.write_bytes(zip_bytes(readme="x")), "a zip archive of readme; unpack it"),
+    "empty-zip": (lambda path: path.write_bytes(zip_bytes()), "a zip archive of nothing"),
+    "numpy": (lambda path: path.write_bytes(zip_bytes(**{"a.npy": "x", "b.npy": "y"})), "a NumPy archive"),
+    "torchscript": (save_traced, "a TorchScript archive, and was not executed; pass the PyTorch checkpoint"),
+    "onnx": (save_onnx, "an ONNX model, .*; pass the PyTorch checkpoint"),
+    "module": (lambda path: torch.save(nn.Linear(2, 2), path), f"a whole pickled module .*{re.escape(NO_MODULE)}"),
+    "module-in-a-dict": (lambda path: torch.save({"model": nn.Linear(2, 2)}, path), "a whole pickled module"),
+    "old-module": (
+        lambda path: torch.save(nn.Linear(2, 2), path, _use_new_zipfile_serialization=False),
+        "a whole pickled module",
+    ),
+    "ultralytics": (save_pickle_of("ultralytics.nn.tasks"), "an Ultralytics YOLO checkpoint, and was not executed"),
+    "yolov5": (save_pickle_of("models.yolo"), "a YOLO checkpoint"),
+    "mmdet": (save_pickle_of("mmengine.logging.history_buffer"), "an MMDetection .* checkpoint"),
+    "detectron2": (save_pickle_of("detectron2.config"), "a Detectron2 checkpoint"),
+    "hugging-face": (make_folder_with("config.json"), "a Hugging Face model's folder"),
+    "run": (make_folder_with("checkpoint.pth"), "a run's folder; pass .*file.pth/checkpoint.pth"),
+    "folder": (make_folder_with("a.pth"), "a folder; pass the checkpoint in it"),
+    **{
+        kind: (lambda path, kind=kind: path.write_bytes(image_bytes(kind)), f"a {said} image")
+        for kind, said in {"PNG": "PNG", "JPEG": "JPEG", "BMP": "BMP", "GIF": "GIF", "TIFF": "TIFF"}.items()
+    },
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_file_of_another_kind_is_named(kind, tmp_path, recwarn):
+    make, said = FOREIGN[kind]
+    path = tmp_path / "file.pth"
+    make(path)
+    with pytest.raises(UserError, match=f"^{path}: not a file of tensors but {said}") as raised:
+        load_checkpoint(str(path))
+    assert "\n" not in str(raised.value) and not len(recwarn)
+    with pytest.raises(UserError, match=f"{path}: not? .*file"):
+        load_backbone_weights("resnet18", str(path))
+
+
+def test_safetensors_are_told_by_their_content_and_need_their_package(tmp_path, monkeypatch):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    path = tmp_path / "weights.bin"
+    save_file({"a": torch.ones(1)}, path)
+    assert load_checkpoint(str(path))["model"]["a"].item() == 1
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2])
+    with pytest.raises(UserError, match="weights.bin: truncated"):
+        load_checkpoint(str(path))
+    path.write_bytes(whole)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(UserError, match="weights.bin: reading it needs safetensors: pip install 'safetensors>=0.4'"):
         load_checkpoint(str(path))
 
 

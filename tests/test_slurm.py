@@ -195,6 +195,8 @@ def test_gpus_can_be_asked_for_in_another_way(shapes, tmp_path, cluster, paramet
         ("", "--output_dir=", "--output_dir is missing: .* all nodes share"),
         ("", "--device tpu9", "--device tpu9: not a device's name"),
         ("", "--amp fp16", "--amp fp16 needs a GPU"),
+        ("--gpus_per_node 1", "--device mps", "--device mps: a job runs on the nodes' GPUs or CPUs; pass"),
+        ("", "--device meta", "--device meta: a job runs on the nodes' GPUs or CPUs"),
         ("", "--device cuda", "--gpus_per_node 0 asks for no GPU: pass --device cpu"),
         ("--gpus_per_node 2", "", "--device cpu would leave the GPUs idle: pass --gpus_per_node 0"),
         ("--gpus_per_node 2 --tasks_per_node 2", "", "--tasks_per_node goes with --gpus_per_node 0"),

@@ -407,7 +407,7 @@ def test_differing_model_flags_are_written_as_they_are_typed(saved, asked):
 
 @pytest.mark.parametrize("word", [True, "True", "False"])
 def test_anchor_detrs_word_for_dilation_is_true_whatever_it_is(tmp_path, word):
-    torch.save({"model": {}, "args": Namespace(dilation=word)}, tmp_path / "anchor.pth")
+    torch.save({"model": {"a": torch.zeros(1)}, "args": Namespace(dilation=word)}, tmp_path / "anchor.pth")
     assert load_checkpoint(str(tmp_path / "anchor.pth"))["args"]["dilation"] is True
 
 
@@ -415,9 +415,9 @@ def test_anchor_detrs_word_for_dilation_is_true_whatever_it_is(tmp_path, word):
     "make, message",
     [
         (lambda path, state: path.write_bytes(b"PK not a checkpoint"), "truncated, or not a file of tensors"),
-        (lambda path, state: path.write_text("junk\n"), "tensors .its content is of another kind"),
+        (lambda path, state: path.write_text("junk\n"), "not a file of tensors but a text file"),
         (lambda path, state: path.write_bytes(torch_bytes(state)[:20000]), "truncated, or not a file of tensors"),
-        (lambda path, state: torch.save(state["model"], path), "not a checkpoint .*the key 'model'"),
+        (lambda path, state: torch.save({"state": 1}, path), "not a checkpoint .*the key 'model'"),
         (lambda path, state: torch.save([1], path), "not a checkpoint"),
         (lambda path, state: torch.save({"model": Path("x")}, path), "truncated, or not a file of tensors"),
         (lambda path, state: None, "no such file"),
@@ -439,7 +439,7 @@ def test_anchor_detrs_word_for_dilation_is_true_whatever_it_is(tmp_path, word):
         "garbage",
         "text",
         "truncated",
-        "weights",
+        "no-weights",
         "list",
         "objects",
         "missing",

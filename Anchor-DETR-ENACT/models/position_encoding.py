@@ -5,14 +5,14 @@ import math
 import torch
 from torch import Tensor
 
-from enact_common.position_encoding import encode_points, sine_encoding
+from enact_common.position_encoding import at_least_float32, encode_points, sine_encoding
 
-__all__ = ["cell_centres", "encode_coordinates", "encode_points", "grid_points"]
+__all__ = ["cell_centres", "encode_coordinates", "encode_points", "grid_cells"]
 
 
 def encode_coordinates(coordinates: Tensor, channels: int) -> Tensor:
-    """Coordinates (...) in [0, 1] along one side of the image to (..., channels), in [-1, 1]."""
-    return sine_encoding(coordinates * (2 * math.pi), channels)
+    """Coordinates (...) in [0, 1] along one side of the image to (..., channels), in [-1, 1], float32 or wider."""
+    return sine_encoding(at_least_float32(coordinates) * (2 * math.pi), channels)
 
 
 def cell_centres(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,8 +32,7 @@ def cell_centres(mask: Tensor) -> tuple[Tensor, Tensor]:
     return x, y
 
 
-def grid_points(count: int) -> Tensor:
-    """About so many points on a regular grid: (n * n, 2), (x, y) in (0, 1), n = round(sqrt(count))."""
-    n = round(math.sqrt(count))
-    centres = (torch.arange(n) + 0.5) / n
-    return torch.cartesian_prod(centres, centres)  # (n n, 2)
+def grid_cells(count: int) -> Tensor:
+    """The cells of a square grid of about so many: int64 (n * n, 2), (x, y) in 0..n - 1, n = round(sqrt(count))."""
+    cells = torch.arange(round(math.sqrt(count)))
+    return torch.cartesian_prod(cells, cells)  # (n n, 2)

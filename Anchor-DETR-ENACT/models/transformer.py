@@ -5,7 +5,8 @@ Maps stay (batch, H, W, d) from the first layer to the last. Queries are anchor 
 Positions are the same in every layer, so their embeddings are made once.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +27,9 @@ from enact_common.layers import (
     clustering_settings,
     encoder_self_attention,
 )
+from enact_common.position_encoding import at_least_float32
 
-from .position_encoding import cell_centres, encode_coordinates, encode_points, grid_points
+from .position_encoding import cell_centres, encode_coordinates, encode_points, grid_cells
 from .row_column_decoupled_attention import ClusteredRCDA, MultiheadRCDA
 
 # Values of `--attention_type`.
@@ -179,10 +181,12 @@ class MapClustering(EntropyClustering):
         column = torch.arange(width, device=src.device).expand(height, -1).flatten()  # (H W,)
         line = torch.arange(height, device=src.device).unsqueeze(1).expand(-1, width).flatten()
         with torch.autocast(src.device.type, enabled=False):
-            dtype = self.W_prob.weight.dtype
-            x_scores = F.linear(x.to(dtype), self.W_prob.weight)  # (batch, W, 1)
-            scores = self.W_prob(src.to(dtype)) + x_scores.unsqueeze(1)  # (batch, H, W, 1)
-            clusters = self.cluster_scores(scores.flatten(1), None if mask is None else mask.flatten(1))
+            # bf16 cannot tell the probabilities of thousands of cells apart: scores are float32 or wider.
+            weight, bias = at_least_float32(self.W_prob.weight), at_least_float32(self.W_prob.bias)
+            x_scores = F.linear(x.to(weight.dtype), weight)  # (batch, W, 1)
+            scores = F.linear(src.to(weight.dtype), weight, bias) + x_scores.unsqueeze(1)  # (batch, H, W, 1)
+            scores = scores.flatten(1).to(self.kernel.dtype)  # (batch, H W)
+            clusters = self.cluster_scores(scores, None if mask is None else mask.flatten(1))
             content = clusters.pool(src.flatten(1, 2))
             row = content + clusters.pool_shared(x, column)
             col = content + clusters.pool_shared(y, line)
@@ -439,7 +443,8 @@ class Transformer(nn.Module):
             self.position = nn.Embedding(num_query_position, 2)
             nn.init.uniform_(self.position.weight)
         else:
-            self.register_buffer("grid", grid_points(num_query_position), persistent=False)
+            # Whole numbers, which `model.bfloat16()` does not round: rounded points would be off by pixels.
+            self.register_buffer("grid", grid_cells(num_query_position), persistent=False)
         self.num_queries = num_query_pattern * len(self.anchor_points())
 
         self.adapt_pos2d = nn.Sequential(nn.Linear(d_model, d_model), nn.ReLU(), nn.Linear(d_model, d_model))
@@ -459,7 +464,9 @@ class Transformer(nn.Module):
 
     def anchor_points(self) -> Tensor:
         """(points, 2), (x, y) as fractions of the image's sides."""
-        return self.position.weight if self.spatial_prior == "learned" else self.grid
+        if self.spatial_prior == "learned":
+            return self.position.weight
+        return (self.grid + 0.5) / math.isqrt(len(self.grid))  # float32
 
     def forward(self, srcs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Encode the maps, decode the queries.
@@ -473,7 +480,7 @@ class Transformer(nn.Module):
         """
         batch, levels = srcs.shape[:2]
         points = self.anchor_points().repeat(self.pattern.num_embeddings, 1)  # (Q, 2), pattern by pattern
-        query_pos = self.adapt_pos2d(encode_points(points, self.d_model))  # (Q, d)
+        query_pos = self.adapt_pos2d(self.encode(encode_points, points))  # (Q, d)
         positions = self.embed_positions(mask.repeat_interleave(levels, dim=0), points, query_pos)
 
         maps = srcs.flatten(0, 1)  # (batch levels, H, W, d)
@@ -494,6 +501,10 @@ class Transformer(nn.Module):
         with torch.autocast(hs.device.type, enabled=False):
             return self.class_embed[0](hs), boxes_at_points(points, self.bbox_embed[0](hs))
 
+    def encode(self, encoding: Callable[[Tensor, int], Tensor], positions: Tensor) -> Tensor:
+        """The encoding of positions at d channels, computed in float32 and then cast to the weights' dtype."""
+        return encoding(positions, self.d_model).to(self.pattern.weight.dtype)
+
     def embed_positions(self, mask: Tensor, points: Tensor, query_pos: Tensor) -> RowColumnPositions | TokenPositions:
         """Positions for the attention to the maps.
 
@@ -505,8 +516,8 @@ class Transformer(nn.Module):
         x, y = cell_centres(mask)  # (batch levels, W), (batch levels, H)
         if self.attention_type == TOKENS:
             cells = torch.stack(torch.broadcast_tensors(x.unsqueeze(1), y.unsqueeze(2)), dim=-1)  # (..., H, W, 2)
-            return TokenPositions(self.adapt_pos2d(encode_points(cells, self.d_model)), mask, query_pos)
-        embedded = (self.adapt_pos1d(encode_coordinates(c, self.d_model)) for c in (x, y, *points.unbind(-1)))
+            return TokenPositions(self.adapt_pos2d(self.encode(encode_points, cells)), mask, query_pos)
+        embedded = (self.adapt_pos1d(self.encode(encode_coordinates, c)) for c in (x, y, *points.unbind(-1)))
         x, y, query_x, query_y = embedded
         return RowColumnPositions(x, y, mask, query_x, query_y)
 

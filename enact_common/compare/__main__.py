@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     names = run_names(args.runs, args.names)
     for file_name in (TABLES, PAGE):
         check_no_folder(args.output_dir / file_name)
-    if args.device:
+    if args.device is not None:
         find_device(args.device)
     runs = [read_run(source, name) for source, name in zip(args.runs, names, strict=True)]
     scenes, reason = find_scenes(args, runs)

@@ -30,20 +30,23 @@ class PixelNormalization(nn.Module):
 
         Args:
             images: (batch, 3, H, W), red, green, blue: uint8, 0 to 255; or floating point, which is taken as
-                normalised and returned as it is.
+                normalised.
 
         Returns:
-            the batch in floating point (float32, unless the model was converted), exactly 0 where padded.
+            the batch in the model's dtype (float32, unless the model was cast); uint8 images become exactly 0 where
+            padded.
 
         Raises:
             TypeError: the images are of another integer type.
         """
         pixels, mask = images.decompose()
+        dtype = self.mean.dtype
         if pixels.is_floating_point():
-            return images
+            return NestedTensor(pixels.to(dtype), mask)
         if pixels.dtype != torch.uint8:
             raise TypeError(f"images must be uint8, 0 to 255, or floating point and normalised, got {pixels.dtype}")
         # Multiplied by 1 / 255, not divided by 255: the order and rounding of torchvision's own steps.
-        normalized = pixels.to(self.mean.dtype, memory_format=torch.channels_last)
+        precise = torch.promote_types(dtype, torch.float32)
+        normalized = pixels.to(precise, memory_format=torch.channels_last)
         normalized = normalized.mul_(1 / 255).sub_(self.mean).div_(self.std)
-        return NestedTensor(normalized.masked_fill_(mask.unsqueeze(1), 0), mask)
+        return NestedTensor(normalized.masked_fill_(mask.unsqueeze(1), 0).to(dtype), mask)

@@ -177,13 +177,15 @@ def check_variant(args: argparse.Namespace, argv: Sequence[str]) -> tuple[list[s
         raise UserError(
             "--output_dir is missing: pass it behind the --, with a folder on a file system that all nodes share"
         )
-    device = parse_device(flags.device)
-    check_precision(flags.amp, device)
-    if device.type == "cpu" and args.gpus_per_node:
+    kind, _ = parse_device(flags.device)
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"--device {flags.device}: a job runs on the nodes' GPUs or CPUs; pass --device cuda or cpu")
+    check_precision(flags.amp, torch.device(kind))
+    if kind == "cpu" and args.gpus_per_node:
         raise UserError(
             f"--device {flags.device} would leave the GPUs idle: pass --gpus_per_node 0 before the --, or leave it out"
         )
-    if device.type != "cpu" and not args.gpus_per_node:
+    if kind != "cpu" and not args.gpus_per_node:
         raise UserError("--gpus_per_node 0 asks for no GPU: pass --device cpu behind the --")
     if args.cluster != "slurm" and torch.cuda.device_count() < args.gpus_per_node:
         raise UserError(f"--gpus_per_node {args.gpus_per_node}: PyTorch sees {torch.cuda.device_count()} GPUs here")

@@ -1,0 +1,162 @@
+"""What kind a file is that is no checkpoint, and what its owner can do. Nothing here runs what a file holds."""
+
+import zipfile
+from collections.abc import Collection
+from pathlib import Path
+
+# Bytes that are looked at, and how many of them show whether a file is text.
+HEAD, TEXT = 2**20, 4096
+
+ANOTHER_FORMAT = "pass the PyTorch checkpoint that it was made from"
+UNPACK = "unpack it and pass the checkpoint in it"
+NO_CHECKPOINT = "pass a checkpoint"
+STATE_DICT = "in the program that made it, save its tensors: torch.save({'model': model.state_dict()}, FILE)"
+OTHER_LIBRARY = "only detectors of this project, of DETR, Conditional DETR and Anchor DETR fit"
+
+# What a file begins with: its kind, and the way out.
+MAGIC = {
+    b"version https://git-lfs": ("a Git LFS pointer in place of the file", "fetch the file itself: git lfs pull"),
+    b"\x89PNG": ("a PNG image", NO_CHECKPOINT),
+    b"\xff\xd8\xff": ("a JPEG image", NO_CHECKPOINT),
+    b"GIF8": ("a GIF image", NO_CHECKPOINT),
+    b"BM": ("a BMP image", NO_CHECKPOINT),
+    b"RIFF": ("a WebP image or an AVI video", NO_CHECKPOINT),
+    b"II*\0": ("a TIFF image", NO_CHECKPOINT),
+    b"MM\0*": ("a TIFF image", NO_CHECKPOINT),
+    b"%PDF": ("a PDF", NO_CHECKPOINT),
+    b"\x89HDF": ("an HDF5 file, as Keras writes", OTHER_LIBRARY),
+    b"\x93NUMPY": ("a NumPy array", STATE_DICT),
+    b"\x1f\x8b": ("a gzip archive", UNPACK),
+    b"BZh": ("a bzip2 archive", UNPACK),
+    b"\xfd7zXZ": ("an xz archive", UNPACK),
+    b"\x28\xb5\x2f\xfd": ("a Zstandard archive", UNPACK),
+    b"7z\xbc\xaf": ("a 7-Zip archive", UNPACK),
+    b"Rar!": ("a RAR archive", UNPACK),
+}  # fmt: skip
+
+# Packages whose classes checkpoints hold, and whose they are then.
+PACKAGES = {
+    "ultralytics": "an Ultralytics YOLO checkpoint",
+    "models.yolo": "a YOLO checkpoint",
+    "models.common": "a YOLO checkpoint",
+    "mmengine": "an MMDetection (OpenMMLab) checkpoint",
+    "mmcv": "an MMDetection (OpenMMLab) checkpoint",
+    "mmdet": "an MMDetection (OpenMMLab) checkpoint",
+    "detectron2": "a Detectron2 checkpoint",
+    "fvcore": "a Detectron2 checkpoint",
+    "transformers": "a Hugging Face model",
+}
+
+# A part of tensors' names that only models of one library have, and what they are.
+NAMES = {
+    "class_labels_classifier.": "a Hugging Face DETR",
+    "model.encoder.layers.0.self_attn.q_proj.": "a Hugging Face transformer",
+    "embeddings.patch_embeddings.": "a Hugging Face transformer",
+    "sampling_offsets.": "a Deformable DETR or one of its successors (DINO, RT-DETR)",
+    "backbone.bottom_up.": "a Detectron2 checkpoint",
+    "proposal_generator.": "a Detectron2 checkpoint",
+    "bbox_head.": "an MMDetection (OpenMMLab) checkpoint",
+    "rpn_head.": "an MMDetection (OpenMMLab) checkpoint",
+    "rpn.head.": "a torchvision detector",
+    "head.classification_head.": "a torchvision detector",
+    "model.0.conv.": "a YOLO checkpoint",
+    "0.conv.weight": "a YOLO checkpoint",
+}
+
+
+def describe_file(path: Path) -> tuple[str, str] | None:
+    """The kind of a file that PyTorch could not read, and the way out; None if it may be a damaged checkpoint."""
+    with open(path, "rb") as file:
+        head = file.read(HEAD)
+    if not head.strip(b"\0"):
+        kind = "an empty file" if not head else "a file of zeros, as a broken download leaves"
+        return kind, "download or copy it again"
+    for magic, found in MAGIC.items():
+        if head.startswith(magic):
+            return found
+    if head[4:8] == b"ftyp":
+        return "a video, or an image of a phone", NO_CHECKPOINT
+    if head[257:262] == b"ustar":
+        return "a tar archive, and was not executed", UNPACK
+    if head.startswith(b"PK"):
+        return describe_zip(path)
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")):
+        return "a web page in place of the file", "download the file itself: a browser may have saved a page about it"
+    # Protocol buffers have no magic: ONNX begins with its version (field 1), then the producer's name or the graph.
+    if path.suffix == ".onnx" or (head[:1] == b"\x08" and head[1:2] < b"\x20" and head[2:3] in (b"\x12", b"\x3a")):
+        return "an ONNX model, which is a program without a state dict", ANOTHER_FORMAT
+    if is_text(head[:TEXT]):
+        return "a text file", NO_CHECKPOINT
+    return describe_pickle(head)
+
+
+def describe_zip(path: Path) -> tuple[str, str] | None:
+    """The kind of a zip archive; None if `torch.save` may have written it, or it is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            if any(name.endswith("constants.pkl") for name in names):
+                return "a TorchScript archive, and was not executed", ANOTHER_FORMAT
+            pickles = [name for name in names if name.endswith("/data.pkl")]
+            if pickles:
+                return describe_pickle(archive.read(pickles[0]))
+    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError):
+        return None
+    if any("serialized_exported_program" in name or name.endswith(".pt2") for name in names):
+        return "an exported program, and was not executed", ANOTHER_FORMAT
+    if any("models/" in name and name.endswith(".json") for name in names):
+        return "an exported program, and was not executed", ANOTHER_FORMAT
+    if names and all(name.endswith(".npy") for name in names):
+        return "a NumPy archive", STATE_DICT
+    inside = f" of {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else " of nothing"
+    return f"a zip archive{inside}", UNPACK
+
+
+def describe_pickle(content: bytes) -> tuple[str, str] | None:
+    """Whether a pickle, which is searched and not loaded, is a whole module."""
+    for package, kind in PACKAGES.items():
+        if f"c{package}.".encode() in content or f"c{package}\n".encode() in content:
+            return f"{kind}, and was not executed", OTHER_LIBRARY
+    if b"_parameters" in content and b"_modules" in content:
+        return "a whole pickled module (torch.save(model)), and was not executed", STATE_DICT
+    return None
+
+
+def describe_folder(path: Path) -> tuple[str, str]:
+    """The kind of a folder that was given in place of a file, and the way out."""
+    if (path / "config.json").is_file():
+        return "a Hugging Face model's folder", OTHER_LIBRARY
+    if (path / "checkpoint.pth").is_file():
+        return "a run's folder", f"pass {path / 'checkpoint.pth'}"
+    if (path / "data.pkl").is_file():
+        return "an unpacked checkpoint", "pass the file as it was before"
+    return "a folder", "pass the checkpoint in it"
+
+
+def describe_names(names: Collection[str]) -> str | None:
+    """Whose model has tensors of these names; None where nobody's that is known here."""
+    for part, kind in NAMES.items():
+        if any(part in name for name in names):
+            return kind
+    if any(name.endswith("layer1.0.conv1.weight") for name in names) and not any("coder" in name for name in names):
+        return "a backbone alone, for --backbone_weights"
+    return None
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is of safetensors' format: the length of a JSON header, then the header."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return path.stat().st_size >= 8 + length > 8 and file.read(1) == b"{"
+
+
+def is_text(head: bytes) -> bool:
+    """Whether bytes from a file's beginning are text."""
+    try:
+        text = head.decode("utf-8")
+    except UnicodeDecodeError as error:
+        # The last character may be cut in two.
+        if error.start < len(head) - 3:
+            return False
+        text = head[: error.start].decode("utf-8")
+    return all(c.isprintable() or c.isspace() for c in text)
