@@ -141,6 +141,7 @@ def interruptible() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        _first = None
 
 
 def raise_pending() -> None:

@@ -418,6 +418,17 @@ def test_an_interruption_that_other_code_turned_into_an_error_is_one(capsys):
     assert capsys.readouterr().err == "program: interrupted by SIGTERM\n"
 
 
+def test_a_signal_that_an_error_overtook_is_forgotten_with_its_command(capsys):
+    def command() -> int:
+        with uninterrupted():
+            send()
+            raise UserError("no room")
+
+    assert exit_status("program", command) == 2
+    with uninterrupted():
+        pass
+
+
 def test_an_ignored_signal_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
