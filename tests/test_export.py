@@ -438,7 +438,7 @@ def test_int8_makes_smaller_files_that_nearly_agree(checkpoint_of, tmp_path):
         ("enact", "--enact_mask_padding", "--clusters 4 --mask", "--clusters with --mask"),
         ("enact", "", "--clusters /nowhere/at/all", "--clusters /nowhere/at/all: neither a number"),
         ("enact", "", "--clusters 0", "--clusters 0: neither a number of at least 1"),
-        ("enact", "", "--clusters {folder}", "nor a folder of images"),
+        ("enact", "", "--clusters {folder}", "no image in this folder"),
         ("enact", "", "--size 32 64", "--size 32 64: each must be from 64 to 4096 pixels"),
         ("enact", "", "--dynamic --size 64 64", "leave out --size and --batch, or --dynamic"),
         ("enact", "", "--dynamic --batch 2", "leave out --size and --batch, or --dynamic"),
