@@ -7,6 +7,7 @@ pass, and `COMPILED` names the methods that can be compiled.
 import argparse
 import ctypes
 import logging
+import os
 import sys
 
 import torch
@@ -17,6 +18,9 @@ logger = logging.getLogger("enact")
 
 # What `torch.compile` calls its default.
 BACKEND = "inductor"
+
+# Compiled forms of one piece of code, beyond which PyTorch runs it uncompiled; its own limit is 8.
+RECOMPILE_LIMIT = 64
 
 # Norms that train, alone or with those of other processes.
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -43,7 +47,8 @@ class Recomputed(nn.Module):
 def prepare(model: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
     """Move a model to its device, in the memory format and with the savings that the arguments ask for.
 
-    On a CPU, the whole process keeps the memory that it frees from then on: see `keep_freed_memory`.
+    Settings of the whole process change too: on a CPU it keeps the memory that it frees (`keep_freed_memory`), on a
+    GPU see `prepare_gpu`, and with `--deterministic` see `compute_deterministically`.
 
     Args:
         model: a detector; changed in place, its state dict stays as it is.
@@ -52,12 +57,40 @@ def prepare(model: nn.Module, args: argparse.Namespace, device: torch.device) ->
     """
     if device.type == "cpu":
         keep_freed_memory()
+    else:
+        prepare_gpu(device)
+    if args.deterministic:
+        compute_deterministically()
     # Convolutions are fastest with channels innermost, on CPUs and GPUs alike.
     model.to(device, memory_format=torch.channels_last)
     if args.checkpoint_activations:
         checkpoint_activations(model)
     if args.compile:
         compile_parts(model, device)
+
+
+def prepare_gpu(device: torch.device) -> None:
+    """Make a GPU the process's own, and keep PyTorch from cuDNN's attention.
+
+    cuDNN builds a plan for every new number of keys. With ENACT nearly every batch has another number of clusters.
+    """
+    if device.type != "cuda":
+        return
+    if device.index is not None:
+        torch.cuda.set_device(device)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def compute_deterministically() -> None:
+    """Let the process repeat its results to the bit on a GPU, as it does on a CPU anyway; some steps take longer.
+
+    PyTorch raises an error in an operation that cannot be repeated.
+    """
+    # cuBLAS reads it when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def keep_freed_memory() -> None:
@@ -98,8 +131,8 @@ def compile_parts(model: nn.Module, device: torch.device) -> None:
     """Compile what the model's modules name in `COMPILED`: the backbone, feed-forward networks, and decoder layers but
     for Anchor DETR's. The encoder's attention is left out: the number of clusters varies from step to step.
 
-    Where images differ in size, PyTorch compiles once or twice more, then for any size. Where nothing can be compiled,
-    one line says so and the model stays as it is; a part that cannot be runs as it is, too.
+    Parts are compiled for any size of image and batch. If nothing can be compiled here, one line says so and the model
+    runs uncompiled; so does a single part that cannot be compiled.
     """
     try:
         with torch._dynamo.config.patch(suppress_errors=False):
@@ -109,7 +142,11 @@ def compile_parts(model: nn.Module, device: torch.device) -> None:
         reason = (str(cause).strip() or "no reason given").splitlines()[0]
         logger.warning("--compile: nothing can be compiled here (%s); going on without", reason)
         return
-    torch._dynamo.config.suppress_errors = True
+    config = torch._dynamo.config
+    config.suppress_errors = True
+    # Layers share their code: each is compiled for training and for evaluation, and past the limit none is any more.
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # PyTorch 2.4
+    setattr(config, limit, max(getattr(config, limit), RECOMPILE_LIMIT))
     for module in model.modules():
         for name in getattr(module, "COMPILED", ()):
-            setattr(module, name, torch.compile(getattr(module, name), backend=BACKEND))
+            setattr(module, name, torch.compile(getattr(module, name), backend=BACKEND, dynamic=True))

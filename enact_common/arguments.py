@@ -475,6 +475,11 @@ def add_run_flags(group) -> None:
     group.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu")
     group.add_argument("--seed", default=42, type=natural_int, metavar="N", help="of weights, order and augmentation")
     group.add_argument(
+        "--deterministic", action="store_true",
+        help="on a GPU, results repeat to the bit and a resumed training is exact, at some cost in time; on a CPU they "
+        "do anyway (default: off)",
+    )  # fmt: skip
+    group.add_argument(
         "--resume", default="", metavar="CKPT",
         help="checkpoint to go on from or to evaluate: a path, or an https URL with the file's SHA-256 (8 digits of it "
         "or more) in the file's name, name-HASH.pth, or at its end, #sha256=HASH",

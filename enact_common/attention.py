@@ -7,7 +7,7 @@ Needs of Object Detection Transformers", arXiv:2409.07541.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from enact_common.clustering import EntropyClustering
+from enact_common.clustering import EntropyClustering, autocast_dtype
 
 
 class EnactSelfAttention(EntropyClustering):
@@ -111,11 +111,14 @@ class EnactSelfAttention(EntropyClustering):
             raise ValueError(f"EnactSelfAttention takes tensors of three axes, with a batch among them, got {kind}")
         if key_padding_mask is not None and key_padding_mask.is_floating_point():
             key_padding_mask = key_padding_mask.isneginf()
-        if not self.batch_first:
-            key, value = key.transpose(0, 1), value.transpose(0, 1)
         head_width = self.embed_dim // self.num_heads
 
-        (key, value), clusters = self.pool(key, value, key_padding_mask=key_padding_mask)
+        # Cast here rather than by autocast, so that the queries' projection and the pooling keep the same tensor.
+        cast = {id(tensor): tensor.to(autocast_dtype(tensor)) for tensor in (query, key, value)}
+        scored, query, key, value = key, cast[id(query)], cast[id(key)], cast[id(value)]
+        if not self.batch_first:
+            scored, key, value = (tensor.transpose(0, 1) for tensor in (scored, key, value))
+        (key, value), clusters = self.pool(scored, value, key_padding_mask=key_padding_mask, narrow=key)
         padding_mask = clusters.padding_mask
         sizes = clusters.sizes() if self.weigh_by_size else None
         q, k, v = (

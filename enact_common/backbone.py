@@ -25,12 +25,69 @@ BACKBONES = tuple(STAGES)
 ALL_STAGES = ("layer1", "layer2", "layer3", "layer4")
 # Without bottlenecks: 512 channels in place of 2048, and no dilated form.
 SHALLOW_BACKBONES = ("resnet18", "resnet34")
-NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d}
 
 WEIGHTS_WAYS_OUT = (
     "pass --backbone_weights PATH for a state dict of a torchvision ResNet that you have as a file, or train from "
     "scratch with --backbone_weights none --backbone_norm batch"
 )
+
+
+def versions(*tensors: Tensor) -> list[tuple[int, int]]:
+    """Which tensors these are, and how often each was changed in place."""
+    # PyTorch does not count the changes of tensors that were made in inference mode.
+    return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+
+class FrozenNorm(FrozenBatchNorm2d):
+    """Frozen batch norm that holds its factor and offset for each channel, rather than compute them in every pass.
+
+    Attributes:
+        scale, offset: (channels,), `norm(x) = x * scale + offset`; buffers that no state dict has.
+        keeps_folded: keep the convolution's weight with the scale in it from one pass without gradients to the next.
+    """
+
+    keeps_folded = False
+
+    def __init__(self, num_features: int, eps: float = 1e-5):
+        super().__init__(num_features, eps)
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("offset", None, persistent=False)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Compute `scale` and `offset` from the statistics and parameters."""
+        with torch.no_grad():
+            self.scale = self.weight * (self.running_var + self.eps).rsqrt()
+            self.offset = self.bias - self.running_mean * self.scale
+        self.versions = versions(self.weight, self.bias, self.running_mean, self.running_var)
+        self.folded = None, None
+
+    def fold_into(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """A convolution's weight (channels, ...) with the norm in it, and its bias."""
+        if torch.compiler.is_compiling():
+            return weight * self.scale.view(-1, 1, 1, 1), self.offset
+        if self.versions != versions(self.weight, self.bias, self.running_mean, self.running_var):
+            self.refresh()  # they were changed in place
+        if not self.keeps_folded or torch.is_grad_enabled():
+            return weight * self.scale.view(-1, 1, 1, 1), self.offset
+        if self.folded[0] != versions(weight):
+            self.folded = versions(weight), weight * self.scale.view(-1, 1, 1, 1)
+        return self.folded[1], self.offset
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "folded": (None, None)}
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.refresh()
+        return self
+
+
+NORMS = {"frozen": FrozenNorm, "batch": nn.BatchNorm2d}
 
 
 def convolve_and_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
@@ -40,12 +97,17 @@ def convolve_and_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
     the feature map, forward or backward, and mixed precision stays in its lower precision, which the norm's float32
     factors would leave.
     """
-    if not isinstance(norm, FrozenBatchNorm2d):
+    if not isinstance(norm, FrozenNorm):
         return norm(conv(x))
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    weight = conv.weight * scale.view(-1, 1, 1, 1)
-    offset = norm.bias - norm.running_mean * scale
+    weight, offset = norm.fold_into(conv.weight)
     return F.conv2d(x, weight, offset, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def keep_folded(model: nn.Module) -> None:
+    """Fold frozen batch norms into their convolutions once, for a model whose weights stay as they are."""
+    for module in model.modules():
+        if isinstance(module, FrozenNorm):
+            module.keeps_folded = True
 
 
 class ResidualBlock(Recomputed):

@@ -57,6 +57,11 @@ def gaussian_kernel(sigma: float) -> Tensor:
     return density.to(torch.float32)
 
 
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to score in: bf16 cannot tell the probabilities of thousands of tokens apart."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 def self_information(logits: Tensor) -> Tensor:
     """Each token's share of the entropy, `-p log2 p`, of the softmax over all tokens.
 
@@ -64,9 +69,9 @@ def self_information(logits: Tensor) -> Tensor:
         logits: (batch, N), any range.
 
     Returns:
-        (batch, N), bits, in [0, log2(e) / e].
+        (batch, N), bits, in [0, log2(e) / e]; float32, or float64 for float64 logits.
     """
-    probability = logits.softmax(dim=-1)
+    probability = logits.to(at_least_float32(logits.dtype)).softmax(dim=-1)
     # ONNX's optimizer takes a number this small for zero, and drops the addition; of a tensor it does not.
     probability = probability + (probability.new_full((1,), PROBABILITY_FLOOR) if recording() else PROBABILITY_FLOOR)
     return -probability * probability.log2()
@@ -74,7 +79,10 @@ def self_information(logits: Tensor) -> Tensor:
 
 def smooth(signal: Tensor, kernel: Tensor) -> Tensor:
     """Convolve along the tokens with zero padding, keeping the length. Both: (batch, N); kernel: (taps,)."""
-    return F.conv1d(signal.unsqueeze(1), kernel.view(1, 1, -1), padding="same").squeeze(1)  # (batch, N)
+    taps = len(kernel)
+    # A convolution or a matrix product could run in TF32, whose rounding moves the borders of regions.
+    neighbours = F.pad(signal, ((taps - 1) // 2, taps // 2)).unfold(1, taps, 1)  # (batch, N, taps)
+    return (neighbours * kernel).sum(dim=-1)
 
 
 def region_borders(signal: Tensor) -> Tensor:
@@ -153,13 +161,13 @@ class Windows:
 
     def pool(self, tokens: Tensor) -> Tensor:
         """The weighted sums of tokens (batch, N, d): (batch, M, d), in their dtype."""
-        windows = cut_windows(tokens, self.weights.shape[-1]).to(self.weights.dtype)  # (batch, M, length, d)
-        if recording():
-            return (self.weights.unsqueeze(2) @ windows).squeeze(2).to(tokens.dtype)
-        # Image by image: over the whole batch, the product would copy windows that leave tokens over, and keep the
-        # copy.
-        pooled = [w.unsqueeze(1) @ image for w, image in zip(self.weights, windows, strict=True)]  # (M, 1, d) each
-        return torch.stack(pooled).squeeze(2).to(tokens.dtype)
+        windows = cut_windows(tokens, self.weights.shape[-1])  # (batch, M, length, d)
+        if tokens.device.type == "cpu" and tokens.dtype == self.weights.dtype and not recording():
+            # Matrix products are faster on CPUs; one for the whole batch would copy the windows and keep the copy.
+            pooled = [w.unsqueeze(1) @ image for w, image in zip(self.weights, windows, strict=True)]  # (M, 1, d) each
+            return torch.stack(pooled).squeeze(2)
+        # The multiplication converts narrower tokens as it reads them, so the backward pass keeps no wide copy.
+        return (self.weights.unsqueeze(-1) * windows).sum(dim=2).to(tokens.dtype)
 
     def pool_shared(self, values: Tensor, index: Tensor) -> Tensor:
         """`pool` of tokens that share their values, without laying these out for every token.
@@ -234,7 +242,6 @@ class Segments:
             flat, token = tokens.transpose(0, 1).flatten(0, 1), self.token * batch + self.image
         else:
             flat, token = tokens.flatten(0, 1), self.image * num_tokens + self.token
-        flat = flat.to(self.weights.dtype)
         pooled = _SegmentSum.apply(flat, self.weights, token, self.cluster, self.first)
         return pooled.unflatten(0, self.shape).to(tokens.dtype)
 
@@ -304,7 +311,7 @@ class _SegmentSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens: Tensor, weights: Tensor, token: Tensor, cluster: Tensor, first: Tensor) -> Tensor:
         ctx.save_for_backward(tokens, weights, token, cluster)
-        return F.embedding_bag(token, tokens, first, mode="sum", per_sample_weights=weights)
+        return F.embedding_bag(token, tokens.to(weights.dtype), first, mode="sum", per_sample_weights=weights)
 
     @staticmethod
     @once_differentiable
@@ -319,10 +326,46 @@ class _SegmentSum(torch.autograd.Function):
             part = slice(start, start + length)
             spread = grad.index_select(0, cluster[part])  # (k, d)
             if needs_weights:
-                grad_weights[part] = tokens.index_select(0, token[part]).mul_(spread).sum(dim=1)
+                grad_weights[part] = (tokens.index_select(0, token[part]) * spread).sum(dim=1)
             if needs_tokens:
-                grad_tokens.index_copy_(0, token[part], spread.mul_(weights[part].unsqueeze(1)))
+                spread = spread.mul_(weights[part].unsqueeze(1)).to(tokens.dtype)
+                grad_tokens.index_copy_(0, token[part], spread)
         return grad_tokens, grad_weights, None, None, None
+
+
+class _Score(torch.autograd.Function):
+    """`tokens @ weight`, which keeps `narrow`, the tokens in a lower precision, for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, tokens: Tensor, narrow: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(narrow, weight)
+        return (tokens * weight).sum(dim=-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        narrow, weight = ctx.saved_tensors
+        grad = grad.unsqueeze(-1)
+        return grad * weight, None, (grad * narrow).flatten(0, -2).sum(dim=0)
+
+
+def weigh_channels(tokens: Tensor, weight: Tensor, narrow: Tensor | None = None) -> Tensor:
+    """The sums (...) of tokens (..., d) times weight (d,) over the channels; `narrow` as in `EntropyClustering.score`.
+
+    Not a matrix product: that could run in TF32.
+    """
+    weight = weight.to(at_least_float32(weight.dtype))
+    if narrow is None or narrow.dtype == tokens.dtype:
+        return (tokens * weight).sum(dim=-1)
+    return _Score.apply(tokens, narrow, weight)
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype that autocast gives a tensor in a matrix product; the tensor's own without autocast."""
+    device = tensor.device.type
+    if tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return tensor.dtype
 
 
 def move_to_front(wanted: Tensor) -> Tensor:
@@ -405,6 +448,13 @@ class EntropyClustering(nn.Module):
         # A constant, so it moves with the module but stays out of checkpoints.
         self.register_buffer("kernel", gaussian_kernel(sigma), persistent=False)
 
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        # `.bfloat16()` has rounded the taps.
+        dtype = at_least_float32(self.kernel.dtype)
+        self.kernel = gaussian_kernel(self.sigma).to(self.kernel.device, dtype)
+        return self
+
     def forward(self, scored: Tensor, *others: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """Score the first tensor, and pool all of them with the one set of weights that results.
 
@@ -427,18 +477,35 @@ class EntropyClustering(nn.Module):
         return self.pool(scored, *others, key_padding_mask=key_padding_mask)[0]
 
     def pool(
-        self, scored: Tensor, *others: Tensor, key_padding_mask: Tensor | None = None
+        self,
+        scored: Tensor,
+        *others: Tensor,
+        key_padding_mask: Tensor | None = None,
+        narrow: Tensor | None = None,
     ) -> tuple[tuple[Tensor, ...], Windows | Segments]:
-        """What `forward` returns, and the clusters."""
-        clusters = self.cluster(scored, key_padding_mask)
+        """What `forward` returns, and the clusters. `narrow`, as in `score`, is pooled in place of `scored`."""
+        clusters = self.cluster(scored, key_padding_mask, narrow)
         with torch.autocast(scored.device.type, enabled=False):
-            return tuple(clusters.pool(tensor) for tensor in (scored, *others)), clusters
+            return tuple(clusters.pool(tensor) for tensor in (scored if narrow is None else narrow, *others)), clusters
 
-    def cluster(self, scored: Tensor, key_padding_mask: Tensor | None = None) -> Windows | Segments:
-        """The clusters of tokens (batch, N, d), which pool any tensor (batch, N, channels) with the same weights."""
-        # bf16 cannot tell the probabilities of thousands of tokens apart: float32 whatever autocast says.
+    def cluster(
+        self, scored: Tensor, key_padding_mask: Tensor | None = None, narrow: Tensor | None = None
+    ) -> Windows | Segments:
+        """The clusters of tokens (batch, N, d), which pool any tensor (batch, N, channels) with the same weights.
+
+        `narrow`: as in `score`.
+        """
         with torch.autocast(scored.device.type, enabled=False):
-            return self.cluster_scores(self.W_prob(scored.to(self.W_prob.weight.dtype)).squeeze(-1), key_padding_mask)
+            return self.cluster_scores(self.score(scored, narrow), key_padding_mask)
+
+    def score(self, tokens: Tensor, narrow: Tensor | None = None) -> Tensor:
+        """The scores (...) of tokens (..., d), float32, or float64 if the tokens or the weights are.
+
+        Args:
+            tokens: any layout in memory; no copy is made.
+            narrow: the tokens in a lower precision, which is kept for the gradient of `W_prob` in their place.
+        """
+        return weigh_channels(tokens, self.W_prob.weight[0], narrow) + self.W_prob.bias
 
     def cluster_scores(self, logits: Tensor, key_padding_mask: Tensor | None = None) -> Windows | Segments:
         """The clusters of tokens with these scores (batch, N); key_padding_mask: bool (batch, N), True where padded."""

@@ -15,16 +15,18 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from enact_common.arguments import CLUSTERING_FLAGS, COCO, MODEL_FLAGS, PANOPTIC
-from enact_common.backbone import ALL_STAGES, SHALLOW_BACKBONES, STAGES
+from enact_common.backbone import ALL_STAGES, SHALLOW_BACKBONES, STAGES, keep_folded
 from enact_common.checkpoint import detector_weights, has_masks, load_checkpoint, load_model
 from enact_common.data.categories import LabelMap, coco_names
 from enact_common.data.exif import decode_upright
 from enact_common.data.images import decode_image, pil_to_rgb
 from enact_common.data.panoptic import NUM_CLASSES, VOID, coco_panoptic_names, panoptic_label_map, things_of
 from enact_common.data.transforms import eval_transforms, resized_shape
-from enact_common.device import default_device, find_device
+from enact_common.device import check_precision, default_device, find_device
+from enact_common.engine import autocast
 from enact_common.errors import UserError
 from enact_common.file_kinds import describe_names
+from enact_common.optimization import AMP_DTYPE
 from enact_common.segmentation import PostProcessPanoptic, full_size_masks
 from enact_common.variants import VARIANTS, load_variant
 
@@ -108,6 +110,7 @@ class LoadedDetector:
         model: in evaluation mode, on `device`.
         label_map: what its labels mean.
         threshold: least score of a detection, and of a segment, in [0, 1].
+        amp: the precision that the model runs in: "bf16" or "fp16", or None for the weights' own.
         things: of a panoptic model, the labels of what can be counted; None of others.
     """
 
@@ -121,10 +124,13 @@ class LoadedDetector:
         threshold: float,
         device: torch.device,
         things: Collection[int] | None = None,
+        amp: str | None = None,
     ):
         self.variant = variant
         self.args = args
-        self.model = model.to(device).eval()
+        self.model = model.to(device, memory_format=torch.channels_last).eval()
+        keep_folded(self.model)
+        self.amp = amp
         self.postprocess = postprocess
         self.label_map = label_map
         self.threshold = threshold
@@ -168,7 +174,7 @@ class LoadedDetector:
 
     def detect(self, pixels: Tensor, threshold: float | None = None) -> Detections:
         """The detections in an image uint8 (3, height, width)."""
-        with torch.inference_mode():
+        with torch.inference_mode(), autocast(self.device, self.amp or "none"):
             outputs = self.model(self.model_input(pixels))
         # Decoded outside of it, so that what the caller gets are ordinary tensors, which can be changed in place.
         return self.decode(outputs, tuple(pixels.shape[-2:]), threshold)
@@ -234,7 +240,11 @@ class LoadedDetector:
 
 
 def load_detector(
-    checkpoint: str | Path, device: str | torch.device | None = None, threshold: float | None = None, **flags
+    checkpoint: str | Path,
+    device: str | torch.device | None = None,
+    threshold: float | None = None,
+    amp: str | None = None,
+    **flags,
 ) -> LoadedDetector:
     """The detector in a checkpoint: ours, or one of the original repositories or of ENACT's authors.
 
@@ -246,14 +256,18 @@ def load_detector(
         device: "cuda", "cuda:1", "cpu"; None for a GPU where there is one.
         threshold: least score of a detection, in [0, 1], and of a panoptic model's segment; None for 0.5, and of
             panoptic models for 0.85, with which they are evaluated.
+        amp: mixed precision, "bf16" or "fp16", the latter on GPUs alone; None for float32.
         flags: of the model, where a checkpoint of weights alone does not show them: `dilation=True` for DC5.
 
     Raises:
-        UserError: the file is missing, is no checkpoint, or fits no variant; or there is no such device; or it is
-            panoptic, and does not say which of its categories are things.
+        UserError: the file is missing, is no checkpoint, or fits no variant; or there is no such device or precision;
+            or it is panoptic, and does not say which of its categories are things.
     """
     source = str(checkpoint)
     device = find_device(default_device() if device is None else str(device))
+    if amp not in (None, *AMP_DTYPE):
+        raise UserError(f"amp={amp!r}: no such precision; pass one of {', '.join(AMP_DTYPE)}")
+    check_precision(amp, device)
     state = load_checkpoint(source)
     variant = known_variant(state, source)
     try:
@@ -265,7 +279,7 @@ def load_detector(
     things = things_of(label_map, source) if args.dataset_file == PANOPTIC else None
     if threshold is None:
         threshold = THRESHOLD if things is None else PostProcessPanoptic.THRESHOLD
-    return LoadedDetector(variant, args, model, postprocessors["bbox"], label_map, threshold, device, things)
+    return LoadedDetector(variant, args, model, postprocessors["bbox"], label_map, threshold, device, things, amp)
 
 
 def variant_of(checkpoint: dict[str, Any]) -> str | None:

@@ -7,6 +7,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from enact_common.clustering import at_least_float32
 from enact_common.nested_tensor import NestedTensor
 
 
@@ -27,17 +28,13 @@ def sine_encoding(position: Tensor, channels: int, temperature: float = 10000.0)
     return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-2)
 
 
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or in its own dtype if that is wider: bf16 cannot tell neighbouring cells apart."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
 def encode_points(points: Tensor, channels: int) -> Tensor:
     """Points (..., 2), (x, y) as fractions of the image's sides, to (..., channels): first y's encoding, then x's.
 
     The encoding is computed and returned in float32 or wider.
     """
-    encoding = sine_encoding(at_least_float32(points).flip(-1) * (2 * math.pi), channels // 2)  # (..., 2, channels / 2)
+    points = points.to(at_least_float32(points.dtype))  # bf16 cannot tell neighbouring cells apart
+    encoding = sine_encoding(points.flip(-1) * (2 * math.pi), channels // 2)  # (..., 2, channels / 2)
     return encoding.flatten(-2)
 
 
@@ -73,7 +70,8 @@ class PositionEmbeddingSine(nn.Module):
         present = ~features.mask  # (batch, h, w)
         axes = []
         for axis in (1, 2):
-            position = present.cumsum(axis, dtype=torch.float32)  # (batch, h, w)
+            # Whole numbers are summed: GPUs have no deterministic sum of fractions.
+            position = present.cumsum(axis).float()  # (batch, h, w)
             if self.normalize:
                 last = position.narrow(axis, position.shape[axis] - 1, 1)
                 position = position / (last + 1e-6) * self.scale

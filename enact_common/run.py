@@ -408,7 +408,8 @@ class Run:
         self.wrapped = self.model
         if args.distributed and not args.eval:
             gpus = [self.device] if self.device.type == "cuda" else None
-            self.wrapped = nn.parallel.DistributedDataParallel(self.model, device_ids=gpus)
+            # Buffers are constants, or running statistics, which training does not read and `share_buffers` shares.
+            self.wrapped = nn.parallel.DistributedDataParallel(self.model, device_ids=gpus, broadcast_buffers=False)
 
     def describe(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Say what will happen; with an optimizer, in training."""
@@ -433,7 +434,8 @@ class Run:
             or args.frozen_weights
             or f"backbone {args.backbone_weights}, the rest random",
             "classes": f"{len(names)} ({shown}), {args.num_classes} labels",
-            "device": f"{self.device}, {processes} {'process' if processes == 1 else 'processes'}, {precision}",
+            "device": f"{self.device}, {processes} {'process' if processes == 1 else 'processes'}, {precision}"
+            + ", deterministic" * args.deterministic,
         }
         if optimizer:
             rates = ", ".join(f"{g['name']} {g['initial_lr']:g}".strip() for g in optimizer.param_groups)

@@ -1,14 +1,17 @@
 """Compiled, recomputed and in mixed precision, models compute what they compute otherwise."""
 
+import os
+
 import pytest
 import torch
-from conftest import SMALL_MODEL, build, parse
+from conftest import SMALL_MODEL, build, parse, train
 from torch import nn
 from torch.testing import assert_close
 
 from enact_common import UserError, acceleration, arguments, load_variant
 from enact_common.acceleration import Recomputed, checkpoint_activations, compile_parts, prepare
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
+from enact_common.variants import VARIANTS
 
 CPU = torch.device("cpu")
 
@@ -187,3 +190,117 @@ def test_losses_in_bf16_stay_within_two_percent(variant_and_attention, shapes):
     # several times it, bf16 can depart further, by more than the noise of float32.
     assert expected[-10:].mean() < 0.97 * expected[:10].mean()
     assert_close(ours.view(10, 10).mean(1), expected.view(10, 10).mean(1), rtol=0.02, atol=0)
+
+
+@pytest.fixture
+def gpu_settings(monkeypatch):
+    """What `prepare_gpu` asks of PyTorch, noted in place of done."""
+    asked = {}
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(device=device))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: asked.update(cudnn=enabled))
+    return asked
+
+
+@pytest.mark.parametrize("name, device", [("cuda", None), ("cuda:0", "cuda:0"), ("cuda:1", "cuda:1")])
+def test_a_gpu_is_made_the_process_own_and_runs_no_cudnn_attention(gpu_settings, monkeypatch, name, device):
+    # No GPU is needed: the model is not moved.
+    monkeypatch.setattr(nn.Module, "to", lambda self, *args, **kwargs: self)
+    prepare(nn.Linear(1, 1), parse("detr"), torch.device(name))
+    assert gpu_settings == {"cudnn": False} | ({"device": torch.device(device)} if device else {})
+
+
+def test_a_cpu_has_no_gpu_settings(gpu_settings):
+    prepare(nn.Linear(1, 1), parse("detr"), CPU)
+    assert gpu_settings == {}
+
+
+@pytest.fixture
+def deterministic_flags(monkeypatch):
+    """Restores the process's settings."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    yield
+    torch.use_deterministic_algorithms(False)
+    os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_deterministic_settings_are_for_those_who_ask(deterministic_flags, asked):
+    prepare(nn.Linear(1, 1), parse("detr", *["--deterministic"] * asked), CPU)
+    assert torch.are_deterministic_algorithms_enabled() == asked
+    assert torch.backends.cudnn.deterministic == asked and torch.backends.cudnn.benchmark != asked
+    assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == asked
+
+
+@pytest.mark.parametrize("variant, clusters", [*((v, "windows") for v in VARIANTS), ("anchor", "regions")])
+def test_every_variant_trains_deterministically(
+    variant, clusters, deterministic_flags, monkeypatch, shapes, tmp_path, capsys
+):
+    """PyTorch refuses what cannot be repeated; on a CPU it knows few such operations, so sums along axes are watched:
+    a GPU has no deterministic one of fractions."""
+    summed, original = [], torch.Tensor.cumsum
+
+    def watched(self, *args, **kwargs):
+        summed.append(original(self, *args, **kwargs))
+        return summed[-1]
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", watched)
+    flags = ["--deterministic", "--epochs", "1", "--encoder_attention", "enact", "--enact_clusters", clusters]
+    assert train(variant, shapes, tmp_path, *flags) == 0
+    assert "float32, deterministic" in capsys.readouterr().out
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["args"]["deterministic"]
+    assert summed and not any(tensor.is_floating_point() for tensor in summed)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiled_parts_take_any_size_without_falling_back(variant, monkeypatch):
+    """A training with images of many sizes, a shorter last batch and an evaluation in between."""
+    graphs, calls = [], []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+
+        def run(*args):
+            calls.append(graph)
+            return graph(*args)
+
+        return run
+
+    flags = [*SMALL_MODEL[variant], "--backbone_norm", "frozen", "--backbone_stages", "2"]
+    model = build(variant, *flags, "--enc_layers", "3", "--dec_layers", "3")[0]
+    monkeypatch.setattr(acceleration, "BACKEND", counting)
+    torch._dynamo.reset()
+    compile_parts(model, CPU)
+    # A limit that is met is an error here, rather than a warning and uncompiled code.
+    name = "fail_on_recompile_limit_hit"
+    strict = {name: True} if hasattr(torch._dynamo.config, name) else {}
+
+    def turn(sizes, batch):
+        counts = []
+        for height, width in sizes:
+            calls.clear()
+            images = torch.randint(256, (batch, 3, height, width), dtype=torch.uint8)
+            if model.training:
+                outputs_and_gradients(model, images)
+            else:
+                with torch.no_grad():
+                    model(images)
+            counts.append(len(calls))
+        return counts
+
+    with torch._dynamo.config.patch(suppress_errors=False, **strict):
+        sizes = [(64, 96), (96, 64), (128, 96), (96, 160), (160, 128)]
+        runs = turn(sizes, 4) + turn(sizes[:1], 1)
+        model.eval()
+        turn(sizes, 2)
+        model.train()
+        made = len(graphs)
+        runs += turn([(96, 96), (160, 96), (128, 160), (64, 160)], 4) + turn([(160, 96)], 2)
+        # Nothing is compiled for sizes that come later.
+        assert len(graphs) == made
+        runs += turn([(96, 128)], 1)
+    # PyTorch chooses a convolution for one image by its size, so that may take another form of the backbone.
+    assert len(graphs) <= made + 1
+    # Every part runs compiled in every step.
+    assert len(set(runs)) == 1 and runs[0] > 0

@@ -123,6 +123,57 @@ def test_dropout_acts_in_training_alone():
     assert torch.equal(layer(x, x, x)[0], layer(x, x, x)[0])
 
 
+def kept(layer, tokens: int, batch: int, amp: bool) -> int:
+    """Bytes that an encoder's call keeps for the backward pass, beside the parameters."""
+    source, position = torch.randn(2, tokens, batch, layer.embed_dim)
+    source.requires_grad_()
+    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    storages, held = {}, []
+
+    def keep(tensor):
+        held.append(tensor)  # alive, so that no storage takes another's place
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp),
+    ):
+        placed = source + position
+        layer(placed, placed, value=source, need_weights=False)
+    return sum(size for place, size in storages.items() if place not in parameters)
+
+
+@pytest.mark.parametrize("amp, share", [(False, 0.85), (True, 0.8)], ids=["float32", "bf16"])
+@pytest.mark.parametrize("tokens, batch", [(850, 2), (4200, 1)])
+@pytest.mark.parametrize("settings", [{}, {"clusters": "regions"}, {"per_image": True}], ids=str)
+def test_less_is_kept_than_by_plain_attention(tokens, batch, amp, share, settings):
+    """On published maps, with half of the published heads and channels."""
+    plain, ours = nn.MultiheadAttention(128, 4), EnactSelfAttention(128, 4, **settings)
+    assert kept(ours, tokens, batch, amp) < share * kept(plain, tokens, batch, amp)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_under_autocast_the_clusters_are_those_of_float32(batch_first):
+    torch.manual_seed(0)
+    layer, tokens = EnactSelfAttention(32, 4, batch_first=batch_first), 5 * torch.randn(400, 2, 32)
+    tokens = (tokens.transpose(0, 1) if batch_first else tokens).requires_grad_()
+    seen = []
+    layer.observer = lambda information, clusters: seen.append(clusters.weights)
+    expected = layer(tokens, tokens, tokens)[0]
+    gradients = torch.autograd.grad(expected.square().mean(), (tokens, layer.W_prob.weight))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = layer(tokens, tokens, tokens)[0]
+    assert output.dtype == torch.bfloat16
+    assert_tensors_close(seen[1], seen[0], rtol=0, atol=0)
+    assert_tensors_close(output.float(), expected, rtol=0.05, atol=0.05)
+    for ours, theirs in zip(
+        torch.autograd.grad(output.float().square().mean(), (tokens, layer.W_prob.weight)), gradients, strict=True
+    ):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).norm() < 0.05 * theirs.norm()
+
+
 def test_the_attention_matrix_is_not_kept_for_the_backward_pass():
     tokens, heads = 600, 8
     layer = EnactSelfAttention(64, heads)

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, assert_close
+from torch.nn import functional as F
 from torch.testing import assert_close as assert_tensors_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from enact_common.clustering import (
     EntropyClustering,
@@ -87,6 +89,76 @@ def test_regions_are_runs_of_the_second_differences_sign(signal, regions):
 )
 def test_window_length_is_the_rounded_mean_region_length(tokens, regions, length):
     assert window_length(tokens, regions) == length
+
+
+@pytest.mark.parametrize("sigma", [1.4, 1.5, 2.5, 3.0, 5.0])
+@pytest.mark.parametrize("tokens", [1, 5, 40])
+def test_smooth_is_the_same_convolution(sigma, tokens):
+    kernel = gaussian_kernel(sigma).double()
+    signal = torch.rand(3, tokens, dtype=torch.float64, requires_grad=True)
+    expected = F.conv1d(signal.unsqueeze(1), kernel.view(1, 1, -1), padding="same").squeeze(1)
+    assert_tensors_close(smooth(signal, kernel), expected)
+    torch.autograd.gradcheck(lambda s: smooth(s, kernel), signal)
+
+
+class MatrixProducts(TorchDispatchMode):
+    """Notes what a GPU could run in TF32."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "mv", "addmm", "addmv", "bmm", "baddbmm", "dot", "matmul", "linear", "convolution"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"per_image": True}, {"clusters": "regions"}, {"mask_padding": True}], ids=str
+)
+def test_nothing_that_decides_the_clusters_can_run_in_tf32(settings):
+    layer, tokens = EntropyClustering(16, **settings), torch.randn(2, 30, 16)
+    with MatrixProducts() as products:
+        layer.cluster(tokens, torch.arange(30).expand(2, -1) > 25)
+    assert products.seen == []
+    with MatrixProducts() as products:
+        layer.W_prob(tokens)
+    assert products.seen  # they would be noted
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_clusters_are_those_of_a_float32_module_with_the_same_weights(dtype):
+    """bf16 has other windows and fp16 no numbers where the scores' own dtype is used throughout."""
+    torch.manual_seed(0)
+    layer, tokens = EntropyClustering(32).to(dtype), (5 * torch.randn(2, 900, 32)).to(dtype)
+    assert layer.kernel.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.equal(layer.kernel.float(), gaussian_kernel(3.0))
+    precise = EntropyClustering(32)
+    precise.load_state_dict(layer.state_dict())
+    clusters, expected = layer.cluster(tokens), precise.cluster(tokens.float())
+    assert clusters.weights.dtype == torch.promote_types(dtype, torch.float32)
+    assert_tensors_close(clusters.weights.float(), expected.weights)
+    (pooled,) = layer(tokens)
+    assert pooled.dtype == dtype and torch.isfinite(pooled).all()
+    assert_tensors_close(pooled.float(), precise(tokens.float())[0], rtol=1e-2, atol=1e-2)
+    # Back in float32, the kernel is what it was.
+    assert torch.equal(layer.float().kernel, gaussian_kernel(3.0))
+
+
+@pytest.mark.parametrize("length", [1, 4, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_both_forms_of_pooling_are_the_same(length, dtype):
+    weights, tokens = torch.rand(2, 30 // length, length), torch.randn(30, 2, 8, dtype=dtype).transpose(0, 1)
+    expected = torch.einsum("bml,bmld->bmd", weights, cut_windows(tokens, length).float())
+    assert_tensors_close(Windows(weights).pool(tokens), expected.to(dtype))
+    # The form for GPUs, on a tensor that says to be on one.
+    assert_tensors_close(Windows(weights).pool(tokens.as_subclass(OnGpu)).as_subclass(torch.Tensor), expected.to(dtype))
+
+
+class OnGpu(torch.Tensor):
+    device = torch.device("cuda")
 
 
 def test_windows_drop_the_remainder_mostly_at_the_back():

@@ -1,5 +1,6 @@
 """Several processes on gloo: the same figures, the same batches, and all fail where one does."""
 
+import argparse
 import json
 import math
 from pathlib import Path
@@ -19,6 +20,7 @@ from enact_common.data.synthetic import make_shapes
 from enact_common.engine import GRADIENTS, NonFiniteLossError, first_non_finite_output, keep_frozen_norms
 from enact_common.evaluation.coco import EVALUATION, FIGURES
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
+from enact_common.run import Run
 
 
 @pytest.fixture
@@ -211,6 +213,15 @@ def test_synchronised_batch_norm_keeps_the_weights_names_and_is_frozen_alike():
     converted[1].requires_grad_(False)
     keep_frozen_norms(converted)
     assert not converted[1].training
+
+
+def test_buffers_are_not_sent_in_every_step(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda model, **options: asked.update(options))
+    alone = Run("detr", argparse.Namespace(distributed=True, eval=False), None, None)
+    alone.model, alone.device = nn.Linear(1, 1), torch.device("cpu")
+    alone.wrap_model()
+    assert asked["broadcast_buffers"] is False
 
 
 def test_a_report_does_not_wait_in_synchronised_batch_norms():

@@ -1,6 +1,7 @@
 """Every variant's model, with and without ENACT: shapes, inputs, and what its builders promise."""
 
 import copy
+import io
 import multiprocessing
 import os
 import subprocess
@@ -16,8 +17,8 @@ from torchvision.transforms.v2 import functional as F
 
 from enact_common import LoadedDetector, NestedTensor, UserError, load_variant, nested_tensor_from_tensor_list
 from enact_common import backbone as backbones
-from enact_common.backbone import Backbone, load_backbone_weights
-from enact_common.clustering import Windows
+from enact_common.backbone import Backbone, FrozenNorm, convolve_and_norm, load_backbone_weights
+from enact_common.clustering import EntropyClustering, Windows
 from enact_common.data.categories import LabelMap
 from enact_common.data.pixels import IMAGENET_MEAN, IMAGENET_STD
 from enact_common.hub import ENTRIES
@@ -316,6 +317,111 @@ def test_folded_norms_are_the_norms(name, dilation, monkeypatch):
     monkeypatch.setattr(backbones, "convolve_and_norm", lambda x, conv, norm: norm(conv(x)))
     for ours, expected in zip(folded, maps_and_gradients(), strict=True):
         assert_close(ours, expected)
+
+
+def frozen_norm() -> tuple[torch.nn.Conv2d, FrozenNorm]:
+    """A convolution and a norm with numbers of its own."""
+    norm = FrozenNorm(4)
+    norm.load_state_dict({name: torch.rand(4) + 0.5 for name in norm.state_dict()})
+    return torch.nn.Conv2d(3, 4, 3, bias=False), norm
+
+
+def loaded(norm):
+    norm.load_state_dict({name: torch.rand(4) + 0.5 for name in norm.state_dict()})
+    return norm
+
+
+def assigned(norm):
+    norm.load_state_dict({name: torch.rand(4) + 0.5 for name in norm.state_dict()}, assign=True)
+    return norm
+
+
+def written_to(norm):
+    norm.running_var.mul_(3)
+    norm.bias.add_(1)
+    return norm
+
+
+def replaced(norm):
+    norm.running_mean = torch.rand(4)
+    return norm
+
+
+def pickled(norm):
+    file = io.BytesIO()
+    torch.save(norm, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+CHANGES = [loaded, assigned, written_to, replaced, pickled, copy.deepcopy, lambda norm: loaded(copy.deepcopy(norm))]
+CHANGES += [lambda norm: norm.double(), lambda norm: norm.double().float(), lambda norm: written_to(norm.double())]
+
+
+@pytest.mark.parametrize("once", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_frozen_norms_constants_follow_its_buffers(change, once):
+    conv, norm = frozen_norm()
+    norm.keeps_folded = once
+    with torch.no_grad():
+        convolve_and_norm(torch.randn(1, 3, 8, 8), conv, norm)
+        norm = change(norm)
+        conv = conv.to(norm.weight.dtype)
+        for _ in range(2):
+            x = torch.randn(1, 3, 8, 8, dtype=norm.weight.dtype)
+            assert_close(convolve_and_norm(x, conv, norm), norm(conv(x)))
+            conv.weight.mul_(2)  # as an optimizer does, in place
+    assert list(norm.state_dict()) == list(torchvision.ops.FrozenBatchNorm2d(4).state_dict())
+
+
+def test_other_buffers_for_one_call_are_taken():
+    conv, norm = frozen_norm()
+    other = {name: torch.rand(4) + 0.5 for name in norm.state_dict()}
+    x, expected = torch.randn(1, 3, 8, 8), loaded(copy.deepcopy(norm))
+    expected.load_state_dict(other)
+    block = torch.nn.ModuleDict({"norm": norm})
+    block.forward = lambda x: convolve_and_norm(x, conv, norm)
+    with torch.no_grad():
+        before = block(x)
+        found = torch.func.functional_call(block, {f"norm.{name}": tensor for name, tensor in other.items()}, (x,))
+        assert_close(found, expected(conv(x)))
+        assert_close(block(x), before)
+
+
+def test_a_frozen_norms_constants_are_computed_once(monkeypatch):
+    model = Backbone("resnet18", weights="none")
+    images = NestedTensor(torch.randn(1, 3, 64, 64), torch.zeros(1, 64, 64, dtype=torch.bool))
+    calls, rsqrt = [], torch.Tensor.rsqrt
+    monkeypatch.setattr(torch.Tensor, "rsqrt", lambda self: calls.append(self) or rsqrt(self))
+    model(images)
+    assert calls == []
+    model.body["bn1"].running_var.mul_(2)
+    model(images), model(images)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_clusters_in_every_dtype_are_those_of_float32(variant, dtype):
+    """Of the encoder's layers, for the same weights and inputs, both rounded."""
+    model, twin = (build(variant, *SMALL_MODEL[variant], "--encoder_attention", "enact")[0] for _ in range(2))
+    twin.load_state_dict(model.to(dtype).state_dict())
+    clusterings = [[m for m in m.modules() if isinstance(m, EntropyClustering)] for m in (model, twin)]
+    assert clusterings[0]
+    for layers in zip(*clusterings, strict=True):
+        weights = []
+        x, y, source = (5 * torch.randn(2, *shape, 32).to(dtype) for shape in ((30,), (20,), (20, 30)))
+        for layer in layers:
+            layer.observer = lambda information, clusters, weights=weights: weights.append(clusters.weights)
+            own = layer.W_prob.weight.dtype
+            if variant == "anchor":
+                outputs = layer(source.to(own), x.to(own), y.to(own))[:3]
+            else:
+                tokens = source.flatten(1, 2).transpose(0, 1).to(own)
+                outputs = layer(tokens, tokens, tokens)[:1]
+            assert all(torch.isfinite(output).all() and output.dtype == own for output in outputs)
+        assert weights[0].dtype == torch.promote_types(dtype, torch.float32)
+        assert_close(weights[0].float(), weights[1])
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])

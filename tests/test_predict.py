@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 
 from enact_common import UserError, drawing, load_detector, predict
 from enact_common.arguments import MODEL_FLAGS
+from enact_common.backbone import FrozenNorm
 from enact_common.data.categories import coco_names
 from enact_common.data.images import decode_image
 from enact_common.data.synthetic import SHAPES
@@ -213,6 +214,44 @@ def test_detecting_leaves_the_model_as_it_was_and_gives_ordinary_tensors(detecto
         assert not tensor.requires_grad and tensor.device.type == "cpu"
         # Would fail for tensors of inference mode.
         tensor += 1
+
+
+def test_norms_are_folded_once_and_channels_are_innermost(checkpoint_of, photo, tmp_path):
+    checkpoint = checkpoint_of("detr", "enact")
+    state = torch.load(checkpoint, weights_only=True)
+    # As from a training with frozen norms, which know no count of batches.
+    weights = {name: tensor for name, tensor in state["model"].items() if not name.endswith("num_batches_tracked")}
+    args = {**state["args"], "backbone_norm": "frozen"}
+    frozen = altered(checkpoint, tmp_path / "frozen.pth", model=weights, args=args)
+    detector = load_detector(frozen, "cpu", threshold=0)
+    norms = [module for module in detector.model.modules() if isinstance(module, FrozenNorm)]
+    convolutions = [module for module in detector.model.modules() if isinstance(module, torch.nn.Conv2d)]
+    assert len(norms) == 20
+    assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in convolutions)
+    first = detector(photo)
+    folded = [norm.folded[1] for norm in norms]
+    second = detector(photo)
+    assert all(norm.folded[1] is weight for norm, weight in zip(norms, folded, strict=True))
+    torch.testing.assert_close(second.boxes, first.boxes, rtol=0, atol=0)
+    # Norms whose statistics are the same but that could train are not folded.
+    torch.testing.assert_close(load_detector(checkpoint, "cpu", threshold=0)(photo).boxes, first.boxes)
+
+
+def test_a_detector_runs_in_the_precision_that_is_asked_for(detector, checkpoint, photo):
+    narrow = load_detector(checkpoint, "cpu", threshold=0, amp="bf16")
+    seen = []
+    layer = narrow.model.transformer.encoder.layers[0].linear1
+    layer.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    found, expected = narrow(photo), detector(photo)
+    assert set(seen) == {torch.bfloat16}
+    assert found.boxes.dtype == found.scores.dtype == torch.float32 and len(found) == len(expected) > 0
+    torch.testing.assert_close(found.scores[:3], expected.scores[:3], rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("amp, said", [("fp16", "fp16 needs a GPU"), ("int8", "no such precision; pass one of none")])
+def test_a_precision_that_is_not_there_is_refused(checkpoint, amp, said):
+    with pytest.raises(UserError, match=said):
+        load_detector(checkpoint, "cpu", amp=amp)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

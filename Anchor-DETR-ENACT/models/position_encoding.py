@@ -5,14 +5,15 @@ import math
 import torch
 from torch import Tensor
 
-from enact_common.position_encoding import at_least_float32, encode_points, sine_encoding
+from enact_common.clustering import at_least_float32
+from enact_common.position_encoding import encode_points, sine_encoding
 
 __all__ = ["cell_centres", "encode_coordinates", "encode_points", "grid_cells"]
 
 
 def encode_coordinates(coordinates: Tensor, channels: int) -> Tensor:
     """Coordinates (...) in [0, 1] along one side of the image to (..., channels), in [-1, 1], float32 or wider."""
-    return sine_encoding(at_least_float32(coordinates) * (2 * math.pi), channels)
+    return sine_encoding(coordinates.to(at_least_float32(coordinates.dtype)) * (2 * math.pi), channels)
 
 
 def cell_centres(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,7 +27,7 @@ def cell_centres(mask: Tensor) -> tuple[Tensor, Tensor]:
     """
     centres = []
     for line in (~mask[:, 0, :], ~mask[:, :, 0]):
-        count = line.cumsum(1, dtype=torch.float32)
+        count = line.cumsum(1).float()
         centres.append((count - 0.5) / count[:, -1:])
     x, y = centres
     return x, y

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from enact_common.acceleration import Recomputed
 from enact_common.boxes import boxes_at_points
-from enact_common.clustering import EntropyClustering
+from enact_common.clustering import EntropyClustering, autocast_dtype, weigh_channels
 from enact_common.errors import UserError
 from enact_common.hilbert import HILBERT
 from enact_common.layers import (
@@ -27,7 +27,6 @@ from enact_common.layers import (
     clustering_settings,
     encoder_self_attention,
 )
-from enact_common.position_encoding import at_least_float32
 
 from .position_encoding import cell_centres, encode_coordinates, encode_points, grid_cells
 from .row_column_decoupled_attention import ClusteredRCDA, MultiheadRCDA
@@ -180,14 +179,12 @@ class MapClustering(EntropyClustering):
         # Each cell's column and row; not by a remainder, which ONNX has for constants alone.
         column = torch.arange(width, device=src.device).expand(height, -1).flatten()  # (H W,)
         line = torch.arange(height, device=src.device).unsqueeze(1).expand(-1, width).flatten()
+        narrow = src.to(autocast_dtype(src))
         with torch.autocast(src.device.type, enabled=False):
-            # bf16 cannot tell the probabilities of thousands of cells apart: scores are float32 or wider.
-            weight, bias = at_least_float32(self.W_prob.weight), at_least_float32(self.W_prob.bias)
-            x_scores = F.linear(x.to(weight.dtype), weight)  # (batch, W, 1)
-            scores = F.linear(src.to(weight.dtype), weight, bias) + x_scores.unsqueeze(1)  # (batch, H, W, 1)
-            scores = scores.flatten(1).to(self.kernel.dtype)  # (batch, H W)
-            clusters = self.cluster_scores(scores, None if mask is None else mask.flatten(1))
-            content = clusters.pool(src.flatten(1, 2))
+            x_scores = weigh_channels(x, self.W_prob.weight[0])  # (batch, W)
+            scores = self.score(src, narrow) + x_scores.unsqueeze(1)  # (batch, H, W)
+            clusters = self.cluster_scores(scores.flatten(1), None if mask is None else mask.flatten(1))
+            content = clusters.pool(narrow.flatten(1, 2))
             row = content + clusters.pool_shared(x, column)
             col = content + clusters.pool_shared(y, line)
         return row, col, content, clusters.padding_mask

@@ -247,7 +247,7 @@ def quantize(source: Path, path: Path) -> None:
     instruction that adds two products in 16 bits (vpmaddubsw), where they saturate: on a CPU without VNNI the same file
     then gives other boxes. Its kernel for unsigned weights widens to 16 bits first and adds in 32, on every CPU.
 
-    ENACT's scores stay in floating point: a rounded score would move the clusters' borders.
+    ENACT's scores stay float32, since they are no matrix product: a rounded score would move the clusters' borders.
 
     Raises:
         UserError: ONNX Runtime or ONNX is not installed.
@@ -264,13 +264,6 @@ def quantize(source: Path, path: Path) -> None:
             weight_type=quantization.QuantType.QUInt8,
             per_channel=True,
             op_types_to_quantize=QUANTIZED,
-            nodes_to_exclude=scoring_nodes(model),
         )
         model = onnx.load(made)
     save_onnx(onnx, model, json.loads(metadata) | {"quantized": True}, path)
-
-
-def scoring_nodes(model) -> list[str]:
-    """The names of an ONNX model's products with one column: of tokens with ENACT's `W_prob`."""
-    columns = {weight.name: weight.dims[1] for weight in model.graph.initializer if len(weight.dims) == 2}
-    return [node.name for node in model.graph.node if node.op_type == "MatMul" and columns.get(node.input[1]) == 1]
