@@ -82,6 +82,9 @@ def smooth(signal: Tensor, kernel: Tensor) -> Tensor:
     taps = len(kernel)
     # A convolution or a matrix product could run in TF32, whose rounding moves the borders of regions.
     neighbours = F.pad(signal, ((taps - 1) // 2, taps // 2)).unfold(1, taps, 1)  # (batch, N, taps)
+    if recording():
+        # The product's layout depends on whether N < taps, and a recorded graph would fix that.
+        neighbours = neighbours.clone(memory_format=torch.contiguous_format)
     return (neighbours * kernel).sum(dim=-1)
 
 

@@ -54,7 +54,7 @@ SMALL_DETECTOR = "--backbone resnet18 --enc_layers 1 --dec_layers 1".split()
 
 # Losses of a training whose resumption has to be exact.
 TRAINING = (
-    "--backbone resnet18 --backbone_weights none --backbone_norm batch --enc_layers 2 --dec_layers 2 --batch_size 8 "
+    "--backbone resnet18 --backbone_weights none --enc_layers 2 --dec_layers 2 --batch_size 8 "
     "--num_workers 2 --lr 2e-4 --lr_backbone 2e-4 --deterministic"
 ).split()
 
