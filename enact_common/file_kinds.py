@@ -100,7 +100,7 @@ def describe_zip(path: Path) -> tuple[str, str] | None:
             pickles = [name for name in names if name.endswith("/data.pkl")]
             if pickles:
                 return describe_pickle(archive.read(pickles[0]))
-    except (zipfile.BadZipFile, OSError, NotImplementedError, RuntimeError):
+    except Exception:  # what a damaged archive raises has no end: BadZipFile, zlib.error, UnicodeDecodeError, ...
         return None
     if any("serialized_exported_program" in name or name.endswith(".pt2") for name in names):
         return "an exported program, and was not executed", ANOTHER_FORMAT

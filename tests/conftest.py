@@ -5,6 +5,7 @@ import http.client
 import http.server
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -57,6 +58,16 @@ def one_seed():
 def variant_and_attention(request):
     """Every variant, with and without ENACT."""
     return request.param
+
+
+@pytest.fixture
+def heard_signals() -> Iterator[None]:
+    """Signals as in a terminal: tests may run behind `nohup` or in a script's background, which ignore some."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -830,7 +830,9 @@ def raising(error: BaseException) -> None:
     ],
     ids=["Ctrl-C", "SIGTERM", "SIGHUP"],
 )
-def test_what_was_done_before_an_interruption_is_kept(stop, status, checkpoint, shapes, tmp_path, capsys, monkeypatch):
+def test_what_was_done_before_an_interruption_is_kept(
+    stop, status, checkpoint, shapes, tmp_path, capsys, monkeypatch, heard_signals
+):
     images = sorted((shapes / "val2017").iterdir())[:3]
     video = write_video(tmp_path / "clip.mp4")
     # The first frame is the second image.

@@ -368,16 +368,8 @@ def send(number: int = signal.SIGTERM, times: int = 1) -> None:
         os.kill(os.getpid(), number)
 
 
-@pytest.fixture
-def ctrl_c_works():
-    """SIGINT as in a terminal: the tests may run in the background of a script, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.parametrize("number", ENDING, ids=lambda number: number.name)
-def test_a_signal_ends_a_command_like_ctrl_c(number, tmp_path, capsys, ctrl_c_works):
+def test_a_signal_ends_a_command_like_ctrl_c(number, tmp_path, capsys, heard_signals):
     handlers = {other: signal.getsignal(other) for other in ENDING}
 
     def command() -> int:

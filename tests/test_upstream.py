@@ -125,7 +125,8 @@ def test_models_can_be_scripted(variant_and_attention, tmp_path):
     scripted = torch.jit.script(model)
     torch.jit.save(scripted, tmp_path / "model.pt")
     loaded = torch.jit.load(tmp_path / "model.pt")
-    exact = variant_and_attention[0] != "anchor"  # whose sums are formed otherwise in a graph
+    # ENACT and Anchor DETR add up in another order in a graph.
+    exact = variant_and_attention[0] != "anchor" and variant_and_attention[1] != "enact"
     with torch.no_grad():
         for sizes in SIZES:
             images = batch(sizes)

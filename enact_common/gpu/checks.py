@@ -409,7 +409,7 @@ def check_resume(setting: Setting) -> list[dict]:
                 status = run_variant("detr", variant.main.get_args_parser(), *build, argv)
                 if status:
                     raise RuntimeError(f"the training ended with status {status}: {' '.join(argv)}")
-            weights = [torch.load(output / "checkpoint.pth", weights_only=False)["model"] for output in (whole, parts)]
+            weights = [torch.load(output / "checkpoint.pth", weights_only=True)["model"] for output in (whole, parts)]
             losses = [json.loads((output / "log.txt").read_text().splitlines()[-1]) for output in (whole, parts)]
             row = {"amp": amp, "loss, whole": losses[0]["train_loss"], "loss, resumed": losses[1]["train_loss"]}
             same = all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
