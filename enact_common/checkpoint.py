@@ -40,7 +40,7 @@ MOST_NESTED = 4
 # torch.compile, FSDP and activation checkpointing.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
-# What comes before the names of a detector with a mask head, and of one without: a Lightning module's attribute, say.
+# Prefixes before a detector's names, with a mask head and without: a Lightning module's attribute, say.
 PREFIXES = re.compile(r"((?:\w+\.)*?)mask_head\."), re.compile(r"((?:\w+\.)*?)transformer\.(?:en|de)coder")
 
 

@@ -486,7 +486,7 @@ class EntropyClustering(nn.Module):
         key_padding_mask: Tensor | None = None,
         narrow: Tensor | None = None,
     ) -> tuple[tuple[Tensor, ...], Windows | Segments]:
-        """What `forward` returns, and the clusters. `narrow`, as in `score`, is pooled in place of `scored`."""
+        """The result of `forward`, and the clusters. `narrow`, as in `score`, is pooled in place of `scored`."""
         clusters = self.cluster(scored, key_padding_mask, narrow)
         with torch.autocast(scored.device.type, enabled=False):
             return tuple(clusters.pool(tensor) for tensor in (scored if narrow is None else narrow, *others)), clusters

@@ -1,4 +1,4 @@
-"""What kind a file is that is no checkpoint, and what its owner can do. Nothing here runs what a file holds."""
+"""The kind of a file that is no checkpoint, and the way out. Nothing here executes a file."""
 
 import zipfile
 from collections.abc import Collection
@@ -13,7 +13,7 @@ NO_CHECKPOINT = "pass a checkpoint"
 STATE_DICT = "in the program that made it, save its tensors: torch.save({'model': model.state_dict()}, FILE)"
 OTHER_LIBRARY = "only detectors of this project, of DETR, Conditional DETR and Anchor DETR fit"
 
-# What a file begins with: its kind, and the way out.
+# First bytes of a file: its kind, and the way out.
 MAGIC = {
     b"version https://git-lfs": ("a Git LFS pointer in place of the file", "fetch the file itself: git lfs pull"),
     b"\x89PNG": ("a PNG image", NO_CHECKPOINT),
@@ -134,7 +134,7 @@ def describe_folder(path: Path) -> tuple[str, str]:
 
 
 def describe_names(names: Collection[str]) -> str | None:
-    """Whose model has tensors of these names; None where nobody's that is known here."""
+    """The project whose models name tensors so; None if it is not known here."""
     for part, kind in NAMES.items():
         if any(part in name for name in names):
             return kind

@@ -139,7 +139,7 @@ class LoadedDetector:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is now."""
+        """The device of the model's parameters."""
         return next(self.model.parameters()).device
 
     def __call__(

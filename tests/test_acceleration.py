@@ -194,7 +194,7 @@ def test_losses_in_bf16_stay_within_two_percent(variant_and_attention, shapes):
 
 @pytest.fixture
 def gpu_settings(monkeypatch):
-    """What `prepare_gpu` asks of PyTorch, noted in place of done."""
+    """The calls that `prepare_gpu` makes to PyTorch, recorded rather than executed."""
     asked = {}
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(device=device))
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: asked.update(cudnn=enabled))

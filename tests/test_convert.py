@@ -789,7 +789,7 @@ def test_a_link_to_an_image_that_is_gone_is_named(yolo, tmp_path, capsys):
 
 
 def add_hidden_files(root: Path) -> int:
-    """What macOS and Jupyter put beside files; how many files and folders."""
+    """Put hidden files beside others, as macOS and Jupyter do; return how many files and folders."""
     count = 0
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         (path.parent / f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")

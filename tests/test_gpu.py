@@ -32,7 +32,7 @@ def test_checks_run_on_a_cpu(name):
     assert result["rows"]
     for row in result["rows"]:
         assert all(row[column] for column in PROMISES.get(name, ()) if row.get("numerics") != "bf16"), row
-    # What is written as JSON comes back.
+    # JSON keeps every value.
     assert json.loads(json.dumps(result)) == result
     if name == "golden":
         # A CPU stays within the unit in float32, and is far beyond it in bf16: the errors tell right from wrong.

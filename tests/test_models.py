@@ -403,7 +403,7 @@ def test_a_frozen_norms_constants_are_computed_once(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_clusters_in_every_dtype_are_those_of_float32(variant, dtype):
-    """Of the encoder's layers, for the same weights and inputs, both rounded."""
+    """Window lengths of the encoder's layers, for the same rounded weights and inputs."""
     model, twin = (build(variant, *SMALL_MODEL[variant], "--encoder_attention", "enact")[0] for _ in range(2))
     twin.load_state_dict(model.to(dtype).state_dict())
     clusterings = [[m for m in m.modules() if isinstance(m, EntropyClustering)] for m in (model, twin)]
@@ -620,7 +620,7 @@ def test_a_copied_or_moved_detector_is_whole(variant_and_attention):
 # ---------------------------------------------------------------------------------------------------------- in a dtype
 
 
-# What a dtype's rounding leaves of boxes, as fractions of the image.
+# Largest change of boxes by a dtype's rounding, as fractions of the image.
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.03), (torch.half, 0.005), (torch.double, 1e-5)])
 @pytest.mark.parametrize("kind", KINDS, ids=" ".join)
 def test_a_model_that_was_cast_detects_as_before(kind, dtype, tolerance):

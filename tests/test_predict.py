@@ -641,7 +641,7 @@ def test_folders_are_searched_with_what_links_lead_to_but_not_for_hidden_files(t
     files, searched = predict.find_files([str(root)], output)
     assert [place.as_posix() for _, place in files] == ["a.tga", "b.jfif", "link/f.mp4"]
     assert len(searched[str(root)].hidden) == 2 and len(searched[str(root)].again) == 1
-    # What is named itself is taken.
+    # A file that the user names is taken.
     assert len(predict.find_files([str(root / ".c.jpg"), str(root / ".d")], output)[0]) == 2
     (tmp_path / "phone").mkdir()
     (tmp_path / "phone" / "a.heic").touch()
@@ -799,7 +799,7 @@ def test_boxes_pictures_and_sizes_are_of_the_same_pixels(orientation, flag, chec
     assert {(entry["width"], entry["height"]) for entry in entries} == {(width, height)}
     for entry, (left, top, right, bottom) in zip(entries, found.boxes.tolist(), strict=True):
         assert entry["bbox"] == pytest.approx([left, top, right - left, bottom - top], abs=0.01)
-    # What is written is as it was seen, and no viewer turns it again.
+    # The picture has the orientation of the detection, and no flag that turns it again.
     with Image.open(tmp_path / "out" / "photo.jpg") as picture:
         assert picture.getexif().get(0x0112, 1) == 1 and picture.width * height == picture.height * width
 

@@ -270,7 +270,7 @@ def test_segmentations_that_cannot_be_learned_from_are_named(segmentation, messa
     good = {"id": 1, "image_id": 7, "segmentation": SQUARE}
     with pytest.raises(UserError, match=f"truth.json: annotation 3 of image 7.*({message})"):
         normalize(images, [good, annotation], "truth.json")
-    # Of another image: left out.
+    # Annotations of another image are left out.
     other = {**annotation, "image_id": 8}
     assert normalize(images, [good, {**good, "segmentation": CODE}, other], "truth.json")[1][0] == good
     with pytest.raises(UserError, match="photo.jpg: an object .*; take annotations"):

@@ -164,7 +164,7 @@ def run_isolated(function: Callable, *args, limit: bool = False) -> Outcome:
 
 
 def worker_for(device: torch.device) -> Worker:
-    """Where measurements on a device run.
+    """The worker that runs measurements on a device.
 
     On a GPU they share a process: PyTorch counts a GPU's memory anew for each, and starting CUDA takes seconds. On a
     CPU each has a new one: what the system counts is the process's whole memory.

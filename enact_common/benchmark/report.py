@@ -91,7 +91,7 @@ def heading(figures: dict) -> str:
 
 
 def numerics_text(numerics: dict) -> str:
-    """What `isolated.numerics` gives, as a sentence about a GPU."""
+    """The result of `isolated.numerics` as a sentence about a GPU."""
     convolutions = "TF32" if numerics["tf32_convolutions"] else "float32"
     products = {"highest": "float32", "high": "TF32", "medium": "bf16"}[numerics["matmul_precision"]]
     kernels = "deterministic kernels" if numerics["deterministic"] else "kernels that need not be deterministic"

@@ -134,7 +134,7 @@ def as_numbers(rows: list, width: int) -> np.ndarray:
 
 
 def as_indices(ids: list, index: dict[int, int]) -> np.ndarray:
-    """Where each id stands in an index, int64 (n,), -1 for one that does not, or is no id."""
+    """Each id's place in an index, int64 (n,), -1 for one that does not, or is no id."""
     return np.array([index.get(i, -1) if is_integer(i) else -1 for i in ids], dtype=np.int64)
 
 

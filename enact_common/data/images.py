@@ -86,7 +86,7 @@ def is_hidden(name: str) -> bool:
 
 @dataclass
 class Found:
-    """What a folder and its sub-folders hold. Paths are spelled as they were reached, with the links they go through.
+    """The files of a folder and its sub-folders. Paths are spelled as they were reached, with the links they go through.
 
     Attributes:
         files: with the suffixes that were looked for, a folder's own before its sub-folders', by their names.
@@ -107,7 +107,7 @@ class Found:
         return [path for path in self.others if path.suffix.lower() in PICTURE_SUFFIXES]
 
     def passed_over(self, before: str = "", behind: str = "") -> str:
-        """What was passed over, in one line between two other texts; empty where nothing was."""
+        """The files that were passed over, in one line between two other texts; empty where nothing was."""
         parts = []
         if self.others:
             what = "file by its suffix" if len(self.others) == 1 else "files by their suffix"
@@ -328,10 +328,10 @@ def is_for_pil(encoded: np.ndarray) -> bool:
         # something behind its end.
         return encoded[-2:].tobytes() != b"\xff\xd9"
     if start in TIFF_STARTS:
-        # Of eight bits, OpenCV blends what is transparent with black. Of 16, Pillow has the upper eight alone.
+        # OpenCV blends transparent pixels of 8 bits with black. Pillow reads only the upper eight of 16 bits.
         with contextlib.suppress(Exception), open_image(encoded) as image:
             return image.getbands()[-1] in ("A", "a") and 16 not in image.tag_v2.get(BITS_PER_SAMPLE, ())
-    # Where a GIF is transparent, OpenCV, if it knows the format, shows its background.
+    # OpenCV shows the background of a transparent GIF, if it reads GIF at all.
     return start == b"GIF8" or len(encoded) == 0
 
 

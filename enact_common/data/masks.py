@@ -32,7 +32,7 @@ PIXEL_LIMIT, MOST_DIGITS = 2**29, 6
 # pycocotools holds an outline with some 100 bytes a pixel, at most 7 GB so.
 LONGEST_OUTLINE = 2**26
 
-# What `read_texts` finds wrong with a code.
+# Faults that `read_texts` finds in a code.
 DAMAGE = (
     "",
     "it has characters that such codes do not have",

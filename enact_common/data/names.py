@@ -84,7 +84,7 @@ def common_folders(first: list[str], second: list[str]) -> int:
 
 
 def hint(name: str, by_key: list[dict[str, list[str]]]) -> str:
-    """What there is instead of a file name, in brackets after a blank; empty where nothing is like it."""
+    """The file that is there instead of a name, in brackets after a blank; empty where nothing is like it."""
     found = matches(name, by_key)
     if not found:
         return " (a URL: images are read from the folder alone)" if "://" in name else ""

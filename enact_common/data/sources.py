@@ -106,7 +106,7 @@ def image_files(folder: Path, issues: Issues) -> list[Path]:
 
 
 def visible(folder: Path, pattern: str, issues: Issues) -> list[Path]:
-    """What matches a pattern in a folder alone, sorted; what is hidden goes to the issues."""
+    """The entries of a folder that match a pattern, sorted; hidden ones go to the issues."""
     paths = sorted(folder.glob(pattern))
     for path in paths:
         if is_hidden(path.name):

@@ -140,7 +140,7 @@ class Rewritten:
     examples: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """What was rewritten, without the counts' sum."""
+        """The rewritten fields with their counts."""
         fields = ", ".join(f"{name}: {count:,}" for name, count in self.counts.items())
         return f"numbers written as text, or ids written as floats: read as numbers ({fields})"
 

@@ -125,7 +125,7 @@ def load_yaml(config: Path) -> dict:
 
 
 def load_darknet(config: Path, issues: Issues) -> dict:
-    """What Darknet's obj.data says, as `load_yaml` gives it; CVAT's "YOLO 1.1" is such an export.
+    """The content of Darknet's obj.data, in the form of `load_yaml`; CVAT's "YOLO 1.1" is such an export.
 
     A line is `key = value`. Keys may be capitalised, as CVAT's subsets are. A list to validate on that is not there
     counts as not named: CVAT names one whether or not it writes it.

@@ -34,7 +34,7 @@ from enact_common.gpu.page import write_page
 # The summary of a run, beside its steps' folders, and all of it but pictures in one file.
 SUMMARY, PACKED = "run.json", "results.tgz"
 
-# What shrinks a benchmark to seconds on a CPU.
+# Flags that shrink a benchmark to seconds on a CPU.
 TINY = "--size 64 96 --batch 1 --repeat 1 --warmup 0 --variants detr --rows enact".split()
 TINY_MODEL = "--backbone resnet18 --enc_layers 1 --dec_layers 1".split()
 

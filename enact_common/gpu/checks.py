@@ -40,7 +40,7 @@ from enact_common.gpu import golden
 from enact_common.run import main as run_variant
 from enact_common.variants import load_variant
 
-# What a CPU's rounding stays within, absolute and relative: errors are given in units of it.
+# Bound of a CPU's rounding, absolute and relative: errors are given in units of it.
 UNIT = 1e-4
 
 # (batch, tokens) of an encoder layer: the published sizes of DETR-C5 and of Anchor DETR-DC5, and one to try the code.
@@ -61,7 +61,7 @@ TRAINING = (
 
 @dataclass(frozen=True)
 class Setting:
-    """Where checks run.
+    """The device and sizes of the checks.
 
     Attributes:
         device: where.
@@ -312,7 +312,7 @@ def launches(step: Callable[[], None]) -> dict:
 
 
 def kept_mib(forward: Callable[[], Tensor]) -> float:
-    """What a forward pass on a GPU leaves allocated for its backward pass, its output included, MiB."""
+    """The memory that a forward pass on a GPU keeps for its backward pass, its output included, MiB."""
     before = torch.cuda.memory_allocated()
     output = forward()
     kept = torch.cuda.memory_allocated() - before

@@ -54,7 +54,7 @@ def read(path: Path) -> dict | None:
 
 
 def section_of(path: Path, pictures: Path) -> str:
-    """What a JSON file of a step holds, as Markdown; a chart, if there is one, goes into the folder."""
+    """The content of a step's JSON file as Markdown; a chart, if there is one, goes into the folder."""
     result = read(path)
     if "check" in result:
         return check_text(result)
