@@ -86,7 +86,7 @@ def is_hidden(name: str) -> bool:
 
 @dataclass
 class Found:
-    """The files of a folder and its sub-folders. Paths are spelled as they were reached, with the links they go through.
+    """The files of a folder and its sub-folders. Paths are spelled as reached, with the links they go through.
 
     Attributes:
         files: with the suffixes that were looked for, a folder's own before its sub-folders', by their names.
