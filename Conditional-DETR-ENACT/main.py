@@ -6,14 +6,9 @@ from pathlib import Path
 # A checkout whose dependencies alone are installed works too.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from enact_common.arguments import (  # noqa: E402
-    VariantParser,
-    add_focal_flags,
-    add_query_flags,
-    common_parser,
-    refuse_masks,
-)
-from enact_common.run import main  # noqa: E402
+from enact_common.cli.arguments import VariantParser, add_focal_flags, add_query_flags, common_parser  # noqa: E402
+from enact_common.cli.checks import refuse_masks  # noqa: E402
+from enact_common.training.run import main  # noqa: E402
 
 
 def get_args_parser() -> VariantParser:

@@ -6,14 +6,10 @@ from pathlib import Path
 # A checkout whose dependencies alone are installed works too.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from enact_common.arguments import (  # noqa: E402
-    LOSSES,
-    VariantParser,
-    add_query_flags,
-    common_parser,
-    non_negative_float,
-)
-from enact_common.run import main  # noqa: E402
+from enact_common.cli.arguments import VariantParser, add_query_flags, common_parser  # noqa: E402
+from enact_common.cli.flags import LOSSES  # noqa: E402
+from enact_common.cli.types import non_negative_float  # noqa: E402
+from enact_common.training.run import main  # noqa: E402
 
 
 def get_args_parser() -> VariantParser:

@@ -13,13 +13,13 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from enact_common.data.coco import load_annotations
+from enact_common.data.annotations import load_annotations
 from enact_common.data.images import decode_image
 from enact_common.data.synthetic import make_shapes
-from enact_common.errors import exit_status
 from enact_common.plots.curves import plot_curves
 from enact_common.plots.detections import plot_detections
-from enact_common.runs import FIGURES_KEY, read_epochs
+from enact_common.training.run_logs import METRICS_KEY, read_epochs
+from enact_common.utils.errors import exit_status
 from enact_common.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,7 +141,7 @@ def demonstrate(args: argparse.Namespace) -> int:
     epochs = read_epochs(run)
     plot_curves({args.variant: epochs}, output / "curves.png")
     picture_detections(data, run / "results.json", THRESHOLDS[args.variant], output / "detections.png")
-    ap, ap50 = epochs[-1][FIGURES_KEY][:2]
+    ap, ap50 = epochs[-1][METRICS_KEY][:2]
     print(f"\nAP {ap:.3f}, AP50 {ap50:.3f} on {SHAPES['val']} images that it was not trained on")
     print(f"detections beside the truth: {output / 'detections.png'}")
     print(f"loss and AP curves:          {output / 'curves.png'}")

@@ -13,13 +13,13 @@ from typing import Any
 
 from torch import nn
 
-from enact_common.arguments import COCO, MODEL, PANOPTIC
-from enact_common.checkpoint import load_checkpoint, load_model
+from enact_common.checkpoints.contents import arguments_of, averaged_weights, known_variant
+from enact_common.checkpoints.files import load_checkpoint, load_model
+from enact_common.cli.flags import COCO, MODEL, PANOPTIC
 from enact_common.data.categories import LabelMap, coco_names
 from enact_common.data.panoptic import NUM_CLASSES, things_of
-from enact_common.errors import UserError
-from enact_common.inference import arguments_of, averaged_weights, known_variant
-from enact_common.segmentation import PostProcessPanoptic
+from enact_common.models.segmentation import PostProcessPanoptic
+from enact_common.utils.errors import UserError
 from enact_common.variants import VARIANTS, load_variant
 
 BACKBONES = ("resnet50", "resnet101")
@@ -66,7 +66,7 @@ THRESHOLD_HELP = """;
             `threshold=0.85`, of the post-processing, is the least probability of a segment's class, in [0, 1]"""
 MASKS_HELP = """, and in
         evaluation mode `pred_masks`. `postprocess(outputs, sizes)`, with (height, width) of each image as the model
-        saw it, makes segments of them, as `PostProcessPanoptic` of `enact_common.segmentation` says"""
+        saw it, makes segments of them, as `PostProcessPanoptic` of `enact_common.models.segmentation` says"""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Detect in images and videos with a trained detector: pictures with boxes, and their numbers in COCO's format.
 
 `python -m enact_common.predict --checkpoint CKPT IMAGE_OR_FOLDER_OR_VIDEO ... --output_dir DIR`. The detector, its
-classes and its settings come from the checkpoint (`enact_common.inference.load_detector`).
+classes and its settings come from the checkpoint (`enact_common.inference.detector.load_detector`).
 """
 
 import argparse
@@ -20,17 +20,17 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from enact_common.arguments import HelpFormatter, fraction
+from enact_common.cli.types import HelpFormatter, fraction
 from enact_common.data.images import Found, image_suffixes, search
-from enact_common.drawing import draw_detections
-from enact_common.drawing_panoptic import draw_panoptic
-from enact_common.errors import UserError, exit_status
+from enact_common.drawing.detections import draw_detections
+from enact_common.drawing.panoptic import draw_panoptic
 from enact_common.evaluation.panoptic import FOLDER, PanopticEvaluator, check_results_folder
-from enact_common.files import check_no_folder, make_folder, write_file, writing
-from enact_common.inference import THRESHOLD, Detections, LoadedDetector, as_pixels, load_detector
-from enact_common.inside import SHOWN, check_kinds, write_inside
-from enact_common.segmentation import PostProcessPanoptic, encode_masks
-from enact_common.stopping import interruption, uninterrupted
+from enact_common.inference.detector import THRESHOLD, Detections, LoadedDetector, as_pixels, load_detector
+from enact_common.inference.introspection import SHOWN, check_kinds, write_introspection
+from enact_common.models.segmentation import PostProcessPanoptic, encode_masks
+from enact_common.utils.errors import UserError, exit_status
+from enact_common.utils.files import check_no_folder, make_folder, write_file, writing
+from enact_common.utils.signals import interruption, uninterrupted
 
 # What a folder is searched for beside images. Files that are named themselves may be called anything.
 VIDEO_SUFFIXES = frozenset(".3gp .avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .webm .wmv".split())
@@ -419,7 +419,7 @@ def predict_image(detector: LoadedDetector, item: Input, kinds: Sequence[str], t
     with uninterrupted():
         write_file(item.picture, lambda file: drawn.save(file, **options), sync=False)
         if kinds:
-            write_inside(detector, pixels, found, kinds, item.picture.parent, item.picture.stem)
+            write_introspection(detector, pixels, found, kinds, item.picture.parent, item.picture.stem)
         tally.images += 1
         tally.add(found, pixels.shape[-2:], item.path)
 

@@ -22,9 +22,9 @@ import numpy as np
 import pytest
 import torch
 
-from enact_common import drawing
 from enact_common.data.synthetic import make_shapes
-from enact_common.run import main
+from enact_common.drawing import fonts as drawing_fonts
+from enact_common.training.run import main
 from enact_common.variants import VARIANTS, load_variant
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,7 +153,7 @@ def make_font(path: Path, characters: str) -> Path:
 @pytest.fixture
 def fonts(monkeypatch, tmp_path) -> Path:
     """The user's folder of fonts, empty, on a machine that has no others but Pillow's and matplotlib's."""
-    caches = (drawing.font_sources, drawing.readable_name, drawing.open_font, drawing.has_glyph)
+    caches = (drawing_fonts.font_sources, drawing_fonts.readable_name, drawing_fonts.open_font, drawing_fonts.has_glyph)
     home = tmp_path / "share"
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -161,7 +161,7 @@ def fonts(monkeypatch, tmp_path) -> Path:
     monkeypatch.setenv("XDG_DATA_DIRS", str(home))
     for function in caches:
         function.cache_clear()
-    drawing._said.clear()
+    drawing_fonts._said.clear()
     yield home / "fonts"
     for function in caches:
         function.cache_clear()

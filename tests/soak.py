@@ -29,12 +29,12 @@ from conftest import equal_states, read_log, start, train
 from PIL import Image
 
 from enact_common.benchmark.report import environment
-from enact_common.checkpoint import load_checkpoint
-from enact_common.data.coco import load_annotations
+from enact_common.checkpoints.files import load_checkpoint
+from enact_common.data.annotations import load_annotations
 from enact_common.data.images import decode_image
 from enact_common.data.synthetic import make_shapes
-from enact_common.errors import UserError
-from enact_common.evaluation.coco import EVALUATION, FIGURES
+from enact_common.evaluation.coco import EVALUATION, METRICS
+from enact_common.utils.errors import UserError
 
 RECORD = Path(__file__).resolve().parents[1] / "docs" / "reliability" / "soak.json"
 
@@ -275,7 +275,7 @@ def processes(folder: Path, numbers: Sequence[int], images: Sequence[int]) -> di
             resume = ["--resume", learned / "checkpoint.pth", "--eval", "--eval_set", "train"]
             wait(start(number, "detr", data, output, *resume, "--limit_val", size, "--batch_size", "2"))
             record = json.loads((output / EVALUATION).read_text())["figures"]
-            found.append(([record[name] for name in FIGURES], (output / "results.json").read_bytes()))
+            found.append(([record[name] for name in METRICS], (output / "results.json").read_bytes()))
             evaluations += 1
         for figures, results in found[1:]:
             difference = max(difference, *(abs(a - b) for a, b in zip(figures, found[0][0], strict=True)))

@@ -8,9 +8,11 @@ from conftest import SMALL_MODEL, build, parse, train
 from torch import nn
 from torch.testing import assert_close
 
-from enact_common import UserError, acceleration, arguments, load_variant
-from enact_common.acceleration import Recomputed, checkpoint_activations, compile_parts, prepare
+from enact_common import UserError, load_variant
+from enact_common.cli import checks
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
+from enact_common.utils import acceleration, device
+from enact_common.utils.acceleration import Recomputed, checkpoint_activations, compile_parts, prepare
 from enact_common.variants import VARIANTS
 
 CPU = torch.device("cpu")
@@ -114,15 +116,15 @@ def test_compiled_parts_compute_the_same(model_and_batch, monkeypatch):
 def test_compiled_and_recomputed_needs_a_pytorch_that_can(monkeypatch, shapes):
     flags = ["--coco_path", str(shapes), "--compile", "--checkpoint_activations"]
     parser = load_variant("detr").main.get_args_parser()
-    monkeypatch.setattr(arguments, "TORCH_VERSION", (2, 4))
+    monkeypatch.setattr(device, "TORCH_VERSION", (2, 4))
     with pytest.raises(UserError, match="--compile with --checkpoint_activations needs PyTorch 2.15"):
         parser.check(parser.parse_args(flags))
-    monkeypatch.setattr(arguments, "TORCH_VERSION", (2, 15))
+    monkeypatch.setattr(device, "TORCH_VERSION", (2, 15))
     parser.check(parser.parse_args(flags))
 
 
 @pytest.mark.skipif(
-    arguments.TORCH_VERSION < arguments.COMPILED_AND_RECOMPUTED, reason="this PyTorch cannot, and the parser says so"
+    device.TORCH_VERSION < checks.COMPILED_AND_RECOMPUTED, reason="this PyTorch cannot, and the parser says so"
 )
 def test_compiled_and_recomputed(monkeypatch):
     flags = [*SMALL_MODEL["detr"], "--backbone_norm", "frozen", "--dropout", "0"]
@@ -164,8 +166,8 @@ def hundred_losses(variant: str, attention: str, amp: str, shapes) -> torch.Tens
     """The losses of a hundred steps on two images at a time, from the same weights and in the same order."""
     from enact_common.data.build import build_dataset
     from enact_common.data.coco import collate
-    from enact_common.engine import TrainStep
-    from enact_common.optimization import build_optimization
+    from enact_common.training.engine import TrainStep
+    from enact_common.training.optimization import build_optimization
 
     torch.manual_seed(0)
     # Few stages: most of a step would go into the last one's weights otherwise.

@@ -20,19 +20,24 @@ from conftest import SMALL_MODEL, read_log, run, train
 from PIL import Image, ImageOps
 from torchvision import tv_tensors
 
-from enact_common import UserError, convert, predict
+from enact_common import UserError, predict
 from enact_common.compare.pictures import read_scenes
-from enact_common.data import checks, coco, images, transforms
-from enact_common.data.checks import Split
-from enact_common.data.coco import CocoDetection, lies_in, load_annotations, seeded
+from enact_common.convert import __main__ as convert_command
+from enact_common.convert.voc import mentioned_image
+from enact_common.data import coco, images, transforms
+from enact_common.data.annotations import lies_in, load_annotations
+from enact_common.data.checks import __main__ as checks_command
+from enact_common.data.checks import images as check_images
+from enact_common.data.checks import rules
+from enact_common.data.checks.split import Split
+from enact_common.data.coco import CocoDetection, seeded
 from enact_common.data.images import decode_image
 from enact_common.data.synthetic import make_shapes
 from enact_common.data.transforms import eval_transforms, resized_shape, train_transforms
-from enact_common.data.voc import mentioned_image
 from enact_common.evaluation import coco as evaluation
 from enact_common.evaluation.coco import CocoBoxEvaluator
-from enact_common.inference import as_pixels
-from enact_common.logs import setup_logging
+from enact_common.inference.detector import as_pixels
+from enact_common.training.logs import setup_logging
 from enact_common.variants import VARIANTS
 
 # Images --------------------------------------------------------------------------------------------------------------
@@ -131,8 +136,8 @@ def test_exif_turns_no_pixel_but_a_tiffs_which_every_reader_turns(tmp_path, kind
     assert decoded.shape == expected.shape
     assert np.abs(decoded.astype(int) - expected).max() <= (1 if kind == "JPEG" else 0)
     # So of a TIFF, no check complains.
-    assert checks.exif_orientation(path) == (1 if kind == "TIFF" else orientation)
-    assert checks.inspect_image(path).size == expected.shape[1::-1]
+    assert rules.exif_orientation(path) == (1 if kind == "TIFF" else orientation)
+    assert check_images.inspect_image(path).size == expected.shape[1::-1]
 
 
 TIFF_32 = [encoded((GREY / 255).astype(np.float32), "TIFF"), encoded(DEEP[:, :, 0].astype(np.int32) * 2**14, "TIFF")]
@@ -371,7 +376,7 @@ def test_a_folder_in_the_place_of_an_image_is_named(tmp_path, capsys):
         (root / f"{split}2017" / "b.png").mkdir()
     with pytest.raises(UserError, match=r"b\.png: cannot be read \(Is a directory"):
         dataset_of(root)[1]
-    assert checks.main([str(root)]) == 1
+    assert checks_command.main([str(root)]) == 1
     assert "b.png: cannot be read (Is a directory)" in capsys.readouterr().out
 
 
@@ -457,7 +462,7 @@ def test_ids_are_integers_that_evaluation_can_hold(key, number, tmp_path):
     file_of(root, "train").write_text(json.dumps(content))
     with pytest.raises(UserError, match=f"an id in '{key}' is .*{number}.*: expected a whole number below 2\\^53"):
         dataset_of(root)
-    findings = checks.check_quickly([Split("train", root / "train2017", file_of(root, "train"))], 100)
+    findings = rules.check_quickly([Split("train", root / "train2017", file_of(root, "train"))], 100)
     assert any(f.severity == "error" and f"ids in '{key}' that cannot be used" in f.text for f in findings)
 
 
@@ -492,7 +497,7 @@ def test_an_area_that_is_none_is_that_of_the_box(area, tmp_path, package):
     assert load_annotations(file_of(root, "val"))["annotations"][0]["area"] == 200
     # It is small, and there are none of other sizes.
     assert figures(dataset_of(root, "val")) == pytest.approx([1, 1, 1, 1, -1, -1])
-    findings = checks.check_quickly([Split("val", root / "val2017", file_of(root, "val"))], 100)
+    findings = rules.check_quickly([Split("val", root / "val2017", file_of(root, "val"))], 100)
     (finding,) = [f for f in findings if "areas that are no number" in f.text]
     assert finding.severity == "warning" and finding.examples[0].startswith("annotation 1: ")
 
@@ -509,7 +514,7 @@ def test_a_crowd_is_what_is_marked_as_one(crowd, tmp_path, package):
     assert figures(dataset)[0] == pytest.approx(1)
     split = Split("val", root / "val2017", file_of(root, "val"))
     assert split.crowd.tolist() == [is_crowd, False]
-    odd = [f for f in checks.check_quickly([split], 100) if "iscrowd" in f.text]
+    odd = [f for f in rules.check_quickly([split], 100) if "iscrowd" in f.text]
     assert len(odd) == (crowd not in (0, 1, "0", "1", None))
 
 
@@ -554,7 +559,7 @@ def test_names_in_any_script_go_from_data_to_figures(tmp_path, capsys):
         file_of(root, split).write_text(json.dumps(content, ensure_ascii=split == "val"), encoding="utf-8")
     if len(list((root / "val2017").iterdir())) < len(NAMES):
         pytest.skip("this file system takes two of the names for one")
-    assert checks.main([str(root)]) == 0
+    assert checks_command.main([str(root)]) == 0
     output = tmp_path / FOLDER / "出力 o\u0308 🚀"
     assert train("conditional", root, output, "--epochs", "1") == 0
     again = tmp_path / FOLDER / "评估"
@@ -575,7 +580,7 @@ def test_names_that_the_terminal_cannot_show_are_written_as_numbers(tmp_path, mo
     root = write_data(tmp_path / "data", IMAGE, categories=[{"id": 1, "name": name}])
     stream = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stream, encoding=encoding))
-    assert checks.main([str(root), "--quick"]) == 0
+    assert checks_command.main([str(root), "--quick"]) == 0
     setup_logging()
     logging.getLogger("enact").info("classes: %s", name)
     written = name.encode("ascii", "backslashreplace")
@@ -630,10 +635,10 @@ def test_names_outside_the_folder_are_refused_before_anything_is_looked_for(outs
 
 
 def test_names_outside_the_folder_are_an_error_of_the_data_and_not_opened(outside, monkeypatch, capsys):
-    opened, original = [], checks.read_file
-    monkeypatch.setattr(checks, "read_file", lambda path: opened.append(path) or original(path))
+    opened, original = [], rules.read_file
+    monkeypatch.setattr(rules, "read_file", lambda path: opened.append(path) or original(path))
     for flags in ([], ["--quick"]):
-        assert checks.main([str(outside), *flags]) == 1
+        assert checks_command.main([str(outside), *flags]) == 1
         lines = capsys.readouterr().out.splitlines()
         found = [i for i, line in enumerate(lines) if "images whose file_name is no file in" in line]
         assert [lines[i].split()[:2] for i in found] == [["error", "1"]] * 2
@@ -642,7 +647,7 @@ def test_names_outside_the_folder_are_an_error_of_the_data_and_not_opened(outsid
     assert [path.name for path in opened] == ["a.png"] * 2
     paths = {"train": (outside / "train2017", file_of(outside, "train"))}
     with pytest.raises(UserError, match=r"train: images whose file_name is no file in .*: 1 \(image 2: '"):
-        checks.quick_checks(paths, 100)
+        rules.quick_checks(paths, 100)
 
 
 def test_names_below_the_folder_may_take_any_way_there(tmp_path, secret):
@@ -658,7 +663,7 @@ def test_names_below_the_folder_may_take_any_way_there(tmp_path, secret):
     dataset = dataset_of(root)
     expected = torch.from_numpy(RGB).permute(2, 0, 1)
     assert [torch.equal(dataset.image(i), expected) for i in range(3)] == [True, True, False]
-    findings = checks.check_fully([Split("train", folder, file_of(root, "train"))], 100)
+    findings = rules.check_fully([Split("train", folder, file_of(root, "train"))], 100)
     assert not any(finding.severity == "error" for finding in findings)
 
 
@@ -692,7 +697,7 @@ def test_an_xml_files_image_is_one_of_its_folder_whatever_it_mentions(filename, 
         root = voc_of(tmp_path / f"voc{count}", filename, there)
         out = tmp_path / f"out{count}"
         named = there and "secret" in filename
-        assert convert.main(["voc", str(root), "--output_dir", str(out)]) == (0 if named else 1)
+        assert convert_command.main(["voc", str(root), "--output_dir", str(out)]) == (0 if named else 1)
         assert ("XML files without an image of their own" in capsys.readouterr().out) == (not named)
         images = sorted(out.rglob("*.png"))
         assert len(images) == (3 if named else 2)
@@ -720,7 +725,7 @@ def test_lists_of_images_may_name_other_folders(tmp_path, secret):
     """As YOLO's lists do by design, for data sets that lie apart."""
     secret.with_suffix(".txt").write_text("0 0.5 0.5 0.5 0.5\n")
     root = yolo_of(tmp_path / "yolo", ["images/a.png", "../secret.png", str(tmp_path / "yolo" / "images" / "b.png")])
-    assert convert.main(["yolo", str(root), "--output_dir", str(tmp_path / "out")]) == 0
+    assert convert_command.main(["yolo", str(root), "--output_dir", str(tmp_path / "out")]) == 0
     # In what was made, no name leads out of its folder.
     for split in ("train", "val"):
         data = load_annotations(file_of(tmp_path / "out", split))
@@ -730,9 +735,9 @@ def test_lists_of_images_may_name_other_folders(tmp_path, secret):
 
 def test_null_characters_in_lists_name_no_image(tmp_path, capsys):
     root = yolo_of(tmp_path / "yolo", ["images/a.png", "images/b\0.png"])
-    assert convert.main(["yolo", str(root), "--output_dir", str(tmp_path / "out")]) == 1
+    assert convert_command.main(["yolo", str(root), "--output_dir", str(tmp_path / "out")]) == 1
     assert "images that cannot be read: left out" in capsys.readouterr().out
     assert len(dataset_of(tmp_path / "out")) == 1
     (root / "data.yaml").write_text('train: "images\\0"\nval: images\nnames: [cell]\n')
-    assert convert.main(["yolo", str(root), "--output_dir", str(tmp_path / "other")]) == 2
+    assert convert_command.main(["yolo", str(root), "--output_dir", str(tmp_path / "other")]) == 2
     assert "data.yaml: names images" in capsys.readouterr().err

@@ -17,8 +17,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from enact_common import backbone, segmentation
-from enact_common.attention import EnactSelfAttention
+from enact_common.attention.layer import EnactSelfAttention
 from enact_common.benchmark import detectors, masks, parts, pipeline, report, scaling, table
 from enact_common.benchmark.__main__ import build_parser, main
 from enact_common.benchmark.eager import NAIVE_PRODUCTS, eager_attention, replaced
@@ -36,8 +35,9 @@ from enact_common.benchmark.isolated import (
 from enact_common.benchmark.measuring import MemoryMeter, spread, take_turns
 from enact_common.benchmark.report import heading
 from enact_common.data.cache import physical_memory
-from enact_common.errors import UserError
+from enact_common.models import backbone, mask_head
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
+from enact_common.utils.errors import UserError
 from enact_common.variants import VARIANTS, load_variant
 
 QUICK = "--size 64 96 --batch 2 --repeat 2 --warmup 1 --device cpu".split()
@@ -569,7 +569,7 @@ def test_masks_are_compared_with_the_straightforward_way(in_process, tmp_path, c
     for line, row in zip(read_csv(tmp_path / "masks.csv"), rows.values(), strict=True):
         ratio = row["seconds"]["median"] / rows["boxes"]["seconds"]["median"]
         assert float(line["seconds_over_boxes"]) == pytest.approx(ratio) and int(line["peak_bytes"]) > 0
-    assert segmentation.HEAD_CHUNK == 16
+    assert mask_head.HEAD_CHUNK == 16
 
 
 def test_the_straightforward_way_has_the_same_losses_of_masks_of_boxes():

@@ -12,10 +12,15 @@ from conftest import real_data
 from PIL import Image
 
 from enact_common import UserError
-from enact_common.data import checks
+from enact_common.data.annotations import find_split, load_annotations
 from enact_common.data.categories import LabelMap
-from enact_common.data.checks import Finding, Split, quick_checks
-from enact_common.data.coco import CocoDetection, find_split, load_annotations
+from enact_common.data.checks import __main__ as checks_command
+from enact_common.data.checks import report as checks_report
+from enact_common.data.checks import rules
+from enact_common.data.checks.findings import Finding
+from enact_common.data.checks.rules import quick_checks
+from enact_common.data.checks.split import Split
+from enact_common.data.coco import CocoDetection
 from enact_common.data.transforms import eval_transforms
 
 
@@ -80,7 +85,7 @@ def splits_of(root: Path) -> list[Split]:
 
 
 def full(root: Path, num_queries: int = 100) -> list[Finding]:
-    return checks.check_fully(splits_of(root), num_queries)
+    return rules.check_fully(splits_of(root), num_queries)
 
 
 def quick(root: Path, num_queries: int = 100) -> list[Finding]:
@@ -89,7 +94,7 @@ def quick(root: Path, num_queries: int = 100) -> list[Finding]:
 
 def quick_findings(root: Path) -> list[Finding]:
     """Those of the training images."""
-    return [finding for finding in checks.check_quickly(splits_of(root), 100) if finding.source == "train"]
+    return [finding for finding in rules.check_quickly(splits_of(root), 100) if finding.source == "train"]
 
 
 def the_finding(findings: list[Finding], text: str) -> Finding:
@@ -104,7 +109,7 @@ def the_finding(findings: list[Finding], text: str) -> Finding:
 
 def test_a_clean_set_is_clean(data, capsys):
     assert full(data) == [] and quick(data) == []
-    assert checks.main([str(data)]) == 0
+    assert checks_command.main([str(data)]) == 0
     assert "nothing wrong" in capsys.readouterr().out
 
 
@@ -347,7 +352,7 @@ def test_what_is_wrong_with_annotations_is_found_named_and_counted(name, data, c
     finding = the_finding(own, text)
     assert (finding.severity, finding.count) == (severity, count)
     assert example is None or example in finding.examples[0]
-    assert checks.main([str(data), "--quick"]) == (1 if severity in ("error", "fault") else 0)
+    assert checks_command.main([str(data), "--quick"]) == (1 if severity in ("error", "fault") else 0)
     assert text.split(",")[0] in " ".join(capsys.readouterr().out.split())
 
 
@@ -396,7 +401,7 @@ def test_whatever_stands_in_the_file_there_is_a_report(data, key, name, value, c
             content[key][0][name] = value
 
     change(data, "train", edit)
-    status = checks.main([str(data), "--quick"])
+    status = checks_command.main([str(data), "--quick"])
     assert status in (0, 1) and "objects (no crowds)" in capsys.readouterr().out
     if name is None or ((key, name) in NEEDED and value == {"a": 1}):
         assert status == 1
@@ -444,7 +449,7 @@ def test_of_a_part_the_message_names_the_limit_and_not_the_command(data, limited
     # There is nothing to count.
     assert message.startswith("train: no boxes to learn from [")
     assert ("in the part that --limit_train leaves" in message) == ("train" in limited)
-    assert ("enact_common.data.checks" in message) == ("train" not in limited)
+    assert ("enact_common.data.checks.rules" in message) == ("train" not in limited)
 
 
 def test_what_was_parsed_is_not_read_again(data):
@@ -566,7 +571,7 @@ def test_files_under_another_name_are_named_with_the_way_to_mend_the_file(data, 
     (error,) = [finding for finding in findings if finding.severity == "error"]
     assert error.count == 1 and error.examples[0].endswith(f" ({words})")
     assert ("as file_name into instances_train2017.json" in error.text) == ("there is" in words or "read" in words)
-    with pytest.raises(UserError, match="enact_common.data.checks names .*, and what is there instead") as raised:
+    with pytest.raises(UserError, match="enact_common.data.checks.rules names .*, and what is there instead") as raised:
         CocoDetection(*find_split(str(data), "train"), eval_transforms(40, 100))
     assert f"({words})" in str(raised.value)
 
@@ -606,7 +611,7 @@ def test_annotations_of_an_image_that_cannot_be_used_are_not_said_to_belong_to_n
 def test_names_that_no_file_can_have_are_missing_files(data, name):
     for split in ("train", "val"):
         change(data, split, setter("images", 1, file_name=name))
-    for findings in (full(data), checks.check_quickly(splits_of(data), 100)):
+    for findings in (full(data), rules.check_quickly(splits_of(data), 100)):
         own = [finding for finding in findings if finding.source == "train"]
         assert the_finding(own, "image files that are missing").count == 1
     with pytest.raises(UserError, match="1 of its 4 image files are missing"):
@@ -714,7 +719,7 @@ def test_subsets_of_cocos_categories_agree(data):
 
 def test_the_report_says_what_is_there(data, capsys):
     change(data, "train", setter("annotations", 0, area=96**2, bbox=[0, 0, 50, 40]))
-    assert checks.main([str(data)]) == 0
+    assert checks_command.main([str(data)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     for row in (
         "images 4 2",
@@ -731,28 +736,28 @@ def test_the_report_says_what_is_there(data, capsys):
 def test_the_report_is_aligned_and_not_too_wide(data, capsys):
     change(data, "train", adder("annotations", *(annotation(90 + i, (1, 1, 0, 5)) for i in range(2000))))
     change(data, "train", lambda c: c["categories"].append({"id": 12345, "name": "a very long name " * 5}))
-    assert checks.main([str(data)]) == 1
+    assert checks_command.main([str(data)]) == 1
     lines = capsys.readouterr().out.splitlines()
     table = [line for line in lines if line.startswith("  ") and line.split()[-1] in ("images", "2", "-")]
     assert len({len(line) for line in table[-4:]}) == 1
     # Examples stay in one piece, to be copied.
-    assert max(len(line) for line in lines[3:] if "- " not in line) <= checks.LINE_WIDTH
+    assert max(len(line) for line in lines[3:] if "- " not in line) <= checks_report.LINE_WIDTH
     assert "  fault       2,000  boxes without width or height: dropped" in lines
     assert any(line.endswith("- and 1,997 more") for line in lines)
 
 
 def test_quick_says_that_no_image_was_read(data, capsys):
     no_image(data / "train2017" / "train2.png")
-    assert checks.main([str(data), "--quick"]) == 0
+    assert checks_command.main([str(data), "--quick"]) == 0
     assert "not read (--quick)" in capsys.readouterr().out
-    assert checks.main([str(data)]) == 1
+    assert checks_command.main([str(data)]) == 1
 
 
 def test_splits_can_be_named_one_by_one(data, capsys):
     flags = ["--val_images", str(data / "train2017"), "--val_annotations", str(file_of(data, "train"))]
-    assert checks.main(flags) == 0
+    assert checks_command.main(flags) == 0
     assert "train and val" not in capsys.readouterr().out
-    assert checks.main([str(data), *flags]) == 1
+    assert checks_command.main([str(data), *flags]) == 1
     assert "the same pixels in both" in capsys.readouterr().out
 
 
@@ -766,7 +771,7 @@ def test_splits_can_be_named_one_by_one(data, capsys):
     ],
 )
 def test_what_cannot_be_read_at_all_gives_status_2(argv, message, capsys):
-    assert checks.main(argv) == 2
+    assert checks_command.main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("python -m enact_common.data.checks: error: ") and message in error
 
@@ -776,12 +781,12 @@ def test_what_cannot_be_read_at_all_gives_status_2(argv, message, capsys):
 )
 def test_files_that_are_no_annotations_are_refused(data, content, message, capsys):
     file_of(data, "val").write_bytes(content)
-    assert checks.main([str(data)]) == 2
+    assert checks_command.main([str(data)]) == 2
     assert message in capsys.readouterr().err
     with pytest.raises(UserError, match=message):
         quick(data)
 
 
 def test_an_empty_folder_is_refused_and_says_what_is_missing(tmp_path, capsys):
-    assert checks.main([str(tmp_path)]) == 2
+    assert checks_command.main([str(tmp_path)]) == 2
     assert "train2017" in capsys.readouterr().err

@@ -11,11 +11,11 @@ import torch
 from conftest import SMALL_MODEL, parse, run
 
 from enact_common import UserError, demo, load_detector, predict
-from enact_common.arguments import add_focal_flags, add_query_flags, common_parser
 from enact_common.benchmark.__main__ import main as benchmark
+from enact_common.cli.arguments import add_focal_flags, add_query_flags, common_parser
 from enact_common.compare.__main__ import main as compare
-from enact_common.device import find_device
 from enact_common.study.__main__ import main as study
+from enact_common.utils.device import find_device
 from enact_common.variants import VARIANTS, load_variant
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,16 +11,15 @@ from torch.nn import functional as F
 from torch.testing import assert_close as assert_tensors_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from enact_common.clustering import (
+from enact_common.attention.clustering import (
     EntropyClustering,
-    Windows,
     count_regions,
-    cut_windows,
     gaussian_kernel,
     self_information,
     smooth,
     window_length,
 )
+from enact_common.attention.clusters import Windows, cut_windows
 
 RECORDED = np.load(GOLDEN / "attention.npz")
 

@@ -7,13 +7,14 @@ import torch
 from conftest import SMALL_MODEL, build, parse, run
 from torch.testing import assert_close
 
-from enact_common import NestedTensor, clustering
-from enact_common.arguments import CLUSTERING_FLAGS
-from enact_common.attention import EnactSelfAttention
-from enact_common.checkpoint import load_checkpoint
-from enact_common.clustering import EntropyClustering, count_regions, self_information, smooth
-from enact_common.inference import load_detector
-from enact_common.layers import clustering_settings
+from enact_common import NestedTensor
+from enact_common.attention import clusters
+from enact_common.attention.clustering import EntropyClustering, count_regions, self_information, smooth
+from enact_common.attention.layer import EnactSelfAttention
+from enact_common.checkpoints.files import load_checkpoint
+from enact_common.cli.flags import CLUSTERING_FLAGS
+from enact_common.inference.detector import load_detector
+from enact_common.models.layers import clustering_settings
 from enact_common.variants import VARIANTS
 
 # Every combination; with a limit, one that the sequences below would pass.
@@ -340,7 +341,7 @@ def test_gradients_in_parts(monkeypatch):
     tokens = torch.randn(3, 31, 4, dtype=torch.float64, requires_grad=True)
     gradients = []
     for part in (2**20, 50, 1):
-        monkeypatch.setattr(clustering, "GRADIENT_PART", part)
+        monkeypatch.setattr(clusters, "GRADIENT_PART", part)
         gradients.append(torch.autograd.grad(layer(tokens)[0].square().sum(), [tokens, layer.W_prob.weight]))
     for others in gradients[1:]:
         assert_close(others, gradients[0])

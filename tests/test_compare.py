@@ -18,14 +18,14 @@ from conftest import SMALL_MODEL, run
 from PIL import Image
 from test_plots import evaluation_of, original_log, without_figures, write_evaluation, write_log
 
-from enact_common.checkpoint import load_checkpoint
+from enact_common.checkpoints.files import load_checkpoint
 from enact_common.compare import pictures
 from enact_common.compare.__main__ import main
 from enact_common.compare.recorded import read_run
 from enact_common.compare.tables import classes_table, costs_table, figures_table
 from enact_common.compare.terms import differing_flags, inequalities, settings_table
-from enact_common.data.coco import load_annotations
-from enact_common.evaluation.coco import FIGURES
+from enact_common.data.annotations import load_annotations
+from enact_common.evaluation.coco import METRICS
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -98,7 +98,7 @@ def test_where_nothing_could_be_measured_there_are_dashes(recorded, tmp_path, ca
     rows = [{"epoch": 0, "train_loss": 3.0, "test_coco_eval_bbox": [-1.0] * 12}]
     (tmp_path / "log.txt").write_text(json.dumps(rows[0]))
     if recorded:
-        record = {"figures": dict.fromkeys(FIGURES, -1.0), "recall": [], "classes": [], "images": 2, "epoch": 0}
+        record = {"figures": dict.fromkeys(METRICS, -1.0), "recall": [], "classes": [], "images": 2, "epoch": 0}
         (tmp_path / "evaluation.json").write_text(json.dumps(record))
     run = read_run(tmp_path, "run")
     assert run.figures == {} and run.best is None

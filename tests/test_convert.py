@@ -15,11 +15,12 @@ import yaml
 from conftest import SMALL_MODEL, real_data, run
 from PIL import Image
 
-from enact_common import convert
-from enact_common.data import checks
-from enact_common.data.coco import CocoDetection, find_split, load_annotations
+from enact_common.convert import __main__ as convert_command
+from enact_common.data.annotations import find_split, load_annotations
+from enact_common.data.checks import __main__ as checks_command
+from enact_common.data.coco import CocoDetection
 from enact_common.data.transforms import eval_transforms
-from enact_common.stopping import Interrupted, interruption
+from enact_common.utils.signals import Interrupted, interruption
 
 SIZE = (60, 40)  # width and height of the small images, in pixels
 
@@ -77,7 +78,7 @@ def yolo(tmp_path) -> Path:
 
 
 def convert_to(out: Path, *argv) -> int:
-    return convert.main([*map(str, argv), "--output_dir", str(out)])
+    return convert_command.main([*map(str, argv), "--output_dir", str(out)])
 
 
 def boxes_of(out: Path, split: str) -> dict[str, list]:
@@ -192,7 +193,7 @@ def test_what_was_converted_is_clean_loads_and_trains(kind, shapes, tmp_path):
     out = tmp_path / "out"
     WRITERS[kind](shapes, tmp_path / "other")
     assert convert_to(out, kind, tmp_path / "other") == 0
-    assert checks.main([str(out)]) == 0
+    assert checks_command.main([str(out)]) == 0
     data = CocoDetection(*find_split(str(out), "train"), eval_transforms(64, 96))
     image, target = data[0]
     assert image.shape[0] == 3 and len(target["labels"]) > 0
@@ -451,7 +452,7 @@ def test_equal_names_in_sub_folders_spaces_and_other_scripts(tmp_path):
     found = all_boxes(tmp_path / "out")
     assert found["x/1.png"] == [("globule élevé", 0, 0, 20, 20)]
     assert found["y/1.png"] == [("globule élevé", 1, 0, 19, 20)]
-    assert checks.main([str(tmp_path / "out")]) == 0
+    assert checks_command.main([str(tmp_path / "out")]) == 0
 
 
 def test_an_xml_file_may_mention_an_image_of_another_name(voc, tmp_path):
@@ -916,7 +917,7 @@ def test_where_links_cannot_be_made_images_are_copied(voc, tmp_path, monkeypatch
 def test_a_conversion_that_ends_early_leaves_nothing(
     voc, tmp_path, monkeypatch, capsys, stopped_by, made_before, step, times
 ):
-    original, calls = getattr(convert, step), []
+    original, calls = getattr(convert_command, step), []
 
     def stop(*args):
         calls.append(args)
@@ -924,7 +925,7 @@ def test_a_conversion_that_ends_early_leaves_nothing(
             raise stopped_by
         original(*args)
 
-    monkeypatch.setattr(convert, step, stop)
+    monkeypatch.setattr(convert_command, step, stop)
     out = tmp_path / "new" / "out"
     if made_before:
         out.mkdir(parents=True)

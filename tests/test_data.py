@@ -22,20 +22,17 @@ from torchvision.transforms.v2 import functional as F
 
 from enact_common import NestedTensor, UserError, nested_tensor_from_tensor_list
 from enact_common.boxes import box_cxcywh_to_xyxy
-from enact_common.data import cache, checks
+from enact_common.data import cache
+from enact_common.data.annotations import find_split, load_annotations
 from enact_common.data.build import build_dataset
 from enact_common.data.cache import cache_images
 from enact_common.data.categories import LabelMap, coco_names
-from enact_common.data.checks import Split, inspect_image
-from enact_common.data.coco import (
-    CocoDetection,
-    collate,
-    find_split,
-    load_annotations,
-    seeded,
-)
+from enact_common.data.checks import __main__ as checks_command
+from enact_common.data.checks import rules
+from enact_common.data.checks.images import inspect_image
+from enact_common.data.checks.split import Split
+from enact_common.data.coco import CocoDetection, collate, seeded
 from enact_common.data.images import decode_image, image_size
-from enact_common.data.pixels import IMAGENET_MEAN, IMAGENET_STD, PixelNormalization
 from enact_common.data.transforms import (
     RandomResize,
     RandomSizeCrop,
@@ -45,6 +42,7 @@ from enact_common.data.transforms import (
 )
 from enact_common.data.values import normalise
 from enact_common.evaluation.coco import CocoBoxEvaluator
+from enact_common.models.normalization import IMAGENET_MEAN, IMAGENET_STD, PixelNormalization
 
 COCO_CATEGORIES = [{"id": i, "name": name} for i, name in enumerate(coco_names()) if name != "N/A"]
 OWN_CATEGORIES = [{"id": 7, "name": "bolt"}, {"id": 3, "name": "nut"}]
@@ -226,7 +224,7 @@ def test_ids_are_read_however_whole_numbers_are_written(tmp_path, two_images, ca
     }
     path = annotation_file(tmp_path, **entries)
     split = Split("train", tmp_path, path)
-    errors = [f for f in checks.check_quickly([split], 100) if f.severity == "error"]
+    errors = [f for f in rules.check_quickly([split], 100) if f.severity == "error"]
     if number is None:
         with pytest.raises(UserError, match="expected a whole number below 2"):
             load_annotations(path)
@@ -490,7 +488,7 @@ def test_roboflows_layout_is_found(exported, val):
     for split, folder in (("train", "train"), ("val", val), ("test", "test")):
         file = exported / folder / "_annotations.coco.json"
         assert find_split(str(exported), split) == (exported / folder, file)
-    assert checks.main([str(exported)]) == 0
+    assert checks_command.main([str(exported)]) == 0
     dataset = CocoDetection(*find_split(str(exported), "train"), eval_transforms(40, 100))
     # The first category has no objects, but keeps its label.
     assert dataset.label_map.names == ("cells", "RBC", "WBC") and dataset.label_map.category_ids == (0, 1, 2)

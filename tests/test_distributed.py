@@ -13,14 +13,14 @@ from test_stopping import end
 from test_train import toy_batch, toy_step
 from torch import nn
 
-from enact_common.acceleration import BATCH_NORMS
 from enact_common.data import loading
 from enact_common.data.loading import EvaluationBatches, TrainSampler
 from enact_common.data.synthetic import make_shapes
-from enact_common.engine import GRADIENTS, NonFiniteLossError, first_non_finite_output, keep_frozen_norms
-from enact_common.evaluation.coco import EVALUATION, FIGURES
+from enact_common.evaluation.coco import EVALUATION, METRICS
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
-from enact_common.run import Run
+from enact_common.training.engine import GRADIENTS, NonFiniteLossError, first_non_finite_output, keep_frozen_norms
+from enact_common.training.run import Run
+from enact_common.utils.acceleration import BATCH_NORMS
 
 
 @pytest.fixture
@@ -102,8 +102,8 @@ def test_the_figures_do_not_depend_on_the_number_of_processes(learned, tmp_path)
         assert alone["figures"]["AP"] > 0.02 and alone["images"] == 7 and len(results) == 7 * 20
         for record, theirs in others:
             assert theirs == results
-            assert [record["figures"][name] for name in FIGURES] == pytest.approx(
-                [alone["figures"][name] for name in FIGURES], abs=1e-6
+            assert [record["figures"][name] for name in METRICS] == pytest.approx(
+                [alone["figures"][name] for name in METRICS], abs=1e-6
             )
 
 

@@ -11,9 +11,9 @@ from pycocotools.coco import COCO
 from enact_common.data.categories import LabelMap
 from enact_common.data.coco import CocoDetection
 from enact_common.data.transforms import eval_transforms
-from enact_common.errors import UserError
-from enact_common.evaluation.coco import FIGURES, CocoBoxEvaluator, evaluation_record, figures_text, per_class_text
-from enact_common.segmentation import encode_masks
+from enact_common.evaluation.coco import METRICS, CocoBoxEvaluator, evaluation_record, metrics_text, per_class_text
+from enact_common.models.segmentation import encode_masks
+from enact_common.utils.errors import UserError
 
 try:
     import faster_coco_eval
@@ -78,7 +78,7 @@ TWO_NUTS = [(1, 3, [10, 10, 40, 40]), (2, 3, [50, 50, 40, 40])]
 
 def figures(evaluator, boxes=TWO_NUTS, images=(1, 2)):
     """The twelve figures by name, for a ground truth of these boxes."""
-    return dict(zip(FIGURES, evaluator.evaluate(ground_truth(boxes, images)).stats, strict=True))
+    return dict(zip(METRICS, evaluator.evaluate(ground_truth(boxes, images)).stats, strict=True))
 
 
 def test_perfect_detections_have_ap_one(package):
@@ -232,12 +232,12 @@ def test_both_packages_agree(monkeypatch, seed):
         done[package] = evaluator.evaluate(indexed(images, annotations))
     fast, slow = done.values()
     assert type(fast) is not type(slow)
-    assert len(fast.stats) == len(slow.stats) == len(FIGURES)
+    assert len(fast.stats) == len(slow.stats) == len(METRICS)
     # There is something to agree on: objects of all sizes, some of them found.
     assert (slow.stats >= 0).all() and slow.stats[0] > 0
     np.testing.assert_allclose(fast.stats, slow.stats, rtol=0, atol=1e-6)
     np.testing.assert_allclose(fast.eval["precision"], slow.eval["precision"], rtol=0, atol=1e-6)
-    assert figures_text(fast) == figures_text(slow)
+    assert metrics_text(fast) == metrics_text(slow)
     records = [evaluation_record(evaluation) for evaluation in (fast, slow)]
     assert per_class_text(records[0]) == per_class_text(records[1])
 
@@ -364,7 +364,7 @@ def test_the_twelve_lines_and_the_classes(package):
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1, 2], [detected((0, 0.9, [10, 10, 50, 50])), detected((0, 0.8, [50, 50, 90, 90]))])
     evaluation = evaluator.evaluate(ground_truth(truth))
-    lines = figures_text(evaluation).splitlines()
+    lines = metrics_text(evaluation).splitlines()
     assert len(lines) == 12
     assert lines[1] == " Average Precision  (AP) @[ IoU=0.50      | area=   all | maxDets=100 ] = 0.500"
     rows = [line.split() for line in per_class_text(evaluation_record(evaluation)).splitlines()[1:]]
@@ -392,7 +392,7 @@ def test_the_record_of_an_evaluation_worked_out_by_hand(package):
     record = evaluation_record(evaluation)
     assert record == json.loads(json.dumps(record))  # built-in types alone
     assert record["images"] == 2 and record["recall"] == pytest.approx(np.linspace(0, 1, 101))
-    assert list(record["figures"]) == list(FIGURES)
+    assert list(record["figures"]) == list(METRICS)
     assert list(record["figures"].values()) == pytest.approx(evaluation.stats.tolist())
     nut, bolt = record["classes"]
     assert (nut["category_id"], nut["name"], nut["objects"]) == (3, "nut", 2)

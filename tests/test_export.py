@@ -12,20 +12,21 @@ from conftest import ATTENTIONS, SMALL_MODEL, build, parse
 from torch import nn
 
 from enact_common import UserError, load_detector
-from enact_common.arguments import TORCH_VERSION
-from enact_common.attention import EnactSelfAttention
+from enact_common.attention.clusters import Windows
+from enact_common.attention.layer import EnactSelfAttention
 from enact_common.benchmark import agreement, runtimes
 from enact_common.benchmark.__main__ import main as benchmark
 from enact_common.benchmark.isolated import attempt
 from enact_common.boxes import box_cxcywh_to_xyxy
-from enact_common.clustering import Windows
-from enact_common.data.coco import CocoDetection, find_split
+from enact_common.data.annotations import find_split
+from enact_common.data.coco import CocoDetection
 from enact_common.export import __main__ as command
 from enact_common.export import formats, load_exported
 from enact_common.export.formats import EXPORTING, FORMATS
 from enact_common.export.graph import calibrated_lengths, clusterings, fix_window_lengths
-from enact_common.inference import as_pixels
+from enact_common.inference.detector import as_pixels
 from enact_common.nested_tensor import NestedTensor
+from enact_common.utils.device import TORCH_VERSION
 from enact_common.variants import VARIANTS
 
 exporting = pytest.mark.skipif(TORCH_VERSION < EXPORTING, reason="this PyTorch's torch.export is older than was tried")

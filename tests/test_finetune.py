@@ -10,15 +10,16 @@ import torch
 from conftest import SMALL_MODEL, assert_close, build, parse, read_log, run, train
 from torch import nn
 
-from enact_common import UserError, clustering, load_detector
-from enact_common.averaging import WeightAverage
-from enact_common.checkpoint import load_checkpoint
-from enact_common.conversion import clustered_weights
+from enact_common import UserError, load_detector
+from enact_common.attention import clustering
+from enact_common.attention.conversion import clustered_weights
+from enact_common.checkpoints.files import load_checkpoint
+from enact_common.checkpoints.pretrained import fit_weights, load_pretrained
 from enact_common.data.categories import LabelMap, coco_names
 from enact_common.hub import ENTRIES
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
-from enact_common.pretrained import fit_weights, load_pretrained
-from enact_common.run import Run
+from enact_common.training.averaging import WeightAverage
+from enact_common.training.run import Run
 from enact_common.variants import VARIANTS
 
 # Token attention, where the variant has a choice.
@@ -323,7 +324,7 @@ def test_averaged_weights_are_evaluated_and_resumed(shapes, tmp_path, capsys):
 
 
 @pytest.fixture
-def precisions(monkeypatch):
+def ap_history(monkeypatch):
     """Let evaluations give these values of AP, one after the other."""
     values = []
     monkeypatch.setattr(Run, "report", lambda self, *args: {"test_coco_eval_bbox": [values.pop(0)] + [0.0] * 11})
@@ -345,16 +346,16 @@ def test_a_run_goes_on_as_it_began(shapes, tmp_path, capsys, first, then, messag
     assert message in capsys.readouterr().err
 
 
-def test_the_best_is_kept_where_a_run_goes_on_elsewhere(shapes, plain, tmp_path, precisions):
-    precisions += [0.5, 0.2]
+def test_the_best_is_kept_where_a_run_goes_on_elsewhere(shapes, plain, tmp_path, ap_history):
+    ap_history += [0.5, 0.2]
     argv = ["--resume", plain / "checkpoint.pth", "--encoder_attention", "mhsa", "--epochs", "2", "--limit_val", "1"]
     assert train("detr", shapes, tmp_path, *argv) == 0
     assert load_checkpoint(str(tmp_path / "best.pth"))["epoch"] == 0
     assert load_checkpoint(str(tmp_path / "checkpoint.pth"))["epoch"] == 1
 
 
-def test_early_stop_ends_what_no_longer_improves(shapes, tmp_path, precisions, capsys):
-    precisions += [0.1, 0.3, 0.3, 0.2, 0.9]
+def test_early_stop_ends_what_no_longer_improves(shapes, tmp_path, ap_history, capsys):
+    ap_history += [0.1, 0.3, 0.3, 0.2, 0.9]
     argv = ["--limit_train", "4", "--limit_val", "1", "--early_stop", "2"]
     assert train("detr", shapes, tmp_path, "--epochs", "9", *argv) == 0
     assert [row["test_coco_eval_bbox"][0] for row in read_log(tmp_path)] == [0.1, 0.3, 0.3, 0.2]
@@ -362,9 +363,9 @@ def test_early_stop_ends_what_no_longer_improves(shapes, tmp_path, precisions, c
     assert load_checkpoint(str(tmp_path / "best.pth"))["epoch"] == 1
     # Going on does not forget it.
     assert train("detr", shapes, tmp_path, "--epochs", "9", *argv, "--auto_resume") == 0
-    assert len(read_log(tmp_path)) == 4 and precisions == [0.9]
+    assert len(read_log(tmp_path)) == 4 and ap_history == [0.9]
     # With more patience it goes on, and the best is replaced.
-    precisions += [0.1] * 9
+    ap_history += [0.1] * 9
     assert train("detr", shapes, tmp_path, "--epochs", "6", *argv[:-1], "3", "--auto_resume") == 0
     assert load_checkpoint(str(tmp_path / "best.pth"))["epoch"] == 4
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from conftest import GOLDEN, assert_close, build, parse
 
-from enact_common import backbone
 from enact_common.gpu.golden import golden_batch, load_recipe
-from enact_common.optimization import parameter_groups
+from enact_common.models import backbone
+from enact_common.training.optimization import parameter_groups
 
 # recorded file: (variant, encoder attention)
 FILES = {

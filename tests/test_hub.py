@@ -12,9 +12,9 @@ import torch
 from conftest import GOLDEN, parse
 
 from enact_common import NestedTensor, UserError, hub
-from enact_common.backbone import load_backbone_weights
 from enact_common.data.categories import LabelMap
 from enact_common.hub import ENTRIES, MODELS, PUBLISHED
+from enact_common.models.backbone import load_backbone_weights
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
 
 ROOT = Path(__file__).resolve().parents[1]

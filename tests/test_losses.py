@@ -15,8 +15,8 @@ from enact_common.boxes import (
     generalized_box_iou,
     paired_box_giou,
 )
-from enact_common.criterion import FocalClassLoss, SetCriterion, SoftmaxClassLoss, build_weights
-from enact_common.matcher import HungarianMatcher, focal_class_cost, warn_of_costs
+from enact_common.models.criterion import FocalClassLoss, SetCriterion, SoftmaxClassLoss, build_weights
+from enact_common.models.matcher import HungarianMatcher, focal_class_cost, warn_of_costs
 
 # xyxy: a square, one that covers its right half and as much beyond, one far away.
 SQUARE, SHIFTED, AWAY = [0.0, 0.0, 2.0, 2.0], [1.0, 0.0, 3.0, 2.0], [4.0, 0.0, 6.0, 2.0]

@@ -16,14 +16,15 @@ from torch.testing import assert_close
 from torchvision.transforms.v2 import functional as F
 
 from enact_common import LoadedDetector, NestedTensor, UserError, load_variant, nested_tensor_from_tensor_list
-from enact_common import backbone as backbones
-from enact_common.backbone import Backbone, FrozenNorm, convolve_and_norm, load_backbone_weights
-from enact_common.clustering import EntropyClustering, Windows
+from enact_common.attention.clustering import EntropyClustering
+from enact_common.attention.clusters import Windows
+from enact_common.checkpoints.contents import arguments_of
 from enact_common.data.categories import LabelMap
-from enact_common.data.pixels import IMAGENET_MEAN, IMAGENET_STD
 from enact_common.hub import ENTRIES
-from enact_common.inference import arguments_of
-from enact_common.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine, encode_points
+from enact_common.models import backbone
+from enact_common.models.backbone import Backbone, FrozenNorm, convolve_and_norm, load_backbone_weights
+from enact_common.models.normalization import IMAGENET_MEAN, IMAGENET_STD
+from enact_common.models.position_encoding import PositionEmbeddingLearned, PositionEmbeddingSine, encode_points
 from enact_common.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -314,7 +315,7 @@ def test_folded_norms_are_the_norms(name, dilation, monkeypatch):
         return maps + [p.grad for p in model.parameters() if p.requires_grad]
 
     folded = maps_and_gradients()
-    monkeypatch.setattr(backbones, "convolve_and_norm", lambda x, conv, norm: norm(conv(x)))
+    monkeypatch.setattr(backbone, "convolve_and_norm", lambda x, conv, norm: norm(conv(x)))
     for ours, expected in zip(folded, maps_and_gradients(), strict=True):
         assert_close(ours, expected)
 
@@ -482,7 +483,7 @@ def test_no_weights_are_fetched_for_a_checkpoint(monkeypatch):
     def fetch(*args, **kwargs):
         raise AssertionError("fetched")
 
-    monkeypatch.setattr("enact_common.backbone.download", fetch)
+    monkeypatch.setattr("enact_common.models.backbone.download", fetch)
     build("detr", "--backbone", "resnet18", "--resume", "checkpoint.pth")
     build("detr", "--backbone", "resnet18", "--eval")
     with pytest.raises(AssertionError, match="fetched"):

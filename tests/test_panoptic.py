@@ -26,11 +26,10 @@ from enact_common.data.panoptic import (
     read_id_map,
 )
 from enact_common.data.transforms import RandomSizeCrop, eval_transforms, train_transforms
-from enact_common.drawing import colour_of
-from enact_common.drawing_panoptic import draw_panoptic
-from enact_common.errors import UserError
+from enact_common.drawing.detections import colour_of
+from enact_common.drawing.panoptic import draw_panoptic
 from enact_common.evaluation.panoptic import (
-    FIGURES,
+    METRICS,
     Counts,
     PanopticEvaluator,
     PanopticQuality,
@@ -38,6 +37,7 @@ from enact_common.evaluation.panoptic import (
     panoptic_record,
     panoptic_text,
 )
+from enact_common.utils.errors import UserError
 
 CATEGORIES = [
     {"id": 1, "name": "person", "isthing": 1},
@@ -459,7 +459,7 @@ def test_figures_are_means_over_categories_that_occur():
     # Person: IoU 0.6, one match, one false alarm. Road: matched whole. Car and sky: nothing.
     quality = quality_of([(row(s1=10, s2=5), {1: 1, 2: 149}, row(s1=6, s3=4, s2=5), {1: 1, 2: 149, 3: 1})])
     figures = quality.figures()
-    assert tuple(figures) == FIGURES
+    assert tuple(figures) == METRICS
     assert [figures[name] for name in ("PQ_th", "SQ_th", "RQ_th")] == pytest.approx([0.4, 0.6, 2 / 3])
     assert [figures[name] for name in ("PQ_st", "SQ_st", "RQ_st")] == pytest.approx([1, 1, 1])
     assert [figures[name] for name in ("PQ", "SQ", "RQ")] == pytest.approx([0.7, 0.8, 5 / 6])
@@ -552,7 +552,7 @@ def test_images_without_a_result_are_missed_and_each_counts_once(tmp_path, monke
     monkeypatch.setattr("enact_common.evaluation.panoptic.gather_objects", lambda value: [value, dict(other._by_image)])
     evaluator.synchronize()
     after = evaluator.evaluate(truth)
-    assert after.figures() == dict.fromkeys(FIGURES, 1.0) and after.images == 3
+    assert after.figures() == dict.fromkeys(METRICS, 1.0) and after.images == 3
     assert after.counts.matched.tolist() == [1, 2, 2, 2]
 
 
@@ -727,7 +727,7 @@ def test_real_panoptic_images(coco_mini, tmp_path):
         assert target["masks"].shape[1:] == image.shape[1:] and (target["masks"].sum(dim=0) <= 1).all()
     ids = {image_id: truth.id_map(image_id) for image_id in truth.image_ids}
     evaluator.update(ids, [{"id_map": ids[i], "segments": truth.segments[i]} for i in ids])
-    assert evaluator.evaluate(truth).figures() == dict.fromkeys(FIGURES, 1.0)
+    assert evaluator.evaluate(truth).figures() == dict.fromkeys(METRICS, 1.0)
     picture = draw_panoptic(
         decode_image(dataset.path(0)), ids[dataset.image_ids[0]], truth.segments[dataset.image_ids[0]],
         dataset.label_map.names,

@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from enact_common.errors import UserError
-from enact_common.evaluation.coco import FIGURES
+from enact_common.drawing.figures import save
+from enact_common.evaluation.coco import METRICS
 from enact_common.plots import curves, precision_recall
 from enact_common.plots.__main__ import main
 from enact_common.plots.detections import plot_detections
-from enact_common.plots.style import save
-from enact_common.runs import CURVES, read_epochs, read_evaluation, run_names, series
+from enact_common.training.run_logs import CURVES, read_epochs, read_evaluation, run_names, series
+from enact_common.utils.errors import UserError
 
 
 def original_log(epochs=3, **more):
@@ -67,7 +67,7 @@ def evaluation_of(classes, level=0.5):
                 "precision": precision,
             }
         )
-    figures = dict.fromkeys(FIGURES, level)
+    figures = dict.fromkeys(METRICS, level)
     return {"set": "val", "epoch": 2, "figures": figures, "images": 6, "recall": recall, "classes": rows}
 
 

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 
 import enact_common.clustering
 from enact_common import EnactSelfAttention, nested_tensor_from_tensor_list, plug_in
-from enact_common.plug import padded_keys
+from enact_common.attention.plug_in import padded_keys
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "plug_in.md"
 
@@ -30,7 +30,7 @@ def clusters_of_one_token(monkeypatch):
     def borders(signal: Tensor) -> Tensor:
         return torch.ones_like(signal[:, 1:], dtype=torch.bool)
 
-    monkeypatch.setattr(enact_common.clustering, "region_borders", borders)
+    monkeypatch.setattr(enact_common.attention.clustering, "region_borders", borders)
 
 
 def trained(model: nn.Module) -> nn.Module:
@@ -526,6 +526,6 @@ def test_the_page_runs(block, request, tmp_path, monkeypatch):
 
 def test_transformers_need_not_be_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "enact_common.plug")
-    plug = importlib.import_module("enact_common.plug")
+    monkeypatch.delitem(sys.modules, "enact_common.attention.plug_in")
+    plug = importlib.import_module("enact_common.attention.plug_in")
     assert plug.plug_in(nn.Transformer(16, 4, 1, 1, 32)) == ["encoder.layers.0.self_attn"]

@@ -18,13 +18,14 @@ import torch
 from conftest import ATTENTIONS, SMALL_MODEL, build, make_font, parse, real_data, run
 from PIL import Image, ImageOps
 
-from enact_common import UserError, drawing, load_detector, predict
-from enact_common.arguments import MODEL_FLAGS
-from enact_common.backbone import FrozenNorm
+from enact_common import UserError, load_detector, predict
+from enact_common.checkpoints.contents import arguments_of, variant_of
+from enact_common.cli.flags import MODEL_FLAGS
 from enact_common.data.categories import coco_names
 from enact_common.data.images import decode_image
-from enact_common.data.synthetic import SHAPES
-from enact_common.drawing import (
+from enact_common.data.scenes import SHAPES
+from enact_common.drawing import fonts as drawing_fonts
+from enact_common.drawing.detections import (
     PALETTE,
     SHADES,
     colour_of,
@@ -35,9 +36,10 @@ from enact_common.drawing import (
     ink_on,
     overlaps,
     place_labels,
-    readable_name,
 )
-from enact_common.inference import LoadedDetector, arguments_of, as_pixels, variant_of
+from enact_common.drawing.fonts import readable_name
+from enact_common.inference.detector import LoadedDetector, as_pixels
+from enact_common.models.backbone import FrozenNorm
 from enact_common.predict import FINEST_TIME, Input, VideoFile, plan
 from enact_common.variants import VARIANTS
 
@@ -470,8 +472,8 @@ def test_labels_have_different_colours_that_their_text_can_be_read_on():
 @pytest.fixture
 def no_fonts(monkeypatch):
     """A machine with no font but Pillow's own."""
-    monkeypatch.setattr(drawing, "font_sources", lambda: (drawing.OWN_FONT,))
-    drawing._said.clear()
+    monkeypatch.setattr(drawing_fonts, "font_sources", lambda: (drawing_fonts.OWN_FONT,))
+    drawing_fonts._said.clear()
     readable_name.cache_clear()
     yield
     readable_name.cache_clear()
@@ -505,7 +507,7 @@ def test_a_font_that_is_installed_is_found_whatever_its_name(fonts, caplog):
     make_font(fonts / "of mine" / "Anything-Bold.ttf", "".join(names))
     chosen = str(make_font(fonts / "Something.otf", "".join(names)))
     (fonts / "damaged.ttf").write_bytes(b"no font")
-    drawing.font_sources.cache_clear()
+    drawing_fonts.font_sources.cache_clear()
     readable_name.cache_clear()
     assert [readable_name(name, 4) for name in names] == [(name, chosen) for name in names]
     plain, named = (
@@ -526,15 +528,15 @@ def test_names_in_other_scripts_are_drawn_by_a_font_that_has_them():
     pytest.importorskip("matplotlib")  # comes with one
     for name in ("Эритроцит", "αιμοσφαίριο", "łódź"):
         written, source = readable_name(name, 0)
-        assert written == name and source != drawing.OWN_FONT
+        assert written == name and source != drawing_fonts.OWN_FONT
 
 
 def test_a_name_is_cut_before_its_score():
-    texts = [fit_label("a long name", drawing.OWN_FONT, "0.75", 13, width, 40) for width in (200, 80, 45, 20)]
+    texts = [fit_label("a long name", drawing_fonts.OWN_FONT, "0.75", 13, width, 40) for width in (200, 80, 45, 20)]
     assert [label and label.text for label in texts][::2] == ["a long name  0.75", "0.75"]
     assert texts[1].text.startswith("a") and texts[1].text.endswith("...  0.75") and texts[1].width <= 80
     assert texts[3] is None
-    assert fit_label("a", drawing.OWN_FONT, "", 13, 200, 10) is None
+    assert fit_label("a", drawing_fonts.OWN_FONT, "", 13, 200, 10) is None
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -969,11 +971,11 @@ def inside(monkeypatch):
     """In the place of what draws a detector's inside: a list of what it was asked for."""
     asked = []
 
-    def write_inside(detector, pixels, found, kinds, folder, stem):
+    def write_introspection(detector, pixels, found, kinds, folder, stem):
         asked.append((tuple(pixels.shape), len(found), tuple(kinds), folder, stem))
         return []
 
-    monkeypatch.setattr(predict, "write_inside", write_inside)
+    monkeypatch.setattr(predict, "write_introspection", write_introspection)
     monkeypatch.setattr(predict, "check_kinds", lambda detector, kinds: None)
     return asked
 

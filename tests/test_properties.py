@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from torchvision import tv_tensors
 
 from enact_common import nested_tensor_from_tensor_list
+from enact_common.attention.clustering import CLUSTERS, EntropyClustering
 from enact_common.boxes import (
     box_cxcywh_to_xyxy,
     box_xyxy_to_cxcywh,
@@ -18,10 +19,9 @@ from enact_common.boxes import (
     generalized_box_iou,
     paired_box_giou,
 )
-from enact_common.clustering import CLUSTERS, EntropyClustering
 from enact_common.data.coco import seeded
 from enact_common.data.transforms import eval_transforms, train_transforms
-from enact_common.matcher import HungarianMatcher, focal_class_cost, softmax_class_cost
+from enact_common.models.matcher import HungarianMatcher, focal_class_cost, softmax_class_cost
 
 # The same examples in every run; `--hypothesis-seed` has no say then.
 few = settings(deadline=None, derandomize=True, max_examples=40)

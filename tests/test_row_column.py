@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from enact_common.attention.clustering import EntropyClustering
+from enact_common.attention.clusters import Windows, cut_windows
 from enact_common.benchmark.__main__ import main
 from enact_common.benchmark.eager import naive_clustered, naive_row_column
 from enact_common.benchmark.rowcol import Product
-from enact_common.clustering import EntropyClustering, Windows, cut_windows
 from enact_common.variants import load_variant
 
 models = load_variant("anchor").models

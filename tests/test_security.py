@@ -24,11 +24,11 @@ from PIL import Image
 from torch import nn
 
 from enact_common import UserError, load_detector
-from enact_common.backbone import BACKBONES, load_backbone_weights
-from enact_common.checkpoint import load_checkpoint
+from enact_common.checkpoints.files import load_checkpoint
 from enact_common.compare.__main__ import main as compare
-from enact_common.download import cached, download
+from enact_common.models.backbone import BACKBONES, load_backbone_weights
 from enact_common.predict import main as predict
+from enact_common.utils.download import cached, download
 from enact_common.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -412,7 +412,7 @@ FORBIDDEN_CALLS = {
     "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput",
     "yaml.load_all", "yaml.full_load", "yaml.full_load_all", "yaml.unsafe_load", "yaml.unsafe_load_all",
     "torch.jit.load", "torch.package.PackageImporter", "torch.export.load",
-    # They take code, or files that nothing checks: `enact_common.download` and `read_tensors` are there instead.
+    # They take code, or files that nothing checks: `enact_common.utils.download` and `read_tensors` are there instead.
     "torch.hub.load", "torch.hub.load_state_dict_from_url", "torch.hub.download_url_to_file",
     "torch.utils.model_zoo.load_url", "urllib.request.urlopen", "urllib.request.urlretrieve",
 }  # fmt: skip

@@ -17,30 +17,25 @@ from pycocotools import mask as coco_mask
 from torch.nn import functional as F
 from torchvision import tv_tensors
 
-from enact_common import load_detector, predict, segmentation
-from enact_common.data.checks import FAULT, Split, check_masks
-from enact_common.data.coco import CocoDetection, find_split
+from enact_common import load_detector, predict
+from enact_common.data.annotations import find_split
+from enact_common.data.checks.findings import FAULT
+from enact_common.data.checks.rules import check_masks
+from enact_common.data.checks.split import Split
+from enact_common.data.coco import CocoDetection
 from enact_common.data.images import decode_image
 from enact_common.data.masks import PackedMasks, decode_mask, normalize_all, normalize_segmentation
 from enact_common.data.masks import normalize_segmentations as normalize
 from enact_common.data.panoptic import encode_id_map, read_id_map
 from enact_common.data.transforms import eval_transforms, train_transforms
-from enact_common.drawing import draw_detections
-from enact_common.drawing_panoptic import draw_panoptic
-from enact_common.errors import UserError
-from enact_common.logs import main_figure
-from enact_common.segmentation import (
-    AttentionMaps,
-    MaskHead,
-    PostProcessPanoptic,
-    PostProcessSegm,
-    QueryMasks,
-    dice_loss,
-    encode_masks,
-    full_size_masks,
-    mask_losses,
-    padded_masks,
-)
+from enact_common.drawing.detections import draw_detections
+from enact_common.drawing.panoptic import draw_panoptic
+from enact_common.models import mask_head, segmentation
+from enact_common.models.mask_head import AttentionMaps, MaskHead, QueryMasks
+from enact_common.models.mask_losses import dice_loss, mask_losses, padded_masks
+from enact_common.models.segmentation import PostProcessPanoptic, PostProcessSegm, encode_masks, full_size_masks
+from enact_common.training.logs import main_metric
+from enact_common.utils.errors import UserError
 
 # The model ---------------------------------------------------------------------------------------------------------
 
@@ -75,7 +70,7 @@ def straightforward(head, src, maps, fpns):
 
 @pytest.mark.parametrize("chunk", [1, 100])
 def test_masks_and_gradients_are_those_of_the_straightforward_way(monkeypatch, chunk):
-    monkeypatch.setattr(segmentation, "HEAD_CHUNK", chunk)
+    monkeypatch.setattr(mask_head, "HEAD_CHUNK", chunk)
     head = MaskHead(32, 4, (24, 12, 6))
     src, maps = torch.randn(2, 32, 3, 4, requires_grad=True), torch.rand(2, 5, 4, 3, 4)
     fpns = [torch.randn(2, channels, *size) for channels, size in ((24, (6, 7)), (12, (11, 14)), (6, (22, 27)))]
@@ -788,11 +783,11 @@ def test_panoptic_training_logs_the_quality(panoptic_run, shapes, tmp_path):
 def test_best_is_what_the_model_was_trained_for():
     boxes, masks = {"test_coco_eval_bbox": [0.1] * 12}, {"test_coco_eval_masks": [0.2] * 12}
     quality = {"test_PQ_all": {"pq": 0.3}}
-    assert [main_figure(row) for row in ({}, boxes, boxes | masks, boxes | quality)] == [None, 0.1, 0.2, 0.3]
+    assert [main_metric(row) for row in ({}, boxes, boxes | masks, boxes | quality)] == [None, 0.1, 0.2, 0.3]
     # -1 and NaN are no measurements.
     for number in (-1, float("nan")):
-        assert main_figure({"test_coco_eval_bbox": [number] * 12}) is None
-        assert main_figure(quality | {"test_PQ_all": {"pq": number}}) is None
+        assert main_metric({"test_coco_eval_bbox": [number] * 12}) is None
+        assert main_metric(quality | {"test_PQ_all": {"pq": number}}) is None
 
 
 # Prediction --------------------------------------------------------------------------------------------------------

@@ -15,9 +15,9 @@ import pytest
 import torch
 from conftest import SMALL_MODEL, read_log, train
 
-from enact_common import run
 from enact_common.slurm import __main__ as command
-from enact_common.stopping import SIGNALS, STOPPED, listening
+from enact_common.training import run
+from enact_common.utils.signals import SIGNALS, STOPPED, listening
 
 submitit = pytest.importorskip("submitit")
 

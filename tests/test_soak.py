@@ -5,7 +5,7 @@ import soak
 import torch
 
 from enact_common.data.images import decode_image
-from enact_common.errors import UserError
+from enact_common.utils.errors import UserError
 
 
 @pytest.mark.parametrize("loop", [soak.damaged_images, soak.damaged_annotations, soak.damaged_checkpoints])

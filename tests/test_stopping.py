@@ -17,11 +17,11 @@ import torch
 from conftest import ROOT, equal_states, read_log, start, train
 
 from enact_common.benchmark.isolated import run_isolated
-from enact_common.checkpoint import load_checkpoint, save_checkpoint
-from enact_common.errors import UserError, exit_status
-from enact_common.files import write_file
-from enact_common.run import Run
-from enact_common.stopping import (
+from enact_common.checkpoints.files import load_checkpoint, save_checkpoint
+from enact_common.training.run import Run
+from enact_common.utils.errors import UserError, exit_status
+from enact_common.utils.files import write_file
+from enact_common.utils.signals import (
     ENDING,
     SIGNALS,
     STOPPED,

@@ -16,12 +16,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from enact_common.attention import EnactSelfAttention
-from enact_common.clustering import EntropyClustering
-from enact_common.errors import UserError
-from enact_common.hilbert import hilbert_order
-from enact_common.inside import clusterings
-from enact_common.plug import clustered
+from enact_common.attention.clustering import EntropyClustering
+from enact_common.attention.hilbert import hilbert_order
+from enact_common.attention.layer import EnactSelfAttention
+from enact_common.attention.plug_in import clustered
+from enact_common.inference.introspection import clusterings
 from enact_common.study import __main__ as command
 from enact_common.study.arms import EqualShares, LearnedTemperature, MiddleAlone, Setting, encoder_layers
 from enact_common.study.images import DOTS, TRAIN, VAL, Photographs, Shapes, draw_one, load_images
@@ -39,6 +38,7 @@ from enact_common.study.training import (
     set_training,
     start_of,
 )
+from enact_common.utils.errors import UserError
 
 SOURCE = Shapes(train=6, val=4, height=96, widths=(96, 112), scale=0.5)
 SETTING = Setting((3, 4), (12, 14))

@@ -11,7 +11,8 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from enact_common.data import synthetic
-from enact_common.data.synthetic import SHAPES, SPLITS, draw_scene, main, make_shapes
+from enact_common.data.scenes import SHAPES, draw_scene
+from enact_common.data.synthetic import SPLITS, main, make_shapes
 
 SMALL = {"train": 4, "val": 2, "size": (48, 64), "object_size": (0.2, 0.6)}
 

@@ -19,13 +19,13 @@ import torch
 from conftest import SMALL_MODEL, build, equal_states, parse, read_log, start, train
 
 from enact_common import UserError
-from enact_common.checkpoint import check_model_flags, load_checkpoint, optimizer_state_by_name, save_checkpoint
+from enact_common.checkpoints.files import check_model_flags, load_checkpoint, optimizer_state_by_name, save_checkpoint
 from enact_common.data import cache, images
 from enact_common.data.synthetic import make_shapes
-from enact_common.engine import NonFiniteLossError, TrainStep, describe_non_finite, first_non_finite_output
-from enact_common.logs import AverageMeter
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
-from enact_common.optimization import Optimization, build_optimization, learning_rate_factor, parameter_groups
+from enact_common.training.engine import NonFiniteLossError, TrainStep, describe_non_finite, first_non_finite_output
+from enact_common.training.logs import AverageMeter
+from enact_common.training.optimization import Optimization, build_optimization, learning_rate_factor, parameter_groups
 from enact_common.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,7 +132,7 @@ def test_an_explicit_checkpoint_goes_before_the_latest(shapes, trained, tmp_path
 
 
 def test_processes_that_do_not_share_a_folder_are_told(shapes, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("enact_common.run.gather_objects", lambda value: [value, "elsewhere/checkpoint.pth"])
+    monkeypatch.setattr("enact_common.training.run.gather_objects", lambda value: [value, "elsewhere/checkpoint.pth"])
     assert train("detr", shapes, tmp_path, "--auto_resume") == 2
     assert "checkpoint.pth is there for some processes alone" in capsys.readouterr().err
 

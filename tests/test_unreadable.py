@@ -12,13 +12,14 @@ import pytest
 import torch
 from conftest import equal_states, read_log, train
 
-from enact_common.checkpoint import load_checkpoint
+from enact_common.checkpoints.files import load_checkpoint
 from enact_common.data import images
-from enact_common.data.coco import CocoDetection, collate, find_split
+from enact_common.data.annotations import find_split
+from enact_common.data.coco import CocoDetection, collate
 from enact_common.data.loading import worker_death
 from enact_common.data.transforms import eval_transforms
-from enact_common.errors import UserError
 from enact_common.evaluation.coco import EVALUATION
+from enact_common.utils.errors import UserError
 
 CACHES = ([], ["--cache_mode"], ["--cache_mode", "decoded"])
 

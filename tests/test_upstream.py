@@ -15,10 +15,10 @@ import torch
 from conftest import SMALL_MODEL, build
 from torch import Tensor, nn
 
-from enact_common.arguments import TORCH_VERSION
 from enact_common.boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, generalized_box_iou, masks_to_boxes
 from enact_common.export.formats import EXPORTING
 from enact_common.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from enact_common.utils.device import TORCH_VERSION
 from enact_common.variants import VARIANTS, load_variant
 
 ROOT = Path(__file__).resolve().parents[1]

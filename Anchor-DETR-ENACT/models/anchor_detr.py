@@ -5,12 +5,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from enact_common.criterion import FocalClassLoss, SetCriterion, build_weights
-from enact_common.data.pixels import PixelNormalization
-from enact_common.detector import detector_outputs, num_classes_of
+from enact_common.models.criterion import FocalClassLoss, SetCriterion, build_weights
+from enact_common.models.detector import detector_outputs, num_classes_of
+from enact_common.models.normalization import PixelNormalization
+from enact_common.models.postprocess import TopKPostProcess
+from enact_common.models.scripting import Scriptable
 from enact_common.nested_tensor import NestedTensor, as_nested_tensor
-from enact_common.postprocess import TopKPostProcess
-from enact_common.recording import Scriptable
 
 from .backbone import build_backbone
 from .matcher import build_matcher

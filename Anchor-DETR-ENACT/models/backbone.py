@@ -1,6 +1,6 @@
 """Anchor DETR's backbone: the shared ResNet, alone: positions are encoded in the transformer."""
 
-from enact_common.backbone import Backbone, BackboneBase, build_resnet
+from enact_common.models.backbone import Backbone, BackboneBase, build_resnet
 
 __all__ = ["Backbone", "BackboneBase", "build_backbone"]
 

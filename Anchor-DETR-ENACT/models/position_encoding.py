@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from enact_common.clustering import at_least_float32
-from enact_common.position_encoding import encode_points, sine_encoding
+from enact_common.attention.clustering import at_least_float32
+from enact_common.models.position_encoding import encode_points, sine_encoding
 
 __all__ = ["cell_centres", "encode_coordinates", "encode_points", "grid_cells"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from enact_common.recording import recording
+from enact_common.attention.tracing import is_tracing
 
 # Elements of a slice's largest intermediate, of which up to three live at a time.
 # On a CPU they are to stay in the cache: of 2^16, 2^17, ..., 2^23 this was the fastest on two cores with 32 MiB of
@@ -44,7 +44,7 @@ def clustered_row_column_product(col: Tensor, row: Tensor, value: Tensor) -> Ten
     fits = col.ndim == row.ndim == value.ndim == 3
     fits = fits and col.shape[::2] == row.shape[::2] == value.shape[:2]
     _check(fits, "col (B, H, M), row (B, W, M), value (B, M, e)", col, row, value)
-    if recording():
+    if is_tracing():
         scaled = value.unsqueeze(3) * col.transpose(1, 2).unsqueeze(2)  # (B, M, e, H)
         sums = (row @ scaled.flatten(2)).unflatten(2, scaled.shape[2:])  # (B, W, e, H)
         return sums.permute(0, 3, 1, 2)
@@ -72,7 +72,7 @@ def row_column_product(row: Tensor, col: Tensor, value: Tensor) -> Tensor:
     fits = row.ndim == col.ndim == 3 and value.ndim == 4
     fits = fits and row.shape[:2] == col.shape[:2] and value.shape[:3] == (row.shape[0], col.shape[2], row.shape[2])
     _check(fits, "row (B, Q, W), col (B, Q, H), value (B, H, W, e)", row, col, value)
-    if recording():
+    if is_tracing():
         columns = value.permute(0, 2, 3, 1)  # (B, W, e, H)
         sums = (row @ columns.flatten(2)).unflatten(2, columns.shape[2:])  # (B, Q, e, H)
         return (sums @ col.unsqueeze(3)).squeeze(3)

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from enact_common.acceleration import Recomputed
+from enact_common.attention.clustering import EntropyClustering, autocast_dtype, weigh_channels
+from enact_common.attention.hilbert import HILBERT
 from enact_common.boxes import boxes_at_points
-from enact_common.clustering import EntropyClustering, autocast_dtype, weigh_channels
-from enact_common.errors import UserError
-from enact_common.hilbert import HILBERT
-from enact_common.layers import (
+from enact_common.models.layers import (
     MLP,
     PRIOR_LOGIT,
     attention_settings,
@@ -27,6 +25,8 @@ from enact_common.layers import (
     clustering_settings,
     encoder_self_attention,
 )
+from enact_common.utils.acceleration import Recomputed
+from enact_common.utils.errors import UserError
 
 from .position_encoding import cell_centres, encode_coordinates, encode_points, grid_cells
 from .row_column_decoupled_attention import ClusteredRCDA, MultiheadRCDA

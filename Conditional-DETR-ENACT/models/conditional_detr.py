@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 
 from enact_common.boxes import boxes_at_points
-from enact_common.criterion import FocalClassLoss, SetCriterion, build_weights
-from enact_common.detector import Detector, num_classes_of
-from enact_common.layers import PRIOR_LOGIT
-from enact_common.postprocess import TopKPostProcess
+from enact_common.models.criterion import FocalClassLoss, SetCriterion, build_weights
+from enact_common.models.detector import Detector, num_classes_of
+from enact_common.models.layers import PRIOR_LOGIT
+from enact_common.models.postprocess import TopKPostProcess
 
 from .backbone import build_backbone
 from .matcher import build_matcher

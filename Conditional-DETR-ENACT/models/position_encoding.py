@@ -1,6 +1,6 @@
 """Conditional DETR's position encodings: the shared ones, of the feature map and of reference points."""
 
-from enact_common.position_encoding import (
+from enact_common.models.position_encoding import (
     PositionEmbeddingLearned,
     PositionEmbeddingSine,
     build_position_encoding,

@@ -11,8 +11,8 @@ Modifications:
 import torch
 from torch import Tensor, nn
 
-from enact_common.layers import MLP, DecoderLayer
-from enact_common.transformer import Transformer, TransformerEncoder, build_encoder
+from enact_common.models.layers import MLP, DecoderLayer
+from enact_common.models.transformer import Transformer, TransformerEncoder, build_encoder
 
 from .attention import MultiheadAttention
 from .position_encoding import encode_points

@@ -2,12 +2,14 @@
 
 from torch import Tensor, nn
 
-from enact_common.arguments import PANOPTIC
-from enact_common.criterion import SetCriterion, SoftmaxClassLoss, build_weights
+from enact_common.cli.flags import PANOPTIC
 from enact_common.data.categories import coco_names
-from enact_common.detector import Detector, num_classes_of
-from enact_common.postprocess import PostProcess
-from enact_common.segmentation import DETRsegm, MaskCriterion, PostProcessPanoptic, PostProcessSegm
+from enact_common.models.criterion import SetCriterion, SoftmaxClassLoss, build_weights
+from enact_common.models.detector import Detector, num_classes_of
+from enact_common.models.mask_head import DETRsegm
+from enact_common.models.mask_losses import MaskCriterion
+from enact_common.models.postprocess import PostProcess
+from enact_common.models.segmentation import PostProcessPanoptic, PostProcessSegm
 
 from .backbone import build_backbone
 from .matcher import build_matcher

@@ -1,5 +1,5 @@
 """DETR's matching: minus the softmax probability of the object's class, L1 distance and generalized IoU."""
 
-from enact_common.matcher import HungarianMatcher, build_matcher
+from enact_common.models.matcher import HungarianMatcher, build_matcher
 
 __all__ = ["HungarianMatcher", "build_matcher"]

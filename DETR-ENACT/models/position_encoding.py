@@ -1,6 +1,6 @@
 """DETR's position encodings: the shared ones."""
 
-from enact_common.position_encoding import (
+from enact_common.models.position_encoding import (
     PositionEmbeddingLearned,
     PositionEmbeddingSine,
     build_position_encoding,

@@ -6,8 +6,8 @@ Positional encodings are added to queries and keys in every attention; the decod
 import torch
 from torch import Tensor, nn
 
-from enact_common.layers import DecoderLayer, clone_layers
-from enact_common.transformer import Transformer, TransformerEncoder, build_encoder
+from enact_common.models.layers import DecoderLayer, clone_layers
+from enact_common.models.transformer import Transformer, TransformerEncoder, build_encoder
 
 __all__ = ["Transformer", "TransformerDecoder", "TransformerDecoderLayer", "TransformerEncoder", "build_transformer"]
 

@@ -5,7 +5,7 @@ import sys
 
 from enact_common import benchmark
 from enact_common.benchmark import agreement, masks, parts, pipeline, rowcol, runtimes, scaling, table
-from enact_common.errors import exit_status
+from enact_common.utils.errors import exit_status
 
 COMMANDS = {
     "table": table,

@@ -12,7 +12,6 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from enact_common.arguments import fraction, positive_int
 from enact_common.benchmark.report import (
     LEFT,
     RIGHT,
@@ -23,9 +22,11 @@ from enact_common.benchmark.report import (
     heading,
     markdown_table,
 )
-from enact_common.data.coco import CocoDetection, find_split
+from enact_common.cli.types import fraction, positive_int
+from enact_common.data.annotations import find_split
+from enact_common.data.coco import CocoDetection
 from enact_common.data.transforms import eval_transforms
-from enact_common.evaluation.coco import FIGURES, CocoBoxEvaluator
+from enact_common.evaluation.coco import METRICS, CocoBoxEvaluator
 from enact_common.export.formats import FORMATS, load_exported, needed, quantize
 from enact_common.export.graph import (
     DetectorGraph,
@@ -35,7 +36,7 @@ from enact_common.export.graph import (
     fix_window_lengths,
     greatest_side,
 )
-from enact_common.inference import LoadedDetector, load_detector
+from enact_common.inference.detector import LoadedDetector, load_detector
 
 # Files to compare, in words: whether their windows are fixed, and whether they are int8.
 FILES = {
@@ -113,7 +114,7 @@ def evaluate(
         evaluator.update([int(target["image_id"])], [found[-1]])
         comparison.add(found[-1] if expected is None else expected[i], found[-1])
     stats = evaluator.evaluate(dataset.coco_api()).stats
-    return dict(zip(FIGURES, map(float, stats), strict=True)) | comparison.figures(), found
+    return dict(zip(METRICS, map(float, stats), strict=True)) | comparison.figures(), found
 
 
 def pytorch(detector: LoadedDetector, interface: Interface) -> Run:

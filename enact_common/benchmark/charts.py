@@ -9,11 +9,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
 from enact_common.benchmark.isolated import DONE
-from enact_common.benchmark.parts import PARTS
-from enact_common.benchmark.report import GIB, MIB, precision_text
-from enact_common.benchmark.scaling import LAYERS
-from enact_common.benchmark.table import ROWS
-from enact_common.plots.style import save
+from enact_common.benchmark.labels import GIB, LAYERS, MIB, PARTS, ROWS, precision_text
+from enact_common.drawing.figures import save
 
 # Of Okabe and Ito's palette, which colour-blind readers can tell apart: plain attention in cool colours, clusters in
 # warm ones, the same in all pictures.

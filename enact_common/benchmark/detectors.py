@@ -13,18 +13,19 @@ from torchvision import tv_tensors
 from torchvision.ops import FrozenBatchNorm2d
 from torchvision.transforms import v2
 
-from enact_common import backbone
-from enact_common.attention import EnactSelfAttention
+from enact_common.attention.clustering import EntropyClustering
+from enact_common.attention.layer import EnactSelfAttention
 from enact_common.benchmark.eager import replaced
-from enact_common.clustering import EntropyClustering
-from enact_common.data.coco import CocoDetection, collate, find_split
+from enact_common.data.annotations import find_split
+from enact_common.data.coco import CocoDetection, collate
 from enact_common.data.transforms import to_model_input
-from enact_common.detector import num_classes_of
-from enact_common.device import check_precision, find_device
-from enact_common.engine import TrainStep, autocast
-from enact_common.errors import UserError
+from enact_common.models import backbone
+from enact_common.models.detector import num_classes_of
 from enact_common.nested_tensor import NestedTensor
-from enact_common.optimization import build_optimization
+from enact_common.training.engine import TrainStep
+from enact_common.training.optimization import build_optimization
+from enact_common.utils.device import autocast, check_precision, find_device
+from enact_common.utils.errors import UserError
 from enact_common.variants import VARIANTS, load_variant
 
 # Images a batch of the published measurements.

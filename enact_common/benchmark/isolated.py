@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from enact_common.errors import UserError
-from enact_common.stopping import end_children, interruptible, interruption
+from enact_common.utils.errors import UserError
+from enact_common.utils.signals import end_children, interruptible, interruption
 
 # Statuses of an `Outcome`.
 DONE, OUT_OF_MEMORY, FAILED = "done", "out of memory", "failed"

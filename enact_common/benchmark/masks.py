@@ -10,9 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from enact_common import segmentation
-from enact_common.acceleration import prepare
-from enact_common.arguments import natural_int, positive_int
 from enact_common.benchmark.detectors import (
     OBJECTS,
     Batch,
@@ -26,9 +23,9 @@ from enact_common.benchmark.detectors import (
 )
 from enact_common.benchmark.eager import replaced
 from enact_common.benchmark.isolated import DONE, FAILED, run_isolated
+from enact_common.benchmark.labels import GIB, precision_text
 from enact_common.benchmark.measuring import MemoryMeter, spread, synchronizer, take_turns
 from enact_common.benchmark.report import (
-    GIB,
     LEFT,
     RIGHT,
     Report,
@@ -38,16 +35,17 @@ from enact_common.benchmark.report import (
     figure_range,
     heading,
     markdown_table,
-    precision_text,
     quotient,
 )
 from enact_common.benchmark.table import memory_text
 from enact_common.boxes import box_cxcywh_to_xyxy
-from enact_common.device import default_device, find_device
-from enact_common.errors import UserError
+from enact_common.cli.types import natural_int, positive_int
+from enact_common.models import segmentation
+from enact_common.models.mask_head import DETRsegm
 from enact_common.nested_tensor import NestedTensor
-from enact_common.optimization import AMP_DTYPE
-from enact_common.segmentation import DETRsegm
+from enact_common.utils.acceleration import prepare
+from enact_common.utils.device import AMP_DTYPE, default_device, find_device
+from enact_common.utils.errors import UserError
 
 # What is trained, in words.
 ROWS = {

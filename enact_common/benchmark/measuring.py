@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from enact_common.acceleration import give_back_freed_memory
 from enact_common.benchmark.isolated import proc_bytes
-from enact_common.device import greatest_resident
+from enact_common.utils.acceleration import give_back_freed_memory
+from enact_common.utils.device import greatest_resident
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:

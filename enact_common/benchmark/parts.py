@@ -10,19 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from enact_common.acceleration import Recomputed, prepare
 from enact_common.benchmark import table
 from enact_common.benchmark.detectors import build_detector, build_train_step, coco_batch, model_name, noise_batch
 from enact_common.benchmark.eager import eager_attention
 from enact_common.benchmark.isolated import DONE, FAILED, run_isolated
+from enact_common.benchmark.labels import PARTS, ROWS
 from enact_common.benchmark.measuring import spread, synchronizer, take_turns
 from enact_common.benchmark.report import LEFT, RIGHT, Report, figure, heading, markdown_table
-from enact_common.benchmark.table import ROWS, Measurement
-from enact_common.device import find_device
-from enact_common.engine import autocast, to_device
+from enact_common.benchmark.table import Measurement
+from enact_common.training.engine import to_device
+from enact_common.utils.acceleration import Recomputed, prepare
+from enact_common.utils.device import autocast, find_device
 
-# In the order in which a step passes through them.
-PARTS = ("backbone", "encoder attention", "encoder, the rest", "decoder", "losses", "optimizer")
 WHOLE = "whole step"
 
 

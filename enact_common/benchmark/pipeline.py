@@ -9,8 +9,6 @@ from collections.abc import Iterator
 
 from torch.utils.data import DataLoader
 
-from enact_common.acceleration import prepare
-from enact_common.arguments import natural_int, positive_int
 from enact_common.benchmark.detectors import (
     BATCH_SIZES,
     Batch,
@@ -33,12 +31,14 @@ from enact_common.benchmark.report import (
     heading,
     markdown_table,
 )
+from enact_common.cli.types import natural_int, positive_int
+from enact_common.data.annotations import find_split
 from enact_common.data.cache import cache_images
-from enact_common.data.coco import find_split
 from enact_common.data.loading import make_loader
 from enact_common.data.synthetic import make_shapes
-from enact_common.device import default_device, find_device
-from enact_common.errors import UserError
+from enact_common.utils.acceleration import prepare
+from enact_common.utils.device import default_device, find_device
+from enact_common.utils.errors import UserError
 from enact_common.variants import VARIANTS, load_variant
 
 # Of the images that are drawn where no data set is given: height and width of most of COCO's, and about as many

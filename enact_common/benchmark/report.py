@@ -15,12 +15,10 @@ import torchvision
 
 from enact_common.benchmark.isolated import attempt, run_isolated
 from enact_common.benchmark.measuring import machine
-from enact_common.files import make_folder, write_atomically
+from enact_common.utils.files import make_folder, write_atomically
 
 # Alignments of a Markdown table's columns.
 LEFT, RIGHT = "---", "---:"
-
-MIB, GIB = 2**20, 2**30
 
 
 def markdown_table(columns: Mapping[str, str], rows: Iterable[Sequence[str]]) -> str:
@@ -45,11 +43,6 @@ def figure_range(values: Mapping[str, float] | None, form: str, scale: float = 1
         return "-"
     median, least, most = (format(scale * values[name], form) for name in ("median", "least", "most"))
     return f"{median} ({least} to {most})"
-
-
-def precision_text(amp: str) -> str:
-    """A key of `AMP_DTYPE` in words."""
-    return "float32" if amp == "none" else amp
 
 
 def quotient(numerator: float | None, denominator: float | None) -> float | None:

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from enact_common.arguments import positive_int
 from enact_common.benchmark.eager import naive_clustered, naive_row_column
 from enact_common.benchmark.isolated import numerics
 from enact_common.benchmark.measuring import machine, synchronizer, take_turns
-from enact_common.device import find_device
-from enact_common.files import write_file
+from enact_common.cli.types import positive_int
+from enact_common.utils.device import find_device
+from enact_common.utils.files import write_file
 from enact_common.variants import load_variant
 
 # (H, W, clusters) and (H, W, queries): maps of images of 800 x 1333 and 640 x 800 pixels at stride 16, with a cluster

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 
-from enact_common.acceleration import prepare
-from enact_common.arguments import natural_int, positive_int
 from enact_common.benchmark.detectors import (
     add_model_flags,
     build_detector,
@@ -19,10 +17,10 @@ from enact_common.benchmark.detectors import (
     refuse_flags,
 )
 from enact_common.benchmark.isolated import DONE, FAILED, run_isolated
+from enact_common.benchmark.labels import MIB
 from enact_common.benchmark.measuring import spread, take_turns
 from enact_common.benchmark.report import (
     LEFT,
-    MIB,
     RIGHT,
     Report,
     add_report_arguments,
@@ -32,9 +30,11 @@ from enact_common.benchmark.report import (
     heading,
     markdown_table,
 )
+from enact_common.cli.types import natural_int, positive_int
 from enact_common.export.formats import FORMATS, load_exported, needed, quantize
 from enact_common.export.graph import DetectorGraph, Interface, calibrated_lengths, fix_window_lengths
-from enact_common.layers import ENCODER_ATTENTIONS
+from enact_common.models.layers import ENCODER_ATTENTIONS
+from enact_common.utils.acceleration import prepare
 from enact_common.variants import VARIANTS
 
 # What runs the model, in words.

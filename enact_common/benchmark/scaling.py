@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from enact_common.arguments import non_negative_float, positive_int
-from enact_common.attention import EnactSelfAttention
+from enact_common.attention.layer import EnactSelfAttention
 from enact_common.benchmark.detectors import counted_clusters
 from enact_common.benchmark.isolated import DONE, FAILED, OUT_OF_MEMORY, Outcome, Worker, worker_for
+from enact_common.benchmark.labels import LAYERS, LIMIT, MIB, precision_text
 from enact_common.benchmark.measuring import MemoryMeter, spread, synchronizer, take_turns
 from enact_common.benchmark.report import (
     LEFT,
-    MIB,
     RIGHT,
     Report,
     add_report_arguments,
@@ -28,31 +27,15 @@ from enact_common.benchmark.report import (
     figure_range,
     heading,
     markdown_table,
-    precision_text,
     quotient,
 )
-from enact_common.device import check_precision, default_device, find_device
-from enact_common.engine import autocast
-from enact_common.errors import UserError
-from enact_common.optimization import AMP_DTYPE
+from enact_common.cli.types import non_negative_float, positive_int
+from enact_common.utils.device import AMP_DTYPE, autocast, check_precision, default_device, find_device
+from enact_common.utils.errors import UserError
 from enact_common.variants import load_variant
-
-# Of the layer whose clusters grow with the map.
-LIMIT = 256
 
 # Settings of the layers that have clusters of tokens.
 CLUSTERINGS = {"enact": {}, "enact_regions": {"clusters": "regions"}, "enact_limited": {"max_clusters": LIMIT}}
-
-# Names on the command line, and in tables.
-LAYERS = {
-    "mha_eager": "nn.MultiheadAttention, eager",
-    "mha": "nn.MultiheadAttention",
-    "enact": "EnactSelfAttention",
-    "enact_regions": "EnactSelfAttention, regions",
-    "enact_limited": f"EnactSelfAttention, at most {LIMIT} clusters",
-    "rcda": "MultiheadRCDA",
-    "clustered_rcda": "ClusteredRCDA",
-}
 # Ratios are over this one.
 BASELINE = "mha"
 

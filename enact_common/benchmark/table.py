@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from enact_common.acceleration import prepare
-from enact_common.arguments import natural_int, positive_int
 from enact_common.benchmark.detectors import (
     BATCH_SIZES,
     add_model_flags,
@@ -27,9 +25,9 @@ from enact_common.benchmark.detectors import (
 )
 from enact_common.benchmark.eager import eager_attention
 from enact_common.benchmark.isolated import DONE, FAILED, Worker, is_out_of_memory, worker_for
+from enact_common.benchmark.labels import GIB, ROWS, precision_text
 from enact_common.benchmark.measuring import MemoryMeter, spread, synchronizer, take_turns
 from enact_common.benchmark.report import (
-    GIB,
     LEFT,
     RIGHT,
     Report,
@@ -39,21 +37,14 @@ from enact_common.benchmark.report import (
     figure_range,
     heading,
     markdown_table,
-    precision_text,
     quotient,
 )
-from enact_common.data.coco import find_split
-from enact_common.device import default_device, find_device
-from enact_common.engine import autocast
-from enact_common.optimization import AMP_DTYPE
+from enact_common.cli.types import natural_int, positive_int
+from enact_common.data.annotations import find_split
+from enact_common.utils.acceleration import prepare
+from enact_common.utils.device import AMP_DTYPE, autocast, default_device, find_device
 from enact_common.variants import VARIANTS
 
-# Rows of each model: name to (words, value of --encoder_attention).
-ROWS = {
-    "eager": ("plain, eager", "mhsa"),
-    "efficient": ("plain, efficient", "mhsa"),
-    "enact": ("ENACT", "enact"),
-}
 PHASES = ("training", "inference")
 
 REFUSED = {

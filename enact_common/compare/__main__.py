@@ -5,16 +5,16 @@ import sys
 from pathlib import Path
 
 from enact_common import compare
-from enact_common.arguments import fraction, natural_int
+from enact_common.cli.types import fraction, natural_int
 from enact_common.compare.page import build_page
 from enact_common.compare.pictures import Scene, given_scenes, side_by_side, validation_scenes
 from enact_common.compare.recorded import RecordedRun, read_run
 from enact_common.compare.tables import classes_table, costs_table, figures_table
 from enact_common.compare.terms import EQUAL, flags_table, inequalities, settings_table
-from enact_common.device import find_device
-from enact_common.errors import UserError, exit_status
-from enact_common.files import check_no_folder, make_folder, write_file
-from enact_common.runs import run_names
+from enact_common.training.run_logs import run_names
+from enact_common.utils.device import find_device
+from enact_common.utils.errors import UserError, exit_status
+from enact_common.utils.files import check_no_folder, make_folder, write_file
 
 PAGE, TABLES = "compare.html", "compare.md"
 

@@ -11,7 +11,7 @@ from enact_common.compare.pictures import Panel
 from enact_common.compare.recorded import RecordedRun
 from enact_common.compare.tables import Cell, Table
 from enact_common.compare.terms import EQUAL
-from enact_common.runs import CURVES, series
+from enact_common.training.run_logs import CURVES, series
 
 # How many colours page.css has for runs.
 RUN_COLOURS = 8

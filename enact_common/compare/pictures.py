@@ -14,12 +14,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from enact_common.compare.recorded import RecordedRun
+from enact_common.data.annotations import check_file_names, load_annotations
 from enact_common.data.build import data_files
-from enact_common.data.coco import check_file_names, load_annotations
 from enact_common.data.images import decode_image, images_in
-from enact_common.drawing import draw_detections
-from enact_common.errors import UserError
-from enact_common.inference import as_pixels, load_detector
+from enact_common.drawing.detections import draw_detections
+from enact_common.inference.detector import as_pixels, load_detector
+from enact_common.utils.errors import UserError
 
 # Larger pictures are scaled down to this longer side, in pixels: a page is looked at, and sent to others.
 LONGEST_SIDE = 800

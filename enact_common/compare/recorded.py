@@ -5,12 +5,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from enact_common.checkpoint import BEST, LATEST, load_checkpoint
-from enact_common.errors import UserError
-from enact_common.evaluation.coco import EVALUATION, FIGURES
-from enact_common.inference import variant_of
-from enact_common.logs import is_measured
-from enact_common.runs import FIGURES_KEY, LOG, is_number, read_epochs, read_evaluation, series
+from enact_common.checkpoints.contents import variant_of
+from enact_common.checkpoints.files import BEST, LATEST, load_checkpoint
+from enact_common.evaluation.coco import EVALUATION, METRICS
+from enact_common.training.logs import is_measured
+from enact_common.training.run_logs import LOG, METRICS_KEY, is_number, read_epochs, read_evaluation, series
+from enact_common.utils.errors import UserError
 
 
 @dataclass
@@ -51,7 +51,7 @@ class RecordedRun:
         if self.evaluation is not None:
             epoch = self.evaluation.get("epoch")
             return epoch + 1 if is_number(epoch) else None
-        evaluated = series(self.epochs, FIGURES_KEY, 0)
+        evaluated = series(self.epochs, METRICS_KEY, 0)
         return evaluated[-1][0] if evaluated else None
 
     @property
@@ -60,14 +60,14 @@ class RecordedRun:
         if self.evaluation is not None:
             found = self.evaluation["figures"]
         else:
-            lists = [row[FIGURES_KEY] for row in self.epochs if series([row], FIGURES_KEY, 0)]
-            found = dict(zip(FIGURES, lists[-1], strict=False)) if lists else {}
-        return {name: found[name] for name in FIGURES if is_measured(found.get(name))}
+            lists = [row[METRICS_KEY] for row in self.epochs if series([row], METRICS_KEY, 0)]
+            found = dict(zip(METRICS, lists[-1], strict=False)) if lists else {}
+        return {name: found[name] for name in METRICS if is_measured(found.get(name))}
 
     @property
     def best(self) -> tuple[int, float] | None:
         """The epochs done and the AP where the log's AP was highest."""
-        return max(series(self.epochs, FIGURES_KEY, 0), key=lambda point: point[1], default=None)
+        return max(series(self.epochs, METRICS_KEY, 0), key=lambda point: point[1], default=None)
 
     def logged(self, key: str) -> list[float]:
         """The values of a quantity in all epochs that have it."""

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from enact_common.compare.recorded import RecordedRun
-from enact_common.evaluation.coco import FIGURES
-from enact_common.runs import classes_by_name
+from enact_common.evaluation.coco import METRICS
+from enact_common.training.run_logs import classes_by_name
 
 # Where there is no figure.
 DASH = "-"
@@ -115,7 +115,7 @@ def ratio_text(own: float, first: float) -> str:
 
 def figures_table(runs: Sequence[RecordedRun]) -> Table:
     """COCO's twelve figures, and the best AP on the way."""
-    rows = [ap_row(name, [run.figures.get(name) for run in runs]) for name in FIGURES]
+    rows = [ap_row(name, [run.figures.get(name) for run in runs]) for name in METRICS]
     rows.append(ap_row("highest AP", [run.best and run.best[1] for run in runs]))
     rows.append([Cell("at epoch"), *(Cell(str(run.best[0]) if run.best else DASH) for run in runs)])
     return Table(

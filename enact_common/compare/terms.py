@@ -5,10 +5,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from enact_common.arguments import CLUSTERING_FLAGS, ENACT_FLAGS
+from enact_common.cli.flags import CLUSTERING_FLAGS, ENACT_FLAGS
 from enact_common.compare.recorded import RecordedRun
 from enact_common.compare.tables import DASH, Cell, Table
-from enact_common.layers import encoder_settings
+from enact_common.models.layers import encoder_settings
 
 # Said where nothing speaks against a comparison.
 EQUAL = "Equal terms: as far as is recorded, these runs differ in the encoder attention at most."

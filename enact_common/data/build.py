@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
-from enact_common.arguments import PANOPTIC
+from enact_common.cli.flags import PANOPTIC
+from enact_common.data.annotations import find_split
 from enact_common.data.categories import LabelMap
-from enact_common.data.coco import CocoDetection, find_split
+from enact_common.data.coco import CocoDetection
 from enact_common.data.panoptic import CocoPanoptic, find_panoptic_split
 from enact_common.data.transforms import eval_transforms, train_transforms
-from enact_common.errors import UserError
+from enact_common.utils.errors import UserError
 
 
 def data_files(args, split: str) -> tuple[Path, Path]:

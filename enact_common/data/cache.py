@@ -14,8 +14,8 @@ from torch import Tensor
 
 from enact_common.data.coco import CocoDetection
 from enact_common.data.images import decode_rgb, image_size, read_file
-from enact_common.errors import UserError
-from enact_common.logs import Progress
+from enact_common.utils.errors import UserError
+from enact_common.utils.progress import Progress
 
 # Reading waits for disks and decoding is OpenCV's, which lets other threads run: both go in parallel.
 MAX_THREADS = 8

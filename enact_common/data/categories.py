@@ -5,7 +5,7 @@ from functools import cache
 
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from enact_common.errors import UserError
+from enact_common.utils.errors import UserError
 
 # COCO's stuff by category id, as its panoptic annotations name it. Their things have the ids of `coco_names`.
 COCO_STUFF = {

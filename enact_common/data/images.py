@@ -24,7 +24,7 @@ import torch
 from PIL import Image, UnidentifiedImageError, features
 from torch import Tensor
 
-from enact_common.errors import UserError
+from enact_common.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from enact_common.data.coco import CocoDetection, collate
-from enact_common.distributed import get_rank, get_world_size
-from enact_common.stopping import SIGNALS
+from enact_common.utils.distributed import get_rank, get_world_size
+from enact_common.utils.signals import SIGNALS
 
 # What PyTorch calls a worker process, where one has died.
 WORKER = "DataLoader worker"

@@ -21,7 +21,7 @@ from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from enact_common.data.values import as_whole, is_integer, shown
-from enact_common.errors import UserError
+from enact_common.utils.errors import UserError
 
 # A polygon has three corners, two numbers each. pycocotools takes four numbers for a box.
 FEWEST_NUMBERS = 6

@@ -26,11 +26,12 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from enact_common.boxes import boxes_of_masks
+from enact_common.data.annotations import load_lists, missing_files
 from enact_common.data.categories import COCO_STUFF, LabelMap, coco_names
-from enact_common.data.coco import CocoDetection, load_lists, missing_files
+from enact_common.data.coco import CocoDetection
 from enact_common.data.images import open_image
 from enact_common.data.values import as_mark, is_box, is_crowd, is_id, is_number, shown, wrong_id
-from enact_common.errors import UserError
+from enact_common.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 

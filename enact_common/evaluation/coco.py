@@ -21,13 +21,13 @@ from torch import Tensor
 
 from enact_common.data.categories import LabelMap
 from enact_common.data.masks import normalize_segmentations
-from enact_common.distributed import gather_objects
-from enact_common.files import write_atomically
+from enact_common.utils.distributed import gather_objects
+from enact_common.utils.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
 # COCO's twelve figures, in the order of `COCOeval.stats`.
-FIGURES = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
+METRICS = ("AP", "AP50", "AP75", "APS", "APM", "APL", "AR1", "AR10", "AR100", "ARS", "ARM", "ARL")
 
 # The latest evaluation's record in a run's folder: `evaluation_record`, with the `set` of images, the weights' `epoch`
 # (from 0; None where unknown) and, after `--eval`, the `checkpoint` that was evaluated.
@@ -112,7 +112,7 @@ class CocoBoxEvaluator:
         return [mask for image_id in sorted(self._masks) for mask in self._masks[image_id]]
 
     def evaluate(self, coco: COCO, masks: bool = False) -> COCOeval:
-        """Match detections to ground truth and accumulate. The result's `stats` are the twelve `FIGURES`.
+        """Match detections to ground truth and accumulate. The result's `stats` are the twelve `METRICS`.
 
         Says in the log which package did it.
 
@@ -178,12 +178,12 @@ class CocoBoxEvaluator:
         return len(results)
 
 
-def figures_text(evaluation: COCOeval) -> str:
+def metrics_text(evaluation: COCOeval) -> str:
     """COCO's twelve figures in its customary words, a line each; -1 where nothing of that size exists."""
     with contextlib.redirect_stdout(io.StringIO()) as text:
         evaluation.summarize()
     # faster-coco-eval goes on with figures that are not among COCO's.
-    return "\n".join(text.getvalue().splitlines()[: len(FIGURES)])
+    return "\n".join(text.getvalue().splitlines()[: len(METRICS)])
 
 
 def evaluation_record(evaluation: COCOeval) -> dict[str, Any]:
@@ -193,10 +193,10 @@ def evaluation_record(evaluation: COCOeval) -> dict[str, Any]:
         evaluation: of `CocoBoxEvaluator.evaluate`.
 
     Returns:
-        a dict with `figures`, the twelve `FIGURES` by name, in [0, 1], -1 where nothing of that size exists; `images`,
+        a dict with `figures`, the twelve `METRICS` by name, in [0, 1], -1 where nothing of that size exists; `images`,
         how many were evaluated; `recall`, the 101 recalls at which precision is sampled, 0 to 1; and `classes`, of each
         category that has ground truth, in the order of their ids, a dict with `category_id`, `name`, `objects` (crowds
-        left out), `AP`, `AP50` and `precision`: the 101 precisions, in [0, 1] and falling, under `0.5` and `0.75` at
+        left out), `AP`, `AP50` and `precision`: the 101 ap_history, in [0, 1] and falling, under `0.5` and `0.75` at
         that IoU and under `mean` over COCO's ten. All are over objects of all sizes, and at most 100 detections an
         image and category.
     """
@@ -218,7 +218,7 @@ def evaluation_record(evaluation: COCOeval) -> dict[str, Any]:
                 }
             )
     return {
-        "figures": {name: float(value) for name, value in zip(FIGURES, evaluation.stats, strict=True)},
+        "figures": {name: float(value) for name, value in zip(METRICS, evaluation.stats, strict=True)},
         "images": len(evaluation.params.imgIds),
         "recall": np.round(evaluation.params.recThrs, 6).tolist(),
         "classes": classes,

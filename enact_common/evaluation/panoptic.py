@@ -24,14 +24,14 @@ import numpy as np
 from torch import Tensor
 
 from enact_common.data.panoptic import ID_LIMIT, VOID, PanopticTruth, encode_id_map, read_id_map
-from enact_common.distributed import gather_objects
-from enact_common.errors import UserError
-from enact_common.files import write_atomically, writing
+from enact_common.utils.distributed import gather_objects
+from enact_common.utils.errors import UserError
+from enact_common.utils.files import write_atomically, writing
 
 logger = logging.getLogger(__name__)
 
 # Of all categories, of things (_th) and of stuff (_st), as DETR's log has them.
-FIGURES = ("PQ", "SQ", "RQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st", "SQ_st", "RQ_st")
+METRICS = ("PQ", "SQ", "RQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st", "SQ_st", "RQ_st")
 
 # More than this part of two segments together, or of what is void or a crowd: only one can have more than a half.
 HALF = 0.5
@@ -180,7 +180,7 @@ class PanopticQuality:
         return quality, counts.iou / np.maximum(counts.matched, 1), counts.matched / np.maximum(half, HALF)
 
     def figures(self) -> dict[str, float]:
-        """The nine `FIGURES` by name, in [0, 1]: means over the categories in which anything was matched, wrong or
+        """The nine `METRICS` by name, in [0, 1]: means over the categories in which anything was matched, wrong or
         missed; -1 where there is none."""
         counts = self.counts
         occurs = counts.matched + counts.wrong + counts.missed > 0
@@ -362,7 +362,7 @@ def panoptic_record(quality: PanopticQuality) -> dict[str, Any]:
     """What an evaluation found, in built-in types alone.
 
     Returns:
-        a dict with `figures`, the nine `FIGURES` by name; `images`, how many were evaluated; and `classes`, of each
+        a dict with `figures`, the nine `METRICS` by name; `images`, how many were evaluated; and `classes`, of each
         category in which anything was matched, wrong or missed, a dict with `category_id`, `name`, `isthing`, `PQ`,
         `SQ`, `RQ`, `matched`, `wrong` and `missed`.
     """
@@ -376,7 +376,7 @@ def panoptic_record(quality: PanopticQuality) -> dict[str, Any]:
     return {"figures": quality.figures(), "images": quality.images, "classes": classes}
 
 
-def panoptic_figures(record: dict[str, Any]) -> dict[str, dict[str, float]]:
+def panoptic_metrics(record: dict[str, Any]) -> dict[str, dict[str, float]]:
     """A `panoptic_record` under the names of DETR's log: `test_PQ_all`, `test_PQ_th` and `test_PQ_st`, each a dict of
     `pq`, `sq`, `rq`, in [0, 1], -1 where there is no category, and `n`, how many categories they are means over."""
     figures, classes = record["figures"], record["classes"]

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from enact_common.arguments import CLUSTERING_FLAGS, HelpFormatter, natural_int, non_negative_float, positive_int
-from enact_common.clustering import CLUSTERS
+from enact_common.attention.clustering import CLUSTERS
+from enact_common.attention.hilbert import ORDERS
+from enact_common.cli.flags import CLUSTERING_FLAGS
+from enact_common.cli.types import HelpFormatter, natural_int, non_negative_float, positive_int
 from enact_common.data.images import decode_image, images_in
-from enact_common.errors import UserError, exit_status
 from enact_common.export.formats import FORMATS, ExportedDetector, load_exported, needed, quantize
 from enact_common.export.graph import (
     DetectorGraph,
@@ -30,9 +31,9 @@ from enact_common.export.graph import (
     fix_window_lengths,
     greatest_side,
 )
-from enact_common.files import check_no_folder, make_folder
-from enact_common.hilbert import ORDERS
-from enact_common.inference import LoadedDetector, load_detector
+from enact_common.inference.detector import LoadedDetector, load_detector
+from enact_common.utils.errors import UserError, exit_status
+from enact_common.utils.files import check_no_folder, make_folder
 
 # Outputs of a file may differ from PyTorch's by this much: other runtimes sum in another order.
 TOLERANCE = 1e-3

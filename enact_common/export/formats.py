@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from enact_common.arguments import TORCH_VERSION
-from enact_common.errors import UserError
 from enact_common.export.graph import GREATEST_BATCH, LEAST_SIDE, DetectorGraph, to_text
-from enact_common.files import write_file
-from enact_common.recording import traced
+from enact_common.models.scripting import traced
+from enact_common.utils.device import TORCH_VERSION
+from enact_common.utils.errors import UserError
+from enact_common.utils.files import write_file
 
 # Where the metadata is, in all formats.
 METADATA = "enact.json"

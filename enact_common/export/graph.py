@@ -8,15 +8,16 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor, nn
 
-from enact_common.arguments import CLUSTERING_FLAGS
-from enact_common.backbone import stride_of
+from enact_common.attention.clustering import EntropyClustering
+from enact_common.attention.clusters import RaggedClusters, Windows
+from enact_common.attention.hilbert import HILBERT, ROWS
 from enact_common.boxes import box_cxcywh_to_xyxy
-from enact_common.clustering import EntropyClustering, Segments, Windows
-from enact_common.errors import UserError
-from enact_common.hilbert import HILBERT, ROWS
-from enact_common.inference import LoadedDetector
-from enact_common.position_encoding import PositionEmbeddingLearned
-from enact_common.recording import EXAMPLE_SIZE, TensorDetector
+from enact_common.cli.flags import CLUSTERING_FLAGS
+from enact_common.inference.detector import LoadedDetector
+from enact_common.models.backbone import stride_of
+from enact_common.models.position_encoding import PositionEmbeddingLearned
+from enact_common.models.scripting import EXAMPLE_SIZE, TensorDetector
+from enact_common.utils.errors import UserError
 
 # Sides, in pixels, that a file of any size is made for: of the least, a feature map still has two cells each way.
 LEAST_SIDE, GREATEST_SIDE = 64, 4096
@@ -138,7 +139,7 @@ def calibrated_lengths(model: nn.Module, images: Iterable[Tensor]) -> list[int]:
     layers = clusterings(model)
     seen: list[list[float]] = [[] for _ in layers]
 
-    def note(lengths: list[float], information: Tensor, clusters: Windows | Segments) -> None:
+    def note(lengths: list[float], information: Tensor, clusters: Windows | RaggedClusters) -> None:
         lengths.append(clusters.weights.numel() / clusters_of(clusters))
 
     for layer, lengths in zip(layers, seen, strict=True):
@@ -153,7 +154,7 @@ def calibrated_lengths(model: nn.Module, images: Iterable[Tensor]) -> list[int]:
     return [max(round(float(torch.tensor(lengths).median())), 1) for lengths in seen]
 
 
-def clusters_of(clusters: Windows | Segments) -> int:
+def clusters_of(clusters: Windows | RaggedClusters) -> int:
     """How many there are, of one image."""
     return clusters.weights.shape[1] if isinstance(clusters, Windows) else clusters.shape[1]
 

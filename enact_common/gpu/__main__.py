@@ -22,14 +22,14 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from enact_common.arguments import HelpFormatter
 from enact_common.benchmark.isolated import attempt
 from enact_common.benchmark.measuring import machine
-from enact_common.device import default_device, find_device
-from enact_common.errors import UserError, exit_status
-from enact_common.files import make_folder, write_atomically
+from enact_common.cli.types import HelpFormatter
 from enact_common.gpu.checks import CHECKS, Setting, run_check
 from enact_common.gpu.page import write_page
+from enact_common.utils.device import default_device, find_device
+from enact_common.utils.errors import UserError, exit_status
+from enact_common.utils.files import make_folder, write_atomically
 
 # The summary of a run, beside its steps' folders, and all of it but pictures in one file.
 SUMMARY, PACKED = "run.json", "results.tgz"

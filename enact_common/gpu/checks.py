@@ -20,24 +20,25 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
-from enact_common.acceleration import prepare
-from enact_common.attention import EnactSelfAttention
-from enact_common.benchmark.detectors import build_detector, build_train_step, noise_batch, parse_flags
-from enact_common.benchmark.isolated import numerics
-from enact_common.benchmark.measuring import synchronizer, take_turns
-from enact_common.clustering import (
+from enact_common.attention.clustering import (
     EntropyClustering,
-    Windows,
     count_regions,
     gaussian_kernel,
     self_information,
     smooth,
     window_length,
 )
+from enact_common.attention.clusters import Windows
+from enact_common.attention.layer import EnactSelfAttention
+from enact_common.benchmark.detectors import build_detector, build_train_step, noise_batch, parse_flags
+from enact_common.benchmark.isolated import numerics
+from enact_common.benchmark.measuring import synchronizer, take_turns
 from enact_common.data.synthetic import make_shapes
-from enact_common.engine import NonFiniteLossError, autocast, to_device
 from enact_common.gpu import golden
-from enact_common.run import main as run_variant
+from enact_common.training.engine import NonFiniteLossError, to_device
+from enact_common.training.run import main as run_variant
+from enact_common.utils.acceleration import prepare
+from enact_common.utils.device import autocast
 from enact_common.variants import load_variant
 
 # Bound of a CPU's rounding, absolute and relative: errors are given in units of it.

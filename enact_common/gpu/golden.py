@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from enact_common.errors import UserError
 from enact_common.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+from enact_common.utils.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "golden"
 

@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 from enact_common.benchmark import charts, scaling, table
+from enact_common.benchmark.labels import MIB
 from enact_common.benchmark.measuring import spread
-from enact_common.benchmark.report import LEFT, MIB, RIGHT, figure_range, markdown_table, numerics_text
-from enact_common.errors import UserError
-from enact_common.files import make_folder, write_atomically
+from enact_common.benchmark.report import LEFT, RIGHT, figure_range, markdown_table, numerics_text
+from enact_common.utils.errors import UserError
+from enact_common.utils.files import make_folder, write_atomically
 
 TABLES = {"table": table.to_markdown, "scaling": scaling.to_markdown}
 

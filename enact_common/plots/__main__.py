@@ -7,9 +7,9 @@ from pathlib import Path
 from types import ModuleType
 
 from enact_common import plots
-from enact_common.errors import UserError, exit_status
-from enact_common.files import check_no_folder
-from enact_common.runs import read_epochs, read_evaluation, run_names
+from enact_common.training.run_logs import read_epochs, read_evaluation, run_names
+from enact_common.utils.errors import UserError, exit_status
+from enact_common.utils.files import check_no_folder
 
 # What is drawn where the command line begins with no command.
 DEFAULT = "curves"

@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from enact_common.errors import UserError
-from enact_common.plots.style import colour, literal, save
-from enact_common.runs import CURVES, FIGURES_KEY, series
+from enact_common.drawing.figures import colour, literal, save
+from enact_common.training.run_logs import CURVES, METRICS_KEY, series
+from enact_common.utils.errors import UserError
 
 # Of a panel's first quantity, which readers look for, and of its second.
 LINES = ("-", "--")
@@ -90,5 +90,5 @@ def finish(axes, title: str, styles: Sequence[str] | None) -> None:
 
 def run_text(name: str, epochs: Sequence[dict]) -> str:
     """A run's name, with its last AP where it has one, for matplotlib."""
-    ap = series(epochs, FIGURES_KEY, 0)
+    ap = series(epochs, METRICS_KEY, 0)
     return literal(f"{name} (AP {ap[-1][1]:.3f} after {ap[-1][0]} epochs)" if ap else name)

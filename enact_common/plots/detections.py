@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from enact_common.plots.style import colour, literal, save
+from enact_common.drawing.figures import colour, literal, save
 
 
 def draw_boxes(axes, image: np.ndarray, boxes: Sequence[Sequence[float]], texts: Sequence[str], labels: Sequence[int]):

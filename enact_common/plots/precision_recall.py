@@ -8,9 +8,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from enact_common.errors import UserError
-from enact_common.plots.style import GREY, colour, literal, save
-from enact_common.runs import classes_by_name
+from enact_common.drawing.figures import GREY, colour, literal, save
+from enact_common.training.run_logs import classes_by_name
+from enact_common.utils.errors import UserError
 
 # Keys of a class's `precision`, and what they are.
 OVERLAPS = {"0.5": "IoU 0.5", "0.75": "IoU 0.75", "mean": "mean over IoU 0.5 to 0.95"}

@@ -11,11 +11,11 @@ from types import ModuleType
 import torch
 
 from enact_common import slurm
-from enact_common.arguments import HelpFormatter, natural_int, positive_int
-from enact_common.checkpoint import LATEST
-from enact_common.device import check_precision, parse_device
-from enact_common.errors import UserError, exit_status
-from enact_common.files import make_folder
+from enact_common.checkpoints.files import LATEST
+from enact_common.cli.types import HelpFormatter, natural_int, positive_int
+from enact_common.utils.device import check_precision, parse_device
+from enact_common.utils.errors import UserError, exit_status
+from enact_common.utils.files import make_folder
 from enact_common.variants import VARIANTS
 
 CLUSTERS = ("slurm", "local", "debug")

@@ -11,7 +11,7 @@ from pathlib import Path
 import submitit
 from submitit.core.utils import pickle_load
 
-from enact_common.errors import UserError
+from enact_common.utils.errors import UserError
 
 # Parameters with which --slurm_parameter asks for GPUs of a kind, or in another way.
 GPU_PARAMETERS = ("gpus", "gpus_per_node", "gpus_per_task", "gres")

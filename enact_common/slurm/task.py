@@ -2,7 +2,7 @@
 
 `submitit` (https://github.com/facebookincubator/submitit, MIT licence) starts the tasks and puts a job back into the
 queue. Before it calls a task it installs a handler of the signal that Slurm sends before the time is up. A training
-has its own handlers meanwhile (`enact_common.stopping`); when one has stopped it, submitit's is called.
+has its own handlers meanwhile (`enact_common.utils.signals`); when one has stopped it, submitit's is called.
 """
 
 import os
@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 import submitit
 from submitit.helpers import DelayedSubmission, TorchDistributedEnvironment
 
-from enact_common import run
-from enact_common.arguments import VariantParser
-from enact_common.stopping import STOPPED, stop_requested
+from enact_common.cli.arguments import VariantParser
+from enact_common.training import run
+from enact_common.utils.signals import STOPPED, stop_requested
 from enact_common.variants import VARIANTS, load_variant
 
 # What submitit asks Slurm to send, SIGUSR2 where the environment says nothing else.

@@ -13,12 +13,9 @@ from pathlib import Path
 import torch
 
 from enact_common import study
-from enact_common.arguments import HelpFormatter, fraction, positive_int
 from enact_common.benchmark.isolated import DONE, run_isolated
 from enact_common.benchmark.measuring import machine
-from enact_common.device import find_device
-from enact_common.errors import UserError, exit_status
-from enact_common.files import make_folder, write_atomically
+from enact_common.cli.types import HelpFormatter, fraction, positive_int
 from enact_common.study.arms import CONVERTED, NONE, PLAIN, UNIFORM, WINDOWS
 from enact_common.study.costs import measure_encoders, measure_step
 from enact_common.study.images import Photographs, Shapes, load_images
@@ -26,6 +23,9 @@ from enact_common.study.page import write_page
 from enact_common.study.presets import ARMS, CPU_MODEL, GPU_MODEL, PRESETS, Preset, Trial, sources_of, trials
 from enact_common.study.schedule import run_trainings, tasks_of
 from enact_common.study.training import Results
+from enact_common.utils.device import find_device
+from enact_common.utils.errors import UserError, exit_status
+from enact_common.utils.files import make_folder, write_atomically
 
 # Timed runs of each encoder.
 REPEAT = 5

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from enact_common.clustering import GREATEST_LOGIT, LEAST_MEAN
-from enact_common.inside import clusterings
+from enact_common.attention.clustering import GREATEST_LOGIT, LEAST_MEAN
+from enact_common.inference.introspection import clusterings
 
 PLAIN, NONE, WINDOWS, UNIFORM = "plain", "none", "windows", "uniform"
 CONVERTED, UNTRAINED, LONGER = "converted", "untrained", "longer"

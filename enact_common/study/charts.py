@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from enact_common.plots.style import COLOURS, colour, save
+from enact_common.drawing.figures import COLOURS, colour, save
 from enact_common.study.arms import PLAIN
 from enact_common.study.images import VAL, Shapes, draw_one
 

@@ -7,15 +7,16 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from enact_common.acceleration import prepare
 from enact_common.benchmark.detectors import counted_clusters
 from enact_common.benchmark.measuring import MemoryMeter, synchronizer, take_turns
 from enact_common.benchmark.scaling import blur
-from enact_common.engine import TrainStep, autocast
-from enact_common.optimization import build_optimization
 from enact_common.study.arms import Arm, Setting
 from enact_common.study.images import TRAIN, load_images
 from enact_common.study.training import Results, Task, feature_map_size, prepared_model, set_training
+from enact_common.training.engine import TrainStep
+from enact_common.training.optimization import build_optimization
+from enact_common.utils.acceleration import prepare
+from enact_common.utils.device import autocast
 from enact_common.variants import load_variant
 
 # Of a training step: to warm up, and timed.

@@ -19,13 +19,13 @@ from torch.nn import functional as F
 from torchvision.ops import box_convert
 from torchvision.transforms.v2 import functional as transforms
 
-from enact_common.data.coco import load_annotations
+from enact_common.data.annotations import load_annotations
 from enact_common.data.images import decode_image
-from enact_common.data.synthetic import SceneObject, draw_scene
-from enact_common.errors import UserError
-from enact_common.files import read_tensors, write_atomically
+from enact_common.data.scenes import SceneObject, draw_scene
 from enact_common.nested_tensor import NestedTensor
-from enact_common.stopping import cancelling
+from enact_common.utils.errors import UserError
+from enact_common.utils.files import read_tensors, write_atomically
+from enact_common.utils.signals import cancelling
 
 TRAIN, VAL = "train", "val"
 

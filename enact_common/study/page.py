@@ -10,15 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from enact_common.benchmark.report import LEFT, MIB, RIGHT, figure, markdown_table
-from enact_common.files import write_atomically
+from enact_common.benchmark.labels import MIB
+from enact_common.benchmark.report import LEFT, RIGHT, figure, markdown_table
 from enact_common.study.arms import LONGER, NONE, PLAIN, UNIFORM, fix_lengths, join_all
 from enact_common.study.images import Shapes
 from enact_common.study.presets import ARMS, Preset, Trial, sources_of
 from enact_common.study.schedule import tasks_of
 from enact_common.study.training import Results, start_of
+from enact_common.utils.files import write_atomically
 
-FIGURES = ("AP", "AP50", "APS", "APM", "APL")
+METRICS = ("AP", "AP50", "APS", "APM", "APL")
 
 # Changes that leave nothing to the scores.
 FIXED = {fix_lengths, join_all}
@@ -65,11 +66,11 @@ def accuracy_table(
     shown: Mapping[str, Mapping[int, dict]], found: Mapping[str, Mapping[int, dict]], references: tuple[str, str]
 ) -> str:
     """COCO's figures of some arms, and how far their AP is from that of others among all that were found."""
-    columns = {"arm": LEFT, "encoder attention": LEFT, "seeds": RIGHT, **dict.fromkeys((*FIGURES, "class"), RIGHT)}
+    columns = {"arm": LEFT, "encoder attention": LEFT, "seeds": RIGHT, **dict.fromkeys((*METRICS, "class"), RIGHT)}
     columns |= {f"to `{name}`": RIGHT for name in references}
     rows = []
     for name, by_seed in shown.items():
-        cells = [mean_and_spread([run["figures"][key] for run in by_seed.values()]) for key in FIGURES]
+        cells = [mean_and_spread([run["figures"][key] for run in by_seed.values()]) for key in METRICS]
         cells.append(mean_and_spread([run["right"] for run in by_seed.values()]))
         against = [
             "" if name == other else difference_text(difference(by_seed, found.get(other, {}))) for other in references

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from enact_common.stopping import cancelling
 from enact_common.study.presets import ARMS, Preset, Trial
 from enact_common.study.training import START, Results, Task, start_of, train
+from enact_common.utils.signals import cancelling
 
 
 def tasks_of(preset: Preset) -> list[Task]:

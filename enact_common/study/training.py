@@ -15,21 +15,22 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert, box_iou
 
-from enact_common.acceleration import BATCH_NORMS, prepare
-from enact_common.backbone import stride_of
-from enact_common.clustering import Segments, Windows
+from enact_common.attention.clusters import RaggedClusters, Windows
+from enact_common.attention.hilbert import HILBERT, ROWS, hilbert_permutations
+from enact_common.checkpoints.pretrained import fit_weights
 from enact_common.data.categories import LabelMap
-from enact_common.engine import TrainStep, autocast
-from enact_common.errors import UserError
-from enact_common.evaluation.coco import FIGURES, CocoBoxEvaluator
-from enact_common.files import write_atomically
-from enact_common.hilbert import HILBERT, ROWS, hilbert_permutations
-from enact_common.inside import clusterings
-from enact_common.optimization import build_optimization
-from enact_common.pretrained import fit_weights
+from enact_common.evaluation.coco import METRICS, CocoBoxEvaluator
+from enact_common.inference.introspection import clusterings
+from enact_common.models.backbone import stride_of
 from enact_common.study.arms import PLAIN, Arm, Setting, attend_to_nothing, begin_silently, encoder_layers
 from enact_common.study.images import TRAIN, VAL, Images, Photographs, Shapes, load_images
 from enact_common.study.presets import ARMS
+from enact_common.training.engine import TrainStep
+from enact_common.training.optimization import build_optimization
+from enact_common.utils.acceleration import BATCH_NORMS, prepare
+from enact_common.utils.device import autocast
+from enact_common.utils.errors import UserError
+from enact_common.utils.files import write_atomically
 from enact_common.variants import load_variant
 
 # The training without attention in the encoder, whose weights all arms begin with.
@@ -241,7 +242,7 @@ class ClusterNotes:
         for layer in self.layers:
             layer.observer = self.note
 
-    def note(self, information: Tensor, clusters: Windows | Segments) -> None:
+    def note(self, information: Tensor, clusters: Windows | RaggedClusters) -> None:
         """Called by each layer in turn."""
         if self.step % NOTE_EVERY:
             return
@@ -354,7 +355,7 @@ def evaluate(
         right += right_classes(outputs, targets, len(ids))
         evaluator.update(indices.tolist(), postprocessors["bbox"](outputs, data.original[indices].to(device)))
     stats = evaluator.evaluate(data.truth()).stats
-    figures = {name: float(value) for name, value in zip(FIGURES, stats, strict=True)}
+    figures = {name: float(value) for name, value in zip(METRICS, stats, strict=True)}
     return {"figures": figures, "right": float(np.mean(right)) if right else None}
 
 
@@ -396,7 +397,7 @@ class Watch:
         self.information: list[Tensor] = []
         self.inequality: list[float] = []
 
-    def __call__(self, information: Tensor, clusters: Windows | Segments) -> None:
+    def __call__(self, information: Tensor, clusters: Windows | RaggedClusters) -> None:
         information = information.cpu()
         self.information.append(information if self.back is None else information[:, self.back])
         if isinstance(clusters, Windows):

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from enact_common.errors import UserError
+from enact_common.utils.errors import UserError
 
 # name: folder in the checkout, and the package
 VARIANTS = {

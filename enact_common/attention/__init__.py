@@ -1,0 +1,10 @@
+"""ENACT: self-attention over keys and values that are clustered by their learned entropy (arXiv:2409.07541).
+
+This folder imports PyTorch alone, so it can be copied into another project.
+"""
+
+from .clustering import EntropyClustering
+from .layer import EnactSelfAttention
+from .plug_in import plug_in
+
+__all__ = ["EnactSelfAttention", "EntropyClustering", "plug_in"]

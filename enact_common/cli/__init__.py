@@ -1,0 +1,1 @@
+"""The command line that the variants share: types, flags, checks, parser."""

@@ -1,0 +1,417 @@
+"""Pascal VOC and YOLO data sets in COCO's layout, as `--coco_path` takes it.
+
+    python -m enact_common.convert voc DIR --output_dir OUT
+    python -m enact_common.convert yolo DIR --output_dir OUT
+
+make OUT/train2017, OUT/val2017 and OUT/annotations/instances_{train,val}2017.json. Everything is read and checked
+before anything is written, the annotations are written last, and a conversion that fails leaves nothing behind. What
+was changed or left out is printed with its first cases; OUT/conversion.txt has all of them.
+
+`enact_common.convert.voc` and `enact_common.convert.yolo` read the formats.
+"""
+
+import argparse
+import contextlib
+import os
+import shlex
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from json import dumps
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from enact_common.convert.sources import Issues, Item, Object, Source, number_or_none
+from enact_common.convert.voc import find_voc
+from enact_common.convert.yolo import find_yolo
+from enact_common.data.checks.findings import FAULT, WARNING
+from enact_common.data.checks.report import findings_text
+from enact_common.data.exif import exif_orientation
+from enact_common.data.images import image_size
+from enact_common.utils.errors import UserError, exit_status
+from enact_common.utils.files import write_atomically
+
+FINDERS = {"voc": find_voc, "yolo": find_yolo}
+
+SPLITS = ("train", "val")
+
+# All of what was changed or left out, in the output folder.
+REPORT = "conversion.txt"
+
+# Pixels over the image's edge that rounding explains: clipped without a word.
+EDGE_SLACK = 0.5
+
+# Decimals of a pixel that are written.
+DECIMALS = 3
+
+STATUS = (
+    "Exit status: 0; 1 where images or annotations could not be read and were left out; 2 where nothing was written."
+)
+
+BEYOND = WARNING, "boxes that reach beyond the image: clipped"
+NO_AREA = WARNING, "boxes without area inside the image: dropped"
+OTHER_CLASS = WARNING, "objects of classes that --classes does not list: left out"
+UNUSED_CLASS = WARNING, "classes without objects"
+TURNED = WARNING, "images whose EXIF orientation is not upright: boxes are taken as those of the pixels as stored"
+IN_BOTH = WARNING, "images that are in train and in val"
+UNREADABLE = FAULT, "images that cannot be read: left out"
+
+# To COCO -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Conversion:
+    """A data set in COCO's format, before anything is written.
+
+    Attributes:
+        annotations: of "train" and "val", the content of the annotation file.
+        images: of "train" and "val", the file behind each `file_name`.
+        issues: what was changed or left out.
+    """
+
+    annotations: dict[str, dict]
+    images: dict[str, dict[str, Path]]
+    issues: Issues
+
+
+def to_coco(source: Source, issues: Issues, description: str, progress: bool = False) -> Conversion:
+    """Read all annotations and the headers of all images.
+
+    Args:
+        source: what to convert.
+        issues: takes what is amiss.
+        description: for the files' `info`.
+        progress: show bars on standard error, where that is a terminal.
+
+    Raises:
+        UserError: a split is left without images, or there is no object in train.
+    """
+    read: dict[str, list[tuple[Path, tuple[int, int], list[Object]]]] = {}
+    for split in SPLITS:
+        items = tqdm(source.items[split], f"read {split}", unit="image", disable=None if progress else True)
+        rows = [(item.image, *read_item(item, issues)) for item in items]
+        read[split] = [row for row in rows if row[1] and row[2] is not None]
+        if not read[split]:
+            raise UserError(f"no annotated images are left for {split}{first_findings(issues)}")
+    in_train = {os.path.realpath(image) for image, *_ in read["train"]}
+    for image, *_ in read["val"]:
+        if os.path.realpath(image) in in_train:
+            issues.add(IN_BOTH, str(image))
+
+    used = {thing.name for rows in read.values() for *_, objects in rows for thing in objects}
+    classes = source.classes or sorted(used)
+    category_ids = {name: i for i, name in enumerate(classes, start=1)}
+    image_ids, annotations, images = count(1), {}, {}
+    for split, rows in read.items():
+        names = file_names([image for image, *_ in rows])
+        content = {
+            "info": {"description": description},
+            "licenses": [],
+            "images": [],
+            "annotations": [],
+            "categories": [{"id": i, "name": name, "supercategory": ""} for name, i in category_ids.items()],
+        }
+        for (_, (width, height), objects), name in zip(rows, names, strict=True):
+            image_id = next(image_ids)
+            content["images"].append({"id": image_id, "file_name": name, "width": width, "height": height})
+            for thing in objects:
+                if thing.name not in category_ids:
+                    issues.add(OTHER_CLASS, thing.where)
+                    continue
+                entry = to_annotation(thing, width, height, issues)
+                if entry:
+                    number = len(content["annotations"]) + 1
+                    owner = {"id": number, "image_id": image_id, "category_id": category_ids[thing.name]}
+                    content["annotations"].append({**owner, **entry})
+        annotations[split] = content
+        images[split] = dict(zip(names, (image for image, *_ in rows), strict=True))
+    for name in classes:
+        if name not in used:
+            issues.add(UNUSED_CLASS, name)
+    if not annotations["train"]["annotations"]:
+        raise UserError(f"no objects are left to train on{first_findings(issues)}")
+    return Conversion(annotations, images, issues)
+
+
+def first_findings(issues: Issues) -> str:
+    """What may have led to an error, for the end of its message."""
+    return "".join(f"; {f.text}: {f.examples[0]}{', ...' if f.count > 1 else ''}" for f in issues.findings("")[:3])
+
+
+def read_item(item: Item, issues: Issues) -> tuple[tuple[int, int] | None, list[Object] | None]:
+    """An image's size, from its header, and its objects; None for what cannot be read."""
+    try:
+        size = image_size(item.image)
+    except UserError as error:
+        issues.add(UNREADABLE, str(error))
+        return None, None
+    if exif_orientation(item.image) != 1:
+        issues.add(TURNED, str(item.image))
+    return size, item.read(*size)
+
+
+def file_names(images: Sequence[Path]) -> list[str]:
+    """Names for the images of a split: their paths below the folder that they share, so that none are equal."""
+    absolute = [Path(os.path.abspath(image)) for image in images]
+    base = os.path.commonpath([image.parent for image in absolute])
+    return [image.relative_to(base).as_posix() for image in absolute]
+
+
+def to_annotation(thing: Object, width: int, height: int, issues: Issues) -> dict[str, Any] | None:
+    """The part of a COCO annotation that describes an object, clipped to its image; None where nothing is left."""
+    bounds = (width, height) * 2
+    box = [min(max(value, 0.0), bound) for value, bound in zip(thing.box, bounds, strict=True)]
+    left, top, right, bottom = (round(value, DECIMALS) for value in box)
+    sides = zip(("left", "top", "right", "bottom"), thing.box, strict=True)
+    shown = f"{thing.where}: {', '.join(f'{side} {value:g}' for side, value in sides)} in {width} x {height}"
+    if right <= left or bottom <= top:
+        issues.add(NO_AREA, shown)
+        return None
+    if max(abs(value - clipped) for value, clipped in zip(thing.box, box, strict=True)) > EDGE_SLACK:
+        issues.add(BEYOND, shown)
+    w, h = round(right - left, DECIMALS), round(bottom - top, DECIMALS)
+    entry = {"bbox": [left, top, w, h], "area": round(w * h, DECIMALS), "iscrowd": 0}
+    if thing.polygon:
+        points = np.reshape(thing.polygon, (-1, 2)).clip(0, (width, height)).round(DECIMALS)  # (n, 2)
+        x, y = points.T
+        entry["segmentation"] = [points.ravel().tolist()]
+        # The shoelace formula.
+        entry["area"] = round(abs(float(x @ np.roll(y, -1) - y @ np.roll(x, -1))) / 2, DECIMALS)
+    else:
+        entry["segmentation"] = []
+    if thing.difficult:
+        entry["difficult"] = 1
+    return entry
+
+
+# Writing -------------------------------------------------------------------------------------------------------------
+
+
+def check_output(output_dir: Path) -> None:
+    """Refuse an output folder that is none, or that holds something.
+
+    Raises:
+        UserError: naming it.
+    """
+    if output_dir.is_dir() and any(output_dir.iterdir()):
+        raise UserError(f"--output_dir {output_dir}: holds something already; choose a new or an empty folder")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir}: is a file; choose a new or an empty folder")
+
+
+def write_coco(conversion: Conversion, output_dir: Path, mode: str, progress: bool = False) -> None:
+    """Write a data set in COCO's layout, the annotations last; where that fails, nothing of it is left.
+
+    Args:
+        conversion: what to write.
+        output_dir: empty, or not there yet.
+        mode: "link", "copy" or "symlink".
+        progress: show bars on standard error, where that is a terminal.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    new_folders = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
+    try:
+        for split, images in conversion.images.items():
+            folder = output_dir / f"{split}2017"
+            folder.mkdir(parents=True)
+            for name, image in tqdm(images.items(), f"write {split}", unit="image", disable=None if progress else True):
+                place = folder / name
+                place.parent.mkdir(parents=True, exist_ok=True)
+                put_image(image.resolve(), place, mode)
+        findings = conversion.issues.findings("conversion")
+        text = "".join(f"{f.text}: {f.count}\n" + "".join(f"  {case}\n" for case in f.examples) for f in findings)
+        text = text or "Nothing was changed or left out.\n"
+        write_atomically(output_dir / REPORT, lambda file: file.write(text.encode(errors="replace")))
+        (output_dir / "annotations").mkdir()
+        for split, content in conversion.annotations.items():
+            encoded = dumps(content).encode()
+            path = output_dir / "annotations" / f"instances_{split}2017.json"
+            write_atomically(path, lambda file, encoded=encoded: file.write(encoded))
+    except BaseException as error:  # Ctrl-C and SystemExit too
+        for name in ("train2017", "val2017", "annotations"):
+            shutil.rmtree(output_dir / name, ignore_errors=True)
+        (output_dir / REPORT).unlink(missing_ok=True)
+        for folder in new_folders:
+            # Another process may have put something there.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise UserError(f"--output_dir {output_dir}: cannot be written ({error})") from error
+        raise
+
+
+def put_image(image: Path, place: Path, mode: str) -> None:
+    """Make an image appear at another place.
+
+    Args:
+        image: the file itself, absolute, no symbolic link.
+        place: where to.
+        mode: "link" makes a second name of the file, or a copy where the disk has no such links or is another;
+            "copy" and "symlink" do what they say.
+    """
+    if mode == "symlink":
+        place.symlink_to(image)
+        return
+    if mode == "link":
+        try:
+            os.link(image, place)
+            return
+        except OSError:
+            # Whatever the reason, a copy either works or says what is wrong.
+            place.unlink(missing_ok=True)
+    shutil.copyfile(image, place)
+
+
+def summary_text(conversion: Conversion, output_dir: Path) -> str:
+    """What was made, what was changed or left out, and what to do next."""
+    rows = [f"{'':<8}{'images':>9}{'objects':>9}"]
+    counts = {}
+    for split, content in conversion.annotations.items():
+        rows.append(f"{split:<8}{len(content['images']):>9,}{len(content['annotations']):>9,}")
+        counts[split] = Counter(annotation["category_id"] for annotation in content["annotations"])
+    categories = conversion.annotations["train"]["categories"]
+    width = max(len(category["name"]) for category in categories)
+    rows += ["", f"{'class':<{width + 5}}" + "".join(f"{split:>9}" for split in counts)]
+    for category in categories:
+        numbers = "".join(f"{own[category['id']]:>9,}" for own in counts.values())
+        rows.append(f"{category['id']:>3}  {category['name']:<{width}}{numbers}")
+    findings = conversion.issues.findings("changed or left out")
+    if findings:
+        rows += ["", findings_text(findings), "", f"{output_dir / REPORT} has all of these."]
+    folder = shlex.quote(str(output_dir))
+    rows += [
+        "",
+        f"Written to {output_dir}. Next:",
+        f"  python -m enact_common.data.checks {folder}",
+        f"  python Conditional-DETR-ENACT/main.py --coco_path {folder} --output_dir outputs/run",
+    ]
+    return "\n".join(rows)
+
+
+# The command line ----------------------------------------------------------------------------------------------------
+
+
+def fraction(text: str) -> float:
+    """A number in (0, 1)."""
+    value = number_or_none(text)
+    if value is None or not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text!r}")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m enact_common.convert",
+        description=__doc__.splitlines()[0],
+        epilog=STATUS,
+    )
+    formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
+    for name, text, folder, sets in (
+        (
+            "voc", "Pascal VOC: an XML file an image",
+            "VOC2007 or a folder like it (Annotations/, JPEGImages/, ImageSets/Main/), a folder of such folders, or "
+            "any folder with XML files and images",
+            "list in ImageSets/Main, or folder (default: train and val, valid or validation; or trainval and test; or "
+            "train and test; or the rest drawn at random)",
+        ),
+        (
+            "yolo", "YOLO: a text file an image, with boxes or polygons",
+            "folder with data.yaml, with obj.data (Darknet, CVAT's \"YOLO 1.1\"), or with images/, labels/ and "
+            "classes.txt; or the YAML or data file",
+            "key in data.yaml or obj.data, or folder in images/ (default: train and val; without val, drawn at random)",
+        ),
+    ):  # fmt: skip
+        command = formats.add_parser(name, help=text, description=text, epilog=STATUS)
+        command.add_argument("data", metavar="DIR", help=folder)
+        command.add_argument(
+            "--output_dir", required=True, metavar="OUT", help="new or empty folder, for --coco_path in training"
+        )
+        command.add_argument("--train_set", metavar="NAME", help=f"what to train on: {sets}")
+        command.add_argument("--val_set", metavar="NAME", help="what to evaluate on, likewise")
+        command.add_argument(
+            "--val_fraction", type=fraction, default=0.2, metavar="F",
+            help="share of the images to draw for val where the data name no splits, in (0, 1) (default: %(default)s)",
+        )  # fmt: skip
+        command.add_argument(
+            "--seed", type=int, default=0, metavar="N", help="of that draw, 0 or more (default: %(default)s)"
+        )
+        command.add_argument(
+            "--classes", nargs="+", metavar="NAME",
+            help="class names in the order of their ids, from 1 (default: "
+            + ("those that occur, sorted)" if name == "voc" else "those of data.yaml, obj.names or classes.txt)"),
+        )  # fmt: skip
+        command.add_argument(
+            "--images", choices=("link", "copy", "symlink"), default="link",
+            help="hard links, which take no space (copies where that cannot be), copies, or symbolic links to where "
+            "the images are now (default: %(default)s)",
+        )  # fmt: skip
+        if name == "voc":
+            command.add_argument(
+                "--zero_based", action="store_true",
+                help="coordinates count from 0 and xmax, ymax are the edges of the box: width = xmax - xmin (default: "
+                "VOC's own, from 1 with the last pixel included: x = xmin - 1, width = xmax - xmin + 1)",
+            )  # fmt: skip
+    return parser
+
+
+def convert(args: argparse.Namespace) -> Conversion:
+    """Read a data set and write it in COCO's layout, as the command line's arguments ask for it.
+
+    Raises:
+        UserError: something is wrong that the user can mend; nothing was written.
+    """
+    root, output_dir = Path(args.data), Path(args.output_dir)
+    if not (root.is_dir() or (args.format == "yolo" and root.is_file())):
+        raise UserError(f"{root}: no such folder")
+    check_output(output_dir)
+    if root.is_dir() and output_dir.resolve().is_relative_to(root.resolve()):
+        # A second conversion would take its images for the data's own.
+        raise UserError(f"--output_dir {output_dir}: lies in {root}, which is converted; choose a folder outside")
+    if bool(args.train_set) != bool(args.val_set):
+        raise UserError("--train_set and --val_set go together")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: must be 0 or more")
+    twice = [name for name, times in Counter(args.classes or ()).items() if times > 1]
+    if twice:
+        raise UserError(f"--classes: {twice[0]} stands twice")
+    issues = Issues()
+    source = FINDERS[args.format](root, args, issues)
+    twice = [name for name, times in Counter(source.classes or ()).items() if times > 1]
+    if twice:
+        raise UserError(f"{root}: the class name {twice[0]} stands twice; pass --classes NAME ...")
+    conversion = to_coco(source, issues, f"Converted from {args.format.upper()}: {root.name}", progress=True)
+    write_coco(conversion, output_dir, args.images, progress=True)
+    return conversion
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert a data set.
+
+    Args:
+        argv: the command line's words; None for the process's own.
+
+    Returns:
+        the exit status: 0; 1 where something could not be read and was left out; 2 for what the user can mend.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+
+    def run() -> int:
+        conversion = convert(args)
+        print(summary_text(conversion, Path(args.output_dir)))
+        return int(any(finding.severity == FAULT for finding in conversion.issues.findings("")))
+
+    return exit_status(parser.prog, run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

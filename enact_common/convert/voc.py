@@ -1,0 +1,246 @@
+"""Data sets in the format of Pascal VOC: an XML file an image.
+
+As the PASCAL VOC 2007 development kit has it: pixels are counted from 1, and a box includes its last column and row.
+"""
+
+import argparse
+from collections import Counter, defaultdict
+from functools import partial
+from pathlib import Path
+from xml.etree import ElementTree
+
+from enact_common.convert.sources import (
+    Issues,
+    Item,
+    Object,
+    Source,
+    divide,
+    image_files,
+    listed_names,
+    note_passed_over,
+    number_or_none,
+    visible,
+)
+from enact_common.data.checks.findings import FAULT, WARNING
+from enact_common.data.images import search
+from enact_common.utils.errors import UserError
+
+# Lists of ImageSets/Main, or else folders of images, to train and to evaluate on: the first pair that is there.
+SETS = (("train", "val"), ("train", "valid"), ("train", "validation"), ("trainval", "test"), ("train", "test"))
+
+WRONG_SIZE = WARNING, "XML files with no image size, or with another than the image's, which counts"
+FROM_ZERO = WARNING, "boxes with a coordinate 0, where VOC counts from 1: are they --zero_based?"
+NO_XML = WARNING, "images without an XML file: left out"
+BAD_XML = FAULT, "XML files that cannot be read: left out with their images"
+BAD_OBJECT = FAULT, "objects without a name or four numbers: dropped"
+NO_IMAGE = FAULT, "XML files without an image of their own: left out"
+AMBIGUOUS = FAULT, "XML files that fit several images: left out"
+IN_NEITHER = WARNING, "folders with images that are in neither split: left out"
+NOT_THERE = FAULT, "names in a split's list that have no image: left out"
+
+
+# Of each list the places that name an image, and the image; None for one that is not there.
+Lists = dict[str, list[tuple[str, Path | None]]]
+
+
+def find_voc(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
+    """The images and XML files of VOC2007's layout, of a folder of such folders, or of any other folder.
+
+    Lists in ImageSets/Main make the splits; or folders called train and val, at whatever depth; or a random draw.
+
+    Args:
+        root: the folder.
+        args: `train_set`, `val_set`, `val_fraction`, `seed`, `classes` and `zero_based` of the command line.
+        issues: takes what is amiss.
+
+    Raises:
+        UserError: there are no XML files with images, or not the lists or folders that were asked for.
+    """
+    candidates = [root] if (root / "Annotations").is_dir() else visible(root, "*", issues)
+    kits = [path for path in candidates if (path / "Annotations").is_dir()]
+    items: dict[Path, Item] = {}
+    lists: Lists = defaultdict(list)
+    for kit in kits or [root]:
+        folder = kit / "JPEGImages" if (kit / "JPEGImages").is_dir() else kit
+        images, xmls = image_files(folder, issues), search(kit / "Annotations" if kits else kit, [".xml"])
+        note_passed_over(xmls, issues)
+        for image, xml in pair(kit, images, sorted(xmls.files), issues).items():
+            items[image] = Item(image, partial(read_voc, xml, args.zero_based, issues))
+        for name, entries in read_lists(kit / "ImageSets" / "Main", folder, images, issues).items():
+            lists[name] += entries
+    if not items:
+        raise UserError(f"{root}: no XML files with images, in Annotations/ and JPEGImages/ or anywhere else in it")
+    return Source(choose(root, items, lists, args, issues), args.classes)
+
+
+def pair(root: Path, images: list[Path], xmls: list[Path], issues: Issues) -> dict[Path, Path]:
+    """Which XML file belongs to which image.
+
+    An XML file's image has its name, or else the name that the file mentions. Of several, it is the one beside it, the
+    one in a sub-folder that is called like its own, or the one that it mentions.
+
+    Args:
+        root: above all of them.
+        images, xmls: the files.
+        issues: takes those that belong to nothing.
+    """
+    by_stem, by_name = defaultdict(list), defaultdict(list)
+    for image in images:
+        by_stem[image.stem].append(image)
+        by_name[image.name].append(image)
+
+    def below(file: Path) -> tuple[str, ...]:
+        # Without the first folder, which is Annotations for one and JPEGImages for the other.
+        return file.parent.relative_to(root).parts[1:]
+
+    pairs: dict[Path, Path] = {}
+    for xml in xmls:
+        candidates = by_stem[xml.stem]
+        if len(candidates) != 1:
+            mentioned = mentioned_image(xml)
+            candidates = candidates or by_name[mentioned]
+            choices = (
+                [image for image in candidates if image.parent == xml.parent],
+                [image for image in candidates if below(image) == below(xml)],
+                [image for image in candidates if image.name == mentioned],
+            )
+            candidates = next((choice for choice in choices if len(choice) == 1), candidates)
+        free = [image for image in candidates if image not in pairs]
+        if len(free) == 1:
+            pairs[free[0]] = xml
+        else:
+            issues.add(AMBIGUOUS if free else NO_IMAGE, str(xml))
+    for image in images:
+        if image not in pairs:
+            issues.add(NO_XML, str(image))
+    return pairs
+
+
+def mentioned_image(xml: Path) -> str:
+    """The file name that an XML file gives its image; empty where there is none."""
+    try:
+        return Path((parse(xml).findtext("filename") or "").strip().replace("\\", "/")).name
+    except ValueError:
+        return ""
+
+
+def read_lists(folder: Path, image_folder: Path, images: list[Path], issues: Issues) -> Lists:
+    """The lists of a folder like ImageSets/Main, by their names.
+
+    They name images without the ending, with it, or with a sub-folder before it.
+    """
+    by_name = {image.relative_to(image_folder).with_suffix("").as_posix(): image for image in images}
+    by_name |= {image.relative_to(image_folder).as_posix(): image for image in images}
+    by_name |= {image.stem: image for image in images if image.stem not in by_name}
+    return {
+        file.stem: [(f"{file}: {name}", by_name.get(name)) for name in listed_names(file)]
+        for file in visible(folder, "*.txt", issues)
+    }
+
+
+def choose(
+    root: Path, items: dict[Path, Item], lists: Lists, args: argparse.Namespace, issues: Issues
+) -> dict[str, list[Item]]:
+    """The items of "train" and "val": by lists, by folders, or drawn at random where neither say.
+
+    Raises:
+        UserError: a list or folder that was asked for is not there.
+    """
+    listed = {name: [image for _, image in entries] for name, entries in lists.items()}
+    folders: dict[str, list[Path | None]] = defaultdict(list)
+    for image in items:
+        for name in set(image.relative_to(root).parts[:-1]):
+            folders[name].append(image)
+    asked, named = (args.train_set, args.val_set), folders | listed
+    missing = [name for name in asked if name and name not in named]
+    if missing:
+        there = f"lists: {', '.join(sorted(lists)) or 'none'}; folders: {', '.join(sorted(folders)) or 'none'}"
+        raise UserError(
+            f"{root}: no list ImageSets/Main/{missing[0]}.txt and no folder {missing[0]} with annotated images "
+            f"(--train_set, --val_set); {there}"
+        )
+
+    def part(name: str, places: dict[str, list[Path | None]]) -> list[Item]:
+        if places is not folders:
+            for where, image in lists.get(name, ()):
+                if image is None:
+                    issues.add(NOT_THERE, where)
+        # An image that is listed but has no XML file was reported before.
+        return [items[image] for image in dict.fromkeys(places[name]) if image in items]
+
+    choices = [(asked, named)] if all(asked) else [(sets, places) for places in (listed, folders) for sets in SETS]
+    names, places = next(
+        ((names, places) for names, places in choices if all(name in places for name in names)), (None, None)
+    )
+    if names:
+        splits = {split: part(name, places) for split, name in zip(("train", "val"), names, strict=True)}
+    else:
+        whole = next((name for name in ("trainval", "train") if name in listed), None)
+        splits = divide(part(whole, listed) if whole else list(items.values()), args, issues)
+    others = items.keys() - {item.image for own in splits.values() for item in own}
+    for folder, count in sorted(Counter(image.parent for image in others).items()):
+        issues.add(IN_NEITHER, f"{folder}: {count} images")
+    return splits
+
+
+class NoDoctype(ElementTree.TreeBuilder):
+    """Builds a tree, and refuses a document type: there, entities are declared that may expand without end."""
+
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        """Called by the parser before it reads the declarations."""
+        raise ValueError("it declares a document type, which VOC's files do not have and which is not safe to read")
+
+
+def parse(path: Path) -> ElementTree.Element:
+    """A VOC file's root element.
+
+    Raises:
+        ValueError: it cannot be read, is no XML, declares a document type, or has another root.
+    """
+    try:
+        root = ElementTree.parse(path, ElementTree.XMLParser(target=NoDoctype())).getroot()
+    except (OSError, ElementTree.ParseError, LookupError) as error:
+        raise ValueError(getattr(error, "strerror", None) or str(error)) from error
+    if root.tag != "annotation":
+        raise ValueError(f"its root is <{root.tag}>, not <annotation>")
+    return root
+
+
+def read_voc(xml: Path, zero_based: bool, issues: Issues, width: int, height: int) -> list[Object] | None:
+    """The objects of an XML file.
+
+    Args:
+        xml: the file.
+        zero_based: coordinates count from 0, and xmax and ymax are edges: the first pixels outside.
+        issues: takes what is amiss.
+        width, height: of the image in pixels, as stored.
+
+    Returns:
+        the objects; None where the file cannot be read.
+    """
+    try:
+        tree = parse(xml)
+    except ValueError as error:
+        issues.add(BAD_XML, f"{xml}: {error}")
+        return None
+    said = [(tree.findtext(f"size/{side}") or "").strip() for side in ("width", "height")]
+    if [number_or_none(side) for side in said] != [width, height]:
+        issues.add(WRONG_SIZE, f"{xml}: {' x '.join(side or '?' for side in said)}, the image is {width} x {height}")
+    objects = []
+    for number, element in enumerate(tree.findall("object"), start=1):
+        name = (element.findtext("name") or "").strip()
+        where = f"{xml}: object {number}, {name or 'without a name'}"
+        sides = [(element.findtext(f"bndbox/{side}") or "").strip() for side in ("xmin", "ymin", "xmax", "ymax")]
+        corners = [number_or_none(side) for side in sides]
+        if not name or None in corners:
+            issues.add(BAD_OBJECT, f"{where}: {', '.join(side or '?' for side in sides)}")
+            continue
+        left, top, right, bottom = corners
+        if not zero_based:
+            if 0 in (left, top):
+                issues.add(FROM_ZERO, where)
+            # Right and bottom stay: the last column and row, counted from 1, end there.
+            left, top = left - 1, top - 1
+        difficult = (element.findtext("difficult") or "").strip() == "1"
+        objects.append(Object(name, (left, top, right, bottom), where, difficult))
+    return objects

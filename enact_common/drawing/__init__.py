@@ -1,0 +1,1 @@
+"""Detections, segments and figures drawn, with fonts that have the texts' characters."""

@@ -1,0 +1,5 @@
+"""A trained detector in one call, and a look inside it."""
+
+from enact_common.inference.detector import Detections, LoadedDetector, load_detector
+
+__all__ = ["Detections", "LoadedDetector", "load_detector"]

@@ -1,0 +1,298 @@
+"""A trained detector in one call: from a checkpoint and an image to boxes with names."""
+
+import argparse
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import tv_tensors
+
+from enact_common.checkpoints.contents import arguments_of, averaged_weights, known_variant
+from enact_common.checkpoints.files import load_checkpoint, load_model
+from enact_common.cli.flags import PANOPTIC
+from enact_common.data.categories import LabelMap
+from enact_common.data.exif import decode_upright
+from enact_common.data.images import decode_image, pil_to_rgb
+from enact_common.data.panoptic import VOID, things_of
+from enact_common.data.transforms import eval_transforms, resized_shape
+from enact_common.models.backbone import keep_folded
+from enact_common.models.segmentation import PostProcessPanoptic, full_size_masks
+from enact_common.utils.device import AMP_DTYPE, autocast, check_precision, default_device, find_device
+from enact_common.utils.errors import UserError
+from enact_common.variants import load_variant
+
+logger = logging.getLogger("enact")
+
+ImageLike = str | Path | Image.Image | np.ndarray | Tensor
+
+# Least score of a detection; that of a panoptic model's segments is `PostProcessPanoptic.THRESHOLD`.
+THRESHOLD = 0.5
+
+
+@dataclass
+class Panoptic:
+    """What an image's pixels belong to: things, each of them a segment, and stuff, a segment of each kind.
+
+    Attributes:
+        id_map: int64 (height, width), of the image as it was given, on the CPU: each pixel's segment, 0 for none.
+        segments: dicts of `id`, from 1; `category_id`, the data set's own; `name`; `isthing`, a bool; `area` in
+            pixels, at least 1; and `score`, the likeliest query's, in [0, 1].
+    """
+
+    id_map: Tensor
+    segments: list[dict[str, Any]]
+
+
+@dataclass
+class Detections:
+    """What was found in one image, the likeliest first. All tensors are on the CPU.
+
+    Attributes:
+        boxes: float32 (n, 4), left, top, right, bottom in pixels of the image as it was given.
+        scores: float32 (n,), in [0, 1], falling.
+        labels: int64 (n,), the model's.
+        names: of the labels.
+        category_ids: the data set's own id of each label.
+        queries: int64 (n,), which of the model's queries found it.
+        masks: bool (n, height, width), each object's pixels of the image as it was given; None where the model finds
+            boxes alone.
+        panoptic: what each pixel belongs to, of panoptic models, whose detections are of stuff too; None of others.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    names: list[str]
+    category_ids: list[int]
+    queries: Tensor
+    masks: Tensor | None = None
+    panoptic: Panoptic | None = None
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+class LoadedDetector:
+    """A trained detector that takes images as they come; `load_detector` makes it.
+
+    It can be pickled, deep-copied and sent to other processes; `detector.model` can be moved and cast to another dtype.
+
+    Images go through the model one by one: with ENACT's default settings a result would depend on its batch mates.
+
+    Attributes:
+        variant: a key of `VARIANTS`.
+        args: the arguments that the model was built with.
+        model: in evaluation mode, on `device`.
+        label_map: what its labels mean.
+        threshold: least score of a detection, and of a segment, in [0, 1].
+        amp: the precision that the model runs in: "bf16" or "fp16", or None for the weights' own.
+        things: of a panoptic model, the labels of what can be counted; None of others.
+    """
+
+    def __init__(
+        self,
+        variant: str,
+        args: argparse.Namespace,
+        model: nn.Module,
+        postprocess: nn.Module,
+        label_map: LabelMap,
+        threshold: float,
+        device: torch.device,
+        things: Collection[int] | None = None,
+        amp: str | None = None,
+    ):
+        self.variant = variant
+        self.args = args
+        self.model = model.to(device, memory_format=torch.channels_last).eval()
+        keep_folded(self.model)
+        self.amp = amp
+        self.postprocess = postprocess
+        self.label_map = label_map
+        self.threshold = threshold
+        self.things = things
+        self._resize = eval_transforms(args.eval_size, args.max_size)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model's parameters."""
+        return next(self.model.parameters()).device
+
+    def __call__(
+        self, images: ImageLike | Sequence[ImageLike], threshold: float | None = None, exif: bool = True
+    ) -> Detections | list[Detections]:
+        """Detect.
+
+        Args:
+            images: one image or a list of them. An image is a path; a PIL image; an array (height, width, 3) or
+                (height, width); or a tensor (3, height, width). Arrays and tensors are RGB, uint8 0 to 255 or floating
+                point 0 to 1. PIL images are taken as their pixels are stored.
+            threshold: least score; None for the detector's own.
+            exif: turn the images of paths as EXIF says and viewers do; boxes and masks then refer to the upright
+                image. False takes the pixels as they are stored, as training and COCO's evaluation do.
+
+        Returns:
+            the image's detections, or a list of them for a list of images.
+
+        Raises:
+            UserError: a file is missing or cannot be read.
+            ValueError: an array or tensor is no image, or a PIL image has 32 bits a colour.
+        """
+        if isinstance(images, list | tuple):
+            return [self.detect(as_pixels(image, exif), threshold) for image in images]
+        return self.detect(as_pixels(images, exif), threshold)
+
+    def model_input(self, pixels: Tensor) -> Tensor:
+        """An image uint8 (3, height, width) at the evaluation's size: uint8 (1, 3, h, w), on the model's device."""
+        no_boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=tuple(pixels.shape[-2:]))
+        resized, _ = self._resize(tv_tensors.Image(pixels), {"boxes": no_boxes})
+        return resized.unsqueeze(0).to(self.device)
+
+    def detect(self, pixels: Tensor, threshold: float | None = None) -> Detections:
+        """The detections in an image uint8 (3, height, width)."""
+        with torch.inference_mode(), autocast(self.device, self.amp or "none"):
+            outputs = self.model(self.model_input(pixels))
+        # Decoded outside of it, so that what the caller gets are ordinary tensors, which can be changed in place.
+        return self.decode(outputs, tuple(pixels.shape[-2:]), threshold)
+
+    def decode(self, outputs: dict[str, Any], size: tuple[int, int], threshold: float | None = None) -> Detections:
+        """The detections in the model's outputs for one image.
+
+        Args:
+            outputs: of the model, for a batch of one.
+            size: (height, width) in pixels that the boxes shall refer to.
+            threshold: least score; None for the detector's own.
+        """
+        threshold = self.threshold if threshold is None else threshold
+        (found,) = self.postprocess(outputs, torch.tensor([size], device=self.device))
+        height, width = size
+        scores, labels, boxes, queries = (found[key].cpu() for key in ("scores", "labels", "boxes", "queries"))
+        boxes = boxes.clamp(min=torch.zeros(4), max=torch.tensor([width, height, width, height]))
+        known = torch.tensor([i is not None for i in self.label_map.category_ids])
+        order = scores.argsort(descending=True, stable=True)
+        order = order[((scores >= threshold) & known[labels])[order]]
+        kept = labels[order].tolist()
+        masks = None
+        # One image is a batch without padding.
+        seen = resized_shape(height, width, self.args.eval_size, self.args.max_size)
+        if "pred_masks" in outputs:
+            logits = outputs["pred_masks"][0, queries[order].to(self.device)]
+            parts = [part.cpu() for part in full_size_masks(logits, seen, seen, size)]
+            masks = torch.cat([torch.zeros(0, height, width, dtype=torch.bool), *parts])
+        return Detections(
+            boxes[order],
+            scores[order],
+            labels[order],
+            [self.label_map.names[label] for label in kept],
+            [self.label_map.category_ids[label] for label in kept],
+            queries[order],
+            masks,
+            None if self.things is None else self.lay_out(outputs, seen, size, threshold),
+        )
+
+    def lay_out(
+        self, outputs: dict[str, Any], seen: tuple[int, int], size: tuple[int, int], threshold: float
+    ) -> Panoptic:
+        """The segments in a panoptic model's outputs for one image.
+
+        Args:
+            outputs: of the model, for a batch of one.
+            seen: (height, width) of the image as the model saw it.
+            size: (height, width) that the map shall have.
+            threshold: least score.
+        """
+        postprocess = PostProcessPanoptic(self.things, threshold)
+        (found,) = postprocess(outputs, torch.tensor([seen]), torch.tensor([size]))
+        id_map, segments = found["id_map"], []
+        for segment in found["segments"]:
+            label = segment["category_id"]
+            category = self.label_map.category_ids[label]
+            if category is None:
+                # As in an evaluation's results, what is of no category is no segment.
+                id_map[id_map == segment["id"]] = VOID
+            else:
+                segments.append({**segment, "category_id": category, "name": self.label_map.names[label]})
+        return Panoptic(id_map, segments)
+
+
+def load_detector(
+    checkpoint: str | Path,
+    device: str | torch.device | None = None,
+    threshold: float | None = None,
+    amp: str | None = None,
+    **flags,
+) -> LoadedDetector:
+    """The detector in a checkpoint: ours, or one of the original repositories or of ENACT's authors.
+
+    The variant, the classes and the settings come from the checkpoint. Where it has averaged weights (`--ema`), those
+    are taken.
+
+    Args:
+        checkpoint: a path, or an https URL that says the file's hash (`enact_common.utils.download.download`).
+        device: "cuda", "cuda:1", "cpu"; None for a GPU where there is one.
+        threshold: least score of a detection, in [0, 1], and of a panoptic model's segment; None for 0.5, and of
+            panoptic models for 0.85, with which they are evaluated.
+        amp: mixed precision, "bf16" or "fp16", the latter on GPUs alone; None for float32.
+        flags: of the model, where a checkpoint of weights alone does not show them: `dilation=True` for DC5.
+
+    Raises:
+        UserError: the file is missing, is no checkpoint, or fits no variant; or there is no such device or precision;
+            or it is panoptic, and does not say which of its categories are things.
+    """
+    source = str(checkpoint)
+    device = find_device(default_device() if device is None else str(device))
+    if amp not in (None, *AMP_DTYPE):
+        raise UserError(f"amp={amp!r}: no such precision; pass one of {', '.join(AMP_DTYPE)}")
+    check_precision(amp, device)
+    state = load_checkpoint(source)
+    variant = known_variant(state, source)
+    try:
+        args, label_map = arguments_of(state, variant, flags)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    model, _, postprocessors = load_variant(variant).models.build_model(args)
+    load_model(model, averaged_weights(state, source), source)
+    things = things_of(label_map, source) if args.dataset_file == PANOPTIC else None
+    if threshold is None:
+        threshold = THRESHOLD if things is None else PostProcessPanoptic.THRESHOLD
+    return LoadedDetector(variant, args, model, postprocessors["bbox"], label_map, threshold, device, things, amp)
+
+
+def as_pixels(image: ImageLike, exif: bool = True) -> Tensor:
+    """An image as uint8 (3, height, width), RGB, on the CPU.
+
+    Args:
+        image: as `LoadedDetector` takes it.
+        exif: turn the image of a path as EXIF says.
+
+    Raises:
+        UserError: a file is missing or cannot be read.
+        ValueError: an array or tensor is no image, or a PIL image has 32 bits a colour.
+    """
+    if isinstance(image, str | Path):
+        return (decode_upright if exif else decode_image)(Path(image))
+    if isinstance(image, Image.Image):
+        image = pil_to_rgb(image)
+    if isinstance(image, np.ndarray):
+        # A copy: PyTorch warns of arrays that cannot be written to, as `np.asarray` of a PIL image gives.
+        image = torch.from_numpy(np.array(image, order="C"))
+        image = image.unsqueeze(-1).expand(-1, -1, 3) if image.ndim == 2 else image
+        image = image.permute(2, 0, 1) if image.ndim == 3 else image  # (height, width, 3) -> (3, height, width)
+    if not isinstance(image, Tensor) or image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
+        shape = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(
+            f"expected a path, a PIL image, an array (height, width, 3) or (height, width), or a tensor "
+            f"(3, height, width), got {shape}"
+        )
+    if image.is_floating_point():
+        if not (image.min() >= 0 and image.max() <= 1):
+            raise ValueError("pixels in floating point must be in [0, 1]; pass uint8 for 0 to 255")
+        image = (image * 255).round()
+    elif image.dtype != torch.uint8:
+        raise ValueError(f"pixels must be uint8, 0 to 255, or floating point, 0 to 1, got {image.dtype}")
+    return image.to("cpu", torch.uint8).contiguous()

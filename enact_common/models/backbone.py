@@ -1,0 +1,334 @@
+"""ResNet backbones from torchvision, with frozen or trained batch norm, and where their weights come from."""
+
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.ops import FrozenBatchNorm2d
+
+from enact_common.models.position_encoding import build_position_encoding
+from enact_common.models.scripting import EXAMPLE_SIZE, traced, with_parts
+from enact_common.nested_tensor import NestedTensor
+from enact_common.utils.acceleration import Recomputed
+from enact_common.utils.download import download
+from enact_common.utils.errors import UserError
+from enact_common.utils.files import read_tensors
+
+# Blocks in each stage.
+STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+BACKBONES = tuple(STAGES)
+# As torchvision names them.
+ALL_STAGES = ("layer1", "layer2", "layer3", "layer4")
+# Without bottlenecks: 512 channels in place of 2048, and no dilated form.
+SHALLOW_BACKBONES = ("resnet18", "resnet34")
+
+WEIGHTS_WAYS_OUT = (
+    "pass --backbone_weights PATH for a state dict of a torchvision ResNet that you have as a file, or train from "
+    "scratch with --backbone_weights none --backbone_norm batch"
+)
+
+
+def versions(*tensors: Tensor) -> list[tuple[int, int]]:
+    """Which tensors these are, and how often each was changed in place."""
+    # PyTorch does not count the changes of tensors that were made in inference mode.
+    return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+
+class FrozenNorm(FrozenBatchNorm2d):
+    """Frozen batch norm that holds its factor and offset for each channel, rather than compute them in every pass.
+
+    Attributes:
+        scale, offset: (channels,), `norm(x) = x * scale + offset`; buffers that no state dict has.
+        keeps_folded: keep the convolution's weight with the scale in it from one pass without gradients to the next.
+    """
+
+    keeps_folded = False
+
+    def __init__(self, num_features: int, eps: float = 1e-5):
+        super().__init__(num_features, eps)
+        self.register_buffer("scale", None, persistent=False)
+        self.register_buffer("offset", None, persistent=False)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Compute `scale` and `offset` from the statistics and parameters."""
+        with torch.no_grad():
+            self.scale = self.weight * (self.running_var + self.eps).rsqrt()
+            self.offset = self.bias - self.running_mean * self.scale
+        self.versions = versions(self.weight, self.bias, self.running_mean, self.running_var)
+        self.folded = None, None
+
+    def fold_into(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """A convolution's weight (channels, ...) with the norm in it, and its bias."""
+        if torch.compiler.is_compiling():
+            return weight * self.scale.view(-1, 1, 1, 1), self.offset
+        if self.versions != versions(self.weight, self.bias, self.running_mean, self.running_var):
+            self.refresh()  # they were changed in place
+        if not self.keeps_folded or torch.is_grad_enabled():
+            return weight * self.scale.view(-1, 1, 1, 1), self.offset
+        if self.folded[0] != versions(weight):
+            self.folded = versions(weight), weight * self.scale.view(-1, 1, 1, 1)
+        return self.folded[1], self.offset
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "folded": (None, None)}
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.refresh()
+        return self
+
+
+NORMS = {"frozen": FrozenNorm, "batch": nn.BatchNorm2d}
+
+
+def convolve_and_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """A convolution and its norm; frozen batch norm goes into the convolution's weights.
+
+    A norm that is frozen is a factor and an offset for each channel. Given to the convolution, they cost no pass over
+    the feature map, forward or backward, and mixed precision stays in its lower precision, which the norm's float32
+    factors would leave.
+    """
+    if not isinstance(norm, FrozenNorm):
+        return norm(conv(x))
+    weight, offset = norm.fold_into(conv.weight)
+    return F.conv2d(x, weight, offset, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def keep_folded(model: nn.Module) -> None:
+    """Fold frozen batch norms into their convolutions once, for a model whose weights stay as they are."""
+    for module in model.modules():
+        if isinstance(module, FrozenNorm):
+            module.keeps_folded = True
+
+
+class ResidualBlock(Recomputed):
+    """What a ResNet's blocks have in common once convolutions and norms go together."""
+
+    def add_shortcut(self, out: Tensor, x: Tensor) -> Tensor:
+        """The block's end: its input, or the input's projection, is added to what came out."""
+        out += x if self.downsample is None else convolve_and_norm(x, *self.downsample)
+        return F.relu_(out)
+
+
+class FoldedBasicBlock(ResidualBlock, BasicBlock):
+    """The block of ResNet-18 and 34, frozen norms folded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu_(convolve_and_norm(x, self.conv1, self.bn1))
+        return self.add_shortcut(convolve_and_norm(out, self.conv2, self.bn2), x)
+
+
+class FoldedBottleneck(ResidualBlock, Bottleneck):
+    """The block of ResNet-50 and 101, frozen norms folded."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu_(convolve_and_norm(x, self.conv1, self.bn1))
+        out = F.relu_(convolve_and_norm(out, self.conv2, self.bn2))
+        return self.add_shortcut(convolve_and_norm(out, self.conv3, self.bn3), x)
+
+
+class ResNetBody(IntermediateLayerGetter):
+    """A ResNet up to the last stage that is asked for, frozen norms folded; gives the maps of those asked for."""
+
+    COMPILED = ("forward",)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self["maxpool"](F.relu_(convolve_and_norm(x, self["conv1"], self["bn1"])))
+        maps = {}
+        for name, stage in self.items():
+            if name.startswith("layer"):
+                x = stage(x)
+                if name in self.return_layers:
+                    maps[self.return_layers[name]] = x
+        return maps
+
+
+class BackboneBase(nn.Module):
+    """A ResNet without its head.
+
+    Args:
+        backbone: a torchvision ResNet.
+        train_backbone: train it; otherwise all its parameters are frozen.
+        num_channels: channels of the last feature map.
+        return_interm_layers: return the maps of all stages rather than the last one alone.
+        train_stem: with train_backbone, train the stem and the first stage too, which are frozen otherwise.
+        stages: those in use, the first so many; 1 to 4.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        train_backbone: bool,
+        num_channels: int,
+        return_interm_layers: bool,
+        train_stem: bool = False,
+        stages: int = len(ALL_STAGES),
+    ):
+        super().__init__()
+        for name, parameter in backbone.named_parameters():
+            deep = name.startswith(("layer2", "layer3", "layer4"))
+            parameter.requires_grad_(train_backbone and (deep or train_stem))
+        used = ALL_STAGES[:stages]
+        self.body = ResNetBody(
+            backbone, {name: str(i) for i, name in enumerate(used if return_interm_layers else used[-1:])}
+        )
+        self.num_channels = num_channels
+
+    def forward(self, images: NestedTensor) -> dict[str, NestedTensor]:
+        """Images (batch, 3, H, W) give feature maps (batch, channels, h, w) by name, masks scaled along.
+
+        Strides are 4, 8, 16 and 32 pixels (16 for the last with dilation); that of the last stage in use is
+        `stride_of` the arguments.
+        """
+        features: dict[str, NestedTensor] = {}
+        for name, map_ in self.body(images.tensors).items():
+            features[name] = NestedTensor(map_, resize_mask(images.mask, map_))
+        return features
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by `torch.jit.script`: a ResNet whose frozen norms are folded comes as its graph."""
+        example = torch.zeros(2, 3, *EXAMPLE_SIZE, device=next(self.parameters()).device)
+        return with_parts(self, body=traced(self.body, example))
+
+
+def resize_mask(mask: Tensor, features: Tensor) -> Tensor:
+    """A padding mask (batch, H, W) sampled at the cells of features (batch, channels, h, w): bool (batch, h, w)."""
+    return F.interpolate(mask.unsqueeze(1).float(), size=features.shape[-2:]).squeeze(1).to(torch.bool)
+
+
+class Backbone(BackboneBase):
+    """A torchvision ResNet as a backbone.
+
+    Args:
+        name: one of `BACKBONES`.
+        train_backbone: train it from the second stage on; otherwise it is frozen.
+        return_interm_layers: return all stages.
+        dilation: stride 16 in place of 32 by dilating the last stage (DC5). ResNet-50 and 101 only.
+        weights: "default" for torchvision's ImageNet weights, "none" for random ones, or a state dict's path.
+        norm: "frozen" for batch norm whose statistics and affine parameters stay as loaded; "batch" for one that
+            trains, and then the stem and the first stage train too.
+        stages: those in use, 1 to 4.
+
+    Raises:
+        UserError: the weights cannot be had, or the ResNet cannot be dilated.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        train_backbone: bool = True,
+        return_interm_layers: bool = False,
+        dilation: bool = False,
+        weights: str = "default",
+        norm: str = "frozen",
+        stages: int = len(ALL_STAGES),
+    ):
+        shallow = name in SHALLOW_BACKBONES
+        if dilation and shallow:
+            raise UserError(f"--dilation needs --backbone resnet50 or resnet101: {name} has no dilated form")
+        resnet = ResNet(
+            FoldedBasicBlock if shallow else FoldedBottleneck,
+            list(STAGES[name]),
+            norm_layer=NORMS[norm],
+            replace_stride_with_dilation=[False, False, dilation],
+        )
+        state = load_backbone_weights(name, weights)
+        if state is not None:
+            missing, _ = resnet.load_state_dict(state, strict=False)
+            missing = [key for key in missing if not key.startswith("fc.") and "num_batches" not in key]
+            if missing:
+                raise UserError(
+                    f"--backbone_weights {weights}: not a {name} state dict, {len(missing)} tensors are missing, "
+                    f"{missing[0]} first"
+                )
+        # They double from stage to stage.
+        channels = (64 if shallow else 256) << (stages - 1)
+        super().__init__(resnet, train_backbone, channels, return_interm_layers, norm == "batch", stages)
+
+
+def load_backbone_weights(name: str, weights: str) -> dict[str, Tensor] | None:
+    """The state dict that `--backbone_weights` names, None for "none".
+
+    "default" are torchvision's IMAGENET1K_V1 weights, with which the published detectors were trained, from where
+    torchvision has them, checked by their hash, and in the cache that torchvision uses.
+
+    Raises:
+        UserError: the download fails, or the file is missing or is no state dict.
+    """
+    if weights == "none":
+        return None
+    if weights == "default":
+        try:
+            path = download(torchvision.models.get_model_weights(name).IMAGENET1K_V1.url)
+        except UserError as error:
+            raise UserError(f"--backbone_weights default: {error}. Ways out: {WEIGHTS_WAYS_OUT}") from error
+    else:
+        path = Path(weights)
+    if not path.is_file():
+        raise UserError(f"--backbone_weights {weights}: no such file. Ways out: {WEIGHTS_WAYS_OUT}")
+    state = read_tensors(path, f"a state dict of a torchvision {name}, for --backbone_weights")
+    for key in ("model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UserError(f"--backbone_weights {weights}: expected a state dict of a torchvision {name}")
+    return state
+
+
+class Joiner(nn.Sequential):
+    """A backbone followed by the position encoding of its deepest feature map, the one that a transformer gets.
+
+    Args:
+        backbone: gives a dict of NestedTensor.
+        position_embedding: gives a position encoding for a NestedTensor.
+    """
+
+    def __init__(self, backbone: BackboneBase, position_embedding: nn.Module):
+        super().__init__(backbone, position_embedding)
+        self.num_channels = backbone.num_channels
+
+    def forward(self, images: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
+        """The feature maps, deepest last, and in a list the position encoding (batch, d, h, w) of that."""
+        features = list(self[0](images).values())
+        return features, [self[1](features[-1])]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by `torch.jit.script`, which changes the parts of what it is given."""
+        return with_parts(self)
+
+
+def stride_of(args) -> int:
+    """Pixels a cell of the map that goes into the transformer, each way."""
+    return 16 if args.dilation else 2 ** (args.backbone_stages + 1)
+
+
+def build_resnet(args, return_interm_layers: bool = False) -> Backbone:
+    """The backbone that the arguments ask for, without position encoding.
+
+    With `--resume`, `--pretrained`, `--frozen_weights` or `--eval` nothing is fetched: the checkpoint has the
+    backbone's weights.
+    """
+    from_checkpoint = args.resume or args.pretrained or args.frozen_weights or args.eval
+    return Backbone(
+        args.backbone,
+        train_backbone=args.lr_backbone > 0,
+        return_interm_layers=return_interm_layers,
+        dilation=args.dilation,
+        weights="none" if from_checkpoint else args.backbone_weights,
+        norm=args.backbone_norm,
+        stages=args.backbone_stages,
+    )
+
+
+def build_backbone(args) -> Joiner:
+    """The backbone and position encoding that the arguments ask for; `--masks` needs the maps of all stages."""
+    return Joiner(build_resnet(args, return_interm_layers=args.masks), build_position_encoding(args))

@@ -1,0 +1,204 @@
+"""Building blocks of the three detectors' transformers and heads."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from enact_common.attention.clustering import CLUSTERS
+from enact_common.attention.layer import EnactSelfAttention
+from enact_common.utils.acceleration import Recomputed
+
+ENCODER_ATTENTIONS = ("enact", "mhsa")
+
+# What a classifier of rare objects says before it has learned (Lin et al., "Focal Loss for Dense Object Detection",
+# ICCV 2017, section 3.3): with a probability of 0.01, the many empty queries do not swamp the first steps.
+PRIOR_LOGIT = math.log(0.01 / 0.99)
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them.
+
+    Args:
+        input_dim: channels in.
+        hidden_dim: channels between.
+        output_dim: channels out.
+        num_layers: linear layers, at least one.
+    """
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int):
+        super().__init__()
+        widths = [input_dim] + [hidden_dim] * (num_layers - 1) + [output_dim]
+        self.layers = nn.ModuleList(nn.Linear(n, m) for n, m in zip(widths, widths[1:], strict=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., input_dim) to (..., output_dim)."""
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = F.relu(layer(x))
+        return last(x)
+
+
+def clone_layers(layer: nn.Module, count: int) -> nn.ModuleList:
+    """Copies of a layer: their weights begin equal, and train apart."""
+    return nn.ModuleList(copy.deepcopy(layer) for _ in range(count))
+
+
+def clustering_settings(args) -> dict:
+    """The settings of `EntropyClustering` that the arguments ask for; flags that are not given are off.
+
+    Arguments of earlier versions, which did not know the flags, serve as well.
+    """
+    return {
+        "sigma": args.smoothing_sigma,
+        "clusters": getattr(args, "enact_clusters", None) or CLUSTERS[0],
+        "per_image": bool(getattr(args, "enact_per_image", None)),
+        "mask_padding": bool(getattr(args, "enact_mask_padding", None)),
+        "max_clusters": getattr(args, "enact_max_clusters", None) or None,
+        "temperature": getattr(args, "enact_temperature", None) or None,
+    }
+
+
+def attention_settings(args) -> dict:
+    """The settings of `EnactSelfAttention` that the arguments ask for: those of its clustering, and its own."""
+    return {**clustering_settings(args), "scale_logits": bool(getattr(args, "enact_scale_logits", False))}
+
+
+def encoder_settings(args) -> dict:
+    """All of the encoder's settings of ENACT that the arguments ask for, to be told."""
+    return {**attention_settings(args), "order": getattr(args, "enact_order", None)}
+
+
+def encoder_self_attention(
+    kind: str,
+    embed_dim: int,
+    num_heads: int,
+    dropout: float,
+    settings: Mapping[str, Any],
+    batch_first: bool = False,
+) -> EnactSelfAttention | nn.MultiheadAttention:
+    """The encoder's self-attention, on tokens.
+
+    Args:
+        kind: "enact", or "mhsa" for `nn.MultiheadAttention`.
+        embed_dim, num_heads: channels and heads.
+        dropout: of the attention weights, for "mhsa" alone: ENACT's reference encoder has none.
+        settings: of `EnactSelfAttention` by name, for "enact" alone.
+        batch_first: tokens are (batch, N, d) rather than (N, batch, d).
+    """
+    if kind == "enact":
+        return EnactSelfAttention(embed_dim, num_heads, batch_first=batch_first, **settings)
+    return nn.MultiheadAttention(embed_dim, num_heads, dropout=dropout, batch_first=batch_first)
+
+
+class FeedForwardLayer(Recomputed):
+    """A layer's feed-forward network: a base class, to which layers add attention and norms.
+
+    Args:
+        d_model: channels d.
+        dim_feedforward: hidden channels.
+        dropout: probability, between the two linear maps.
+    """
+
+    def __init__(self, d_model: int, dim_feedforward: int, dropout: float):
+        super().__init__()
+        self.linear1 = nn.Linear(d_model, dim_feedforward)
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(dim_feedforward, d_model)
+
+    COMPILED = ("feed_forward",)
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Two linear maps of (..., d) with ReLU and dropout between them."""
+        return self.linear2(self.dropout(F.relu(self.linear1(x))))
+
+
+class TransformerEncoderLayer(FeedForwardLayer):
+    """Self-attention and a feed-forward network, each with a residual connection and a layer norm.
+
+    The attention comes from outside, so that clustered and plain attention share this one code path.
+
+    Args:
+        self_attn: called as `nn.MultiheadAttention` is, on (N, batch, d).
+        d_model: channels d.
+        dim_feedforward: hidden channels of the feed-forward network.
+        dropout: probability, after the attention, inside and after the feed-forward network.
+        normalize_before: normalise what goes into a block rather than what comes out of it (pre-norm).
+    """
+
+    def __init__(
+        self,
+        self_attn: nn.Module,
+        d_model: int,
+        dim_feedforward: int = 2048,
+        dropout: float = 0.1,
+        normalize_before: bool = False,
+    ):
+        super().__init__(d_model, dim_feedforward, dropout)
+        self.self_attn = self_attn
+        self.norm1 = nn.LayerNorm(d_model)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
+        self.normalize_before = normalize_before
+
+    def forward(self, src: Tensor, key_padding_mask: Tensor | None = None, pos: Tensor | None = None) -> Tensor:
+        """One layer.
+
+        Args:
+            src: (N, batch, d).
+            key_padding_mask: bool (batch, N), True where padded.
+            pos: (N, batch, d), added to queries and keys but not to values.
+
+        Returns:
+            (N, batch, d).
+        """
+        if self.normalize_before:
+            src = src + self.dropout1(self.attend(self.norm1(src), key_padding_mask, pos))
+            return src + self.dropout2(self.feed_forward(self.norm2(src)))
+        src = self.norm1(src + self.dropout1(self.attend(src, key_padding_mask, pos)))
+        return self.norm2(src + self.dropout2(self.feed_forward(src)))
+
+    def attend(self, x: Tensor, key_padding_mask: Tensor | None, pos: Tensor | None) -> Tensor:
+        """Self-attention of (N, batch, d)."""
+        placed = x if pos is None else x + pos
+        return self.self_attn(placed, placed, value=x, key_padding_mask=key_padding_mask, need_weights=False)[0]
+
+
+class DecoderLayer(FeedForwardLayer):
+    """Three residual blocks: attention among the queries, attention to the memory, a feed-forward network.
+
+    A base class: how a layer attends is its subclass's own.
+
+    Args:
+        d_model: channels d.
+        dim_feedforward: hidden channels of the feed-forward network.
+        dropout: probability, after every block and inside the feed-forward network.
+        normalize_before: normalise what goes into a block rather than what comes out of it (pre-norm).
+    """
+
+    def __init__(self, d_model: int, dim_feedforward: int, dropout: float, normalize_before: bool):
+        super().__init__(d_model, dim_feedforward, dropout)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.norm3 = nn.LayerNorm(d_model)
+        self.dropout1 = nn.Dropout(dropout)
+        self.dropout2 = nn.Dropout(dropout)
+        self.dropout3 = nn.Dropout(dropout)
+        self.normalize_before = normalize_before
+
+    def run_blocks(
+        self, tgt: Tensor, attend_queries: Callable[[Tensor], Tensor], attend_memory: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """The queries tgt (Q, batch, d) after all three blocks; each of the two functions keeps that shape."""
+        blocks = (
+            (attend_queries, self.norm1, self.dropout1),
+            (attend_memory, self.norm2, self.dropout2),
+            (self.feed_forward, self.norm3, self.dropout3),
+        )
+        for block, norm, dropout in blocks:
+            tgt = tgt + dropout(block(norm(tgt))) if self.normalize_before else norm(tgt + dropout(block(tgt)))
+        return tgt

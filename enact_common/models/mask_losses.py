@@ -1,0 +1,98 @@
+"""Losses of masks: focal and dice, as in DETR's segmentation."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.ops import sigmoid_focal_loss
+
+from enact_common.models.criterion import SetCriterion
+from enact_common.models.matcher import Matches
+from enact_common.models.segmentation import FULL_SIZE_CHUNK
+from enact_common.utils.acceleration import recompute_in_backward
+
+# Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017.
+ALPHA, GAMMA = 0.25, 2.0
+
+
+class MaskCriterion(SetCriterion):
+    """DETR's losses, and on the masks of matched queries a focal loss and a dice loss.
+
+    Arguments are those of `SetCriterion`.
+    """
+
+    def last_layer_losses(
+        self, outputs: dict, targets: list[dict[str, Tensor]], matches: Matches, objects: Tensor
+    ) -> dict[str, Tensor]:
+        """`loss_mask` and `loss_dice`, over the objects of the batch.
+
+        Args:
+            outputs: of `DETRsegm`.
+            targets: for each image, beside the rest, `masks` bool (n, h, w), of the image without its padding.
+            matches: the last layer's are taken.
+            objects: (), to divide by.
+        """
+        query = matches.query[-1]
+        if "query_masks" in outputs:
+            logits = outputs["query_masks"].select(matches.image, query)
+        else:
+            logits = outputs["pred_masks"][matches.image, query]
+        wanted = padded_masks([target["masks"] for target in targets]).to(logits.device)[matches.target[-1]]
+        losses = mask_losses(logits, wanted)
+        return {name: values.sum() / objects for name, values in losses.items()}
+
+
+def padded_masks(masks: Sequence[Tensor]) -> Tensor:
+    """The masks of a batch's images, bool (n, h, w) each, laid end to end and padded: bool (objects, H, W)."""
+    height, width = (max(mask.shape[axis] for mask in masks) for axis in (1, 2))
+    padded = masks[0].new_zeros(sum(len(mask) for mask in masks), height, width)
+    for part, mask in zip(padded.split([len(mask) for mask in masks]), masks, strict=True):
+        part[:, : mask.shape[1], : mask.shape[2]] = mask
+    return padded
+
+
+def mask_losses(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
+    """The losses of single masks, brought to the size of what they shall be.
+
+    A few masks are at that size at a time, and are brought there again in the backward pass.
+
+    Args:
+        logits: float32 (n, h', w').
+        masks: bool (n, h, w).
+
+    Returns:
+        `loss_mask`, the mean over the pixels of the focal loss, and `loss_dice`, in [0, 1]: (n,) each.
+    """
+    of_chunk = recompute_in_backward(full_size_losses) if torch.is_grad_enabled() else full_size_losses
+    # Without objects, one empty chunk: the losses are then empty, too.
+    chunks = zip(logits.split(FULL_SIZE_CHUNK), masks.split(FULL_SIZE_CHUNK), strict=True)
+    parts = [of_chunk(part, wanted) for part, wanted in chunks]
+    focal, dice = (torch.cat(values) for values in zip(*parts, strict=True))
+    return {"loss_mask": focal, "loss_dice": dice}
+
+
+def full_size_losses(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+    """Focal and dice loss, (n,) each, of logits (n, h', w') for masks (n, h, w)."""
+    if not len(logits):
+        # What interpolates does not take nothing.
+        return logits.sum(dim=(1, 2)), logits.sum(dim=(1, 2))
+    logits = F.interpolate(logits.unsqueeze(1), size=masks.shape[-2:], mode="bilinear").flatten(1)
+    masks = masks.flatten(1).float()
+    focal = sigmoid_focal_loss(logits, masks, ALPHA, GAMMA, reduction="none").mean(dim=1)
+    return focal, dice_loss(logits, masks)
+
+
+def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
+    """1 - Dice's coefficient of probability and truth (Milletari et al., "V-Net", 3DV 2016), smoothed by one pixel.
+
+    Args:
+        logits: (n, pixels), before the sigmoid.
+        masks: (n, pixels), 0 or 1.
+
+    Returns:
+        (n,), in [0, 1].
+    """
+    probability = logits.sigmoid()
+    common = 2 * (probability * masks).sum(dim=1)
+    return 1 - (common + 1) / (probability.sum(dim=1) + masks.sum(dim=1) + 1)

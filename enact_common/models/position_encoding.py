@@ -1,0 +1,122 @@
+"""Position encodings of feature maps (Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020) and
+of points in the image (Meng et al., "Conditional DETR for Fast Training Convergence", ICCV 2021)."""
+
+import math
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from enact_common.attention.clustering import at_least_float32
+from enact_common.nested_tensor import NestedTensor
+
+
+def sine_encoding(position: Tensor, channels: int, temperature: float = 10000.0) -> Tensor:
+    """Sines (even channels) and cosines (odd ones) of a position at falling frequencies (Vaswani et al., 2017).
+
+    Args:
+        position: (...), radians at the highest frequency.
+        channels: even.
+        temperature: ratio of the longest to the shortest wavelength.
+
+    Returns:
+        (..., channels), in [-1, 1].
+    """
+    channel = torch.arange(channels, dtype=torch.float32, device=position.device)
+    frequency = temperature ** (-2 * (channel // 2) / channels)
+    angle = position.unsqueeze(-1) * frequency  # (..., channels)
+    return torch.stack((angle[..., 0::2].sin(), angle[..., 1::2].cos()), dim=-1).flatten(-2)
+
+
+def encode_points(points: Tensor, channels: int) -> Tensor:
+    """Points (..., 2), (x, y) as fractions of the image's sides, to (..., channels): first y's encoding, then x's.
+
+    The encoding is computed and returned in float32 or wider.
+    """
+    points = points.to(at_least_float32(points.dtype))  # bf16 cannot tell neighbouring cells apart
+    encoding = sine_encoding(points.flip(-1) * (2 * math.pi), channels // 2)  # (..., 2, channels / 2)
+    return encoding.flatten(-2)
+
+
+class PositionEmbeddingSine(nn.Module):
+    """Sines and cosines of the pixel's row and column (Vaswani et al., 2017, in two dimensions).
+
+    Args:
+        num_pos_feats: channels for each of the two axes.
+        temperature: ratio of the longest to the shortest wavelength.
+        normalize: count rows and columns so that those that are not padding span (0, scale].
+        scale: radians; meaningful with normalize only.
+    """
+
+    def __init__(
+        self,
+        num_pos_feats: int = 64,
+        temperature: float = 10000.0,
+        normalize: bool = False,
+        scale: float = 2 * math.pi,
+    ):
+        super().__init__()
+        self.num_pos_feats = num_pos_feats
+        self.temperature = temperature
+        self.normalize = normalize
+        self.scale = scale
+
+    def forward(self, features: NestedTensor) -> Tensor:
+        """Features (batch, channels, h, w) with a mask give float32 (batch, 2 num_pos_feats, h, w), in [-1, 1].
+
+        The first half of the channels encodes the row, the second the column; in each, sines stand at even
+        channels and cosines at odd ones.
+        """
+        present = ~features.mask  # (batch, h, w)
+        axes = []
+        for axis in (1, 2):
+            # Whole numbers are summed: GPUs have no deterministic sum of fractions.
+            position = present.cumsum(axis).float()  # (batch, h, w)
+            if self.normalize:
+                last = position.narrow(axis, position.shape[axis] - 1, 1)
+                position = position / (last + 1e-6) * self.scale
+            axes.append(sine_encoding(position, self.num_pos_feats, self.temperature))
+        return torch.cat(axes, dim=-1).permute(0, 3, 1, 2)  # (batch, 2 num_pos_feats, h, w)
+
+
+class PositionEmbeddingLearned(nn.Module):
+    """A learned vector for each row and each column of the feature map.
+
+    Args:
+        num_pos_feats: channels for each of the two axes.
+    """
+
+    # Rows and columns that exist; the released weights' size.
+    MAX_CELLS: Final = 50
+
+    def __init__(self, num_pos_feats: int = 256):
+        super().__init__()
+        self.row_embed = nn.Embedding(self.MAX_CELLS, num_pos_feats)
+        self.col_embed = nn.Embedding(self.MAX_CELLS, num_pos_feats)
+        nn.init.uniform_(self.row_embed.weight)
+        nn.init.uniform_(self.col_embed.weight)
+
+    def forward(self, features: NestedTensor) -> Tensor:
+        """Features (batch, channels, h, w) give (batch, 2 num_pos_feats, h, w): columns first, then rows.
+
+        Raises:
+            ValueError: the map is larger than 50 x 50.
+        """
+        batch, _, h, w = features.tensors.shape
+        if max(h, w) > self.MAX_CELLS:
+            raise ValueError(
+                f"learned position embeddings know {self.MAX_CELLS} rows and columns, the feature map has {h} x {w}: "
+                "use --position_embedding sine, smaller images (--max_size), or no --dilation"
+            )
+        columns = self.col_embed.weight[:w].expand(h, w, -1)
+        rows = self.row_embed.weight[:h].unsqueeze(1).expand(h, w, -1)
+        embedding = torch.cat((columns, rows), dim=-1).permute(2, 0, 1)  # (2 num_pos_feats, h, w)
+        return embedding.expand(batch, -1, -1, -1)
+
+
+def build_position_encoding(args) -> nn.Module:
+    """The position encoding that `--position_embedding` and `--hidden_dim` ask for."""
+    num_pos_feats = args.hidden_dim // 2
+    if args.position_embedding == "learned":
+        return PositionEmbeddingLearned(num_pos_feats)
+    return PositionEmbeddingSine(num_pos_feats, normalize=True)
