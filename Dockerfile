@@ -18,11 +18,16 @@ RUN apt-get update \
 
 WORKDIR /workspace
 
-# Dependencies first: with an empty package in the place of the real one, this layer (several GB) stays
+# Dependencies first: with empty packages in the place of the real ones, this layer (several GB) stays
 # in the cache until one of these three files changes. The install is editable, so that the source
 # copied further down is what gets imported.
 COPY pyproject.toml constraints.txt LICENSE ./
-RUN mkdir enact_common \
+RUN python -c "import pathlib, tomllib; \
+tools = tomllib.loads(pathlib.Path('pyproject.toml').read_text())['tool']['setuptools']; \
+moved = tools['package-dir']; \
+places = [moved.get(name) or moved.get(name.rpartition('.')[0], '') + '/' + name.rpartition('.')[2] \
+    if name in moved or name.rpartition('.')[0] in moved else name.replace('.', '/') for name in tools['packages']]; \
+[pathlib.Path(place).mkdir(parents=True, exist_ok=True) for place in places]" \
     && touch README.md enact_common/__init__.py \
     && pip install --no-cache-dir --root-user-action=ignore \
         -c constraints.txt -e ".[logging,plots,fast-eval]"

@@ -1,116 +1,226 @@
-"""Settings in a file: `--config`, and the file that a training leaves."""
+"""Settings that can be kept: `--config FILE`, `config.yaml`, and the files in `configs/`."""
+
+import argparse
 
 import pytest
 import yaml
-from conftest import SMALL_MODEL, parse, train
-from hypothesis import given, settings
+from conftest import ROOT, SMALL_MODEL, parse, run
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from enact_common.cli.config import RUN_FLAGS, config_text, shipped_configs
-from enact_common.variants import VARIANTS, load_variant
+from enact_common import load_variant
+from enact_common.cli.config import OF_ONE_RUN, config_text
+from enact_common.variants import VARIANTS
 
-# images a step, epochs, backbone, dilation, the plain model's learning rate and ENACT's
 PUBLISHED = {
-    "detr_r50": ("detr", 8, 300, "resnet50", False),
-    "conditional_detr_r101": ("conditional", 8, 50, "resnet101", False),
-    "anchor_detr_r50_dc5": ("anchor", 4, 50, "resnet50", True),
+    "detr": {"backbone": "resnet50", "dilation": False, "epochs": 300, "lr_drop": 200, "batch_size": 8},
+    "conditional": {"backbone": "resnet101", "dilation": False, "epochs": 50, "lr_drop": 40, "batch_size": 8},
+    "anchor": {"backbone": "resnet50", "dilation": True, "epochs": 50, "lr_drop": 40, "batch_size": 4},
 }
-RECOMMENDED = {
-    "detr": {"enact_scale_logits": True, "enact_order": "hilbert", "enact_temperature": 1.0},
-    "conditional": {"enact_scale_logits": True, "enact_order": "hilbert", "enact_temperature": 1.0},
-    "anchor": {"enact_temperature": 1.0},
-}
-GPUS = 4
+NAMES = {
+    "detr": "detr_resnet50", "conditional": "conditional_detr_resnet101", "anchor": "anchor_detr_resnet50_dc5",
+}  # fmt: skip
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), min_size=1).filter(
+    lambda word: not word.startswith("-")
+)
 
 
-def kept(args) -> dict:
-    """The arguments that a configuration states."""
-    return {name: value for name, value in vars(args).items() if name not in RUN_FLAGS}
+def parser_of(variant: str):
+    return load_variant(variant).main.get_args_parser()
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_shipped_configurations_parse_to_the_published_values(name):
-    variant, batch, epochs, backbone, dilation = PUBLISHED[name]
-    plain, enact, recommended = (parse(variant, "--config", name + end) for end in ("", "_enact", "_enact_recommended"))
-    for args in (plain, enact, recommended):
-        assert (args.batch_size * GPUS, args.epochs) == (batch, epochs)
-        assert (args.backbone, args.dilation) == (backbone, dilation)
-    assert (plain.encoder_attention, plain.lr) == ("mhsa", 1e-4)
-    assert (enact.encoder_attention, enact.lr) == ("enact", 5e-5)
-    assert enact.smoothing_sigma == (5 if variant == "anchor" else 3)
-    # The defaults are the published trainings.
-    assert kept(enact) == kept(parse(variant))
-    assert kept(plain) == kept(parse(variant, "--encoder_attention", "mhsa"))
-    differs = {flag: value for flag, value in kept(recommended).items() if value != getattr(enact, flag)}
-    assert differs == RECOMMENDED[variant]
+def written(tmp_path, text: str) -> str:
+    path = tmp_path / "settings.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
 
 
-def test_every_shipped_configuration_is_tested():
-    assert set(shipped_configs()) == {name + end for name in PUBLISHED for end in ("", "_enact", "_enact_recommended")}
+def settings_of(args: argparse.Namespace) -> dict:
+    return {name: value for name, value in vars(args).items() if name not in OF_ONE_RUN}
+
+
+@st.composite
+def command_lines(draw, variant: str) -> list[str]:
+    """Words that the parser takes: some of its flags, with values of their types."""
+    argv = []
+    for action in draw(st.lists(st.sampled_from(parser_of(variant)._actions), unique_by=lambda action: action.dest)):
+        if action.dest in ("help", *OF_ONE_RUN):
+            continue
+        option = draw(st.sampled_from(action.option_strings))
+        if action.nargs == 0:
+            argv.append(option)
+            continue
+        if action.choices:
+            value = st.sampled_from(list(action.choices)).map(str)
+        elif action.type in (None, str):
+            value = WORDS
+        elif action.type.__name__ == "boolean":
+            value = st.sampled_from(("yes", "no", "true", "0"))
+        elif action.type is float or "float" in action.type.__name__ or action.type.__name__ in ("fraction", "decay"):
+            value = st.floats(0, 0.99).map(repr)
+        else:
+            value = st.integers(1, 10**6).map(str)
+        counts = {"+": (1, 3), "?": (0, 1)}.get(action.nargs, (1, 1))
+        argv += [option, *draw(st.lists(value, min_size=counts[0], max_size=counts[1]))]
+    return argv
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@given(st.data())
-@settings(max_examples=15, deadline=None)
-def test_a_written_configuration_gives_the_same_arguments(variant, tmp_path_factory, data):
-    parser = load_variant(variant).main.get_args_parser()
-    words = data.draw(
-        st.lists(
-            st.sampled_from(
-                ["--lr 3e-4", "--no_augmentation", "--enact_per_image", "--no-enact_per_image", "--ema", "--ema 0.5",
-                 "--freeze backbone query", "--train_sizes 64 72", "--masks", "--cache_mode decoded",
-                 "--dilation false",
-                 "--no-dilation", "--dilation", "--encoder_attention mhsa", "--lr_drop_epochs 3 7", "--amp bf16"]
-            ), max_size=6,
-        )
-    )  # fmt: skip
-    args = parser.parse_args(" ".join(words).split())
-    path = tmp_path_factory.mktemp("config") / "config.yaml"
-    path.write_text(config_text(parser, args))
-    again = parser.parse_args(["--config", str(path)])
-    assert kept(again) == kept(args)
-    # The command line wins.
-    assert parser.parse_args(["--config", str(path), "--lr", "0.5"]).lr == 0.5
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(data=st.data())
+def test_what_is_written_reads_as_the_same_settings(variant, tmp_path_factory, data):
+    args = parse(variant, *data.draw(command_lines(variant)))
+    text = config_text(parser_of(variant), args)
+    path = tmp_path_factory.getbasetemp() / f"{variant}.yaml"
+    path.write_text(text, encoding="utf-8")
+    again = parse(variant, "--config", str(path))
+    assert settings_of(again) == settings_of(args)
+    assert config_text(parser_of(variant), again) == text
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_flag_is_written_but_those_of_one_run(variant):
+    parser = parser_of(variant)
+    known = {action.dest for action in parser._actions} - {"help"}
+    keys = yaml.safe_load(config_text(parser, parser.parse_args([])))
+    dests = {{"no_aux_loss": "aux_loss", "no_augmentation": "augmentation"}.get(key, key) for key in keys}
+    assert dests == known - set(OF_ONE_RUN)
+
+
+def test_the_command_line_wins(tmp_path):
+    path = written(
+        tmp_path, "lr: 1e-3\nsgd: true\nno-augmentation: true\nenact_per_image: true\nmasks: yes\nfreeze: [a, b]\n"
+    )
+    args = parse("detr", "--config", path)
+    assert (args.lr, args.sgd, args.augmentation, args.enact_per_image) == (1e-3, True, False, True)
+    assert args.masks and args.freeze == ["a", "b"] and not hasattr(args, "config")
+    argv = "--lr 1 --no-sgd --augmentation --no-enact_per_image --no-masks --freeze c".split()
+    for words in ([*argv, "--config", path], [f"--config={path}", *argv]):
+        args = parse("detr", *words)
+        assert (args.lr, args.sgd, args.augmentation, args.enact_per_image) == (1, False, True, False)
+        assert not args.masks and args.freeze == ["c"]
+
+
+@pytest.mark.parametrize(
+    "text, argv, lr",
+    [
+        ("encoder_attention: mhsa", [], 1e-4),
+        ("encoder_attention: mhsa\nlr: 5e-5", [], 5e-5),
+        ("encoder_attention: mhsa", ["--encoder_attention", "enact"], 5e-5),
+        ("lr: 3e-4", ["--encoder_attention", "mhsa"], 3e-4),
+        ("epochs: 3", ["--encoder_attention", "mhsa"], 1e-4),
+    ],
+)
+def test_the_learning_rate_follows_the_attention_unless_a_file_says_it(text, argv, lr, tmp_path):
+    assert parse("detr", "--config", written(tmp_path, text), *argv).lr == lr
+
+
+@pytest.mark.parametrize(
+    "text, values",
+    [
+        ("", {}),
+        ("cache_mode: true", {"cache_mode": "encoded"}),
+        ("cache_mode: false", {"cache_mode": False}),
+        ("cache_mode: decoded", {"cache_mode": "decoded"}),
+        ("ema: true", {"ema": 0.999}),
+        ("ema: 0.9", {"ema": 0.9}),
+        ("ema:", {"ema": None}),
+        ("dilation: true", {"dilation": True}),
+        ("no-dilation: true", {"dilation": False}),
+        ("dilation: 'no'", {"dilation": False}),
+        ("aux_loss: false", {"aux_loss": False}),
+        ("no_aux_loss: false", {"aux_loss": True}),
+        ("coco_path: -dir", {"coco_path": "-dir"}),
+        ("coco-path: 17", {"coco_path": "17"}),
+        ("--epochs: 7", {"epochs": 7}),
+        ("train_sizes: 64", {"train_sizes": [64]}),
+        ("freeze: []", {"freeze": []}),
+        ("backbone_weights: none", {"backbone_weights": "none"}),
+    ],
+)
+def test_values_mean_what_their_words_mean(text, values, tmp_path):
+    args = vars(parse("detr", "--config", written(tmp_path, text)))
+    assert {name: args[name] for name in values} == values
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("lrr: 1", "no flag 'lrr'; did you mean lr?"),
-        ("batch-sise: 1", "did you mean batch_size?"),
-        ("lr: fast", "lr: 'fast'"),
-        ("amp: fp17", "choose from none, bf16, fp16"),
-        ("masks: 3", "expected true or false"),
-        ("epochs:", "needs a value"),
-        ("epochs: [1, 2]", "expected one value"),
-        ("train_sizes: []", "expected at least one value"),
-        ("lr: {a: 1}", "expected one value or a list"),
-        ("resume: a.pth", "belongs to one run"),
-        ("- lr", "holds no settings"),
+        ("lrr: 3", "lrr: no such flag of this model; did you mean lr?"),
+        ("zzzzzz: 3", "zzzzzz: no such flag of this model; "),
+        ("focal_alpha: 0.5", "focal_alpha: no such flag of this model"),
+        ("config: other.yaml", "config: is for the command line alone"),
+        ("lr: fast", "lr: argument --lr: invalid non_negative_float value: 'fast'"),
+        ("lr:", "lr: has no value"),
+        ("lr: [1, 2]", "lr: takes one value, not a list"),
+        ("lr: {a: 1}", "lr: must be a value or a list of values, is a dict"),
+        ("batch_size: 0", "batch_size: argument --batch_size: must be at least 1, got 0"),
+        ("backbone: vgg", "backbone: argument --backbone: invalid choice: 'vgg'"),
+        ("sgd: 1", "sgd: must be true or false, is 1"),
+        ("train_sizes: []", "train_sizes: is an empty list"),
+        ("train_sizes: [[1]]", "train_sizes: must be a list of plain values"),
+        ("lr: 1\nlr: 2", "not a YAML file (the key lr is there twice)"),
+        ("dilation: true\nno-dilation: true", "dilation and no-dilation set the same"),
+        ("- lr", "must be lines of FLAG: VALUE, is a list"),
         ("lr: [", "not a YAML file"),
-        ("!!python/object:os.system {}", "not a YAML file"),
+        ("lr: !!python/object/apply:os.getcwd []", "not a YAML file"),
+        ("? [1, 2]\n: 3", "--config"),
     ],
 )
-def test_a_wrong_configuration_is_named(tmp_path, capsys, text, message):
-    path = tmp_path / "mine.yaml"
-    path.write_text(text)
+def test_errors_name_the_file_the_key_and_the_way_out(text, message, tmp_path, capsys):
+    path = written(tmp_path, text)
     with pytest.raises(SystemExit) as end:
-        parse("detr", "--config", str(path))
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and str(path) in said and message in said
+        parse("detr", "--config", path)
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and path in error and message in error and "usage" not in error
 
 
-def test_a_missing_configuration_names_those_there_are(capsys):
-    with pytest.raises(SystemExit):
-        parse("detr", "--config", "detr_r5O")
-    assert "detr_r50_enact_recommended" in capsys.readouterr().err
+def test_a_missing_file_is_said_with_those_that_there_are(tmp_path, capsys):
+    for name in ("nowhere", str(tmp_path / "detr_resnet50"), str(tmp_path)):
+        with pytest.raises(SystemExit):
+            parse("detr", "--config", name)
+        error = capsys.readouterr().err
+        assert f"--config {name}: no such file" in error and "anchor_detr_resnet50_dc5_enact_recommended" in error
 
 
-def test_a_training_leaves_its_configuration(shapes, tmp_path):
-    out = tmp_path / "out"
-    flags = ["--epochs", "1", "--limit_train", "4", "--limit_val", "1", "--clip_max_norm", "0.2"]
-    assert train("detr", shapes, out, *flags) == 0
-    written = yaml.safe_load((out / "config.yaml").read_text())
-    assert written["clip_max_norm"] == 0.2 and "output_dir" not in written
-    args = parse("detr", "--coco_path", str(shapes), *SMALL_MODEL["detr"], *flags)
-    assert kept(parse("detr", "--config", str(out / "config.yaml"))) == kept(args)
+def test_each_file_that_is_shipped_belongs_to_a_training():
+    suffixes = ("", "_enact", "_enact_recommended")
+    expected = {f"{name}{suffix}.yaml" for name in NAMES.values() for suffix in suffixes}
+    assert {path.name for path in (ROOT / "configs").iterdir()} == expected
+
+
+@pytest.mark.parametrize("suffix", ["", "_enact", "_enact_recommended"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shipped_files_parse_to_the_published_values(variant, suffix):
+    plain = suffix == ""
+    args = parse(variant, "--config", NAMES[variant] + suffix)
+    expected = PUBLISHED[variant] | {"encoder_attention": "mhsa" if plain else "enact", "lr": 1e-4 if plain else 5e-5}
+    expected |= {"smoothing_sigma": 5.0 if variant == "anchor" else 3.0, "lr_backbone": 1e-5, "weight_decay": 1e-4}
+    if suffix == "_enact":
+        expected |= {"enact_clusters": "windows", "enact_order": "rows"}
+        expected |= {"enact_temperature": 0, "enact_max_clusters": 0}
+        expected |= {"enact_per_image": False, "enact_mask_padding": False, "enact_scale_logits": False}
+    elif suffix:
+        own = variant != "anchor"
+        expected |= {"enact_temperature": 1, "enact_order": "hilbert" if own else None, "enact_scale_logits": own}
+    assert {name: getattr(args, name) for name in expected} == expected
+    # All else is as the published trainings have it: the parser's defaults.
+    assert {name: value for name, value in settings_of(args).items() if name not in expected} == {
+        name: value for name, value in settings_of(parse(variant)).items() if name not in expected
+    }
+    args.coco_path = "coco"
+    parser_of(variant).check(args)
+
+
+def test_a_training_writes_settings_that_repeat_it(shapes, tmp_path):
+    argv = ["--coco_path", str(shapes), *SMALL_MODEL["conditional"], "--epochs", "1"]
+    assert run("conditional", *argv, "--output_dir", str(tmp_path / "a")) == 0
+    text = (tmp_path / "a" / "config.yaml").read_text()
+    saved = yaml.safe_load(text)
+    assert saved["epochs"] == 1 and saved["num_classes"] >= 3 and not set(OF_ONE_RUN) & set(saved)
+    assert run("conditional", "--config", str(tmp_path / "a" / "config.yaml"), "--output_dir", str(tmp_path / "b")) == 0
+    assert (tmp_path / "b" / "config.yaml").read_text() == text
+    # Resumed with more epochs, it is that training's.
+    resume = ["--auto_resume", "--epochs", "2", "--output_dir", str(tmp_path / "a")]
+    assert run("conditional", "--config", str(tmp_path / "a" / "config.yaml"), *resume) == 0
+    assert yaml.safe_load((tmp_path / "a" / "config.yaml").read_text()) == {**saved, "epochs": 2}

@@ -3,11 +3,12 @@
 import argparse
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from enact_common.attention.clustering import CLUSTERS
 from enact_common.attention.hilbert import ORDERS, ROWS
 from enact_common.cli.checks import check_arguments, check_position_embedding
-from enact_common.cli.config import with_config
+from enact_common.cli.config import add_opposites, read_config
 from enact_common.cli.flags import COCO, ENACT_LR, LOSSES, MODEL, PANOPTIC, PLAIN_LR
 from enact_common.cli.types import (
     HelpFormatter,
@@ -32,7 +33,8 @@ EMA_DECAY = 0.999
 
 
 class VariantParser(argparse.ArgumentParser):
-    """A parser in which `--encoder_attention mhsa` brings the plain models' learning rate, unless `--lr` is given.
+    """A parser in which `--encoder_attention mhsa` brings the plain models' learning rate, unless `--lr` is given, and
+    `--config FILE` brings flags from a file, over which those of the command line win.
 
     Attributes:
         checks: what `check` calls: functions of the parsed arguments that raise a UserError.
@@ -41,6 +43,8 @@ class VariantParser(argparse.ArgumentParser):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.checks: list[Callable[[argparse.Namespace], None]] = []
+        # Goes before an error's message: where the words come from that are being parsed.
+        self.origin = ""
 
     def check(self, args: argparse.Namespace) -> None:
         """Refuse what cannot work, before any work starts.
@@ -60,14 +64,40 @@ class VariantParser(argparse.ArgumentParser):
         return {group.title: group for group in self._action_groups}[title]
 
     def parse_known_args(self, args=None, namespace=None):
-        try:
-            args = with_config(self, sys.argv[1:] if args is None else args)
-        except UserError as error:
-            self.error(str(error))
-        parsed, rest = super().parse_known_args(args, namespace)
+        add_opposites(self)
+        words = sys.argv[1:] if args is None else list(args)
+        parsed, rest = super().parse_known_args(words, namespace)
+        if getattr(parsed, "config", None):
+            # Before the command line's words: of a flag that is given twice, the last counts.
+            words = [*self.config_words(parsed.config), *words]
+            parsed, rest = super().parse_known_args(words, namespace)
         if namespace is None and getattr(parsed, "encoder_attention", None) == "mhsa":
-            return super().parse_known_args(args, argparse.Namespace(lr=PLAIN_LR))
+            parsed, rest = super().parse_known_args(words, argparse.Namespace(lr=PLAIN_LR))
+        # What it says has become the other flags' values; checkpoints and logs need no name of it.
+        vars(parsed).pop("config", None)
         return parsed, rest
+
+    def config_words(self, name: str) -> list[str]:
+        """The words of the command line that a file of settings stands for, each checked by its flag's type.
+
+        Raises:
+            SystemExit: the file is missing, or something in it is wrong; a message names it and the key.
+        """
+        try:
+            settings = read_config(name, self)
+        except UserError as error:
+            self.exit(2, f"{self.prog}: error: {error}\n")
+        for key, words in settings:
+            self.origin = f"--config {name}: {key}: "
+            super().parse_known_args(words, argparse.Namespace())
+            self.origin = ""
+        return [word for _, words in settings for word in words]
+
+    def error(self, message: str) -> NoReturn:
+        """End with a message; where a file's setting is at fault, it names the file and the key."""
+        if self.origin:
+            self.exit(2, f"{self.prog}: error: {self.origin}{message}\n")
+        super().error(message)
 
 
 def common_parser(description: str) -> VariantParser:
@@ -388,9 +418,9 @@ def add_segmentation_flags(group) -> None:
 def add_run_flags(group) -> None:
     """Where and how it runs."""
     group.add_argument(
-        "--config", default="", metavar="FILE",
-        help="YAML file of flags, or the name of a configuration in configs/; flags on the command line win. A "
-        "training writes its own as OUTPUT_DIR/config.yaml",
+        "--config", metavar="FILE",
+        help="YAML file whose keys are flags, such as the config.yaml of another training, or the name of a published "
+        "training (docs/configs.md); flags given here win over it; default: none",
     )  # fmt: skip
     group.add_argument(
         "--output_dir", default="", metavar="DIR", help="for log, checkpoints and results; without it none is written"

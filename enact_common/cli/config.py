@@ -1,8 +1,12 @@
-"""Settings in a file: `--config FILE` reads them, and a training writes its own as `config.yaml`."""
+"""A training's settings in a YAML file: `--config FILE` reads one, each training writes its own as `config.yaml`.
+
+Keys are the flags without their dashes; `-` and `_` are alike within them. A value becomes the words that would follow
+the flag on the command line, so both are checked by the same types and choices.
+"""
 
 import argparse
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,135 +14,203 @@ import yaml
 
 from enact_common.utils.errors import UserError
 
-FILE_NAME = "config.yaml"
+# The settings of a training, in its output folder.
+CONFIG = "config.yaml"
 
-# Flags that belong to one run: a file that set them would resume another run, or write into its folder.
-RUN_FLAGS = ("help", "config", "output_dir", "resume", "auto_resume", "start_epoch", "eval")
+# Flags of one run rather than of a training: where it writes, what it goes on from, and which processes take part. A
+# file that is written has none of them, so that another training from it cannot overwrite the first.
+OF_ONE_RUN = (
+    "config", "output_dir", "resume", "auto_resume", "start_epoch", "eval", "world_size", "dist_url", "dist_timeout",
+)  # fmt: skip
+
+# The files that come with the project: beside the package in a checkout, within it where installed.
+SHIPPED = next(
+    (
+        folder
+        for folder in (Path(__file__).parents[1] / "configs", Path(__file__).parents[2] / "configs")
+        if folder.is_dir()
+    ),
+    Path("configs"),
+)
 
 
-def shipped_configs() -> dict[str, Path]:
-    """The configurations that the project ships, by name."""
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "configs", package.parent / "configs"):  # installed, or in a checkout
-        if folder.is_dir():
-            return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-    return {}
+class _Loader(yaml.SafeLoader):
+    """YAML's built-in types alone; a key that is there twice is an error, not a value that is lost."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            # A key that is a list has no text, and is refused below.
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} is there twice")
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+        return super().construct_mapping(node, deep)
 
 
-def config_words(parser: argparse.ArgumentParser, source: str) -> list[str]:
-    """A configuration as words of the parser's command line.
-
-    Args:
-        parser: whose flags the keys are, written with `_` or `-`.
-        source: a YAML file, or the name of a shipped configuration.
+def find_config(name: str) -> Path:
+    """The file that `--config` names: a path, or the name of a file that comes with the project.
 
     Raises:
-        UserError: there is no such file, it is no mapping, or a key or value is none of the parser's.
+        UserError: there is none; the message names those that come with the project.
     """
-    path = Path(source)
-    if not path.is_file():
-        path = shipped_configs().get(source, path)
+    path = Path(name)
+    shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
+    if path.is_file():
+        return path
+    # A name, not a path that ends alike.
+    if path.name == name and name.removesuffix(".yaml") in shipped:
+        return shipped[name.removesuffix(".yaml")]
+    raise UserError(f"--config {name}: no such file; pass a path, or the name of one of ours: {', '.join(shipped)}")
+
+
+def read_config(name: str, parser: argparse.ArgumentParser) -> list[tuple[str, list[str]]]:
+    """The settings of a file as words of the command line.
+
+    Args:
+        name: a path, or the name of a file that comes with the project.
+        parser: whose flags the keys are; each of its switches needs a flag for either way, see `add_opposites`.
+
+    Returns:
+        (key, words) of each setting, in the file's order; no words where it is the default that no word stands for.
+
+    Raises:
+        UserError: the file is missing or no mapping, or has an unknown key, the nearest of which is named, or a value
+            that no word stands for. Values' types are left to the parser.
+    """
+    path = find_config(name)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        names = ", ".join(shipped_configs())
-        raise UserError(f"--config {source}: no such file; shipped are {names}") from error
+        with open(path, "rb") as file:
+            settings = yaml.load(file, _Loader)
     except OSError as error:
-        raise UserError(f"--config {source}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"--config {source}: not a YAML file ({' '.join(str(error).split())})") from error
-    if not isinstance(data, dict):
-        raise UserError(f"--config {source}: holds no settings; expected lines like `lr: 1e-4`")
-    actions = actions_by_key(parser)
-    words = []
-    for key, value in data.items():
-        name = str(key).replace("-", "_")
-        if name not in actions:
-            near = difflib.get_close_matches(name, actions, 1)
-            meant = f"; did you mean {near[0]}?" if near else ""
-            raise UserError(f"--config {source}: no flag {key!r}{meant}")
-        if actions[name].dest in RUN_FLAGS:
-            raise UserError(f"--config {source}: {key} belongs to one run; pass it on the command line")
+        raise UserError(f"--config {path}: cannot be read ({error.strerror or error})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-02-30, which would be a date
+        raise UserError(f"--config {path}: not a YAML file ({' '.join(str(error).split())})") from error
+    if settings is None:
+        return []
+    if not isinstance(settings, Mapping):
+        raise UserError(f"--config {path}: must be lines of FLAG: VALUE, is a {type(settings).__name__}")
+    flags, taken, words = flags_of(parser), {}, []
+    for key, value in settings.items():
+        flag = str(key).lstrip("-").replace("-", "_")
+        if flag in ("config", "help"):
+            raise UserError(f"--config {path}: {key}: is for the command line alone; remove the line")
+        if flag not in flags:
+            nearest = difflib.get_close_matches(flag, flags, 1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"{parser.prog} --help lists the flags"
+            raise UserError(f"--config {path}: {key}: no such flag of this model; {hint}")
+        option, action = flags[flag]
+        if action.dest in taken:
+            raise UserError(f"--config {path}: {taken[action.dest]} and {key} set the same; remove one of them")
+        taken[action.dest] = key
         try:
-            words += words_of(actions[name], value, by_destination=name == actions[name].dest)
-        except (argparse.ArgumentTypeError, TypeError, ValueError) as error:
-            raise UserError(f"--config {source}: {key}: {str(value)[:100]!r}: {error}") from error
+            words.append((str(key), words_of(option, action, value, flags)))
+        except ValueError as error:
+            raise UserError(f"--config {path}: {key}: {error}") from error
     return words
 
 
-def actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """Each flag by the names that a key may have: where its value goes, and the flag's own."""
-    actions: dict[str, argparse.Action] = {}
-    for action in parser._actions:
-        for name in (action.dest, *(option.lstrip("-").replace("-", "_") for option in action.option_strings)):
-            actions.setdefault(name, action)
-    return actions
+def flags_of(parser: argparse.ArgumentParser) -> dict[str, tuple[str, argparse.Action]]:
+    """Each flag's name as a key of a file, dashes taken off or made underscores, to (option, action)."""
+    return {
+        option.lstrip("-").replace("-", "_"): (option, action)
+        for action in parser._actions
+        for option in action.option_strings
+        if option.startswith("--")
+    }
 
 
-def words_of(action: argparse.Action, value: Any, by_destination: bool) -> list[str]:
-    """The words that give a flag a value.
+def words_of(option: str, action: argparse.Action, value: Any, flags: Mapping[str, tuple]) -> list[str]:
+    """The words of the command line that set a flag.
 
     Args:
-        action: the flag.
-        value: plain YAML value.
-        by_destination: the key is where the value goes (`augmentation`), not the flag's own name (`no_augmentation`).
+        option: the flag.
+        action: the parser's.
+        value: of the file.
+        flags: of `flags_of`.
 
     Raises:
-        argparse.ArgumentTypeError, TypeError, ValueError: the flag cannot have that value.
+        ValueError: no words do.
     """
-    option = max(action.option_strings, key=len)
-    if isinstance(value, dict):
-        raise ValueError("expected one value or a list")
-    if isinstance(action, argparse.BooleanOptionalAction) and value is not None:
-        yes, no = sorted(action.option_strings, key=len)  # --flag, --no-flag
-        return [yes if expect_bool(value) == by_destination else no]
-    if action.nargs == 0 and value is not None:
-        given = expect_bool(value) == bool(action.const) if by_destination else expect_bool(value)
-        return [option] if given else []
-    unset = action.default is None or action.default is False or action.default == []
-    if unset and (value is None or value is False or value == []):
-        return []
     if value is None:
-        raise ValueError("a flag with a default needs a value")
-    many = action.nargs in ("+", "*")
-    values = value if isinstance(value, list) else [value]
-    if not values or (not many and len(values) != 1):
-        raise ValueError("expected at least one value" if many else "expected one value")
-    texts = [str(v).lower() if isinstance(v, bool) else str(v) for v in values]
-    for text in texts:
-        typed = action.type(text) if action.type else text
-        if action.choices is not None and typed not in action.choices:
-            raise ValueError(f"choose from {', '.join(map(str, action.choices))}")
-    return [option, *texts] if many else [f"{option}={texts[0]}"]
+        if action.default is None:
+            return []
+        raise ValueError("has no value; write one, or remove the line")
+    if isinstance(value, (Mapping, set, bytes)):
+        raise ValueError(f"must be a value or a list of values, is a {type(value).__name__}")
+    if isinstance(value, list):
+        if action.nargs not in ("+", "*"):
+            raise ValueError("takes one value, not a list")
+        if any(isinstance(item, (Mapping, list, set, bytes, type(None))) for item in value):
+            raise ValueError("must be a list of plain values")
+        if value:
+            return [option, *map(str, value)]
+        if action.default == []:
+            return []
+        raise ValueError("is an empty list; name a value at least, or remove the line")
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise ValueError(f"must be true or false, is {value!r}")
+        return [option if value else opposite_of(option, action, flags)]
+    if value is True and action.nargs == "?":
+        # The flag without a word.
+        return [option]
+    if value is False and action.default is False:
+        return []
+    # One word, so that a value with a dash at its front is not taken for a flag.
+    return [option, str(value)] if action.nargs == "+" else [f"{option}={value}"]
 
 
-def expect_bool(value: Any) -> bool:
-    """The value, which must be true or false."""
-    if not isinstance(value, bool):
-        raise TypeError("expected true or false")
-    return value
+def opposite_of(option: str, action: argparse.Action, flags: Mapping[str, tuple]) -> str:
+    """The flag that undoes a switch."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        positive, negative = action.option_strings
+        return positive if option == negative else negative
+    return next(
+        other for other, candidate in flags.values() if candidate.dest == action.dest and candidate.nargs == 0
+        and candidate.const is not action.const
+    )  # fmt: skip
+
+
+def add_opposites(parser: argparse.ArgumentParser) -> None:
+    """Give each switch that has none a flag that undoes it, which the help does not show: `--no-sgd`, `--aux_loss`.
+
+    With them, the command line can undo what a file sets, and a file can say false.
+    """
+    switches = [a for a in parser._actions if a.nargs == 0 and isinstance(a.const, bool)]
+    sides = {(action.dest, action.const) for action in switches}
+    for action in switches:
+        if (action.dest, not action.const) in sides:
+            continue
+        option = f"--no-{action.dest}" if action.const else f"--{action.dest}"
+        if option in parser._option_string_actions:
+            continue  # --dilation takes a word
+        parser.add_argument(
+            option, dest=action.dest, action="store_false" if action.const else "store_true",
+            default=argparse.SUPPRESS, help=argparse.SUPPRESS,
+        )  # fmt: skip
 
 
 def config_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """All settings of a run but `RUN_FLAGS`, as a file that `--config` reads."""
-    settings = {
-        action.dest: getattr(args, action.dest)
-        for action in parser._actions
-        if action.dest not in RUN_FLAGS and hasattr(args, action.dest)
-    }
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    """The settings of a training as YAML that `--config` reads: every flag but `OF_ONE_RUN`, in the help's order.
 
-
-def with_config(parser: argparse.ArgumentParser, words: Sequence[str]) -> list[str]:
-    """A command line with the settings of its `--config` before the others, which win.
-
-    Raises:
-        UserError: as `config_words`.
+    Args:
+        parser: whose flags they are.
+        args: their values.
     """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    finder.add_argument("--config")
-    try:
-        source = finder.parse_known_args(list(words))[0].config
-    except argparse.ArgumentError:  # the whole parser says what is wrong
-        source = None
-    return [*(config_words(parser, source) if source else []), *words]
+    settings: dict[str, Any] = {}
+    written = set(OF_ONE_RUN)
+    for action in parser._actions:
+        if action.dest in written or not hasattr(args, action.dest):
+            continue
+        written.add(action.dest)
+        value = getattr(args, action.dest)
+        option = max(action.option_strings, key=len)
+        if isinstance(action, argparse.BooleanOptionalAction):
+            option = action.option_strings[0]
+        elif action.nargs == 0:
+            value = value == action.const
+        elif action.type and type(value) is int:
+            # A default of 1 for a float, which a file that was read and written again would have as 1.0.
+            value = action.type(str(value))
+        settings[option.lstrip("-")] = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, default_flow_style=None, width=116)

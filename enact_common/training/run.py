@@ -14,8 +14,7 @@ import torch
 
 from enact_common.checkpoints.files import LATEST
 from enact_common.cli.arguments import VariantParser
-from enact_common.cli.config import FILE_NAME as CONFIG
-from enact_common.cli.config import config_text
+from enact_common.cli.config import CONFIG, config_text
 from enact_common.cli.flags import with_flags
 from enact_common.data.coco import CocoDetection
 from enact_common.data.loading import worker_death
@@ -55,7 +54,7 @@ from enact_common.utils.distributed import (
     share_buffers,
 )
 from enact_common.utils.errors import UserError
-from enact_common.utils.files import make_folder, write_file
+from enact_common.utils.files import make_folder, write_atomically
 from enact_common.utils.signals import STOPPED, Stopped, listening, stop_requested
 
 logger = logging.getLogger("enact")
@@ -90,7 +89,7 @@ def main(
         with listening():
             args = with_latest(args)
             parser.check(args)
-            run(variant, args, build_model, build_dataset, config_text(parser, args))
+            run(variant, parser, args, build_model, build_dataset)
     except UserError as error:
         # One that a loader's worker raised comes with that process's traceback before it.
         status, problem = 2, "error: " + str(error).rsplit("UserError: ", 1)[-1].strip()
@@ -128,15 +127,15 @@ def with_latest(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def run(
-    variant: str, args: argparse.Namespace, build_model: Callable, build_dataset: Callable, config: str
+    variant: str, parser: VariantParser, args: argparse.Namespace, build_model: Callable, build_dataset: Callable
 ) -> None:
     """Check what the parser cannot, set up, then train or evaluate.
 
     Args:
         variant: its name.
+        parser: its command line.
         args: parsed arguments.
         build_model, build_dataset: as in `main`.
-        config: the settings as a file, which a training leaves in its folder.
 
     Raises:
         UserError: something is wrong that the user can mend. All but unreadable images is found before any work
@@ -149,7 +148,7 @@ def run(
         raise UserError(
             f"--sync_bn: PyTorch synchronises batch norm on GPUs alone, not on --device {args.device}; leave it out"
         )
-    args = init_distributed_mode(args)
+    asked, args = args, init_distributed_mode(args)
     device = torch.device(args.device)
     setup_logging()
     if args.auto_resume and len(set(gather_objects(args.resume))) > 1:
@@ -190,10 +189,10 @@ def run(
         masks = "segm" in network.postprocessors
         report_evaluation(data, evaluator, panoptic, source, output_dir, masks, per_class=True)
     else:
-        if output_dir and is_main_process():
-            write_file(output_dir / CONFIG, lambda file: file.write(config.encode()))
         network.wrapped = wrap_model(network.model, device)
-        train(variant, args, data, network, sources.resumed, device, output_dir, unreadable, measurable)
+        # On several GPUs, args.device is this process's own.
+        settings = config_text(parser, with_flags(args, device=asked.device))
+        train(variant, args, settings, data, network, sources.resumed, device, output_dir, unreadable, measurable)
 
 
 def seed_generators(seed: int) -> None:
@@ -206,6 +205,7 @@ def seed_generators(seed: int) -> None:
 def train(
     variant: str,
     args: argparse.Namespace,
+    settings: str,
     data: Data,
     network: Network,
     checkpoint: dict | None,
@@ -218,6 +218,7 @@ def train(
 
     Args:
         variant, args, data, network, device, output_dir, unreadable: as set up in `run`.
+        settings: what `config.yaml` says.
         checkpoint: to go on from; None to begin.
         measurable: whether evaluations have objects to measure by.
 
@@ -229,6 +230,8 @@ def train(
     state = TrainingState(variant, args, network, optimization, data.label_map, output_dir, device)
     start = state.resume(checkpoint, len(data.train_loader))
     args = state.args = with_flags(args, start_epoch=start.epoch)
+    if output_dir and is_main_process():
+        write_atomically(output_dir / CONFIG, lambda file: file.write(settings.encode()))
     log_summary(variant, args, data, network, device, output_dir, optimization.optimizer, start.epoch)
     data.cache(args.cache_mode)
     log = RunLog(output_dir)
