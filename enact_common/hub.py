@@ -137,8 +137,10 @@ def build(
     if not return_postprocessor:
         return built
     if model.panoptic:
-        things = range(len(coco_names())) if label_map is None else things_of(label_map, source)
-        return built, PostProcessPanoptic(things, threshold)
+        postprocessors["panoptic"].threshold = threshold
+        if label_map is not None:
+            postprocessors["panoptic"].things = frozenset(things_of(label_map, source))
+        return built, postprocessors["panoptic"]
     return built, postprocessors["bbox"]
 
 

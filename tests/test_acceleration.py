@@ -116,10 +116,10 @@ def test_compiled_parts_compute_the_same(model_and_batch, monkeypatch):
 def test_compiled_and_recomputed_needs_a_pytorch_that_can(monkeypatch, shapes):
     flags = ["--coco_path", str(shapes), "--compile", "--checkpoint_activations"]
     parser = load_variant("detr").main.get_args_parser()
-    monkeypatch.setattr(device, "TORCH_VERSION", (2, 4))
+    monkeypatch.setattr(checks, "TORCH_VERSION", (2, 4))
     with pytest.raises(UserError, match="--compile with --checkpoint_activations needs PyTorch 2.15"):
         parser.check(parser.parse_args(flags))
-    monkeypatch.setattr(device, "TORCH_VERSION", (2, 15))
+    monkeypatch.setattr(checks, "TORCH_VERSION", (2, 15))
     parser.check(parser.parse_args(flags))
 
 

@@ -159,7 +159,7 @@ def test_under_autocast_the_clusters_are_those_of_float32(batch_first):
     layer, tokens = EnactSelfAttention(32, 4, batch_first=batch_first), 5 * torch.randn(400, 2, 32)
     tokens = (tokens.transpose(0, 1) if batch_first else tokens).requires_grad_()
     seen = []
-    layer.observer = lambda information, clusters: seen.append(clusters.weights)
+    layer.register_cluster_hook(lambda information, clusters: seen.append(clusters.weights))
     expected = layer(tokens, tokens, tokens)[0]
     gradients = torch.autograd.grad(expected.square().mean(), (tokens, layer.W_prob.weight))
     with torch.autocast("cpu", dtype=torch.bfloat16):

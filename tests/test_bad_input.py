@@ -31,6 +31,7 @@ from enact_common.data.checks import images as check_images
 from enact_common.data.checks import rules
 from enact_common.data.checks.split import Split
 from enact_common.data.coco import CocoDetection, seeded
+from enact_common.data.exif import exif_orientation
 from enact_common.data.images import decode_image
 from enact_common.data.synthetic import make_shapes
 from enact_common.data.transforms import eval_transforms, resized_shape, train_transforms
@@ -136,7 +137,7 @@ def test_exif_turns_no_pixel_but_a_tiffs_which_every_reader_turns(tmp_path, kind
     assert decoded.shape == expected.shape
     assert np.abs(decoded.astype(int) - expected).max() <= (1 if kind == "JPEG" else 0)
     # So of a TIFF, no check complains.
-    assert rules.exif_orientation(path) == (1 if kind == "TIFF" else orientation)
+    assert exif_orientation(path) == (1 if kind == "TIFF" else orientation)
     assert check_images.inspect_image(path).size == expected.shape[1::-1]
 
 
@@ -635,8 +636,8 @@ def test_names_outside_the_folder_are_refused_before_anything_is_looked_for(outs
 
 
 def test_names_outside_the_folder_are_an_error_of_the_data_and_not_opened(outside, monkeypatch, capsys):
-    opened, original = [], rules.read_file
-    monkeypatch.setattr(rules, "read_file", lambda path: opened.append(path) or original(path))
+    opened, original = [], check_images.read_file
+    monkeypatch.setattr(check_images, "read_file", lambda path: opened.append(path) or original(path))
     for flags in ([], ["--quick"]):
         assert checks_command.main([str(outside), *flags]) == 1
         lines = capsys.readouterr().out.splitlines()

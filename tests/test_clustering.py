@@ -87,7 +87,8 @@ def test_regions_are_runs_of_the_second_differences_sign(signal, regions):
     ],
 )
 def test_window_length_is_the_rounded_mean_region_length(tokens, regions, length):
-    assert window_length(tokens, regions) == length
+    regions = torch.tensor(regions)
+    assert window_length(torch.full_like(regions, tokens), regions).unique().tolist() == [length]
 
 
 @pytest.mark.parametrize("sigma", [1.4, 1.5, 2.5, 3.0, 5.0])
@@ -194,7 +195,7 @@ def test_one_host_read_back(monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, name, counted)
     EntropyClustering(8)(torch.randn(4, 50, 8), torch.randn(4, 50, 8))
-    assert reads == ["tolist"]
+    assert len(reads) == 1
 
 
 def test_clustering_stays_in_float32_under_autocast():

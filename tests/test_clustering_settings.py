@@ -152,13 +152,13 @@ def test_assignment_says_which_tokens_are_pooled(combination, num_tokens):
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
-def test_the_observer_is_shown_each_token_in_its_place(combination):
+def test_cluster_hooks_are_shown_each_token_in_its_place(combination):
     layer = EntropyClustering(4, 1.5, **combination)
     tokens, mask = torch.randn(2, 24, 4), torch.zeros(2, 4, 6, dtype=torch.bool)
     mask[1, :, 4:] = mask[1, 3:] = True
     mask = mask.flatten(1)
     seen = []
-    layer.observer = lambda *shown: seen.append(shown)
+    layer.register_cluster_hook(lambda *shown: seen.append(shown))
     clusters = layer.cluster(tokens, mask)
     ((information, shown),) = seen
     assert shown is clusters
@@ -209,7 +209,7 @@ def test_one_host_read_back(combination, monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, method, counted)
     layer(tokens, tokens, key_padding_mask=mask)
-    assert reads == ["tolist"]
+    assert len(reads) == 1
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=name)

@@ -1,6 +1,5 @@
 """Several processes on gloo: the same figures, the same batches, and all fail where one does."""
 
-import argparse
 import json
 import math
 from pathlib import Path
@@ -18,8 +17,8 @@ from enact_common.data.loading import EvaluationBatches, TrainSampler
 from enact_common.data.synthetic import make_shapes
 from enact_common.evaluation.coco import EVALUATION, METRICS
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
+from enact_common.training import setup
 from enact_common.training.engine import GRADIENTS, NonFiniteLossError, first_non_finite_output, keep_frozen_norms
-from enact_common.training.run import Run
 from enact_common.utils.acceleration import BATCH_NORMS
 
 
@@ -218,9 +217,8 @@ def test_synchronised_batch_norm_keeps_the_weights_names_and_is_frozen_alike():
 def test_buffers_are_not_sent_in_every_step(monkeypatch):
     asked = {}
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda model, **options: asked.update(options))
-    alone = Run("detr", argparse.Namespace(distributed=True, eval=False), None, None)
-    alone.model, alone.device = nn.Linear(1, 1), torch.device("cpu")
-    alone.wrap_model()
+    monkeypatch.setattr(setup, "is_distributed", lambda: True)
+    setup.wrap_model(nn.Linear(1, 1), torch.device("cpu"))
     assert asked["broadcast_buffers"] is False
 
 

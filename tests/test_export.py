@@ -12,6 +12,7 @@ from conftest import ATTENTIONS, SMALL_MODEL, build, parse
 from torch import nn
 
 from enact_common import UserError, load_detector
+from enact_common.attention.clustering import clusterings
 from enact_common.attention.clusters import Windows
 from enact_common.attention.layer import EnactSelfAttention
 from enact_common.benchmark import agreement, runtimes
@@ -23,7 +24,7 @@ from enact_common.data.coco import CocoDetection
 from enact_common.export import __main__ as command
 from enact_common.export import formats, load_exported
 from enact_common.export.formats import EXPORTING, FORMATS
-from enact_common.export.graph import calibrated_lengths, clusterings, fix_window_lengths
+from enact_common.export.graph import calibrated_lengths, fix_window_lengths
 from enact_common.inference.detector import as_pixels
 from enact_common.nested_tensor import NestedTensor
 from enact_common.utils.device import TORCH_VERSION
@@ -315,7 +316,7 @@ def test_fixed_windows_can_be_calibrated_on_images(checkpoint_of, shapes, tmp_pa
     detector = load_detector(checkpoint, "cpu")
     lengths = [[], []]
     for i, layer in enumerate(clusterings(detector.model)):
-        layer.observer = lambda _, clusters, i=i: lengths[i].append(clusters.weights.shape[-1])
+        layer.register_cluster_hook(lambda _, clusters, i=i: lengths[i].append(clusters.weights.shape[-1]))
     for image in images:
         detector(image)
     medians = [sorted(seen)[(len(seen) - 1) // 2] for seen in lengths]
@@ -323,14 +324,14 @@ def test_fixed_windows_can_be_calibrated_on_images(checkpoint_of, shapes, tmp_pa
     assert load_exported(tmp_path / "model.pt").metadata["window_lengths"] == medians
     one = calibrated_lengths(detector.model, [detector.model_input(as_pixels(images[0]))])
     assert one == [seen[0] for seen in lengths]
-    assert all(layer.observer is None for layer in clusterings(detector.model))
+    assert all(len(layer._cluster_hooks) == 1 for layer in clusterings(detector.model))
 
 
 def test_lengths_of_other_clusters_are_their_mean(checkpoint_of, shapes):
     detector = load_detector(checkpoint_of("detr", "enact"), "cpu", enact_clusters="regions")
     (layer,) = clusterings(detector.model)
     counts = []
-    layer.observer = lambda _, clusters: counts.append(clusters.shape[1])
+    layer.register_cluster_hook(lambda _, clusters: counts.append(clusters.shape[1]))
     image = detector.model_input(as_pixels(next((shapes / "val2017").iterdir())))
     detector.model(image)
     assert not isinstance(layer.cluster(torch.randn(1, 9, 32)), Windows)

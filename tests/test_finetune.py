@@ -18,8 +18,8 @@ from enact_common.checkpoints.pretrained import fit_weights, load_pretrained
 from enact_common.data.categories import LabelMap, coco_names
 from enact_common.hub import ENTRIES
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
+from enact_common.training import run as training_run
 from enact_common.training.averaging import WeightAverage
-from enact_common.training.run import Run
 from enact_common.variants import VARIANTS
 
 # Token attention, where the variant has a choice.
@@ -327,7 +327,8 @@ def test_averaged_weights_are_evaluated_and_resumed(shapes, tmp_path, capsys):
 def ap_history(monkeypatch):
     """Let evaluations give these values of AP, one after the other."""
     values = []
-    monkeypatch.setattr(Run, "report", lambda self, *args: {"test_coco_eval_bbox": [values.pop(0)] + [0.0] * 11})
+    metrics = lambda *args, **kwargs: {"test_coco_eval_bbox": [values.pop(0)] + [0.0] * 11}  # noqa: E731
+    monkeypatch.setattr(training_run, "report_evaluation", metrics)
     return values
 
 

@@ -16,7 +16,7 @@ from test_clustering_settings import expected_clusters
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from enact_common.attention.clustering import self_information, smooth
+from enact_common.attention.clustering import clusterings, self_information, smooth
 from enact_common.attention.hilbert import hilbert_order
 from enact_common.data.categories import LabelMap
 from enact_common.data.images import decode_image
@@ -26,7 +26,6 @@ from enact_common.inference.introspection import (
     MAX_DETECTIONS,
     SHOWN,
     check_kinds,
-    clusterings,
     introspect,
     memory_attention,
     output_and_weights,

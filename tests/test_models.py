@@ -413,7 +413,7 @@ def test_clusters_in_every_dtype_are_those_of_float32(variant, dtype):
         weights = []
         x, y, source = (5 * torch.randn(2, *shape, 32).to(dtype) for shape in ((30,), (20,), (20, 30)))
         for layer in layers:
-            layer.observer = lambda information, clusters, weights=weights: weights.append(clusters.weights)
+            layer.register_cluster_hook(lambda information, clusters, weights=weights: weights.append(clusters.weights))
             own = layer.W_prob.weight.dtype
             if variant == "anchor":
                 outputs = layer(source.to(own), x.to(own), y.to(own))[:3]

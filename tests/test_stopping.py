@@ -18,7 +18,7 @@ from conftest import ROOT, equal_states, read_log, start, train
 
 from enact_common.benchmark.isolated import run_isolated
 from enact_common.checkpoints.files import load_checkpoint, save_checkpoint
-from enact_common.training.run import Run
+from enact_common.training import run
 from enact_common.utils.errors import UserError, exit_status
 from enact_common.utils.files import write_file
 from enact_common.utils.signals import (
@@ -293,13 +293,13 @@ def test_which_checkpoints_stay(shapes, tmp_path, argv, kept):
 
 def test_the_best_checkpoint_is_that_of_the_highest_precision(shapes, tmp_path, monkeypatch):
     figures = iter([0.2, 0.5, 0.3])
-    original = Run.report
+    original = run.report_evaluation
 
-    def report(self, *args, **kwargs):
-        original(self, *args, **kwargs)
+    def report(*args, **kwargs):
+        original(*args, **kwargs)
         return {"test_coco_eval_bbox": [next(figures)] * 12}
 
-    monkeypatch.setattr(Run, "report", report)
+    monkeypatch.setattr(run, "report_evaluation", report)
     argv = ["--epochs", "3", "--limit_train", "4", "--limit_val", "1"]
     assert train("detr", shapes, tmp_path, *argv) == 0
     assert load_checkpoint(str(tmp_path / "best.pth"))["epoch"] == 1
@@ -351,7 +351,7 @@ def test_where_nothing_can_be_measured_nothing_is_the_best(nothing_to_find, chan
 @pytest.mark.parametrize("number", [-1.0, float("nan")])
 def test_figures_that_are_no_measurements_do_not_count(shapes, tmp_path, monkeypatch, number):
     figures = iter([number, 0.2, number, number, 0.3])
-    monkeypatch.setattr(Run, "report", lambda self, *args: {"test_coco_eval_bbox": [next(figures)] * 12})
+    monkeypatch.setattr(run, "report_evaluation", lambda *args, **kwargs: {"test_coco_eval_bbox": [next(figures)] * 12})
     argv = ["--limit_train", "4", "--limit_val", "1", "--early_stop", "2", "--auto_resume"]
     for epochs, best in ((1, None), (4, 1), (5, 4)):
         assert train("detr", shapes, tmp_path, "--epochs", str(epochs), *argv) == 0

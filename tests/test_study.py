@@ -16,11 +16,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from enact_common.attention.clustering import EntropyClustering
+from enact_common.attention.clustering import EntropyClustering, clusterings
 from enact_common.attention.hilbert import hilbert_order
 from enact_common.attention.layer import EnactSelfAttention
 from enact_common.attention.plug_in import clustered
-from enact_common.inference.introspection import clusterings
 from enact_common.study import __main__ as command
 from enact_common.study.arms import EqualShares, LearnedTemperature, MiddleAlone, Setting, encoder_layers
 from enact_common.study.images import DOTS, TRAIN, VAL, Photographs, Shapes, draw_one, load_images
@@ -166,10 +165,10 @@ def test_shares_are_equal_one_or_learned():
     layer.fixed_length = 4
     expected = {EqualShares: [0.25] * 4, MiddleAlone: [0, 0, 1, 0]}
     for kind, shares in expected.items():
-        layer.weight_logits = kind()
+        layer.pooling_logits = kind(4)
         assert layer.cluster(tokens).weights[1, 3].tolist() == shares
-    layer.weight_logits = temperature = LearnedTemperature()
-    assert "weight_logits.log_factor" in dict(layer.named_parameters())
+    layer.pooling_logits = temperature = LearnedTemperature()
+    assert "pooling_logits.log_factor" in dict(layer.named_parameters())
     mild = layer.cluster(tokens).weights.amax(dim=-1).mean()
     temperature.log_factor.data.fill_(2.0)
     assert layer.cluster(tokens).weights.amax(dim=-1).mean() > mild
@@ -297,7 +296,9 @@ def test_information_that_marks_objects_correlates_with_them(images):
 
         def forward(self, samples):
             cells, _ = data.on_object(torch.arange(len(samples.tensors)), (12, 14))
-            self.clustering.observer(cells.flatten(1).float() + 1, EntropyClustering(1).cluster(torch.zeros(6, 168, 1)))
+            clusters = EntropyClustering(1).cluster(torch.zeros(6, 168, 1))
+            for hook in self.clustering._cluster_hooks.values():
+                hook(cells.flatten(1).float() + 1, clusters)
 
     found = look(Marks(), data, (12, 14), "none")
     assert found["correlation"] == pytest.approx([1.0])

@@ -48,8 +48,9 @@ def build(args) -> tuple[DETR | DETRsegm, SetCriterion, dict[str, nn.Module]]:
     weights = build_weights(args, class_weight=1, loss_mask=args.mask_loss_coef, loss_dice=args.dice_loss_coef)
     criterion = MaskCriterion(num_classes, build_matcher(args), weights, class_loss)
     if args.dataset_file == PANOPTIC:
-        # COCO's things; of other data, the annotations say.
-        postprocessors["panoptic"] = PostProcessPanoptic(things=range(len(coco_names())))
+        # COCO's things; a run on other data sets those that its annotations state.
+        things = range(len(coco_names()))
+        postprocessors["panoptic"] = PostProcessPanoptic(things, args.panoptic_threshold)
     else:
         postprocessors["segm"] = PostProcessSegm()
     return model, criterion, postprocessors

@@ -11,14 +11,16 @@ all images, which are views of the tokens; and `RaggedClusters`, of any lengths.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
-from .clusters import RaggedClusters, TracedRaggedClusters, Windows, cut_windows, move_to_front
+from .clusters import Clusters, RaggedClusters, TracedRaggedClusters, Windows, cut_windows, move_to_front
 from .tracing import is_tracing, size_from_data, smaller_size
 
 # Added to every probability, so that the logarithm of an underflown one stays finite. Released weights know it.
@@ -106,27 +108,26 @@ def count_regions(signal: Tensor) -> Tensor:
     return region_borders(signal).sum(dim=-1) + 1
 
 
-def window_length(num_tokens: int, num_regions: list[int]) -> int:
-    """One window length for a batch: the mean over its images of the mean region length, rounded half to even.
+def window_length(tokens: Tensor, regions: Tensor, max_clusters: int | None = None, per_image: bool = False) -> Tensor:
+    """The length of each image's windows: the mean region length over the batch, rounded half to even.
 
     Args:
-        num_tokens: N, tokens an image.
-        num_regions: regions of each image, each in 1..N.
+        tokens: int64 (batch,), tokens of each image. An image of none does not count.
+        regions: int64 (batch,), regions of each image, at least 1.
+        max_clusters: windows are long enough to leave at most so many whole ones; None sets no limit.
+        per_image: each image's own mean region length, in place of one length for all.
 
     Returns:
-        tokens a window, in 1..N.
+        int64 (batch,), tokens a window, at least 1.
     """
-    return round(sum(num_tokens / regions for regions in num_regions) / len(num_regions))
-
-
-def traced_window_length(num_tokens, num_regions: Tensor) -> Tensor:
-    """`window_length` in a graph that is being recorded: of num_regions int64 (batch,), int64 ()."""
-    return (num_tokens / num_regions.double()).mean().round().long()
-
-
-def shortest_window(num_tokens, max_clusters: int):
-    """The shortest window length that leaves at most `max_clusters` whole windows; an int, or a tensor of them."""
-    return num_tokens // (max_clusters + 1) + 1
+    length = tokens.double() / regions
+    if not per_image:
+        length = (length.sum() / (tokens > 0).sum().clamp(min=1)).expand_as(length)
+    length = length.round().long().clamp(min=1)
+    if max_clusters is not None:
+        shortest = tokens // (max_clusters + 1) + 1
+        length = torch.maximum(length, shortest if per_image else shortest.max())
+    return length
 
 
 class _Score(torch.autograd.Function):
@@ -164,6 +165,34 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
     return tensor.dtype
 
 
+class InformationLogits(nn.Module):
+    """Makes pooling weights' logits of the smoothed information; it has no parameters.
+
+    Args:
+        temperature: as in `EntropyClustering`.
+    """
+
+    def __init__(self, temperature: float | None = None):
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, information: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """The logits whose softmax over a cluster makes the pooling weights of its tokens.
+
+        Args:
+            information: (batch, N), smoothed, zero where padding is masked.
+            tokens: int64 (batch,), how many of an image's N are no padding; None for all.
+
+        Returns:
+            (batch, N), at most `GREATEST_LOGIT`. To the gradient, the mean is a constant.
+        """
+        if self.temperature is None:
+            return information
+        count = information.shape[1] if tokens is None else tokens.clamp(min=1).unsqueeze(1)
+        mean = information.detach().sum(dim=1, keepdim=True) / count  # (batch, 1)
+        return (information / (self.temperature * mean.clamp(min=LEAST_MEAN))).clamp(max=GREATEST_LOGIT)
+
+
 class EntropyClustering(nn.Module):
     """Pool tokens into clusters whose lengths and weights come from the tokens' learned information.
 
@@ -188,23 +217,16 @@ class EntropyClustering(nn.Module):
             mean in the image, so that they can differ. None: of the information itself, in bits, as published; of N
             tokens that score alike each has log2(N) / N bits, so shares are all but equal, whatever the scores.
 
+        fixed_length: the length of all windows, tokens, whatever the information says: for graphs without sizes that
+            depend on data. Padding is then clustered like any other token. None lets the information decide.
+
     Attributes:
-        fixed_length: None; or the length of all windows, tokens, whatever the information says: for graphs without
-            sizes that depend on data (`enact_common.export`). Padding is then clustered like any other token.
-        weight_logits: None; or what makes of the information, smoothed, the logits of its tokens' shares in their
-            cluster, to try other weights (`enact_common.study`): windows come cut, (batch, M, length), other clusters
-            as (batch, N), for which the result must be at most `GREATEST_LOGIT`. In place of a temperature. A module
-            trains along.
-        observer: None; or what is called at the end of every clustering, to look on: with the smoothed information
-            (batch, N), bits, each token in its place and zero where padding is masked, and with the clusters.
+        pooling_logits: the submodule that makes the logits of the pooling weights, `InformationLogits`; another module
+            with its signature may take its place, and trains along.
 
     Raises:
         ValueError: no such kind of clusters, `max_clusters` is below 1, or the temperature is not above 0.
     """
-
-    fixed_length: int | None = None
-    weight_logits: Callable[[Tensor], Tensor] | None
-    observer: Callable[[Tensor, Windows | RaggedClusters], None] | None = None
 
     def __init__(
         self,
@@ -215,6 +237,7 @@ class EntropyClustering(nn.Module):
         mask_padding: bool = False,
         max_clusters: int | None = None,
         temperature: float | None = None,
+        fixed_length: int | None = None,
     ):
         super().__init__()
         if clusters not in CLUSTERS:
@@ -228,9 +251,9 @@ class EntropyClustering(nn.Module):
         self.per_image = per_image
         self.mask_padding = mask_padding
         self.max_clusters = max_clusters
-        self.temperature = temperature
-        # Of the object: one of the class would hide a module that takes its place.
-        self.weight_logits = None
+        self.fixed_length = fixed_length
+        self.pooling_logits = InformationLogits(temperature)
+        self._cluster_hooks: dict[int, Callable[[Tensor, Clusters], None]] = OrderedDict()
         self.W_prob = nn.Linear(embed_dim, 1)
         # A constant, so it moves with the module but stays out of checkpoints.
         self.register_buffer("kernel", gaussian_kernel(sigma), persistent=False)
@@ -241,6 +264,20 @@ class EntropyClustering(nn.Module):
         dtype = at_least_float32(self.kernel.dtype)
         self.kernel = gaussian_kernel(self.sigma).to(self.kernel.device, dtype)
         return self
+
+    def register_cluster_hook(self, hook: Callable[[Tensor, Clusters], None]) -> RemovableHandle:
+        """Call a hook at the end of every clustering.
+
+        Args:
+            hook: takes the smoothed information (batch, N), bits, each token in its place and zero where padding is
+                masked, and the clusters.
+
+        Returns:
+            a handle whose `remove()` removes the hook; it serves as a context manager too.
+        """
+        handle = RemovableHandle(self._cluster_hooks)
+        self._cluster_hooks[handle.id] = hook
+        return handle
 
     def forward(self, scored: Tensor, *others: Tensor, key_padding_mask: Tensor | None = None) -> tuple[Tensor, ...]:
         """Score the first tensor, and pool all of them with the one set of weights that results.
@@ -269,7 +306,7 @@ class EntropyClustering(nn.Module):
         *others: Tensor,
         key_padding_mask: Tensor | None = None,
         narrow: Tensor | None = None,
-    ) -> tuple[tuple[Tensor, ...], Windows | RaggedClusters]:
+    ) -> tuple[tuple[Tensor, ...], Clusters]:
         """The result of `forward`, and the clusters. `narrow`, as in `score`, is pooled in place of `scored`."""
         clusters = self.cluster(scored, key_padding_mask, narrow)
         with torch.autocast(scored.device.type, enabled=False):
@@ -277,7 +314,7 @@ class EntropyClustering(nn.Module):
 
     def cluster(
         self, scored: Tensor, key_padding_mask: Tensor | None = None, narrow: Tensor | None = None
-    ) -> Windows | RaggedClusters:
+    ) -> Clusters:
         """The clusters of tokens (batch, N, d), which pool any tensor (batch, N, channels) with the same weights.
 
         `narrow`: as in `score`.
@@ -294,21 +331,17 @@ class EntropyClustering(nn.Module):
         """
         return weigh_channels(tokens, self.W_prob.weight[0], narrow) + self.W_prob.bias
 
-    def cluster_scores(self, logits: Tensor, key_padding_mask: Tensor | None = None) -> Windows | RaggedClusters:
+    def cluster_scores(self, logits: Tensor, key_padding_mask: Tensor | None = None) -> Clusters:
         """The clusters of tokens with these scores (batch, N); key_padding_mask: bool (batch, N), True where padded."""
         if not self.mask_padding:
             key_padding_mask = None
         common = self.clusters == "windows" and not self.per_image and key_padding_mask is None
         if common or self.fixed_length is not None:
             information = smooth(self_information(logits), self.kernel)  # (batch, N)
-            length = self.common_length(information)
-            if self.weight_logits is None:
-                logits = cut_windows(self.share_logits(information), length)  # (batch, M, length)
-            else:
-                logits = self.weight_logits(cut_windows(information, length))
-            windows = Windows(logits.softmax(dim=-1))
-            if self.observer is not None:
-                self.observer(information, windows)
+            logits = cut_windows(self.pooling_logits(information), self.common_length(information))
+            windows = Windows(logits.softmax(dim=-1))  # (batch, M, length)
+            for hook in self._cluster_hooks.values():
+                hook(information, windows)
             return windows
 
         batch, num_tokens = logits.shape
@@ -329,46 +362,20 @@ class EntropyClustering(nn.Module):
             kept, cluster, count = present, *self.join_regions(borders)
         else:
             kept, cluster, count = self.cut_by_length(place, tokens, borders.sum(dim=1) + 1)
-        if self.weight_logits is None:
-            logits = self.share_logits(information, tokens)
-        else:
-            logits = self.weight_logits(information)
-        segments = (TracedRaggedClusters if is_tracing() else RaggedClusters)(logits, token, cluster, kept, count)
-        if self.observer is not None:
-            self.observer(torch.empty_like(information).scatter(1, token, information), segments)
-        return segments
-
-    def share_logits(self, information: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """The logits of tokens' shares in their clusters.
-
-        Args:
-            information: (batch, N), smoothed, zero where padding is masked.
-            tokens: int64 (batch,), how many of an image's N are no padding; None for all.
-
-        Returns:
-            (batch, N), at most `GREATEST_LOGIT`. To the gradient, the mean is a constant.
-        """
-        if self.temperature is None:
-            return information
-        count = information.shape[1] if tokens is None else tokens.clamp(min=1).unsqueeze(1)
-        mean = information.detach().sum(dim=1, keepdim=True) / count  # (batch, 1)
-        return (information / (self.temperature * mean.clamp(min=LEAST_MEAN))).clamp(max=GREATEST_LOGIT)
+        logits = self.pooling_logits(information, tokens)
+        ragged = (TracedRaggedClusters if is_tracing() else RaggedClusters)(logits, token, cluster, kept, count)
+        for hook in self._cluster_hooks.values():
+            hook(torch.empty_like(information).scatter(1, token, information), ragged)
+        return ragged
 
     def common_length(self, information: Tensor) -> int:
         """The length of all windows of a batch, for its information (batch, N), smoothed."""
         num_tokens = information.shape[1]
         if self.fixed_length is not None:
             return smaller_size(self.fixed_length, num_tokens)
-        num_regions = count_regions(information)
-        if is_tracing():
-            length = traced_window_length(num_tokens, num_regions)
-            if self.max_clusters is not None:
-                length = length.clamp(min=shortest_window(num_tokens, self.max_clusters))
-            return size_from_data(length, num_tokens)
-        length = window_length(num_tokens, num_regions.tolist())
-        if self.max_clusters is not None:
-            length = max(length, shortest_window(num_tokens, self.max_clusters))
-        return length
+        regions = count_regions(information)
+        length = window_length(torch.ones_like(regions) * num_tokens, regions, self.max_clusters)[0]
+        return size_from_data(length, num_tokens) if is_tracing() else length.item()
 
     def join_regions(self, borders: Tensor) -> tuple[Tensor, Tensor]:
         """Each token's cluster (batch, N) and their number (batch,), for borders of regions (batch, N - 1)."""
@@ -390,16 +397,8 @@ class EntropyClustering(nn.Module):
         Returns:
             which places are kept, bool (batch, N); their windows, int64 (batch, N); the number of windows (batch,).
         """
-        # float64 as on the host; torch.round goes half to even too. An image of padding alone does not count.
-        length = tokens.double() / regions
-        if not self.per_image:
-            length = (length.sum() / (tokens > 0).sum().clamp(min=1)).expand_as(length)
-        length = length.round().long()
-        if self.max_clusters is not None:
-            shortest = shortest_window(tokens, self.max_clusters)
-            length = torch.maximum(length, shortest if self.per_image else shortest.max())
         # With one length for all, an image of fewer tokens than that is one window.
-        length = length.clamp(min=1).minimum(tokens.clamp(min=1))  # (batch,)
+        length = window_length(tokens, regions, self.max_clusters, self.per_image).minimum(tokens.clamp(min=1))
         count = tokens // length
         place = place - ((tokens - count * length) // 2).unsqueeze(1)
         cluster = place.div(length.unsqueeze(1), rounding_mode="floor")
@@ -411,4 +410,10 @@ class EntropyClustering(nn.Module):
         options = f"sigma={self.sigma}, clusters={self.clusters}"
         options += ", per_image" * self.per_image + ", mask_padding" * self.mask_padding
         options += f", max_clusters={self.max_clusters}" if self.max_clusters is not None else ""
-        return options + (f", temperature={self.temperature}" if self.temperature is not None else "")
+        temperature = getattr(self.pooling_logits, "temperature", None)
+        return options + (f", temperature={temperature}" if temperature is not None else "")
+
+
+def clusterings(model: nn.Module) -> list[EntropyClustering]:
+    """The clusterings of a model's layers, in order; empty for plain attention."""
+    return [module for module in model.modules() if isinstance(module, EntropyClustering)]

@@ -1,5 +1,7 @@
 """The forms of clusters, windows of one length or ragged clusters of any lengths: each pools tokens."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -27,23 +29,55 @@ def cut_windows(tokens: Tensor, length: int) -> Tensor:
     return kept.unflatten(1, (num_windows, length))  # (batch, M, length, ...)
 
 
+class Clusters(Protocol):
+    """A batch's clusters, of whatever form.
+
+    Attributes:
+        shape: (batch, M), M the largest number of clusters of an image.
+        weights: the pooling weights, each cluster's adding up to one.
+        padding_mask: bool (batch, M), True where an image has no such cluster; None where all have M.
+    """
+
+    shape: tuple[int, int]
+    weights: Tensor
+    padding_mask: Tensor | None
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """The weighted sums of tokens (batch, N, d): (batch, M, d), in their dtype; zero where an image has fewer."""
+
+    def pool_shared(self, values: Tensor, index: Tensor) -> Tensor:
+        """`pool` of tokens that share their values.
+
+        Args:
+            values: (batch, S, d).
+            index: int64 (N,), which of the S values each token has.
+
+        Returns:
+            (batch, M, d), in the values' dtype.
+        """
+
+    def sizes(self) -> Tensor:
+        """Tokens of each cluster: int64 (batch, M), 0 where an image has no such cluster."""
+
+    def assignment(self, num_tokens: int) -> Tensor:
+        """The cluster of each of an image's N tokens: int64 (batch, N), in 0..M - 1, or -1 where it is in none."""
+
+
 class Windows:
     """Clusters of one length in all images of a batch.
 
     Args:
-        weights: (batch, M, length), of each window's tokens, adding up to one.
-
-    Attributes:
-        padding_mask: None: each image has as many clusters as the others.
+        weights: (batch, M, length), of each window's tokens.
     """
 
     padding_mask: Tensor | None = None
 
     def __init__(self, weights: Tensor):
         self.weights = weights
+        self.shape = tuple(weights.shape[:2])
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """The weighted sums of tokens (batch, N, d): (batch, M, d), in their dtype."""
+        """As in `Clusters`."""
         windows = cut_windows(tokens, self.weights.shape[-1])  # (batch, M, length, d)
         if tokens.device.type == "cpu" and tokens.dtype == self.weights.dtype and not is_tracing():
             # Matrix products are faster on CPUs; one for the whole batch would copy the windows and keep the copy.
@@ -53,15 +87,7 @@ class Windows:
         return (self.weights.unsqueeze(-1) * windows).sum(dim=2).to(tokens.dtype)
 
     def pool_shared(self, values: Tensor, index: Tensor) -> Tensor:
-        """`pool` of tokens that share their values, without laying these out for every token.
-
-        Args:
-            values: (batch, S, d).
-            index: int64 (N,), which of the S values each token has.
-
-        Returns:
-            (batch, M, d), in the values' dtype.
-        """
+        """As in `Clusters`, without laying the values out for every token."""
         if is_tracing():
             return self.pool(values.index_select(1, index))
         (windows,) = cut_windows(index.unsqueeze(0), self.weights.shape[-1])  # (M, length)
@@ -69,8 +95,12 @@ class Windows:
         shares = torch.einsum("bml,mls->bms", self.weights, member)
         return (shares @ values.to(self.weights.dtype)).to(values.dtype)
 
+    def sizes(self) -> Tensor:
+        """As in `Clusters`."""
+        return torch.full(self.shape, self.weights.shape[-1], device=self.weights.device)
+
     def assignment(self, num_tokens: int) -> Tensor:
-        """The cluster of each of an image's N tokens: int64 (batch, N), in 0..M - 1, or -1 where it is in none."""
+        """As in `Clusters`."""
         batch, num_windows, length = self.weights.shape
         clusters = torch.full((batch, num_tokens), -1, device=self.weights.device)
         # Cut as tokens are, which gives a view: what is left over keeps its -1.
@@ -118,7 +148,7 @@ class RaggedClusters:
             self.padding_mask = torch.arange(self.shape[1], device=token.device) >= num_clusters.unsqueeze(1)
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """The weighted sums of tokens (batch, N, d): (batch, M, d), in their dtype; zero where an image has fewer."""
+        """As in `Clusters`."""
         batch, num_tokens = tokens.shape[:2]
         if batch > 1 and tokens.transpose(0, 1).is_contiguous():
             # Length first in memory: listed so, they need no copy.
@@ -129,7 +159,7 @@ class RaggedClusters:
         return pooled.unflatten(0, self.shape).to(tokens.dtype)
 
     def pool_shared(self, values: Tensor, index: Tensor) -> Tensor:
-        """As in `Windows`."""
+        """As in `Clusters`, without laying the values out for every token."""
         num_values = values.shape[1]
         slot = self.cluster * num_values + index[self.token]  # (K,)
         shares = self.weights.new_zeros(self.shape[0] * self.shape[1] * num_values).index_add(0, slot, self.weights)
@@ -137,11 +167,11 @@ class RaggedClusters:
         return (shares @ values.to(shares.dtype)).to(values.dtype)
 
     def sizes(self) -> Tensor:
-        """Tokens of each cluster: int64 (batch, M), 0 where an image has no such cluster."""
+        """As in `Clusters`."""
         return torch.bincount(self.cluster, minlength=self.shape[0] * self.shape[1]).view(self.shape)
 
     def assignment(self, num_tokens: int) -> Tensor:
-        """As in `Windows`."""
+        """As in `Clusters`."""
         clusters = torch.full((self.shape[0], num_tokens), -1, device=self.cluster.device)
         clusters[self.image, self.token] = self.cluster % self.shape[1]
         return clusters
@@ -176,13 +206,23 @@ class TracedRaggedClusters:
         return listed.new_zeros(batch * most + 1, *listed.shape[1:]).index_add(0, self.cluster, listed)
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """As in `RaggedClusters`."""
+        """As in `Clusters`."""
         weighted = tokens.to(self.weights.dtype) * self.weights.unsqueeze(-1)
         return self.add_up(weighted.flatten(0, 1))[:-1].unflatten(0, self.shape).to(tokens.dtype)
 
     def pool_shared(self, values: Tensor, index: Tensor) -> Tensor:
-        """As in `Windows`, but laid out for every token."""
+        """As in `Clusters`, but laid out for every token."""
         return self.pool(values.index_select(1, index))
+
+    def sizes(self) -> Tensor:
+        """As in `Clusters`."""
+        return self.add_up(torch.ones_like(self.cluster))[:-1].view(self.shape)
+
+    def assignment(self, num_tokens: int) -> Tensor:
+        """As in `Clusters`."""
+        batch, most = self.shape
+        cluster = self.cluster.view(batch, num_tokens)
+        return torch.where(cluster == batch * most, -1, cluster % most)
 
 
 class _RaggedSum(torch.autograd.Function):

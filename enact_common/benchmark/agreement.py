@@ -12,6 +12,7 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from enact_common.attention.clustering import clusterings
 from enact_common.benchmark.report import (
     LEFT,
     RIGHT,
@@ -32,8 +33,7 @@ from enact_common.export.graph import (
     DetectorGraph,
     Interface,
     calibrated_lengths,
-    clusterings,
-    fix_window_lengths,
+        fix_window_lengths,
     greatest_side,
 )
 from enact_common.inference.detector import LoadedDetector, load_detector

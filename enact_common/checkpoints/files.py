@@ -185,16 +185,9 @@ def own_names(weights: dict[str, Any], source: str) -> tuple[dict[str, torch.Ten
     return own, changes
 
 
-def restore_clustering_flags(saved: dict[str, Any], args: argparse.Namespace) -> None:
-    """Give ENACT's settings that the command line leaves open the values that a checkpoint was made with.
-
-    Args:
-        saved: the checkpoint's arguments.
-        args: this run's arguments; changed in place.
-    """
-    for flag in CLUSTERING_FLAGS:
-        if getattr(args, flag, None) is None:
-            setattr(args, flag, saved.get(flag))
+def saved_clustering_flags(saved: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """The values in a checkpoint's arguments of ENACT's settings that this run's arguments leave open."""
+    return {flag: saved.get(flag) for flag in CLUSTERING_FLAGS if getattr(args, flag, None) is None}
 
 
 def check_model_flags(source: str, saved: dict[str, Any], args: argparse.Namespace) -> None:

@@ -1,6 +1,7 @@
 """Names of flags, and groups of flags, that checkpoints and checks refer to."""
 
-
+import argparse
+from typing import Any
 
 # The learning rates of the published trainings.
 ENACT_LR = 5e-5
@@ -31,3 +32,8 @@ CLUSTERING_FLAGS = (
 
 # Booleans that can also be switched off, `--no-dilation`: a variant may have them on by default.
 NEGATABLE_FLAGS = ("dilation",)
+
+
+def with_flags(args: argparse.Namespace, **values: Any) -> argparse.Namespace:
+    """A copy of parsed arguments with some of them resolved; nothing writes into arguments after parsing."""
+    return argparse.Namespace(**{**vars(args), **values})

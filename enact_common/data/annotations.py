@@ -1,11 +1,12 @@
 """COCO's annotation files: where they lie, read, checked, and normalised."""
 
+import contextlib
 import json
 import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from enact_common.data.names import hint, index_files, other_name
@@ -85,12 +86,29 @@ def coco_parts(root: Path) -> list[Path]:
     return [root / "annotations" / name for name in names]
 
 
+# The files that were parsed in a `parse_once` block; None outside of one.
+_parsed: dict[Path, dict] | None = None
+
+
+@contextlib.contextmanager
+def parse_once() -> Iterator[None]:
+    """A block in which `read_json` parses no file twice; nobody may change what it returns."""
+    global _parsed
+    _parsed = {}
+    try:
+        yield
+    finally:
+        _parsed = None
+
+
 def read_json(path: Path) -> dict:
-    """A JSON file's object.
+    """A JSON file's object. Callers must not change it: see `parse_once`.
 
     Raises:
         UserError: the file is missing, is not JSON, or holds something else.
     """
+    if _parsed is not None and path in _parsed:
+        return _parsed[path]
     try:
         data = json.loads(path.read_bytes())
     except OSError as error:
@@ -99,6 +117,8 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path}: not a JSON file ({error})") from error
     if not isinstance(data, dict):
         raise UserError(f"{path}: not a COCO annotation file: it holds a {type(data).__name__}, not an object")
+    if _parsed is not None:
+        _parsed[path] = data
     return data
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from enact_common.attention.clustering import CLUSTERS
+from enact_common.attention.clustering import CLUSTERS, clusterings
 from enact_common.attention.hilbert import ORDERS
 from enact_common.cli.flags import CLUSTERING_FLAGS
 from enact_common.cli.types import HelpFormatter, natural_int, non_negative_float, positive_int
@@ -26,7 +26,6 @@ from enact_common.export.graph import (
     Interface,
     calibrated_lengths,
     check_interface,
-    clusterings,
     describe,
     fix_window_lengths,
     greatest_side,

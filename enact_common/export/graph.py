@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 from torch import Tensor, nn
 
-from enact_common.attention.clustering import EntropyClustering
-from enact_common.attention.clusters import RaggedClusters, Windows
+from enact_common.attention.clustering import clusterings
+from enact_common.attention.clusters import Clusters
 from enact_common.attention.hilbert import HILBERT, ROWS
 from enact_common.boxes import box_cxcywh_to_xyxy
 from enact_common.cli.flags import CLUSTERING_FLAGS
@@ -118,11 +120,6 @@ class DetectorGraph(nn.Module):
         return tuple(outputs[name] for name in self.interface.outputs)
 
 
-def clusterings(model: nn.Module) -> list[EntropyClustering]:
-    """The clustering of each encoder layer, the first layer's first; empty for a plain model."""
-    return [module for module in model.modules() if isinstance(module, EntropyClustering)]
-
-
 def fix_window_lengths(model: nn.Module, lengths: Sequence[int] | None) -> None:
     """Let all windows of each encoder layer have one length, tokens; with None, that which follows from the image."""
     for i, clustering in enumerate(clusterings(model)):
@@ -139,24 +136,15 @@ def calibrated_lengths(model: nn.Module, images: Iterable[Tensor]) -> list[int]:
     layers = clusterings(model)
     seen: list[list[float]] = [[] for _ in layers]
 
-    def note(lengths: list[float], information: Tensor, clusters: Windows | RaggedClusters) -> None:
-        lengths.append(clusters.weights.numel() / clusters_of(clusters))
+    def note(lengths: list[float], information: Tensor, clusters: Clusters) -> None:
+        lengths.append(clusters.weights.numel() / clusters.shape[1])
 
-    for layer, lengths in zip(layers, seen, strict=True):
-        layer.observer = lambda *call, lengths=lengths: note(lengths, *call)
-    try:
-        with torch.inference_mode():
-            for image in images:
-                model(image)
-    finally:
-        for layer in layers:
-            layer.observer = None
+    with ExitStack() as handles, torch.inference_mode():
+        for layer, lengths in zip(layers, seen, strict=True):
+            handles.enter_context(layer.register_cluster_hook(partial(note, lengths)))
+        for image in images:
+            model(image)
     return [max(round(float(torch.tensor(lengths).median())), 1) for lengths in seen]
-
-
-def clusters_of(clusters: Windows | RaggedClusters) -> int:
-    """How many there are, of one image."""
-    return clusters.weights.shape[1] if isinstance(clusters, Windows) else clusters.shape[1]
 
 
 def check_interface(detector: LoadedDetector, interface: Interface, lengths: Sequence[int] | None) -> None:

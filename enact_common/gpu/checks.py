@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from enact_common.attention.clustering import (
-    EntropyClustering,
+    clusterings,
     count_regions,
     gaussian_kernel,
     self_information,
@@ -116,14 +116,10 @@ def noted_lengths(model: nn.Module) -> Iterator[list[int]]:
         if isinstance(clusters, Windows):
             lengths.append(clusters.weights.shape[-1])
 
-    layers = [module for module in model.modules() if isinstance(module, EntropyClustering)]
-    for layer in layers:
-        layer.observer = note
-    try:
+    with contextlib.ExitStack() as handles:
+        for layer in clusterings(model):
+            handles.enter_context(layer.register_cluster_hook(note))
         yield lengths
-    finally:
-        for layer in layers:
-            layer.observer = None
 
 
 def check_golden(setting: Setting) -> list[dict]:
@@ -178,6 +174,12 @@ def compare(case: golden.Case, model: nn.Module, criterion: nn.Module, batch, am
     }
 
 
+def common_window_length(tokens: int, information: torch.Tensor) -> int:
+    """The window length of a batch of images of so many tokens, for their smoothed information (batch, tokens)."""
+    regions = count_regions(information)
+    return int(window_length(torch.full_like(regions, tokens), regions)[0])
+
+
 def check_windows(setting: Setting) -> list[dict]:
     """Smoothing on the device, with TF32 allowed and not, against float64: its error, and the window length."""
     rows = []
@@ -189,13 +191,13 @@ def check_windows(setting: Setting) -> list[dict]:
                 kernel = gaussian_kernel(sigma)
                 exact = smooth(self_information(logits.double()), kernel.double())
                 row = {"batch": batch, "tokens": tokens, "gain": gain, "sigma": sigma}
-                row["float64"] = window_length(tokens, count_regions(exact).tolist())
+                row["float64"] = common_window_length(tokens, exact)
                 for allowed in (False, True):
                     with tf32(allowed):
                         information = self_information(logits.to(setting.device))
                         ours = smooth(information, kernel.to(setting.device)).cpu()
                     name = "TF32 allowed" if allowed else "TF32 off"
-                    row[name] = window_length(tokens, count_regions(ours).tolist())
+                    row[name] = common_window_length(tokens, ours)
                     row[f"{name}: error"] = float((ours - exact).abs().max() / exact.abs().max())
                 rows.append(row)
     return rows

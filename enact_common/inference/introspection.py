@@ -1,9 +1,9 @@
 """Look inside a trained detector: what its encoder takes for informative, what it clusters, where queries attend.
 
-All of it is taken from one forward pass over the image. The clusters come from the clustering itself, by its
-`observer`. The decoder's attention is repeated with what went into it: a decoder layer says in `MEMORY_ATTENTION` which
-of its parts attends to the feature map, and that part is an `nn.MultiheadAttention`, or has `with_weights`, which
-takes what its `forward` takes and returns the output and the weights. Nothing of this costs anything otherwise.
+All of it is taken from one forward pass over the image. The clusters come from a hook on the clustering. The
+decoder's attention is repeated with its recorded inputs: a decoder layer says in `MEMORY_ATTENTION` which of its parts
+attends to the feature map, and that part is an `nn.MultiheadAttention`, or has `with_weights`, which takes what its
+`forward` takes and returns the output and the weights. Nothing of this costs anything otherwise.
 """
 
 import importlib.util
@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from enact_common.attention.clustering import EntropyClustering
-from enact_common.attention.clusters import RaggedClusters, Windows
+from enact_common.attention.clustering import clusterings
+from enact_common.attention.clusters import Clusters
 from enact_common.attention.hilbert import HILBERT, ROWS, hilbert_permutations
 from enact_common.inference.detector import Detections, LoadedDetector
 from enact_common.utils.errors import UserError
@@ -55,11 +55,6 @@ class Introspection:
     attention: Tensor
 
 
-def clusterings(model: nn.Module) -> list[EntropyClustering]:
-    """The clusterings of a detector's encoder layers, in order."""
-    return [module for module in model.modules() if isinstance(module, EntropyClustering)]
-
-
 def memory_attention(model: nn.Module) -> nn.Module:
     """What attends to the feature map in a detector's last decoder layer."""
     layers = [module for module in model.modules() if hasattr(module, "MEMORY_ATTENTION")]
@@ -94,15 +89,14 @@ def introspect(detector: LoadedDetector, pixels: Tensor, queries: Tensor) -> Int
     def note_call(_, args: tuple, kwargs: dict) -> None:
         calls.append((args, kwargs))
 
-    def note_clusters(information: Tensor, clusters: Windows | RaggedClusters) -> None:
+    def note_clusters(information: Tensor, clusters: Clusters) -> None:
         clustered.append((information.cpu(), clusters.assignment(information.shape[1]).cpu()))
 
     with ExitStack() as stack:
         stack.callback(detector.model.transformer.register_forward_pre_hook(note_map).remove)
         stack.callback(attention.register_forward_pre_hook(note_call, with_kwargs=True).remove)
         for clustering in clusterings(detector.model):
-            stack.callback(setattr, clustering, "observer", clustering.observer)
-            clustering.observer = note_clusters
+            stack.enter_context(clustering.register_cluster_hook(note_clusters))
         detector.model(detector.model_input(pixels))
 
     (size,), (call,) = maps, calls

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from enact_common.attention.clustering import GREATEST_LOGIT, LEAST_MEAN
-from enact_common.inference.introspection import clusterings
+from enact_common.attention.clustering import GREATEST_LOGIT, LEAST_MEAN, clusterings
+from enact_common.attention.clusters import cut_windows
 
 PLAIN, NONE, WINDOWS, UNIFORM = "plain", "none", "windows", "uniform"
 CONVERTED, UNTRAINED, LONGER = "converted", "untrained", "longer"
@@ -84,18 +84,30 @@ class NoAttention(nn.Module):
 class EqualShares(nn.Module):
     """All tokens of a cluster alike: an average."""
 
-    def forward(self, information: Tensor) -> Tensor:
-        """Logits of the shares, of the information's shape."""
+    def __init__(self, length: int | None = None):
+        super().__init__()
+
+    def forward(self, information: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Logits of the pooling weights, as `InformationLogits`."""
         return torch.zeros_like(information)
 
 
 class MiddleAlone(nn.Module):
-    """Of each window, the middle token: every so many tokens of the sequence."""
+    """The middle token of each window alone: every so many tokens of the sequence.
 
-    def forward(self, information: Tensor) -> Tensor:
-        """Logits (batch, M, length), minus infinity but for one of each window."""
+    Args:
+        length: of the windows, tokens.
+    """
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.length = length
+
+    def forward(self, information: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Logits of the pooling weights (batch, N): 0 for one token of each window, minus infinity for the others."""
         logits = torch.full_like(information, -torch.inf)
-        logits[..., information.shape[-1] // 2] = 0
+        length = min(self.length, information.shape[1])
+        cut_windows(logits, length)[..., length // 2] = 0  # a view
         return logits
 
 
@@ -103,23 +115,24 @@ class LearnedTemperature(nn.Module):
     """The `temperature` of `EntropyClustering`, learned, from 1: the information over its mean in an image's tokens,
     times a factor that is a parameter."""
 
-    def __init__(self):
+    def __init__(self, length: int | None = None):
         super().__init__()
         self.log_factor = nn.Parameter(torch.zeros(()))
 
-    def forward(self, information: Tensor) -> Tensor:
-        """Logits of the shares, of the information's shape; at most `GREATEST_LOGIT`."""
-        scale = information.detach().flatten(1).mean(dim=1).clamp(min=LEAST_MEAN)  # (batch,)
-        relative = information / scale.view(-1, *[1] * (information.ndim - 1))
+    def forward(self, information: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Logits of the pooling weights, as `InformationLogits`."""
+        count = information.shape[1] if tokens is None else tokens.clamp(min=1).unsqueeze(1)
+        mean = information.detach().sum(dim=1, keepdim=True) / count  # (batch, 1)
+        relative = information / mean.clamp(min=LEAST_MEAN)
         return (relative * self.log_factor.exp()).clamp(max=GREATEST_LOGIT)
 
 
 @dataclass(frozen=True)
 class ChangeShares:
-    """The change that gives each clustering shares of its own.
+    """The change that gives each clustering other pooling weights.
 
     Attributes:
-        kind: makes them.
+        kind: the module that makes their logits; it takes the windows' fixed length.
     """
 
     kind: type[nn.Module]
@@ -132,7 +145,7 @@ class ChangeShares:
     def __call__(self, model: nn.Module, setting: Setting) -> None:
         """Change a model."""
         for clustering in clusterings(model):
-            clustering.weight_logits = self.kind()
+            clustering.pooling_logits = self.kind(clustering.fixed_length)
 
 
 def encoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert, box_iou
 
-from enact_common.attention.clusters import RaggedClusters, Windows
+from enact_common.attention.clustering import clusterings
+from enact_common.attention.clusters import Clusters, Windows
 from enact_common.attention.hilbert import HILBERT, ROWS, hilbert_permutations
 from enact_common.checkpoints.pretrained import fit_weights
 from enact_common.data.categories import LabelMap
 from enact_common.evaluation.coco import METRICS, CocoBoxEvaluator
-from enact_common.inference.introspection import clusterings
 from enact_common.models.backbone import stride_of
 from enact_common.study.arms import PLAIN, Arm, Setting, attend_to_nothing, begin_silently, encoder_layers
 from enact_common.study.images import TRAIN, VAL, Images, Photographs, Shapes, load_images
@@ -239,16 +239,15 @@ class ClusterNotes:
         self.layers = clusterings(model)
         self.rows: list[tuple[int, list[float], list[float]]] = []
         self.step = 0
-        for layer in self.layers:
-            layer.observer = self.note
+        self.handles = [layer.register_cluster_hook(self.note) for layer in self.layers]
 
-    def note(self, information: Tensor, clusters: Windows | RaggedClusters) -> None:
+    def note(self, information: Tensor, clusters: Clusters) -> None:
         """Called by each layer in turn."""
         if self.step % NOTE_EVERY:
             return
         if not self.rows or self.rows[-1][0] != self.step:
             self.rows.append((self.step, [], []))
-        count = clusters.weights.shape[1] if isinstance(clusters, Windows) else clusters.shape[1]
+        count = clusters.shape[1]
         if clusters.padding_mask is not None:
             count = float((~clusters.padding_mask).sum(dim=1).float().mean())
         self.rows[-1][1].append(float(count))
@@ -295,8 +294,8 @@ def train(task: Task, results: Results) -> dict[str, Any]:
     seconds = time.perf_counter() - begin
 
     rows, lengths = notes.as_json(), notes.mean_lengths()
-    for layer in notes.layers:
-        layer.observer = None
+    for handle in notes.handles:
+        handle.remove()
     result = {
         **evaluate(model, postprocessors, parts[VAL], device, args),
         "images": count * args.batch_size,
@@ -397,7 +396,7 @@ class Watch:
         self.information: list[Tensor] = []
         self.inequality: list[float] = []
 
-    def __call__(self, information: Tensor, clusters: Windows | RaggedClusters) -> None:
+    def __call__(self, information: Tensor, clusters: Clusters) -> None:
         information = information.cpu()
         self.information.append(information if self.back is None else information[:, self.back])
         if isinstance(clusters, Windows):
@@ -407,19 +406,15 @@ class Watch:
 
 @contextlib.contextmanager
 def watched(model: nn.Module, map_size: tuple[int, int]) -> Iterator[list[Watch]]:
-    """Within it, each clustering of a model has a `Watch` in place of its observer."""
+    """Within it, each clustering of a model has a `Watch`."""
     layers = clusterings(model)
     curved = getattr(getattr(model.transformer, "encoder", None), "order", ROWS) == HILBERT
     back = hilbert_permutations(*map_size, torch.device("cpu"))[1] if curved else None
-    before = [layer.observer for layer in layers]
     watches = [Watch(back) for _ in layers]
-    for layer, watch in zip(layers, watches, strict=True):
-        layer.observer = watch
-    try:
+    with contextlib.ExitStack() as handles:
+        for layer, watch in zip(layers, watches, strict=True):
+            handles.enter_context(layer.register_cluster_hook(watch))
         yield watches
-    finally:
-        for layer, observer in zip(layers, before, strict=True):
-            layer.observer = observer
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """One process or many: start-up by torchrun, the main process, and the few collectives that are needed."""
 
+import argparse
 import gc
 import os
 import re
@@ -22,11 +23,13 @@ class SharedError(UserError):
     """A UserError that all processes raise, with the message of the first that had one."""
 
 
-def init_distributed_mode(args) -> None:
+def init_distributed_mode(args: argparse.Namespace) -> argparse.Namespace:
     """Join the process group that torchrun describes in the environment; without one, this is the only process.
 
-    Sets `args.distributed`, `args.rank` and `args.world_size`, and on GPUs `args.device` to this process's own. What
-    a scheduler says of its job (SLURM_NTASKS, ...) is not looked at: a job may hold several single processes.
+    What a scheduler says of its job (SLURM_NTASKS, ...) is not looked at: a job may hold several single processes.
+
+    Returns:
+        the arguments with `world_size`, and on GPUs with this process's own `device`.
 
     Raises:
         UserError: `--world_size` asks for more processes than were started, or this machine has fewer GPUs than
@@ -38,10 +41,8 @@ def init_distributed_mode(args) -> None:
                 f"--world_size {args.world_size}: one process alone was started. Start all of them with "
                 f"torchrun --nproc_per_node={args.world_size} <variant>/main.py ..."
             )
-        args.distributed, args.rank = False, 0
-        return
-    args.distributed = True
-    args.rank, args.world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        return args
+    rank, world_size, device = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), args.device
     backend = "gloo"
     if torch.device(args.device).type == "cuda":
         backend = "nccl"
@@ -52,14 +53,15 @@ def init_distributed_mode(args) -> None:
                 "many processes as there are GPUs (torchrun --nproc_per_node=gpu)"
             )
         torch.cuda.set_device(local_rank)
-        args.device = f"cuda:{local_rank}"
+        device = f"cuda:{local_rank}"
     dist.init_process_group(
         backend,
         init_method=args.dist_url,
-        world_size=args.world_size,
-        rank=args.rank,
+        world_size=world_size,
+        rank=rank,
         timeout=timedelta(minutes=args.dist_timeout),
     )
+    return argparse.Namespace(**{**vars(args), "world_size": world_size, "device": device})
 
 
 def is_distributed() -> bool:

@@ -1,0 +1,62 @@
+"""The best evaluation so far: keeps its checkpoint, and ends a training that no longer improves."""
+
+import logging
+import shutil
+from pathlib import Path
+
+from enact_common.checkpoints.files import BEST, LATEST
+from enact_common.utils.distributed import gather_objects, is_main_process
+from enact_common.utils.files import write_file
+
+logger = logging.getLogger("enact")
+
+
+class BestTracker:
+    """Compares evaluations by their `main_metric`.
+
+    Args:
+        ap_history: the metrics of the evaluations so far; the main process's count.
+        output_dir: where `best.pth` goes; None keeps none.
+        resumed_from: the checkpoint that the run goes on from, should its own folder hold none yet.
+    """
+
+    def __init__(self, ap_history: list[float], output_dir: Path | None, resumed_from: str):
+        self.ap_history = ap_history
+        self.output_dir = output_dir
+        self.resumed_from = Path(resumed_from)
+
+    def add(self, epoch: int, ap: float | None) -> None:
+        """Note an evaluation; if its metric is the highest so far, keep the latest checkpoint as `best.pth`.
+
+        Args:
+            epoch: from 0.
+            ap: its `main_metric`; None, where it was not measured, counts neither here nor for `--early_stop`.
+        """
+        if ap is None:
+            return
+        improved = not self.ap_history or ap > max(self.ap_history)
+        self.ap_history.append(ap)
+        if self.output_dir is None or not improved:
+            return
+        latest = self.output_dir / LATEST
+        # A run that goes on from another folder's checkpoint may evaluate it before writing its own.
+        latest = latest if latest.is_file() else self.resumed_from
+        if latest.is_file():
+            with open(latest, "rb") as source:
+                write_file(self.output_dir / BEST, lambda file: shutil.copyfileobj(source, file))
+            logger.info("epoch %d has the highest AP so far: kept as %s", epoch, self.output_dir / BEST)
+
+    def has_stopped_improving(self, patience: int | None) -> bool:
+        """Whether the metric has not risen in the last `patience` evaluations (`--early_stop`), in all processes alike:
+        the main process has the metrics."""
+        stop = False
+        if patience and is_main_process() and self.ap_history:
+            best = self.ap_history.index(max(self.ap_history))
+            since = len(self.ap_history) - 1 - best
+            stop = since >= patience
+            if stop:
+                logger.info(
+                    "--early_stop: the AP has not risen in the last %d evaluations; the highest is %.3f",
+                    since, self.ap_history[best],
+                )  # fmt: skip
+        return gather_objects(stop)[0]

@@ -1,0 +1,314 @@
+"""What a training or an evaluation needs before its first batch: checkpoints, data sets and the model."""
+
+import argparse
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from enact_common.checkpoints.contents import averaged_weights, known_variant
+from enact_common.checkpoints.files import (
+    BEST,
+    LATEST,
+    check_model_flags,
+    detector_weights,
+    load_checkpoint,
+    load_model,
+    saved_clustering_flags,
+)
+from enact_common.checkpoints.pretrained import check_pretrained, load_pretrained
+from enact_common.cli.flags import PANOPTIC, with_flags
+from enact_common.data.annotations import parse_once
+from enact_common.data.build import data_files
+from enact_common.data.cache import cache_images
+from enact_common.data.categories import LabelMap
+from enact_common.data.checks.rules import NOTHING_TO_MEASURE, quick_checks
+from enact_common.data.coco import CocoDetection
+from enact_common.data.loading import make_loader
+from enact_common.data.panoptic import PanopticTruth
+from enact_common.models.backbone import load_backbone_weights
+from enact_common.training.averaging import WeightAverage
+from enact_common.training.optimization import freeze
+from enact_common.utils.acceleration import prepare
+from enact_common.utils.distributed import (
+    failing_together,
+    get_world_size,
+    is_distributed,
+    is_main_process,
+)
+from enact_common.utils.errors import UserError
+
+logger = logging.getLogger("enact")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """The checkpoints that a run begins with; None where the command line names none.
+
+    Attributes:
+        resumed: of `--resume`, to go on from or to evaluate.
+        pretrained: of `--pretrained`, to fine-tune.
+        frozen: of `--frozen_weights`, the detector below a mask head.
+    """
+
+    resumed: dict | None
+    pretrained: dict | None
+    frozen: dict | None
+
+    def saved_args(self) -> dict:
+        """The arguments that the loaded weights were trained with; empty where none are loaded."""
+        source = self.resumed or self.pretrained or self.frozen
+        return source.get("args", {}) if source else {}
+
+
+def load_sources(variant: str, args: argparse.Namespace) -> Sources:
+    """Read the checkpoints that the command line names. A resumed run no longer needs those that it began with.
+
+    Raises:
+        UserError: a file is no checkpoint of this variant.
+    """
+    resumed = load_checkpoint(args.resume, to_resume=not args.eval) if args.resume else None
+    pretrained = load_checkpoint(args.pretrained) if args.pretrained and not resumed else None
+    frozen = load_checkpoint(args.frozen_weights) if args.frozen_weights and not resumed else None
+    if pretrained:
+        check_pretrained(pretrained, variant, args)
+    if resumed:
+        known_variant(resumed, args.resume)
+    if resumed and resumed.get("variant", variant) != variant:
+        raise UserError(f"{args.resume}: is a checkpoint of the variant {resumed['variant']}")
+    return Sources(resumed, pretrained, frozen)
+
+
+def check_paths(args: argparse.Namespace) -> Path | None:
+    """Refuse missing data, and an output folder where this run would overwrite another one.
+
+    Returns:
+        the output folder; None without `--output_dir`.
+    """
+    for split in (args.eval_set,) if args.eval else ("train", args.eval_set):
+        data_files(args, split)
+    if not args.output_dir:
+        return None
+    output_dir = Path(args.output_dir)
+    latest = output_dir / LATEST
+    goes_on = args.resume and Path(args.resume).resolve().parent == output_dir.resolve()
+    if latest.exists() and not goes_on and not args.eval:
+        raise UserError(
+            f"--output_dir {args.output_dir}: holds a run already; go on with --resume {latest}, or choose another "
+            "folder"
+        )
+    return output_dir
+
+
+@dataclass
+class Data:
+    """The data sets of a run and their loaders.
+
+    Attributes:
+        train_set, train_loader: None in an evaluation.
+        val_set, val_loader: the images to evaluate on (`--eval_set`).
+        label_map: which label each category is.
+        ground_truth: of `val_set`, as pycocotools has it; None for test images, and in all processes but the main one.
+        panoptic_truth: its segments; None without panoptic annotations.
+    """
+
+    train_set: CocoDetection | None
+    train_loader: DataLoader | None
+    val_set: CocoDetection
+    val_loader: DataLoader
+    label_map: LabelMap
+    ground_truth: object | None
+    panoptic_truth: PanopticTruth | None
+
+    def cache(self, mode: str | None) -> None:
+        """With `--cache_mode`, read all images: before the loaders' workers start, and after everything is checked."""
+        if mode:
+            with failing_together():
+                cache_images([data for data in (self.train_set, self.val_set) if data is not None], mode)
+
+
+def load_data(args: argparse.Namespace, build_dataset: Callable, sources: Sources, device: torch.device) -> Data:
+    """Build the data sets with the label map of the checkpoint, or with the one that the annotations make.
+
+    Raises:
+        UserError: the annotations are at fault, or do not fit the flags or the checkpoint.
+    """
+    label_map = None
+    labelled = sources.resumed or sources.frozen
+    if labelled and "label_map" in labelled:
+        label_map = LabelMap.from_dict(labelled["label_map"])
+    train_set: CocoDetection | None = None
+    if not args.eval:
+        train_set = build_dataset("train", args, label_map)
+        label_map = train_set.label_map
+    val_set: CocoDetection = build_dataset("val", args, label_map)
+    label_map = val_set.label_map
+    if args.num_classes not in (None, label_map.num_classes):
+        raise UserError(
+            f"--num_classes {args.num_classes}: {args.resume or args.frozen_weights} was trained with "
+            f"{label_map.num_classes}; leave the flag out"
+        )
+    # The main process alone computes metrics.
+    ground_truth = val_set.coco_api() if args.eval_set != "test" and is_main_process() else None
+    panoptic_truth = val_set.truth() if args.dataset_file == PANOPTIC else None
+    if panoptic_truth:
+        # Labels are category ids.
+        things = sorted(category["id"] for category in panoptic_truth.categories if category["isthing"])
+        label_map = replace(label_map, things=tuple(things))
+    val_loader = make_loader(val_set, args, device, train=False)
+    train_loader = make_loader(train_set, args, device, train=True) if train_set else None
+    if train_set and len(train_loader) == 0:
+        raise UserError(
+            f"--batch_size {args.batch_size}: {get_world_size()} processes' batches need more than the "
+            f"{len(train_set)} images there are to train on"
+        )
+    return Data(train_set, train_loader, val_set, val_loader, label_map, ground_truth, panoptic_truth)
+
+
+def is_measurable(data: Data, args: argparse.Namespace, panoptic: bool) -> bool:
+    """Whether there are objects to measure AP or PQ by; logs it where there are none. The main process has the truth.
+
+    Raises:
+        UserError: `--early_stop` would wait for a metric that never comes.
+    """
+    if data.ground_truth is None:
+        return True
+    objects = data.ground_truth.dataset["annotations"]
+    if panoptic:
+        objects = [segment for segments in data.panoptic_truth.segments.values() for segment in segments]
+    if any(not thing.get("iscrowd") for thing in objects):
+        return True
+    metric = "PQ" if panoptic else "AP"
+    limited = f" that --limit_val {args.limit_val} leaves" if args.limit_val else ""
+    file, images = data.val_set.annotation_file, len(data.val_set)
+    why = f"{file} has no objects (crowds do not count) in the {images} images{limited}"
+    if args.early_stop and not args.eval:
+        raise UserError(
+            f"--early_stop {args.early_stop}: there is no {metric} to go by, since {why}; leave the flag out, or "
+            "evaluate on images with objects"
+        )
+    kept = "" if args.eval else f"; {BEST} is not written"
+    logger.warning("data: no %s can be measured (COCO's figures are -1), since %s%s", metric, why, kept)
+    return False
+
+
+def check_data(data: Data, args: argparse.Namespace, num_queries: int) -> None:
+    """Look for what makes a training on this data vain, and log what makes it doubtful; the main process does.
+
+    Raises:
+        UserError: it is vain.
+    """
+    if not is_main_process():
+        return
+    # Where both are of one set, the part that is trained on counts.
+    datasets = {"train": (data.train_set, args.limit_train)}
+    if args.eval_set != "train":
+        datasets[args.eval_set] = (data.val_set, args.limit_val)
+    # With `--limit_*`, files past the limit may be missing.
+    limited = {split for split, (_, limit) in datasets.items() if limit}
+    # The checks know COCO's boxes alone.
+    parsed = set(datasets) if args.dataset_file == PANOPTIC else limited
+    parts = {split: datasets[split][0].coco_api().dataset for split in parsed}
+    files = {split: (dataset.image_folder, dataset.annotation_file) for split, (dataset, _) in datasets.items()}
+    for finding in quick_checks(files, num_queries, parts, data.label_map, limited):
+        if finding.text != NOTHING_TO_MEASURE:
+            logger.info("data: %s", finding)
+
+
+@dataclass
+class Network:
+    """A detector with what trains and evaluates it.
+
+    Attributes:
+        model: on its device; compiled where that is asked for.
+        wrapped: the model, or what lets the processes' models learn together.
+        criterion, postprocessors: of `build_model`.
+        average: of the weights (`--ema`); None without.
+        num_parameters: that train.
+    """
+
+    model: nn.Module
+    wrapped: nn.Module
+    criterion: nn.Module
+    postprocessors: dict[str, nn.Module]
+    average: WeightAverage | None
+    num_parameters: int
+
+
+def resolve_model_flags(args: argparse.Namespace, sources: Sources, label_map: LabelMap) -> argparse.Namespace:
+    """The arguments with the number of labels, and with ENACT's settings that only the checkpoint states.
+
+    Raises:
+        UserError: the checkpoint's model was built with other flags.
+    """
+    args = with_flags(args, num_classes=label_map.num_classes)
+    saved = sources.saved_args()
+    if sources.resumed:
+        check_model_flags(args.resume, saved, args)
+    elif sources.frozen and not sources.pretrained:
+        # Its masks are to be learned.
+        check_model_flags(args.frozen_weights, {**saved, "masks": None}, args)
+    if sources.resumed or sources.pretrained or sources.frozen:
+        args = with_flags(args, **saved_clustering_flags(saved, args))
+    return args
+
+
+def load_network(
+    variant: str,
+    args: argparse.Namespace,
+    build_model: Callable,
+    sources: Sources,
+    label_map: LabelMap,
+    device: torch.device,
+) -> Network:
+    """Build the model, with the weights of the checkpoint where there is one."""
+    model, criterion, postprocessors = build_model(args)
+    if "panoptic" in postprocessors:
+        postprocessors["panoptic"].things = frozenset(label_map.things)
+    if sources.resumed:
+        weights = averaged_weights(sources.resumed, args.resume) if args.eval else sources.resumed["model"]
+        load_model(model, weights, args.resume)
+    elif sources.pretrained:
+        load_pretrained(model, sources.pretrained, variant, args, label_map)
+    elif sources.frozen:
+        weights = averaged_weights(sources.frozen, args.frozen_weights)
+        load_model(model.detr, detector_weights(weights), args.frozen_weights)
+    if not args.eval:
+        freeze(model, args.freeze)
+    if args.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    # A copy, so from before parts of the model are compiled.
+    average = None if args.ema is None or args.eval else WeightAverage(model, args.ema)
+    if average:
+        average.prepare(args, device)
+    prepare(model, args, device)
+    criterion.to(device)
+    num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Network(model, model, criterion, postprocessors, average, num_parameters)
+
+
+def wrap_model(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, so wrapped that several processes' models learn together."""
+    if not is_distributed():
+        return model
+    gpus = [device] if device.type == "cuda" else None
+    # Buffers are constants, or running statistics, which training does not read and `share_buffers` shares.
+    return nn.parallel.DistributedDataParallel(model, device_ids=gpus, broadcast_buffers=False)
+
+
+def check_backbone_weights(args: argparse.Namespace, sources: Sources) -> None:
+    """Fail where the backbone's weights cannot be had, before annotations are read."""
+    if not (sources.resumed or sources.pretrained or sources.frozen):
+        load_backbone_weights(args.backbone, args.backbone_weights)
+
+
+@contextmanager
+def checking() -> Iterator[None]:
+    """A block of set-up: every process fails where one does, and each annotation file is parsed once."""
+    with failing_together(), parse_once():
+        yield
