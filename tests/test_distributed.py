@@ -181,7 +181,7 @@ def fault_in_one(rank: int, folder: str, port: int) -> None:
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path):
-    mp.start_processes(fault_in_one, (str(tmp_path), free_port()), nprocs=2, start_method="spawn")
+    mp.start_processes(fault_in_one, (str(tmp_path), free_port()), nprocs=2, start_method="forkserver")
     texts = [(tmp_path / str(rank)).read_text() for rank in range(2)]
     # Both tell what the process at fault has found.
     assert texts[0] == texts[1] and "at step 1" in texts[0]
