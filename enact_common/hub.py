@@ -15,7 +15,7 @@ from torch import nn
 
 from enact_common.checkpoints.contents import arguments_of, averaged_weights, known_variant
 from enact_common.checkpoints.files import load_checkpoint, load_model
-from enact_common.cli.flags import COCO, MODEL, PANOPTIC
+from enact_common.cli.flags import COCO, MODEL, PANOPTIC, with_flags
 from enact_common.data.categories import LabelMap, coco_names
 from enact_common.data.panoptic import NUM_CLASSES, things_of
 from enact_common.models.segmentation import PostProcessPanoptic
@@ -124,12 +124,12 @@ def build(
         args = load_variant(model.variant).main.get_args_parser().parse_args([])
         if num_classes is None and model.panoptic:
             num_classes = NUM_CLASSES
-        vars(args).update(
-            {name: getattr(model, name) for name in NAMED}, masks=model.panoptic,
+        args = with_flags(
+            args, **{name: getattr(model, name) for name in NAMED}, masks=model.panoptic,
             dataset_file=PANOPTIC if model.panoptic else COCO, num_classes=num_classes,
             backbone_weights=backbone_weights, aux_loss=False,
         )  # fmt: skip
-    vars(args).update(flags)
+    args = with_flags(args, **flags)
     check_arguments(model, args)
     built, _, postprocessors = load_variant(model.variant).models.build_model(args)
     if state is not None:
@@ -168,7 +168,7 @@ def check_arguments(model: Model, args: argparse.Namespace) -> None:
         UserError: naming the flag and the way out.
     """
     # There is no data to ask for.
-    args.coco_path, args.coco_panoptic_path = ".", "." if model.panoptic else None
+    args = with_flags(args, coco_path=".", coco_panoptic_path="." if model.panoptic else None)
     try:
         load_variant(model.variant).main.get_args_parser().check(args)
     except UserError as error:

@@ -379,7 +379,8 @@ def test_without_matplotlib_the_error_names_the_extra(tmp_path, capsys, monkeypa
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(name, *args, **kwargs)
 
-    for name in [name for name in sys.modules if name.startswith("enact_common.plots.") and "__main__" not in name]:
+    drawing = ("enact_common.plots.", "enact_common.drawing.figures")
+    for name in [name for name in sys.modules if name.startswith(drawing) and "__main__" not in name]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(builtins, "__import__", without)
     assert main([str(write_log(tmp_path / "run", original_log())), "--output", str(tmp_path / "a.png")]) == 2

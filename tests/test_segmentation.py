@@ -31,6 +31,7 @@ from enact_common.data.transforms import eval_transforms, train_transforms
 from enact_common.drawing.detections import draw_detections
 from enact_common.drawing.panoptic import draw_panoptic
 from enact_common.models import mask_head, segmentation
+from enact_common.models import mask_losses as mask_losses_module
 from enact_common.models.mask_head import AttentionMaps, MaskHead, QueryMasks
 from enact_common.models.mask_losses import dice_loss, mask_losses, padded_masks
 from enact_common.models.segmentation import PostProcessPanoptic, PostProcessSegm, encode_masks, full_size_masks
@@ -171,7 +172,7 @@ def test_losses_do_not_depend_on_the_chunks(monkeypatch):
     masks = torch.rand(5, 17, 23) > 0.5
     found = []
     for chunk in (2, 100):
-        monkeypatch.setattr(segmentation, "FULL_SIZE_CHUNK", chunk)
+        monkeypatch.setattr(mask_losses_module, "FULL_SIZE_CHUNK", chunk)
         losses = mask_losses(logits, masks)
         (gradient,) = torch.autograd.grad(losses["loss_mask"].sum() + losses["loss_dice"].sum(), logits)
         found.append((losses["loss_mask"].detach(), losses["loss_dice"].detach(), gradient))

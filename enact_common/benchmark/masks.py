@@ -40,7 +40,7 @@ from enact_common.benchmark.report import (
 from enact_common.benchmark.table import memory_text
 from enact_common.boxes import box_cxcywh_to_xyxy
 from enact_common.cli.types import natural_int, positive_int
-from enact_common.models import segmentation
+from enact_common.models import mask_head, mask_losses, segmentation
 from enact_common.models.mask_head import DETRsegm
 from enact_common.nested_tensor import NestedTensor
 from enact_common.utils.acceleration import prepare
@@ -104,8 +104,12 @@ class AllMasks(nn.Module):
 @contextlib.contextmanager
 def at_once() -> Iterator[None]:
     """Within it, masks and their losses are computed in one piece, and nothing of them anew in the backward pass."""
-    whole = {"HEAD_CHUNK": ALL_AT_ONCE, "FULL_SIZE_CHUNK": ALL_AT_ONCE, "recomputed": lambda function: function}
-    with replaced(segmentation, whole):
+    kept = {"recompute_in_backward": lambda function: function}
+    with (
+        replaced(mask_head, {"HEAD_CHUNK": ALL_AT_ONCE} | kept),
+        replaced(mask_losses, {"FULL_SIZE_CHUNK": ALL_AT_ONCE} | kept),
+        replaced(segmentation, {"FULL_SIZE_CHUNK": ALL_AT_ONCE}),
+    ):
         yield
 
 

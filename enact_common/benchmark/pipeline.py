@@ -31,6 +31,7 @@ from enact_common.benchmark.report import (
     heading,
     markdown_table,
 )
+from enact_common.cli.flags import with_flags
 from enact_common.cli.types import natural_int, positive_int
 from enact_common.data.annotations import find_split
 from enact_common.data.cache import cache_images
@@ -144,7 +145,7 @@ def measure(variant: str, args: argparse.Namespace, repeat: int, steps: int) -> 
         UserError: something about the data is wrong.
     """
     dataset = load_variant(variant).datasets.build_dataset("train", args)
-    args.num_classes = dataset.label_map.num_classes
+    args = with_flags(args, num_classes=dataset.label_map.num_classes)
     loader = make_loader(dataset, args, find_device(args.device), train=True)
     if len(loader) == 0:
         raise UserError(f"--images: {len(dataset)} make no batch of {args.batch_size}; pass more, or a smaller --batch")

@@ -30,6 +30,7 @@ from enact_common.benchmark.report import (
     heading,
     markdown_table,
 )
+from enact_common.cli.flags import with_flags
 from enact_common.cli.types import natural_int, positive_int
 from enact_common.export.formats import FORMATS, load_exported, needed, quantize
 from enact_common.export.graph import DetectorGraph, Interface, calibrated_lengths, fix_window_lengths
@@ -103,8 +104,7 @@ def measure(what: Measurement) -> dict:
                 quantize(path, path)
             size, run = path.stat().st_size, load_exported(path)
     else:
-        args.compile = what.runtime == "compiled"
-        prepare(model, args, torch.device("cpu"))
+        prepare(model, with_flags(args, compile=what.runtime == "compiled"), torch.device("cpu"))
         size, run = None, torch.inference_mode()(graph)
     seconds = take_turns({"run": lambda: run(samples.tensors)}, what.repeat, warmup=what.warmup)["run"]
     return {"seconds": seconds, "bytes": size}

@@ -87,40 +87,40 @@ def arguments_of(
     """
     weights, saved = detector_weights(checkpoint["model"]), checkpoint["args"]
     parser = load_variant(variant).main.get_args_parser()
-    args = parser.parse_args([])
+    values = vars(parser.parse_args([]))
     choices = {action.dest: action.choices for action in parser._actions if action.choices}
     clustered = any(name.endswith("W_prob.weight") for name in weights)
-    args.encoder_attention = "enact" if clustered else "mhsa"
-    args.masks = has_masks(checkpoint["model"])
-    args.backbone = backbone_of(weights) or args.backbone
+    values["encoder_attention"] = "enact" if clustered else "mhsa"
+    values["masks"] = has_masks(checkpoint["model"])
+    values["backbone"] = backbone_of(weights) or values["backbone"]
     for flag, value in sizes_of(weights).items():
-        setattr(args, flag, value)
-    args.backbone_norm = "batch" if any(name.endswith("num_batches_tracked") for name in weights) else "frozen"
+        values[flag] = value
+    values["backbone_norm"] = "batch" if any(name.endswith("num_batches_tracked") for name in weights) else "frozen"
     for flag in (*MODEL_FLAGS, *CLUSTERING_FLAGS, *IMAGE_FLAGS):
-        if saved.get(flag) is not None and hasattr(args, flag):
+        if saved.get(flag) is not None and flag in values:
             if saved[flag] not in choices.get(flag, (saved[flag],)):
                 known = ", ".join(map(str, choices[flag]))
                 raise UserError(f"was made with --{flag} {saved[flag]}; the variant {variant} has {known}")
-            setattr(args, flag, saved[flag])
-    args.dilation &= args.backbone not in SHALLOW_BACKBONES
+            values[flag] = saved[flag]
+    values["dilation"] &= values["backbone"] not in SHALLOW_BACKBONES
     for flag, value in (flags or {}).items():
-        if flag not in (*MODEL_FLAGS, *CLUSTERING_FLAGS, *IMAGE_FLAGS) or not hasattr(args, flag):
+        if flag not in (*MODEL_FLAGS, *CLUSTERING_FLAGS, *IMAGE_FLAGS) or flag not in values:
             raise UserError(f"no flag {flag} of the variant {variant}'s models")
-        setattr(args, flag, value)
-    unseen = {flag: getattr(args, flag) for flag in UNSEEN if flag not in (*saved, *(flags or ()))}
+        values[flag] = value
+    unseen = {flag: values[flag] for flag in UNSEEN if flag not in (*saved, *(flags or ()))}
     if unseen:
         logger.warning(
             "the checkpoint does not say with which flags its model was made; beside what its tensors show, taken are: "
             "%s", ", ".join(f"{flag} {value}" for flag, value in unseen.items()),
         )  # fmt: skip
     # Nothing is fetched, and nothing trains.
-    args.backbone_weights, args.aux_loss = "none", False
+    values.update(backbone_weights="none", aux_loss=False)
     label_map = labels_of(checkpoint, variant)
-    args.num_classes = label_map.num_classes
+    values["num_classes"] = label_map.num_classes
     # The published panoptic models do not say that they are.
-    silent = PANOPTIC if "label_map" not in checkpoint and args.num_classes == NUM_CLASSES else COCO
-    args.dataset_file = PANOPTIC if args.masks and saved.get("dataset_file", silent) == PANOPTIC else COCO
-    return args, label_map
+    silent = PANOPTIC if "label_map" not in checkpoint and values["num_classes"] == NUM_CLASSES else COCO
+    values["dataset_file"] = PANOPTIC if values["masks"] and saved.get("dataset_file", silent) == PANOPTIC else COCO
+    return argparse.Namespace(**values), label_map
 
 
 def labels_of(checkpoint: dict[str, Any], variant: str) -> LabelMap:

@@ -9,7 +9,7 @@ from enact_common.checkpoints.contents import variant_of
 from enact_common.checkpoints.files import BEST, LATEST, load_checkpoint
 from enact_common.evaluation.coco import EVALUATION, METRICS
 from enact_common.training.logs import is_measured
-from enact_common.training.run_logs import LOG, METRICS_KEY, is_number, read_epochs, read_evaluation, series
+from enact_common.training.run_logs import LOG, METRICS_KEY, is_finite, read_epochs, read_evaluation, series
 from enact_common.utils.errors import UserError
 
 
@@ -43,14 +43,14 @@ class RecordedRun:
     @property
     def parameters(self) -> int | None:
         """Trained parameters."""
-        return next((row["n_parameters"] for row in reversed(self.epochs) if is_number(row.get("n_parameters"))), None)
+        return next((row["n_parameters"] for row in reversed(self.epochs) if is_finite(row.get("n_parameters"))), None)
 
     @property
     def evaluated_epoch(self) -> int | None:
         """How many epochs had been done when `figures` were measured."""
         if self.evaluation is not None:
             epoch = self.evaluation.get("epoch")
-            return epoch + 1 if is_number(epoch) else None
+            return epoch + 1 if is_finite(epoch) else None
         evaluated = series(self.epochs, METRICS_KEY, 0)
         return evaluated[-1][0] if evaluated else None
 
@@ -118,4 +118,4 @@ def read_arguments(run: RecordedRun) -> None:
     # Projects without ENACT do not have the flag, but the tensors tell.
     clustered = any(name.endswith("W_prob.weight") for name in state["model"])
     run.args.setdefault("encoder_attention", "enact" if clustered else "mhsa")
-    run.trained = state["epoch"] + 1 if is_number(state.get("epoch")) else None
+    run.trained = state["epoch"] + 1 if is_finite(state.get("epoch")) else None

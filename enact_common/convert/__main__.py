@@ -299,7 +299,7 @@ def summary_text(conversion: Conversion, output_dir: Path) -> str:
 # The command line ----------------------------------------------------------------------------------------------------
 
 
-def fraction(text: str) -> float:
+def split_fraction(text: str) -> float:
     """A number in (0, 1)."""
     value = number_or_none(text)
     if value is None or not 0 < value < 1:
@@ -338,7 +338,7 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--train_set", metavar="NAME", help=f"what to train on: {sets}")
         command.add_argument("--val_set", metavar="NAME", help="what to evaluate on, likewise")
         command.add_argument(
-            "--val_fraction", type=fraction, default=0.2, metavar="F",
+            "--val_fraction", type=split_fraction, default=0.2, metavar="F",
             help="share of the images to draw for val where the data name no splits, in (0, 1) (default: %(default)s)",
         )  # fmt: skip
         command.add_argument(

@@ -53,13 +53,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def drawing(module: str) -> ModuleType:
-    """A module of this package that needs matplotlib.
+    """A module that needs matplotlib, by its full name.
 
     Raises:
         UserError: matplotlib is not installed.
     """
     try:
-        return importlib.import_module(f"{plots.__name__}.{module}")
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "matplotlib":
             raise
@@ -72,7 +72,7 @@ def check_output(path: Path) -> None:
     Raises:
         UserError: its folder is not there, there is a folder in its place, or matplotlib knows no such kind of picture.
     """
-    kinds = drawing("style").picture_kinds()
+    kinds = drawing("enact_common.drawing.figures").picture_kinds()
     if path.suffix[1:].lower() not in kinds:
         raise UserError(f"--output {path}: no such kind of picture, choose a suffix from .{', .'.join(kinds)}")
     if not path.parent.is_dir():
@@ -84,14 +84,14 @@ def run_curves(args: argparse.Namespace) -> None:
     """Draw the runs' curves."""
     names = run_names(args.runs, args.names)
     runs = dict(zip(names, map(read_epochs, args.runs), strict=True))
-    drawing("curves").plot_curves(runs, args.output)
+    drawing("enact_common.plots.curves").plot_curves(runs, args.output)
 
 
 def run_precision_recall(args: argparse.Namespace) -> None:
     """Draw the runs' precision by recall."""
     names = run_names(args.runs, args.names)
     records = dict(zip(names, map(read_evaluation, args.runs), strict=True))
-    drawing("precision_recall").plot_precision_recall(records, args.output)
+    drawing("enact_common.plots.precision_recall").plot_precision_recall(records, args.output)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from enact_common.attention.clustering import clusterings
 from enact_common.attention.clusters import Clusters, Windows
 from enact_common.attention.hilbert import HILBERT, ROWS, hilbert_permutations
 from enact_common.checkpoints.pretrained import fit_weights
+from enact_common.cli.flags import with_flags
 from enact_common.data.categories import LabelMap
 from enact_common.evaluation.coco import METRICS, CocoBoxEvaluator
 from enact_common.models.backbone import stride_of
@@ -148,15 +149,12 @@ def arguments(task: Task):
         ["--coco_path", "-", "--max_size", size, "--device", task.device, *task.flags, *task.arm.flags]
     )
     parser.check(args)
-    args.lr *= task.arm.rate
-    args.lr_backbone *= task.arm.rate
-    return args
+    return with_flags(args, lr=args.lr * task.arm.rate, lr_backbone=args.lr_backbone * task.arm.rate)
 
 
 def build(task: Task, classes: int, seed: int):
     """(model, criterion, postprocessors) and their arguments, with random weights of a seed."""
-    args = arguments(task)
-    args.num_classes = classes
+    args = with_flags(arguments(task), num_classes=classes)
     torch.manual_seed(seed)
     return (*load_variant(task.variant).models.build_model(args), args)
 

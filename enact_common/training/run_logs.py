@@ -49,7 +49,7 @@ def read_epochs(source: Path) -> list[dict]:
         raise UserError(f"{path}: cannot be read as text ({error})") from error
     epochs: list[dict] = []
     for row in rows:
-        if isinstance(row, dict) and is_number(row.get("epoch")):
+        if isinstance(row, dict) and is_finite(row.get("epoch")):
             epochs = [earlier for earlier in epochs if earlier["epoch"] < row["epoch"]] + [row]
     if not epochs:
         raise UserError(f"{path}: not a run's log: no line of it is a JSON object with a number 'epoch'")
@@ -78,8 +78,8 @@ def read_evaluation(source: Path) -> dict[str, Any]:
     if not is_record(record):
         raise UserError(f"{path}: not the record of an evaluation; expected an {EVALUATION} as training and --eval do")
     for row in record["classes"]:
-        row |= {figure: row[figure] if is_number(row[figure]) else None for figure in ("AP", "AP50")}
-        row["precision"] = {iou: curve for iou, curve in row["precision"].items() if all(map(is_number, curve))}
+        row |= {figure: row[figure] if is_finite(row[figure]) else None for figure in ("AP", "AP50")}
+        row["precision"] = {iou: curve for iou, curve in row["precision"].items() if all(map(is_finite, curve))}
     return record
 
 
@@ -122,7 +122,7 @@ def classes_by_name(records: Sequence[dict]) -> list[dict[str, dict]]:
     ]
 
 
-def is_number(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
     """Whether this is a finite number: what has a place in a chart."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -141,7 +141,7 @@ def series(epochs: Sequence[dict], key: str, position: int | None = None) -> lis
         if position is not None:
             value = value[position] if isinstance(value, list) and position < len(value) else None
             value = value if is_measured(value) else None
-        if is_number(value):
+        if is_finite(value):
             points.append((row["epoch"] + 1, value))
     return points
 

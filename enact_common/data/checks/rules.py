@@ -11,7 +11,7 @@ from enact_common.data.annotations import missing_files
 from enact_common.data.categories import LabelMap
 from enact_common.data.checks.findings import ERROR, FAULT, NOTE, WARNING, Finding, by_severity, if_any
 from enact_common.data.checks.images import StoredImage, file_size, inspect_images
-from enact_common.data.checks.split import Split, short
+from enact_common.data.checks.split import Split, shorten
 from enact_common.data.images import image_suffixes, is_hidden
 from enact_common.data.masks import normalize_all, normalize_size
 from enact_common.data.names import hint, other_name
@@ -72,8 +72,8 @@ def check_entries(split: Split) -> list[Finding]:
             elif key != "images" or not other_name(entry):  # `check_names` tells of those
                 lacking.append(entry)
         text = f"ids in {key!r} that cannot be used: {ID_WANTED}"
-        findings += if_any(ERROR, source, text, wrong, lambda entry: f"{shown(entry['id'])} in {short(entry)}")
-        findings += if_any(ERROR, source, f"entries of {key!r} without {needs}", lacking, short)
+        findings += if_any(ERROR, source, text, wrong, lambda entry: f"{shown(entry['id'])} in {shorten(entry)}")
+        findings += if_any(ERROR, source, f"entries of {key!r} without {needs}", lacking, shorten)
         if key == "annotations":
             continue
         if not (entries or malformed or key in split.missing or (key == "images" and split.outside)):
@@ -91,7 +91,7 @@ def check_entries(split: Split) -> list[Finding]:
     findings += if_any(WARNING, source, "names that two categories share", twice, repr)
 
     def stated(i: int) -> str:
-        width, height = (short(split.images[i].get(side, "?")) for side in ("width", "height"))
+        width, height = (shorten(split.images[i].get(side, "?")) for side in ("width", "height"))
         return f"{split.images[i]['file_name']}: {width} x {height}"
 
     text = "images without width and height above 0: whether boxes lie inside is not checked"
@@ -109,14 +109,16 @@ def check_names(split: Split) -> list[Finding]:
         f"{split.folder} as file_name into {listing}"
     )
     outside = f"images whose file_name is no file in {split.folder} or below it: {MEND.format(listing)}"
+
+    def describe(case: tuple[dict, str, str]) -> str:
+        entry, key, name = case
+        return f"image {shorten(entry.get('id'))}: {key} {shorten(repr(name))}{hint(name, index)}"
+
     return [
-        *if_any(
-            ERROR, split.name, text, nameless,
-            lambda case: f"image {short(case[0].get('id'))}: {case[1]} {short(repr(case[2]))}{hint(case[2], index)}",
-        ),
+        *if_any(ERROR, split.name, text, nameless, describe),
         *if_any(
             ERROR, split.name, outside, split.outside,
-            lambda i: f"image {i['id']}: {short(repr(i['file_name']))}{hint(i['file_name'], index)}",
+            lambda i: f"image {i['id']}: {shorten(repr(i['file_name']))}{hint(i['file_name'], index)}",
         ),
     ]  # fmt: skip
 
@@ -159,7 +161,7 @@ def check_boxes(split: Split) -> list[Finding]:
         return ~usable, np.array(unknown, dtype=bool)
 
     def stated(key: str) -> Callable[[int], str]:
-        return lambda i: f"annotation {split.annotations[i].get('id')}: {short(repr(split.annotations[i][key]))}"
+        return lambda i: f"annotation {split.annotations[i].get('id')}: {shorten(repr(split.annotations[i][key]))}"
 
     def odd(key: str, usable: Callable[[Any], bool]) -> np.ndarray:
         return np.array([key in a and not usable(a[key]) for a in split.annotations], dtype=bool)
@@ -231,7 +233,7 @@ def check_counts(split: Split, num_queries: int) -> list[Finding]:
     uses = np.bincount(split.category_of[split.objects], minlength=len(split.categories))
     findings += if_any(
         WARNING if source == "train" else NOTE, source, "categories without objects",
-        np.flatnonzero(uses == 0), lambda i: short(split.categories[i]["name"]),
+        np.flatnonzero(uses == 0), lambda i: shorten(split.categories[i]["name"]),
     )  # fmt: skip
     text = "crowds: not trained on, and neither right nor wrong in evaluation"
     findings += if_any(NOTE, source, text, np.flatnonzero(split.crowd), split.describe)
@@ -351,12 +353,12 @@ def compare_splits(
         )
         known = {i: labels.names[label] for i, label in labels.labels().items()}
         unknown = [
-            f"{i} {short(name)!r}" + (f", in {owner} {short(known[i])!r}" if i in known else "")
+            f"{i} {shorten(name)!r}" + (f", in {owner} {shorten(known[i])!r}" if i in known else "")
             for i, name in other.items()
             if known.get(i) != name
         ]
         findings += if_any(ERROR, source, f"categories that {val.name} has and {owner} has not", unknown)
-        unseen = [f"{i} {short(name)!r}" for i, name in own.items() if i not in other]
+        unseen = [f"{i} {shorten(name)!r}" for i, name in own.items() if i not in other]
         findings += if_any(WARNING, source, f"categories that {train.name} has and {val.name} has not", unseen)
 
     named = {image["file_name"]: train.path(image) for image in train.images}

@@ -167,7 +167,7 @@ class Split:
         return index_files(self.folder, taken)
 
 
-def short(value: Any) -> str:
+def shorten(value: Any) -> str:
     """A value in at most 80 characters."""
     text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."
