@@ -376,8 +376,8 @@ def texts(figure):
     return [(text.get_text(), text.get_window_extent()) for text in found if text.get_text()]
 
 
-@pytest.mark.parametrize("panels, levels", [(1, 1), (2, 1), (6, 1), (3, 3)])
-@pytest.mark.parametrize("height, width", [(480, 640), (300, 4000), (2000, 100), (32, 32)])
+@pytest.mark.parametrize("panels, levels", [(1, 1), (6, 1), (3, 3)])
+@pytest.mark.parametrize("height, width", [(120, 160), (60, 800), (400, 20), (32, 32)])
 @pytest.mark.parametrize("kind", SHOWN)
 def test_nothing_overlaps_at_any_shape(kind, panels, levels, height, width):
     image = np.full((height, width, 3), 128, np.uint8)

@@ -982,7 +982,7 @@ def inside(monkeypatch):
 
 SIZES = {
     "detr": "--num_queries 5 --enc_layers 2 --dec_layers 1 --hidden_dim 64 --dim_feedforward 48 --pre_norm",
-    "conditional": "--num_queries 5 --enc_layers 2 --dec_layers 1 --position_embedding learned",
+    "conditional": "--num_queries 5 --enc_layers 2 --dec_layers 1 --position_embedding learned --backbone_stages 4",
     "anchor": "--num_query_position 5 --num_query_pattern 3 --enc_layers 2 --attention_type nn.MultiheadAttention",
 }
 
