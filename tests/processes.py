@@ -15,12 +15,13 @@ FORKS.set_forkserver_preload(
 )
 
 
-def run_script(words: list[str], environment: dict[str, str], method: str, stdout, stderr: str) -> None:
-    """Run a script as `python words...` does, in a process group of its own.
+def run_python(words: list[str], environment: dict[str, str], folder: str, method: str, stdout, stderr: str) -> None:
+    """Do what `python words...` does, in a process group of its own.
 
     Args:
-        words: the script and its arguments.
+        words: a script, `-m` and a module, or `-c` and code; then arguments.
         environment: all variables.
+        folder: to work in.
         method: how `multiprocessing` starts processes by default.
         stdout: a connection to write to.
         stderr: a file's path.
@@ -33,29 +34,39 @@ def run_script(words: list[str], environment: dict[str, str], method: str, stdou
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     os.environ.clear()
     os.environ.update(environment)
+    os.chdir(folder)
     multiprocessing.set_start_method(method, force=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv, sys.path[0] = words, str(Path(words[0]).parent)
-    runpy.run_path(words[0], run_name="__main__")
+    sys.argv = words if words[0][0] != "-" else words[1:]
+    sys.path[0] = str(Path(words[0]).parent) if words[0][0] != "-" else folder
+    if words[0] == "-m":
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif words[0] == "-c":
+        exec(words[1], {"__name__": "__main__"})
+    else:
+        runpy.run_path(words[0], run_name="__main__")
 
 
 class Forked:
-    """A script that runs in a forked process, in place of a `subprocess.Popen`.
+    """A forked process that does what `python words...` does, in place of a `subprocess.Popen`.
 
     Attributes:
         stdout: what it prints, a text file.
         pid, returncode, poll, kill, send_signal, communicate: as of `subprocess.Popen`.
 
     Args:
-        words: the script and its arguments.
-        environment: all variables.
+        words: a script, `-m` and a module, or `-c` and code; then arguments.
+        environment: all variables; this process's by default.
+        folder: to work in; this process's by default.
     """
 
-    def __init__(self, words: list[str], environment: dict[str, str]):
+    def __init__(self, words: list[str], environment: dict[str, str] | None = None, folder: str | Path = "."):
         reader, writer = FORKS.Pipe(duplex=False)
-        self._stderr = tempfile.NamedTemporaryFile()
-        args = (words, environment, multiprocessing.get_start_method(), writer, self._stderr.name)
-        self._process = FORKS.Process(target=run_script, args=args)
+        self._stderr = tempfile.NamedTemporaryFile()  # noqa: SIM115, it lives as long as the process
+        method = multiprocessing.get_start_method()
+        environment = dict(os.environ) if environment is None else environment
+        args = (words, environment, os.path.abspath(folder), method, writer, self._stderr.name)
+        self._process = FORKS.Process(target=run_python, args=args)
         self._process.start()
         writer.close()
         self.stdout = os.fdopen(os.dup(reader.fileno()))
@@ -66,7 +77,8 @@ class Forked:
     def returncode(self) -> int | None:
         return self._process.exitcode
 
-    poll = returncode.fget
+    def poll(self) -> int | None:
+        return self._process.exitcode
 
     def kill(self) -> None:
         self._process.kill()
@@ -74,7 +86,7 @@ class Forked:
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def communicate(self, timeout: float) -> tuple[str, str]:
+    def communicate(self, timeout: float = 300) -> tuple[str, str]:
         """The rest of what it prints, and all that it complains of, once it has ended; killed after `timeout` s."""
         timer = threading.Timer(timeout, self.kill)
         timer.start()

@@ -547,27 +547,33 @@ def run_benchmark(name: str, folder: Path, *argv: str) -> tuple[int, dict]:
     return status, json.loads((folder / f"{name}.json").read_text())
 
 
+# Plain models have no windows to fix.
 @pytest.mark.parametrize(
-    "names",
-    [["pytorch", "torchscript"], pytest.param(["onnx_fixed"], marks=[exporting, pytest.mark.slow])],
-    ids="-".join,
+    "attentions, names, expected",
+    [
+        (
+            "enact mhsa",
+            "pytorch torchscript",
+            [("enact", "pytorch"), ("enact", "torchscript"), ("mhsa", "pytorch"), ("mhsa", "torchscript")],
+        ),
+        pytest.param("enact", "onnx_fixed", [("enact", "onnx_fixed")], marks=[exporting, pytest.mark.slow]),
+        pytest.param("mhsa", "onnx_fixed onnx_int8", [("mhsa", "onnx_int8")], marks=[exporting, pytest.mark.slow]),
+    ],
 )
-def test_runtimes_are_timed(names, tmp_path, monkeypatch, capsys):
-    if "onnx_fixed" in names:
+def test_runtimes_are_timed(attentions, names, expected, tmp_path, monkeypatch, capsys):
+    if "onnx" in names:
         pytest.importorskip("onnxruntime")
     monkeypatch.setattr(runtimes, "run_isolated", lambda function, *args, limit: attempt(function, *args))
-    small = "--backbone resnet18 --backbone_norm batch --hidden_dim 32 --nheads 4 --dim_feedforward 64".split()
-    argv = ["--variants", "detr", "--attentions", "enact", "mhsa", "--runtimes", *names, "--size", 96, 128]
-    argv = [*argv, "--repeat", 2, "--warmup", 0, "--", *small, *ONE_LAYER]
+    small = "--backbone resnet18 --backbone_stages 2 --hidden_dim 32 --nheads 4 --dim_feedforward 64".split()
+    argv = ["--variants", "detr", "--attentions", *attentions.split(), "--runtimes", *names.split()]
+    argv = [*argv, "--size", 96, 128, "--repeat", 2, "--warmup", 0, "--", *small, *ONE_LAYER]
     status, figures = run_benchmark("runtimes", tmp_path / "out", *argv)
     assert status == 0
-    # Plain models have no windows to fix.
-    expected = [("enact", name) for name in names] + [("mhsa", name) for name in names if name != "onnx_fixed"]
     assert [(row["attention"], row["runtime"]) for row in figures["rows"]] == expected
     for row in figures["rows"]:
         assert row["status"] == "done" and len(row["runs"]) == 2 and row["seconds"]["least"] > 0
         assert (row["bytes"] is None) == (row["runtime"] == "pytorch")
-    assert "| DETR-C5, R18 | ENACT |" in capsys.readouterr().out
+    assert f"| DETR-C5, R18 | {'ENACT' if 'enact' in attentions else 'plain'} |" in capsys.readouterr().out
 
 
 @exporting

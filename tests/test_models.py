@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision
 from conftest import ALL_STAGES, ATTENTIONS, SMALL_MODEL, build, parse
+from processes import Forked
 from torch.testing import assert_close
 from torchvision.transforms.v2 import functional as F
 
@@ -525,8 +526,8 @@ def test_a_variant_folder_works_from_inside(variant):
         "from models.transformer import Transformer, build_transformer; from main import get_args_parser; "
         "from datasets import build_dataset"
     )
-    folder = ROOT / VARIANTS[variant][0]
-    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = Forked(["-c", code], folder=ROOT / VARIANTS[variant][0])
+    assert (process.communicate()[1], process.returncode) == ("", 0)
 
 
 def test_variants_stand_side_by_side():

@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
@@ -13,6 +11,7 @@ import pytest
 import torch
 from conftest import ALL_STAGES, SMALL_MODEL, assert_close, build, equal_states, read_log, run, train
 from PIL import Image
+from processes import Forked
 from pycocotools import mask as coco_mask
 from torch.nn import functional as F
 from torchvision import tv_tensors
@@ -375,8 +374,9 @@ print("all read or refused")
 
 def test_damaged_codes_crash_nothing_and_none_is_read_wrong():
     # In a process of its own, since C code that writes outside its memory may end it much later.
-    done = subprocess.run([sys.executable, "-c", DAMAGED_CODES], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "all read or refused\n"), done.stderr[-2000:]
+    process = Forked(["-c", DAMAGED_CODES])
+    said, complained = process.communicate()
+    assert (process.returncode, said) == (0, "all read or refused\n"), complained[-2000:]
 
 
 @pytest.mark.parametrize("shift", [-70, -3, 0, 3, 70, 5000])
