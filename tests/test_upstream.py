@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_MODEL, build
+from conftest import ALL_STAGES, SMALL_MODEL, build
 from processes import Forked
 from torch import Tensor, nn
 
@@ -137,7 +137,7 @@ def test_models_can_be_scripted(variant_and_attention, tmp_path):
 
 
 def test_a_model_with_masks_can_be_scripted():
-    model = small("detr", "enact", "--masks", "--num_queries", "20")
+    model = small("detr", "enact", *ALL_STAGES, "--masks", "--num_queries", "20")
     scripted, images = torch.jit.script(model), batch([(97, 64), (80, 131), (64, 64)])
     with torch.no_grad():
         expected = model(images)
