@@ -25,7 +25,7 @@ COPY pyproject.toml constraints.txt LICENSE ./
 RUN mkdir enact_common \
     && touch README.md enact_common/__init__.py \
     && pip install --no-cache-dir --root-user-action=ignore \
-        -c constraints.txt -e ".[logging,plots,fast-eval,yolo]"
+        -c constraints.txt -e ".[logging,plots,fast-eval]"
 
 # Training runs as a user without rights. With the ids of whoever starts it (docker-compose.yml passes
 # them), the results on the host belong to that person. -o: the id may be taken already.

@@ -3,8 +3,9 @@
 import sys
 from pathlib import Path
 
-# A checkout whose dependencies alone are installed works too.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    # A checkout whose dependencies alone are installed works too.
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from enact_common.cli.arguments import VariantParser, add_query_flags, common_parser  # noqa: E402
 from enact_common.cli.flags import LOSSES  # noqa: E402

@@ -1,20 +1,42 @@
-"""What the detectors of this project share; the names here are for users' own code."""
+"""ENACT and the three detectors of this project; the names here are for users' own code.
 
-from enact_common.attention import EnactSelfAttention, EntropyClustering, plug_in
-from enact_common.inference import Detections, LoadedDetector, load_detector
-from enact_common.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
-from enact_common.utils.errors import UserError
-from enact_common.variants import load_variant
+They are imported when they are asked for: `import enact_common` alone loads no PyTorch.
+"""
 
-__all__ = [
-    "Detections",
-    "EnactSelfAttention",
-    "EntropyClustering",
-    "LoadedDetector",
-    "NestedTensor",
-    "UserError",
-    "load_detector",
-    "load_variant",
-    "nested_tensor_from_tensor_list",
-    "plug_in",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from enact_common.attention import EnactSelfAttention, EntropyClustering, plug_in
+    from enact_common.inference import Detections, LoadedDetector, load_detector
+    from enact_common.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
+    from enact_common.utils.errors import UserError
+    from enact_common.variants import load_variant
+
+# name: the module that it comes from
+_MODULES = {
+    "Detections": "inference",
+    "EnactSelfAttention": "attention",
+    "EntropyClustering": "attention",
+    "LoadedDetector": "inference",
+    "NestedTensor": "nested_tensor",
+    "UserError": "utils.errors",
+    "load_detector": "inference",
+    "load_variant": "variants",
+    "nested_tensor_from_tensor_list": "nested_tensor",
+    "plug_in": "attention",
+}
+
+__all__ = list(_MODULES)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

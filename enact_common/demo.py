@@ -6,6 +6,7 @@ and prints it.
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from enact_common.cli.program import program
 from enact_common.data.annotations import load_annotations
 from enact_common.data.images import decode_image
 from enact_common.data.synthetic import make_shapes
@@ -58,7 +60,7 @@ THRESHOLDS = {"detr": 0.5, "conditional": 0.4, "anchor": 0.35}
 
 def build_parser() -> argparse.ArgumentParser:
     """The demo's command line."""
-    parser = argparse.ArgumentParser(prog="python -m enact_common.demo", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog=program("enact_common.demo"), description=__doc__.splitlines()[0])
     parser.add_argument(
         "--variant", choices=tuple(VARIANTS), default="conditional", help="detector (default: %(default)s)"
     )
@@ -75,9 +77,11 @@ def run_variant(variant: str, *argv: str) -> None:
     Raises:
         SystemExit: it failed, with its status.
     """
-    script = Path(VARIANTS[variant][0]) / "main.py"
-    print(f"\n$ python {script} {shlex.join(argv)}\n", flush=True)
-    with subprocess.Popen([sys.executable, str(ROOT / script), *argv]) as process:
+    print(f"\n$ enact train {variant} {shlex.join(argv)}\n", flush=True)
+    # The package need not be installed.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "enact_common", "train", variant, *argv]
+    with subprocess.Popen(command, env=environment) as process:
         try:
             status = process.wait()
         except KeyboardInterrupt:

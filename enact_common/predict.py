@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from enact_common.cli.program import program
 from enact_common.cli.types import HelpFormatter, fraction
 from enact_common.data.images import Found, image_suffixes, search
 from enact_common.drawing.detections import draw_detections
@@ -161,7 +162,7 @@ def counted(count: int, noun: str) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m enact_common.predict", description=__doc__.splitlines()[0], formatter_class=HelpFormatter
+        prog=program("enact_common.predict"), description=__doc__.splitlines()[0], formatter_class=HelpFormatter
     )
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT",

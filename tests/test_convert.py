@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 from collections import defaultdict
 from pathlib import Path
 from xml.sax.saxutils import escape
@@ -737,12 +736,6 @@ def test_yaml_files_that_describe_nothing_are_refused(yolo, tmp_path, capsys, co
     write(yolo / "data.yaml", config)
     assert convert_to(tmp_path / "out", "yolo", yolo) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
-def test_without_pyyaml_the_message_says_how_to_get_it(yolo, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "yaml", None)
-    assert convert_to(tmp_path / "out", "yolo", yolo) == 2
-    assert "pip install 'enact-detection[yolo]'" in capsys.readouterr().err
 
 
 # Folders -------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """The command line that the variants share. Each variant's `main.py` adds what is its own and sets its defaults."""
 
 import argparse
+import sys
 from collections.abc import Callable
 
 from enact_common.attention.clustering import CLUSTERS
 from enact_common.attention.hilbert import ORDERS, ROWS
 from enact_common.cli.checks import check_arguments, check_position_embedding
+from enact_common.cli.config import with_config
 from enact_common.cli.flags import COCO, ENACT_LR, LOSSES, MODEL, PANOPTIC, PLAIN_LR
 from enact_common.cli.types import (
     HelpFormatter,
@@ -20,6 +22,7 @@ from enact_common.models.backbone import ALL_STAGES, BACKBONES, NORMS
 from enact_common.models.layers import ENCODER_ATTENTIONS
 from enact_common.models.segmentation import PostProcessPanoptic
 from enact_common.utils.device import AMP_DTYPE
+from enact_common.utils.errors import UserError
 
 LR_SCHEDULES = ("step", "cosine")
 CACHE_MODES = ("encoded", "decoded")
@@ -57,6 +60,10 @@ class VariantParser(argparse.ArgumentParser):
         return {group.title: group for group in self._action_groups}[title]
 
     def parse_known_args(self, args=None, namespace=None):
+        try:
+            args = with_config(self, sys.argv[1:] if args is None else args)
+        except UserError as error:
+            self.error(str(error))
         parsed, rest = super().parse_known_args(args, namespace)
         if namespace is None and getattr(parsed, "encoder_attention", None) == "mhsa":
             return super().parse_known_args(args, argparse.Namespace(lr=PLAIN_LR))
@@ -380,6 +387,11 @@ def add_segmentation_flags(group) -> None:
 
 def add_run_flags(group) -> None:
     """Where and how it runs."""
+    group.add_argument(
+        "--config", default="", metavar="FILE",
+        help="YAML file of flags, or the name of a configuration in configs/; flags on the command line win. A "
+        "training writes its own as OUTPUT_DIR/config.yaml",
+    )  # fmt: skip
     group.add_argument(
         "--output_dir", default="", metavar="DIR", help="for log, checkpoints and results; without it none is written"
     )

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from enact_common import compare
+from enact_common.cli.program import program
 from enact_common.cli.types import fraction, natural_int
 from enact_common.compare.page import build_page
 from enact_common.compare.pictures import Scene, given_scenes, side_by_side, validation_scenes
@@ -22,7 +23,7 @@ PAGE, TABLES = "compare.html", "compare.md"
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m enact_common.compare",
+        prog=program("enact_common.compare"),
         description=compare.__doc__,
         epilog=f"The tables go to the terminal and to {TABLES}; {PAGE} has them too, with curves and detections, and "
         "can be sent to others: it needs no other file and no network.",

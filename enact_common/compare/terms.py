@@ -21,8 +21,8 @@ COSTS = ("device", "compile", "checkpoint_activations", "cache_mode", "num_worke
 
 # What changes neither; the originals' names for the processes of a run are among them.
 IDLE = (
-    "output_dir", "auto_resume", "start_epoch", "eval", "eval_every", "print_freq", "dist_url", "dist_backend", "rank",
-    "gpu", "local_rank", "distributed",
+    "config", "output_dir", "auto_resume", "start_epoch", "eval", "eval_every", "print_freq", "dist_url",
+    "dist_backend", "rank", "gpu", "local_rank", "distributed",
 )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from enact_common.cli.program import program
 from enact_common.convert.sources import Issues, Item, Object, Source, number_or_none
 from enact_common.convert.voc import find_voc
 from enact_common.convert.yolo import find_yolo
@@ -310,7 +311,7 @@ def split_fraction(text: str) -> float:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m enact_common.convert",
+        prog=program("enact_common.convert"),
         description=__doc__.splitlines()[0],
         epilog=STATUS,
     )

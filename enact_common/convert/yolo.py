@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
+import yaml
+
 from enact_common.convert.sources import (
     HIDDEN,
     Issues,
@@ -111,10 +113,6 @@ def load_yaml(config: Path) -> dict:
     Raises:
         UserError: it cannot be read, or is no mapping.
     """
-    try:
-        import yaml
-    except ImportError as error:
-        raise UserError(f"{config}: reading it needs PyYAML: pip install 'enact-detection[yolo]'") from error
     try:
         data = yaml.safe_load(read_text(config))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-02-30, say, which would be a date

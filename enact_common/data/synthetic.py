@@ -35,6 +35,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from enact_common.cli.program import program
 from enact_common.data.scenes import MAX_OBJECTS, SHAPES, _check_scene, draw_scene
 from enact_common.utils.errors import exit_status
 from enact_common.utils.files import write_atomically
@@ -268,7 +269,7 @@ def _write(path: Path, content: bytes) -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this module."""
     parser = argparse.ArgumentParser(
-        prog=f"python -m {GENERATOR}",
+        prog=program(GENERATOR),
         description="Make a detection data set of drawn shapes in the layout of COCO 2017.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from enact_common.benchmark.isolated import attempt
 from enact_common.benchmark.measuring import machine
+from enact_common.cli.program import program
 from enact_common.cli.types import HelpFormatter
 from enact_common.gpu.checks import CHECKS, Setting, run_check
 from enact_common.gpu.page import write_page
@@ -192,7 +193,7 @@ def report(args: argparse.Namespace) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m enact_common.gpu", description=" ".join(__doc__.split("\n\n")[0].split())
+        prog=program("enact_common.gpu"), description=" ".join(__doc__.split("\n\n")[0].split())
     )
     commands = parser.add_subparsers(dest="command", required=True)
     device = {"help": "cuda, cuda:1, or cpu with --small (default: a GPU where there is one)"}

@@ -12,6 +12,7 @@ import torch
 
 from enact_common import slurm
 from enact_common.checkpoints.files import LATEST
+from enact_common.cli.program import program
 from enact_common.cli.types import HelpFormatter, natural_int, positive_int
 from enact_common.utils.device import check_precision, parse_device
 from enact_common.utils.errors import UserError, exit_status
@@ -43,7 +44,7 @@ def slurm_parameter(text: str) -> tuple[str, str | bool]:
 def build_parser() -> argparse.ArgumentParser:
     """The command line, up to the `--`."""
     parser = argparse.ArgumentParser(
-        prog="python -m enact_common.slurm",
+        prog=program("enact_common.slurm"),
         usage="%(prog)s VARIANT [flags] -- [the variant's own flags]",
         description=f"{slurm.__doc__} What follows the -- is the command line of the variant's main.py, with "
         "--output_dir on a file system that all nodes share; a training is given --auto_resume. It is checked here, "

@@ -15,6 +15,7 @@ import torch
 from enact_common import study
 from enact_common.benchmark.isolated import DONE, run_isolated
 from enact_common.benchmark.measuring import machine
+from enact_common.cli.program import program
 from enact_common.cli.types import HelpFormatter, fraction, positive_int
 from enact_common.study.arms import CONVERTED, NONE, PLAIN, UNIFORM, WINDOWS
 from enact_common.study.costs import measure_encoders, measure_step
@@ -43,7 +44,7 @@ PHOTOGRAPH_START, PHOTOGRAPH_IMAGES = 8000, 2000
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m enact_common.study",
+        prog=program("enact_common.study"),
         description=study.__doc__.splitlines()[0],
         formatter_class=HelpFormatter,
     )

@@ -14,6 +14,8 @@ import torch
 
 from enact_common.checkpoints.files import LATEST
 from enact_common.cli.arguments import VariantParser
+from enact_common.cli.config import FILE_NAME as CONFIG
+from enact_common.cli.config import config_text
 from enact_common.cli.flags import with_flags
 from enact_common.data.coco import CocoDetection
 from enact_common.data.loading import worker_death
@@ -53,7 +55,7 @@ from enact_common.utils.distributed import (
     share_buffers,
 )
 from enact_common.utils.errors import UserError
-from enact_common.utils.files import make_folder
+from enact_common.utils.files import make_folder, write_file
 from enact_common.utils.signals import STOPPED, Stopped, listening, stop_requested
 
 logger = logging.getLogger("enact")
@@ -88,7 +90,7 @@ def main(
         with listening():
             args = with_latest(args)
             parser.check(args)
-            run(variant, args, build_model, build_dataset)
+            run(variant, args, build_model, build_dataset, config_text(parser, args))
     except UserError as error:
         # One that a loader's worker raised comes with that process's traceback before it.
         status, problem = 2, "error: " + str(error).rsplit("UserError: ", 1)[-1].strip()
@@ -125,13 +127,16 @@ def with_latest(args: argparse.Namespace) -> argparse.Namespace:
     return args
 
 
-def run(variant: str, args: argparse.Namespace, build_model: Callable, build_dataset: Callable) -> None:
+def run(
+    variant: str, args: argparse.Namespace, build_model: Callable, build_dataset: Callable, config: str
+) -> None:
     """Check what the parser cannot, set up, then train or evaluate.
 
     Args:
         variant: its name.
         args: parsed arguments.
         build_model, build_dataset: as in `main`.
+        config: the settings as a file, which a training leaves in its folder.
 
     Raises:
         UserError: something is wrong that the user can mend. All but unreadable images is found before any work
@@ -185,6 +190,8 @@ def run(variant: str, args: argparse.Namespace, build_model: Callable, build_dat
         masks = "segm" in network.postprocessors
         report_evaluation(data, evaluator, panoptic, source, output_dir, masks, per_class=True)
     else:
+        if output_dir and is_main_process():
+            write_file(output_dir / CONFIG, lambda file: file.write(config.encode()))
         network.wrapped = wrap_model(network.model, device)
         train(variant, args, data, network, sources.resumed, device, output_dir, unreadable, measurable)
 

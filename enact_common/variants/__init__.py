@@ -2,8 +2,9 @@
 
 `DETR-ENACT` is no Python identifier, and all variants call their packages `models` and `datasets`. Each folder is the
 package `enact_common.variants.NAME`, so that the variants can be used side by side, and so that any process finds their
-classes by name: pickled models import what they need. Code in a variant's `models` and `datasets` imports relatively or
-from `enact_common`.
+classes by name: pickled models import what they need. A wheel holds the folders under these names; in a checkout,
+`register_folders` points to them. Code in a variant's `models` and `datasets` imports relatively or from
+`enact_common`.
 """
 
 import importlib
@@ -53,10 +54,7 @@ def load_variant(name: str) -> ModuleType:
     folder, package = VARIANTS[name]
     if importlib.util.find_spec(package) is None:
         path = Path(__file__).resolve().parents[2] / folder
-        raise UserError(
-            f"variant {name!r}: no folder {path}. The variants live in a checkout of the project: install the "
-            "package from there with pip install -e ."
-        )
+        raise UserError(f"variant {name!r}: no folder {path}: the installation is damaged; install the package anew")
     for part in ("models", "datasets", "main"):
         importlib.import_module(f"{package}.{part}")
     return importlib.import_module(package)

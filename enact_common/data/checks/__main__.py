@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from enact_common.cli.program import program
 from enact_common.cli.types import positive_int
 from enact_common.data.annotations import find_split
 from enact_common.data.checks.findings import ERROR, FAULT
@@ -26,7 +27,7 @@ from enact_common.utils.errors import UserError, exit_status
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m enact_common.data.checks",
+        prog=program("enact_common.data.checks"),
         description=" ".join(__doc__.split("\n")[0].split()),
         epilog="Exit status: 0, nothing or warnings; 1, faults or errors; 2, the data set cannot be read at all.",
     )

@@ -1,0 +1,97 @@
+"""The command `enact`: one command for everything that the project does.
+
+    enact train detr --coco_path DATA --output_dir OUT
+    enact predict IMAGES --checkpoint OUT/checkpoint.pth --output_dir PICTURES
+
+`enact COMMAND --help` lists a command's flags. `python -m enact_common` is the same.
+"""
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+from enact_common.cli import program
+
+# Each command's module, below enact_common, and what it does. Modules are imported when their command is called.
+COMMANDS = {
+    "train": ("train", "train a variant: enact train detr|conditional|anchor"),
+    "eval": ("train", "evaluate a checkpoint: enact eval detr|conditional|anchor --resume CKPT"),
+    "predict": ("predict", "detect in images and videos"),
+    "check": ("data.checks.__main__", "find what is wrong with a data set"),
+    "convert": ("convert.__main__", "make COCO's layout of Pascal VOC or YOLO data"),
+    "export": ("export.__main__", "write a detector as ONNX, torch.export or TorchScript"),
+    "compare": ("compare.__main__", "compare trainings, with and without ENACT, on one page"),
+    "plots": ("plots.__main__", "draw training curves and precision by recall"),
+    "benchmark": ("benchmark.__main__", "measure memory, time and operations"),
+    "study": ("study.__main__", "measure what ENACT costs in accuracy"),
+    "slurm": ("slurm.__main__", "submit a training to a cluster"),
+    "demo": ("demo", "train a small model on drawn shapes"),
+    "gpu": ("gpu.__main__", "check and measure on a GPU"),
+}
+
+COMPLETION = "completion"
+SHELLS = ("bash", "zsh", "tcsh")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one of the commands.
+
+    Args:
+        argv: the command line's words; None for the process's own.
+
+    Returns:
+        the command's exit status; 2 for a command that there is not.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(help_text())
+        return 0 if words else 2
+    name, rest = words[0], words[1:]
+    if name == COMPLETION:
+        return print_completion(rest)
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        print(f"enact: error: no command {name!r}{meant} enact --help lists them all", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"enact_common.{COMMANDS[name][0]}")
+    program.called_as = f"enact {name}"
+    return module.main([*rest, "--eval"] if name == "eval" and rest else rest)
+
+
+def help_text() -> str:
+    """All commands, a line each."""
+    lines = [f"  {name:<11} {what}" for name, (_, what) in COMMANDS.items()]
+    lines.append(f"  {COMPLETION:<11} print a completion script for {', '.join(SHELLS)}")
+    return "usage: enact COMMAND ...\n\n" + "\n".join(lines) + "\n\nenact COMMAND --help lists a command's flags."
+
+
+def print_completion(words: Sequence[str]) -> int:
+    """Print a script that completes commands, flags and choices in a shell, by shtab."""
+    parser = argparse.ArgumentParser(prog=f"enact {COMPLETION}", description=print_completion.__doc__)
+    parser.add_argument("shell", choices=SHELLS)
+    shell = parser.parse_args(words).shell
+    try:
+        import shtab
+    except ModuleNotFoundError:
+        print(f"{parser.prog}: error: needs shtab: pip install 'enact-detection[completion]'", file=sys.stderr)
+        return 2
+    print(shtab.complete(whole_parser(), shell))
+    return 0
+
+
+def whole_parser() -> argparse.ArgumentParser:
+    """A parser with every command's own parser below it."""
+    whole = argparse.ArgumentParser(prog="enact")
+    commands = whole.add_subparsers()
+    for name, (module, what) in COMMANDS.items():
+        commands.add_parser(name, help=what)
+        # argparse offers no way to add a parser that is made already.
+        commands.choices[name] = importlib.import_module(f"enact_common.{module}").build_parser()
+    return whole
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Train or evaluate a variant: `enact train detr` is the same as `python DETR-ENACT/main.py`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from enact_common.cli.program import program
+from enact_common.training.run import main as run_main
+from enact_common.variants import VARIANTS, load_variant
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """A parser with each variant's own parser below it; it serves the help and shell completion."""
+    parser = argparse.ArgumentParser(prog=program("enact_common.train"), description=__doc__.splitlines()[0])
+    variants = parser.add_subparsers(dest="variant", metavar="VARIANT", required=True)
+    for name, (folder, _) in VARIANTS.items():
+        variants.add_parser(name, help=f"as python {folder}/main.py", add_help=False)
+        variants.choices[name] = load_variant(name).main.get_args_parser()
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a variant's command line.
+
+    Args:
+        argv: the variant, then its flags; None for the process's own words.
+
+    Returns:
+        the exit status, as of `training.run.main`.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] not in VARIANTS:
+        build_parser().parse_args(words[:1])  # prints the help, or the error
+    variant, *flags = words
+    package = load_variant(variant)
+    parser = package.main.get_args_parser()
+    parser.prog = f"{program('enact_common.train')} {variant}"
+    return run_main(variant, parser, package.models.build_model, package.datasets.build_dataset, flags)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
