@@ -52,7 +52,7 @@ class Forked:
 
     Attributes:
         stdout: what it prints, a text file.
-        pid, returncode, poll, kill, send_signal, communicate: as of `subprocess.Popen`.
+        pid, returncode, poll, wait, kill, send_signal, communicate: as of `subprocess.Popen`.
 
     Args:
         words: a script, `-m` and a module, or `-c` and code; then arguments.
@@ -73,6 +73,12 @@ class Forked:
         reader.close()
         self.pid = self._process.pid
 
+    def __enter__(self) -> "Forked":
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Nothing is left to do: `wait` and `communicate` close what is open."""
+
     @property
     def returncode(self) -> int | None:
         return self._process.exitcode
@@ -82,6 +88,11 @@ class Forked:
 
     def kill(self) -> None:
         self._process.kill()
+
+    def wait(self) -> int:
+        """Its exit status, once it has ended; what it says is read, and nothing is made of it."""
+        self.communicate()
+        return self._process.exitcode
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
