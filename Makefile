@@ -12,7 +12,7 @@ python := $(VENV)/bin/python
 stamp := $(VENV)/.enact-installed
 other_checkout := $(if $(filter-out "$(CURDIR)","$(shell cat $(stamp) 2>/dev/null)"),force)
 
-.PHONY: help install test soak lint audit demo gpu clean force
+.PHONY: help install test wheel soak lint audit demo gpu clean force
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1:/p' Makefile | awk -F: '{ printf "  make %-9s%s\n", $$1, $$2 }'
@@ -23,6 +23,9 @@ install: $(stamp)  ## make the environment and install the package into it
 
 test: $(stamp)  ## run the tests, in JOBS processes
 	$(python) -m pytest -n $(JOBS)
+
+wheel: $(stamp)  ## build the wheel, install it into a clean environment, and use it there as a user would
+	$(python) tests/installed.py
 
 soak: $(stamp)  ## run the long loops of docs/reliability.md, about half an hour, and record what comes out
 	$(python) tests/soak.py

@@ -32,7 +32,7 @@ COMMANDS = {
 }
 
 COMPLETION = "completion"
-SHELLS = ("bash", "zsh", "tcsh")
+SHELLS = ("bash", "zsh")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -142,6 +142,10 @@ def test_compiled_and_recomputed(monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    "ONEDNN_MAX_CPU_ISA" in os.environ,
+    reason="with oneDNN held to older instructions, PyTorch's own compiled code of a linear layer is wrong too",
+)
 def test_compiled_code_computes_the_same():
     """With PyTorch's own code generation, where it works."""
     torch._dynamo.reset()

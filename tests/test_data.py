@@ -33,13 +33,7 @@ from enact_common.data.checks.images import inspect_image
 from enact_common.data.checks.split import Split
 from enact_common.data.coco import CocoDetection, collate, seeded
 from enact_common.data.images import decode_image, image_size
-from enact_common.data.transforms import (
-    RandomResize,
-    RandomSizeCrop,
-    eval_transforms,
-    resized_shape,
-    train_transforms,
-)
+from enact_common.data.transforms import RandomResize, RandomSizeCrop, eval_transforms, resized_shape, train_transforms
 from enact_common.data.values import normalise
 from enact_common.evaluation.coco import CocoBoxEvaluator
 from enact_common.models.normalization import IMAGENET_MEAN, IMAGENET_STD, PixelNormalization

@@ -35,7 +35,7 @@ def test_the_demo_trains_evaluates_and_draws(variant, request, tiny_demo, tmp_pa
         request.getfixturevalue("in_forks")
     assert demo.main(["--variant", variant, "--output_dir", str(tmp_path / "demo")]) == 0
     text = capfd.readouterr().out
-    assert f"$ python {VARIANTS[variant][0]}/main.py --coco_path" in text and "--eval" in text
+    assert f"$ enact train {variant} --coco_path" in text and "--eval" in text
     last = json.loads((tmp_path / "demo" / "run" / "log.txt").read_text().splitlines()[-1])
     assert f"AP {last['test_coco_eval_bbox'][0]:.3f}, AP50" in text
     for name in ("detections.png", "curves.png"):

@@ -29,13 +29,7 @@ from enact_common.data.coco import CocoDetection
 from enact_common.data.transforms import eval_transforms
 from enact_common.evaluation.coco import METRICS, CocoBoxEvaluator
 from enact_common.export.formats import FORMATS, load_exported, needed, quantize
-from enact_common.export.graph import (
-    DetectorGraph,
-    Interface,
-    calibrated_lengths,
-        fix_window_lengths,
-    greatest_side,
-)
+from enact_common.export.graph import DetectorGraph, Interface, calibrated_lengths, fix_window_lengths, greatest_side
 from enact_common.inference.detector import LoadedDetector, load_detector
 
 # Files to compare, in words: whether their windows are fixed, and whether they are int8.

@@ -51,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         "before anything is submitted. docs/clusters.md has examples.",
         formatter_class=HelpFormatter,
     )
-    parser.add_argument("variant", choices=VARIANTS, help="the model: " + ", ".join(VARIANTS))
+    parser.add_argument("variant", choices=tuple(VARIANTS), help="the model: " + ", ".join(VARIANTS))
     parser.add_argument(
         "--cluster", choices=CLUSTERS,
         help="slurm; local: processes on this machine; debug: in this process, with a debugger where it fails; "

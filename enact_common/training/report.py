@@ -6,13 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from enact_common.evaluation.coco import EVALUATION, CocoBoxEvaluator, evaluation_record, metrics_text, per_class_text
-from enact_common.evaluation.panoptic import (
-    FOLDER,
-    PanopticEvaluator,
-    panoptic_metrics,
-    panoptic_record,
-    panoptic_text,
-)
+from enact_common.evaluation.panoptic import FOLDER, PanopticEvaluator, panoptic_metrics, panoptic_record, panoptic_text
 from enact_common.training.setup import Data
 from enact_common.utils.distributed import is_main_process
 from enact_common.utils.files import write_file

@@ -35,12 +35,7 @@ from enact_common.models.backbone import load_backbone_weights
 from enact_common.training.averaging import WeightAverage
 from enact_common.training.optimization import freeze
 from enact_common.utils.acceleration import prepare
-from enact_common.utils.distributed import (
-    failing_together,
-    get_world_size,
-    is_distributed,
-    is_main_process,
-)
+from enact_common.utils.distributed import failing_together, get_world_size, is_distributed, is_main_process
 from enact_common.utils.errors import UserError
 
 logger = logging.getLogger("enact")

@@ -19,13 +19,7 @@ from enact_common.data.categories import LabelMap
 from enact_common.training.logs import AverageMeter
 from enact_common.training.optimization import Optimization, drops_until
 from enact_common.training.setup import Network
-from enact_common.utils.distributed import (
-    failing_together,
-    gather_objects,
-    get_rank,
-    get_world_size,
-    is_main_process,
-)
+from enact_common.utils.distributed import failing_together, gather_objects, get_rank, get_world_size, is_main_process
 from enact_common.utils.errors import UserError
 
 logger = logging.getLogger("enact")

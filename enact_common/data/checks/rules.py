@@ -15,16 +15,7 @@ from enact_common.data.checks.split import Split, shorten
 from enact_common.data.images import image_suffixes, is_hidden
 from enact_common.data.masks import normalize_all, normalize_size
 from enact_common.data.names import hint, other_name
-from enact_common.data.values import (
-    BOX_WANTED,
-    ID_WANTED,
-    as_mark,
-    is_area,
-    is_id,
-    is_integer,
-    is_set,
-    shown,
-)
+from enact_common.data.values import BOX_WANTED, ID_WANTED, as_mark, is_area, is_id, is_integer, is_set, shown
 from enact_common.utils.errors import UserError
 
 # A finding that a training words in its own way.

@@ -1,0 +1,95 @@
+"""One product: the command `enact`, what a wheel holds, and names that load no PyTorch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import enact_common
+from enact_common import __main__ as enact
+from enact_common.cli import program
+from enact_common.variants import VARIANTS
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def called_by_nobody(monkeypatch):
+    """Each test calls commands anew."""
+    monkeypatch.setattr(program, "called_as", None)
+
+
+def test_the_wheel_holds_every_package():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = setuptools["package-dir"]
+    expected = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "enact_common").rglob("__init__.py")}
+    for folder, package in VARIANTS.values():
+        assert folders[package] == folder
+        expected |= {package, f"{package}.models", f"{package}.datasets"}
+    assert folders["enact_common.configs"] == "configs"
+    assert set(setuptools["packages"]) == expected | {"enact_common.configs"}
+    assert len(setuptools["packages"]) == len(set(setuptools["packages"]))
+
+
+def test_the_help_fits_a_screen_and_loads_no_pytorch():
+    code = "import sys; from enact_common.__main__ import main; main(['--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(f"  {name} " in done.stdout for name in enact.COMMANDS) and done.stdout.count("\n") < 24
+
+
+@pytest.mark.parametrize("name", [name for name in enact.COMMANDS if name not in ("train", "eval")])
+def test_each_command_shows_its_help_under_its_name(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        enact.main([name, "--help"])
+    assert end.value.code == 0 and f"usage: enact {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("command", ["train", "eval"])
+def test_variants_are_trained_and_evaluated_by_name(command, variant, capsys):
+    with pytest.raises(SystemExit) as end:
+        enact.main([command, variant, "--help"])
+    assert end.value.code == 0 and f"usage: enact {command} {variant}" in capsys.readouterr().out
+    assert enact.main([command, variant, "--coco_path", "nowhere", "--device", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"enact {command} {variant}: error: ")
+    assert ("--resume" in said) == (command == "eval")
+
+
+def test_wrong_words_are_named(capsys):
+    assert enact.main(["trian"]) == 2
+    assert "no command 'trian'; did you mean train?" in capsys.readouterr().err
+    assert enact.main([]) == 2
+    with pytest.raises(SystemExit) as end:
+        enact.main(["train", "dert"])
+    assert end.value.code == 2 and "'detr'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", enact.SHELLS)
+def test_completion_knows_commands_and_flags(shell, capsys):
+    pytest.importorskip("shtab")
+    assert enact.main([enact.COMPLETION, shell]) == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in (*enact.COMMANDS, "--smoothing_sigma", "hilbert"))
+
+
+def test_completion_without_shtab_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    assert enact.main([enact.COMPLETION, "bash"]) == 2
+    assert "pip install 'enact-detection[completion]'" in capsys.readouterr().err
+
+
+def test_public_names_come_when_they_are_asked_for():
+    for name in enact_common.__all__:
+        assert getattr(enact_common, name) is not None and name in dir(enact_common)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = enact_common.nothing
+    code = "import sys, enact_common; assert 'torch' not in sys.modules; from enact_common import boxes, UserError"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
