@@ -139,24 +139,28 @@ def trained(settings) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compose")
 def test_the_training_runs(trained):
     assert len(read_log(trained)) == 1
     assert {"checkpoint.pth", "best.pth", "evaluation.json"} <= {path.name for path in trained.iterdir()}
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compose")
 def test_the_evaluation_runs_on_what_was_trained(trained, settings):
     output = finish("eval", settings | {"PROCESSES": "1"})
     assert "Average Precision" in output and (trained / "results.json").is_file()
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compose")
 def test_the_benchmark_runs(settings):
     finish("benchmark", settings)
     assert (Path(settings["OUTPUT_PATH"]) / "benchmarks" / "table.md").is_file()
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compose")
 def test_tensorboard_shows_the_training(trained, settings):
     port = free_port()
     # What comes last counts. In its container it has a network of its own; here the port may be taken.

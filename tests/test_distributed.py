@@ -78,6 +78,7 @@ def learned(tmp_path_factory):
     return data, root / "out" / "checkpoint.pth"
 
 
+@pytest.mark.xdist_group("learned")
 def test_the_figures_do_not_depend_on_the_number_of_processes(learned, tmp_path):
     data, checkpoint = learned
     # Batches of two, since ENACT's windows depend on an image's batch mates; four batches for up to three processes,
@@ -102,6 +103,7 @@ def test_the_figures_do_not_depend_on_the_number_of_processes(learned, tmp_path)
             )
 
 
+@pytest.mark.xdist_group("learned")
 def test_the_losses_of_a_step_do_not_depend_on_it_either(learned, tmp_path):
     data, _ = learned
     argv = ["--epochs", "1", "--dropout", "0", "--encoder_attention", "mhsa", "--backbone_norm", "frozen"]

@@ -70,6 +70,7 @@ def whole_training(request, shapes, tmp_path_factory):
     return request.param, output
 
 
+@pytest.mark.xdist_group("whole training")
 @pytest.mark.parametrize(
     "number, workers", [(signal.SIGTERM, "2"), (signal.SIGUSR1, "0")], ids=["SIGTERM to all", "SIGUSR1 to one"]
 )
@@ -97,6 +98,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(whole_training, sha
     assert_same_training(tmp_path, theirs)
 
 
+@pytest.mark.xdist_group("whole training")
 def test_kills_at_any_moment_leave_a_checkpoint_that_goes_on(whole_training, shapes, tmp_path):
     count, theirs = whole_training
     argv = [*STEPS, "--auto_resume", "--save_every_steps", "1"]

@@ -10,8 +10,8 @@ from enact_common import demo
 from enact_common.variants import VARIANTS
 
 TINY = (
-    "--device cpu --backbone resnet18 --backbone_stages 2 --backbone_weights none --backbone_norm batch --hidden_dim 32 --nheads 4 "
-    "--dim_feedforward 32 --enc_layers 1 --dec_layers 1 --train_sizes 64 --eval_size 64 "
+    "--device cpu --backbone resnet18 --backbone_stages 2 --backbone_weights none --backbone_norm batch "
+    "--hidden_dim 32 --nheads 4 --dim_feedforward 32 --enc_layers 1 --dec_layers 1 --train_sizes 64 --eval_size 64 "
     "--max_size 64 --no_augmentation --batch_size 4 --epochs 2 --num_workers 0"
 ).split()
 
