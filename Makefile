@@ -15,14 +15,17 @@ other_checkout := $(if $(filter-out "$(CURDIR)","$(shell cat $(stamp) 2>/dev/nul
 .PHONY: help install test wheel soak lint audit demo gpu clean force
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1:/p' Makefile | awk -F: '{ printf "  make %-9s%s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1:/p' Makefile | awk -F: '{ printf "  make %-10s%s\n", $$1, $$2 }'
 	@echo "Settings, with their present values:"
 	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  VARIANT=$(VARIANT)  JOBS=$(JOBS)"
 
 install: $(stamp)  ## make the environment and install the package into it
 
 test: $(stamp)  ## run the tests, in JOBS processes
-	$(python) -m pytest -n $(JOBS)
+	$(python) -m pytest -n $(JOBS) --dist loadgroup
+
+test-fast: $(stamp)  ## run the tests without the slow ones, in about a minute
+	$(python) -m pytest -n $(JOBS) -m "not slow"
 
 wheel: $(stamp)  ## build the wheel, install it into a clean environment, and use it there as a user would
 	$(python) tests/installed.py

@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+from processes import Forked
 
 from enact_common.data.synthetic import make_shapes
 from enact_common.drawing import fonts as drawing_fonts
@@ -33,10 +34,15 @@ sys.path.insert(0, str(GOLDEN))
 
 ATTENTIONS = ("enact", "mhsa")
 
-# Of each variant, a model of 8 queries that a test can afford, from random weights.
+# Behind the flags of a small model: the whole backbone, which mask heads need.
+ALL_STAGES = ("--backbone_stages", "4")
+
+# A small model of each variant: 8 queries, random weights. Two stages of the backbone keep checkpoints at 9 MB, and
+# give maps of 64 cells and more, enough for ENACT's clusters to differ.
 SMALL_MODEL = {
     variant: (
-        "--device cpu --backbone resnet18 --backbone_weights none --backbone_norm batch --hidden_dim 32 --nheads 4 "
+        "--device cpu --backbone resnet18 --backbone_stages 2 --backbone_weights none --backbone_norm batch "
+        "--hidden_dim 32 --nheads 4 "
         "--dim_feedforward 64 --enc_layers 1 --dec_layers 2 --num_workers 0 --batch_size 4 --train_sizes 64 72 "
         f"--eval_size 64 --max_size 96 --lr 1e-3 --lr_backbone 1e-4 {own}"
     ).split()
@@ -228,8 +234,15 @@ def free_port() -> int:
 
 
 def start(
-    processes: int, variant: str, shapes: Path, output: Path, *argv, torchrun: bool = False, of_rank: dict | None = None
-) -> list[subprocess.Popen]:
+    processes: int,
+    variant: str,
+    shapes: Path,
+    output: Path,
+    *argv,
+    torchrun: bool = False,
+    of_rank: dict | None = None,
+    fresh: bool = False,
+) -> list[subprocess.Popen | Forked]:
     """Start the training of a small model in processes of their own, each with a process group of its own.
 
     Args:
@@ -237,9 +250,10 @@ def start(
         variant, shapes, output, argv: as of `train`.
         torchrun: let torchrun start them.
         of_rank: more words for single processes, by their number.
+        fresh: start new interpreters, which takes seconds, rather than forks.
 
     Returns:
-        the `Popen` of each; with torchrun, its own.
+        the `Popen` of each, or what stands in for it; with torchrun, its own.
     """
     script = ROOT / VARIANTS[variant][0] / "main.py"
     words = [script, "--coco_path", shapes, "--output_dir", output, *SMALL_MODEL[variant], *argv]
@@ -250,14 +264,17 @@ def start(
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         ranks = [{"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
         environments = [{**meeting, **rank, "WORLD_SIZE": str(processes)} for rank in ranks]
-    return [
-        subprocess.Popen(
-            [sys.executable, *map(str, words), *map(str, (of_rank or {}).get(rank, ()))],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            env={**os.environ, **environment, "PYTHONUNBUFFERED": "1"},
-        )
-        for rank, environment in enumerate(environments)
-    ]  # fmt: skip
+    started = []
+    for rank, more in enumerate(environments):
+        own = [*map(str, words), *map(str, (of_rank or {}).get(rank, ()))]
+        environment = {**os.environ, **more, "PYTHONUNBUFFERED": "1"}
+        if torchrun or fresh:
+            pipe = subprocess.PIPE
+            options = {"stdout": pipe, "stderr": pipe, "text": True, "start_new_session": True, "env": environment}
+            started.append(subprocess.Popen([sys.executable, *own], **options))
+        else:
+            started.append(Forked(own, environment))
+    return started
 
 
 def equal_states(first, second) -> bool:

@@ -282,7 +282,7 @@ def test_without_the_flags_it_depends_on_the_batch():
     """What the flags change: the published behaviour."""
     model = build("detr", *SMALL_MODEL["detr"], "--smoothing_sigma", "1")[0].eval()
     features = torch.randn(2, 32, 12, 13)
-    features[1] = torch.nn.functional.avg_pool2d(features[1], 5, 1, 2) * 5
+    features[1] = features[1, :, :1, :1]
     with torch.no_grad():
         both = encoder_outputs("detr", model, features, torch.zeros(2, 12, 13, dtype=torch.bool))
         alone = encoder_outputs("detr", model, features[:1], torch.zeros(1, 12, 13, dtype=torch.bool))

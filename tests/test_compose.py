@@ -3,8 +3,7 @@
 import os
 import re
 import shlex
-import subprocess
-import sys
+import signal
 import time
 import urllib.request
 from pathlib import Path, PurePosixPath
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import SMALL_MODEL, free_port, read_log
+from processes import Forked
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
@@ -52,30 +52,20 @@ def on_the_host(word: str, service: dict) -> str:
     return str(Path(volume["source"]) / PurePosixPath(word).relative_to(volume["target"])) if volume else word
 
 
-def start(name: str, settings: dict[str, str], *more: str) -> subprocess.Popen:
-    """Start a service's command with the Python here, as the image's entry point does with its own."""
+def start(name: str, settings: dict[str, str], *more: str) -> Forked:
+    """Start a service's command as a fork of the Python here, as the image's entry point does with its own."""
     service = services(**settings)[name]
     command = [on_the_host(word, service) for word in shlex.split(service["command"])]
     environment = {key: on_the_host(value, service) for key, value in service.get("environment", {}).items()}
-    return subprocess.Popen(
-        [sys.executable, *command, *more],
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    return Forked([*command, *more], os.environ | environment, ROOT)
 
 
 def finish(name: str, settings: dict[str, str]) -> str:
     """Run a service's command to its end, which must be a good one; what it printed."""
     process = start(name, settings)
-    try:
-        output, _ = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert process.returncode == 0, output
-    return output
+    said, complained = process.communicate(timeout=300)
+    assert process.returncode == 0, said + complained
+    return said
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -149,24 +139,28 @@ def trained(settings) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compose")
 def test_the_training_runs(trained):
     assert len(read_log(trained)) == 1
     assert {"checkpoint.pth", "best.pth", "evaluation.json"} <= {path.name for path in trained.iterdir()}
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compose")
 def test_the_evaluation_runs_on_what_was_trained(trained, settings):
-    output = finish("eval", settings)
+    output = finish("eval", settings | {"PROCESSES": "1"})
     assert "Average Precision" in output and (trained / "results.json").is_file()
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compose")
 def test_the_benchmark_runs(settings):
     finish("benchmark", settings)
     assert (Path(settings["OUTPUT_PATH"]) / "benchmarks" / "table.md").is_file()
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("compose")
 def test_tensorboard_shows_the_training(trained, settings):
     port = free_port()
     # What comes last counts. In its container it has a network of its own; here the port may be taken.
@@ -175,12 +169,12 @@ def test_tensorboard_shows_the_training(trained, settings):
         page = fetch(f"http://127.0.0.1:{port}/", process)
         runs = fetch(f"http://127.0.0.1:{port}/data/runs", process)
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
     assert "<title>TensorBoard</title>" in page and "DETR-ENACT" in runs
 
 
-def fetch(url: str, process: subprocess.Popen, seconds: float = 120) -> str:
+def fetch(url: str, process: Forked, seconds: float = 120) -> str:
     """A page of a server that is about to start."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     end = time.monotonic() + seconds

@@ -67,26 +67,23 @@ def test_training_batches_hold_the_same_images_for_any_number_of_processes(as_pr
     assert batches(processes, first=2) == batches(1)[2:]
 
 
-# Of which sixty checkpoints are written soon.
-FEW_STAGES = ("--backbone_stages", "2")
-
-
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """Seven images, and a model that has begun to learn them by heart, so that there is something to compare."""
     root = tmp_path_factory.mktemp("learned")
     data = make_shapes(root / "data", train=7, val=1, size=(64, 80), seed=3)
     argv = ["--epochs", "60", "--no_augmentation", "--eval_set", "train", "--eval_every", "99", "--dropout", "0"]
-    argv += [*FEW_STAGES, "--batch_size", "7", "--lr", "2e-3", "--num_queries", "20"]
+    argv += ["--batch_size", "7", "--lr", "2e-3", "--num_queries", "20"]
     assert train("detr", data, root / "out", *argv) == 0
     return data, root / "out" / "checkpoint.pth"
 
 
+@pytest.mark.xdist_group("learned")
 def test_the_figures_do_not_depend_on_the_number_of_processes(learned, tmp_path):
     data, checkpoint = learned
     # Batches of two, since ENACT's windows depend on an image's batch mates; four batches for up to three processes,
     # and one for two of them.
-    argv = [*FEW_STAGES, "--num_queries", "20", "--resume", checkpoint, "--eval", "--eval_set", "train"]
+    argv = ["--num_queries", "20", "--resume", checkpoint, "--eval", "--eval_set", "train"]
     for batch_size, numbers in (("2", (1, 2, 3)), ("7", (1, 2))):
         found = {}
         for processes in numbers:
@@ -106,6 +103,7 @@ def test_the_figures_do_not_depend_on_the_number_of_processes(learned, tmp_path)
             )
 
 
+@pytest.mark.xdist_group("learned")
 def test_the_losses_of_a_step_do_not_depend_on_it_either(learned, tmp_path):
     data, _ = learned
     argv = ["--epochs", "1", "--dropout", "0", "--encoder_attention", "mhsa", "--backbone_norm", "frozen"]
@@ -181,7 +179,7 @@ def fault_in_one(rank: int, folder: str, port: int) -> None:
 
 
 def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path):
-    mp.start_processes(fault_in_one, (str(tmp_path), free_port()), nprocs=2, start_method="spawn")
+    mp.start_processes(fault_in_one, (str(tmp_path), free_port()), nprocs=2, start_method="forkserver")
     texts = [(tmp_path / str(rank)).read_text() for rank in range(2)]
     # Both tell what the process at fault has found.
     assert texts[0] == texts[1] and "at step 1" in texts[0]

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import ATTENTIONS, SMALL_MODEL, build, parse
+from conftest import ALL_STAGES, ATTENTIONS, SMALL_MODEL, build, parse
+from processes import Forked
 from torch.testing import assert_close
 from torchvision.transforms.v2 import functional as F
 
@@ -31,6 +32,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 SOME_OBJECTS = {"labels": torch.tensor([1, 4]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.1, 0.4]])}
+
+
+# Three levels of features, as the published models have them: only all of a ResNet-50's stages, dilated, have these.
+LEVELS = ["--num_feature_levels", "3", "--backbone", "resnet50", "--dilation", *ALL_STAGES]
 
 
 def small(variant_and_attention, *argv):
@@ -178,14 +183,10 @@ def test_options_of_detr_and_conditional_detr_build_and_run(variant, attention, 
     [
         (["--spatial_prior", "grid", "--num_query_position", "10"], 18),
         (["--attention_type", "nn.MultiheadAttention"], 8),
-        (["--num_feature_levels", "3", "--backbone", "resnet50", "--dilation"], 8),
-        (["--num_feature_levels", "3", "--backbone", "resnet50", "--dilation", "--enc_layers", "1"], 8),
+        (LEVELS, 8),
+        ([*LEVELS, "--enc_layers", "1"], 8),
         (["--hidden_dim", "48"], 8),
-        (
-            ["--num_feature_levels", "3", "--backbone", "resnet50", "--dilation", "--separate_images"]
-            + ["--attention_type", "nn.MultiheadAttention"],
-            8,
-        ),
+        ([*LEVELS, "--separate_images", "--attention_type", "nn.MultiheadAttention"], 8),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )
@@ -220,7 +221,7 @@ def test_boxes_begin_at_the_reference_points():
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_separate_images_keep_levels_of_a_batch_apart(attention):
-    flags = "--num_feature_levels 3 --backbone resnet50 --dilation --enc_layers 4 --backbone_norm frozen".split()
+    flags = (*LEVELS, "--enc_layers", "4", "--backbone_norm", "frozen")
     images = torch.randn(2, 3, 64, 64)
     differs = {}
     for own in ([], ["--separate_images"]):
@@ -525,8 +526,8 @@ def test_a_variant_folder_works_from_inside(variant):
         "from models.transformer import Transformer, build_transformer; from main import get_args_parser; "
         "from datasets import build_dataset"
     )
-    folder = ROOT / VARIANTS[variant][0]
-    subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    process = Forked(["-c", code], folder=ROOT / VARIANTS[variant][0])
+    assert (process.communicate()[1], process.returncode) == ("", 0)
 
 
 def test_variants_stand_side_by_side():
@@ -563,7 +564,7 @@ def detector(variant, *argv) -> LoadedDetector:
 
 
 KINDS = [(v, "--encoder_attention", a) for v in VARIANTS for a in ATTENTIONS] + [
-    ("detr", "--masks"),
+    ("detr", "--masks", *ALL_STAGES),
     ("detr", "--position_embedding", "learned"),
     ("detr", "--enact_clusters", "regions"),
     ("anchor", "--spatial_prior", "grid"),

@@ -228,7 +228,7 @@ def test_norms_are_folded_once_and_channels_are_innermost(checkpoint_of, photo, 
     detector = load_detector(frozen, "cpu", threshold=0)
     norms = [module for module in detector.model.modules() if isinstance(module, FrozenNorm)]
     convolutions = [module for module in detector.model.modules() if isinstance(module, torch.nn.Conv2d)]
-    assert len(norms) == 20
+    assert len(norms) == 10
     assert all(conv.weight.is_contiguous(memory_format=torch.channels_last) for conv in convolutions)
     first = detector(photo)
     folded = [norm.folded[1] for norm in norms]
@@ -982,7 +982,7 @@ def inside(monkeypatch):
 
 SIZES = {
     "detr": "--num_queries 5 --enc_layers 2 --dec_layers 1 --hidden_dim 64 --dim_feedforward 48 --pre_norm",
-    "conditional": "--num_queries 5 --enc_layers 2 --dec_layers 1 --position_embedding learned",
+    "conditional": "--num_queries 5 --enc_layers 2 --dec_layers 1 --position_embedding learned --backbone_stages 4",
     "anchor": "--num_query_position 5 --num_query_pattern 3 --enc_layers 2 --attention_type nn.MultiheadAttention",
 }
 

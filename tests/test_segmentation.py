@@ -3,16 +3,15 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_MODEL, assert_close, build, equal_states, read_log, run, train
+from conftest import ALL_STAGES, SMALL_MODEL, assert_close, build, equal_states, read_log, run, train
 from PIL import Image
+from processes import Forked
 from pycocotools import mask as coco_mask
 from torch.nn import functional as F
 from torchvision import tv_tensors
@@ -37,6 +36,9 @@ from enact_common.models.mask_losses import dice_loss, mask_losses, padded_masks
 from enact_common.models.segmentation import PostProcessPanoptic, PostProcessSegm, encode_masks, full_size_masks
 from enact_common.training.logs import main_metric
 from enact_common.utils.errors import UserError
+
+# Flags of a mask head: it takes what all stages give.
+MASKS = ("--masks", *ALL_STAGES)
 
 # The model ---------------------------------------------------------------------------------------------------------
 
@@ -94,7 +96,7 @@ def test_masks_and_gradients_are_those_of_the_straightforward_way(monkeypatch, c
 
 def outputs_and_losses(objects: tuple[int, ...], sizes=((64, 80), (72, 64))):
     """A small model in training, and its losses for images with so many objects."""
-    model, criterion, _ = build("detr", *SMALL_MODEL["detr"], "--num_classes", "5", "--masks")
+    model, criterion, _ = build("detr", *SMALL_MODEL["detr"], "--num_classes", "5", *MASKS)
     model.train()
     images = [torch.rand(3, *size) for size in sizes[: len(objects)]]
     targets = [
@@ -118,7 +120,7 @@ def test_every_parameter_of_the_head_has_a_gradient(objects):
 
 
 def test_a_frozen_detector_neither_trains_nor_drops_out():
-    flags = (*SMALL_MODEL["detr"], "--num_classes", "5", "--masks", "--frozen_weights", "boxes.pth", "--dropout", "0.5")
+    flags = (*SMALL_MODEL["detr"], "--num_classes", "5", *MASKS, "--frozen_weights", "boxes.pth", "--dropout", "0.5")
     model, _, _ = build("detr", *flags)
     model.train()
     assert model.mask_head.training and not any(module.training for module in model.detr.modules())
@@ -129,7 +131,7 @@ def test_a_frozen_detector_neither_trains_nor_drops_out():
 
 
 def test_evaluation_gives_the_losses_of_training():
-    model, criterion, _ = build("detr", *SMALL_MODEL["detr"], "--num_classes", "5", "--masks", "--dropout", "0")
+    model, criterion, _ = build("detr", *SMALL_MODEL["detr"], "--num_classes", "5", *MASKS, "--dropout", "0")
     targets = [
         {"labels": torch.tensor([1, 2]), "boxes": torch.rand(2, 4) / 4 + 0.3, "masks": torch.rand(2, 64, 80) > 0.5}
     ]
@@ -372,8 +374,9 @@ print("all read or refused")
 
 def test_damaged_codes_crash_nothing_and_none_is_read_wrong():
     # In a process of its own, since C code that writes outside its memory may end it much later.
-    done = subprocess.run([sys.executable, "-c", DAMAGED_CODES], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "all read or refused\n"), done.stderr[-2000:]
+    process = Forked(["-c", DAMAGED_CODES])
+    said, complained = process.communicate()
+    assert (process.returncode, said) == (0, "all read or refused\n"), complained[-2000:]
 
 
 @pytest.mark.parametrize("shift", [-70, -3, 0, 3, 70, 5000])
@@ -599,7 +602,7 @@ def trained(shapes, tmp_path_factory):
     folders = {}
     for attention in ("enact", "mhsa"):
         folders[attention] = tmp_path_factory.mktemp(attention) / "run"
-        flags = ("--masks", "--epochs", 2, "--encoder_attention", attention, "--num_workers", 0)
+        flags = (*MASKS, "--epochs", 2, "--encoder_attention", attention, "--num_workers", 0)
         assert train("detr", shapes, folders[attention], *flags) == 0
     return folders
 
@@ -617,7 +620,7 @@ def test_training_logs_the_masks_figures(trained, shapes, tmp_path, attention):
 
     words = ("--coco_path", shapes, *SMALL_MODEL["detr"], "--encoder_attention", attention, "--eval")
     checkpoint = ("--resume", trained[attention] / "checkpoint.pth")
-    assert run("detr", *words, *checkpoint, "--output_dir", tmp_path / "eval", "--masks") == 0
+    assert run("detr", *words, *checkpoint, "--output_dir", tmp_path / "eval", *MASKS) == 0
     record = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
     assert list(record["masks"]["figures"].values()) == rows[-1]["test_coco_eval_masks"]
     results = json.loads((tmp_path / "eval" / "results.json").read_text())
@@ -649,8 +652,8 @@ def test_perfect_masks_have_an_ap_of_one(shapes):
 
 def test_a_resumed_training_is_the_same_to_the_last_bit(trained, shapes, tmp_path):
     output = tmp_path / "halves"
-    assert train("detr", shapes, output, "--masks", "--epochs", 1) == 0
-    assert train("detr", shapes, output, "--masks", "--epochs", 2, "--auto_resume") == 0
+    assert train("detr", shapes, output, *MASKS, "--epochs", 1) == 0
+    assert train("detr", shapes, output, *MASKS, "--epochs", 2, "--auto_resume") == 0
     whole, halves = (
         torch.load(folder / "checkpoint.pth", weights_only=True)["model"] for folder in (trained["enact"], output)
     )
@@ -660,8 +663,8 @@ def test_a_resumed_training_is_the_same_to_the_last_bit(trained, shapes, tmp_pat
 
 def test_frozen_weights_stay_and_the_head_learns(shapes, tmp_path, capsys):
     boxes, masks = tmp_path / "boxes", tmp_path / "masks"
-    assert train("detr", shapes, boxes, "--epochs", 1) == 0
-    frozen = ("--masks", "--frozen_weights", boxes / "checkpoint.pth")
+    assert train("detr", shapes, boxes, *ALL_STAGES, "--epochs", 1) == 0
+    frozen = (*MASKS, "--frozen_weights", boxes / "checkpoint.pth")
     assert train("detr", shapes, masks, *frozen, "--epochs", 1) == 0
     detector, both = (torch.load(folder / "checkpoint.pth", weights_only=True) for folder in (boxes, masks))
     assert equal_states(detector["model"], {n[5:]: t for n, t in both["model"].items() if n.startswith("detr.")})
@@ -678,16 +681,16 @@ def test_frozen_weights_stay_and_the_head_learns(shapes, tmp_path, capsys):
     assert equal_states(detector["model"], {n[5:]: t for n, t in later.items() if n.startswith("detr.")})
 
     capsys.readouterr()
-    assert train("detr", shapes, masks, "--masks", "--epochs", 3, "--auto_resume") == 2
+    assert train("detr", shapes, masks, *MASKS, "--epochs", 3, "--auto_resume") == 2
     assert "was trained with --frozen_weights CKPT; pass the same" in capsys.readouterr().err
 
 
 def test_weights_go_from_boxes_to_masks_and_back(trained, shapes, tmp_path, capsys):
     box_model = tmp_path / "boxes"
-    words = ("--pretrained", trained["enact"] / "checkpoint.pth", "--epochs", 1)
+    words = (*ALL_STAGES, "--pretrained", trained["enact"] / "checkpoint.pth", "--epochs", 1)
     assert train("detr", shapes, box_model, *words) == 0
     assert "skipped, the model has none: bbox_attention" in capsys.readouterr().out
-    words = ("--masks", "--pretrained", box_model / "checkpoint.pth", "--epochs", 0)
+    words = (*MASKS, "--pretrained", box_model / "checkpoint.pth", "--epochs", 0)
     assert train("detr", shapes, tmp_path / "masks", *words) == 0
     said = capsys.readouterr().out
     assert re.search(r"left as initialised: bbox_attention.q_linear.weight.* and 29 more", said)
@@ -696,7 +699,7 @@ def test_weights_go_from_boxes_to_masks_and_back(trained, shapes, tmp_path, caps
 
 def test_a_checkpoint_says_whether_it_has_masks(trained, shapes, tmp_path, capsys):
     checkpoint = trained["enact"] / "checkpoint.pth"
-    assert train("detr", shapes, tmp_path / "out", "--resume", checkpoint) == 2
+    assert train("detr", shapes, tmp_path / "out", *ALL_STAGES, "--resume", checkpoint) == 2
     assert "Pass, as then: --masks" in capsys.readouterr().err
 
 
@@ -716,7 +719,7 @@ def test_data_without_masks_are_refused_before_any_work(shapes, tmp_path, capsys
     own += ("--train_images", shapes / "train2017")
     own += ("--train_annotations", shapes / "annotations" / "instances_train2017.json")
     output = tmp_path / "out"
-    assert train("detr", shapes, output, *own, "--masks") == 2
+    assert train("detr", shapes, output, *own, *MASKS) == 2
     assert re.search(
         r"val.json: annotation 1 of image 1.* has no segmentation, .*leave --masks out", capsys.readouterr().err
     )
@@ -756,7 +759,7 @@ def panoptic_data(shapes, root):
 def panoptic_run(shapes, tmp_path_factory):
     """(flags of the data, folder) of a small panoptic model after an epoch."""
     root = tmp_path_factory.mktemp("panoptic")
-    flags = ("--masks", *panoptic_data(shapes, root / "data"), "--encoder_attention", "mhsa")
+    flags = (*MASKS, *panoptic_data(shapes, root / "data"), "--encoder_attention", "mhsa")
     assert train("detr", shapes, root / "run", *flags, "--epochs", 1) == 0
     return flags, root / "run"
 

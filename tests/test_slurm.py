@@ -6,7 +6,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import SMALL_MODEL, read_log, train
+from processes import Forked
 
 from enact_common.slurm import __main__ as command
 from enact_common.training import run
@@ -90,24 +90,16 @@ def requested(cluster: Path) -> tuple[dict[str, str], list[str]]:
     return parameters, shlex.split(text.strip().splitlines()[-1])
 
 
-def test_a_job_of_one_process_trains(shapes, tmp_path, capsys):
+def test_a_job_of_two_processes_trains_them_together(shapes, tmp_path, capsys):
     argv = training(shapes, tmp_path / "run", "conditional")
-    assert command.main(["conditional", "--cluster", "local", *CPU, "--wait", "--", *argv]) == 0
+    flags = ["--cluster", "local", *CPU, "--tasks_per_node", "2", "--log_dir", str(tmp_path / "logs"), "--wait"]
+    assert command.main(["conditional", *flags, "--", *argv]) == 0
     assert [row["epoch"] for row in read_log(tmp_path / "run")] == [0]
     saved = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
     assert saved["variant"] == "conditional" and saved["args"]["auto_resume"]
-    (log,) = re.findall(r"log of the first: (.*)", capsys.readouterr().out)
-    assert Path(log).parent == tmp_path / "run" / "slurm"
-    assert "1 process," in Path(log).read_text()
-
-
-def test_a_job_of_two_processes_trains_them_together(shapes, tmp_path):
-    argv = training(shapes, tmp_path / "run")
-    flags = ["--cluster", "local", *CPU, "--tasks_per_node", "2", "--log_dir", str(tmp_path / "logs"), "--wait"]
-    assert command.main(["detr", *flags, "--", *argv]) == 0
-    assert [row["epoch"] for row in read_log(tmp_path / "run")] == [0]
-    assert (tmp_path / "run" / "checkpoint.pth").is_file() and not (tmp_path / "run" / "slurm").exists()
+    assert not (tmp_path / "run" / "slurm").exists()
     (first,) = (tmp_path / "logs").glob("*_0_log.out")
+    assert re.findall(r"log of the first: (.*)", capsys.readouterr().out) == [str(first)]
     assert "effective batch    8 = 4 images x 1 accumulated x 2 processes" in first.read_text()
 
 
@@ -401,7 +393,7 @@ def test_a_job_whose_time_is_up_goes_on_where_it_was(shapes, tmp_path):
     few = "--epochs 2 --batch_size 1 --limit_val 2 --print_freq 1".split()
     argv = training(shapes, tmp_path / "run", "detr", *few)
     flags = ["--cluster", "local", *CPU, "--tasks_per_node", "2", "--wait", "--", *argv]
-    submitter = subprocess.Popen([sys.executable, "-m", "enact_common.slurm", "detr", *flags], cwd=ROOT)
+    submitter = Forked(["-m", "enact_common.slurm", "detr", *flags], folder=ROOT)
     tasks = []
     while submitter.poll() is None:
         logs = sorted((tmp_path / "run" / "slurm").glob("*_0_log.out"))

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -14,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, equal_states, read_log, start, train
+from conftest import equal_states, read_log, start, train
+from processes import Forked
 
 from enact_common.benchmark.isolated import run_isolated
 from enact_common.checkpoints.files import load_checkpoint, save_checkpoint
@@ -70,6 +70,7 @@ def whole_training(request, shapes, tmp_path_factory):
     return request.param, output
 
 
+@pytest.mark.xdist_group("whole training")
 @pytest.mark.parametrize(
     "number, workers", [(signal.SIGTERM, "2"), (signal.SIGUSR1, "0")], ids=["SIGTERM to all", "SIGUSR1 to one"]
 )
@@ -97,6 +98,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(whole_training, sha
     assert_same_training(tmp_path, theirs)
 
 
+@pytest.mark.xdist_group("whole training")
 def test_kills_at_any_moment_leave_a_checkpoint_that_goes_on(whole_training, shapes, tmp_path):
     count, theirs = whole_training
     argv = [*STEPS, "--auto_resume", "--save_every_steps", "1"]
@@ -183,12 +185,7 @@ def test_signals_do_what_they_did_before_and_after():
 
 
 def test_ctrl_c_ends_without_a_traceback(shapes, tmp_path):
-    # What a process ignores, those that it starts ignore: the tests may run in the background of a script.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        (process,) = start(1, "detr", shapes, tmp_path, *STEPS, "--epochs", "50", "--num_workers", "1")
-    finally:
-        signal.signal(signal.SIGINT, before)
+    (process,) = start(1, "detr", shapes, tmp_path, *STEPS, "--epochs", "50", "--num_workers", "1")
     wait_for_line(process, "epoch 1 [ 2/12]")
     os.killpg(process.pid, signal.SIGINT)
     assert end([process]) == [130]
@@ -241,13 +238,14 @@ def test_a_full_disk_is_said_and_the_old_checkpoint_stays(shapes, tmp_path, thre
     # What is written beside it goes to a device that is full.
     (tmp_path / "checkpoint.pth.partial").symlink_to("/dev/full")
     argv = ["--epochs", "3", "--limit_val", "1", "--auto_resume", "--batch_size", str(4 // processes)]
-    running = start(processes, "detr", shapes, tmp_path, *argv)
+    running = start(processes, "detr", shapes, tmp_path, *argv, fresh=processes > 1)
     assert end(running) == [2] * processes
     complaints = "".join(process.complained for process in running)
     assert complaints.count(f"{latest}: cannot be written (No space left on device); what it held before") == 1
     assert "Traceback" not in complaints and latest.read_bytes() == before
     # A thread of the process group that is still there may abort the process.
-    assert not [name for process in running for name in threads_at_the_end(process) if "gloo" in name]
+    if processes > 1:
+        assert not [name for process in running for name in threads_at_the_end(process) if "gloo" in name]
     # With room again, it goes on.
     assert train("detr", shapes, tmp_path, *argv[:-2], "--epochs", "2") == 0
     assert [row["epoch"] for row in read_log(tmp_path)] == [0, 1]
@@ -516,11 +514,7 @@ COMMANDS = {
 @pytest.mark.parametrize("module", COMMANDS)
 def test_sigterm_ends_a_command_in_one_line(module, tmp_path):
     argv = [word.replace("FOLDER", str(tmp_path)) for word in COMMANDS[module]]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", module, *argv],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    process = Forked(["-m", module, *argv])
     while not list(tmp_path.glob("**/*.jpg")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)

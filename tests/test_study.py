@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import build
+from processes import FORKS
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -20,7 +21,9 @@ from enact_common.attention.clustering import EntropyClustering, clusterings
 from enact_common.attention.hilbert import hilbert_order
 from enact_common.attention.layer import EnactSelfAttention
 from enact_common.attention.plug_in import clustered
+from enact_common.benchmark import isolated
 from enact_common.study import __main__ as command
+from enact_common.study import schedule
 from enact_common.study.arms import EqualShares, LearnedTemperature, MiddleAlone, Setting, encoder_layers
 from enact_common.study.images import DOTS, TRAIN, VAL, Photographs, Shapes, draw_one, load_images
 from enact_common.study.page import difference, difference_text, mean_and_spread
@@ -405,7 +408,10 @@ def test_without_time_nothing_is_trained_or_measured(tmp_path, capsys, monkeypat
 
 
 @pytest.mark.slow
-def test_a_small_study_runs_goes_on_and_writes_its_page(tmp_path, capsys):
+def test_a_small_study_runs_goes_on_and_writes_its_page(tmp_path, capsys, monkeypatch):
+    # Forks of a process that has PyTorch imported: new ones take seconds.
+    monkeypatch.setattr(schedule, "get_context", lambda method: FORKS)
+    monkeypatch.setattr(isolated.multiprocessing, "get_context", lambda method: FORKS)
     argv = ["--preset", "cpu", "--output_dir", str(tmp_path), "--fraction", "0.002", "--seeds", "1", "--jobs", "2"]
     argv += ["--variants", "conditional", "--arms", "uniform", "plain", "converted"]
     assert command.main(argv) == 0

@@ -4,13 +4,14 @@ import json
 
 import pytest
 from PIL import Image
+from processes import Forked
 
 from enact_common import demo
 from enact_common.variants import VARIANTS
 
 TINY = (
-    "--device cpu --backbone resnet18 --backbone_weights none --backbone_norm batch --hidden_dim 32 --nheads 4 "
-    "--dim_feedforward 32 --enc_layers 1 --dec_layers 1 --train_sizes 64 --eval_size 64 "
+    "--device cpu --backbone resnet18 --backbone_stages 2 --backbone_weights none --backbone_norm batch "
+    "--hidden_dim 32 --nheads 4 --dim_feedforward 32 --enc_layers 1 --dec_layers 1 --train_sizes 64 --eval_size 64 "
     "--max_size 64 --no_augmentation --batch_size 4 --epochs 2 --num_workers 0"
 ).split()
 
@@ -22,8 +23,16 @@ def tiny_demo(monkeypatch):
     monkeypatch.setattr(demo, "TRAINING", TINY)
 
 
+@pytest.fixture
+def in_forks(monkeypatch):
+    """Let the demo's trainings and evaluations be forks: a new process takes seconds to import PyTorch."""
+    monkeypatch.setattr(demo.subprocess, "Popen", lambda command, env: Forked(command[1:], env))
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_demo_trains_evaluates_and_draws(variant, tiny_demo, tmp_path, capfd):
+def test_the_demo_trains_evaluates_and_draws(variant, request, tiny_demo, tmp_path, capfd):
+    if variant != "conditional":
+        request.getfixturevalue("in_forks")
     assert demo.main(["--variant", variant, "--output_dir", str(tmp_path / "demo")]) == 0
     text = capfd.readouterr().out
     assert f"$ enact train {variant} --coco_path" in text and "--eval" in text
@@ -35,7 +44,7 @@ def test_the_demo_trains_evaluates_and_draws(variant, tiny_demo, tmp_path, capfd
             assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(2**24)) > 50
 
 
-def test_a_second_demo_starts_its_run_anew_on_the_same_images(tiny_demo, tmp_path):
+def test_a_second_demo_starts_its_run_anew_on_the_same_images(tiny_demo, in_forks, tmp_path):
     images = tmp_path / "demo" / "shapes" / "val2017"
     made = []
     for flags in ([], ["--", "--epochs", "1"]):
@@ -45,7 +54,7 @@ def test_a_second_demo_starts_its_run_anew_on_the_same_images(tiny_demo, tmp_pat
     assert len((tmp_path / "demo" / "run" / "log.txt").read_text().splitlines()) == 1
 
 
-def test_a_training_that_fails_ends_the_demo(tiny_demo, monkeypatch, tmp_path):
+def test_a_training_that_fails_ends_the_demo(tiny_demo, in_forks, monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "TRAINING", [*TINY, "--dropout", "2"])
     with pytest.raises(SystemExit) as stop:
         demo.main(["--output_dir", str(tmp_path)])

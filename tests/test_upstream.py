@@ -4,15 +4,13 @@ After the original repository's own tests (`test_all.py`), in our words.
 """
 
 import importlib
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL_MODEL, build
+from conftest import ALL_STAGES, SMALL_MODEL, build
+from processes import Forked
 from torch import Tensor, nn
 
 from enact_common.boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, generalized_box_iou, masks_to_boxes
@@ -70,10 +68,9 @@ SCRIPT = """
 
 
 def test_a_script_in_the_folder_finds_what_it_imports():
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
-    result = subprocess.run(command, cwd=ROOT / "DETR-ENACT", env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    process = Forked(["-c", textwrap.dedent(SCRIPT)], folder=ROOT / "DETR-ENACT")
+    _, complained = process.communicate()
+    assert process.returncode == 0, complained
 
 
 def test_box_functions():
@@ -140,7 +137,7 @@ def test_models_can_be_scripted(variant_and_attention, tmp_path):
 
 
 def test_a_model_with_masks_can_be_scripted():
-    model = small("detr", "enact", "--masks", "--num_queries", "20")
+    model = small("detr", "enact", *ALL_STAGES, "--masks", "--num_queries", "20")
     scripted, images = torch.jit.script(model), batch([(97, 64), (80, 131), (64, 64)])
     with torch.no_grad():
         expected = model(images)
