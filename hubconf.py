@@ -6,6 +6,6 @@
 from enact_common.hub import ENTRIES as _ENTRIES
 
 # As they are imported.
-dependencies = ["torch", "torchvision", "numpy", "scipy", "pycocotools", "cv2", "PIL", "tqdm"]
+dependencies = ["torch", "torchvision", "numpy", "scipy", "pycocotools", "cv2", "PIL", "tqdm", "yaml"]
 
 globals().update(_ENTRIES)

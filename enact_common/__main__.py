@@ -13,11 +13,12 @@ import sys
 from collections.abc import Sequence
 
 from enact_common.cli import program
+from enact_common.utils.errors import UserError, exit_status
 
 # Each command's module, below enact_common, and what it does. Modules are imported when their command is called.
 COMMANDS = {
     "train": ("train", "train a variant: enact train detr|conditional|anchor"),
-    "eval": ("train", "evaluate a checkpoint: enact eval detr|conditional|anchor --resume CKPT"),
+    "eval": ("train", "evaluate a checkpoint: enact eval --resume CKPT"),
     "predict": ("predict", "detect in images and videos"),
     "check": ("data.checks.__main__", "find what is wrong with a data set"),
     "convert": ("convert.__main__", "make COCO's layout of Pascal VOC or YOLO data"),
@@ -45,20 +46,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         the command's exit status; 2 for a command that there is not.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if not words or words[0] in ("-h", "--help"):
-        print(help_text())
-        return 0 if words else 2
+    if not words or words[0] not in COMMANDS:
+        return exit_status("enact", lambda: without_command(words))
     name, rest = words[0], words[1:]
-    if name == COMPLETION:
-        return print_completion(rest)
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        print(f"enact: error: no command {name!r}{meant} enact --help lists them all", file=sys.stderr)
-        return 2
     module = importlib.import_module(f"enact_common.{COMMANDS[name][0]}")
     program.called_as = f"enact {name}"
     return module.main([*rest, "--eval"] if name == "eval" and rest else rest)
+
+
+def without_command(words: Sequence[str]) -> int:
+    """Answer a command line that names none of `COMMANDS`.
+
+    Returns:
+        the exit status.
+
+    Raises:
+        UserError: the first word is no command.
+    """
+    if not words or words[0] in ("-h", "--help"):
+        print(help_text())
+        return 0 if words else 2
+    if words[0] == COMPLETION:
+        return print_completion(words[1:])
+    near = difflib.get_close_matches(words[0], (*COMMANDS, COMPLETION), 1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    raise UserError(f"no command {words[0]!r}; {meant}enact --help lists them all")
 
 
 def help_text() -> str:
@@ -75,9 +87,8 @@ def print_completion(words: Sequence[str]) -> int:
     shell = parser.parse_args(words).shell
     try:
         import shtab
-    except ModuleNotFoundError:
-        print(f"{parser.prog}: error: needs shtab: pip install 'enact-detection[completion]'", file=sys.stderr)
-        return 2
+    except ModuleNotFoundError as error:
+        raise UserError("completion needs shtab: pip install 'enact-detection[completion]'") from error
     print(shtab.complete(whole_parser(), shell))
     return 0
 

@@ -70,7 +70,7 @@ def main() -> None:
             ["enact", "--help"],
             ["enact", "demo", "--output_dir", "demo", "--", *small],
             ["enact", "check", "demo/shapes", "--quick"],
-            ["enact", "eval", "conditional", "--config", "demo/run/config.yaml", "--resume", checkpoint],
+            ["enact", "eval", "--config", "demo/run/config.yaml", "--resume", checkpoint],
             ["enact", "predict", picture, "--checkpoint", checkpoint, "--output_dir", "seen", "--device", "cpu"],
             ["enact", "export", checkpoint, "--output", "detector.onnx"],
             ["enact", "completion", "bash"],

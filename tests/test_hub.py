@@ -69,7 +69,7 @@ def test_torch_hub_describes_every_model(hub_cache):
 
 
 def test_what_a_model_needs_is_what_the_project_depends_on():
-    packages = {"cv2": "opencv-python", "PIL": "pillow"}  # as they are installed, where that is another name
+    packages = {"cv2": "opencv-python", "PIL": "pillow", "yaml": "PyYAML"}  # as they are installed, if another name
     text = (ROOT / "pyproject.toml").read_text()
     wanted = set(re.findall(r'"([\w-]+)>=', re.search(r"\ndependencies = \[(.*?)\n\]", text, re.DOTALL)[1]))
     listed = re.search(r"^dependencies = \[(.*)\]$", (ROOT / "hubconf.py").read_text(), re.MULTILINE)[1]

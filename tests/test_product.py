@@ -66,6 +66,13 @@ def test_variants_are_trained_and_evaluated_by_name(command, variant, capsys):
 def test_wrong_words_are_named(capsys):
     assert enact.main(["trian"]) == 2
     assert "no command 'trian'; did you mean train?" in capsys.readouterr().err
+    assert enact.main(["xyz"]) == 2
+    assert capsys.readouterr().err == "enact: error: no command 'xyz'; enact --help lists them all\n"
+    assert enact.main(["eval", "--resume", "nowhere.pth"]) == 2
+    assert capsys.readouterr().err.startswith("enact eval: error: nowhere.pth: no such file")
+    with pytest.raises(SystemExit) as end:
+        enact.main(["eval"])
+    assert end.value.code == 2 and "VARIANT" in capsys.readouterr().err
     assert enact.main([]) == 2
     with pytest.raises(SystemExit) as end:
         enact.main(["train", "dert"])

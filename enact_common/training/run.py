@@ -45,6 +45,7 @@ from enact_common.utils.device import check_precision, find_device, peak_memory,
 from enact_common.utils.distributed import (
     SharedError,
     abandon_process_group,
+    failing_together,
     gather_objects,
     get_rank,
     init_distributed_mode,
@@ -54,7 +55,7 @@ from enact_common.utils.distributed import (
     share_buffers,
 )
 from enact_common.utils.errors import UserError
-from enact_common.utils.files import make_folder, write_atomically
+from enact_common.utils.files import make_folder, write_file
 from enact_common.utils.signals import STOPPED, Stopped, listening, stop_requested
 
 logger = logging.getLogger("enact")
@@ -230,8 +231,10 @@ def train(
     state = TrainingState(variant, args, network, optimization, data.label_map, output_dir, device)
     start = state.resume(checkpoint, len(data.train_loader))
     args = state.args = with_flags(args, start_epoch=start.epoch)
-    if output_dir and is_main_process():
-        write_atomically(output_dir / CONFIG, lambda file: file.write(settings.encode()))
+    # Not earlier: all checks are done.
+    with failing_together():
+        if output_dir and is_main_process():
+            write_file(output_dir / CONFIG, lambda file: file.write(settings.encode()))
     log_summary(variant, args, data, network, device, output_dir, optimization.optimizer, start.epoch)
     data.cache(args.cache_mode)
     log = RunLog(output_dir)
