@@ -5,6 +5,7 @@ and prints it.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shlex
@@ -18,10 +19,8 @@ from enact_common.cli.program import program
 from enact_common.data.annotations import load_annotations
 from enact_common.data.images import decode_image
 from enact_common.data.synthetic import make_shapes
-from enact_common.plots.curves import plot_curves
-from enact_common.plots.detections import plot_detections
 from enact_common.training.run_logs import METRICS_KEY, read_epochs
-from enact_common.utils.errors import exit_status
+from enact_common.utils.errors import UserError, exit_status
 from enact_common.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,6 +102,8 @@ def picture_detections(data: Path, results: Path, threshold: float, picture: Pat
         if detection["score"] >= threshold:
             detections[detection["image_id"]].append(detection)
     images = annotations["images"][:PICTURED]
+    from enact_common.plots.detections import plot_detections
+
     plot_detections(
         [decode_image(data / "val2017" / image["file_name"]).permute(1, 2, 0).numpy() for image in images],
         [truths[image["id"]] for image in images],
@@ -126,8 +127,13 @@ def demonstrate(args: argparse.Namespace) -> int:
         0.
 
     Raises:
+        UserError: matplotlib is not installed.
         SystemExit: training or evaluation failed, with its status.
     """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError("the demo draws with matplotlib: pip install 'enact-detection[plots]'")
+    from enact_common.plots.curves import plot_curves
+
     output = Path(args.output_dir)
     run = output / "run"
     try:

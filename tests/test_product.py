@@ -100,3 +100,14 @@ def test_public_names_come_when_they_are_asked_for():
         _ = enact_common.nothing
     code = "import sys, enact_common; assert 'torch' not in sys.modules; from enact_common import boxes, UserError"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_commands_that_draw_start_without_matplotlib():
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\n"
+        "from enact_common.__main__ import main\n"
+        "sys.exit(main(['completion', 'bash']))"
+    )
+    pytest.importorskip("shtab")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -27,7 +27,6 @@ from enact_common.benchmark.measuring import machine
 from enact_common.cli.program import program
 from enact_common.cli.types import HelpFormatter
 from enact_common.gpu.checks import CHECKS, Setting, run_check
-from enact_common.gpu.page import write_page
 from enact_common.utils.device import default_device, find_device
 from enact_common.utils.errors import UserError, exit_status
 from enact_common.utils.files import make_folder, write_atomically
@@ -185,6 +184,9 @@ def report(args: argparse.Namespace) -> int:
     Raises:
         UserError: the folder holds no run.
     """
+    # Only here is matplotlib needed, which a GPU server may lack.
+    from enact_common.gpu.page import write_page
+
     write_page(Path(args.folder), Path(args.page))
     print(args.page)
     return 0
