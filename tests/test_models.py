@@ -656,3 +656,12 @@ def test_positions_keep_their_precision_in_any_dtype(dtype):
     assert_close(encodings.encode_coordinates(places, 32).double(), exact, rtol=0, atol=1e-4)
     exact = encode_points(places.double().unsqueeze(-1).expand(-1, 2), 32)
     assert_close(encode_points(places.unsqueeze(-1).expand(-1, 2), 32).double(), exact, rtol=0, atol=1e-4)
+
+
+def test_a_frozen_norm_trains_after_it_was_called_in_inference_mode():
+    norm, conv = FrozenNorm(4), torch.nn.Conv2d(3, 4, 1, bias=False)
+    norm.running_var.fill_(2.0)  # the constants are computed anew in the next call
+    with torch.inference_mode():
+        norm.fold_into(conv.weight)
+    norm.fold_into(conv.weight)[0].sum().backward()
+    assert conv.weight.grad is not None

@@ -801,7 +801,7 @@ def test_a_step_waits_for_the_device_once(variant_and_attention, monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, counted)
     step(*batch)
     # ENACT's window lengths, the matching costs, and what NumPy makes of them on the host.
-    assert reads == ["tolist"] * (3 if attention == "enact" else 0) + ["cpu", "numpy"]
+    assert reads == ["item"] * (3 if attention == "enact" else 0) + ["cpu", "numpy"]
 
 
 @pytest.mark.parametrize("sgd", [False, True])

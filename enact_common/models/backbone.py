@@ -56,7 +56,8 @@ class FrozenNorm(FrozenBatchNorm2d):
 
     def refresh(self) -> None:
         """Compute `scale` and `offset` from the statistics and parameters."""
-        with torch.no_grad():
+        # Normal tensors even where a model is first called in inference mode: it may train afterwards.
+        with torch.inference_mode(False), torch.no_grad():
             self.scale = self.weight * (self.running_var + self.eps).rsqrt()
             self.offset = self.bias - self.running_mean * self.scale
         self.versions = versions(self.weight, self.bias, self.running_mean, self.running_var)

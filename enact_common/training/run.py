@@ -231,12 +231,12 @@ def train(
     state = TrainingState(variant, args, network, optimization, data.label_map, output_dir, device)
     start = state.resume(checkpoint, len(data.train_loader))
     args = state.args = with_flags(args, start_epoch=start.epoch)
+    log_summary(variant, args, data, network, device, output_dir, optimization.optimizer, start.epoch)
+    data.cache(args.cache_mode)
     # Not earlier: all checks are done.
     with failing_together():
         if output_dir and is_main_process():
             write_file(output_dir / CONFIG, lambda file: file.write(settings.encode()))
-    log_summary(variant, args, data, network, device, output_dir, optimization.optimizer, start.epoch)
-    data.cache(args.cache_mode)
     log = RunLog(output_dir)
     best = BestTracker(log.ap_history(start.epoch), output_dir, args.resume)
     begin = time.perf_counter()
