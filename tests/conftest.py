@@ -54,6 +54,20 @@ SMALL_MODEL = {
 }
 
 
+# Files that train, export, compile or start processes throughout: `make test-fast` leaves them out, with single tests
+# that are marked as slow.
+SLOW_FILES = (
+    "acceleration architecture benchmark compare compose distributed export finetune golden gpu segmentation slurm "
+    "soak stopping study tools train unreadable upstream"
+).split()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def one_seed():
     """Each test starts from the same random numbers, whichever ran before it."""

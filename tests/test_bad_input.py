@@ -411,6 +411,7 @@ def test_a_strip_becomes_no_giant_on_its_way(monkeypatch):
 
 
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
+@pytest.mark.slow
 def test_an_image_of_13500_x_13500_pixels_is_read_and_made_smaller(tmp_path):
     """More pixels than Pillow's own limit allows."""
     large = Image.new("1", (13500, 13500))

@@ -181,6 +181,7 @@ def test_values_out_of_range_are_refused_by_the_parser(argv, capsys):
     assert argv[0] in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_exit_status_reaches_the_shell(tmp_path):
     script = str(ROOT / "DETR-ENACT" / "main.py")
     process = Forked([script, "--coco_path", str(tmp_path / "none"), "--device", "cpu"])
@@ -189,6 +190,7 @@ def test_the_exit_status_reaches_the_shell(tmp_path):
 
 
 @pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.slow
 def test_output_that_nobody_reads_ends_a_command_quietly(shapes, buffered):
     command = [sys.executable, "-m", "enact_common.data.checks", str(shapes), "--quick"]
     read, write = os.pipe()

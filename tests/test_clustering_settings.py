@@ -170,6 +170,7 @@ def test_cluster_hooks_are_shown_each_token_in_its_place(combination):
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
+@pytest.mark.slow
 def test_gradients(combination):
     layer = EntropyClustering(4, 1.0, **combination).double()
     tokens = torch.randn(2, 12, 4, dtype=torch.float64, requires_grad=True)
@@ -295,6 +296,7 @@ SETTINGS = (
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow
 def test_flags_are_stored_and_restored(variant, shapes, tmp_path, capfd):
     argv = ["--coco_path", shapes, *SMALL_MODEL[variant], "--limit_val", "2"]
     assert run(variant, *argv, "--output_dir", tmp_path / "run", "--epochs", "1", *SETTINGS.split()) == 0
@@ -311,6 +313,7 @@ def test_flags_are_stored_and_restored(variant, shapes, tmp_path, capfd):
     assert "clusters windows, per_image True)" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_scaled_logits_belong_to_the_weights(shapes, tmp_path, capfd):
     """Unlike the other settings: a checkpoint works with what it was trained with alone."""
     argv = ["--coco_path", shapes, *SMALL_MODEL["detr"], "--limit_val", "2"]

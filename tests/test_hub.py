@@ -170,6 +170,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("num_classes", [None, 4])
+@pytest.mark.slow
 def test_a_pretrained_model_is_the_checkpoints(checkpoint, num_classes):
     model = load("conditional_detr_resnet50_enact", pretrained=checkpoint, num_classes=num_classes)
     saved = torch.load(checkpoint, weights_only=True)["model"]
@@ -268,6 +269,7 @@ PANOPTIC_ARGS = {"masks": True, "dataset_file": "coco_panoptic", "nheads": 8, "d
         (4, {"args": PANOPTIC_ARGS, "label_map": ANIMALS | {"things": [1]}}, {1}),
     ],
 )
+@pytest.mark.slow
 def test_the_references_parameters_load_strictly(rows, more, things, tmp_path):
     path = panoptic_checkpoint(tmp_path / "panoptic.pth", rows, **more)
     model, postprocess = load("detr_resnet50_panoptic_enact", pretrained=path, return_postprocessor=True)

@@ -208,6 +208,7 @@ def test_looking_leaves_the_detector_as_it_was(variant, flags, pixels, monkeypat
 
 
 @pytest.mark.parametrize("variant, flags", [(v, flags) for v in VARIANTS for flags in FLAGS[v][:2]])
+@pytest.mark.slow
 def test_pictures_are_written(variant, flags, pixels, tmp_path):
     loaded = detector(variant, flags)
     kinds = ["attention"] if "mhsa" in flags else ["clusters", "attention", "entropy"]
@@ -379,6 +380,7 @@ def texts(figure):
 @pytest.mark.parametrize("panels, levels", [(1, 1), (6, 1), (3, 3)])
 @pytest.mark.parametrize("height, width", [(120, 160), (60, 800), (400, 20), (32, 32)])
 @pytest.mark.parametrize("kind", SHOWN)
+@pytest.mark.slow
 def test_nothing_overlaps_at_any_shape(kind, panels, levels, height, width):
     image = np.full((height, width, 3), 128, np.uint8)
     if kind == "attention":

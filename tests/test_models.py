@@ -573,6 +573,7 @@ KINDS = [(v, "--encoder_attention", a) for v in VARIANTS for a in ATTENTIONS] + 
 ]
 
 
+@pytest.mark.slow
 def test_detectors_and_models_can_be_loaded_in_a_fresh_process(tmp_path):
     pixels = torch.rand(3, 70, 90)
     expected = []
@@ -598,6 +599,7 @@ def test_detectors_and_models_can_be_loaded_in_a_fresh_process(tmp_path):
         assert_close(scores, theirs)
 
 
+@pytest.mark.slow
 def test_a_detector_works_in_a_spawned_pool():
     made, pixels = detector("anchor"), torch.rand(3, 70, 90)
     with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -989,6 +989,7 @@ SIZES = {
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow
 def test_a_file_of_weights_alone_shows_its_sizes(variant, attention, photo, tmp_path, caplog):
     argv = [*SMALL_MODEL[variant], *SIZES[variant].split(), "--encoder_attention", attention, "--num_classes", "3"]
     model, _, _ = build(variant, *argv)

@@ -93,6 +93,7 @@ def test_completion_without_shtab_names_the_extra(monkeypatch, capsys):
     assert "pip install 'enact-detection[completion]'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_public_names_come_when_they_are_asked_for():
     for name in enact_common.__all__:
         assert getattr(enact_common, name) is not None and name in dir(enact_common)
