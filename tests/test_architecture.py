@@ -113,7 +113,7 @@ def test_the_diagram_shows_what_is_imported():
 def test_attention_works_copied_alone_into_another_project(tmp_path):
     shutil.copytree(PACKAGE / "attention", tmp_path / "borrowed")
     code = (
-        "import sys; sys.path = [p for p in sys.path if 'enact' not in p]\n"
+        f"import sys; sys.path = [p for p in sys.path if p != {str(ROOT)!r}]\n"
         "sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
         "import torch\n"
         "from borrowed import EnactSelfAttention, plug_in\n"

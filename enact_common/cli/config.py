@@ -6,6 +6,7 @@ the flag on the command line, so both are checked by the same types and choices.
 
 import argparse
 import difflib
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,19 +33,6 @@ SHIPPED = next(
     ),
     Path("configs"),
 )
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML's built-in types alone; a key that is there twice is an error, not a value that is lost."""
-
-    def construct_mapping(self, node, deep=False):
-        seen = set()
-        for key, _ in node.value:
-            # A key that is a list has no text, and is refused below.
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value} is there twice")
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else None)
-        return super().construct_mapping(node, deep)
 
 
 def find_config(name: str) -> Path:
@@ -79,8 +67,8 @@ def read_config(name: str, parser: argparse.ArgumentParser) -> list[tuple[str, l
     """
     path = find_config(name)
     try:
-        with open(path, "rb") as file:
-            settings = yaml.load(file, _Loader)
+        content = path.read_bytes()
+        settings, tree = yaml.safe_load(content), yaml.compose(content, Loader=yaml.SafeLoader)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror or error})") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-02-30, which would be a date
@@ -89,6 +77,10 @@ def read_config(name: str, parser: argparse.ArgumentParser) -> list[tuple[str, l
         return []
     if not isinstance(settings, Mapping):
         raise UserError(f"--config {path}: must be lines of FLAG: VALUE, is a {type(settings).__name__}")
+    # Of a key that is there twice, YAML would keep the last value without a word.
+    keys = Counter(key.value for key, _ in tree.value if isinstance(key, yaml.ScalarNode))
+    if keys and keys.most_common(1)[0][1] > 1:
+        raise UserError(f"--config {path}: the key {keys.most_common(1)[0][0]} is there twice")
     flags, taken, words = flags_of(parser), {}, []
     for key, value in settings.items():
         flag = str(key).lstrip("-").replace("-", "_")
