@@ -24,7 +24,7 @@ install: $(stamp)  ## make the environment and install the package into it
 test: $(stamp)  ## run the tests, in JOBS processes
 	$(python) -m pytest -n $(JOBS) --dist loadgroup
 
-test-fast: $(stamp)  ## run the tests without the slow ones, in about a minute
+test-fast: $(stamp)  ## run the tests without the slow ones, in about two minutes
 	$(python) -m pytest -n $(JOBS) -m "not slow"
 
 wheel: $(stamp)  ## build the wheel, install it into a clean environment, and use it there as a user would
