@@ -26,13 +26,13 @@ from .tracing import is_tracing, size_from_data, smaller_size
 # Added to every probability, so that the logarithm of an underflown one stays finite. Released weights know it.
 PROBABILITY_FLOOR = 1e-8
 
-# Of information over its mean: beyond it, the exponentials of many tokens might add up to more than float32 holds.
+# Clamp on information over its mean, so that summed exponentials fit float32.
 GREATEST_LOGIT = 60.0
 
 # bits: less than any mean that is not rounding alone, which for N tokens is about log2(N) / N.
 LEAST_MEAN = 1e-6
 
-# What a cluster is: a window as long as the regions are on average, or a region itself.
+# Kinds of clusters: windows as long as the regions are on average, or the regions themselves.
 CLUSTERS = ("windows", "regions")
 
 
@@ -89,7 +89,7 @@ def smooth(signal: Tensor, kernel: Tensor) -> Tensor:
 
 
 def region_borders(signal: Tensor) -> Tensor:
-    """Where a region ends: where the sign (positive or not) of the second difference `[-1, 2, -1]` changes.
+    """Borders of regions: the sign (positive or not) of the second difference `[-1, 2, -1]` changes there.
 
     Args:
         signal: (batch, N), taken as zero beyond its ends.
@@ -350,7 +350,7 @@ class EntropyClustering(nn.Module):
             token, present = place, torch.ones_like(place, dtype=torch.bool)
             information = smooth(self_information(logits), self.kernel)
         else:
-            # What is not padding moves together, in row-major order: the sequence that the image has by itself.
+            # Tokens that are not padding move together, in row-major order: the image's own sequence.
             token = move_to_front(~key_padding_mask)
             present = ~key_padding_mask.gather(1, token)
             # Not minus infinity, whose softmax over an image of padding alone would be no number.

@@ -1,4 +1,4 @@
-"""What tables and charts call the rows, layers and parts that are measured, and their units."""
+"""Names that tables and charts give the measured rows, layers and parts, and their units."""
 
 
 
@@ -18,7 +18,7 @@ ROWS = {
 }
 
 
-# Of the layer whose clusters grow with the map.
+# Most clusters of the layer `enact_limited`, whose clusters grow with the map.
 LIMIT = 256
 
 # Names on the command line, and in tables.

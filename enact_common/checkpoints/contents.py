@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: variant, flags, labels, sizes; read from its tensors where it does not say."""
+"""The variant, flags, labels and sizes of a checkpoint, as it states them or as its tensors show them."""
 
 import argparse
 import logging

@@ -73,7 +73,7 @@ class VariantParser(argparse.ArgumentParser):
             parsed, rest = super().parse_known_args(words, namespace)
         if namespace is None and getattr(parsed, "encoder_attention", None) == "mhsa":
             parsed, rest = super().parse_known_args(words, argparse.Namespace(lr=PLAIN_LR))
-        # What it says has become the other flags' values; checkpoints and logs need no name of it.
+        # The file's settings are the other flags' values now; checkpoints and logs need not name the file.
         vars(parsed).pop("config", None)
         return parsed, rest
 

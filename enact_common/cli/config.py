@@ -77,7 +77,7 @@ def read_config(name: str, parser: argparse.ArgumentParser) -> list[tuple[str, l
         return []
     if not isinstance(settings, Mapping):
         raise UserError(f"--config {path}: must be lines of FLAG: VALUE, is a {type(settings).__name__}")
-    # Of a key that is there twice, YAML would keep the last value without a word.
+    # YAML keeps the last value of a repeated key without a word.
     keys = Counter(key.value for key, _ in tree.value if isinstance(key, yaml.ScalarNode))
     if keys and keys.most_common(1)[0][1] > 1:
         raise UserError(f"--config {path}: the key {keys.most_common(1)[0][0]} is there twice")

@@ -167,7 +167,7 @@ def _outer_contours(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _annotate(id_map: np.ndarray, placed: _Placed, index: int) -> SceneObject:
-    """What is visible of the object that has number `index` + 1 in the id map."""
+    """The visible part of the object that has number `index` + 1 in the id map."""
     mask = (id_map[_cells(placed.rows), _cells(placed.cols)] == index + 1).view(np.uint8)
     contours = _outer_contours(mask)
     offset = np.array([placed.cols.start, placed.rows.start])

@@ -43,7 +43,7 @@ class ClusteredMaps:
 
 @dataclass
 class Introspection:
-    """What `introspect` saw.
+    """The result of `introspect`.
 
     Attributes:
         layers: of the encoder, those that cluster, the first one first.

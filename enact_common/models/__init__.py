@@ -1,1 +1,1 @@
-"""What the three detectors share, from the backbone to the losses and post-processing."""
+"""Parts that the three detectors share, from the backbone to the losses and post-processing."""

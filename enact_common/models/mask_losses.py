@@ -75,7 +75,7 @@ def mask_losses(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
 def full_size_losses(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     """Focal and dice loss, (n,) each, of logits (n, h', w') for masks (n, h, w)."""
     if not len(logits):
-        # What interpolates does not take nothing.
+        # `F.interpolate` rejects empty input.
         return logits.sum(dim=(1, 2)), logits.sum(dim=(1, 2))
     logits = F.interpolate(logits.unsqueeze(1), size=masks.shape[-2:], mode="bilinear").flatten(1)
     masks = masks.flatten(1).float()

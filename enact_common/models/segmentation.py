@@ -168,7 +168,7 @@ class PostProcessPanoptic(nn.Module):
     ) -> dict[str, Any]:
         """One image's `id_map` and `segments`, from n queries' scores (n,), labels (n,) and masks (n, h', w')."""
         names = labels.tolist()
-        # Of each query the segment that it belongs to, named by its first query.
+        # The segment of each query, named by its first query.
         group = torch.tensor([i if label in self.things else names.index(label) for i, label in enumerate(names)])
         group = group.to(logits.device, torch.int64)
         kept = torch.arange(len(names), device=logits.device)

@@ -130,7 +130,7 @@ class RunLog:
         return any(row.get("epoch") == epoch for row in read_log(self._path))
 
     def ap_history(self, epochs: int) -> list[float]:
-        """What each evaluation in the first so many epochs is compared by, in their order: `main_metric`."""
+        """The `main_metric` of each evaluation in the first so many epochs, in order."""
         rows = read_log(self._path) if self._path and self._path.is_file() else []
         figures = {row.get("epoch"): main_metric(row) for row in rows}
         return [figures[epoch] for epoch in range(epochs) if figures.get(epoch) is not None]

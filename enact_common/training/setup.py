@@ -1,4 +1,4 @@
-"""What a training or an evaluation needs before its first batch: checkpoints, data sets and the model."""
+"""Set-up of a training or an evaluation before its first batch: checkpoints, data sets and the model."""
 
 import argparse
 import logging
@@ -200,7 +200,7 @@ def check_data(data: Data, args: argparse.Namespace, num_queries: int) -> None:
     """
     if not is_main_process():
         return
-    # Where both are of one set, the part that is trained on counts.
+    # If both are of one set, the part that is trained on counts.
     datasets = {"train": (data.train_set, args.limit_train)}
     if args.eval_set != "train":
         datasets[args.eval_set] = (data.val_set, args.limit_val)

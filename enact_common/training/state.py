@@ -49,7 +49,7 @@ class WithinEpoch:
 
 @dataclass
 class Position:
-    """Where a training goes on.
+    """The place where a training goes on.
 
     Attributes:
         epoch: the first one that is not done.

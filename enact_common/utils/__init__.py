@@ -1,1 +1,1 @@
-"""What every part may use: errors, files, devices, processes, signals."""
+"""Tools that every part may use: errors, files, devices, processes, signals."""

@@ -1,1 +1,1 @@
-"""What is in a data set, and what is wrong with it: `python -m enact_common.data.checks DATA`."""
+"""The contents and faults of a data set: `python -m enact_common.data.checks DATA`."""

@@ -1,4 +1,4 @@
-"""What the files of a split's images hold, read in several threads."""
+"""The image files of a split, read in several threads."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ MAX_THREADS = 8
 
 @dataclass(frozen=True)
 class StoredImage:
-    """What an image file turned out to hold.
+    """The contents of an image file, as they were read.
 
     Attributes:
         size: (width, height) in pixels as stored; None where it cannot be read.

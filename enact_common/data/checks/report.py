@@ -20,7 +20,7 @@ LINE_WIDTH = 110
 
 
 def contents_text(splits: Sequence[Split]) -> str:
-    """What is in the splits, as aligned columns: on the whole, then by class."""
+    """The contents of the splits, as aligned columns: on the whole, then by class."""
     columns = [contents(split) for split in splits]
     rows = [("", *(split.name for split in splits))]
     rows += [(key, *(column[key] for column in columns)) for key in columns[0]]
@@ -56,7 +56,7 @@ def contents(split: Split) -> dict[str, str]:
 
 
 def class_rows(splits: Sequence[Split]) -> list[tuple[str, ...]]:
-    """Of each class its objects, and the images that have some, in each split; a head before them."""
+    """The objects of each class, and the images that have some, in each split; a head before them."""
     rows = [("class", *(f"{split.name} {what}" for split in splits for what in ("objects", "images")))]
     names = {category["id"]: str(category["name"]) for split in splits for category in split.categories}
     numbers = []

@@ -31,7 +31,7 @@ MEND = "write its path below that folder, with slashes, as file_name into {}"
 
 
 def check_annotations(split: Split, num_queries: int) -> list[Finding]:
-    """What is wrong with a split's JSON alone.
+    """Faults of a split's JSON alone.
 
     Args:
         split: whose annotations.
@@ -288,7 +288,7 @@ def check_files(split: Split) -> list[Finding]:
 
 
 def check_images(split: Split, stored: Sequence[StoredImage | None]) -> list[Finding]:
-    """What is wrong with the image files.
+    """Faults of the image files.
 
     Args:
         split: whose.
@@ -326,7 +326,7 @@ def compare_splits(
     stored: tuple[Sequence[StoredImage | None], Sequence[StoredImage | None]] | None = None,
     label_map: LabelMap | None = None,
 ) -> list[Finding]:
-    """What two splits have in common and should not, and the other way round.
+    """Leaks and mismatches between splits.
 
     Args:
         train: what is learned from.
@@ -428,7 +428,7 @@ def quick_checks(
         where = ", ".join(str(file) for name, (_, file) in splits.items() if name == first or first not in splits)
         way_out = "; python -m enact_common.data.checks lists everything that is wrong"
         if first in limited:
-            # Of the whole, which the command looks at, it need not be true.
+            # It need not hold for the whole set, which the command checks.
             way_out = f", in the part that --limit_{'train' if first == 'train' else 'val'} leaves"
         raise UserError(f"{errors[0]}{more} [{where}]{way_out}")
     # Loading has logged which values it read as numbers.
