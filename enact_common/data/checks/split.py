@@ -111,7 +111,7 @@ class Split:
 
     @cached_property
     def areas(self) -> np.ndarray:
-        """The area of each annotation as evaluation takes it, its own or else its box's, square pixels, float64 (n,)."""
+        """The area of each annotation as evaluation takes it, its own or else its box's, px², float64 (n,)."""
         given = [annotation.get("area") for annotation in self.annotations]
         areas = np.array([area if is_area(area) else math.nan for area in given], dtype=np.float64)
         return np.where(np.isfinite(areas), areas, self.boxes[:, 2:].clip(0).prod(axis=1))
