@@ -35,6 +35,7 @@ soak: $(stamp)  ## run the long loops of docs/reliability.md, about half an hour
 
 lint: $(stamp)  ## check the code with ruff, and the other files by schema and hadolint
 	$(python) -m ruff check .
+	$(python) -m ruff format --check .
 	$(python) -m check_jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	$(python) -m check_jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	@if [ -x $(VENV)/bin/hadolint ]; then echo "hadolint Dockerfile" && $(VENV)/bin/hadolint Dockerfile; \

@@ -312,9 +312,7 @@ class EntropyClustering(nn.Module):
         with torch.autocast(scored.device.type, enabled=False):
             return tuple(clusters.pool(tensor) for tensor in (scored if narrow is None else narrow, *others)), clusters
 
-    def cluster(
-        self, scored: Tensor, key_padding_mask: Tensor | None = None, narrow: Tensor | None = None
-    ) -> Clusters:
+    def cluster(self, scored: Tensor, key_padding_mask: Tensor | None = None, narrow: Tensor | None = None) -> Clusters:
         """The clusters of tokens (batch, N, d), which pool any tensor (batch, N, channels) with the same weights.
 
         `narrow`: as in `score`.

@@ -1,7 +1,5 @@
 """Names that tables and charts give the measured rows, layers and parts, and their units."""
 
-
-
 MIB, GIB = 2**20, 2**30
 
 

@@ -190,9 +190,7 @@ def measure_time(names: list[str], shape: tuple[int, int], problem: Problem, rep
     return take_turns(steps, repeat, synchronizer(torch.device(problem.device)))
 
 
-def measure_size(
-    names: list[str], shape: tuple[int, int], problem: Problem, repeat: int, worker: Worker
-) -> list[dict]:
+def measure_size(names: list[str], shape: tuple[int, int], problem: Problem, repeat: int, worker: Worker) -> list[dict]:
     """The figures of every layer at one size, memory first: what does not fit takes no turns."""
     outcomes = {name: worker.call(measure_memory, name, shape, problem) for name in names}
     fitting = [name for name in names if outcomes[name].status == DONE]

@@ -101,7 +101,6 @@ def greatest_resident() -> int:
 AMP_DTYPE = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-
 def autocast(device: torch.device, amp: str):
     """The mixed-precision context that `--amp` asks for."""
     return torch.autocast(device.type, dtype=AMP_DTYPE[amp], enabled=amp != "none")
