@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VARIANT ?= conditional
-JOBS ?= 2
+JOBS ?= 3
 WHEELS ?= .whl
 GPU_FLAGS ?=
 
