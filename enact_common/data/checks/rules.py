@@ -311,7 +311,7 @@ def check_images(split: Split, stored: Sequence[StoredImage | None]) -> list[Fin
             sizes.append("{}: {} x {}, annotated as {:g} x {:g}{}".format(name, *file.size, *size, swapped))
     twins = [" = ".join(sorted(names)) for names in by_digest.values() if len(names) > 1]
     source = split.name
-    text = "images with an EXIF rotation: it is not applied, so boxes must refer to the pixels as stored"
+    text = "images whose EXIF orientation is not upright: it is not applied, boxes must refer to the stored pixels"
     return [
         *if_any(ERROR, source, "unreadable or damaged image files", unreadable),
         *if_any(FAULT, source, "images whose size differs from the annotated size (width x height)", sizes),
