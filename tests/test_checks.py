@@ -448,7 +448,7 @@ def test_of_a_part_the_message_names_the_limit_and_not_the_command(data, limited
     message = str(error.value)
     # There is nothing to count.
     assert message.startswith("train: no boxes to learn from [")
-    assert ("in the part that --limit_train leaves" in message) == ("train" in limited)
+    assert ("among the images that --limit_train keeps" in message) == ("train" in limited)
     assert ("enact_common.data.checks" in message) == ("train" not in limited)
 
 

@@ -201,7 +201,7 @@ def load_lists(path: Path, lists: Sequence[str], log: bool = True) -> dict:
         the object as `normalise` returns it.
 
     Raises:
-        UserError: naming the file and the entry at fault.
+        UserError: a list or entry is invalid. The message names the file and the entry.
     """
     original = read_json(path)
     for key in lists:
@@ -254,7 +254,7 @@ def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool 
         a dict with `images`, `annotations` and `categories`.
 
     Raises:
-        UserError: naming the file and the entry at fault.
+        UserError: a list or entry is invalid. The message names the file and the entry.
     """
     data = load_lists(path, ("images", "annotations", "categories") if annotated else ("images", "categories"), log)
     images = {image["id"] for image in data["images"]}

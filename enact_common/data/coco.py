@@ -126,7 +126,7 @@ class CocoDetection(Dataset):
         """Return the checked `images`, `annotations` and `categories` of an annotation file.
 
         Raises:
-            UserError: naming the file and the entry at fault.
+            UserError: a list or entry is invalid. The message names the file and the entry.
         """
         return load_annotations(path, self.annotated, self.remove_difficult)
 

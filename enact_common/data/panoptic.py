@@ -160,7 +160,7 @@ def load_panoptic(path: Path, log: bool = True) -> dict:
         a dict with `images`, `annotations` (at most one per image) and `categories`.
 
     Raises:
-        UserError: naming the file and the entry at fault.
+        UserError: a list or entry is invalid. The message names the file and the entry.
     """
     data = load_lists(path, ("images", "annotations", "categories"), log)
     for category in data["categories"]:
@@ -376,7 +376,7 @@ class CocoPanoptic(CocoDetection):
         """Return the checked `images` (those with annotation), `annotations` and `categories` of an annotation file.
 
         Raises:
-            UserError: naming the file and the entry at fault.
+            UserError: a list or entry is invalid. The message names the file and the entry.
         """
         data = load_panoptic(path)
         annotated = {annotation["image_id"] for annotation in data["annotations"]}

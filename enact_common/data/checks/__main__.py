@@ -25,7 +25,7 @@ from enact_common.utils.errors import UserError, exit_status
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the argument parser."""
     parser = argparse.ArgumentParser(
         prog=program("enact_common.data.checks"),
         description=" ".join(__doc__.split("\n")[0].split()),

@@ -27,7 +27,7 @@ EDGE_SLACK = 1.0
 FIX_NAME = "write its path below that folder, with slashes, as file_name into {}"
 
 
-# What is wrong -------------------------------------------------------------------------------------------------------
+# Faults --------------------------------------------------------------------------------------------------------------
 
 
 def check_annotations(split: Split, num_queries: int) -> list[Finding]:
@@ -429,7 +429,7 @@ def quick_checks(
         way_out = "; python -m enact_common.data.checks lists all faults"
         if first in limited:
             # The command checks the whole set, where the fault may be absent.
-            way_out = f", in the part that --limit_{'train' if first == 'train' else 'val'} leaves"
+            way_out = f", among the images that --limit_{'train' if first == 'train' else 'val'} keeps"
         raise UserError(f"{errors[0]}{more} [{where}]{way_out}")
     # Loading has already logged which values it converted to numbers.
     logged = {str(split.rewritten) for split in read}
