@@ -143,10 +143,10 @@ def test_exif_turns_no_pixel_but_a_tiffs_which_every_reader_turns(tmp_path, kind
 
 TIFF_32 = [encoded((GREY / 255).astype(np.float32), "TIFF"), encoded(DEEP[:, :, 0].astype(np.int32) * 2**14, "TIFF")]
 UNREADABLE = {
-    "numbers of 32 bits, TIFF": (TIFF_32[0], "32 bits a colour"),
-    "integers of 32 bits, TIFF": (TIFF_32[1], "32 bits a colour"),
-    "no bytes": (b"", "of no known format"),
-    "text": (b"no image", "of no known format"),
+    "numbers of 32 bits, TIFF": (TIFF_32[0], "32 bits per channel"),
+    "integers of 32 bits, TIFF": (TIFF_32[1], "32 bits per channel"),
+    "no bytes": (b"", "unknown format"),
+    "text": (b"no image", "unknown format"),
 }
 
 
@@ -246,7 +246,7 @@ def test_the_limit_of_pixels_is_one_for_all_readers(tmp_path, monkeypatch, kind)
     path = tmp_path / f"image.{kind.lower()}"
     path.write_bytes(encoded(palette() if kind == "GIF" else with_alpha(RGB), kind))
     for read in (decode_image, images.image_size):
-        with pytest.raises(UserError, match=r"it has 80 x 60 pixels, width x height, and the most .* are 4,799"):
+        with pytest.raises(UserError, match=r"it has 80 x 60 pixels \(width x height\), more than the limit of 4,799"):
             read(path)
 
 
@@ -283,7 +283,7 @@ def test_suffixes_follow_what_pillow_and_opencv_were_built_with(monkeypatch):
 def test_a_format_without_a_reader_is_said_with_the_way_out(tmp_path):
     path = tmp_path / "photo.heic"
     path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
-    with pytest.raises(UserError, match=r"photo\.heic: .*nothing here reads \.heic; save such images as JPEG or PNG"):
+    with pytest.raises(UserError, match=r"photo\.heic: .*no reader for \.heic; save such images as JPEG or PNG"):
         decode_image(path)
 
 
@@ -313,7 +313,7 @@ def test_a_search_follows_links_once_and_passes_over_what_is_hidden(tmp_path):
     assert names_in(root, found.others) == ["sub/note.txt"]
     assert sorted(names_in(root, found.again)) == ["again", "link/deep/out", "sub/up"]
     line = found.passed_over("root: ")
-    assert line.startswith("root: passed over: 1 file by its suffix (1 .txt), 4 hidden, 3 links to")
+    assert line.startswith("root: skipped: 1 file by its suffix (1 .txt), 4 hidden, 3 links to")
     assert images.Found().passed_over("root: ") == ""
     assert names_in(root, images.search(root, {".jpg"}, (root / "sub").resolve()).files)[-1] == "link/deep/h.jpg"
 
@@ -462,10 +462,10 @@ def test_ids_are_integers_that_evaluation_can_hold(key, number, tmp_path):
     content[key][0]["id"] = number
     content["annotations"][0]["image_id" if key == "images" else "category_id"] = number
     file_of(root, "train").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=f"an id in '{key}' is .*{number}.*: expected a whole number below 2\\^53"):
+    with pytest.raises(UserError, match=f"an id in '{key}' is .*{number}.*: expected an integer below 2\\^53"):
         dataset_of(root)
     findings = rules.check_quickly([Split("train", root / "train2017", file_of(root, "train"))], 100)
-    assert any(f.severity == "error" and f"ids in '{key}' that cannot be used" in f.text for f in findings)
+    assert any(f.severity == "error" and f"invalid ids in '{key}'" in f.text for f in findings)
 
 
 def figures(dataset: CocoDetection) -> list[float]:
@@ -500,7 +500,7 @@ def test_an_area_that_is_none_is_that_of_the_box(area, tmp_path, package):
     # It is small, and there are none of other sizes.
     assert figures(dataset_of(root, "val")) == pytest.approx([1, 1, 1, 1, -1, -1])
     findings = rules.check_quickly([Split("val", root / "val2017", file_of(root, "val"))], 100)
-    (finding,) = [f for f in findings if "areas that are no number" in f.text]
+    (finding,) = [f for f in findings if "areas that are not numbers" in f.text]
     assert finding.severity == "warning" and finding.examples[0].startswith("annotation 1: ")
 
 
@@ -631,7 +631,7 @@ def test_names_outside_the_folder_are_refused_before_anything_is_looked_for(outs
     monkeypatch.setattr(coco, "missing_files", lambda paths: pytest.fail("looked for files"))
     assert train("detr", outside, tmp_path / "out") == 2
     error = capsys.readouterr().err
-    assert f"{file_of(outside, 'train')}: image 2 has the file_name {name!r}, which is no file in" in error
+    assert f"{file_of(outside, 'train')}: image 2 has the file_name {name!r}, which is not a file below" in error
     with pytest.raises(UserError, match="image 2 has the file_name"):
         read_scenes(outside / "val2017", file_of(outside, "val"), 1)
 
@@ -642,13 +642,13 @@ def test_names_outside_the_folder_are_an_error_of_the_data_and_not_opened(outsid
     for flags in ([], ["--quick"]):
         assert checks_command.main([str(outside), *flags]) == 1
         lines = capsys.readouterr().out.splitlines()
-        found = [i for i, line in enumerate(lines) if "images whose file_name is no file in" in line]
+        found = [i for i, line in enumerate(lines) if "images whose file_name is not a file below" in line]
         assert [lines[i].split()[:2] for i in found] == [["error", "1"]] * 2
         assert all("- image 2: '" in "".join(lines[i + 1 : i + 6]) for i in found)
         assert not any(f"{outside.parent / 'secret.png'}" in line for line in lines if "- image 2" not in line)
     assert [path.name for path in opened] == ["a.png"] * 2
     paths = {"train": (outside / "train2017", file_of(outside, "train"))}
-    with pytest.raises(UserError, match=r"train: images whose file_name is no file in .*: 1 \(image 2: '"):
+    with pytest.raises(UserError, match=r"train: images whose file_name is not a file below .*: 1 \(image 2: '"):
         rules.quick_checks(paths, 100)
 
 

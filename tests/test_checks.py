@@ -135,31 +135,31 @@ ERRORS = {
     "an image without a name": (setter("images", 0, file_name=None), "'images' without an id", 1, "'id': 1"),
     "an image named elsewhere": (
         setter("images", 0, file_name=None, coco_url="http://x.org/train2017/train1.png?s=1"),
-        "images without a file_name, whose file another field names",
+        "images without a file_name but with another field that names the file",
         1,
         "image 1: coco_url 'http://x.org/train2017/train1.png?s=1' (there is train1.png)",
     ),
     "an image's id is text": (
         setter("images", 0, id="img_1"),
-        "ids in 'images' that cannot be used",
+        "invalid ids in 'images'",
         1,
         "the text 'img_1' in {'id': 'img_1'",
     ),
     "a category's id is a truth value": (
         setter("categories", 0, id=True),
-        "ids in 'categories' that cannot be used",
+        "invalid ids in 'categories'",
         1,
         "True in {'id': True",
     ),
     "a category's id has an exponent": (
         setter("categories", 0, id="1e0"),
-        "ids in 'categories' that cannot be used",
+        "invalid ids in 'categories'",
         1,
         "the text '1e0'",
     ),
     "an image id stands twice, once as text": (
         setter("images", 0, id="2"),
-        "ids that stand twice in 'images'",
+        "duplicate ids in 'images'",
         1,
         "2",
     ),
@@ -167,13 +167,13 @@ ERRORS = {
     "an annotation is no object": (adder("annotations", [], 3), "without the form of a JSON object", 2, "[]"),
     "an image id stands twice": (
         adder("images", {"id": 2, "file_name": "train2.png"}),
-        "ids that stand twice in 'images'",
+        "duplicate ids in 'images'",
         1,
         "2",
     ),
     "a category id stands twice": (
         adder("categories", {"id": 2, "name": "fork"}),
-        "ids that stand twice in 'categories'",
+        "duplicate ids in 'categories'",
         1,
         "2",
     ),
@@ -185,13 +185,13 @@ ERRORS = {
     ),
     "an image that is no id": (
         adder("annotations", annotation(90, image="img_7"), annotation(91, image=[1]), annotation(92, image=True)),
-        "annotations whose image_id is no id",
+        "annotations with an invalid image_id",
         3,
         "annotation 90: image the text 'img_7'",
     ),
     "a category that is no id": (
         adder("annotations", annotation(90, category="cell")),
-        "annotations whose category_id is no id",
+        "annotations with an invalid category_id",
         1,
         "annotation 90: category the text 'cell'",
     ),
@@ -203,25 +203,25 @@ ERRORS = {
     ),
     "boxes that are none": (
         adder("annotations", *(annotation(90 + i, box) for i, box in enumerate(((1, 2, 3), ("a", 2, 3, 4), ())))),
-        "boxes that cannot be read: expected a list of four finite numbers",
+        "invalid boxes: expected a list of four finite numbers",
         3,
         "annotation 90 in train1.png: bbox [1, 2, 3]",
     ),
     "a box in one text": (
         setter("annotations", 0, bbox="[1, 2, 3, 4]"),
-        "boxes that cannot be read: expected a list of four finite numbers",
+        "invalid boxes: expected a list of four finite numbers",
         1,
         "annotation 1 in train1.png: bbox the text '[1, 2, 3, 4]'",
     ),
     "a truth value in a box": (
         setter("annotations", 0, bbox=[True, 2, 3, 4]),
-        "boxes that cannot be read",
+        "invalid boxes",
         1,
         "bbox [True, 2, 3, 4]",
     ),
     "a box without an end": (
         adder("annotations", annotation(90, (1, 2, float("nan"), 4)), annotation(91, (1, 2, 3, float("inf")))),
-        "boxes that cannot be read: expected a list of four finite numbers",
+        "invalid boxes: expected a list of four finite numbers",
         2,
         "annotation 90",
     ),
@@ -236,7 +236,7 @@ FAULTS = {
     ),
     "a box outside": (
         adder("annotations", annotation(90, (50, 1, 5, 5)), annotation(91, (-9, 1, 5, 5))),
-        "wholly outside their image",
+        "entirely outside their image",
         2,
         "annotation 90",
     ),
@@ -248,7 +248,7 @@ FAULTS = {
     ),
     "fractions": (
         lambda c: [a.update(bbox=[0.1, 0.2, 0.3, 0.4]) for a in c["annotations"]],
-        "fractions of the image, it seems",
+        "look like fractions of the image",
         8,
         "annotation 1",
     ),
@@ -281,25 +281,25 @@ WARNINGS = {
     ),
     "a mark that is none": (
         setter("annotations", 0, ignore="maybe"),
-        "values of ignore that are neither 0 nor 1",
+        "values of ignore other than 0 and 1",
         1,
         "annotation 1: 'maybe'",
     ),
     "a box over the edge": (
         adder("annotations", annotation(90, (40, 30, 20, 5))),
-        "over the image's edge",
+        "past the image's edge",
         1,
         "annotation 90 in train1.png: bbox [40, 30, 20, 5]",
     ),
     "a box that is repeated": (
         adder("annotations", annotation(90, (5, 5, 20, 10)), annotation(91, (5, 5, 20, 10), category=2)),
-        "repeat another of the same class",
+        "duplicates of another box of the same class",
         1,
         "annotation 90",
     ),
-    "ids that are repeated": (setter("annotations", 3, id=1), "ids that are repeated", 1, "id 1, 2 times"),
+    "ids that are repeated": (setter("annotations", 3, id=1), "duplicate annotation ids", 1, "id 1, 2 times"),
     "id 0": (setter("annotations", 3, id=0), "annotations with id 0", 1, "annotation 0 in train2.png"),
-    "no id": (setter("annotations", 3, id=None), "whose id is missing", 1, "None"),
+    "no id": (setter("annotations", 3, id=None), "without an integer id", 1, "None"),
     "no size": (setter("images", 0, width=None), "without width and height above 0", 1, "train1.png: ? x 40"),
     "a width below 0": (setter("images", 1, width=-50), "without width and height above 0", 1, "train2.png: -50 x 40"),
     "a height in words": (setter("images", 1, height="forty"), "without width and height", 1, "train2.png: 50 x forty"),
@@ -361,7 +361,7 @@ def test_training_is_stopped_by_errors_and_told_of_the_rest(name, data):
     severity, edit, text, _, example = PLANTED[name]
     change(data, "train", edit)
     if severity == "error":
-        with pytest.raises(UserError, match="python -m enact_common.data.checks lists everything") as error:
+        with pytest.raises(UserError, match="python -m enact_common.data.checks lists all faults") as error:
             quick(data)
         assert "train: " in str(error.value) and str(file_of(data, "train")) in str(error.value)
         return
@@ -435,7 +435,7 @@ def test_sizes_in_text_are_sizes(data):
     change(data, "train", adder("annotations", annotation(90, (50, 1, 5, 5))))
     findings = full(data)
     assert [finding.text for finding in findings if finding.source == "train"] == [
-        "boxes wholly outside their image: dropped"
+        "boxes entirely outside their image: dropped"
     ]
 
 
@@ -448,7 +448,7 @@ def test_of_a_part_the_message_names_the_limit_and_not_the_command(data, limited
     message = str(error.value)
     # There is nothing to count.
     assert message.startswith("train: no boxes to learn from [")
-    assert ("in the part that --limit_train leaves" in message) == ("train" in limited)
+    assert ("among the images that --limit_train keeps" in message) == ("train" in limited)
     assert ("enact_common.data.checks" in message) == ("train" not in limited)
 
 
@@ -510,12 +510,12 @@ def not_listed(image: Path) -> None:
 @pytest.mark.parametrize(
     "spoil, severity, text, example",
     [
-        (missing, "error", "image files that are missing", "train2.png"),
-        (in_other_letters, "error", "image files that are missing", "train2.png (there is train2.PNG)"),
-        (no_image, "error", "cannot be read whole", "train2.png"),
-        (empty, "error", "cannot be read whole", "train2.png"),
-        (smaller, "fault", "of another size", "train2.png: 45 x 30, annotated as 50 x 40"),
-        (rotated, "fault", "of another size", "fits once EXIF's rotation is applied"),
+        (missing, "error", "missing image files", "train2.png"),
+        (in_other_letters, "error", "missing image files", "train2.png (there is train2.PNG)"),
+        (no_image, "error", "unreadable or damaged", "train2.png"),
+        (empty, "error", "unreadable or damaged", "train2.png"),
+        (smaller, "fault", "size differs", "train2.png: 45 x 30, annotated as 50 x 40"),
+        (rotated, "fault", "size differs", "matches after EXIF rotation"),
         (rotated, "warning", "EXIF orientation", "train2.png: 6"),
         (doubled, "warning", "same pixels under several names", "train1.png = train2.png"),
         (not_listed, "note", "do not list", "new.png"),
@@ -537,8 +537,8 @@ def test_names_that_only_look_the_same_are_explained(data, listed, stored):
     if (data / "train2017" / ACCENTED[listed]).exists():
         pytest.skip("this file system takes both for the same name")
     change(data, "train", setter("images", 1, file_name=ACCENTED[listed]))
-    finding = the_finding(full(data), "image files that are missing")
-    assert f"(there is {ACCENTED[stored]}, with its accents stored in another way)" in finding.examples[0]
+    finding = the_finding(full(data), "missing image files")
+    assert f"(there is {ACCENTED[stored]}, with its accents stored differently)" in finding.examples[0]
 
 
 # How the JSON writes a file's name, what the file is called below the image folder, and what is in brackets.
@@ -551,7 +551,7 @@ MISNAMED = {
     "a folder above": ("../../upload/4/train2.png", "train2.png", "there is train2.png"),
     "another machine's folder": ("/data/upload/4/train2.png", "train2.png", "there is train2.png"),
     "a URL": ("https://x.org/a/train2.png?size=1#top", "train2.png", "there is train2.png"),
-    "a URL of nothing": ("https://x.org/a/b.png", "train2.png", "a URL: images are read from the folder alone"),
+    "a URL of nothing": ("https://x.org/a/b.png", "train2.png", "a URL: images are read only from the folder"),
     "quoted": ("my%20image%231.png", "my image#1.png", "there is my image#1.png"),
     "upper case": ("TRAIN2.PNG", "train2.png", "there is train2.png"),
     "another suffix": ("train2.jpeg", "train2.png", "there is train2.png"),
@@ -571,7 +571,7 @@ def test_files_under_another_name_are_named_with_the_way_to_mend_the_file(data, 
     (error,) = [finding for finding in findings if finding.severity == "error"]
     assert error.count == 1 and error.examples[0].endswith(f" ({words})")
     assert ("as file_name into instances_train2017.json" in error.text) == ("there is" in words or "read" in words)
-    with pytest.raises(UserError, match="enact_common.data.checks names .*, and what is there instead") as raised:
+    with pytest.raises(UserError, match="enact_common.data.checks lists .* and the files they may mean") as raised:
         CocoDetection(*find_split(str(data), "train"), eval_transforms(40, 100))
     assert f"({words})" in str(raised.value)
 
@@ -585,14 +585,14 @@ def test_of_several_files_of_a_name_those_nearest_in_path_are_named_and_none_tha
         shutil.copy(folder / "train2.png", folder / sub / "train3.png")
     change(data, "train", setter("images", 0, file_name="x\\Left\\train2.png"))
     change(data, "train", setter("images", 2, file_name="train3.png"))
-    finding = the_finding(quick_findings(data), "image files that are missing")
+    finding = the_finding(quick_findings(data), "missing image files")
     assert finding.examples == (
         "x\\Left\\train2.png (there is left/train2.png)",
         "train3.png (there are 3 files of that name, left/train3.png first)",
     )
     for sub in ("left", "right", "third"):
         shutil.rmtree(folder / sub)
-    finding = the_finding(quick_findings(data), "image files that are missing")
+    finding = the_finding(quick_findings(data), "missing image files")
     # train2.png has an entry of its own.
     assert finding.examples == ("x\\Left\\train2.png", "train3.png")
 
@@ -604,7 +604,7 @@ def test_annotations_of_an_image_that_cannot_be_used_are_not_said_to_belong_to_n
     assert not any("not listed" in finding.text for finding in own) and len(own) == 2
     change(data, "train", lambda c: [image.update(file_name="../a.png") for image in c["images"]])
     own = [finding for finding in quick_findings(data) if finding.severity == "error"]
-    assert len(own) == 1 and "is no file in" in own[0].text
+    assert len(own) == 1 and "is not a file below" in own[0].text
 
 
 @pytest.mark.parametrize("name", ["x" * 300 + ".png", "x" * 300 + "/a.png"])
@@ -613,7 +613,7 @@ def test_names_that_no_file_can_have_are_missing_files(data, name):
         change(data, split, setter("images", 1, file_name=name))
     for findings in (full(data), rules.check_quickly(splits_of(data), 100)):
         own = [finding for finding in findings if finding.source == "train"]
-        assert the_finding(own, "image files that are missing").count == 1
+        assert the_finding(own, "missing image files").count == 1
     with pytest.raises(UserError, match="1 of its 4 image files are missing"):
         CocoDetection(*find_split(str(data), "train"), eval_transforms(40, 100))
 
@@ -625,7 +625,7 @@ def test_truncated_jpegs_cannot_be_read_whole(data):
     change(data, "train", setter("images", 1, file_name="train2.jpg"))
     assert full(data) == []
     cut_short(image)
-    assert the_finding(full(data), "cannot be read whole").count == 1
+    assert the_finding(full(data), "unreadable or damaged").count == 1
 
 
 def test_quick_looks_for_missing_files_but_opens_none(data):
@@ -633,7 +633,7 @@ def test_quick_looks_for_missing_files_but_opens_none(data):
         spoil(data / "train2017" / "train2.png")
         assert quick(data) == []
     missing(data / "train2017" / "train2.png")
-    with pytest.raises(UserError, match=r"image files that are missing in .*train2017: 1 \(train2.png\)"):
+    with pytest.raises(UserError, match=r"missing image files in .*train2017: 1 \(train2.png\)"):
         quick(data)
 
 
@@ -674,7 +674,7 @@ def test_equal_names_of_different_images_are_but_a_note(data):
     change(data, "val", setter("images", 0, file_name="train1.png", width=45, height=30))
     change(data, "val", setter("annotations", 1, bbox=[3, 3, 4, 4]))
     assert quick(data) == []
-    assert the_finding(full(data), "image names that are in both").severity == "note"
+    assert the_finding(full(data), "image names in both").severity == "note"
 
 
 @pytest.mark.parametrize(
@@ -684,11 +684,11 @@ def test_equal_names_of_different_images_are_but_a_note(data):
             "val",
             setter("categories", 1, name="fork"),
             "error",
-            "val has and train has not",
+            "categories in val that train lacks",
             "2 'fork', in train 'plate'",
         ),
-        ("val", adder("categories", {"id": 3, "name": "f"}), "error", "val has and train has not", "3 'f'"),
-        ("train", adder("categories", {"id": 3, "name": "fork"}), "warning", "train has and val has not", "3 'fork'"),
+        ("val", adder("categories", {"id": 3, "name": "f"}), "error", "categories in val that train lacks", "3 'f'"),
+        ("train", adder("categories", {"id": 3, "name": "fork"}), "warning", "in train that val lacks", "3 'fork'"),
     ],
 )
 def test_categories_that_differ_are_named(data, split, edit, severity, text, example):
@@ -702,7 +702,7 @@ def test_with_a_label_map_its_categories_count_and_not_trains(data):
     paths = {name: find_split(str(data), name) for name in ("train", "val")}
     own = json.loads(file_of(data, "val").read_text())["categories"]
     assert quick_checks(paths, 100, label_map=LabelMap.from_categories(own)) == []
-    with pytest.raises(UserError, match=r"val has and the model has not: 2 \(2 'plate', 3 'fork'\)"):
+    with pytest.raises(UserError, match=r"categories in val that the model lacks: 2 \(2 'plate', 3 'fork'\)"):
         quick_checks(paths, 100, label_map=LabelMap.from_categories(own[:1]))
 
 
@@ -724,10 +724,10 @@ def test_the_report_says_what_is_there(data, capsys):
     for row in (
         "images 4 2",
         "objects (no crowds) 8 4",
-        "an image, mean 2.0 2.0",
+        "per image, mean 2.0 2.0",
         "small (below 32 x 32) 87.5% 100.0%",
         "large (from 96 x 96) 12.5% 0.0%",
-        "most often 50 x 40 50 x 40",
+        "most common size 50 x 40 50 x 40",
         "1 cell 4 4 2 2",
     ):
         assert row.split() in rows, row
@@ -764,7 +764,7 @@ def test_splits_can_be_named_one_by_one(data, capsys):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        ([], "no data: name a folder"),
+        ([], "no data: pass a folder"),
         (["nowhere"], "nowhere: no such folder"),
         (["--train_images", "here"], "--train_images and --train_annotations go together"),
         (["--train_images", "here", "--train_annotations", "gone.json"], "gone.json: cannot be read"),

@@ -148,14 +148,14 @@ def test_annotations_are_renumbered_and_completed(tmp_path):
         ({"images": [{"id": 1}]}, "lacks one of id, file_name"),
         (
             {"images": [{"id": "img_1", "file_name": "a"}]},
-            r"an id in 'images' is the text 'img_1': expected a whole number below 2\^53",
+            r"an id in 'images' is the text 'img_1': expected an integer below 2\^53",
         ),
-        ({"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]}, "an id stands twice in 'images': 1$"),
+        ({"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]}, "duplicate id in 'images': 1$"),
         (
             {"images": [{"id": "01", "file_name": "a"}, {"id": 1, "file_name": "b"}]},
-            "an id stands twice in 'images': '01' and 1$",
+            "duplicate id in 'images': '01' and 1$",
         ),
-        ({"images": [{"id": 1, "coco_url": "http://x.org/a.jpg"}]}, "'http://x.org/a.jpg', as LVIS .* into file_name"),
+        ({"images": [{"id": 1, "coco_url": "http://x.org/a.jpg"}]}, "'http://x.org/a.jpg', as in LVIS .*file_name"),
         (
             {"annotations": [{"id": 4, "image_id": 9, "category_id": 3, "bbox": [0, 0, 1, 1]}]},
             "annotation 4 .* image 9",
@@ -167,7 +167,7 @@ def test_annotations_are_renumbered_and_completed(tmp_path):
             "four finite numbers",
         ),
         ({"annotations": [{"id": 4, "image_id": 1, "category_id": 3}]}, "bbox None"),
-        ({"annotations": [5]}, "annotation 1 is no object"),
+        ({"annotations": [5]}, "annotation 1 is not a JSON object"),
         ({"annotations": [{"id": 4, "image_id": [1], "category_id": 3}]}, r"annotation 4 belongs to image \[1\]: exp"),
         ({"annotations": [{"id": 4, "image_id": True, "category_id": 3}]}, "annotation 4 belongs to image True: exp"),
         ({"annotations": [{"id": 4, "image_id": "i", "category_id": 3}]}, "belongs to image the text 'i': expected"),
@@ -182,7 +182,7 @@ def test_annotations_are_renumbered_and_completed(tmp_path):
             {"annotations": [{"id": 4, "image_id": 1, "category_id": 3, "bbox": [0, 0, 1, 10**400]}]},
             "annotation 4 has bbox .* four finite numbers",
         ),
-        ({"images": [{"id": 1, "file_name": 7}]}, "a file_name in 'images' is no text: .* 7"),
+        ({"images": [{"id": 1, "file_name": 7}]}, "a file_name in 'images' is not a string: .* 7"),
     ],
 )
 def test_annotation_faults_are_named_with_their_file(tmp_path, changes, message):
@@ -220,9 +220,9 @@ def test_ids_are_read_however_whole_numbers_are_written(tmp_path, two_images, ca
     split = Split("train", tmp_path, path)
     errors = [f for f in rules.check_quickly([split], 100) if f.severity == "error"]
     if number is None:
-        with pytest.raises(UserError, match="expected a whole number below 2"):
+        with pytest.raises(UserError, match="expected an integer below 2"):
             load_annotations(path)
-        assert any("expected a whole number below 2" in error.text for error in errors)
+        assert any("expected an integer below 2" in error.text for error in errors)
         assert field == "id" or not any("not listed" in error.text for error in errors)
         return
     assert not errors
@@ -525,7 +525,7 @@ def remove_all(root: Path) -> None:
         (remove_valid, "valid/_annotations.coco.json is missing"),
         (remove_json, "valid/_annotations.coco.json is missing"),
         (add_coco, "mixes two layouts, .*instances_val2017.json and .*_annotations.coco.json"),
-        (add_val, "valid/_annotations.coco.json and .*val/_annotations.coco.json are both there"),
+        (add_val, "valid/_annotations.coco.json and .*val/_annotations.coco.json both exist"),
         (remove_all, "val2017 is missing"),
     ],
 )
@@ -615,7 +615,7 @@ def test_an_image_of_too_many_pixels_is_named(tmp_path, two_images):
     with pytest.raises(cv2.error):
         cv2.imdecode(np.frombuffer(bomb, np.uint8), cv2.IMREAD_COLOR)
     path.write_bytes(bomb)
-    reason = r"b\.png: not an image that can be read whole \(it has 60,000 x 60,000 pixels, .* are 1,073,741,824; make"
+    reason = r"b\.png: not an image that can be read whole \(it has 60,000 x 60,000 pixels .* 1,073,741,824; make"
     for read in (lambda: two_images[1], lambda: image_size(path), lambda: cache_images([two_images], "decoded")):
         with pytest.raises(UserError, match=reason):
             read()

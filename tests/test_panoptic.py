@@ -227,7 +227,7 @@ def test_images_without_an_annotation_are_left_out_and_counted(tmp_path, caplog)
 
     dataset = dataset_of(write_data(tmp_path, change=change))
     assert dataset.image_ids == [5, 9] and dataset.truth().image_ids == [5, 9]
-    assert "1 images have no annotation and are left out" in caplog.text
+    assert "1 images have no annotation and are skipped" in caplog.text
     assert dataset_of(tmp_path, limit=1).truth().image_ids == [5]
 
 
@@ -259,9 +259,9 @@ def first(data):
         (lambda d: d["categories"][0].pop("isthing"), "category 1 does not say whether it is a thing"),
         (lambda d: first(d).pop("segments_info"), "no list segments_info; --coco_panoptic_path"),
         (lambda d: first(d).update(image_id=99), "belongs to image 99, which is not in 'images'"),
-        (lambda d: first(d).update(image_id=[]), r"belongs to image \[\]: expected a whole number"),
-        (lambda d: first(d).update(image_id="img_5"), "belongs to image the text 'img_5': expected a whole number"),
-        (lambda d: d["annotations"].append(first(d)), "annotation of image 5 stands there twice"),
+        (lambda d: first(d).update(image_id=[]), r"belongs to image \[\]: expected an integer"),
+        (lambda d: first(d).update(image_id="img_5"), "belongs to image the text 'img_5': expected an integer"),
+        (lambda d: d["annotations"].append(first(d)), "annotation of image 5 occurs twice"),
         (lambda d: first(d).update(file_name="../secret.png"), "file_name '../secret.png': expected the name"),
         (lambda d: first(d).update(file_name=None), "file_name None"),
         (lambda d: first(d)["segments_info"][0].update(id=0), "image 5 has a segment without an id in 1"),
@@ -331,13 +331,13 @@ SCENE = id_map_of(SCENES[5])
 @pytest.mark.parametrize(
     "change, message",
     [
-        (replace_png(ids=np.where(SCENE == 7, 8, SCENE)), r"pixels of segment 8, which .*val2017.json does not know"),
+        (replace_png(ids=np.where(SCENE == 7, 8, SCENE)), r"pixels of segment 8, which .*val2017.json does not list"),
         (replace_png(ids=np.where(SCENE == 7, 0, SCENE)), r"no pixel of segment 7, which .*val2017.json lists"),
         (
             replace_png(ids=np.pad(SCENE, ((0, 1), (0, 0)))),
             r"64 x 49 pixels, but its image .*5.png has 64 x 48.*--coco",
         ),
-        (replace_png(mode="L"), "a PNG of mode L; segment ids are RGB .*--coco_panoptic_path"),
+        (replace_png(mode="L"), "a PNG of mode L, but segment ids are 8-bit RGB.*--coco_panoptic_path"),
         (replace_png(mode="RGBA"), "a PNG of mode RGBA"),
         (lambda path: path.write_bytes(b""), "segment ids cannot be read"),
     ],

@@ -606,8 +606,8 @@ def test_a_folder_of_all_kinds(checkpoint, detector, folder, tmp_path, capsys):
     assert f"skipped: {folder / 'broken.png'}" in said.err and "Traceback" not in said.err
     entries = read_predictions(output)
     assert f"6 images, 1 video (6 frames), {len(entries)} detections, 3 skipped; " in said.out
-    assert f"{folder}: passed over: 2 files by their suffix (1 .heic, 1 .txt), 1 hidden; nothing" in said.err
-    assert "; nothing here reads .heic: save such images as JPEG or PNG" in said.err
+    assert f"{folder}: skipped: 2 files by their suffix (1 .heic, 1 .txt), 1 hidden; no reader" in said.err
+    assert "; no reader for .heic: save such images as JPEG or PNG" in said.err
     assert str(output) in said.out
 
     # Numbered in order; the broken file has a number too, and the video one for each frame.
@@ -647,7 +647,7 @@ def test_folders_are_searched_with_what_links_lead_to_but_not_for_hidden_files(t
     assert len(predict.find_files([str(root / ".c.jpg"), str(root / ".d")], output)[0]) == 2
     (tmp_path / "phone").mkdir()
     (tmp_path / "phone" / "a.heic").touch()
-    with pytest.raises(UserError, match=r"no image or video .*passed over: 1 file by its suffix \(1 \.heic\)"):
+    with pytest.raises(UserError, match=r"no image or video .*skipped: 1 file by its suffix \(1 \.heic\)"):
         predict.find_files([str(tmp_path / "phone")], output)
 
 

@@ -1,4 +1,4 @@
-"""COCO's annotation files: where they lie, read, checked, and normalised."""
+"""Find, read, check and normalise COCO annotation files."""
 
 import contextlib
 import json
@@ -15,24 +15,24 @@ from enact_common.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Roboflow's exports in COCO's format have this file in each part's folder, beside the images.
+# Roboflow's COCO exports keep this file in each split's folder, next to the images.
 ROBOFLOW_FILE = "_annotations.coco.json"
 ROBOFLOW_FOLDERS = {"train": ("train",), "val": ("valid", "val"), "test": ("test",)}
 
 LAYOUTS = (
     "known layouts: COCO's, <coco_path>/{split}2017 or <coco_path>/images/{split}2017 with <coco_path>/annotations/"
-    "{file}; Roboflow's, <coco_path>/{roboflow}/" + ROBOFLOW_FILE + " with the images beside it; for any other, pass "
+    "{file}; Roboflow's, <coco_path>/{roboflow}/" + ROBOFLOW_FILE + " next to the images; for any other layout, pass "
     "--train_images, --train_annotations, --val_images and --val_annotations"
 )
 
-# The test images have no annotations. COCO's server takes results on the smaller list, test-dev.
+# The test images have no annotations. COCO's server accepts results on the smaller list, test-dev.
 TEST_FILES = ("image_info_test-dev2017.json", "image_info_test2017.json")
 
 
 def find_split(coco_path: str, split: str) -> tuple[Path, Path]:
-    """The image folder and the annotation file of a split, in COCO's layout or in that of Roboflow's exports.
+    """The image folder and the annotation file of a split, in COCO's or Roboflow's layout.
 
-    COCO's layout has `{split}2017/`, or that folder in `images/`, and `annotations/instances_{split}2017.json`.
+    COCO's layout has `{split}2017/` or `images/{split}2017/`, and `annotations/instances_{split}2017.json`.
     Roboflow's has `train/`, `valid/` (or `val/`) and `test/`, each with `_annotations.coco.json` and the images.
 
     Args:
@@ -40,7 +40,7 @@ def find_split(coco_path: str, split: str) -> tuple[Path, Path]:
         split: "train", "val" or "test".
 
     Raises:
-        UserError: naming what is missing, or that the folder has parts of both layouts.
+        UserError: a file or folder is missing, or the folder mixes both layouts.
     """
     root = Path(coco_path)
     if not root.is_dir():
@@ -55,12 +55,12 @@ def find_split(coco_path: str, split: str) -> tuple[Path, Path]:
         coco = [path for path in coco_parts(root) if path.exists()]
         if coco:
             raise UserError(
-                f"--coco_path {coco_path}: mixes two layouts, {coco[0]} and {exported[0]}; keep one of them in "
+                f"--coco_path {coco_path}: mixes two layouts, {coco[0]} and {exported[0]}; keep only one layout in "
                 f"this folder ({layouts})"
             )
         own = [path for path in exported if path.parent.name in ROBOFLOW_FOLDERS[split]]
         if len(own) > 1:
-            raise UserError(f"--coco_path {coco_path}: {own[0]} and {own[1]} are both there; keep one of them")
+            raise UserError(f"--coco_path {coco_path}: {own[0]} and {own[1]} both exist; keep only one")
         if not own:
             missing = root / ROBOFLOW_FOLDERS[split][0] / ROBOFLOW_FILE
             raise UserError(f"--coco_path {coco_path}: {missing} is missing ({layouts})")
@@ -75,24 +75,24 @@ def find_split(coco_path: str, split: str) -> tuple[Path, Path]:
 
 
 def roboflow_files(root: Path) -> list[Path]:
-    """The annotation files of a Roboflow export in COCO's format; none where the folder is no such export."""
+    """The annotation files of a Roboflow export in COCO's format; empty if the folder is not a Roboflow export."""
     places = [root / folder / ROBOFLOW_FILE for folders in ROBOFLOW_FOLDERS.values() for folder in folders]
     return [path for path in places if path.is_file()]
 
 
 def coco_parts(root: Path) -> list[Path]:
-    """The annotation files of COCO's layout, whether they are there or not."""
+    """The paths of all annotation files of COCO's layout, existing or not."""
     names = (*(f"instances_{split}2017.json" for split in ("train", "val")), *TEST_FILES)
     return [root / "annotations" / name for name in names]
 
 
-# The files that were parsed in a `parse_once` block; None outside of one.
+# The files parsed in a `parse_once` block; None outside such a block.
 _parsed: dict[Path, dict] | None = None
 
 
 @contextlib.contextmanager
 def parse_once() -> Iterator[None]:
-    """A block in which `read_json` parses no file twice; nobody may change what it returns."""
+    """Within this block, `read_json` parses each file only once; callers must not change its results."""
     global _parsed
     _parsed = {}
     try:
@@ -102,10 +102,10 @@ def parse_once() -> Iterator[None]:
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file's object. Callers must not change it: see `parse_once`.
+    """Return the object in a JSON file. Callers must not change it: see `parse_once`.
 
     Raises:
-        UserError: the file is missing, is not JSON, or holds something else.
+        UserError: the file is missing, is not JSON, or does not hold an object.
     """
     if _parsed is not None and path in _parsed:
         return _parsed[path]
@@ -123,9 +123,9 @@ def read_json(path: Path) -> dict:
 
 
 def lies_in(folder: Path, name: str) -> bool:
-    """Whether a name that a data file gives is that of something in a folder or below it.
+    """Whether a file name, relative or absolute, lies below a folder.
 
-    Absolute names may be, too. Names are all that is looked at: a symbolic link in the folder may lead anywhere.
+    Only the name is checked: a symbolic link in the folder may lead anywhere.
     """
     if "\0" in name:
         return False
@@ -136,32 +136,32 @@ def lies_in(folder: Path, name: str) -> bool:
 
 
 def check_file_names(images: Iterable[dict], folder: Path, source: Path) -> None:
-    """Refuse image files outside the image folder: who hands on an annotation file must not choose what is read.
+    """Refuse image files outside the image folder: an annotation file from elsewhere must not choose what is read.
 
     Args:
         images: entries of `images`.
-        folder: that their names refer to.
+        folder: the image folder, which the file names are relative to.
         source: the annotation file, for the message.
 
     Raises:
-        UserError: naming the first that is not in the folder or below it, by its name, and the file in the folder that
-            it may mean.
+        UserError: a name leads out of the folder. The message gives the first such name and the file in the folder
+            that it may mean.
     """
     for image in images:
         name = image["file_name"]
         if not lies_in(folder, name):
             there = hint(name, index_files(folder))
             raise UserError(
-                f"{source}: image {image['id']} has the file_name {name[:200]!r}, which is no file in {folder} or "
-                f"below it{there}; correct the name, or name the folder above all the images as the image folder; "
-                "python -m enact_common.data.checks names all such files, and what is there instead"
+                f"{source}: image {image['id']} has the file_name {name[:200]!r}, which is not a file below "
+                f"{folder}{there}; correct the name, or pass a folder that contains all images as the image folder; "
+                "python -m enact_common.data.checks lists all such names and the files they may mean"
             )
 
 
 def stated_size(image: dict) -> tuple[float, float]:
-    """Width and height in pixels that an entry of `images` states, as numbers or as text; infinite where it does not.
+    """The width and height in pixels that an entry of `images` states, as numbers or as text; else infinite.
 
-    A file need not state them, so nothing but two finite numbers above 0 is taken for a size.
+    Annotation files may omit the size. A size is two finite numbers above 0; anything else counts as not stated.
     """
     try:
         width, height = float(image["width"]), float(image["height"])
@@ -171,10 +171,10 @@ def stated_size(image: dict) -> tuple[float, float]:
 
 
 def missing_files(paths: Iterable[Path]) -> tuple[list[Path], dict[Path, set[str]]]:
-    """Which files are not there, by one listing of each folder.
+    """Find missing files with one listing per folder.
 
     Returns:
-        the missing files, and of each file's folder the names in it, none where it cannot be listed.
+        the missing files, and the names in each file's folder (empty if the folder cannot be listed).
     """
     missing, present = [], {}
     for path in paths:
@@ -182,7 +182,7 @@ def missing_files(paths: Iterable[Path]) -> tuple[list[Path], dict[Path, set[str
         if folder not in present:
             try:
                 present[folder] = set(os.listdir(folder))
-            except (OSError, ValueError):  # it is not there, or its name can be none
+            except (OSError, ValueError):  # the folder is missing, or its name is invalid
                 present[folder] = set()
         if path.name not in present[folder]:
             missing.append(path)
@@ -190,20 +190,23 @@ def missing_files(paths: Iterable[Path]) -> tuple[list[Path], dict[Path, set[str
 
 
 def load_lists(path: Path, lists: Sequence[str], log: bool = True) -> dict:
-    """A file's object as `normalise` gives it, with the lists that it must have; `images`, `categories` are checked.
+    """Read an annotation file, normalise it, and check its lists `images` and `categories`.
 
     Args:
         path: the file.
-        lists: which it must have.
-        log: say in one line which values had to be read as numbers.
+        lists: keys of the lists that the file must have.
+        log: log in one line which values had to be converted to numbers.
+
+    Returns:
+        the object as `normalise` returns it.
 
     Raises:
-        UserError: naming the file and the entry at fault.
+        UserError: a list or entry is invalid. The message names the file and the entry.
     """
     original = read_json(path)
     for key in lists:
         if not isinstance(original.get(key), list):
-            raise UserError(f"{path}: not a COCO annotation file, it has no list {key!r}")
+            raise UserError(f"{path}: not a COCO annotation file: it has no list {key!r}")
     data, rewritten = normalise(original)
     if rewritten.counts and log:
         logger.warning("%s: %s", path, rewritten)
@@ -214,44 +217,44 @@ def load_lists(path: Path, lists: Sequence[str], log: bool = True) -> dict:
             if not isinstance(entry, dict) or any(name not in entry for name in wanted):
                 if key == "images" and (other := other_name(entry)):
                     raise UserError(
-                        f"{path}: an entry of 'images' has no file_name but a {other[0]}, {other[1][:200]!r}, as LVIS "
-                        "has coco_url: write each file's path below the image folder into file_name"
+                        f"{path}: an entry of 'images' has no file_name, only {other[0]} {other[1][:200]!r}, as in "
+                        "LVIS (coco_url); write each file's path below the image folder into file_name"
                     )
                 raise UserError(f"{path}: an entry of {key!r} lacks one of {', '.join(wanted)}: {str(entry)[:100]}")
             if not is_id(entry["id"]):
                 raise UserError(f"{path}: an id in {key!r} is {wrong_id(entry['id'])}: {str(entry)[:100]}")
             if not isinstance(entry.get("file_name", ""), str):
-                raise UserError(f"{path}: a file_name in {key!r} is no text: {str(entry)[:100]}")
+                raise UserError(f"{path}: a file_name in {key!r} is not a string: {str(entry)[:100]}")
         number, count = Counter(entry["id"] for entry in data[key]).most_common(1)[0]
         if count > 1:
-            # They may be written in two ways, "1" and 1.
+            # Show each spelling of the id, such as "1" and 1.
             both = zip(original[key], data[key], strict=True)
-            written = dict.fromkeys(repr(old["id"]) for old, new in both if new["id"] == number)
-            raise UserError(f"{path}: an id stands twice in {key!r}: {' and '.join(written)}")
+            spellings = dict.fromkeys(repr(old["id"]) for old, new in both if new["id"] == number)
+            raise UserError(f"{path}: duplicate id in {key!r}: {' and '.join(spellings)}")
     return data
 
 
 def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool = False, log: bool = True) -> dict:
-    """A COCO-format annotation file, checked.
+    """Load and check a COCO-format annotation file.
 
-    Ids and numbers that are written as text, and ids written as floats, are read as `normalise` says. Annotations are
-    numbered anew from 1: pycocotools takes an id of 0 for "not matched" and overlooks repeated ones, both without a
-    word. What COCO's evaluation needs and some files lack or have as something else than numbers (`iscrowd`, `area`)
-    is filled in. Annotations with `"ignore": 1` become crowds.
+    `normalise` converts numbers written as text, and ids written as floats. Annotations are renumbered from 1, because
+    pycocotools silently takes an id of 0 for "not matched" and miscounts repeated ids. Missing or invalid values of
+    `iscrowd` and `area` are filled in, because COCO's evaluation needs them. Annotations with `"ignore": 1` become
+    crowds.
 
     Args:
         path: the file.
-        annotated: False for a list of test images: it need not have `annotations`, and none are taken from it.
-        remove_difficult: make crowds of the annotations with `"difficult": 1`, which converters write for those that
-            Pascal VOC leaves out of training and of its figures.
-        log: say which values had to be read as numbers and how many annotations are ignored; False where the file was
-            read before.
+        annotated: False for a list of test images: `annotations` is optional and not read.
+        remove_difficult: turn annotations with `"difficult": 1` into crowds. Converters from Pascal VOC write this
+            mark; VOC excludes such objects from training and from its metrics.
+        log: log which values were converted to numbers, and how many annotations are ignored; pass False if the file
+            was read before.
 
     Returns:
         a dict with `images`, `annotations` and `categories`.
 
     Raises:
-        UserError: naming the file and the entry at fault.
+        UserError: a list or entry is invalid. The message names the file and the entry.
     """
     data = load_lists(path, ("images", "annotations", "categories") if annotated else ("images", "categories"), log)
     images = {image["id"] for image in data["images"]}
@@ -259,7 +262,7 @@ def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool 
     annotations, ignored = [], 0
     for number, annotation in enumerate(data["annotations"] if annotated else (), start=1):
         if not isinstance(annotation, dict):
-            raise UserError(f"{path}: annotation {number} is no object: {str(annotation)[:100]}")
+            raise UserError(f"{path}: annotation {number} is not a JSON object: {str(annotation)[:100]}")
         where = f"{path}: annotation {annotation.get('id', number)}"
         for key, words, ids, name in (
             ("image_id", "belongs to image", images, "images"),
@@ -275,7 +278,7 @@ def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool 
             raise UserError(f"{where} has bbox {shown(box)}: {BOX_WANTED}")
         area, crowd = annotation.get("area"), is_crowd(annotation)
         ignored += crowd and not is_set(annotation.get("iscrowd"))
-        # pycocotools computes with both, and ends a training at its first evaluation where they are no numbers.
+        # pycocotools computes with both: other values would end training at its first evaluation.
         completed = {
             "iscrowd": int(crowd or (remove_difficult and is_set(annotation.get("difficult")))),
             "area": area if is_area(area) else max(box[2], 0) * max(box[3], 0),

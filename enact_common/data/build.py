@@ -1,4 +1,4 @@
-"""From arguments to a data set."""
+"""Build a data set from parsed arguments."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from enact_common.utils.errors import UserError
 
 
 def data_files(args, split: str) -> tuple[Path, Path]:
-    """The image folder and the annotation file of a split, as the arguments name them.
+    """Return the image folder and the annotation file of a split.
 
     Args:
-        args: parsed arguments; `--train_images`, `--val_images` and their annotations go before `--coco_path`.
+        args: parsed arguments; `--train_images`, `--val_images` and their annotations override `--coco_path`.
         split: "train", "val" or "test".
 
     Raises:
-        UserError: naming what is missing.
+        UserError: a file or folder is missing.
     """
     if args.dataset_file == PANOPTIC:
         return find_panoptic_split(args.coco_path, args.coco_panoptic_path, split)[:2]
@@ -35,15 +35,15 @@ def data_files(args, split: str) -> tuple[Path, Path]:
 
 
 def build_dataset(image_set: str, args, label_map: LabelMap | None = None) -> CocoDetection:
-    """The data set to train on or to evaluate on, as the arguments ask for it.
+    """Return the training or evaluation data set.
 
     Args:
-        image_set: "train" for the augmented training images; "val" for those to evaluate on, which `--eval_set` names.
+        image_set: "train" for the augmented training images; "val" for the evaluation split that `--eval_set` names.
         args: parsed arguments.
-        label_map: the model's labels; None takes them from the data set's own annotations.
+        label_map: the model's labels; None derives them from the annotations.
 
     Raises:
-        UserError: something about the data is wrong.
+        UserError: the data are invalid or incomplete.
     """
     train = image_set == "train"
     augmented = train and args.augmentation
@@ -56,7 +56,7 @@ def build_dataset(image_set: str, args, label_map: LabelMap | None = None) -> Co
         "num_classes": args.num_classes,
         "limit": args.limit_train if train else args.limit_val,
         "seed": args.seed,
-        # In an evaluation, another image in its place would be counted twice.
+        # In evaluation, a replacement image would be counted twice.
         "on_unreadable": "raise" if args.strict_data else "replace" if train else "leave out",
     }
     if args.dataset_file == PANOPTIC:

@@ -1,4 +1,4 @@
-"""The images of data sets held in memory, as files or decoded, where worker processes share them (`--cache_mode`)."""
+"""A cache of images in memory, encoded or decoded, shared by the worker processes (`--cache_mode`)."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -17,56 +17,56 @@ from enact_common.data.images import decode_rgb, image_size, read_file
 from enact_common.utils.errors import UserError
 from enact_common.utils.progress import Progress
 
-# Reading waits for disks and decoding is OpenCV's, which lets other threads run: both go in parallel.
+# Disk reads and OpenCV's decoding release the GIL, so threads run in parallel.
 MAX_THREADS = 8
 
 
 @dataclass(frozen=True)
 class ImageCache:
-    """Arrays of bytes in one tensor; the cache of a data set has one for each of its items.
+    """Byte arrays packed into one tensor, one array per item of a data set.
 
-    One tensor, not a list of objects: worker processes that are forked afterwards share its pages, since nothing in
-    them changes, not even a reference count.
+    Worker processes that are forked later share the tensor's pages. With a list of objects, changing reference counts
+    would make each worker copy them.
 
     Attributes:
-        content: uint8 (bytes,), the arrays, one behind the other.
-        begins: int64 (n,), where in it each begins.
-        shapes: int64 (n, dimensions), of each.
+        content: uint8 (bytes,), the concatenated arrays.
+        offsets: int64 (n,), the start of each array in `content`.
+        shapes: int64 (n, dimensions), the shape of each array.
     """
 
     content: Tensor
-    begins: Tensor
+    offsets: Tensor
     shapes: Tensor
 
     def __len__(self) -> int:
-        return len(self.begins)
+        return len(self.offsets)
 
     def __getitem__(self, index: int) -> Tensor:
-        """An array, uint8: a part of `content`, not a copy."""
-        begin, shape = int(self.begins[index]), self.shapes[index]
-        return self.content[begin : begin + int(shape.prod())].view(shape.tolist())
+        """An array, uint8: a view of `content`, not a copy."""
+        start, shape = int(self.offsets[index]), self.shapes[index]
+        return self.content[start : start + int(shape.prod())].view(shape.tolist())
 
     def select(self, indices: Tensor) -> "ImageCache":
-        """The cache of some of the arrays, indices int64 (m,), in that order; its content is this one's."""
-        return ImageCache(self.content, self.begins[indices], self.shapes[indices])
+        """A cache of the arrays at `indices`, int64 (m,), in that order; it shares `content`."""
+        return ImageCache(self.content, self.offsets[indices], self.shapes[indices])
 
 
 def cache_images(datasets: Sequence[CocoDetection], mode: str) -> None:
-    """Read the images of data sets into memory; from then on they are taken from there.
+    """Read the images of data sets into memory and let the data sets use them.
 
-    A file that several data sets have is held once. One that cannot be read is an error, or is noted in the data sets
-    as unreadable where all that have it go on without (`on_unreadable`).
+    A file shared by several data sets is cached once. An unreadable file is an error, unless all its data sets tolerate
+    unreadable images (`on_unreadable`); it is then marked unreadable in them.
 
     Args:
-        datasets: whose images; call this before their worker processes start.
-        mode: "encoded" holds the files as they are, "decoded" the pixels, which need five to ten times the memory and
-            no decoding in every epoch.
+        datasets: the data sets; call this before their worker processes start.
+        mode: "encoded" caches the files, "decoded" the pixels, which take five to ten times the memory but save
+            decoding in every epoch.
 
     Raises:
-        UserError: a file cannot be read, or most cannot where single ones may be unreadable; or all of them together
-            are larger than this machine's memory, which is found out before any is read.
+        UserError: a file cannot be read (or most cannot, where unreadable images are tolerated); or the images exceed
+            this machine's memory, which is checked before reading.
     """
-    measure, read, nothing = (
+    measure, read, empty_shape = (
         (pixels_shape, read_pixels, (3, 0, 0)) if mode == "decoded" else (file_shape, read_encoded, (0,))
     )
     paths_of = [[dataset.path(i) for i in range(len(dataset))] for dataset in datasets]
@@ -90,11 +90,11 @@ def cache_images(datasets: Sequence[CocoDetection], mode: str) -> None:
 
     folders = " and ".join(dict.fromkeys(dataset.image_folder.name for dataset in datasets))
     opencv_threads = cv2.getNumThreads()
-    # The images are the parallelism. OpenCV's own threads would also be missing in processes that are forked later.
+    # We parallelise over images. OpenCV's own threads would also be missing in processes that are forked later.
     cv2.setNumThreads(0)
     try:
         with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-            measured = pool.map(lambda path: attempt(measure, path) or nothing, paths)
+            measured = pool.map(lambda path: attempt(measure, path) or empty_shape, paths)
             shapes = torch.tensor(list(measured), dtype=torch.int64)
             sizes = shapes.prod(dim=1)
             ends = sizes.cumsum(0)
@@ -102,10 +102,10 @@ def cache_images(datasets: Sequence[CocoDetection], mode: str) -> None:
             cache = ImageCache(torch.empty(int(ends[-1]), dtype=torch.uint8), ends - sizes, shapes)
 
             def load(i: int) -> None:
-                place = cache[i].numpy()
-                content = None if paths[i] in failed else attempt(read, paths[i], place.shape)
+                array = cache[i].numpy()
+                content = None if paths[i] in failed else attempt(read, paths[i], array.shape)
                 if content is not None:
-                    np.copyto(place, content)
+                    np.copyto(array, content)
 
             title = f"reading {folders} into memory"
             progress = Progress(paths, title, images_per_step=1, print_freq=max(len(paths) // 10, 1))
@@ -123,10 +123,10 @@ def cache_images(datasets: Sequence[CocoDetection], mode: str) -> None:
 
 
 def file_shape(path: Path) -> tuple[int]:
-    """(bytes,) of a file.
+    """The size of a file as a shape, (bytes,).
 
     Raises:
-        UserError: it cannot be found.
+        UserError: the file is missing.
     """
     try:
         return (path.stat().st_size,)
@@ -135,10 +135,10 @@ def file_shape(path: Path) -> tuple[int]:
 
 
 def read_encoded(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """A file's bytes, uint8 (bytes,).
+    """The bytes of a file, uint8 (bytes,).
 
     Raises:
-        UserError: it cannot be read, or is not of this shape.
+        UserError: the file cannot be read, or does not have this shape.
     """
     encoded = read_file(path)
     if encoded.shape != shape:
@@ -147,45 +147,45 @@ def read_encoded(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def pixels_shape(path: Path) -> tuple[int, int, int]:
-    """(3, height, width) of an image, from its header.
+    """The shape of an image, (3, height, width), from its header.
 
     Raises:
-        UserError: it cannot be read, is no image, or has too many pixels.
+        UserError: the file cannot be read, is not an image, or has too many pixels.
     """
     width, height = image_size(path)
     return 3, height, width
 
 
 def read_pixels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """An image, uint8 (3, height, width), as `CocoDetection.image` gives it.
+    """The pixels of an image, uint8 (3, height, width), as in `CocoDetection.image`.
 
     Raises:
-        UserError: it cannot be read, or is not of this shape.
+        UserError: the image cannot be read, or does not have this shape.
     """
     pixels = decode_rgb(read_file(path), path).transpose(2, 0, 1)
     if pixels.shape != shape:
         (_, h, w), (_, height, width) = pixels.shape, shape
         raise UserError(
-            f"{path}: has {h} x {w} pixels (height x width), but its header says {height} x {width}; mend it, or pass "
-            "--cache_mode encoded"
+            f"{path}: has {h} x {w} pixels (height x width), but its header says {height} x {width}; repair the file, "
+            "or pass --cache_mode encoded"
         )
     return pixels
 
 
 def physical_memory() -> int:
-    """Bytes of memory that this machine has."""
+    """The memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_memory(size: int, mode: str) -> None:
-    """Refuse a cache that this machine's memory cannot hold.
+    """Refuse a cache that exceeds this machine's memory.
 
     Args:
-        size: bytes, in each of the processes that torchrun starts on this machine.
+        size: bytes per process that torchrun starts on this machine.
         mode: as for `cache_images`.
 
     Raises:
-        UserError: saying both sizes.
+        UserError: the cache is too large. The message gives both sizes.
     """
     processes, memory = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), physical_memory()
     if size * processes > memory:
@@ -194,11 +194,11 @@ def check_memory(size: int, mode: str) -> None:
             content, way_out = "the decoded images", f"pass --cache_mode encoded, or {way_out}"
         each = f" in each of {processes} processes" if processes > 1 else ""
         raise UserError(
-            f"--cache_mode {mode}: {content} are {gibibytes(size)}{each}, this machine's memory is "
+            f"--cache_mode {mode}: {content} are {gibibytes(size)}{each}, but this machine's memory is "
             f"{gibibytes(memory)}; {way_out}"
         )
 
 
 def gibibytes(size: int) -> str:
-    """Bytes in words."""
+    """A number of bytes as text, in GiB."""
     return f"{size / 2**30:.4g} GiB"

@@ -1,4 +1,4 @@
-"""Which label of the model means which category of the data set."""
+"""The mapping between the model's labels and the data set's categories."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -7,7 +7,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from enact_common.utils.errors import UserError
 
-# COCO's stuff by category id, as its panoptic annotations name it. Their things have the ids of `coco_names`.
+# COCO's stuff categories by id, as in its panoptic annotations. Its things have the ids of `coco_names`.
 COCO_STUFF = {
     92: "banner", 93: "blanket", 95: "bridge", 100: "cardboard", 107: "counter", 109: "curtain", 112: "door-stuff",
     118: "floor-wood", 119: "flower", 122: "fruit", 125: "gravel", 128: "house", 130: "light", 133: "mirror-stuff",
@@ -23,7 +23,7 @@ COCO_STUFF = {
 
 @cache
 def coco_names() -> tuple[str, ...]:
-    """COCO's 91 category names by id, "N/A" for the ids that no category has (torchvision's list)."""
+    """COCO's 91 category names by id, "N/A" for unused ids (torchvision's list)."""
     names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     return ("N/A", *names[1:])
 
@@ -33,10 +33,10 @@ class LabelMap:
     """The categories behind a model's labels.
 
     Attributes:
-        category_ids: the data set's own category id of each label, None for a label that means nothing.
+        category_ids: the data set's category id of each label, None for an unused label.
         names: each label's name.
-        things: of panoptic data, the labels of what can be counted, ascending; the others are stuff. None where the
-            data do not tell things from stuff.
+        things: the labels of countable things in panoptic data, ascending; all other labels are stuff. None if the
+            data do not distinguish things from stuff.
     """
 
     category_ids: tuple[int | None, ...]
@@ -47,12 +47,12 @@ class LabelMap:
     def from_categories(cls, categories: list[dict], num_classes: int | None = None) -> "LabelMap":
         """The map for a COCO-format `categories` list.
 
-        COCO's own categories, or some of them, keep their ids as labels, so that released checkpoints fit. All
-        others are numbered from 0 in the order of their ids.
+        COCO's categories, or a subset of them, keep their ids as labels, which makes released checkpoints fit. Other
+        categories are numbered from 0 in the order of their ids.
 
         Args:
             categories: dicts with `id` and `name`.
-            num_classes: labels of the model (`--num_classes`); None for as many as are needed.
+            num_classes: number of the model's labels (`--num_classes`); None for as many as needed.
 
         Raises:
             UserError: num_classes is too small.
@@ -62,16 +62,16 @@ class LabelMap:
         if all(0 < i < len(coco) and coco[i] == name for i, name in names.items()):
             ids = [None if name == "N/A" else i for i, name in enumerate(coco)]
             needed, last = max(names) + 1, max(names)
-            why = f"these are COCO's own categories, whose labels are their ids, up to {last} ({names[last]}) here"
+            why = f"these are COCO's categories, whose labels are their ids, up to {last} ({names[last]}) here"
             names = dict(enumerate(coco))
         else:
             ids = sorted(names)
             needed = len(ids)
-            why = f"the annotations have {needed} categories, those without objects included"
+            why = f"the annotations have {needed} categories, including those without objects"
         size = num_classes or len(ids)
         if size < needed:
             raise UserError(
-                f"--num_classes {num_classes}: {why}, which needs at least {needed}; pass --num_classes {needed}, or "
+                f"--num_classes {num_classes}: {why}, so at least {needed} are needed; pass --num_classes {needed}, or "
                 f"leave the flag out (which makes {len(ids)} labels)"
             )
         ids = (ids + [None] * size)[:size]
@@ -79,28 +79,28 @@ class LabelMap:
 
     @classmethod
     def from_dict(cls, state: dict) -> "LabelMap":
-        """The map that `to_dict` gave."""
+        """The map from the output of `to_dict`."""
         things = state.get("things")
         return cls(tuple(state["category_ids"]), tuple(state["names"]), None if things is None else tuple(things))
 
     def to_dict(self) -> dict:
-        """Built-in types alone, for checkpoints. Without `things`, they are left out."""
+        """The map in built-in types, for checkpoints. A `things` of None is left out."""
         return {key: list(value) for key, value in vars(self).items() if value is not None}
 
     @property
     def num_classes(self) -> int:
-        """Labels, those without a meaning included."""
+        """The number of labels, including unused ones."""
         return len(self.category_ids)
 
     def labels(self) -> dict[int, int]:
-        """Category id to label."""
+        """The label of each category id."""
         return {i: label for label, i in enumerate(self.category_ids) if i is not None}
 
     def check_categories(self, categories: list[dict], source: str) -> None:
-        """Refuse categories that the map does not have, or has under another name.
+        """Refuse categories that the map lacks or names differently.
 
         Raises:
-            UserError: naming the source and the first category at fault.
+            UserError: a category does not match. The message names the source and the first such category.
         """
         labels = self.labels()
         for category in categories:
@@ -108,6 +108,6 @@ class LabelMap:
             if label is None or self.names[label] != str(category["name"]):
                 known = ", ".join(f"{i} {self.names[label]}" for i, label in list(labels.items())[:8])
                 raise UserError(
-                    f"{source}: category {category['id']} ({category['name']}) is not among the model's ({known}"
-                    f"{', ...' if len(labels) > 8 else ''}); train and val annotations, and the checkpoint, must agree"
+                    f"{source}: category {category['id']} ({category['name']}) is not one of the model's ({known}"
+                    f"{', ...' if len(labels) > 8 else ''}); train and val annotations and the checkpoint must agree"
                 )

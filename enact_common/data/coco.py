@@ -1,4 +1,4 @@
-"""COCO-format detection data: annotations checked and packed, items made, batches collated."""
+"""COCO-format detection data sets and their batches."""
 
 import contextlib
 import io
@@ -24,22 +24,22 @@ from enact_common.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# What becomes of an item whose image cannot be read: an error; another item in its place; None.
+# For an item with an unreadable image: raise an error, return another item, or return None.
 ON_UNREADABLE = ("raise", "replace", "leave out")
 
-# Of an image: not tried yet, read, could not be read.
+# States of an image.
 UNTRIED, READ, UNREADABLE = range(3)
 
-# Unreadable images that make one suspect the whole data set, not them.
+# From this many unreadable images on, the data set itself may be at fault.
 MANY = 8
 
 
 @contextlib.contextmanager
 def seeded(*numbers: int):
-    """Random numbers of PyTorch's CPU generator that depend on these numbers alone; its state is put back."""
+    """Seed PyTorch's CPU generator from these numbers within the block; its state is restored afterwards."""
     state = torch.get_rng_state()
     seed = np.random.SeedSequence(numbers).generate_state(1, dtype=np.uint64)[0]
-    # Not torch.manual_seed, which would reseed the GPUs too.
+    # torch.manual_seed would also reseed the GPUs.
     torch.default_generator.manual_seed(int(seed) >> 1)
     try:
         yield
@@ -48,31 +48,31 @@ def seeded(*numbers: int):
 
 
 class CocoDetection(Dataset):
-    """Images with their boxes and labels.
+    """A data set of images with boxes and labels, and optionally masks.
 
-    An item's augmentation depends on the seed, the epoch and the item alone, not on workers or on what was drawn
-    before: a resumed run sees what an uninterrupted one would have seen.
+    An item's augmentation depends only on the seed, the epoch and the item. Workers and earlier random draws do not
+    matter, so a resumed run sees the same items as an uninterrupted run.
 
-    Crowd annotations are left out of the targets; boxes without area inside the image are dropped and counted.
+    Targets have no crowd annotations; boxes without area inside the image are dropped and counted.
 
-    Which images could not be read is remembered, by all worker processes together, and they are not tried again. Which
-    item takes the place of one depends on the seed, the epoch and the item alone, too.
+    Worker processes share a record of unreadable images and do not retry them. The item that replaces an unreadable one
+    also depends only on the seed, the epoch and the item.
 
     Args:
-        image_folder: where the files are.
+        image_folder: folder of the image files.
         annotation_file: COCO-format JSON.
-        transforms: from (image, target) to the model's input.
-        label_map: which label each category is; None for the one that the file's own categories make.
-        num_classes: with label_map None, the labels to make room for.
-        limit: keep the first so many images, in the order of their ids; None keeps all.
-        seed: of the augmentation.
+        transforms: maps (image, target) to the model's input.
+        label_map: the label of each category; None derives it from the file's categories.
+        num_classes: number of labels if label_map is None; None for as many as needed.
+        limit: keep only this many images, in the order of their ids; None keeps all.
+        seed: seed of the augmentation.
         annotated: False for a list of test images, whose targets have no boxes.
         remove_difficult: treat annotations marked as difficult as crowds.
         on_unreadable: one of `ON_UNREADABLE`.
-        masks: targets have the objects' masks.
+        masks: include the objects' masks in the targets.
 
     Raises:
-        UserError: the annotations are at fault, do not fit the label map or lead out of the image folder, or image
+        UserError: the annotations are invalid, do not fit the label map or lead out of the image folder, or image
             files are missing.
     """
 
@@ -107,7 +107,7 @@ class CocoDetection(Dataset):
         self.transforms = transforms
         self.label_map = label_map
         self.seed = seed
-        # Shared, so that workers which live longer than an epoch see it change.
+        # Shared, because persistent workers must see it change.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
         images = sorted(annotations["images"], key=lambda image: image["id"])[:limit]
@@ -119,19 +119,19 @@ class CocoDetection(Dataset):
         self.check_files()
         self._cache: Sequence[Tensor] | None = None
         self._state = torch.full((len(self.image_ids),), UNTRIED, dtype=torch.uint8).share_memory_()
-        # Files need not say how large their images are; boxes are clipped once more when an image is read.
+        # Annotation files may omit image sizes, so boxes are clipped again when an image is read.
         self.pack(objects, np.array([stated_size(image) for image in images]))
 
     def load(self, path: Path) -> dict:
-        """`images`, `annotations` and `categories` of an annotation file, checked.
+        """Return the checked `images`, `annotations` and `categories` of an annotation file.
 
         Raises:
-            UserError: naming the file and the entry at fault.
+            UserError: a list or entry is invalid. The message names the file and the entry.
         """
         return load_annotations(path, self.annotated, self.remove_difficult)
 
     def own_labels(self, categories: list[dict], num_classes: int | None) -> LabelMap:
-        """The labels that a file's own categories make.
+        """The label map derived from a file's categories.
 
         Raises:
             UserError: num_classes is too small.
@@ -139,7 +139,7 @@ class CocoDetection(Dataset):
         return LabelMap.from_categories(categories, num_classes)
 
     def check_files(self) -> None:
-        """Refuse a data set whose image files are not all there."""
+        """Refuse a data set with missing image files."""
         missing, _ = missing_files(self.path(i) for i in range(len(self)))
         if missing:
             absent = set(missing)
@@ -148,16 +148,16 @@ class CocoDetection(Dataset):
             there = hint(name, index_files(self.image_folder, taken))
             raise UserError(
                 f"{self.annotation_file}: {len(missing)} of its {len(self.file_names)} image files are missing, "
-                f"{name[:200]!r} in {self.image_folder} first{there}; python -m enact_common.data.checks names them, "
-                "and what is there instead"
+                f"{name[:200]!r} in {self.image_folder} first{there}; python -m enact_common.data.checks lists them "
+                "and the files they may mean"
             )
 
     def pack(self, annotations: list[dict], sizes: np.ndarray) -> None:
-        """Keep boxes (xyxy) and labels as arrays: what every worker process holds, without a copy of the JSON.
+        """Store boxes (xyxy) and labels as arrays, which take less memory per worker process than the JSON.
 
         Args:
-            annotations: of all images of the file.
-            sizes: (images, 2), (width, height) in pixels, infinite where unknown.
+            annotations: annotations of all images of the file.
+            sizes: (images, 2), (width, height) in pixels, infinite if unknown.
         """
         index = {image_id: i for i, image_id in enumerate(self.image_ids)}
         labels = self.label_map.labels()
@@ -180,22 +180,22 @@ class CocoDetection(Dataset):
         self._boxes = torch.from_numpy(table[:, 2:].astype(np.float32))
 
     def set_epoch(self, epoch: int) -> None:
-        """Let the augmentation of this epoch follow."""
+        """Set the epoch that the augmentation depends on."""
         self._epoch.fill_(epoch)
 
     def path(self, index: int) -> Path:
-        """An item's image file."""
+        """The path of an item's image file."""
         return self.image_folder / self.file_names[index]
 
     def set_cache(self, cache: Sequence[Tensor], failed: dict[int, UserError]) -> None:
-        """Take the images from memory from now on.
+        """Read images from memory from now on.
 
         Args:
-            cache: of each item its file, uint8 (bytes,), or its pixels, uint8 (3, height, width).
-            failed: the items that could not be read, and why.
+            cache: each item's file, uint8 (bytes,), or its pixels, uint8 (3, height, width).
+            failed: the unreadable items and the reasons.
 
         Raises:
-            UserError: most of them could not.
+            UserError: most items are unreadable.
         """
         self._cache = cache
         self._state.fill_(READ)
@@ -203,24 +203,23 @@ class CocoDetection(Dataset):
             self.note_unreadable(index, error)
 
     def image(self, index: int) -> Tensor:
-        """An item's image as it is stored, uint8 (3, height, width), from the disk or from the cache.
+        """The stored image of an item, uint8 (3, height, width), from the disk or the cache.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the image cannot be read.
         """
         path = self.path(index)
         if self._cache is None:
             return decode_image(path)
         cached = self._cache[index]
-        # Pixels are copied: what is done to an item must not reach the cache, nor the whole cache be sent along with
-        # an item that is a part of it.
+        # Copy pixels: a change of an item must not reach the cache, and sending a view would send the whole cache.
         return cached.clone() if cached.ndim == 3 else decode_bytes(cached.numpy(), path)
 
     def item(self, index: int) -> tuple[tv_tensors.Image, dict]:
-        """An item's image as it is stored, uint8 (3, height, width), and its target, before their transforms.
+        """The stored image of an item, uint8 (3, height, width), and its target, before the transforms.
 
         Raises:
-            UserError: it cannot be read.
+            UserError: the image or a mask cannot be read.
         """
         image = tv_tensors.Image(self.image(index))
         height, width = image.shape[-2:]
@@ -238,10 +237,10 @@ class CocoDetection(Dataset):
         return image, drop_degenerate(target)
 
     def item_or_none(self, index: int) -> tuple[tv_tensors.Image, dict] | None:
-        """`item`; None where it cannot be read and that is no error here.
+        """Return `item`, or None if it cannot be read and `on_unreadable` tolerates that.
 
         Raises:
-            UserError: it cannot be read, and `on_unreadable` is "raise", or most images that were tried cannot be.
+            UserError: the item cannot be read and `on_unreadable` is "raise", or most tried images cannot be read.
         """
         if self.on_unreadable == "raise":
             return self.item(index)
@@ -256,51 +255,51 @@ class CocoDetection(Dataset):
         return item
 
     def note_unreadable(self, index: int, error: UserError) -> None:
-        """Let an item's image not be tried any more.
+        """Mark an item's image as unreadable, so that it is not retried.
 
         Args:
             index: the item.
-            error: why.
+            error: the reason.
 
         Raises:
-            UserError: most images that were tried cannot be read, and they are many, or most of all.
+            UserError: most tried images are unreadable, and these are at least `MANY` or most of the data set.
         """
         self._state[index] = UNREADABLE
         tried, bad = int((self._state != UNTRIED).sum()), int((self._state == UNREADABLE).sum())
         if 2 * bad > tried and (bad >= MANY or 2 * bad > len(self)):
             raise UserError(
-                f"{self.image_folder}: {bad} of {tried} images that were tried cannot be read, the last one being "
-                f"{error}; python -m enact_common.data.checks names them all"
+                f"{self.image_folder}: {bad} of {tried} images tried cannot be read, most recently "
+                f"{error}; python -m enact_common.data.checks lists all of them"
             ) from error
 
     def unreadable(self) -> list[int]:
-        """The items whose images could not be read so far."""
+        """The items marked unreadable so far."""
         return (self._state == UNREADABLE).nonzero().flatten().tolist()
 
     def why_unreadable(self, index: int) -> str:
-        """In words that begin with the file, why an item's image cannot be read."""
+        """Why an item's image cannot be read, as text that starts with the file."""
         try:
             decode_image(self.path(index))
         except UserError as error:
             return str(error)
-        return f"{self.path(index)}: could not be read, though it can be now"
+        return f"{self.path(index)}: could not be read earlier, but can be read now"
 
     @property
     def num_objects(self) -> int:
-        """Boxes in all targets together."""
+        """The number of boxes in all targets."""
         return len(self._labels)
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]] | None:
-        """One image, as `transforms` leaves it (with ours uint8 (3, h, w)), and its target.
+        """The transformed image, with our transforms uint8 (3, h, w), and its target.
 
         The target has `image_id` int64 (1,); `orig_size` and `size` int64 (2,), (height, width) in pixels as stored
-        and as given; `labels` int64 (n,) and `boxes` float32 (n, 4) cxcywh in [0, 1]; with masks, `masks` bool
-        (n, h, w).
+        and after the transforms; `labels` int64 (n,) and `boxes` float32 (n, 4) cxcywh in [0, 1]; with masks, `masks`
+        bool (n, h, w).
 
-        Of an image that cannot be read, what `on_unreadable` says.
+        `on_unreadable` decides the result for an unreadable image: an error, another item, or None.
 
         Raises:
             UserError: as `item_or_none`.
@@ -309,7 +308,7 @@ class CocoDetection(Dataset):
         while item is None:
             if self.on_unreadable == "leave out":
                 return None
-            # Ends at the latest when most images were found unreadable.
+            # `item_or_none` raises once most images are unreadable, which ends the loop.
             attempts += 1
             with seeded(self.seed, int(self._epoch), index, attempts):
                 index = int(torch.randint(len(self), ()))
@@ -318,8 +317,8 @@ class CocoDetection(Dataset):
             return self.transforms(*item)
 
     def coco_api(self) -> COCO:
-        """The ground truth of these images as pycocotools has it, crowds included; without masks, no `segmentation`."""
-        # The log has said it when the data set was made.
+        """The ground truth for pycocotools, including crowds; `segmentation` only if the data set has masks."""
+        # Building the data set has already logged the warnings.
         data = load_annotations(self.annotation_file, self.annotated, self.remove_difficult, log=False)
         kept = set(self.image_ids)
         images = [image for image in data["images"] if image["id"] in kept]
@@ -327,11 +326,11 @@ class CocoDetection(Dataset):
         if self.with_masks:
             images, annotations = normalize_segmentations(images, annotations, self.annotation_file)
         else:
-            # Unchecked ones must not reach pycocotools' C code.
+            # Unchecked segmentations must not reach pycocotools' C code.
             annotations = [{key: a[key] for key in a if key != "segmentation"} for a in annotations]
         coco = COCO()
         coco.dataset = {
-            # pycocotools copies both into its results; a file need not have them.
+            # pycocotools copies both into its results, and a file may lack them.
             "info": {},
             "licenses": [],
             "images": images,
@@ -346,9 +345,9 @@ class CocoDetection(Dataset):
 def collate(
     items: list[tuple[Tensor, dict[str, Tensor]] | None],
 ) -> tuple[NestedTensor, list[dict[str, Tensor]]] | None:
-    """A padded batch of images, uint8 where `to_model_input` ended their transforms, and the list of their targets.
+    """A padded batch of images (uint8 after `to_model_input`) and the list of their targets.
 
-    Items that are None are left out; None where that leaves nothing.
+    Items that are None are skipped. Returns None if no items remain.
     """
     items = [item for item in items if item is not None]
     if not items:

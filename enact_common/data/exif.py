@@ -1,6 +1,6 @@
-"""EXIF's orientation: how viewers turn a photo whose pixels are stored as the camera was held.
+"""EXIF orientation: how viewers rotate a photo whose pixels are stored as the camera was held.
 
-Detection in photos turns them (`enact_common.predict`, `load_detector`). Training, checks and COCO's evaluation do not:
+Detection in photos applies it (`enact_common.predict`, `load_detector`). Training, checks and COCO's evaluation do not:
 COCO's boxes refer to the pixels as stored.
 """
 
@@ -10,32 +10,32 @@ from torch import Tensor
 
 from enact_common.data.images import decode_bytes, open_image, read_file
 
-# EXIF's tag for how to turn the pixels, 1 for not at all.
+# The EXIF tag of the orientation; 1 is upright.
 EXIF_ORIENTATION = 0x0112
 
-# Orientations whose rows are stored as columns, and the axes of (3, height, width) that are flipped after that.
+# Orientations that swap rows and columns, and the axes of (3, height, width) to flip after that.
 TRANSPOSED = (5, 6, 7, 8)
 FLIPPED = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}
 
 
 def exif_orientation(source: Path | bytes) -> int:
-    """How viewers turn an image, its path or its encoded bytes: 1 for not at all, to 8.
+    """The EXIF orientation of an image file or its encoded bytes, 1 (upright) to 8.
 
-    A TIFF's is always 1: there it is a part of the format, which every reader applies.
+    Always 1 for TIFF: there the orientation is part of the format, and every reader applies it.
     """
     try:
         with open_image(source) as image:
             orientation = 1 if image.format == "TIFF" else image.getexif().get(EXIF_ORIENTATION, 1)
-    except Exception:  # what damaged metadata raises has no end, and decoding has shown that the pixels are there
+    except Exception:  # damaged metadata can raise any error, and the pixels have been decoded without one
         return 1
     return orientation if orientation in range(1, 9) else 1
 
 
 def decode_upright(path: Path) -> Tensor:
-    """An image file as viewers show it: RGB, uint8 (3, height, width), turned as EXIF says.
+    """An image file as viewers show it, rotated by its EXIF orientation: RGB, uint8 (3, height, width).
 
     Raises:
-        UserError: the file is missing, or is no image that can be read whole.
+        UserError: the file is missing, or is not a complete image.
     """
     encoded = read_file(path)
     pixels = decode_bytes(encoded, path)  # (3, height, width), as stored

@@ -1,4 +1,4 @@
-"""Batches for training and evaluation: which images a process gets, in which order, and who loads them."""
+"""Data loaders for training and evaluation: samplers, worker processes, and messages about their death."""
 
 import atexit
 import itertools
@@ -16,22 +16,21 @@ from enact_common.data.coco import CocoDetection, collate
 from enact_common.utils.distributed import get_rank, get_world_size
 from enact_common.utils.signals import SIGNALS
 
-# What PyTorch calls a worker process, where one has died.
+# PyTorch's name for a worker process in its error about a dead one.
 WORKER = "DataLoader worker"
 
 
 class TrainSampler(DistributedSampler):
-    """A process's share of an epoch's images: a new order in each epoch, of the seed alone.
+    """A sampler of this rank's share of an epoch's images, in an order that depends only on the seed and the epoch.
 
-    The images of a batch of all processes together are the same whatever the number of processes. The share can begin
-    anywhere, as in an epoch that was stopped half-way.
+    The global batches do not depend on the number of ranks. A resumed epoch can start in the middle of the share.
 
     Args:
-        dataset: of all processes.
-        seed: of the order, with the epoch (`set_epoch`).
+        dataset: the data set of all ranks.
+        seed: seed of the order, together with the epoch (`set_epoch`).
 
     Attributes:
-        first: items of the share that are left out at its beginning.
+        first: number of items to skip at the start of the share.
     """
 
     def __init__(self, dataset: CocoDetection, seed: int):
@@ -43,38 +42,38 @@ class TrainSampler(DistributedSampler):
 
 
 class EvaluationBatches(Sampler):
-    """Whole batches of neighbouring images, dealt out to the processes in turn, each image once.
+    """A batch sampler that deals batches of consecutive images to the ranks in turn; each image comes once.
 
-    Batches are those of a single process: where what a model makes of an image depends on its batch, as with ENACT's
-    windows, the figures do not depend on the number of processes. Processes can have different numbers of batches, or
+    The batches equal those of a single process. So metrics do not depend on the number of ranks, even if a model's
+    result for an image depends on its batch, as with ENACT's windows. Ranks can have different numbers of batches, or
     none.
 
     Args:
-        size: images of all processes.
-        batch_size: images a batch; the last one can have less.
+        size: number of images of all ranks.
+        batch_size: images per batch; the last batch can be smaller.
     """
 
     def __init__(self, size: int, batch_size: int):
         self.size = size
         self.batch_size = batch_size
-        self._begins = range(get_rank() * batch_size, size, get_world_size() * batch_size)
+        self._starts = range(get_rank() * batch_size, size, get_world_size() * batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
-        for begin in self._begins:
-            yield list(range(begin, min(begin + self.batch_size, self.size)))
+        for start in self._starts:
+            yield list(range(start, min(start + self.batch_size, self.size)))
 
     def __len__(self) -> int:
-        return len(self._begins)
+        return len(self._starts)
 
 
 def make_loader(dataset: CocoDetection, args, device: torch.device, train: bool) -> DataLoader:
-    """Batches of a data set, in an order that depends on the seed and the epoch alone.
+    """A data loader whose order depends only on the seed and the epoch.
 
     Args:
-        dataset: of this process's images and those of the others.
+        dataset: the data set of all ranks.
         args: parsed arguments.
-        device: where the batches will go.
-        train: shuffle, and leave a last batch that is not full out.
+        device: the device that the batches go to.
+        train: shuffle, and drop an incomplete last batch.
     """
     if train:
         order = {
@@ -89,58 +88,58 @@ def make_loader(dataset: CocoDetection, args, device: torch.device, train: bool)
         collate_fn=collate,
         pin_memory=device.type == "cuda",
         persistent_workers=args.num_workers > 0,
-        worker_init_fn=partial(begin_worker, at_work=_at_work()),
-        # Its own, so that iterating draws nothing from the generator that dropout uses.
+        worker_init_fn=partial(init_worker, running=_running_flag()),
+        # With the default generator, iterating would change dropout's random numbers.
         generator=torch.Generator(),
     )
 
 
-def begin_worker(worker: int, at_work: Tensor) -> None:
-    """Prepare a loader's worker process.
+def init_worker(worker: int, running: Tensor) -> None:
+    """Initialise a loader's worker process.
 
-    OpenCV keeps to one thread, as the workers are the parallelism. The signals that ask a run to stop go to all of its
-    processes where a scheduler sends them, and the step that the run then finishes still needs its images. So a worker
-    overhears them, until its run ends.
+    OpenCV uses one thread, because the workers already run in parallel. Schedulers send stop signals to all processes
+    of a run, but the run finishes its step first and needs its images. So a worker ignores these signals until its run
+    ends.
 
     Args:
-        worker: its number.
-        at_work: uint8 (), shared with the main process, which makes it 0 when it ends.
+        worker: the worker's number.
+        running: uint8 (), shared with the main process, which sets it to 0 when it ends.
     """
     cv2.setNumThreads(0)
     for number in (*SIGNALS, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    # This one is also how Python ends the workers that are left at its own end.
-    signal.signal(signal.SIGTERM, lambda number, frame: None if at_work.item() else os._exit(0))
+    # At its exit, Python ends remaining workers with SIGTERM, so the worker must obey it then.
+    signal.signal(signal.SIGTERM, lambda number, frame: None if running.item() else os._exit(0))
 
 
 _flag: Tensor | None = None
 
 
-def _at_work() -> Tensor:
-    """The flag that tells this process's workers whether it is at work: one for all loaders."""
+def _running_flag() -> Tensor:
+    """The flag that tells workers whether this process still runs, shared by all loaders."""
     global _flag
     if _flag is None:
         _flag = torch.ones((), dtype=torch.uint8).share_memory_()
-        # Python runs what is registered last first, so this comes before it ends the workers.
+        # Python runs exit handlers in reverse order, so this one runs before the workers are ended.
         atexit.register(_flag.zero_)
     return _flag
 
 
 def worker_death(error: BaseException) -> str | None:
-    """What became of a loader's worker process, and what helps; None where the error is another one.
+    """A message on why a loader's worker process died and what helps; None for any other error.
 
-    PyTorch raises the error wherever the main process is at that moment.
+    PyTorch raises this error at an arbitrary point in the main process.
     """
     if not (isinstance(error, RuntimeError) and WORKER in str(error)):
         return None
-    # Where one was killed, the error that says so is behind this one.
+    # If the worker was killed, the cause of this error says so.
     text = f"{error}\n{error.__cause__ or ''}"
     reason = next((line for line in text.splitlines() if "killed by signal" in line), str(error).splitlines()[0])
-    cause, way_out = "why, the lines before may say", "--num_workers 0 loads in the main process, which shows more"
+    cause, way_out = "the lines above may say why", "Pass --num_workers 0 to load in the main process, which shows more"
     if "Killed" in text:
-        cause = "the system kills what takes too much memory"
-        way_out = "fewer --num_workers, a smaller --batch_size, or no --cache_mode need less"
+        cause = "probably out of memory"
+        way_out = "Use fewer --num_workers, a smaller --batch_size, or no --cache_mode"
     elif "Bus error" in text or "shared memory" in text:
-        cause = "too little shared memory, most likely"
-        way_out = "give the container more (docker run --shm-size, SHM_SIZE), or pass --num_workers 0"
-    return f"a process that loads images has died: {reason.strip()} ({cause}). {way_out}"
+        cause = "probably too little shared memory"
+        way_out = "Give the container more (docker run --shm-size, SHM_SIZE), or pass --num_workers 0"
+    return f"an image-loading process died: {reason.strip()} ({cause}). {way_out}"

@@ -1,12 +1,12 @@
 """COCO's panoptic format: every pixel's segment in a PNG, every segment's category in a JSON file.
 
-The format is that of Kirillov et al., "Panoptic Segmentation", CVPR 2019, as COCO has it: a pixel (R, G, B) belongs to
-segment R + 256 G + 65536 B, and to none where that is 0 (void). Targets follow DETR's panoptic model (Carion et al.,
-ECCV 2020): things and stuff are objects alike, and labels are category ids.
+The format is COCO's version of Kirillov et al., "Panoptic Segmentation", CVPR 2019: a pixel (R, G, B) belongs to
+segment R + 256 G + 65536 B; 0 is void, no segment. Targets follow DETR's panoptic model (Carion et al., ECCV 2020):
+things and stuff are both objects, and labels are category ids.
 
 Modifications:
-    - Crowds are left out of the targets, as `CocoDetection` leaves them out; the original trains on them.
-    - Boxes reach to their last pixel's far edge, as COCO's do; a crop's are those of the masks that are left in it.
+    - Targets have no crowds, as in `CocoDetection`; the original trains on crowds.
+    - Boxes extend to the far edge of their last pixel, as in COCO; a crop's boxes enclose the masks that remain in it.
 """
 
 import contextlib
@@ -35,10 +35,10 @@ from enact_common.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Labels of DETR's panoptic models: COCO's ids, of which 200 is the last, and room for more.
+# The number of labels of DETR's panoptic models: COCO's ids, up to 200, and some unused labels.
 NUM_CLASSES = 250
 
-# Not a segment; ids are below the limit, which is what three bytes hold.
+# 0 is no segment; segment ids fit three bytes.
 VOID, ID_LIMIT = 0, 2**24
 
 LAYOUT = (
@@ -51,12 +51,12 @@ def find_panoptic_split(coco_path: str, coco_panoptic_path: str, split: str) -> 
     """The image folder, the annotation file and the folder of PNG files of a split.
 
     Args:
-        coco_path: `--coco_path`, where the images are: `{split}2017/` or `images/{split}2017/`.
-        coco_panoptic_path: `--coco_panoptic_path`, where the annotations are: themselves, or in `annotations/`.
+        coco_path: `--coco_path`, with the images in `{split}2017/` or `images/{split}2017/`.
+        coco_panoptic_path: `--coco_panoptic_path`, with the annotations directly in it or in `annotations/`.
         split: "train" or "val".
 
     Raises:
-        UserError: naming what is missing.
+        UserError: a file or folder is missing.
     """
     images = image_folder(coco_path, split)
     root, name = Path(coco_panoptic_path), f"panoptic_{split}2017"
@@ -78,7 +78,7 @@ def image_folder(coco_path: str, split: str) -> Path:
     """The folder of a split's images.
 
     Raises:
-        UserError: naming what is missing.
+        UserError: the folder is missing.
     """
     root = Path(coco_path)
     if not root.is_dir():
@@ -86,19 +86,19 @@ def image_folder(coco_path: str, split: str) -> Path:
     folders = (root / f"{split}2017", root / "images" / f"{split}2017")
     folder = next((folder for folder in folders if folder.is_dir()), None)
     if folder is None:
-        raise UserError(f"--coco_path {coco_path}: {folders[0]} is missing, and so is {folders[1]}")
+        raise UserError(f"--coco_path {coco_path}: {folders[0]} is missing, and so is {folders[1]}; one must exist")
     return folder
 
 
 def panoptic_label_map(categories: list[dict], num_classes: int | None = None) -> LabelMap:
-    """The map whose labels are the category ids themselves.
+    """The label map whose labels equal the category ids.
 
     Args:
         categories: dicts with `id` and `name`.
-        num_classes: labels of the model (`--num_classes`); None for 250, as DETR's panoptic models have.
+        num_classes: number of the model's labels (`--num_classes`); None for 250, as in DETR's panoptic models.
 
     Raises:
-        UserError: an id is no label of so many.
+        UserError: a category id is negative, or not below the number of labels.
     """
     names = {category["id"]: str(category["name"]) for category in categories}
     size = num_classes or NUM_CLASSES
@@ -108,7 +108,7 @@ def panoptic_label_map(categories: list[dict], num_classes: int | None = None) -
         given = f"--num_classes {size}" if num_classes else f"--num_classes is not given, which makes {size}"
         raise UserError(
             f"{given}: panoptic labels are category ids, up to {max(names)} here, which needs at least "
-            f"{max(names) + 1}: pass --num_classes {max(names) + 1}"
+            f"{max(names) + 1}; pass --num_classes {max(names) + 1}"
             + (", or leave the flag out" if max(names) < NUM_CLASSES else "")
         )
     return LabelMap(
@@ -123,14 +123,14 @@ def coco_panoptic_names() -> dict[int, str]:
 
 
 def things_of(label_map: LabelMap, source: str) -> tuple[int, ...]:
-    """The labels of a panoptic model that are things; where the map does not say, and is of COCO's categories, COCO's.
+    """The labels of a panoptic model's things: those stored in the map, else COCO's for COCO's categories.
 
     Args:
-        label_map: the model's, whose labels are category ids.
+        label_map: the model's label map, whose labels are category ids.
         source: the checkpoint, for the message.
 
     Raises:
-        UserError: the map does not say, and has other categories.
+        UserError: the map stores no things, and has other categories than COCO's.
     """
     if label_map.things is not None:
         return label_map.things
@@ -139,34 +139,34 @@ def things_of(label_map: LabelMap, source: str) -> tuple[int, ...]:
     other = next((label for label in labels if coco.get(label) != label_map.names[label]), None)
     if other is not None:
         raise UserError(
-            f"{source}: does not say which of its categories are things and which stuff, and they are not COCO's "
-            f"({other} {label_map.names[other]}). Write the things' category ids into it, as a list under 'things' of "
-            "its dict 'label_map' (torch.load, torch.save); checkpoints of this version have them"
+            f"{source}: does not say which categories are things and which are stuff, and the categories are not "
+            f"COCO's ({other} {label_map.names[other]}). Add a list 'things' with the things' category ids to its dict "
+            "'label_map' (torch.load, torch.save); checkpoints of this version have it"
         )
     return tuple(label for label in labels if label < len(coco_names()))
 
 
 def load_panoptic(path: Path, log: bool = True) -> dict:
-    """A panoptic annotation file, checked.
+    """Load and check a panoptic annotation file.
 
-    Ids and numbers that are written as text, and ids written as floats, are read as `normalise` says. `iscrowd` and
-    `isthing` become 0 or 1; segments with `"ignore": 1` become crowds.
+    `normalise` converts numbers written as text, and ids written as floats. `iscrowd` and `isthing` become 0 or 1;
+    segments with `"ignore": 1` become crowds.
 
     Args:
         path: the file.
-        log: say which values had to be read as numbers; False where the file was read before.
+        log: log which values were converted to numbers; pass False if the file was read before.
 
     Returns:
-        a dict with `images`, `annotations`, at most one of each image, and `categories`.
+        a dict with `images`, `annotations` (at most one per image) and `categories`.
 
     Raises:
-        UserError: naming the file and the entry at fault.
+        UserError: a list or entry is invalid. The message names the file and the entry.
     """
     data = load_lists(path, ("images", "annotations", "categories"), log)
     for category in data["categories"]:
         if category.get("isthing") is None or as_mark(category["isthing"]) is None:
             raise UserError(
-                f"{path}: category {category['id']} does not say whether it is a thing (isthing 1) or stuff"
+                f"{path}: category {category['id']} does not say whether it is a thing (isthing 1) or stuff (isthing 0)"
             )
     images = {image["id"] for image in data["images"]}
     categories = {category["id"] for category in data["categories"]}
@@ -174,7 +174,7 @@ def load_panoptic(path: Path, log: bool = True) -> dict:
     for number, annotation in enumerate(data["annotations"], start=1):
         if not isinstance(annotation, dict) or not isinstance(annotation.get("segments_info"), list):
             raise UserError(
-                f"{path}: annotation {number} has no list segments_info; --coco_panoptic_path wants COCO's panoptic "
+                f"{path}: annotation {number} has no list segments_info; --coco_panoptic_path needs COCO's panoptic "
                 "annotations, not instances"
             )
         image_id, name = annotation.get("image_id"), annotation.get("file_name")
@@ -184,8 +184,8 @@ def load_panoptic(path: Path, log: bool = True) -> dict:
             raise UserError(f"{path}: annotation {number} belongs to image {image_id}, which is not in 'images'")
         where = f"{path}: annotation of image {image_id}"
         if image_id in annotations:
-            raise UserError(f"{where} stands there twice")
-        # Who hands on an annotation file must not choose what is read.
+            raise UserError(f"{where} occurs twice")
+        # An annotation file from elsewhere must not choose which files are read.
         if not isinstance(name, str) or not name or "\0" in name or Path(name).name != name:
             raise UserError(
                 f"{where} has the file_name {repr(name)[:100]}: expected the name of a PNG file, without folders"
@@ -200,19 +200,19 @@ def load_panoptic(path: Path, log: bool = True) -> dict:
 
 
 def check_segments(segments: list, categories: set[int], where: str) -> None:
-    """Refuse an image's segments that have no id or a wrong one, or no known category.
+    """Refuse an image's segments with a missing, invalid or duplicate id, or an unknown category.
 
     Raises:
-        UserError: beginning with `where`, and naming the segment.
+        UserError: a segment is invalid. The message starts with `where` and names the segment.
     """
-    seen: set[int] = set()
+    ids: set[int] = set()
     for segment in segments:
         number = segment.get("id") if isinstance(segment, dict) else None
         if not is_id(number) or not VOID < number < ID_LIMIT:
             raise UserError(f"{where} has a segment without an id in 1 to 2^24 - 1: {shown(segment)}")
-        if number in seen:
+        if number in ids:
             raise UserError(f"{where} has two segments {number}")
-        seen.add(number)
+        ids.add(number)
         category = segment.get("category_id")
         if not is_id(category):
             raise UserError(f"{where} has segment {number} of category {wrong_id(category)}")
@@ -221,21 +221,21 @@ def check_segments(segments: list, categories: set[int], where: str) -> None:
 
 
 def read_id_map(source: Path | BinaryIO, path: Path) -> np.ndarray:
-    """Each pixel's segment id, int32 (height, width), 0 for void, from a PNG file.
+    """Read each pixel's segment id from a PNG file, int32 (height, width), 0 for void.
 
     Args:
-        source: the file, or its content.
-        path: its name, for the message.
+        source: the file's path, or the open file.
+        path: the file's path, for the message.
 
     Raises:
-        UserError: it cannot be read whole, or has other colours than RGB of 8 bits.
+        UserError: the file cannot be read completely, or is not 8-bit RGB.
     """
     try:
         with open_image(source) as image:
             if image.mode != "RGB":
                 raise UserError(
-                    f"{path}: a PNG of mode {image.mode}; segment ids are RGB of 8 bits (--coco_panoptic_path wants "
-                    "COCO's panoptic PNG files, not those of semantic classes)"
+                    f"{path}: a PNG of mode {image.mode}, but segment ids are 8-bit RGB; --coco_panoptic_path needs "
+                    "COCO's panoptic PNG files, not semantic segmentation maps"
                 )
             pixels = np.asarray(image).astype(np.int32)  # (height, width, 3)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -244,43 +244,43 @@ def read_id_map(source: Path | BinaryIO, path: Path) -> np.ndarray:
 
 
 def encode_id_map(id_map: np.ndarray) -> bytes:
-    """The PNG file of segment ids, integers (height, width) from 0 to 2^24 - 1."""
+    """Encode segment ids, integers (height, width) from 0 to 2^24 - 1, as a PNG file."""
     pixels = np.stack([id_map >> shift & 255 for shift in (0, 8, 16)], axis=-1).astype(np.uint8)
     file = io.BytesIO()
-    # The quickest setting is a third larger, on maps of few colours that are small all the same.
+    # The fastest level makes files a third larger, but these maps compress well anyway.
     Image.fromarray(pixels).save(file, format="PNG", compress_level=1)
     return file.getvalue()
 
 
 def check_id_map(id_map: np.ndarray, ids: Iterable[int], path: Path, source: Path) -> None:
-    """Refuse a map that has other segments than its annotation.
+    """Refuse an id map whose segments differ from those of its annotation.
 
     Args:
         id_map: int (height, width).
-        ids: of the annotation's segments.
+        ids: ids of the annotation's segments.
         path: the map's file.
         source: the annotation file.
 
     Raises:
-        UserError: naming both.
+        UserError: the segments differ. The message names both files.
     """
-    found, listed = set(np.unique(id_map).tolist()) - {VOID}, set(ids)
-    if found - listed:
-        raise UserError(f"{path}: has pixels of segment {min(found - listed)}, which {source} does not know")
-    if listed - found:
-        raise UserError(f"{path}: has no pixel of segment {min(listed - found)}, which {source} lists")
+    drawn, listed = set(np.unique(id_map).tolist()) - {VOID}, set(ids)
+    if drawn - listed:
+        raise UserError(f"{path}: has pixels of segment {min(drawn - listed)}, which {source} does not list")
+    if listed - drawn:
+        raise UserError(f"{path}: has no pixel of segment {min(listed - drawn)}, which {source} lists")
 
 
 @dataclass(frozen=True)
 class PanopticTruth:
-    """What the images of a data set show, for `PanopticEvaluator`.
+    """The panoptic ground truth of a data set, for `PanopticEvaluator`.
 
     Attributes:
         annotation_file: COCO's panoptic JSON.
-        mask_folder: its PNG files.
+        mask_folder: folder of its PNG files.
         images: entries of `images`, with `id` and `file_name`.
-        files: of each image's id, the PNG's name.
-        segments: of each image's id, dicts with `id`, `category_id` and `iscrowd`.
+        files: name of the PNG file, by image id.
+        segments: dicts with `id`, `category_id` and `iscrowd`, by image id.
         categories: dicts with `id`, `name` and `isthing`.
     """
 
@@ -297,13 +297,13 @@ class PanopticTruth:
 
         Args:
             annotation_file: COCO's panoptic JSON.
-            mask_folder: its PNG files.
-            image_ids: which images; None for all.
+            mask_folder: folder of its PNG files.
+            image_ids: ids of the images to keep; None for all.
 
         Raises:
-            UserError: the file is at fault.
+            UserError: the file is invalid.
         """
-        # The data set has said what is odd about it.
+        # Building the data set has already logged the warnings.
         data = load_panoptic(annotation_file, log=False)
         kept = {image["id"] for image in data["images"]} if image_ids is None else set(image_ids)
         annotations = [annotation for annotation in data["annotations"] if annotation["image_id"] in kept]
@@ -319,14 +319,14 @@ class PanopticTruth:
 
     @property
     def image_ids(self) -> list[int]:
-        """Of all images, in the order of the file."""
+        """The ids of all images, in the order of the file."""
         return list(self.segments)
 
     def id_map(self, image_id: int) -> np.ndarray:
-        """Each pixel's segment, int32 (height, width); 0 is void.
+        """The segment id of each pixel of an image, int32 (height, width); 0 is void.
 
         Raises:
-            UserError: it cannot be read, or has other segments than the annotation.
+            UserError: the PNG cannot be read, or its segments differ from the annotation's.
         """
         path = self.mask_folder / self.files[image_id]
         id_map = read_id_map(path, path)
@@ -335,25 +335,24 @@ class PanopticTruth:
 
 
 class CocoPanoptic(CocoDetection):
-    """Images with the masks, boxes and labels of their things and stuff.
+    """A data set of images with the masks, boxes and labels of things and stuff.
 
-    All that `CocoDetection` says of seeds, epochs, the cache and images that cannot be read holds here. An image whose
-    PNG cannot be read, or does not fit it or its annotation, counts as one that cannot be read. The cache holds images
-    alone.
+    Seeds, epochs, the cache and unreadable images work as in `CocoDetection`. An image also counts as unreadable if its
+    PNG cannot be read, or does not match the image or the annotation. The cache holds only images.
 
     Args:
-        image_folder: where the images are.
-        annotation_file: COCO's panoptic JSON. Of its images, those without an annotation are left out.
-        mask_folder: where the PNG files are.
-        transforms: from (image, target) to the model's input.
-        label_map: which label each category is; None for `panoptic_label_map` of the file's own.
-        num_classes: with label_map None, the labels to make room for; None for 250.
-        limit: keep the first so many images, in the order of their ids; None keeps all.
-        seed: of the augmentation.
+        image_folder: folder of the images.
+        annotation_file: COCO's panoptic JSON. Images without an annotation are skipped.
+        mask_folder: folder of the PNG files.
+        transforms: maps (image, target) to the model's input.
+        label_map: the label of each category; None for `panoptic_label_map` of the file's categories.
+        num_classes: number of labels if label_map is None; None for 250.
+        limit: keep only this many images, in the order of their ids; None keeps all.
+        seed: seed of the augmentation.
         on_unreadable: one of `ON_UNREADABLE`.
 
     Raises:
-        UserError: the annotations are at fault, do not fit the label map, or image or PNG files are missing.
+        UserError: the annotations are invalid or do not fit the label map, or image or PNG files are missing.
     """
 
     def __init__(
@@ -374,20 +373,20 @@ class CocoPanoptic(CocoDetection):
         )
 
     def load(self, path: Path) -> dict:
-        """`images`, `annotations` and `categories` of an annotation file, checked; images without annotation left out.
+        """Return the checked `images` (those with annotation), `annotations` and `categories` of an annotation file.
 
         Raises:
-            UserError: naming the file and the entry at fault.
+            UserError: a list or entry is invalid. The message names the file and the entry.
         """
         data = load_panoptic(path)
         annotated = {annotation["image_id"] for annotation in data["annotations"]}
         images = [image for image in data["images"] if image["id"] in annotated]
         if len(images) < len(data["images"]):
-            logger.warning("%s: %d images have no annotation and are left out", path, len(data["images"]) - len(images))
+            logger.warning("%s: %d images have no annotation and are skipped", path, len(data["images"]) - len(images))
         return {**data, "images": images}
 
     def own_labels(self, categories: list[dict], num_classes: int | None) -> LabelMap:
-        """`panoptic_label_map`.
+        """The `panoptic_label_map` of a file's categories.
 
         Raises:
             UserError: num_classes is too small.
@@ -395,11 +394,11 @@ class CocoPanoptic(CocoDetection):
         return panoptic_label_map(categories, num_classes)
 
     def pack(self, annotations: list[dict], sizes: np.ndarray) -> None:
-        """Keep the PNG files' names, and of each segment its id, its label and whether it is a crowd.
+        """Store the names of the PNG files, and the id, label and crowd mark of each segment.
 
         Args:
-            annotations: of all images of the file.
-            sizes: not needed: each PNG tells its own.
+            annotations: annotations of all images of the file.
+            sizes: unused, since each PNG states its size.
 
         Raises:
             UserError: PNG files are missing.
@@ -426,14 +425,14 @@ class CocoPanoptic(CocoDetection):
 
     @property
     def num_objects(self) -> int:
-        """Segments in all targets together."""
+        """The number of segments in all targets."""
         return int((~self._crowd).sum())
 
     def id_map(self, index: int) -> np.ndarray:
-        """Each pixel's segment of an item, int32 (height, width) as stored; 0 is void.
+        """The segment id of each pixel of an item, int32 (height, width) as stored; 0 is void.
 
         Raises:
-            UserError: the PNG cannot be read, or has other segments than the annotation.
+            UserError: the PNG cannot be read, or its segments differ from the annotation's.
         """
         path = self.mask_folder / self.mask_names[index]
         id_map = read_id_map(path, path)
@@ -442,12 +441,12 @@ class CocoPanoptic(CocoDetection):
         return id_map
 
     def item(self, index: int) -> tuple[tv_tensors.Image, dict]:
-        """An item's image as it is stored, uint8 (3, height, width), and its target, before their transforms.
+        """The stored image of an item, uint8 (3, height, width), and its target, before the transforms.
 
-        The target has, beside what that of `CocoDetection` has, `masks`: bool (n, height, width).
+        The target has the keys of `CocoDetection`'s and `masks`, bool (n, height, width).
 
         Raises:
-            UserError: the image or its PNG cannot be read, or they do not fit.
+            UserError: the image or its PNG cannot be read, or their sizes differ.
         """
         image = tv_tensors.Image(self.image(index))
         height, width = image.shape[-2:]
@@ -455,7 +454,7 @@ class CocoPanoptic(CocoDetection):
         if id_map.shape != (height, width):
             raise UserError(
                 f"{self.mask_folder / self.mask_names[index]}: {id_map.shape[1]} x {id_map.shape[0]} pixels, but its "
-                f"image {self.path(index)} has {width} x {height}; both must be of the same size (--coco_panoptic_path)"
+                f"image {self.path(index)} has {width} x {height}; check --coco_path and --coco_panoptic_path"
             )
         segments = slice(self._first[index], self._first[index + 1])
         objects = ~self._crowd[segments]
@@ -470,7 +469,7 @@ class CocoPanoptic(CocoDetection):
         return image, target
 
     def why_unreadable(self, index: int) -> str:
-        """In words that begin with a file, why an item's image or its PNG cannot be read."""
+        """Why an item's image or PNG cannot be read, as text that starts with the file."""
         try:
             self.item(index)
         except UserError as error:
@@ -478,11 +477,11 @@ class CocoPanoptic(CocoDetection):
         return super().why_unreadable(index)
 
     def truth(self) -> PanopticTruth:
-        """The ground truth of these images for `PanopticEvaluator`, crowds included."""
+        """The ground truth for `PanopticEvaluator`, including crowds."""
         return PanopticTruth.load(self.annotation_file, self.mask_folder, self.image_ids)
 
     def coco_api(self) -> COCO:
-        """The things of these images as pycocotools has them, crowds included, for the figures of boxes.
+        """The things of these images as pycocotools ground truth for the box metrics, including crowds.
 
         Raises:
             UserError: a thing has no `bbox` or no `area`.
@@ -498,9 +497,9 @@ class CocoPanoptic(CocoDetection):
                 if not (is_box(box) and is_number(area) and math.isfinite(area)):
                     raise UserError(
                         f"{self.annotation_file}: segment {segment['id']} of image {image_id} has no bbox of four "
-                        "numbers or no area, which the figures of boxes need"
+                        "numbers or no area, which the box metrics need"
                     )
-                # Nothing else, such as a `segmentation`, which nobody has checked.
+                # Drop other fields, such as an unchecked `segmentation`.
                 own = {"category_id": segment["category_id"], "bbox": box, "area": area, "iscrowd": segment["iscrowd"]}
                 annotations.append({"id": len(annotations) + 1, "image_id": image_id, **own})
         coco = COCO()

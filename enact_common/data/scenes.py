@@ -1,4 +1,4 @@
-"""Scenes of drawn shapes: their outlines, masks and colours."""
+"""Draw scenes of geometric shapes with their boxes and masks."""
 
 import math
 import operator
@@ -10,24 +10,24 @@ import numpy as np
 
 SHAPES = ("circle", "square", "triangle", "star", "crescent", "cross")
 
-MIN_VISIBLE = 0.6  # least fraction of an object's area that later objects leave to be seen
-MIN_EXTENT = 6  # pixels; below this the shapes cannot be told apart at all
+MIN_VISIBLE = 0.6  # minimum fraction of an object's area that later objects leave visible
+MIN_EXTENT = 6  # pixels; below this size the shapes are indistinguishable
 MAX_OBJECTS = 255  # the id map has 8 bits, and 0 is the ground
 
 SUPERSAMPLING = 4  # id-map cells per pixel and axis
-SIZE_DRAWS = 5  # sizes tried for an object before it is left out
-PLACE_DRAWS = 10  # places tried for each of these sizes
+SIZE_DRAWS = 5  # sizes to try before an object is skipped
+PLACE_DRAWS = 10  # places to try for each size
 MIN_PIECE = 1.0  # square pixels; smaller slivers and holes of the visible part are not outlined
-GROUND_CONTRAST = 35.0  # least distance of an object's colour from the ground, CIE Lab units
-OBJECT_CONTRAST = 25.0  # least distance between two objects' colours, CIE Lab units
+GROUND_CONTRAST = 35.0  # minimum distance of an object's colour from the ground, CIE Lab units
+OBJECT_CONTRAST = 25.0  # minimum distance between two objects' colours, CIE Lab units
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """An object of a scene; everything but `extent` describes its visible part.
+    """An object in a scene. All attributes except `extent` describe its visible part.
 
     Attributes:
-        class_index: index into the classes that the scene was drawn with.
+        class_index: index into the classes of the scene.
         bbox: (x, y, width, height) in pixels; x and y are the left and top edges.
         polygons: outlines of the visible pieces, each a flat list x0, y0, x1, y1, ... in pixels
             with at least three points. A piece with a hole is cut in two, since COCO's polygons
@@ -53,8 +53,8 @@ class _Placed:
     extent: float
     rows: slice  # whole pixels around the object
     cols: slice
-    whole: int  # id-map cells of the object before anything hid it
-    visible: int  # id-map cells that are still its own
+    whole: int  # id-map cells of the whole object
+    visible: int  # id-map cells of its visible part
 
 
 def _unit_outline(shape: str) -> np.ndarray:
@@ -69,7 +69,7 @@ def _unit_outline(shape: str) -> np.ndarray:
         radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
         return _on_circle(-np.pi / 2 + np.arange(10) * np.pi / 5) * radii[:, None]
     if shape == "crescent":
-        # The unit disc less a disc of radius r around (d, 0); the two circles meet at x = meet.
+        # The unit disc minus a disc of radius r around (d, 0); the two circles intersect at x = meet.
         r, d = 0.85, 0.55
         meet = (1 - r**2 + d**2) / (2 * d)
         outer = math.acos(meet)
@@ -91,8 +91,8 @@ _OUTLINES = {shape: _unit_outline(shape) for shape in SHAPES}
 
 
 def _rotated_outline(rng: np.random.Generator, shape: str) -> np.ndarray:
-    """Outline (N, 2) turned by a random angle; its box starts at (0, 0), longer side 1."""
-    # A turned circle is the same circle, so it needs no case of its own.
+    """Outline (N, 2) rotated by a random angle; its box starts at (0, 0) and has a longer side of 1."""
+    # Circles take the same path: rotation does not change them.
     angle = rng.uniform(0, 2 * np.pi)
     cos, sin = math.cos(angle), math.sin(angle)
     points = _OUTLINES[shape] @ np.array([[cos, sin], [-sin, cos]])
@@ -101,9 +101,9 @@ def _rotated_outline(rng: np.random.Generator, shape: str) -> np.ndarray:
 
 
 def _add_object(rng, id_map, placed, class_index, shape, extents) -> None:
-    """Draw one more object into `id_map` and `placed`, unless no place is found for it.
+    """Add an object to `id_map` and `placed`; skip it if no valid place is found.
 
-    A place is good when every object drawn before keeps MIN_VISIBLE of its area.
+    A place is valid if every earlier object keeps MIN_VISIBLE of its area.
 
     Args:
         id_map: (H * SUPERSAMPLING, W * SUPERSAMPLING) uint8, 1 + index in `placed`, 0 = ground.
@@ -112,7 +112,7 @@ def _add_object(rng, id_map, placed, class_index, shape, extents) -> None:
     height, width = (side // SUPERSAMPLING for side in id_map.shape)
     hideable = np.array([0] + [p.visible - math.ceil(MIN_VISIBLE * p.whole) for p in placed])
     for draw in range(SIZE_DRAWS * PLACE_DRAWS):
-        # The size is kept over several places, or crowded scenes would lose their large objects.
+        # Try several places per size; otherwise crowded scenes would lack large objects.
         if draw % PLACE_DRAWS == 0:
             extent = math.exp(rng.uniform(math.log(extents[0]), math.log(extents[1])))
             outline = _rotated_outline(rng, shape) * extent
@@ -124,7 +124,7 @@ def _add_object(rng, id_map, placed, class_index, shape, extents) -> None:
 
         patch = id_map[_cells(rows), _cells(cols)]
         mask = np.zeros(patch.shape, np.uint8)
-        # Cell i of the map spans [i, i + 1), its centre is at i + 0.5.
+        # Cell i of the map spans [i, i + 1); its centre is at i + 0.5.
         cells = np.rint((points - (left, top)) * SUPERSAMPLING - 0.5).astype(np.int32)
         cv2.fillPoly(mask, [cells], 1)
         mask = mask.view(bool)
@@ -145,9 +145,9 @@ def _cells(pixels: slice) -> slice:
 
 
 def _outer_contours(mask: np.ndarray) -> list[np.ndarray]:
-    """Contours, (N, 1, 2) cells as x, y, that cover `mask` (h, w) uint8 but none of its holes.
+    """Contours, (N, 1, 2) cells as x, y, that cover `mask` (h, w) uint8 without its holes.
 
-    Slivers and holes below MIN_PIECE are passed over, but one contour at least is returned.
+    Slivers and holes below MIN_PIECE are ignored. At least one contour is returned.
     """
     contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     least = MIN_PIECE * SUPERSAMPLING**2
@@ -167,7 +167,7 @@ def _outer_contours(mask: np.ndarray) -> list[np.ndarray]:
 
 
 def _annotate(id_map: np.ndarray, placed: _Placed, index: int) -> SceneObject:
-    """The visible part of the object that has number `index` + 1 in the id map."""
+    """The annotation of the visible part of the object with number `index` + 1 in the id map."""
     mask = (id_map[_cells(placed.rows), _cells(placed.cols)] == index + 1).view(np.uint8)
     contours = _outer_contours(mask)
     offset = np.array([placed.cols.start, placed.rows.start])
@@ -177,8 +177,8 @@ def _annotate(id_map: np.ndarray, placed: _Placed, index: int) -> SceneObject:
         polygon = (points + 0.5) / SUPERSAMPLING + offset
         if len(polygon) >= 3:
             polygons.append(polygon.ravel().tolist())  # (2 * N,)
-    # Contours run through the centres of the outermost cells. As fillPoly also fills the cells
-    # that an edge only touches, that is where the edge of the shape lies.
+    # Contours run through the centres of the outermost cells. The shape's edge lies there too,
+    # since fillPoly also fills cells that an edge only touches.
     x, y, w, h = cv2.boundingRect(np.concatenate(contours))
     left, top = (np.array([x, y]) + 0.5) / SUPERSAMPLING + offset
     return SceneObject(
@@ -192,18 +192,18 @@ def _annotate(id_map: np.ndarray, placed: _Placed, index: int) -> SceneObject:
 
 
 def _ground(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Smooth noise of several scales: image (H, W, 3) float32 and its mean colour (3,), RGB."""
+    """The textured ground of smooth multi-scale noise (H, W, 3) float32, and its mean colour (3,), RGB."""
     colour = rng.uniform(50, 205, 3).astype(np.float32)
     texture = np.zeros((height, width, 3), np.float32)
     for octave in range(1, 6):
         cells = 2**octave
         grid = (max(2, round(cells * height / min(height, width))), max(2, round(cells * width / min(height, width))))
-        # Mostly light and dark: three free channels would give a rainbow.
+        # Vary mostly the brightness: three independent channels would give a rainbow.
         noise = rng.standard_normal((*grid, 1), np.float32) + 0.4 * rng.standard_normal((*grid, 3), np.float32)
         texture += 0.75**octave * cv2.resize(noise, (width, height), interpolation=cv2.INTER_CUBIC)
     texture -= texture.mean(axis=(0, 1))
     texture *= rng.uniform(4, 12) / texture.std()
-    # Bounded, so that no spot of the ground comes near an object's colour.
+    # Clip, so that no spot of the ground comes close to an object's colour.
     return colour + np.clip(texture, -25, 25), colour
 
 
@@ -214,7 +214,7 @@ def _to_lab(colours: np.ndarray) -> np.ndarray:
 
 
 def _contrasting_colour(rng, ground_colour, others) -> np.ndarray:
-    """A random RGB colour (3,) apart from the ground and, as far as there is room, the others."""
+    """A random RGB colour (3,) that contrasts with the ground and, if possible, with the others."""
     candidates = rng.uniform(15, 240, (32, 3)).astype(np.float32)
     taken = _to_lab(np.stack([ground_colour, *others]))  # (1 + len(others), 3)
     distances = np.linalg.norm(_to_lab(candidates)[:, None] - taken, axis=2)
@@ -241,7 +241,7 @@ def _paint(rng, id_map: np.ndarray, placed: list[_Placed]) -> np.ndarray:
             -1, 1, w, dtype=np.float32
         )  # (h, w)
         lit = colour * (1 + 0.12 * shade[..., None])  # (h, w, 3)
-        # The coverages of a pixel sum to at most 1 over all objects; the ground has the rest.
+        # The objects' coverages of a pixel sum to at most 1; the ground fills the rest.
         image[spot.rows, spot.cols] += coverage * (lit - ground[spot.rows, spot.cols])
     image += rng.uniform(1, 5) * rng.standard_normal((height, width, 1), np.float32)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
@@ -257,21 +257,21 @@ def draw_scene(
 ) -> tuple[np.ndarray, list[SceneObject]]:
     """Draw one scene; the same state of `rng` gives the same scene.
 
-    Every object lies wholly within the image. A later object may hide part of an earlier one, but
-    at least MIN_VISIBLE of every object's area stays visible. An object for which no place is
-    found is left out, so a scene can hold fewer than `objects[0]` where they hardly fit.
+    Every object lies entirely within the image. A later object may hide part of an earlier one, but
+    at least MIN_VISIBLE of every object's area stays visible. An object without a valid place is
+    skipped, so a crowded scene can have fewer than `objects[0]` objects.
 
     Args:
         rng: source of all randomness.
-        height: of the image in pixels.
-        width: of the image in pixels.
-        objects: least and greatest number of objects, both inclusive, within 0..MAX_OBJECTS.
-        object_size: least and greatest extent (longer side of the box around the whole object)
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        objects: minimum and maximum number of objects, both inclusive, within 0..MAX_OBJECTS.
+        object_size: minimum and maximum extent (longer side of the box around the whole object)
             as a fraction of the shorter image side, within (0, 1]; drawn log-uniformly.
-        classes: shapes to draw from, each as likely as the other; a subset of SHAPES.
+        classes: shapes to draw from with equal probability; a subset of SHAPES.
 
     Returns:
-        The image, (H, W, 3) uint8 RGB, and its objects from the back to the front.
+        The image, (H, W, 3) uint8 RGB, and its objects from back to front.
 
     Raises:
         ValueError: a value is out of range, or the smallest object is below MIN_EXTENT pixels.
@@ -290,7 +290,7 @@ def draw_scene(
 
 def _check_scene(height, width, objects, object_size, classes) -> None:
     if min(operator.index(height), operator.index(width)) < 1:
-        raise ValueError(f"size must be at least 1 pixel each way, not {height} x {width}")
+        raise ValueError(f"size must be at least 1 x 1 pixel, not {height} x {width}")
     least, most = (operator.index(count) for count in _pair("objects", objects))
     if not 0 <= least <= most <= MAX_OBJECTS:
         raise ValueError(f"objects must be 0 <= MIN <= MAX <= {MAX_OBJECTS}, not {least} {most}")
@@ -304,7 +304,7 @@ def _check_scene(height, width, objects, object_size, classes) -> None:
         )
     unknown = [name for name in classes if name not in SHAPES]
     if isinstance(classes, str) or unknown or not classes or len(set(classes)) != len(classes):
-        raise ValueError(f"classes must be one or more different names of {', '.join(SHAPES)}, not {classes!r}")
+        raise ValueError(f"classes must be one or more distinct names out of {', '.join(SHAPES)}, not {classes!r}")
 
 
 def _pair(name, values) -> tuple:

@@ -1,26 +1,26 @@
-"""Detection data sets of drawn shapes, in the layout of COCO 2017, made from a seed.
+"""Generate detection data sets of drawn shapes from a seed, in the layout of COCO 2017.
 
 Every image shows a few geometric shapes of random colour, size and rotation on a textured
-ground. Shapes may overlap; what is annotated is, as in COCO, the part that can be seen. Size,
-count, number of objects and object size are free, so a set can be made for a quick demo, for a
-test, or for a study that needs objects of one of COCO's area ranges ("small" is a visible area
-below 32 x 32 pixels, "large" one above 96 x 96).
+ground. Shapes may overlap; as in COCO, only the visible part is annotated. Image size, number of
+images, number of objects and object size are options, which suits a quick demo, a test, or a
+study of objects in one of COCO's area ranges ("small" is a visible area below 32 x 32 pixels,
+"large" one above 96 x 96).
 
     python -m enact_common.data.synthetic --output_dir shapes --train 1000 --val 200
 
 makes
 
-    shapes/synthetic_shapes.json                     what the set was made with
+    shapes/synthetic_shapes.json                     the parameters of the data set
     shapes/annotations/instances_train2017.json
     shapes/annotations/instances_val2017.json
     shapes/train2017/000000000001.jpg ...
     shapes/val2017/000000000001.jpg ...
 
-Image i of a split depends on the seed, the split and i, never on how many images are made.
+Image i of a split depends only on the seed, the split and i, not on the number of images.
 
-No file that exists is written over unless `force` asks for it: a folder that holds anything but a
-set of this module is always refused, a set made with other parameters is refused without `force`,
-and a set made with the same parameters is completed where files are missing.
+Existing files are overwritten only with `force`. A folder with other content is always refused. A
+data set with other parameters is refused without `force`. A data set with the same parameters gets
+its missing files.
 """
 
 import argparse
@@ -43,12 +43,12 @@ from enact_common.utils.files import write_atomically
 SPLITS = ("train2017", "val2017")
 MARKER = "synthetic_shapes.json"
 GENERATOR = "enact_common.data.synthetic"
-VERSION = 1  # to be raised whenever the same parameters give other images or annotations
+VERSION = 1  # increment when the same parameters give other images or annotations
 JPEG_QUALITY = 95
 
 
 def _checked_parameters(train, val, size, seed, objects, object_size, classes) -> dict:
-    """The parameters of a data set as they are recorded in JSON.
+    """Check the parameters of a data set and return them as recorded in JSON.
 
     Raises:
         ValueError, TypeError: as `make_shapes`.
@@ -59,7 +59,7 @@ def _checked_parameters(train, val, size, seed, objects, object_size, classes) -
     _check_scene(*size, objects, object_size, classes)
     for name, value in (("train", train), ("val", val), ("seed", seed)):
         if operator.index(value) < 0:
-            raise ValueError(f"{name} must not be negative, but is {value}")
+            raise ValueError(f"{name} must be 0 or more, not {value}")
     return {
         "train": int(train),
         "val": int(val),
@@ -85,32 +85,31 @@ def make_shapes(
 ) -> Path:
     """Make a data set of drawn shapes in the layout of COCO 2017.
 
-    The annotation file of a split is written after its images, so a split that has one is
-    complete. Called again with the same parameters, the function adds what is missing, which for
-    a complete set is nothing.
+    A split with an annotation file is complete, since that file is written after the images.
+    Another call with the same parameters adds only missing files.
 
     Args:
-        output_dir: folder of the data set; made if need be.
+        output_dir: folder of the data set; created if missing.
         train: number of images in train2017, 0 or more.
         val: number of images in val2017, 0 or more.
         size: (height, width) of the images in pixels, or one length for both.
         seed: 0 or more.
-        objects: least and greatest number of objects in an image, see `draw_scene`.
-        object_size: least and greatest object extent as a fraction of the shorter image side, see
-            `draw_scene`. An object below 32 pixels is always "small" to COCO's evaluation.
+        objects: minimum and maximum number of objects in an image, see `draw_scene`.
+        object_size: minimum and maximum object extent as a fraction of the shorter image side, see
+            `draw_scene`. COCO's evaluation counts every object below 32 pixels as "small".
         classes: names out of SHAPES; category ids count from 1 in this order.
-        progress: show a progress bar on standard error, where that is a terminal.
-        force: replace the set that this function made here before, whatever its parameters. Only
-            the files of that set are removed.
+        progress: show a progress bar on standard error, if that is a terminal.
+        force: replace an earlier data set of this function in the folder, whatever its parameters.
+            Only the files of that data set are removed.
 
     Returns:
         `output_dir` as a Path.
 
     Raises:
         ValueError: a parameter is out of range; nothing was written.
-        TypeError: a parameter that must be an integer is none; nothing was written.
-        FileExistsError: `output_dir` is a file, or holds something else, or holds a set made with
-            other parameters and `force` is not given; nothing was changed.
+        TypeError: a parameter must be an integer but is not; nothing was written.
+        FileExistsError: `output_dir` is a file or has other content, or it holds a data set with
+            other parameters and `force` is not set; nothing was changed.
         NotADirectoryError: a parent of `output_dir` is a file.
     """
     parameters = _checked_parameters(train, val, size, seed, objects, object_size, classes)
@@ -135,13 +134,13 @@ def _image_path(root: Path, split: str, image_id: int) -> Path:
 
 
 def _files(root: Path, record: dict) -> list[Path]:
-    """All files of the data set of `record`, the annotation files first."""
+    """The paths of all files of the data set of `record`, the annotation files first."""
     images = [_image_path(root, split, index + 1) for split in SPLITS for index in range(_count(record, split))]
     return [_annotation_path(root, split) for split in SPLITS] + images
 
 
 def _claim_folder(root: Path, record: dict, force: bool) -> None:
-    """Make sure that every file of the set in `root` is missing or belongs to this very set.
+    """Make sure that every file of the data set is either missing in `root` or belongs to it.
 
     Raises:
         FileExistsError, NotADirectoryError: as `make_shapes`.
@@ -152,41 +151,40 @@ def _claim_folder(root: Path, record: dict, force: bool) -> None:
         return
     previous = _read_record(root / MARKER)
     if previous is None:
-        raise FileExistsError(f"{root} is not empty and holds no data set of drawn shapes; choose another folder")
+        raise FileExistsError(f"{root} is not empty and is not a data set of drawn shapes; choose another folder")
     if not force:
         _refuse_other(root, previous, record)
         return
     own = _files(root, previous)
     foreign = [path for path in set(_files(root, record)) - set(own) if path.exists()]
     if foreign:
-        raise FileExistsError(f"{min(foreign)} is no part of the data set in {root}; move it away first")
-    # Annotations go first: without them no half-removed set looks complete.
+        raise FileExistsError(f"{min(foreign)} does not belong to the data set in {root}; move it away first")
+    # Remove annotations first: a half-removed data set must not look complete.
     for path in own:
         path.unlink(missing_ok=True)
     _write(root / MARKER, _to_json(record))
 
 
 def _refuse_other(root: Path, previous: dict, record: dict) -> None:
-    """Raise FileExistsError if the set in `root` was not made with `record`."""
+    """Raise FileExistsError if the data set in `root` has another record than `record`."""
     if previous != record:
         old, new = ({"version": r["version"], **r["parameters"]} for r in (previous, record))
         changes = [f"{name} {old.get(name)} instead of {new[name]}" for name in new if old.get(name) != new[name]]
         raise FileExistsError(
-            f"{root} holds a data set made with other parameters "
-            f"({', '.join(changes)}); choose another folder, or force to "
+            f"{root} holds a data set with other parameters "
+            f"({', '.join(changes)}); choose another folder, or pass force to "
             "replace it"
         )
     for split in SPLITS:
         path = _annotation_path(root, split)
         if path.exists() and _read_record(path) != record:
             raise FileExistsError(
-                f"{path} is not the file that was made with this data set; "
-                "choose another folder, or force to replace it"
+                f"{path} is not the original file of this data set; choose another folder, or pass force to replace it"
             )
 
 
 def _read_record(path: Path) -> dict | None:
-    """The record in a marker or in the info of an annotation file, None if there is none."""
+    """The record in the marker file or in an annotation file's `info`; None if there is none."""
     try:
         content = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -202,7 +200,7 @@ def _read_record(path: Path) -> dict | None:
 
 
 def _make_split(root: Path, split: str, record: dict, progress: bool) -> None:
-    """Add the images and the annotation file of a split as far as they are missing."""
+    """Write the missing images of a split and its annotation file if missing."""
     parameters = record["parameters"]
     height, width = parameters["size"]
     scene_options = {key: parameters[key] for key in ("objects", "object_size", "classes")}
@@ -212,13 +210,13 @@ def _make_split(root: Path, split: str, record: dict, progress: bool) -> None:
     images, annotations = [], []
     for index in tqdm(range(_count(record, split)), desc=split, unit="image", disable=None if progress else True):
         image_path = _image_path(root, split, index + 1)
-        written = image_path.exists()
-        if written and annotated:
+        exists = image_path.exists()
+        if exists and annotated:
             continue
-        # A stream of its own for every image, so that it does not depend on the images before.
+        # A separate random stream per image: an image must not depend on earlier ones.
         stream = np.random.SeedSequence(parameters["seed"], spawn_key=(SPLITS.index(split), index))
         image, objects = draw_scene(np.random.default_rng(stream), height, width, **scene_options)
-        if not written:
+        if not exists:
             _write(image_path, _to_jpeg(image))
         images.append({"id": index + 1, "file_name": image_path.name, "height": height, "width": width})
         for item in objects:
@@ -262,7 +260,7 @@ def _to_json(content: dict) -> bytes:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file in one step. A set that a power cut damages can be made again."""
+    """Write a file atomically, without sync: a data set damaged by a power cut can be made again."""
     write_atomically(path, lambda file: file.write(content), sync=False)
 
 
@@ -277,8 +275,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--output_dir",
         required=True,
         default=argparse.SUPPRESS,
-        help="folder of the data set: new, empty, or a set made before with the "
-        "same options, to which only missing files are added (required)",
+        help="folder of the data set: new, empty, or with a data set of the same "
+        "options, to which only missing files are added (required)",
     )
     parser.add_argument("--train", type=int, default=1000, metavar="N", help="number of training images")
     parser.add_argument("--val", type=int, default=200, metavar="N", help="number of validation images")
@@ -288,7 +286,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[192],
         metavar="PIXELS",
-        help="image height and width in pixels; one value for both",
+        help="image height and width in pixels, or one value for both",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of all randomness, 0 or more")
     parser.add_argument(
@@ -297,7 +295,7 @@ def build_parser() -> argparse.ArgumentParser:
         nargs=2,
         default=[1, 5],
         metavar=("MIN", "MAX"),
-        help=f"objects in an image, both ends included, 0 to {MAX_OBJECTS}",
+        help=f"minimum and maximum number of objects per image, 0 to {MAX_OBJECTS}",
     )
     parser.add_argument(
         "--object_size",
@@ -305,8 +303,8 @@ def build_parser() -> argparse.ArgumentParser:
         nargs=2,
         default=[0.15, 0.5],
         metavar=("MIN", "MAX"),
-        help="longer side of an object's box as a fraction of the shorter image "
-        "side, above 0 and up to 1, drawn log-uniformly",
+        help="minimum and maximum longer side of an object's box as a fraction of the "
+        "shorter image side, above 0 and up to 1, drawn log-uniformly",
     )
     parser.add_argument(
         "--classes",
@@ -319,7 +317,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="replace a set of drawn shapes made in the folder before; any other content is refused all the same",
+        help="replace an earlier data set of drawn shapes in the folder; other content is still refused",
     )
     return parser
 
@@ -328,10 +326,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0; 143 after SIGTERM, 130 after Ctrl-C: the same command goes on with what is missing then.
+        0; 143 after SIGTERM, 130 after Ctrl-C. The same command then continues with the missing files.
 
     Raises:
-        SystemExit: 2, for a bad value or a folder that is refused.
+        SystemExit: 2, for an invalid value or a refused folder.
     """
     parser = build_parser()
     args = parser.parse_args(arguments)
@@ -339,11 +337,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(parser: argparse.ArgumentParser, options: dict) -> int:
-    """Make the data set that the options describe, and say so."""
+    """Make the data set that the options describe, and print a summary."""
     if len(options["size"]) == 1:
         options["size"] *= 2
     parameters = {key: value for key, value in options.items() if key not in ("output_dir", "force")}
-    # Checked on its own, so that no ValueError of the work itself is taken for a bad option.
+    # Check here: a ValueError from drawing is not a bad option.
     try:
         _checked_parameters(**parameters)
     except ValueError as error:

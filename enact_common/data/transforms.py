@@ -1,8 +1,8 @@
-"""What happens to an image and its boxes on the way to the model: DETR's augmentation and evaluation resize.
+"""DETR's augmentation and evaluation resize for images, boxes and masks.
 
-Images are `tv_tensors.Image` uint8 (3, h, w); targets are dicts with `boxes`, `tv_tensors.BoundingBoxes` (n, 4) xyxy
-in pixels, and `labels` int64 (n,); where there are masks, with `masks`, `tv_tensors.Mask` bool (n, h, w). All
-randomness is PyTorch's default generator.
+Images are `tv_tensors.Image` uint8 (3, h, w). Targets are dicts with `boxes`, `tv_tensors.BoundingBoxes` (n, 4) xyxy
+in pixels, `labels` int64 (n,) and optionally `masks`, `tv_tensors.Mask` bool (n, h, w). All randomness comes from
+PyTorch's default generator.
 """
 
 import torch
@@ -13,21 +13,21 @@ from torchvision.transforms.v2 import functional as F
 
 from enact_common.boxes import box_xyxy_to_cxcywh, boxes_of_masks
 
-# The original's augmentation was written for a largest training size of 800 pixels.
+# The original augmentation assumes a largest training size of 800 pixels.
 REFERENCE_SIZE = 800
 SIZES_BEFORE_CROP = (400, 500, 600)
 CROP_RANGE = (384, 600)
-# The original does not bound the longer side of what it crops from: a strip of 10 x 5,000 pixels would become 600 x
-# 300,000. Only images sixteen times as long as wide come near this.
+# The original does not limit the longer side before the crop: a strip of 10 x 5,000 pixels would become 600 x 300,000.
+# Only images sixteen times as long as wide come near this limit.
 LONGEST_BEFORE_CROP = 10_000
 
 
 def resized_shape(height: int, width: int, size: int, max_size: int) -> tuple[int, int]:
-    """The (height, width) at which the shorter side is `size`, or smaller where the longer would pass `max_size`.
+    """The (height, width) with a shorter side of `size`, or less if the longer side would exceed `max_size`.
 
-    Rounds as the original does; torchvision's own rule can differ by a pixel, and evaluation should not. Rounding the
-    shorter side up can let the longer one pass `max_size`; of a strip whose shorter side would be rounded to nothing,
-    it is `max_size`.
+    Rounds like the original, because torchvision's rule can differ by a pixel and change evaluation. If the shorter
+    side is rounded up, the longer side can exceed `max_size`. If the shorter side of a strip would round to 0, the
+    result is 1 by `max_size`.
     """
     shorter, longer = sorted((height, width))
     if longer / shorter * size > max_size:
@@ -45,11 +45,11 @@ def random_index(count: int) -> int:
 
 
 class RandomResize:
-    """Resize to one of several lengths of the shorter side.
+    """A resize of the shorter side to one of several lengths.
 
     Args:
-        sizes: pixels, to choose from.
-        max_size: pixels that the longer side may have.
+        sizes: lengths to choose from, in pixels.
+        max_size: limit of the longer side in pixels.
     """
 
     def __init__(self, sizes: list[int], max_size: int):
@@ -63,17 +63,17 @@ class RandomResize:
         image = F.resize(image, shape, antialias=True)
         if "masks" not in target:
             return image, target
-        # What is a pixel wide may be gone in a smaller image.
+        # A mask of a few pixels can vanish in a smaller image.
         return image, drop_degenerate({**target, "masks": F.resize(target["masks"], shape)})
 
 
 class RandomSizeCrop:
-    """Cut out a rectangle of random size and place; boxes are clipped to it, those outside it are dropped.
+    """A crop of random size and place. Boxes are clipped to the crop; boxes outside it are dropped.
 
-    Where there are masks, boxes become those of what is left of them: of two ends of a street, the crop may have one.
+    With masks, boxes enclose the remaining part of each mask, since a crop may contain only one of two separate parts.
 
     Args:
-        min_size, max_size: pixels of each side; an image that is smaller keeps that side.
+        min_size, max_size: range of each side in pixels; a shorter image side is kept.
     """
 
     def __init__(self, min_size: int, max_size: int):
@@ -96,7 +96,7 @@ class RandomSizeCrop:
 
 
 def drop_degenerate(target: dict) -> dict:
-    """Clip boxes to the image and drop those that are left without area or mask, with their labels and masks."""
+    """Clip boxes to the image, and drop objects whose box has no area or whose mask is empty."""
     boxes = F.clamp_bounding_boxes(target["boxes"])
     keep = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
     if "masks" in target:
@@ -107,9 +107,9 @@ def drop_degenerate(target: dict) -> dict:
 
 
 def to_model_input(image: tv_tensors.Image, target: dict) -> tuple[Tensor, dict]:
-    """The last step: plain tensors, the image uint8 (3, h, w), and boxes as cxcywh fractions of it, float32 (n, 4).
+    """Convert to plain tensors: the image uint8 (3, h, w), boxes as cxcywh fractions of the image, float32 (n, 4).
 
-    `size` in the target becomes the image's (height, width) in pixels. The model normalises (`PixelNormalization`).
+    Adds `size`, the image's (height, width) in pixels, to the target. The model normalises (`PixelNormalization`).
     """
     height, width = image.shape[-2:]
     scale = torch.tensor([width, height, width, height], dtype=torch.float32)
@@ -121,12 +121,12 @@ def to_model_input(image: tv_tensors.Image, target: dict) -> tuple[Tensor, dict]
 
 
 def train_transforms(sizes: list[int], max_size: int) -> v2.Compose:
-    """DETR's augmentation: a flip, then in half of the cases a crop from a smaller resize, then a resize.
+    """DETR's augmentation: a random flip, then for half of the images a resize and crop, then a resize.
 
     Args:
-        sizes: pixels of the shorter side, to choose from; the crop's sizes scale with the largest (800 in the
-            original, which crops 384 to 600 pixels out of a resize to 400, 500 or 600).
-        max_size: pixels that the longer side may have.
+        sizes: lengths of the shorter side to choose from, in pixels. The crop's sizes scale with the largest (800 in
+            the original, which crops 384 to 600 pixels out of a resize to 400, 500 or 600).
+        max_size: limit of the longer side in pixels.
     """
     ratio = max(sizes) / REFERENCE_SIZE
     low, high, longest = (max(round(side * ratio), 1) for side in (*CROP_RANGE, LONGEST_BEFORE_CROP))
@@ -144,5 +144,5 @@ def train_transforms(sizes: list[int], max_size: int) -> v2.Compose:
 
 
 def eval_transforms(size: int, max_size: int) -> v2.Compose:
-    """The evaluation's resize: the shorter side to `size`, the longer to at most `max_size` pixels."""
+    """The evaluation resize: the shorter side to `size` pixels, the longer to at most `max_size` pixels."""
     return v2.Compose([RandomResize([size], max_size), to_model_input])

@@ -1,6 +1,6 @@
-"""Ids, numbers and marks of annotation files, some of which are written as text, or as floats where integers are meant.
+"""Read ids, numbers and marks in annotation files, which some tools write as text, or as floats instead of integers.
 
-`normalise` is the one reader: loading, the checks and evaluation all see what it returns.
+Loading, the checks and evaluation all use the output of `normalise`.
 """
 
 import math
@@ -11,52 +11,52 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
-# Evaluation holds ids in float64, which can tell every integer below this from the next one.
+# Evaluation stores ids in float64, which is exact for integers below this limit.
 ID_LIMIT = 2**53
 
-# ASCII digits only. Ids have no exponent: "1e3" is rather a part of a hash.
+# ASCII digits only. Ids have no exponent: "1e3" is more likely part of a hash.
 WHOLE_TEXT = re.compile(r"([+-]?)0*([0-9]{1,16})(?:\.0*)?")
 NUMBER_TEXT = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]{1,3})?")
 
-# Values shown in a message or a finding are cut to this many characters.
+# Values in messages and findings are cut to this many characters.
 SHOWN = 80
 
-# First cases that `Normalised` keeps.
+# Number of examples that `Rewritten` keeps.
 EXAMPLES = 3
 
-ID_WANTED = "expected a whole number below 2^53"
+ID_WANTED = "expected an integer below 2^53"
 BOX_WANTED = "expected a list of four finite numbers: x, y, width, height in pixels"
 
 
 def is_integer(value: Any) -> bool:
-    """Whether it is an integer, and no truth value."""
+    """Whether a value is an integer and not a boolean."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number that fits a float, infinite ones included, and no truth value."""
+    """Whether a value is a number that fits a float, including NaN and infinity, and not a boolean."""
     return isinstance(value, float) or (is_integer(value) and abs(value) < 2**1000)
 
 
 def is_id(value: Any) -> bool:
-    """Whether it is an integer that evaluation can tell from the next one, and no truth value."""
+    """Whether a value is an integer that float64 represents exactly, and not a boolean."""
     return is_integer(value) and abs(value) < ID_LIMIT
 
 
 def is_area(value: Any) -> bool:
-    """Whether it is a finite number from 0 on."""
+    """Whether a value is a finite number >= 0."""
     return is_number(value) and 0 <= value < math.inf
 
 
 def is_box(value: Any) -> bool:
-    """Whether it is a list of four finite numbers."""
+    """Whether a value is a list of four finite numbers."""
     return isinstance(value, list) and len(value) == 4 and all(is_number(v) and math.isfinite(v) for v in value)
 
 
 def as_mark(value: Any) -> bool | None:
-    """A mark such as `iscrowd`, `ignore` or `difficult`: whether it is set; None for a value that says neither.
+    """Whether a mark such as `iscrowd`, `ignore` or `difficult` is set; None for an invalid value.
 
-    1, true and the same as text ("1", "1.0", "True") are set; 0, false, null and the same as text are not.
+    1 and true, also as text ("1", "1.0", "True"), are set. 0, false and null are not set, nor are "0" and "false".
     """
     if isinstance(value, str):
         value = {"true": 1, "false": 0}.get(value.strip().lower(), as_number(value))
@@ -71,15 +71,15 @@ def is_set(value: Any) -> bool:
 
 
 def is_crowd(annotation: dict) -> bool:
-    """Whether an annotation or a segment is a crowd: neither learned from, nor right or wrong to detect.
+    """Whether an annotation or a segment is a crowd, which training and evaluation ignore.
 
-    `ignore` is read like `iscrowd`: pycocotools would overwrite it without a word.
+    `ignore` is read like `iscrowd`, because pycocotools would silently overwrite it.
     """
     return is_set(annotation.get("iscrowd")) or is_set(annotation.get("ignore"))
 
 
 def as_whole(value: Any) -> Any:
-    """A whole number below 2^53 that is written as text or as a float, as an int; anything else unchanged."""
+    """Convert an integer below 2^53 that is written as text or as a float to int; return other values unchanged."""
     if isinstance(value, float) and value.is_integer() and abs(value) < ID_LIMIT:
         return int(value)
     if isinstance(value, str) and (match := WHOLE_TEXT.fullmatch(value.strip())):
@@ -89,7 +89,7 @@ def as_whole(value: Any) -> Any:
 
 
 def as_number(value: Any) -> Any:
-    """A number that is written as text, as an int or a float; anything else unchanged."""
+    """Convert a number that is written as text to int or float; return other values unchanged."""
     if not isinstance(value, str) or not NUMBER_TEXT.fullmatch(value.strip()):
         return value
     whole = as_whole(value)
@@ -97,7 +97,7 @@ def as_number(value: Any) -> Any:
 
 
 def as_box(value: Any) -> Any:
-    """A list of numbers, some of which are written as text, as numbers; anything else unchanged."""
+    """Convert a list with numbers written as text to a list of numbers; return other values unchanged."""
     if not isinstance(value, list) or str not in map(type, value):
         return value
     numbers = list(map(as_number, value))
@@ -105,20 +105,20 @@ def as_box(value: Any) -> Any:
 
 
 def shown(value: Any) -> str:
-    """A value of the file for a message, cut short, and said to be text where it is."""
+    """A value from a file as text for a message, cut short and marked if it is a string."""
     text = repr(value)
     text = text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
     return f"the text {text}" if isinstance(value, str) else text
 
 
 def wrong_id(value: Any) -> str:
-    """Why a value is no id, in words that begin with the value."""
+    """Why a value is not a valid id, as text that starts with the value."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{shown(value)}, which is too large: {ID_WANTED}"
     return f"{shown(value)}: {ID_WANTED}"
 
 
-# Fields that hold numbers, by list, and how each is read.
+# The numeric fields of each list, and their readers.
 FIELDS: dict[str, dict[str, Callable[[Any], Any]]] = {
     "images": {"id": as_whole},
     "categories": {"id": as_whole},
@@ -129,11 +129,11 @@ FIELDS: dict[str, dict[str, Callable[[Any], Any]]] = {
 
 @dataclass
 class Rewritten:
-    """The values that `normalise` read as numbers though the file writes them otherwise.
+    """The values that `normalise` converted to numbers.
 
     Attributes:
-        counts: how many there are, by field, such as "image_id of annotations".
-        examples: the first of them, in words.
+        counts: number of converted values, by field, such as "image_id of annotations".
+        examples: the first converted values, as text.
     """
 
     counts: Counter = field(default_factory=Counter)
@@ -146,15 +146,18 @@ class Rewritten:
 
 
 def normalise(data: dict) -> tuple[dict, Rewritten]:
-    """An annotation file's object with its ids, boxes and areas as numbers, and what that changed.
+    """Convert ids, boxes and areas in an annotation file's object to numbers.
 
-    Whole numbers below 2^53 that are written as text ("7", " 7 ", "7.0") or as floats (7.0) become the integer ids that
-    they mean, in `images` and `categories` as in the annotations; numbers in a bbox or an area that are written as text
-    ("12.5", "1e-3") become numbers. All other values stay, for the caller to refuse or to do without: other text,
-    truth values, NaN, numbers from 2^53 on. The object that was passed is not changed.
+    Ids below 2^53 that are written as text ("7", " 7 ", "7.0") or as floats (7.0) become integers, in `images`,
+    `categories` and the annotations. Numbers in a bbox or an area that are written as text ("12.5", "1e-3") become
+    numbers. All other values are kept for the caller to refuse or ignore: other text, booleans, NaN, numbers from 2^53
+    on. The input object is not modified.
 
     Args:
-        data: as JSON gives it; lists may be missing, and entries may be anything.
+        data: the object parsed from JSON; lists may be missing, and entries may be anything.
+
+    Returns:
+        the converted object, and the converted values.
     """
     rewritten = Rewritten()
     lists = {
@@ -166,8 +169,8 @@ def normalise(data: dict) -> tuple[dict, Rewritten]:
 
 
 def normalise_entries(entries: list, key: str, rewritten: Rewritten) -> list:
-    """One list's entries as `normalise` gives them; what it changes is added to `rewritten`."""
-    # Most files need nothing, and the types of a million values are known in a fraction of the time.
+    """`normalise` for the entries of one list; adds the converted values to `rewritten`."""
+    # Most files need no conversion, and checking a million types is much faster than converting.
     readers = {name: read for name, read in FIELDS[key].items() if may_change(entries, name, read)}
     nested = any(isinstance(entry, dict) and "segments_info" in entry for entry in entries)
     if not readers and not nested:
@@ -192,7 +195,7 @@ def normalise_entries(entries: list, key: str, rewritten: Rewritten) -> list:
 
 
 def may_change(entries: list, name: str, read: Callable[[Any], Any]) -> bool:
-    """Whether a field has values of a type that its reader changes."""
+    """Whether a field has values of a type that its reader converts."""
     values = [entry.get(name) for entry in entries if isinstance(entry, dict)]
     types = set(map(type, values))
     if list in types:

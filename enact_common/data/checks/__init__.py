@@ -1,1 +1,1 @@
-"""The contents and faults of a data set: `python -m enact_common.data.checks DATA`."""
+"""Report the contents and faults of a data set: `python -m enact_common.data.checks DATA`."""

@@ -1,10 +1,10 @@
-"""What is in a data set, and what is wrong with it.
+"""Report the contents and faults of a data set.
 
     python -m enact_common.data.checks DATA
 
-reads the annotations, lists the folders, decodes every image (`--quick` leaves that out), and prints a report. Where
-loading a data set stops at the first fault, this names every kind of fault, how often it occurs, and the first cases.
-A training calls `rules.quick_checks`, the part that costs seconds, before it starts.
+reads the annotations, lists the folders, decodes every image (unless `--quick` is given), and prints a report. Loading
+a data set stops at the first fault; the report lists every kind of fault with its count and its first cases. Training
+starts with `rules.quick_checks`, the part of the checks that takes only seconds.
 """
 
 import argparse
@@ -25,37 +25,37 @@ from enact_common.utils.errors import UserError, exit_status
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Build the argument parser."""
     parser = argparse.ArgumentParser(
         prog=program("enact_common.data.checks"),
         description=" ".join(__doc__.split("\n")[0].split()),
-        epilog="Exit status: 0, nothing or warnings; 1, faults or errors; 2, the data set cannot be read at all.",
+        epilog="Exit status: 0, no faults or errors; 1, faults or errors; 2, the data set cannot be read.",
     )
     parser.add_argument(
         "data", nargs="?", metavar="DATA",
         help="folder in COCO's layout, train2017/, val2017/ (or under images/) and "
         "annotations/instances_{train,val}2017.json; or a Roboflow export, train/ and valid/ (or val/), each with "
-        "_annotations.coco.json beside the images",
+        "_annotations.coco.json next to the images",
     )  # fmt: skip
     for split in ("train", "val"):
-        parser.add_argument(f"--{split}_images", metavar="DIR", help=f"{split} images, in place of DATA's")
-        parser.add_argument(f"--{split}_annotations", metavar="FILE", help=f"{split} annotations, in place of DATA's")
+        parser.add_argument(f"--{split}_images", metavar="DIR", help=f"folder of {split} images, overrides DATA")
+        parser.add_argument(f"--{split}_annotations", metavar="FILE", help=f"{split} annotations, overrides DATA")
     parser.add_argument(
         "--num_queries", type=positive_int, default=100, metavar="N",
-        help="queries of the model to train; images with more objects are named (default: %(default)s)",
+        help="queries of the model to train; report images with more objects (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--quick", action="store_true",
-        help="do not read the images: no unreadable files, wrong sizes, EXIF orientations or equal pixels are found",
+        help="do not read the image files: skips unreadable files, wrong sizes, EXIF orientations and equal pixels",
     )  # fmt: skip
     return parser
 
 
 def find_splits(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
-    """Image folder and annotation file of each split that the command line names.
+    """The image folder and annotation file of each split on the command line.
 
     Raises:
-        UserError: something is missing, on the command line or on the disk.
+        UserError: an argument, file or folder is missing.
     """
     splits = {}
     for name in ("train", "val"):
@@ -71,7 +71,7 @@ def find_splits(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
                 raise UserError(str(error).removeprefix("--coco_path ")) from error
     if not splits:
         raise UserError(
-            "no data: name a folder in COCO's or Roboflow's layout, or pass --train_images and --train_annotations"
+            "no data: pass a folder in COCO's or Roboflow's layout, or --train_images and --train_annotations"
         )
     return splits
 
@@ -80,10 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check a data set and print the report.
 
     Args:
-        argv: the command line's words; None for the process's own.
+        argv: command-line arguments; None for `sys.argv`.
 
     Returns:
-        the exit status: 0; 1 where something is wrong; 2 where the data set cannot be read at all.
+        the exit status: 0 without faults and errors; 1 with some; 2 if the data set cannot be read.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -91,13 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the data set that the arguments name, and print the report.
+    """Check the data set and print the report.
 
     Returns:
-        0; 1 where something is wrong.
+        0 without faults and errors; 1 with some.
 
     Raises:
-        UserError: it cannot be read at all.
+        UserError: the data set cannot be read.
     """
     splits = [Split(name, *paths) for name, paths in find_splits(args).items()]
     if args.quick:
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{contents_text(splits)}\n")
     if findings:
         print(f"{findings_text(findings)}\n")
-    print(verdict_text(findings) + ("; the images themselves were not read (--quick)" if args.quick else ""))
+    print(verdict_text(findings) + ("; the image files were not read (--quick)" if args.quick else ""))
     return int(any(finding.severity in (ERROR, FAULT) for finding in findings))
 
 

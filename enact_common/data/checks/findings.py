@@ -4,24 +4,24 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# From what ends a training, over what spoils it and what it copes with, to what is good to know.
+# From worst to mildest: `Finding.severity` explains them.
 ERROR, FAULT, WARNING, NOTE = SEVERITIES = ("error", "fault", "warning", "note")
 
-# Cases that a finding names.
+# Number of cases that a finding lists.
 EXAMPLES = 3
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One kind of fault in one place.
+    """One kind of fault in one split or file.
 
     Attributes:
-        severity: "error", training stops or refuses to start; "fault", it runs on data that are wrong; "warning", it
-            copes, or the data may be meant so; "note", good to know.
-        source: the split or file that has it.
-        text: what it is, and what comes of it.
-        count: how many cases there are.
-        examples: the first cases, or all of them; none where the text says it all and there is nothing to count.
+        severity: "error", training stops or refuses to start; "fault", training runs on wrong data; "warning", training
+            copes, or the data may be intended; "note", good to know.
+        source: the split or file with the fault.
+        text: the fault and its consequence.
+        count: number of cases.
+        examples: the first cases, or all of them; empty if there is nothing to count.
     """
 
     severity: str
@@ -31,7 +31,7 @@ class Finding:
     examples: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """In one line, for a log or an error message."""
+        """The finding in one line, for a log or an error message."""
         more = ", ..." if self.count > EXAMPLES else ""
         cases = f": {self.count:,} ({', '.join(self.examples[:EXAMPLES])}{more})" if self.examples else ""
         return f"{self.source}: {self.text}{cases}"
@@ -40,12 +40,12 @@ class Finding:
 def if_any(
     severity: str, source: str, text: str, cases: Sequence, describe: Callable[[Any], str] = str
 ) -> list[Finding]:
-    """One finding that names the first cases; none where there are no cases."""
+    """A list of one finding with its first cases; empty if there are no cases."""
     if not len(cases):
         return []
     return [Finding(severity, source, text, len(cases), tuple(describe(case) for case in cases[:EXAMPLES]))]
 
 
 def by_severity(findings: Iterable[Finding]) -> list[Finding]:
-    """The worst first, otherwise in their order."""
+    """The findings sorted from worst to mildest, otherwise in their order."""
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))

@@ -1,4 +1,4 @@
-"""The image files of a split, read in several threads."""
+"""Read the image files of a split in several threads."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -15,19 +15,19 @@ from enact_common.data.images import decode_rgb, read_file
 from enact_common.utils.errors import UserError
 from enact_common.utils.signals import cancelling
 
-# Decoding is OpenCV's, which lets other threads run.
+# OpenCV's decoding releases the GIL.
 MAX_THREADS = 8
 
 
 @dataclass(frozen=True)
 class StoredImage:
-    """The contents of an image file, as they were read.
+    """The properties of an image file.
 
     Attributes:
-        size: (width, height) in pixels as stored; None where it cannot be read.
-        orientation: EXIF's, 1 to 8, 1 being upright.
-        digest: of the pixels.
-        error: why it cannot be read.
+        size: (width, height) in pixels as stored; None if the file cannot be read.
+        orientation: EXIF orientation, 1 to 8; 1 is upright.
+        digest: hash of the pixels.
+        error: why the file cannot be read; else empty.
     """
 
     size: tuple[int, int] | None = None
@@ -37,14 +37,13 @@ class StoredImage:
 
 
 def inspect_image(path: Path) -> StoredImage | None:
-    """Read an image file whole; None where there is no such file."""
+    """Read a whole image file; None if it is missing."""
     if file_size(path) is None:
         return None
     try:
         encoded = read_file(path)
         pixels = decode_rgb(encoded, path)  # (height, width, 3)
     except UserError as error:
-        # Where PIL knows no such format, its reason names an object in memory.
         return StoredImage(error=str(error))
     height, width = pixels.shape[:2]
     digest = hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=16, key=f"{width} {height}".encode()).digest()
@@ -52,14 +51,14 @@ def inspect_image(path: Path) -> StoredImage | None:
 
 
 def inspect_images(split: Split, progress: bool = False) -> list[StoredImage | None]:
-    """Read all image files of a split whole, with threads.
+    """Read all image files of a split in threads.
 
     Args:
-        split: whose.
-        progress: show a bar on standard error, where that is a terminal.
+        split: the split.
+        progress: show a progress bar on standard error, if that is a terminal.
 
     Returns:
-        of each image what its file holds, None where it is missing.
+        the properties of each image's file, None if it is missing.
     """
     paths = [split.path(image) for image in split.images]
     opencv_threads = cv2.getNumThreads()
@@ -74,7 +73,7 @@ def inspect_images(split: Split, progress: bool = False) -> list[StoredImage | N
 
 
 def file_size(path: Path) -> int | None:
-    """Bytes of a file; None where there is none, or can be none of this name."""
+    """The size of a file in bytes; None if it is missing or its name is invalid."""
     try:
         return path.stat().st_size
     except (OSError, ValueError):

@@ -10,7 +10,7 @@ import numpy as np
 from enact_common.data.checks.findings import EXAMPLES, NOTE, SEVERITIES, Finding
 from enact_common.data.checks.split import Split
 
-# COCO's ranges of object areas in square pixels, each up to and without its bound.
+# The exclusive upper bounds of COCO's object areas, in square pixels.
 AREAS = {"small (below 32 x 32)": 32**2, "medium": 96**2, "large (from 96 x 96)": math.inf}
 
 LINE_WIDTH = 110
@@ -20,7 +20,7 @@ LINE_WIDTH = 110
 
 
 def contents_text(splits: Sequence[Split]) -> str:
-    """The contents of the splits, as aligned columns: on the whole, then by class."""
+    """Two tables of the splits' contents: totals, then counts by class."""
     columns = [contents(split) for split in splits]
     rows = [("", *(split.name for split in splits))]
     rows += [(key, *(column[key] for column in columns)) for key in columns[0]]
@@ -28,7 +28,7 @@ def contents_text(splits: Sequence[Split]) -> str:
 
 
 def contents(split: Split) -> dict[str, str]:
-    """A split in numbers, in words."""
+    """The totals of a split as text, by row title."""
     objects = np.bincount(split.image_of[split.objects], minlength=len(split.images))
     areas, lower = split.areas[split.objects], 0.0
     rows = {
@@ -36,8 +36,8 @@ def contents(split: Split) -> dict[str, str]:
         "without objects": f"{(objects == 0).sum():,}",
         "objects (no crowds)": f"{split.objects.sum():,}",
         "crowds": f"{split.crowd.sum():,}",
-        "an image, mean": f"{objects.mean():.1f}" if len(objects) else "-",
-        "an image, most": f"{objects.max():,}" if len(objects) else "-",
+        "per image, mean": f"{objects.mean():.1f}" if len(objects) else "-",
+        "per image, max": f"{objects.max():,}" if len(objects) else "-",
     }
     for name, upper in AREAS.items():
         share = ((areas >= lower) & (areas < upper)).mean() if len(areas) else 0.0
@@ -47,16 +47,16 @@ def contents(split: Split) -> dict[str, str]:
     if len(known):
         sizes, counts = np.unique(known, axis=0, return_counts=True)
         rows["different sizes"] = f"{len(sizes):,}"
-        rows["most often"] = "{} x {}".format(*sizes[counts.argmax()])
+        rows["most common size"] = "{} x {}".format(*sizes[counts.argmax()])
         for side, lengths in (("shorter side", known.min(axis=1)), ("longer side", known.max(axis=1))):
             rows[side] = f"{lengths.min()} to {lengths.max()}"
     else:
-        rows |= dict.fromkeys(("different sizes", "most often", "shorter side", "longer side"), "-")
+        rows |= dict.fromkeys(("different sizes", "most common size", "shorter side", "longer side"), "-")
     return rows
 
 
 def class_rows(splits: Sequence[Split]) -> list[tuple[str, ...]]:
-    """The objects of each class, and the images that have some, in each split; a head before them."""
+    """A header row, then a row per class: the counts of its objects and of images with them, in each split."""
     rows = [("class", *(f"{split.name} {what}" for split in splits for what in ("objects", "images")))]
     names = {category["id"]: str(category["name"]) for split in splits for category in split.categories}
     numbers = []
@@ -76,7 +76,7 @@ def class_rows(splits: Sequence[Split]) -> list[tuple[str, ...]]:
 
 
 def table_text(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as lines: the first column to the left, the others to the right."""
+    """Rows of cells as aligned lines: the first column to the left, the others to the right."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []
     for first, *others in rows:
@@ -86,7 +86,7 @@ def table_text(rows: Sequence[Sequence[str]]) -> str:
 
 
 def findings_text(findings: Sequence[Finding]) -> str:
-    """Findings with their first cases, by where they are; each with its severity and its count, if any, before it."""
+    """The findings by source, each with its severity, count and first cases."""
     blocks = []
     for source in dict.fromkeys(finding.source for finding in findings):
         lines = [source]
@@ -105,7 +105,7 @@ def findings_text(findings: Sequence[Finding]) -> str:
 
 
 def verdict_text(findings: Sequence[Finding]) -> str:
-    """How many kinds of findings there are of each severity, in one line."""
+    """The number of findings of each severity, in one line."""
     counts = Counter(finding.severity for finding in findings)
     kinds = [f"{severity}s: {counts[severity]}" for severity in SEVERITIES if counts[severity]]
     return f"kinds of {', '.join(kinds)}" if set(counts) - {NOTE} else "nothing wrong"

@@ -1,4 +1,4 @@
-"""A split of a data set as the checks read it: its lists, as arrays."""
+"""The annotations of one split as arrays, for the checks."""
 
 import math
 from collections.abc import Callable
@@ -17,14 +17,14 @@ from enact_common.data.values import is_area, is_crowd, is_id, is_integer, is_nu
 
 
 def as_numbers(rows: list, width: int) -> np.ndarray:
-    """Lists of numbers as float64 (n, width), with a row of NaN for each that is not `width` numbers."""
+    """Lists of numbers as float64 (n, width); entries other than `width` numbers become rows of NaN."""
     try:
         table = np.array(rows)
     except ValueError:
         table = np.array(None)
-    # Numbers in a string would make an array of strings.
+    # A number written as text would make an array of strings.
     numbers = table.dtype.kind in "iuf" and table.shape == (len(rows), width)
-    # Beside numbers, truth values would pass for numbers.
+    # NumPy turns booleans among numbers into numbers.
     if numbers and bool not in set(map(type, chain.from_iterable(rows))):
         return table.astype(np.float64)
     nothing = [math.nan] * width
@@ -35,30 +35,29 @@ def as_numbers(rows: list, width: int) -> np.ndarray:
 
 
 def as_indices(ids: list, index: dict[int, int]) -> np.ndarray:
-    """Each id's place in an index, int64 (n,), -1 for one that does not, or is no id."""
+    """The position of each id in an index, int64 (n,); -1 for unlisted and invalid ids."""
     return np.array([index.get(i, -1) if is_integer(i) else -1 for i in ids], dtype=np.int64)
 
 
 class Split:
-    """A split's annotations, as far as they can be read.
+    """The readable annotations of one split.
 
     Args:
-        name: "train", "val" or "test"; of "test", no annotations are asked for.
-        folder: where the image files are.
+        name: "train", "val" or "test"; "test" needs no annotations.
+        folder: the image folder.
         file: COCO-format JSON.
-        data: what it holds, where that is at hand already, as read or as `load_annotations` returns it (which numbers
-            annotations anew: faults in their ids cannot be seen any more); None reads the file.
+        data: the file's object, raw or from `load_annotations` (which renumbers annotations and thereby hides faulty
+            annotation ids); None reads the file.
 
     Attributes:
-        images, categories, annotations: the entries that have what an entry needs, in the order of the file, as
-            `normalise` gives them.
-        rewritten: what that changed.
-        malformed: under each of those names, what was left out of it.
-        outside: what was left out of `images` because its file would not lie in the folder.
-        missing: the lists that the file lacks.
+        images, categories, annotations: the usable entries, in the order of the file, as `normalise` returns them.
+        rewritten: the values that `normalise` changed.
+        malformed: the unusable entries of each of these lists, by its name.
+        outside: the entries of `images` whose file name leads out of the folder.
+        missing: the names of missing lists.
 
     Raises:
-        UserError: the file is missing, or no JSON object.
+        UserError: the file is missing, or is not a JSON object.
     """
 
     def __init__(self, name: str, folder: Path, file: Path, data: dict | None = None):
@@ -87,41 +86,38 @@ class Split:
 
     @cached_property
     def boxes(self) -> np.ndarray:
-        """x, y, width, height of each annotation in pixels, float64 (n, 4); NaN where it has no such numbers."""
+        """x, y, width, height of each annotation in pixels, float64 (n, 4); NaN for invalid boxes."""
         boxes = as_numbers([annotation.get("bbox") for annotation in self.annotations], 4)
         boxes[~np.isfinite(boxes).all(axis=1)] = math.nan
         return boxes
 
     @cached_property
     def image_of(self) -> np.ndarray:
-        """Index of each annotation's image, int64 (n,), -1 for one that is not listed."""
+        """Index of each annotation's image, int64 (n,), -1 for an unlisted image."""
         index = {image["id"]: i for i, image in enumerate(self.images)}
         return as_indices([annotation.get("image_id") for annotation in self.annotations], index)
 
     @cached_property
     def category_of(self) -> np.ndarray:
-        """Index of each annotation's category, int64 (n,), -1 for one that is not listed."""
+        """Index of each annotation's category, int64 (n,), -1 for an unlisted category."""
         index = {category["id"]: i for i, category in enumerate(self.categories)}
         return as_indices([annotation.get("category_id") for annotation in self.annotations], index)
 
     @cached_property
     def crowd(self) -> np.ndarray:
-        """Which annotations are crowds, those to ignore included, bool (n,)."""
+        """Which annotations are crowds or marked `ignore`, bool (n,)."""
         return np.array([is_crowd(annotation) for annotation in self.annotations], dtype=bool)
 
     @cached_property
     def areas(self) -> np.ndarray:
-        """The area of each annotation as evaluation takes it, its own or else its box's, px², float64 (n,)."""
+        """The area of each annotation in px² as used in evaluation, its `area` or else its box's, float64 (n,)."""
         given = [annotation.get("area") for annotation in self.annotations]
         areas = np.array([area if is_area(area) else math.nan for area in given], dtype=np.float64)
         return np.where(np.isfinite(areas), areas, self.boxes[:, 2:].clip(0).prod(axis=1))
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """Width and height of each image in pixels as the file says, float64 (images, 2); infinite where it does not.
-
-        Training takes them likewise.
-        """
+        """Stated width and height of each image in pixels, float64 (images, 2), as in training; else infinite."""
         return np.array([stated_size(image) for image in self.images], dtype=np.float64).reshape(-1, 2)
 
     @cached_property
@@ -131,7 +127,7 @@ class Split:
 
     @cached_property
     def edges(self) -> tuple[np.ndarray, np.ndarray]:
-        """Left, top, right, bottom of each box, and the same clipped to its image; float64 (n, 4) each."""
+        """Left, top, right, bottom of each box, unclipped and clipped to its image, float64 (n, 4) each."""
         corners = np.concatenate((self.boxes[:, :2], self.boxes[:, :2] + self.boxes[:, 2:]), axis=1)
         bounds = np.full((len(corners), 2), math.inf)
         listed = self.image_of >= 0
@@ -140,27 +136,27 @@ class Split:
 
     @cached_property
     def objects(self) -> np.ndarray:
-        """Which annotations training learns from, bool (n,): readable, no crowd, with some area inside the image."""
+        """Which annotations training uses, bool (n,): readable, not a crowd, with area inside the image."""
         _, clipped = self.edges
         return self.readable & ~self.crowd & (clipped[:, 2:] > clipped[:, :2]).all(axis=1)
 
     def path(self, image: dict) -> Path:
-        """An image's file."""
+        """The path of an image's file."""
         return self.folder / image["file_name"]
 
     def describe(self, i: int) -> str:
-        """Words for annotation i."""
+        """Annotation i as text: its id, image and box."""
         annotation, image = self.annotations[i], self.image_of[i]
         where = f" in {self.images[image]['file_name']}" if image >= 0 else ""
         return f"annotation {annotation.get('id')}{where}: bbox {shown(annotation.get('bbox'))}"
 
     def known_ids(self, key: str) -> set[int]:
-        """Ids of all entries of `images` or `categories`, those that cannot be used for another reason included."""
+        """Ids of all entries of `images` or `categories`, including entries that are unusable for another reason."""
         entries = [*getattr(self, key), *self.malformed[key], *(self.outside if key == "images" else ())]
         return {entry["id"] for entry in entries if isinstance(entry, dict) and is_id(entry.get("id"))}
 
     def file_index(self) -> list[dict[str, list[str]]]:
-        """The files of the image folder that no entry names rightly, for `hint`."""
+        """The files in the image folder that no entry names, indexed for `hint`."""
         missing, _ = missing_files(map(self.path, self.images))
         absent = set(missing)
         taken = (image["file_name"] for image in self.images if self.path(image) not in absent)
@@ -168,6 +164,6 @@ class Split:
 
 
 def shorten(value: Any) -> str:
-    """A value in at most 80 characters."""
+    """A value as text, cut to 80 characters."""
     text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."
