@@ -30,7 +30,7 @@ test-fast: $(stamp)  ## run the tests without the slow ones, in about two minute
 wheel: $(stamp)  ## build the wheel, install it into a clean environment, and use it there as a user would
 	$(python) tests/installed.py
 
-soak: $(stamp)  ## run the long loops of docs/reliability.md, about half an hour, and record what comes out
+soak: $(stamp)  ## run the long loops of docs/dev/reliability.md, about half an hour, and record what comes out
 	$(python) tests/soak.py
 
 lint: $(stamp)  ## check the code with ruff, and the other files by schema and hadolint

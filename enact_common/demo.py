@@ -34,7 +34,7 @@ SHAPES = {
     "classes": ("circle", "square", "triangle", "star"),
 }
 
-# What a small detector of any variant needs to learn on two CPU cores in minutes; docs/demo.md says why.
+# What a small detector of any variant needs to learn on two CPU cores in minutes; docs/results/demo.md says why.
 TRAINING = (
     "--device cpu --backbone resnet18 --backbone_weights none --backbone_norm batch --enc_layers 2 --dec_layers 3 "
     "--dim_feedforward 512 --dropout 0 --no_augmentation --train_sizes 112 --eval_size 112 "

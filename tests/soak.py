@@ -1,8 +1,8 @@
-"""The long loops behind docs/reliability.md: kills by the dozen, damaged files by the thousand, seeds, processes.
+"""The long loops behind docs/dev/reliability.md: kills by the dozen, damaged files by the thousand, seeds, processes.
 
     make soak
 
-runs all of them, about half an hour on two cores, and records what came out in docs/reliability/soak.json and soak.md.
+runs all of them, about half an hour on two cores, and records what came out in docs/dev/reliability/soak.json and soak.md.
 The test suite runs the same functions with smaller numbers.
 """
 
@@ -36,7 +36,7 @@ from enact_common.data.synthetic import make_shapes
 from enact_common.evaluation.coco import EVALUATION, METRICS
 from enact_common.utils.errors import UserError
 
-RECORD = Path(__file__).resolve().parents[1] / "docs" / "reliability" / "soak.json"
+RECORD = Path(__file__).resolve().parents[1] / "docs" / "dev" / "reliability" / "soak.json"
 
 # Dropout, averaged weights, two loading processes and a checkpoint in every step: all that a checkpoint must restore.
 KILLED = "--batch_size 2 --dropout 0.1 --ema 0.9 --num_workers 2 --limit_val 2 --eval_every 5 --save_every_steps 1"

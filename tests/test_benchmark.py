@@ -645,7 +645,7 @@ def test_unknown_arguments_are_refused(argv, message, capsys):
 def test_documented_commands_are_commands():
     root = Path(__file__).resolve().parents[1]
     commands = []
-    for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+    for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
         commands += re.findall(r"python -m enact_common\.benchmark (.+?)(?:`|\)|$)", path.read_text(), re.MULTILINE)
     assert {command.split()[0] for command in commands} == {*COMMANDS, "rowcol", "runtimes", "agreement"}
     for command in commands:

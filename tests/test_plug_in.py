@@ -18,7 +18,7 @@ import enact_common.clustering
 from enact_common import EnactSelfAttention, nested_tensor_from_tensor_list, plug_in
 from enact_common.attention.plug_in import padded_keys
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "plug_in.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "use" / "plug_in.md"
 
 close = partial(assert_close, rtol=1e-5, atol=1e-5)
 

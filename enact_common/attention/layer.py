@@ -30,7 +30,7 @@ class EnactSelfAttention(EntropyClustering):
         batch_first: tensors are (batch, N, d) rather than (N, batch, d).
         clusters, per_image, mask_padding, max_clusters, temperature: as in `EntropyClustering`.
         scale_logits: scale the logits by e^-0.5 and leave the attended values as they are, as plain attention does. No
-            weights of the reference's were trained so; trained anew, it learns better (docs/accuracy.md).
+            weights of the reference's were trained so; trained anew, it learns better (docs/results/accuracy.md).
 
     Attributes:
         weigh_by_size: a cluster counts as often as it has tokens; `enact_common.study` tries it.

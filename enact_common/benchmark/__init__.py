@@ -7,5 +7,5 @@
     python -m enact_common.benchmark runtimes   exported to ONNX and others: time
     python -m enact_common.benchmark agreement  a trained detector exported: what it loses
 
-docs/benchmarks.md says how each is measured, docs/export.md how the last two are.
+docs/results/benchmarks.md says how each is measured, docs/use/export.md how the last two are.
 """

@@ -420,7 +420,7 @@ def add_run_flags(group) -> None:
     group.add_argument(
         "--config", metavar="FILE",
         help="YAML file whose keys are flags, such as the config.yaml of another training, or the name of a published "
-        "training (docs/configs.md); flags given here win over it; default: none",
+        "training (docs/use/configs.md); flags given here win over it; default: none",
     )  # fmt: skip
     group.add_argument(
         "--output_dir", default="", metavar="DIR", help="for log, checkpoints and results; without it none is written"

@@ -1,6 +1,6 @@
 """Trained detectors as files for other runtimes: ONNX, TorchScript and PyTorch's exported programs.
 
-`python -m enact_common.export CHECKPOINT --format onnx` writes one; `load_exported` runs it. docs/export.md says what
+`python -m enact_common.export CHECKPOINT --format onnx` writes one; `load_exported` runs it. docs/use/export.md says what
 such a file takes and gives.
 """
 

@@ -1,7 +1,7 @@
 """The run for a GPU: is it right there, what does it cost, and a page of what came out.
 
     python -m enact_common.gpu run --output_dir gpu_run           # about ten minutes on one GPU
-    python -m enact_common.gpu report gpu_run --page docs/gpu.md  # later, on any machine: tables and charts
+    python -m enact_common.gpu report gpu_run --page docs/results/gpu.md  # later, on any machine: tables and charts
 
 `run` starts one command after the other, each with a time limit, and packs what there is after each into results.tgz. A
 command that fails or takes too long leaves the others alone.
@@ -220,7 +220,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     page = commands.add_parser("report", help="a page of a run's results", formatter_class=HelpFormatter)
     page.add_argument("folder", metavar="DIR", help="results of `run`")
-    page.add_argument("--page", default="docs/gpu.md", metavar="FILE", help="to write; charts go beside it")
+    page.add_argument("--page", default="docs/results/gpu.md", metavar="FILE", help="to write; charts go beside it")
     page.set_defaults(run=report)
     return parser
 

@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         usage="%(prog)s VARIANT [flags] -- [the variant's own flags]",
         description=f"{slurm.__doc__} What follows the -- is the command line of the variant's main.py, with "
         "--output_dir on a file system that all nodes share; a training is given --auto_resume. It is checked here, "
-        "before anything is submitted. docs/clusters.md has examples.",
+        "before anything is submitted. docs/use/clusters.md has examples.",
         formatter_class=HelpFormatter,
     )
     parser.add_argument("variant", choices=tuple(VARIANTS), help="the model: " + ", ".join(VARIANTS))
