@@ -1,4 +1,4 @@
-"""What the tests share: small data, small models, and runs of a variant's command line."""
+"""Shared fixtures and helpers: small data sets, small models, runs of a variant's command line."""
 
 import functools
 import http.client
@@ -14,8 +14,8 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-# Before PyTorch is imported, and for the processes that tests start: models this small gain nothing from threads, and
-# wait for one another where other work shares the cores.
+# Set before PyTorch is imported; child processes inherit it. Models this small gain nothing from threads, and threads
+# wait for each other when other work shares the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -34,11 +34,11 @@ sys.path.insert(0, str(GOLDEN))
 
 ATTENTIONS = ("enact", "mhsa")
 
-# Behind the flags of a small model: the whole backbone, which mask heads need.
+# Appended to SMALL_MODEL: mask heads need all backbone stages.
 ALL_STAGES = ("--backbone_stages", "4")
 
-# A small model of each variant: 8 queries, random weights. Two stages of the backbone keep checkpoints at 9 MB, and
-# give maps of 64 cells and more, enough for ENACT's clusters to differ.
+# A small model of each variant: 8 queries, random weights. Two backbone stages keep checkpoints at 9 MB and give
+# feature maps of at least 64 cells, enough for ENACT's clusters to differ.
 SMALL_MODEL = {
     variant: (
         "--device cpu --backbone resnet18 --backbone_stages 2 --backbone_weights none --backbone_norm batch "
@@ -54,8 +54,8 @@ SMALL_MODEL = {
 }
 
 
-# Files that train, export, compile or start processes throughout: `make test-fast` leaves them out, with single tests
-# that are marked as slow.
+# Test files that mostly train, export, compile or start processes. `make test-fast` skips them, and single tests marked
+# as slow.
 SLOW_FILES = (
     "acceleration architecture benchmark compare compose distributed export finetune golden gpu segmentation slurm "
     "soak stopping study tools train unreadable upstream"
@@ -70,7 +70,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def one_seed():
-    """Each test starts from the same random numbers, whichever ran before it."""
+    """Seed PyTorch, so that the order of tests does not matter."""
     torch.manual_seed(0)
 
 
@@ -82,7 +82,7 @@ def variant_and_attention(request):
 
 @pytest.fixture
 def heard_signals() -> Iterator[None]:
-    """Signals as in a terminal: tests may run behind `nohup` or in a script's background, which ignore some."""
+    """Terminal signal handlers: under `nohup` or in a script's background, some signals are ignored."""
     usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
     before = {number: signal.signal(number, handler) for number, handler in usual.items()}
     yield
@@ -92,24 +92,24 @@ def heard_signals() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> Path:
-    """A data set of drawn shapes in COCO's layout: 12 images to train on, 6 to evaluate."""
+    """A data set of drawn shapes in COCO's layout: 12 training images, 6 validation images."""
     return make_shapes(tmp_path_factory.mktemp("shapes") / "data", train=12, val=6, size=(64, 80), seed=3)
 
 
 @pytest.fixture
 def coco_mini() -> Path:
-    """Real COCO images, where the environment says where they are."""
+    """The folder of real COCO images that ENACT_COCO_MINI names; else the test is skipped."""
     return real_data("ENACT_COCO_MINI")
 
 
 class Website:
-    """What https://weights.test/ serves: files of a folder, from this machine and in fact without encryption.
+    """A local stand-in for https://weights.test/: serves the files of a folder, without encryption.
 
     Attributes:
-        folder: the files.
-        moved: paths that are redirected, and the URLs where to.
-        asked: the paths that were asked for, in order.
-        plain: the same files' address by http.
+        folder: the served files.
+        moved: redirected paths, and the URLs they lead to.
+        asked: the requested paths, in order.
+        plain: the server's http:// address.
     """
 
     url = "https://weights.test"
@@ -138,13 +138,13 @@ class Website:
         self.plain = f"http://127.0.0.1:{self.server.server_port}"
 
     def https_open(self, handler: urllib.request.HTTPSHandler, request: urllib.request.Request):
-        """In place of `HTTPSHandler.https_open`."""
+        """Replacement for `HTTPSHandler.https_open`."""
         port = self.server.server_port
         return handler.do_open(lambda _, **options: http.client.HTTPConnection("127.0.0.1", port, **options), request)
 
 
 def make_font(path: Path, characters: str) -> Path:
-    """A font that has these characters, each a bar of another width, and digits and a dot."""
+    """Write a font with these characters, digits and a dot; each glyph is a bar of a different width."""
     builder = pytest.importorskip("fontTools.fontBuilder")
     from fontTools.pens.ttGlyphPen import TTGlyphPen
 
@@ -172,7 +172,7 @@ def make_font(path: Path, characters: str) -> Path:
 
 @pytest.fixture
 def fonts(monkeypatch, tmp_path) -> Path:
-    """The user's folder of fonts, empty, on a machine that has no others but Pillow's and matplotlib's."""
+    """The user's font folder, empty; only the fonts of Pillow and matplotlib remain."""
     caches = (drawing_fonts.font_sources, drawing_fonts.readable_name, drawing_fonts.open_font, drawing_fonts.has_glyph)
     home = tmp_path / "share"
     monkeypatch.setattr(sys, "platform", "linux")
@@ -189,7 +189,7 @@ def fonts(monkeypatch, tmp_path) -> Path:
 
 @pytest.fixture
 def website(tmp_path, monkeypatch) -> Iterator[Website]:
-    """https://weights.test/, and a cache of downloads that is empty."""
+    """https://weights.test/, with an empty download cache."""
     folder = tmp_path / "website"
     folder.mkdir()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
@@ -206,7 +206,7 @@ def website(tmp_path, monkeypatch) -> Iterator[Website]:
 
 
 def real_data(variable: str) -> Path:
-    """The folder that an environment variable names; skips the test where it names none."""
+    """The folder in an environment variable; skips the test if the variable is not set."""
     folder = os.environ.get(variable)
     if not folder:
         pytest.skip(f"{variable} does not say where the data set is")
@@ -214,7 +214,7 @@ def real_data(variable: str) -> Path:
 
 
 def parse(variant: str, *argv: str):
-    """Arguments of a variant."""
+    """Parse a variant's arguments."""
     return load_variant(variant).main.get_args_parser().parse_args(list(argv))
 
 
@@ -224,7 +224,7 @@ def build(variant: str, *argv: str):
 
 
 def run(variant: str, *argv: str) -> int:
-    """The exit status of a variant's command line, run in this process."""
+    """Run a variant's command line in this process; the exit status."""
     package = load_variant(variant)
     return main(
         variant,
@@ -241,7 +241,7 @@ def train(variant: str, shapes: Path, output: Path, *argv) -> int:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A free local TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -257,17 +257,17 @@ def start(
     of_rank: dict | None = None,
     fresh: bool = False,
 ) -> list[subprocess.Popen | Forked]:
-    """Start the training of a small model in processes of their own, each with a process group of its own.
+    """Start the training of a small model in child processes, each in a new process group.
 
     Args:
-        processes: how many train together; 1 trains alone.
-        variant, shapes, output, argv: as of `train`.
-        torchrun: let torchrun start them.
-        of_rank: more words for single processes, by their number.
-        fresh: start new interpreters, which takes seconds, rather than forks.
+        processes: number of ranks; 1 trains without a process group.
+        variant, shapes, output, argv: see `train`.
+        torchrun: let torchrun start the ranks.
+        of_rank: further arguments by rank.
+        fresh: start new interpreters, which takes seconds, instead of forks.
 
     Returns:
-        the `Popen` of each, or what stands in for it; with torchrun, its own.
+        one `Popen` or `Forked` per rank; with torchrun, only torchrun's.
     """
     script = ROOT / VARIANTS[variant][0] / "main.py"
     words = [script, "--coco_path", shapes, "--output_dir", output, *SMALL_MODEL[variant], *argv]
@@ -302,17 +302,17 @@ def equal_states(first, second) -> bool:
     return first == second
 
 
-# What an epoch cost, in `log.txt`: no two runs agree on it.
+# Keys of `log.txt` that differ between runs: time and memory.
 COST = ("train_seconds", "test_seconds", "peak_memory_gib")
 
 
 def read_log(output_dir: Path) -> list[dict]:
-    """The epochs in `log.txt`, without what they cost."""
+    """The epochs in `log.txt`, without the keys in COST."""
     rows = [json.loads(line) for line in (output_dir / "log.txt").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key not in COST} for row in rows]
 
 
 def assert_close(actual, expected, tolerance: float = 1e-4) -> None:
-    """Equal within a relative and absolute tolerance."""
+    """Assert equality within a relative and absolute tolerance."""
     actual = actual.detach() if isinstance(actual, torch.Tensor) else actual
     np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=tolerance, atol=tolerance)

@@ -1,8 +1,8 @@
-"""Build the wheel, install it into a clean environment outside the checkout, and use it there as a user would.
+"""Build the wheel, install it into a clean environment outside the checkout, and run the commands a user would run.
 
     python tests/installed.py
 
-The environment borrows the packages that this one has, such as PyTorch, but has the project from the wheel alone.
+The environment borrows this one's packages, such as PyTorch, but takes the project from the wheel.
 """
 
 import os
@@ -46,7 +46,7 @@ def main() -> None:
         work = Path(folder)
         pip = [sys.executable, "-m", "pip", "-q", "--disable-pip-version-check"]
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        # From a copy: a build leaves folders beside the source.
+        # Build from a copy, because a build leaves folders next to the source.
         source = work / "source"
         listed = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT).decode().split("\0")
         for name in filter(None, listed):
@@ -59,7 +59,7 @@ def main() -> None:
         packages = Path(subprocess.check_output([str(python), "-c", query]).decode().strip())
         (wheel,) = (work / "wheel").glob("*.whl")
         subprocess.check_call([*pip, "--python", str(python), "install", "--no-deps", str(wheel)], env=environment)
-        # After the installation: pip would find the project in the borrowed packages, and leave it at that.
+        # After the installation: otherwise pip would find the project in the borrowed packages and skip it.
         (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
         environment["PATH"] = f"{work / 'env' / 'bin'}{os.pathsep}{environment['PATH']}"

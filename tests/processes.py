@@ -1,4 +1,4 @@
-"""Processes for tests, forked from a server that has the package imported: they start in milliseconds, not seconds."""
+"""Processes for tests, forked from a server that has imported the package: they start in milliseconds, not seconds."""
 
 import multiprocessing
 import os
@@ -16,15 +16,15 @@ FORKS.set_forkserver_preload(
 
 
 def run_python(words: list[str], environment: dict[str, str], folder: str, method: str, stdout, stderr: str) -> None:
-    """Do what `python words...` does, in a process group of its own.
+    """Do what `python words...` does, in a new process group.
 
     Args:
         words: a script, `-m` and a module, or `-c` and code; then arguments.
-        environment: all variables.
-        folder: to work in.
-        method: how `multiprocessing` starts processes by default.
-        stdout: a connection to write to.
-        stderr: a file's path.
+        environment: all environment variables.
+        folder: working directory.
+        method: start method of `multiprocessing`.
+        stdout: connection to write to.
+        stderr: path of the file to write to.
     """
     os.setsid()
     os.dup2(stdout.fileno(), 1)
@@ -48,21 +48,21 @@ def run_python(words: list[str], environment: dict[str, str], folder: str, metho
 
 
 class Forked:
-    """A forked process that does what `python words...` does, in place of a `subprocess.Popen`.
+    """A forked process that does what `python words...` does; replaces a `subprocess.Popen`.
 
     Attributes:
-        stdout: what it prints, a text file.
-        pid, returncode, poll, wait, kill, send_signal, communicate: as of `subprocess.Popen`.
+        stdout: its standard output, a text file.
+        pid, returncode, poll, wait, kill, send_signal, communicate: as in `subprocess.Popen`.
 
     Args:
         words: a script, `-m` and a module, or `-c` and code; then arguments.
-        environment: all variables; this process's by default.
-        folder: to work in; this process's by default.
+        environment: all environment variables; default: this process's.
+        folder: working directory; default: this process's.
     """
 
     def __init__(self, words: list[str], environment: dict[str, str] | None = None, folder: str | Path = "."):
         reader, writer = FORKS.Pipe(duplex=False)
-        self._stderr = tempfile.NamedTemporaryFile()  # noqa: SIM115, it lives as long as the process
+        self._stderr = tempfile.NamedTemporaryFile()  # noqa: SIM115, kept open as long as the process runs
         method = multiprocessing.get_start_method()
         environment = dict(os.environ) if environment is None else environment
         args = (words, environment, os.path.abspath(folder), method, writer, self._stderr.name)
@@ -77,7 +77,7 @@ class Forked:
         return self
 
     def __exit__(self, *error) -> None:
-        """Nothing is left to do: `wait` and `communicate` close what is open."""
+        """Do nothing: `wait` and `communicate` close the files."""
 
     @property
     def returncode(self) -> int | None:
@@ -90,7 +90,7 @@ class Forked:
         self._process.kill()
 
     def wait(self) -> int:
-        """Its exit status, once it has ended; what it says is read, and nothing is made of it."""
+        """Wait for the end, discard the output; the exit status."""
         self.communicate()
         return self._process.exitcode
 
@@ -98,11 +98,11 @@ class Forked:
         os.kill(self.pid, number)
 
     def communicate(self, timeout: float = 300) -> tuple[str, str]:
-        """The rest of what it prints, and all that it complains of, once it has ended; killed after `timeout` s."""
+        """Wait for the end; (rest of stdout, stderr). The process is killed after `timeout` seconds."""
         timer = threading.Timer(timeout, self.kill)
         timer.start()
         with self.stdout, self._stderr:
-            said = self.stdout.read()
+            output = self.stdout.read()
             self._process.join()
             timer.cancel()
-            return said, Path(self._stderr.name).read_text()
+            return output, Path(self._stderr.name).read_text()

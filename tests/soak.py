@@ -1,9 +1,9 @@
-"""The long loops behind docs/dev/reliability.md: kills by the dozen, damaged files by the thousand, seeds, processes.
+"""The long loops behind docs/dev/reliability.md: dozens of kills, thousands of damaged files, seeds, ranks.
 
     make soak
 
-runs all of them, about half an hour on two cores, and records what came out in docs/dev/reliability/soak.json and soak.md.
-The test suite runs the same functions with smaller numbers.
+runs all of them in about half an hour on two cores and records the results in soak.json and soak.md in
+docs/dev/reliability/. The test suite runs the same functions with smaller numbers.
 """
 
 import argparse
@@ -38,25 +38,25 @@ from enact_common.utils.errors import UserError
 
 RECORD = Path(__file__).resolve().parents[1] / "docs" / "dev" / "reliability" / "soak.json"
 
-# Dropout, averaged weights, two loading processes and a checkpoint in every step: all that a checkpoint must restore.
+# Dropout, EMA weights, two data loader workers: state that a checkpoint must restore. A checkpoint at every step.
 KILLED = "--batch_size 2 --dropout 0.1 --ema 0.9 --num_workers 2 --limit_val 2 --eval_every 5 --save_every_steps 1"
 
 
 def kills(folder: Path, count: int, processes: int, seed: int = 0) -> dict:
-    """Kill a training again and again at any moment, let it go on each time, and compare it with one that ran through.
+    """Kill a training at random moments, resume it each time, and compare its end with an uninterrupted training.
 
     Args:
         folder: for the runs.
-        count: kills.
-        processes: that train together.
-        seed: of the moments.
+        count: number of kills.
+        processes: number of ranks.
+        seed: of the random moments.
 
     Returns:
-        `kills`, after each of which the checkpoint was read; of these, how many came `during_saves`; `identical`,
-        whether the end was that of the training that ran through.
+        `kills`, the number of kills; `during_saves`, how many of them hit a save; `identical`, whether the resumed
+        training ended like the uninterrupted one. The checkpoint is read after every kill.
     """
     data = make_shapes(folder / "data", train=12, val=2, size=(64, 80), seed=3)
-    # Some steps for each kill: 12 images are 6 steps of one process, 3 of two.
+    # One epoch per kill: 12 images are 6 steps with one process, 3 with two.
     argv = [*KILLED.split(), "--epochs", str(count), "--auto_resume"]
     whole, ours = folder / "whole", folder / "killed"
     wait(start(processes, "detr", data, whole, *argv))
@@ -67,10 +67,10 @@ def kills(folder: Path, count: int, processes: int, seed: int = 0) -> dict:
         before = latest.stat().st_mtime_ns if latest.exists() else 0
         running = start(processes, "detr", data, ours, *argv)
         for process in running:
-            # Nobody reads them, and a full pipe would hold them up.
+            # Nobody reads the pipes, and a full pipe would block the process.
             process.stdout.close()
             process.stderr.close()
-        # Each run comes one step further at least, then dies some time in the next ones; every third in a save.
+        # Each run completes at least one step and is killed in a later one, every third run in a save.
         while running[0].poll() is None and not (latest.exists() and latest.stat().st_mtime_ns > before):
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.3))
@@ -81,7 +81,7 @@ def kills(folder: Path, count: int, processes: int, seed: int = 0) -> dict:
             process.kill()
         killed += {process.wait() for process in running} == {-signal.SIGKILL}
         during_saves += partial.exists()
-        load_checkpoint(str(latest))  # an error, were it not whole
+        load_checkpoint(str(latest))  # raises if incomplete
     wait(start(processes, "detr", data, ours, *argv))
     first, second = (load_checkpoint(str(path / "checkpoint.pth")) for path in (ours, whole))
     identical = read_log(ours) == read_log(whole) and all(
@@ -91,15 +91,15 @@ def kills(folder: Path, count: int, processes: int, seed: int = 0) -> dict:
 
 
 def wait(running: list) -> None:
-    """Let processes end well."""
+    """Wait for the processes; raise if one fails."""
     for process in running:
-        _, complained = process.communicate()
+        _, errors = process.communicate()
         if process.returncode:
-            raise RuntimeError(f"a training ended with status {process.returncode}: {complained}")
+            raise RuntimeError(f"a training ended with status {process.returncode}: {errors}")
 
 
 def outcome(path: Path, read: Callable[[Path], object]) -> str:
-    """What comes of reading a file: "read", or "refused" by a UserError that names it. Another error goes through."""
+    """Read a file: "read", or "refused" if a UserError names the file. Other errors propagate."""
     try:
         read(path)
     except UserError as error:
@@ -110,24 +110,24 @@ def outcome(path: Path, read: Callable[[Path], object]) -> str:
 
 
 def read_image(path: Path) -> None:
-    """Read an image, which must give pixels."""
+    """Read an image and check the pixels' dtype and shape."""
     with silence(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damaged metadata
+        warnings.simplefilter("ignore")  # about damaged metadata
         image = decode_image(path)
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
         raise AssertionError(f"{path}: gave {image.dtype} {tuple(image.shape)}")
 
 
 def damaged_images(folder: Path, count: int, seed: int = 0) -> dict:
-    """Read images of several formats after random damage: each must give pixels or a UserError that names the file.
+    """Read randomly damaged images of several formats: each must give pixels or a UserError that names the file.
 
     Args:
         folder: for the files.
-        count: of damaged files.
+        count: number of damaged files.
         seed: of the damage.
 
     Returns:
-        how many there were of each outcome.
+        the number of files per outcome.
     """
     drawn, outcomes = np.random.default_rng(seed), Counter()
     pixels = cv2.resize(drawn.integers(0, 256, (8, 10, 3), dtype=np.uint8), (80, 64))
@@ -147,7 +147,7 @@ def damaged_images(folder: Path, count: int, seed: int = 0) -> dict:
 
 @contextmanager
 def silence() -> Iterator[None]:
-    """A block in which what C libraries write on standard error is lost: several lines a damaged image."""
+    """Discard stderr, also of C libraries, which print several lines per damaged image."""
     sys.stderr.flush()
     kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
@@ -160,7 +160,7 @@ def silence() -> Iterator[None]:
 
 
 def damage(content: np.ndarray, drawn: np.random.Generator) -> np.ndarray:
-    """Bytes after one of several accidents: cut short, some bytes changed, a part zeroed, a part missing, a doubled."""
+    """Damage bytes in one of five ways: truncate, change some, zero a part, drop a part, repeat a part."""
     content, size = content.copy(), len(content)
     begin, end = sorted(drawn.integers(0, size + 1, 2).tolist())
     match int(drawn.integers(5)):
@@ -180,7 +180,7 @@ def damage(content: np.ndarray, drawn: np.random.Generator) -> np.ndarray:
 
 
 def damaged_annotations(folder: Path, count: int, seed: int = 0) -> dict:
-    """Read annotation files after random damage, to their bytes or to their values: each is read or a UserError.
+    """Read annotation files with randomly damaged bytes or values: each is read or raises a UserError.
 
     Args, returns: as of `damaged_images`.
     """
@@ -194,7 +194,7 @@ def damaged_annotations(folder: Path, count: int, seed: int = 0) -> dict:
         else:
             value = json.loads(original)
             place, key = value, drawn.choice(sorted(value))
-            # Down to any depth, where one value becomes an odd one.
+            # Replace one value at a random depth by an odd one.
             while isinstance(place[key], list | dict) and place[key] and drawn.random() < 0.85:
                 place = place[key]
                 key = int(drawn.integers(len(place))) if isinstance(place, list) else drawn.choice(sorted(place))
@@ -206,7 +206,7 @@ def damaged_annotations(folder: Path, count: int, seed: int = 0) -> dict:
 
 
 def damaged_checkpoints(folder: Path, count: int, seed: int = 0) -> dict:
-    """Read checkpoints after random damage: each is read or a UserError.
+    """Read randomly damaged checkpoints: each is read or raises a UserError.
 
     Args, returns: as of `damaged_images`.
     """
@@ -221,16 +221,16 @@ def damaged_checkpoints(folder: Path, count: int, seed: int = 0) -> dict:
 
 
 def seeds(folder: Path, count: int, epochs: int) -> dict:
-    """Short trainings on shapes from several seeds, in float32 and in bf16.
+    """Train on shapes for a few epochs from several seeds, in float32 and in bf16.
 
     Args:
         folder: for the data and the runs.
-        count: seeds.
-        epochs: of 48 images in batches of 4.
+        count: number of seeds.
+        epochs: epochs of 48 images in batches of 4.
 
     Returns:
-        under each precision the last epoch's training `losses` in the order of the seeds, their `mean` and `deviation`;
-        and `difference`, the largest of one seed between the two as a part of the mean in float32.
+        for each precision the last epoch's training `losses` by seed, their `mean` and standard `deviation`; and
+        `difference`, the largest difference of a seed's two losses, divided by the mean in float32.
     """
     data = make_shapes(folder / "seeds", train=48, val=2, size=(64, 80), seed=3)
     result: dict = {}
@@ -240,7 +240,7 @@ def seeds(folder: Path, count: int, epochs: int) -> dict:
             output = folder / f"{name} {seed}"
             argv = ["--epochs", epochs, "--eval_every", epochs, "--amp", amp, "--seed", seed, "--lr", "5e-4"]
             if train("detr", data, output, *argv):
-                raise RuntimeError(f"seed {seed} in {name} did not come to its end")
+                raise RuntimeError(f"the training with seed {seed} in {name} failed")
             losses.append(read_log(output)[-1]["train_loss"])
         result[name] = {
             "losses": losses,
@@ -252,16 +252,16 @@ def seeds(folder: Path, count: int, epochs: int) -> dict:
 
 
 def processes(folder: Path, numbers: Sequence[int], images: Sequence[int]) -> dict:
-    """Evaluate the same model on several numbers of images in several numbers of processes.
+    """Evaluate one model with several numbers of images and of processes.
 
     Args:
         folder: for the data and the runs.
-        numbers: of processes; the first is what the others are compared with.
-        images: how many to evaluate on, each.
+        numbers: numbers of processes; the others are compared with the first.
+        images: numbers of images.
 
     Returns:
-        `evaluations`; `difference`, the largest of any of the twelve figures; `identical`, whether all detections are
-        equal; `AP`, the highest that was compared.
+        `evaluations`, their number; `difference`, the largest of any of the twelve metrics; `identical`, whether all
+        detections are equal; `AP`, the highest AP compared.
     """
     data = make_shapes(folder / "ranks", train=max(images), val=1, size=(64, 80), seed=3)
     learned = folder / "learned"
@@ -269,22 +269,22 @@ def processes(folder: Path, numbers: Sequence[int], images: Sequence[int]) -> di
     assert train("detr", data, learned, *argv, "--lr", "2e-3", "--batch_size", "8") == 0
     difference, identical, best, evaluations = 0.0, True, 0.0, 0
     for size in images:
-        found = []
+        outputs = []
         for number in numbers:
             output = folder / f"{size} in {number}"
             resume = ["--resume", learned / "checkpoint.pth", "--eval", "--eval_set", "train"]
             wait(start(number, "detr", data, output, *resume, "--limit_val", size, "--batch_size", "2"))
             record = json.loads((output / EVALUATION).read_text())["figures"]
-            found.append(([record[name] for name in METRICS], (output / "results.json").read_bytes()))
+            outputs.append(([record[name] for name in METRICS], (output / "results.json").read_bytes()))
             evaluations += 1
-        for figures, results in found[1:]:
-            difference = max(difference, *(abs(a - b) for a, b in zip(figures, found[0][0], strict=True)))
-            identical = identical and results == found[0][1]
-        best = max(best, found[0][0][0])
+        for metrics, results in outputs[1:]:
+            difference = max(difference, *(abs(a - b) for a, b in zip(metrics, outputs[0][0], strict=True)))
+            identical = identical and results == outputs[0][1]
+        best = max(best, outputs[0][0][0])
     return {"evaluations": evaluations, "difference": difference, "identical": identical, "AP": best}
 
 
-# Each part's function and the numbers of the long run.
+# The functions of `make soak`, with its numbers.
 PARTS: dict[str, Callable[[Path], dict]] = {
     "kills of one process": lambda folder: kills(folder, count=50, processes=1),
     "kills of two processes": lambda folder: kills(folder, count=20, processes=2),
@@ -297,31 +297,31 @@ PARTS: dict[str, Callable[[Path], dict]] = {
 
 
 def describe(name: str, result: dict) -> str:
-    """What came out of a part, in words."""
+    """A part's result as a sentence."""
     if name.startswith("kills"):
-        end = "equal to the last bit to that of" if result["identical"] else "other than that of"
+        end = "equal bit for bit to" if result["identical"] else "different from"
         return (
-            f"{result['kills']} kills, {result['during_saves']} of them in the middle of a save; after each, the "
-            f"checkpoint was whole, and the training went on; its end is {end} a training that ran through"
+            f"{result['kills']} kills, {result['during_saves']} of them during a save; after each, the checkpoint was "
+            f"intact and the training resumed; its end is {end} that of an uninterrupted training"
         )
     if name.startswith("damaged"):
-        return f"{result.get('read', 0):,} read, {result.get('refused', 0):,} refused by name, no other end"
+        return f"{result.get('read', 0):,} read, {result.get('refused', 0):,} refused by name, nothing else"
     if name == "processes":
         alike = "equal" if result["identical"] else "not equal"
         return (
-            f"{result['evaluations']} evaluations; largest difference of any of the twelve figures "
+            f"{result['evaluations']} evaluations; largest difference of any of the twelve metrics "
             f"{result['difference']:.1g}; all detections {alike}; AP up to {result['AP']:.3f}"
         )
     means = ", ".join(f"{k} {result[k]['mean']:.2f} ± {result[k]['deviation']:.2f}" for k in ("float32", "bf16"))
     return (
         f"{len(result['bf16']['losses'])} seeds; last training loss {means} (mean ± standard deviation); a seed's two "
-        f"ends differ by at most {result['difference']:.1%} of the mean; none was not a number"
+        f"losses differ by at most {result['difference']:.1%} of the mean; no NaN or Inf"
     )
 
 
 def to_markdown(record: dict) -> str:
     """The record as a table."""
-    lines = ["| loop | what came out | minutes | date |", "|---|---|---:|---|"]
+    lines = ["| loop | result | minutes | date |", "|---|---|---:|---|"]
     for name, result in record.items():
         date = result["environment"]["date"][:10]
         lines.append(f"| {name} | {describe(name, result)} | {result['seconds'] / 60:.1f} | {date} |")
@@ -334,14 +334,14 @@ def to_markdown(record: dict) -> str:
 
 
 def main() -> int:
-    """Run the parts that the command line names, all without one, and record what came out."""
+    """Run the parts named on the command line, by default all, and record the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)}; default: all")
-    parser.add_argument("--record", type=Path, default=RECORD, metavar="FILE", help="JSON to add to; default: docs'")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"loops to run: {', '.join(PARTS)}; default: all")
+    parser.add_argument("--record", type=Path, default=RECORD, metavar="FILE", help="JSON file to update")
     args = parser.parse_args()
     unknown = set(args.parts) - set(PARTS)
     if unknown:
-        parser.error(f"no part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
+        parser.error(f"unknown part {', '.join(sorted(unknown))}: choose from {', '.join(PARTS)}")
     record = json.loads(args.record.read_text()) if args.record.exists() else {}
     for name in args.parts or PARTS:
         begin = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Compiled, recomputed and in mixed precision, models compute what they compute otherwise."""
+"""Compilation, activation checkpointing and mixed precision do not change a model's outputs."""
 
 import os
 
@@ -18,7 +18,7 @@ from enact_common.variants import VARIANTS
 CPU = torch.device("cpu")
 
 
-# What compiles or trains for long is tried with either attention once, and with every variant.
+# Slow tests cover every variant and both attentions, but not every pair.
 PAIRS = [("detr", "enact"), ("conditional", "mhsa"), ("anchor", "enact")]
 
 
@@ -32,12 +32,12 @@ def model_and_batch(variant_and_attention):
 
 
 def outputs_and_gradients(model, batch):
-    """Predictions of the last layer, and every parameter's gradient."""
+    """The last layer's predictions and the gradient of every parameter, by name."""
     model.zero_grad()
     outputs = model(batch)
     (outputs["pred_boxes"].square().mean() + outputs["pred_logits"].square().mean()).backward()
-    found = {"logits": outputs["pred_logits"], "boxes": outputs["pred_boxes"]}
-    return found | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    predictions = {"logits": outputs["pred_logits"], "boxes": outputs["pred_boxes"]}
+    return predictions | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def assert_same(ours, expected):
@@ -46,7 +46,7 @@ def assert_same(ours, expected):
         assert_close(ours[name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_recomputed_activations_change_nothing(model_and_batch):
+def test_activation_checkpointing_keeps_outputs_and_gradients(model_and_batch):
     model, batch = model_and_batch
     expected, names = outputs_and_gradients(model, batch), set(model.state_dict())
     calls = []
@@ -55,7 +55,7 @@ def test_recomputed_activations_change_nothing(model_and_batch):
     checkpoint_activations(model)
     assert_same(outputs_and_gradients(model, batch), expected)
     assert set(model.state_dict()) == names
-    # Every encoder and decoder layer and every block with something to train ran twice.
+    # Every encoder layer, decoder layer and trainable block runs twice.
     twice = {module for module in calls if calls.count(module) == 2}
     assert len([m for m in twice if "Layer" in type(m).__name__]) == 3
     assert len([m for m in twice if "Block" in type(m).__name__]) == 2
@@ -65,7 +65,7 @@ def test_recomputed_activations_change_nothing(model_and_batch):
         assert len(calls) == len(set(calls))
 
 
-def test_recomputed_activations_are_not_kept(variant_and_attention):
+def test_activation_checkpointing_saves_memory(variant_and_attention):
     variant, attention = variant_and_attention
     flags = [*SMALL_MODEL[variant], "--backbone_norm", "frozen", "--encoder_attention", attention, "--enc_layers", "4"]
     model, images = build(variant, *flags)[0].train(), torch.randint(256, (1, 3, 96, 96), dtype=torch.uint8)
@@ -78,7 +78,7 @@ def test_recomputed_activations_are_not_kept(variant_and_attention):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            outputs = model(images)  # noqa: F841, holds what is counted
+            outputs = model(images)  # noqa: F841, keeps the counted tensors alive
         return sum(storages.values())
 
     parameters = sum(p.numel() for p in model.parameters()) * 4
@@ -87,7 +87,7 @@ def test_recomputed_activations_are_not_kept(variant_and_attention):
     assert kept() - parameters < 0.6 * (before - parameters)
 
 
-def test_dropout_is_the_same_when_it_is_recomputed():
+def test_activation_checkpointing_repeats_dropout():
     flags = [*SMALL_MODEL["detr"], "--backbone_norm", "frozen", "--dropout", "0.3"]
     model, images = build("detr", *flags)[0].train(), torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
     torch.manual_seed(1)
@@ -97,7 +97,7 @@ def test_dropout_is_the_same_when_it_is_recomputed():
     assert_same(outputs_and_gradients(model, images), expected)
 
 
-def test_blocks_whose_norms_train_are_not_recomputed():
+def test_blocks_with_trainable_norms_are_not_recomputed():
     model = build("detr", *SMALL_MODEL["detr"])[0]
     checkpoint_activations(model)
     assert not any(m.recompute for m in model.backbone.modules() if isinstance(m, Recomputed))
@@ -105,10 +105,10 @@ def test_blocks_whose_norms_train_are_not_recomputed():
 
 
 @pytest.mark.parametrize("variant_and_attention", PAIRS, ids="-".join, indirect=True)
-def test_compiled_parts_compute_the_same(model_and_batch, monkeypatch):
+def test_compiled_parts_match_eager(model_and_batch, monkeypatch):
     model, batch = model_and_batch
     expected, names = outputs_and_gradients(model, batch), set(model.state_dict())
-    # Traced and differentiated as for any backend, without the minutes of code generation.
+    # Trace and differentiate, but skip minutes of code generation.
     monkeypatch.setattr(acceleration, "BACKEND", "aot_eager")
     torch._dynamo.reset()
     compile_parts(model, CPU)
@@ -118,7 +118,7 @@ def test_compiled_parts_compute_the_same(model_and_batch, monkeypatch):
         model.eval()(batch)
 
 
-def test_compiled_and_recomputed_needs_a_pytorch_that_can(monkeypatch, shapes):
+def test_compile_with_activation_checkpointing_needs_a_recent_pytorch(monkeypatch, shapes):
     flags = ["--coco_path", str(shapes), "--compile", "--checkpoint_activations"]
     parser = load_variant("detr").main.get_args_parser()
     monkeypatch.setattr(checks, "TORCH_VERSION", (2, 4))
@@ -129,9 +129,9 @@ def test_compiled_and_recomputed_needs_a_pytorch_that_can(monkeypatch, shapes):
 
 
 @pytest.mark.skipif(
-    device.TORCH_VERSION < checks.COMPILED_AND_RECOMPUTED, reason="this PyTorch cannot, and the parser says so"
+    device.TORCH_VERSION < checks.COMPILED_AND_RECOMPUTED, reason="this PyTorch is too old, and the parser says so"
 )
-def test_compiled_and_recomputed(monkeypatch):
+def test_compile_with_activation_checkpointing_matches_eager(monkeypatch):
     flags = [*SMALL_MODEL["detr"], "--backbone_norm", "frozen", "--dropout", "0"]
     model, images = build("detr", *flags)[0].train(), torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
     expected = outputs_and_gradients(model, images)
@@ -144,10 +144,10 @@ def test_compiled_and_recomputed(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.skipif(
     "ONEDNN_MAX_CPU_ISA" in os.environ,
-    reason="with oneDNN held to older instructions, PyTorch's own compiled code of a linear layer is wrong too",
+    reason="with oneDNN restricted to older instructions, PyTorch itself compiles linear layers wrongly",
 )
-def test_compiled_code_computes_the_same():
-    """With PyTorch's own code generation, where it works."""
+def test_generated_code_matches_eager():
+    """The default backend, which generates code."""
     torch._dynamo.reset()
     layers = nn.Sequential(*(build("anchor", *SMALL_MODEL["anchor"])[0].transformer.encoder_layers[0].ffn,))
     x = torch.randn(2, 5, 32)
@@ -156,7 +156,7 @@ def test_compiled_code_computes_the_same():
     assert_close(layers(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_without_a_compiler_one_line_says_so(monkeypatch, caplog):
+def test_without_a_compiler_one_line_warns(monkeypatch, caplog):
     def broken(graph, inputs):
         raise OSError("no compiler here\nand a long story")
 
@@ -172,7 +172,7 @@ def test_without_a_compiler_one_line_says_so(monkeypatch, caplog):
 
 
 def hundred_losses(variant: str, attention: str, amp: str, shapes) -> torch.Tensor:
-    """The losses of a hundred steps on two images at a time, from the same weights and in the same order."""
+    """Losses of a hundred steps with batches of two images; weights and order are the same in every call."""
     from enact_common.data.build import build_dataset
     from enact_common.data.coco import collate
     from enact_common.training.engine import TrainStep
@@ -197,37 +197,37 @@ def hundred_losses(variant: str, attention: str, amp: str, shapes) -> torch.Tens
 @pytest.mark.parametrize("variant_and_attention", PAIRS, ids="-".join)
 def test_losses_in_bf16_stay_within_two_percent(variant_and_attention, shapes):
     expected, ours = (hundred_losses(*variant_and_attention, amp, shapes) for amp in ("none", "bf16"))
-    # It learns at all, and single steps scatter: tens of them are compared. The rate is the plain models' own; at
-    # several times it, bf16 can depart further, by more than the noise of float32.
+    # The model must learn. Single steps are noisy, so means of ten steps are compared. The learning rate is that of the
+    # plain models; at several times that rate, bf16 can deviate by more than the noise of float32.
     assert expected[-10:].mean() < 0.97 * expected[:10].mean()
     assert_close(ours.view(10, 10).mean(1), expected.view(10, 10).mean(1), rtol=0.02, atol=0)
 
 
 @pytest.fixture
 def gpu_settings(monkeypatch):
-    """The calls that `prepare_gpu` makes to PyTorch, recorded rather than executed."""
-    asked = {}
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(device=device))
-    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: asked.update(cudnn=enabled))
-    return asked
+    """Record the calls of `prepare_gpu` to PyTorch instead of executing them."""
+    recorded = {}
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: recorded.update(device=device))
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: recorded.update(cudnn=enabled))
+    return recorded
 
 
 @pytest.mark.parametrize("name, device", [("cuda", None), ("cuda:0", "cuda:0"), ("cuda:1", "cuda:1")])
-def test_a_gpu_is_made_the_process_own_and_runs_no_cudnn_attention(gpu_settings, monkeypatch, name, device):
-    # No GPU is needed: the model is not moved.
+def test_prepare_selects_the_gpu_and_disables_cudnn_attention(gpu_settings, monkeypatch, name, device):
+    # The model is not moved, so no GPU is needed.
     monkeypatch.setattr(nn.Module, "to", lambda self, *args, **kwargs: self)
     prepare(nn.Linear(1, 1), parse("detr"), torch.device(name))
     assert gpu_settings == {"cudnn": False} | ({"device": torch.device(device)} if device else {})
 
 
-def test_a_cpu_has_no_gpu_settings(gpu_settings):
+def test_prepare_on_cpu_leaves_gpu_settings(gpu_settings):
     prepare(nn.Linear(1, 1), parse("detr"), CPU)
     assert gpu_settings == {}
 
 
 @pytest.fixture
 def deterministic_flags(monkeypatch):
-    """Restores the process's settings."""
+    """Reset PyTorch's deterministic settings before and after the test."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
@@ -237,7 +237,7 @@ def deterministic_flags(monkeypatch):
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_deterministic_settings_are_for_those_who_ask(deterministic_flags, asked):
+def test_deterministic_settings_only_with_the_flag(deterministic_flags, asked):
     prepare(nn.Linear(1, 1), parse("detr", *["--deterministic"] * asked), CPU)
     assert torch.are_deterministic_algorithms_enabled() == asked
     assert torch.backends.cudnn.deterministic == asked and torch.backends.cudnn.benchmark != asked
@@ -248,8 +248,8 @@ def test_deterministic_settings_are_for_those_who_ask(deterministic_flags, asked
 def test_every_variant_trains_deterministically(
     variant, clusters, deterministic_flags, monkeypatch, shapes, tmp_path, capsys
 ):
-    """PyTorch refuses what cannot be repeated; on a CPU it knows few such operations, so sums along axes are watched:
-    a GPU has no deterministic one of fractions."""
+    """PyTorch refuses nondeterministic operations, but knows few on a CPU. On a GPU, the cumulative sum of floats is
+    nondeterministic, so the test also checks the dtype of every `cumsum`."""
     summed, original = [], torch.Tensor.cumsum
 
     def watched(self, *args, **kwargs):
@@ -266,7 +266,7 @@ def test_every_variant_trains_deterministically(
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiled_parts_take_any_size_without_falling_back(variant, monkeypatch):
-    """A training with images of many sizes, a shorter last batch and an evaluation in between."""
+    """Train on images of many sizes, with a shorter last batch and an evaluation in between."""
     graphs, calls = [], []
 
     def counting(graph, inputs):
@@ -283,11 +283,11 @@ def test_compiled_parts_take_any_size_without_falling_back(variant, monkeypatch)
     monkeypatch.setattr(acceleration, "BACKEND", counting)
     torch._dynamo.reset()
     compile_parts(model, CPU)
-    # A limit that is met is an error here, rather than a warning and uncompiled code.
+    # Raise at the recompilation limit, where PyTorch would warn and run uncompiled code.
     name = "fail_on_recompile_limit_hit"
     strict = {name: True} if hasattr(torch._dynamo.config, name) else {}
 
-    def turn(sizes, batch):
+    def run_sizes(sizes, batch):
         counts = []
         for height, width in sizes:
             calls.clear()
@@ -302,16 +302,16 @@ def test_compiled_parts_take_any_size_without_falling_back(variant, monkeypatch)
 
     with torch._dynamo.config.patch(suppress_errors=False, **strict):
         sizes = [(64, 96), (96, 64), (128, 96), (96, 160), (160, 128)]
-        runs = turn(sizes, 4) + turn(sizes[:1], 1)
+        runs = run_sizes(sizes, 4) + run_sizes(sizes[:1], 1)
         model.eval()
-        turn(sizes, 2)
+        run_sizes(sizes, 2)
         model.train()
-        made = len(graphs)
-        runs += turn([(96, 96), (160, 96), (128, 160), (64, 160)], 4) + turn([(160, 96)], 2)
-        # Nothing is compiled for sizes that come later.
-        assert len(graphs) == made
-        runs += turn([(96, 128)], 1)
-    # PyTorch chooses a convolution for one image by its size, so that may take another form of the backbone.
-    assert len(graphs) <= made + 1
+        num_graphs = len(graphs)
+        runs += run_sizes([(96, 96), (160, 96), (128, 160), (64, 160)], 4) + run_sizes([(160, 96)], 2)
+        # New sizes compile nothing.
+        assert len(graphs) == num_graphs
+        runs += run_sizes([(96, 128)], 1)
+    # For a single image, PyTorch chooses the convolution by size, which may compile the backbone once more.
+    assert len(graphs) <= num_graphs + 1
     # Every part runs compiled in every step.
     assert len(set(runs)) == 1 and runs[0] > 0

@@ -1,4 +1,4 @@
-"""The order of the folders: docs/dev/architecture.md states it, and the imports keep to it."""
+"""The imports follow the order of folders that docs/dev/architecture.md states."""
 
 import ast
 import graphlib
@@ -25,7 +25,7 @@ RECORDED = Path(__file__).parent / "recorded"
 
 
 def module_name(path: Path) -> str:
-    """The dotted name of a file of the package or of a variant."""
+    """The dotted module name of a file in the package or a variant folder."""
     variants = dict(VARIANTS.values())
     first, *rest = path.relative_to(ROOT).with_suffix("").parts
     return ".".join([variants.get(first, first), *rest]).removesuffix(".__init__")
@@ -39,8 +39,8 @@ FILES = {
 
 
 def imports_of(module: str) -> set[str]:
-    """The project's modules that a module imports, at its top or inside a function."""
-    path, found = FILES[module], set()
+    """The project's modules that a module imports, at the top or inside a function."""
+    path, imported = FILES[module], set()
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -51,29 +51,29 @@ def imports_of(module: str) -> set[str]:
             names = [f"{base}.{alias.name}" if f"{base}.{alias.name}" in FILES else base for alias in node.names]
         else:
             continue
-        found.update(name for name in names if name in FILES)
-    return found - {module}
+        imported.update(name for name in names if name in FILES)
+    return imported - {module}
 
 
 def room(module: str) -> str:
-    """The folder, or the file at the package's root, that a module belongs to."""
+    """The folder of a module, or its file if it is at the package's root."""
     if module.startswith("enact_common.variants."):
         return "variant folders"
     return module.split(".")[1] if "." in module else "enact_common"
 
 
 def arrows() -> dict[tuple[str, str], set[str]]:
-    """From (room, room that it imports) to the modules that do."""
-    found = defaultdict(set)
+    """Map (importing room, imported room) to the imports between their modules."""
+    imports = defaultdict(set)
     for module in FILES:
         for other in imports_of(module):
             if room(other) != room(module):
-                found[room(module), room(other)].add(f"{module} imports {other}")
-    return found
+                imports[room(module), room(other)].add(f"{module} imports {other}")
+    return imports
 
 
 def floors() -> dict[str, int]:
-    """Each room's floor, from the page's table; the lowest is 1."""
+    """Map each room to its floor in the page's table; the lowest floor is 1."""
     table = {}
     for number, rooms in re.findall(r"(?m)^\| (\d+) \| ([^|]+) \|", PAGE):
         table |= {name: int(number) for name in re.findall(r"`([^`]+)`", rooms)}
@@ -90,12 +90,12 @@ def test_imports_lead_to_lower_floors():
     assert not upwards
 
 
-def test_no_file_imports_itself_by_way_of_others():
+def test_no_circular_imports():
     graphlib.TopologicalSorter({module: imports_of(module) for module in FILES}).prepare()
 
 
-def test_the_diagram_shows_what_is_imported():
-    """Arrows that follow from others are left out of the diagram."""
+def test_the_diagram_shows_all_imports_between_rooms():
+    """The diagram omits arrows that follow from other arrows."""
     below = defaultdict(set)
     for one, other in arrows():
         below[one].add(other)
@@ -110,7 +110,7 @@ def test_the_diagram_shows_what_is_imported():
     assert {(names[a], names[b]) for a, b in drawn} == direct
 
 
-def test_attention_works_copied_alone_into_another_project(tmp_path):
+def test_the_attention_folder_works_as_a_copy_in_another_project(tmp_path):
     shutil.copytree(PACKAGE / "attention", tmp_path / "borrowed")
     code = (
         f"import sys; sys.path = [p for p in sys.path if p != {str(ROOT)!r}]\n"
@@ -132,27 +132,27 @@ def test_attention_works_copied_alone_into_another_project(tmp_path):
 
 @pytest.fixture
 def recorded(tmp_path) -> Path:
-    """A checkpoint of Conditional DETR with ENACT, written before the modules moved; its weights are multiples of 1/32,
-    and the optimizer's moments zero, so that it compresses."""
+    """A checkpoint of Conditional DETR with ENACT from before the modules moved. Its weights are multiples of 1/32 and
+    its optimizer moments zero, so it compresses well."""
     path = tmp_path / "recorded.pth"
     path.write_bytes(lzma.decompress((RECORDED / "checkpoint.pth.xz").read_bytes()))
     return path
 
 
-def test_checkpoints_of_earlier_versions_detect_the_same(recorded):
+def test_an_old_checkpoint_detects_as_recorded(recorded):
     pixels = (torch.arange(3 * 64 * 80).view(3, 64, 80) * 7 % 256).to(torch.uint8)
-    found = load_detector(recorded, "cpu", threshold=0.0)(pixels)
+    detections = load_detector(recorded, "cpu", threshold=0.0)(pixels)
     expected = json.loads((RECORDED / "detections.json").read_text())
-    torch.testing.assert_close(found.scores[:8].tolist(), expected["scores"], rtol=1e-3, atol=1e-4)
-    assert set(found.names[:8]) == set(expected["names"])
+    torch.testing.assert_close(detections.scores[:8].tolist(), expected["scores"], rtol=1e-3, atol=1e-4)
+    assert set(detections.names[:8]) == set(expected["names"])
 
 
-def test_checkpoints_of_earlier_versions_resume(recorded, shapes, tmp_path):
+def test_an_old_checkpoint_resumes(recorded, shapes, tmp_path):
     flags = ["--backbone_stages", "2", "--hidden_dim", "16", "--dim_feedforward", "32", "--ema", "0.9"]
     flags += ["--resume", str(recorded), "--epochs", "2", "--limit_val", "2"]
     assert train("conditional", shapes, tmp_path / "out", *flags) == 0
-    written = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
-    before = torch.load(recorded, weights_only=True)
-    assert written["epoch"] == 1 and written["args"]["enact_clusters"] == "regions"
-    assert written.keys() == before.keys() and written["model"].keys() == before["model"].keys()
-    assert before["args"].keys() - written["args"].keys() == {"rank", "distributed"}
+    resumed = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
+    original = torch.load(recorded, weights_only=True)
+    assert resumed["epoch"] == 1 and resumed["args"]["enact_clusters"] == "regions"
+    assert resumed.keys() == original.keys() and resumed["model"].keys() == original["model"].keys()
+    assert original["args"].keys() - resumed["args"].keys() == {"rank", "distributed"}

@@ -1,4 +1,4 @@
-"""ENACT's self-attention: the recorded reference, and its place as a stand-in for `nn.MultiheadAttention`."""
+"""ENACT's self-attention: agreement with the recorded reference, and use in place of `nn.MultiheadAttention`."""
 
 import json
 
@@ -13,7 +13,7 @@ from enact_common import EnactSelfAttention
 
 
 @pytest.mark.parametrize("name", sorted({key.split("/")[0] for key in RECORDED.files if key.startswith("mhsa")}))
-def test_recorded_attention(name):
+def test_attention_matches_the_recorded_reference(name):
     import recipe
 
     meta = json.loads(str(RECORDED[f"{name}/meta"]))
@@ -40,19 +40,19 @@ def test_recorded_attention(name):
 
 
 def by_definition(layer: EnactSelfAttention, query, key, value):
-    """The layer written out for batch-first tensors: softmax of unscaled logits, then a division by the head width."""
+    """The layer's definition, batch first: softmax of unscaled logits, then division by head_dim."""
     key, value = super(EnactSelfAttention, layer).forward(key, value)
-    width = layer.embed_dim // layer.num_heads
+    head_dim = layer.embed_dim // layer.num_heads
 
     def heads(x):
-        return x.unflatten(-1, (layer.num_heads, width)).transpose(1, 2)
+        return x.unflatten(-1, (layer.num_heads, head_dim)).transpose(1, 2)
 
     q, k, v = heads(layer.W_q(query)), heads(layer.W_k(key)), heads(layer.W_v(value))
-    attended = (q @ k.transpose(-1, -2)).softmax(-1) @ v / width
+    attended = (q @ k.transpose(-1, -2)).softmax(-1) @ v / head_dim
     return layer.W_o(attended.transpose(1, 2).flatten(2))
 
 
-def test_batch_first_is_the_same_with_axes_swapped():
+def test_batch_first_only_swaps_axes():
     layer = EnactSelfAttention(32, 4)
     first = EnactSelfAttention(32, 4, batch_first=True)
     first.load_state_dict(layer.state_dict())
@@ -62,7 +62,7 @@ def test_batch_first_is_the_same_with_axes_swapped():
     assert_tensors_close(layer(*(x.transpose(0, 1) for x in (q, k, v)))[0], expected.transpose(0, 1))
 
 
-def test_queries_may_be_others_than_the_keys():
+def test_queries_may_differ_from_keys():
     layer = EnactSelfAttention(32, 4, batch_first=True)
     q, k, v = torch.randn(2, 7, 32), torch.randn(2, 40, 32), torch.randn(2, 40, 32)
     assert_tensors_close(layer(q, k, v)[0], by_definition(layer, q, k, v))
@@ -71,7 +71,7 @@ def test_queries_may_be_others_than_the_keys():
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
-def test_stands_in_for_multihead_attention_in_pytorchs_encoder(batch_first, training, grad):
+def test_replaces_multihead_attention_in_pytorchs_encoder(batch_first, training, grad):
     layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=batch_first)
     layer.self_attn = EnactSelfAttention(32, 4, batch_first=batch_first)
     encoder = nn.TransformerEncoder(layer, 2)
@@ -99,7 +99,7 @@ def test_padding_mask_has_no_effect_yet():
 @pytest.mark.parametrize(
     "request_", [{"need_weights": True}, {"attn_mask": torch.zeros(20, 20)}, {"is_causal": True}], ids=str
 )
-def test_what_clusters_cannot_give_is_refused(request_):
+def test_unsupported_arguments_are_refused(request_):
     x = torch.randn(20, 2, 16)
     with pytest.raises(ValueError, match="need_weights=False"):
         EnactSelfAttention(16, 2)(x, x, x, **request_)
@@ -110,12 +110,12 @@ def test_heads_must_divide_the_channels():
         EnactSelfAttention(30, 4)
 
 
-def test_parameters_have_the_references_names():
+def test_parameters_are_named_as_in_the_reference():
     names = {name.split(".")[0] for name in EnactSelfAttention(16, 2).state_dict()}
     assert names == {"W_q", "W_k", "W_v", "W_o", "W_prob"}
 
 
-def test_dropout_acts_in_training_alone():
+def test_dropout_acts_only_in_training():
     layer = EnactSelfAttention(16, 2, dropout=0.5)
     x = torch.randn(40, 1, 16)
     assert not torch.equal(layer(x, x, x)[0], layer(x, x, x)[0])
@@ -123,15 +123,15 @@ def test_dropout_acts_in_training_alone():
     assert torch.equal(layer(x, x, x)[0], layer(x, x, x)[0])
 
 
-def kept(layer, tokens: int, batch: int, amp: bool) -> int:
-    """Bytes that an encoder's call keeps for the backward pass, beside the parameters."""
+def saved_bytes(layer, tokens: int, batch: int, amp: bool) -> int:
+    """Bytes that a layer's forward pass in an encoder keeps for the backward pass, without the parameters."""
     source, position = torch.randn(2, tokens, batch, layer.embed_dim)
     source.requires_grad_()
     parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
     storages, held = {}, []
 
     def keep(tensor):
-        held.append(tensor)  # alive, so that no storage takes another's place
+        held.append(tensor)  # kept alive, so that no address is reused
         storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
@@ -141,31 +141,31 @@ def kept(layer, tokens: int, batch: int, amp: bool) -> int:
     ):
         placed = source + position
         layer(placed, placed, value=source, need_weights=False)
-    return sum(size for place, size in storages.items() if place not in parameters)
+    return sum(size for address, size in storages.items() if address not in parameters)
 
 
 @pytest.mark.parametrize("amp, share", [(False, 0.85), (True, 0.8)], ids=["float32", "bf16"])
 @pytest.mark.parametrize("tokens, batch", [(850, 2), (4200, 1)])
 @pytest.mark.parametrize("settings", [{}, {"clusters": "regions"}, {"per_image": True}], ids=str)
-def test_less_is_kept_than_by_plain_attention(tokens, batch, amp, share, settings):
-    """On published maps, with half of the published heads and channels."""
+def test_saves_less_for_the_backward_pass_than_plain_attention(tokens, batch, amp, share, settings):
+    """Token counts of the published models, with half their heads and channels."""
     plain, ours = nn.MultiheadAttention(128, 4), EnactSelfAttention(128, 4, **settings)
-    assert kept(ours, tokens, batch, amp) < share * kept(plain, tokens, batch, amp)
+    assert saved_bytes(ours, tokens, batch, amp) < share * saved_bytes(plain, tokens, batch, amp)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_under_autocast_the_clusters_are_those_of_float32(batch_first):
+def test_clusters_under_autocast_equal_those_in_float32(batch_first):
     torch.manual_seed(0)
     layer, tokens = EnactSelfAttention(32, 4, batch_first=batch_first), 5 * torch.randn(400, 2, 32)
     tokens = (tokens.transpose(0, 1) if batch_first else tokens).requires_grad_()
-    seen = []
-    layer.register_cluster_hook(lambda information, clusters: seen.append(clusters.weights))
+    weights = []
+    layer.register_cluster_hook(lambda information, clusters: weights.append(clusters.weights))
     expected = layer(tokens, tokens, tokens)[0]
     gradients = torch.autograd.grad(expected.square().mean(), (tokens, layer.W_prob.weight))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = layer(tokens, tokens, tokens)[0]
     assert output.dtype == torch.bfloat16
-    assert_tensors_close(seen[1], seen[0], rtol=0, atol=0)
+    assert_tensors_close(weights[1], weights[0], rtol=0, atol=0)
     assert_tensors_close(output.float(), expected, rtol=0.05, atol=0.05)
     for ours, theirs in zip(
         torch.autograd.grad(output.float().square().mean(), (tokens, layer.W_prob.weight)), gradients, strict=True
@@ -174,7 +174,7 @@ def test_under_autocast_the_clusters_are_those_of_float32(batch_first):
         assert (ours - theirs).norm() < 0.05 * theirs.norm()
 
 
-def test_the_attention_matrix_is_not_kept_for_the_backward_pass():
+def test_the_attention_matrix_is_not_saved_for_the_backward_pass():
     tokens, heads = 600, 8
     layer = EnactSelfAttention(64, heads)
     x = torch.randn(tokens, 1, 64, requires_grad=True)

@@ -1,6 +1,6 @@
-"""What odd, damaged or hostile images and annotations do.
+"""Odd, damaged and hostile images and annotations.
 
-More of it stands with what reads them: in test_data, test_checks, test_convert and test_predict.
+See also test_data, test_checks, test_convert and test_predict.
 """
 
 import io
@@ -45,23 +45,23 @@ from enact_common.variants import VARIANTS
 
 HEIGHT, WIDTH = 60, 80
 Y, X = np.mgrid[0:HEIGHT, 0:WIDTH]
-RGB = np.stack([X * 3, Y * 4, 255 - X * 2], axis=-1).astype(np.uint8)  # smooth, as JPEG likes it
+RGB = np.stack([X * 3, Y * 4, 255 - X * 2], axis=-1).astype(np.uint8)  # smooth, so that JPEG loses little
 GREY = RGB[:, :, 0]
-# 16 bits: the lower eight, which are cut off, are anything.
+# 16 bits: the lower eight are arbitrary, because they are cut off.
 DEEP = RGB.astype(np.uint16) * 256 + (X * 3)[:, :, None].astype(np.uint16)
 ALPHA = (X * 3).astype(np.uint8)  # from transparent to opaque
 OTHER = Image.fromarray(255 - RGB)  # a second frame
 
 
 def encoded(pixels, kind: str, **options) -> bytes:
-    """The content of a file; pixels as an array or a PIL image."""
+    """Encode pixels, an array or a PIL image, as the content of an image file."""
     image, stream = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels), io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()
 
 
 def encoded_16(pixels: np.ndarray, suffix: str) -> bytes:
-    """16 bits a colour, RGB or RGBA: PIL does not write those."""
+    """Encode 16 bits per colour, RGB or RGBA, with OpenCV: PIL cannot write them."""
     pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR if pixels.shape[2] == 3 else cv2.COLOR_RGBA2BGRA)
     return cv2.imencode(suffix, pixels)[1].tobytes()
 
@@ -75,10 +75,10 @@ def palette() -> Image.Image:
 
 
 TRANSPARENT = int(np.array(palette())[5, 7])
-OF_PALETTE = np.array(palette().convert("RGB"))
+PALETTE_RGB = np.array(palette().convert("RGB"))
 FRAMES = {"save_all": True, "append_images": [OTHER], "duration": 100}
 
-# What is in a file, the pixels that come of it (grey for three equal colours), and by how much they may differ.
+# File content, expected pixels (2D for three equal colours), and their largest allowed difference.
 READABLE = {
     "one pixel": (encoded(RGB[:1, :1], "PNG"), RGB[:1, :1], 0),
     "one row": (encoded(RGB[:1], "PNG"), RGB[:1], 0),
@@ -90,34 +90,34 @@ READABLE = {
     "16-bit colour": (encoded_16(DEEP, ".png"), RGB, 0),
     "16-bit colour with alpha": (encoded_16(with_alpha(DEEP, ALPHA * 257.0), ".png"), RGB, 0),
     "16-bit grey, TIFF": (encoded(DEEP[:, :, 0], "TIFF"), GREY, 0),
-    # OpenCV's TIFF library divides by 257 rather than cutting off.
+    # OpenCV's TIFF library divides by 257 and does not cut off bits.
     "16-bit colour, TIFF": (encoded_16(DEEP, ".tiff"), RGB, 1),
     "16-bit colour with alpha, TIFF": (encoded_16(with_alpha(DEEP, ALPHA * 257.0), ".tiff"), RGB, 0),
     "CMYK, JPEG": (encoded(Image.fromarray(RGB).convert("CMYK"), "JPEG", quality=95), RGB, 4),
     "CMYK, TIFF": (encoded(Image.fromarray(RGB).convert("CMYK"), "TIFF"), RGB, 1),
     "RGBA, TIFF": (encoded(with_alpha(RGB), "TIFF"), RGB, 0),
     "RGBA, WebP": (encoded(with_alpha(RGB), "WEBP", lossless=True, exact=True), RGB, 0),
-    "colour with a transparent one": (encoded(RGB, "PNG", transparency=tuple(map(int, RGB[5, 7]))), RGB, 0),
-    "palette with transparency": (encoded(palette(), "PNG", transparency=TRANSPARENT), OF_PALETTE, 0),
-    "palette with transparency, GIF": (encoded(palette(), "GIF", transparency=TRANSPARENT), OF_PALETTE, 0),
-    "animated GIF": (encoded(palette(), "GIF", **FRAMES), OF_PALETTE, 0),
+    "colour with a transparent colour": (encoded(RGB, "PNG", transparency=tuple(map(int, RGB[5, 7]))), RGB, 0),
+    "palette with transparency": (encoded(palette(), "PNG", transparency=TRANSPARENT), PALETTE_RGB, 0),
+    "palette with transparency, GIF": (encoded(palette(), "GIF", transparency=TRANSPARENT), PALETTE_RGB, 0),
+    "animated GIF": (encoded(palette(), "GIF", **FRAMES), PALETTE_RGB, 0),
     "animated PNG": (encoded(RGB, "PNG", **FRAMES), RGB, 0),
-    "animated PNG with an image of its own": (encoded(RGB, "PNG", **FRAMES, default_image=True), RGB, 0),
+    "animated PNG with a separate default image": (encoded(RGB, "PNG", **FRAMES, default_image=True), RGB, 0),
     "animated WebP": (encoded(RGB, "WEBP", **FRAMES, lossless=True), RGB, 0),
     "TIFF of two pages": (encoded(RGB, "TIFF", save_all=True, append_images=[OTHER]), RGB, 0),
 }
 
 
 @pytest.mark.parametrize("name", READABLE)
-def test_images_of_all_kinds_become_eight_bits_of_three_colours(name, tmp_path):
+def test_images_of_all_kinds_become_8_bit_rgb(name, tmp_path):
     content, expected, tolerance = READABLE[name]
-    path = tmp_path / "image.jpg"  # the ending says nothing
+    path = tmp_path / "image.jpg"  # the suffix is ignored
     path.write_bytes(content)
     expected = np.stack([expected] * 3, axis=-1) if expected.ndim == 2 else expected
     decoded = decode_image(path)
     assert decoded.dtype == torch.uint8 and decoded.shape == (3, *expected.shape[:2])
     assert np.abs(decoded.permute(1, 2, 0).numpy().astype(int) - expected).max() <= tolerance
-    # The same image, as PIL opens it: CMYK and TIFF's colours are converted a little differently.
+    # PIL reads the same image, but converts CMYK and TIFF colours slightly differently.
     if not name.startswith("16-bit colour with alpha"):
         with Image.open(path) as image:
             assert (as_pixels(image).int() - decoded.int()).abs().max() <= max(tolerance, 1)
@@ -125,7 +125,7 @@ def test_images_of_all_kinds_become_eight_bits_of_three_colours(name, tmp_path):
 
 @pytest.mark.parametrize("kind, options", [("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {}), ("TIFF", {})])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_turns_no_pixel_but_a_tiffs_which_every_reader_turns(tmp_path, kind, options, orientation):
+def test_exif_orientation_is_applied_only_to_tiffs(tmp_path, kind, options, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / "turned"
@@ -136,22 +136,22 @@ def test_exif_turns_no_pixel_but_a_tiffs_which_every_reader_turns(tmp_path, kind
     decoded = decode_image(path).permute(1, 2, 0).numpy()
     assert decoded.shape == expected.shape
     assert np.abs(decoded.astype(int) - expected).max() <= (1 if kind == "JPEG" else 0)
-    # So of a TIFF, no check complains.
+    # Readers apply a TIFF's orientation, so the checks report it as 1.
     assert exif_orientation(path) == (1 if kind == "TIFF" else orientation)
     assert check_images.inspect_image(path).size == expected.shape[1::-1]
 
 
 TIFF_32 = [encoded((GREY / 255).astype(np.float32), "TIFF"), encoded(DEEP[:, :, 0].astype(np.int32) * 2**14, "TIFF")]
 UNREADABLE = {
-    "numbers of 32 bits, TIFF": (TIFF_32[0], "32 bits per channel"),
-    "integers of 32 bits, TIFF": (TIFF_32[1], "32 bits per channel"),
+    "32-bit floats, TIFF": (TIFF_32[0], "32 bits per channel"),
+    "32-bit integers, TIFF": (TIFF_32[1], "32 bits per channel"),
     "no bytes": (b"", "unknown format"),
     "text": (b"no image", "unknown format"),
 }
 
 
 @pytest.mark.parametrize("name", UNREADABLE)
-def test_what_cannot_be_read_is_named_with_its_reason(name, tmp_path):
+def test_unreadable_images_are_named_with_the_reason(name, tmp_path):
     content, reason = UNREADABLE[name]
     (tmp_path / "image.png").write_bytes(content)
     with pytest.raises(UserError, match=rf"image\.png: not an image that can be read whole \(.*{reason}"):
@@ -171,7 +171,7 @@ def test_what_cannot_be_read_is_named_with_its_reason(name, tmp_path):
     ],
     ids=str,
 )  # fmt: skip
-def test_what_is_cut_short_is_not_taken_for_an_image(tmp_path, kind, options, part):
+def test_truncated_images_are_refused(tmp_path, kind, options, part):
     pixels = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     content = encoded(pixels, kind, **options)
     path = tmp_path / "image"
@@ -183,7 +183,7 @@ def test_what_is_cut_short_is_not_taken_for_an_image(tmp_path, kind, options, pa
 
 
 def deep(bits: int) -> np.ndarray:
-    """A picture whose highest value needs so many bits, uint16 (height, width, 3)."""
+    """An image whose highest value has this many bits, uint16 (height, width, 3)."""
     return (RGB.astype(np.uint32) * (2**bits - 1) // RGB.max()).astype(np.uint16)
 
 
@@ -200,7 +200,7 @@ DEEP_KINDS = {
 
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
 @pytest.mark.parametrize("kind", DEEP_KINDS)
-def test_16_bits_count_as_those_that_the_image_uses(tmp_path, kind, bits):
+def test_16_bit_files_are_read_by_the_bits_in_use(tmp_path, kind, bits):
     pixels = deep(bits)
     if kind.startswith("grey"):
         pixels = np.repeat(pixels[:, :, :1], 3, axis=2)
@@ -215,14 +215,14 @@ def test_16_bits_count_as_those_that_the_image_uses(tmp_path, kind, bits):
             assert torch.equal(as_pixels(image), decode_image(path))
 
 
-def test_a_dark_image_keeps_the_depth_of_its_camera():
-    """1,500 of 4,095 has 11 bits, which no camera has."""
+def test_a_dark_16_bit_image_is_read_at_a_camera_depth():
+    """1,500 has 11 bits, but no camera has that depth: it counts as 12."""
     dark = np.full((2, 2), 1500, np.uint16)
     assert (images.eight_bits(dark, "dark") == 1500 >> 4).all()
     assert not images.eight_bits(np.zeros((2, 2), np.uint16), "black").any()
 
 
-def test_images_of_fewer_bits_are_said_once(tmp_path, caplog, monkeypatch):
+def test_fewer_used_bits_are_logged_once(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(images, "_depth_is_logged", bytearray(1))
     for name, bits in (("full", 16), ("a", 12), ("b", 10)):
         (tmp_path / name).write_bytes(encoded(deep(bits)[:, :, 0], "PNG"))
@@ -231,7 +231,7 @@ def test_images_of_fewer_bits_are_said_once(tmp_path, caplog, monkeypatch):
     assert record.getMessage().startswith(f"{tmp_path / 'a'}: a 16-bit image") and "12 bits" in record.getMessage()
 
 
-def test_a_host_programs_limit_of_pixels_is_left_alone(tmp_path, monkeypatch):
+def test_pillows_limit_of_pixels_is_neither_used_nor_changed(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     for kind in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP", "TGA"):
         path = tmp_path / f"image.{kind.lower()}"
@@ -241,7 +241,7 @@ def test_a_host_programs_limit_of_pixels_is_left_alone(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "GIF", "TGA"])
-def test_the_limit_of_pixels_is_one_for_all_readers(tmp_path, monkeypatch, kind):
+def test_all_readers_share_one_limit_of_pixels(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(images, "MAX_PIXELS", HEIGHT * WIDTH - 1)
     path = tmp_path / f"image.{kind.lower()}"
     path.write_bytes(encoded(palette() if kind == "GIF" else with_alpha(RGB), kind))
@@ -250,7 +250,7 @@ def test_the_limit_of_pixels_is_one_for_all_readers(tmp_path, monkeypatch, kind)
             read(path)
 
 
-def test_what_a_folder_is_searched_for_can_be_read(tmp_path):
+def test_every_image_suffix_of_the_search_can_be_read(tmp_path):
     suffixes = images.image_suffixes()
     assert {".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"} <= suffixes
     assert not suffixes & {".txt", ".pdf", ".eps", ".mpg", ".h5", ".heic"}
@@ -262,25 +262,25 @@ def test_what_a_folder_is_searched_for_can_be_read(tmp_path):
         mode = {"MSP": "1", "XBM": "1", "BLP": "P"}.get(registered[suffix], "RGB")
         Image.fromarray(RGB).convert(mode).save(path, registered[suffix])
         if suffix == ".icns":
-            assert decode_image(path).shape[0] == 3  # its sizes are fixed
+            assert decode_image(path).shape[0] == 3  # ICNS has fixed sizes
         else:
             assert decode_image(path).shape == (3, HEIGHT, WIDTH) and images.image_size(path) == (WIDTH, HEIGHT)
 
 
-def test_suffixes_follow_what_pillow_and_opencv_were_built_with(monkeypatch):
+def test_suffixes_depend_on_the_builds_of_pillow_and_opencv(monkeypatch):
     monkeypatch.setattr(images.features, "check", lambda name: False)
     assert ".j2k" not in images.image_suffixes()
     monkeypatch.setattr(Image, "EXTENSION", {s: f for s, f in Image.EXTENSION.items() if f != "WEBP"})
-    assert ".webp" in images.image_suffixes()  # OpenCV reads them
+    assert ".webp" in images.image_suffixes()  # OpenCV reads WebP
     monkeypatch.setattr(images.cv2, "haveImageWriter", lambda name: False)
     assert ".webp" not in images.image_suffixes()
-    monkeypatch.setitem(Image.OPEN, "HEIF", (None, None))  # as a plug-in does
+    monkeypatch.setitem(Image.OPEN, "HEIF", (None, None))  # as a Pillow plug-in does
     monkeypatch.setattr(Image, "ID", [*Image.ID, "HEIF"])
     monkeypatch.setitem(Image.EXTENSION, ".heic", "HEIF")
     assert ".heic" in images.image_suffixes()
 
 
-def test_a_format_without_a_reader_is_said_with_the_way_out(tmp_path):
+def test_a_format_without_a_reader_is_refused_with_advice(tmp_path):
     path = tmp_path / "photo.heic"
     path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
     with pytest.raises(UserError, match=r"photo\.heic: .*no reader for \.heic; save such images as JPEG or PNG"):
@@ -294,7 +294,7 @@ def names_in(folder: Path, paths: list[Path]) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in paths]
 
 
-def test_a_search_follows_links_once_and_passes_over_what_is_hidden(tmp_path):
+def test_a_search_follows_links_once_and_skips_hidden_files(tmp_path):
     root, pool = tmp_path / "root", tmp_path / "pool"
     names = ("c.jpg", "b.PNG", "sub/a.jpg", "sub/note.txt", ".d.jpg", ".git/e.jpg", "__MACOSX/f.jpg", "._c.jpg")
     for name in (*(root / name for name in names), pool / "g.jpg", pool / "deep" / "h.jpg"):
@@ -318,13 +318,13 @@ def test_a_search_follows_links_once_and_passes_over_what_is_hidden(tmp_path):
     assert names_in(root, images.search(root, {".jpg"}, (root / "sub").resolve()).files)[-1] == "link/deep/h.jpg"
 
 
-def test_a_hidden_folder_that_is_named_itself_is_searched(tmp_path):
+def test_a_hidden_folder_is_searched_if_it_is_the_argument(tmp_path):
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "a.jpg").touch()
     assert len(images.search(tmp_path / ".cache", {".jpg"}).files) == 1
 
 
-def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
+def test_unreadable_folders_are_named(tmp_path, monkeypatch):
     (tmp_path / "shut").mkdir()
     listdir = os.listdir
 
@@ -338,13 +338,13 @@ def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch):
 
 
 def write_data(root: Path, images: dict[str, bytes], boxes=((5, 5, 20, 10),), **changes) -> Path:
-    """A data set in COCO's layout with these files in both splits, and these boxes (x, y, width, height) in each.
+    """Write a data set in COCO's layout; both splits have the same images and boxes.
 
     Args:
-        root: where to.
+        root: folder to write to.
         images: file names and contents.
-        boxes: in pixels, all of one class.
-        changes: lists of the annotation files to replace.
+        boxes: (x, y, width, height) in pixels for every image, all of one class.
+        changes: lists that replace those of the annotation files.
     """
     entries = [{"id": i, "file_name": name} for i, name in enumerate(images, start=1)]
     objects = [
@@ -370,7 +370,7 @@ def dataset_of(root: Path, split: str = "train") -> CocoDetection:
     return CocoDetection(root / f"{split}2017", file_of(root, split), eval_transforms(40, 100))
 
 
-def test_a_folder_in_the_place_of_an_image_is_named(tmp_path, capsys):
+def test_a_folder_in_place_of_an_image_is_named(tmp_path, capsys):
     root = write_data(tmp_path / "data", {"a.png": encoded(RGB, "PNG"), "b.png": b""})
     for split in ("train", "val"):
         (root / f"{split}2017" / "b.png").unlink()
@@ -385,13 +385,13 @@ SMALL = {f"{h}x{w}.png": encoded(np.resize(RGB, (h, w, 3)), "PNG") for h, w in (
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_images_of_one_pixel_and_of_one_line_train(variant, tmp_path):
+def test_training_takes_images_of_one_pixel_or_one_line(variant, tmp_path):
     root = write_data(tmp_path / "data", SMALL, boxes=[(0, 0, 1, 1)])
     assert train(variant, root, tmp_path / "out", "--epochs", "1", "--batch_size", "2") == 0
     assert np.isfinite(read_log(tmp_path / "out")[0]["train_loss"])
 
 
-def test_a_strip_becomes_no_giant_on_its_way(monkeypatch):
+def test_resizing_a_strip_stays_within_the_maximum_size(monkeypatch):
     assert resized_shape(1, 12000, 800, 1333) == (1, 1333) and resized_shape(12000, 1, 800, 1333) == (1333, 1)
     pixels = []
     original = transforms.F.resize
@@ -406,14 +406,14 @@ def test_a_strip_becomes_no_giant_on_its_way(monkeypatch):
     for seed in range(8):
         with seeded(seed):
             train_transforms([480, 800], 1333)(image, {"boxes": boxes, "labels": torch.tensor([0])})
-    # More than one resize shows that some were cropped.
+    # More than one resize per image shows that some images were cropped.
     assert len(pixels) > 16 and max(pixels) <= 800 * 1333
 
 
 @pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")
 @pytest.mark.slow
-def test_an_image_of_13500_x_13500_pixels_is_read_and_made_smaller(tmp_path):
-    """More pixels than Pillow's own limit allows."""
+def test_an_image_of_13500_x_13500_pixels_is_read_and_resized(tmp_path):
+    """The image has more pixels than Pillow's limit."""
     large = Image.new("1", (13500, 13500))
     large.paste(1, (6750, 3375, 13500, 6750))
     root = write_data(tmp_path / "data", {"large.png": encoded(large, "PNG")}, boxes=[(6750, 3375, 6750, 3375)])
@@ -456,7 +456,7 @@ def test_boxes_of_negative_size_are_dropped_and_counted(tmp_path, caplog):
 
 @pytest.mark.parametrize("key", ["images", "categories"])
 @pytest.mark.parametrize("number", [True, 1.5, "one", 2**53, -(2**70)])
-def test_ids_are_integers_that_evaluation_can_hold(key, number, tmp_path):
+def test_ids_that_are_not_integers_below_2_53_are_refused(key, number, tmp_path):
     root = write_data(tmp_path / "data", IMAGE)
     content = json.loads(file_of(root, "train").read_text())
     content[key][0]["id"] = number
@@ -468,8 +468,8 @@ def test_ids_are_integers_that_evaluation_can_hold(key, number, tmp_path):
     assert any(f.severity == "error" and f"invalid ids in '{key}'" in f.text for f in findings)
 
 
-def figures(dataset: CocoDetection) -> list[float]:
-    """COCO's figures for detections in image 1 that are its annotated boxes, crowds included: AP to APL."""
+def coco_metrics(dataset: CocoDetection) -> list[float]:
+    """COCO metrics, AP to APL, if the detections of image 1 equal its annotated boxes, crowds included."""
     truth, evaluator = dataset.coco_api(), CocoBoxEvaluator(dataset.label_map)
     boxes = torch.tensor([annotation["bbox"] for annotation in truth.dataset["annotations"]])
     boxes[:, 2:] += boxes[:, :2]
@@ -480,7 +480,7 @@ def figures(dataset: CocoDetection) -> list[float]:
 
 @pytest.fixture(params=["pycocotools", "faster-coco-eval"])
 def package(request, monkeypatch):
-    """Either package computes the figures, where it is installed."""
+    """Compute the metrics with each evaluation package that is installed."""
     if request.param == "faster-coco-eval":
         pytest.importorskip("faster_coco_eval")
     else:
@@ -492,20 +492,20 @@ ODD = [None, "", "x", "no", -1, float("nan"), float("inf"), 10**400, [], [[1]], 
 
 
 @pytest.mark.parametrize("area", [*ODD, "-1", "nan"], ids=lambda v: repr(v)[:12])
-def test_an_area_that_is_none_is_that_of_the_box(area, tmp_path, package):
-    """Text or null, say, which ended a training in its first evaluation."""
+def test_an_invalid_area_is_replaced_by_the_boxs_area(area, tmp_path, package):
+    """An area such as text or null ended a training in its first evaluation."""
     annotations = [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 20, 10], "area": area}]
     root = write_data(tmp_path / "data", IMAGE, annotations=annotations)
     assert load_annotations(file_of(root, "val"))["annotations"][0]["area"] == 200
-    # It is small, and there are none of other sizes.
-    assert figures(dataset_of(root, "val")) == pytest.approx([1, 1, 1, 1, -1, -1])
+    # The box is small; there are none of other sizes.
+    assert coco_metrics(dataset_of(root, "val")) == pytest.approx([1, 1, 1, 1, -1, -1])
     findings = rules.check_quickly([Split("val", root / "val2017", file_of(root, "val"))], 100)
     (finding,) = [f for f in findings if "areas that are not numbers" in f.text]
     assert finding.severity == "warning" and finding.examples[0].startswith("annotation 1: ")
 
 
 @pytest.mark.parametrize("crowd", [*ODD, "0", False, "1", True, 1], ids=lambda v: repr(v)[:12])
-def test_a_crowd_is_what_is_marked_as_one(crowd, tmp_path, package):
+def test_only_a_valid_iscrowd_marks_a_crowd(crowd, tmp_path, package):
     boxes = ([0, 0, 20, 10], [30, 30, 20, 10])
     annotations = [{"id": n, "image_id": 1, "category_id": 1, "bbox": box} for n, box in enumerate(boxes)]
     annotations[0]["iscrowd"] = crowd
@@ -513,14 +513,14 @@ def test_a_crowd_is_what_is_marked_as_one(crowd, tmp_path, package):
     dataset = dataset_of(root, "val")
     is_crowd = crowd in (1, "1")
     assert dataset.num_objects == (1 if is_crowd else 2)
-    assert figures(dataset)[0] == pytest.approx(1)
+    assert coco_metrics(dataset)[0] == pytest.approx(1)
     split = Split("val", root / "val2017", file_of(root, "val"))
     assert split.crowd.tolist() == [is_crowd, False]
     odd = [f for f in rules.check_quickly([split], 100) if "iscrowd" in f.text]
     assert len(odd) == (crowd not in (0, 1, "0", "1", None))
 
 
-def test_without_boxes_there_is_no_training(shapes, tmp_path, capsys):
+def test_training_without_boxes_is_refused(shapes, tmp_path, capsys):
     root = shutil.copytree(shapes, tmp_path / "data")
     content = json.loads(file_of(root, "train").read_text())
     file_of(root, "train").write_text(json.dumps({**content, "annotations": []}))
@@ -529,7 +529,7 @@ def test_without_boxes_there_is_no_training(shapes, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_of_a_thousand_objects_as_many_are_matched_as_there_are_queries(variant, tmp_path, capsys):
+def test_more_objects_than_queries_train_and_are_reported(variant, tmp_path, capsys):
     boxes = np.random.default_rng(0).uniform(1, 35, (1000, 4)).tolist()
     root = write_data(tmp_path / "data", {"many.png": IMAGE["a.png"]}, boxes=boxes)
     argv = ("--epochs", "2", "--batch_size", "1", "--no_augmentation")
@@ -541,12 +541,12 @@ def test_of_a_thousand_objects_as_many_are_matched_as_there_are_queries(variant,
     assert len(rows) == 2 and all(np.isfinite(row[key]) for row in rows for key in ("train_loss", "test_loss"))
 
 
-# A composed and a decomposed accent, two scripts without spaces, and characters beyond 16 bits.
+# Composed and decomposed accents, two scripts without spaces, and characters beyond 16 bits.
 FOLDER = "数据 e\u0301té 🦋"
 NAMES = ("café 1 🙂.jpg", "cafe\u0301 1 🙂.jpg", "細胞 и клетки/图 #2 %20 'x'.jpg", "a b  c .jpg")
 
 
-def test_names_in_any_script_go_from_data_to_figures(tmp_path, capsys):
+def test_names_in_any_script_work_from_checks_to_predictions(tmp_path, capsys):
     root = make_shapes(tmp_path / FOLDER / "data", train=4, val=4, size=(64, 80), seed=3)
     for split in ("train", "val"):
         content = json.loads(file_of(root, split).read_text())
@@ -557,7 +557,7 @@ def test_names_in_any_script_go_from_data_to_figures(tmp_path, capsys):
             image["file_name"] = name
         for category in content["categories"]:
             category["name"] += " é 形 🔷"
-        # In the file itself, or escaped.
+        # Unescaped in one split, escaped in the other.
         file_of(root, split).write_text(json.dumps(content, ensure_ascii=split == "val"), encoding="utf-8")
     if len(list((root / "val2017").iterdir())) < len(NAMES):
         pytest.skip("this file system takes two of the names for one")
@@ -573,20 +573,20 @@ def test_names_in_any_script_go_from_data_to_figures(tmp_path, capsys):
     argv = ["--checkpoint", output / "checkpoint.pth", root / "val2017", "--output_dir", again, "--device", "cpu"]
     assert predict.main([*map(str, argv), "--threshold", "0"]) == 0
     assert all((again / name).is_file() for name in NAMES)
-    found = {entry["file_name"] for entry in json.loads((again / "predictions.json").read_text())}
-    assert found == {(root / "val2017" / name).as_posix() for name in NAMES}
+    predicted = {entry["file_name"] for entry in json.loads((again / "predictions.json").read_text())}
+    assert predicted == {(root / "val2017" / name).as_posix() for name in NAMES}
 
 
 @pytest.mark.parametrize("encoding, name", [("utf-8", "half \ud83d"), ("latin-1", "細胞")])
-def test_names_that_the_terminal_cannot_show_are_written_as_numbers(tmp_path, monkeypatch, encoding, name):
+def test_names_that_the_terminal_cannot_show_are_escaped(tmp_path, monkeypatch, encoding, name):
     root = write_data(tmp_path / "data", IMAGE, categories=[{"id": 1, "name": name}])
     stream = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(stream, encoding=encoding))
     assert checks_command.main([str(root), "--quick"]) == 0
     setup_logging()
     logging.getLogger("enact").info("classes: %s", name)
-    written = name.encode("ascii", "backslashreplace")
-    assert written in stream.getvalue() and b"classes: " + written in stream.getvalue()
+    escaped = name.encode("ascii", "backslashreplace")
+    assert escaped in stream.getvalue() and b"classes: " + escaped in stream.getvalue()
 
 
 # Paths that lead out of the folder -----------------------------------------------------------------------------------
@@ -594,7 +594,7 @@ def test_names_that_the_terminal_cannot_show_are_written_as_numbers(tmp_path, mo
 
 @pytest.fixture
 def secret(tmp_path) -> Path:
-    """An image beside the data, which no annotation file may name."""
+    """An image next to the data folder, which annotation files must not reach."""
     path = tmp_path / "secret.png"
     path.write_bytes(encoded(255 - RGB, "PNG"))
     return path
@@ -604,20 +604,20 @@ OUTSIDE = {
     "up": "../secret.png",
     "up two": "../../secret.png",
     "up behind a folder": "sub/../../../secret.png",
-    "up alone": "..",
-    "beside the folder": "../{folder.name}b/a.png",
+    "up only": "..",
+    "next to the folder": "../{folder.name}b/a.png",
     "absolute": "{secret}",
     "nothing": "",
     "the folder": ".",
     "the folder by its path": "{folder}",
     "a null character": "a\0.png",
-    "a null character behind": "../secret.png\0.png",
+    "a null character after a path": "../secret.png\0.png",
 }
 
 
 @pytest.fixture(params=OUTSIDE.values(), ids=OUTSIDE)
 def outside(request, tmp_path, secret) -> Path:
-    """A data set whose second image has a name that is none in its folder."""
+    """A data set in which the second image's name leads out of its folder or is no file name."""
     root = write_data(tmp_path / "data", {"a.png": IMAGE["a.png"], "sub/b.png": IMAGE["a.png"]})
     for split in ("train", "val"):
         content = json.loads(file_of(root, split).read_text())
@@ -626,7 +626,7 @@ def outside(request, tmp_path, secret) -> Path:
     return root
 
 
-def test_names_outside_the_folder_are_refused_before_anything_is_looked_for(outside, tmp_path, monkeypatch, capsys):
+def test_training_refuses_names_outside_the_folder_before_searching_files(outside, tmp_path, monkeypatch, capsys):
     name = json.loads(file_of(outside, "train").read_text())["images"][1]["file_name"]
     monkeypatch.setattr(coco, "missing_files", lambda paths: pytest.fail("looked for files"))
     assert train("detr", outside, tmp_path / "out") == 2
@@ -636,7 +636,7 @@ def test_names_outside_the_folder_are_refused_before_anything_is_looked_for(outs
         read_scenes(outside / "val2017", file_of(outside, "val"), 1)
 
 
-def test_names_outside_the_folder_are_an_error_of_the_data_and_not_opened(outside, monkeypatch, capsys):
+def test_checks_report_names_outside_the_folder_without_opening_them(outside, monkeypatch, capsys):
     opened, original = [], check_images.read_file
     monkeypatch.setattr(check_images, "read_file", lambda path: opened.append(path) or original(path))
     for flags in ([], ["--quick"]):
@@ -652,11 +652,11 @@ def test_names_outside_the_folder_are_an_error_of_the_data_and_not_opened(outsid
         rules.quick_checks(paths, 100)
 
 
-def test_names_below_the_folder_may_take_any_way_there(tmp_path, secret):
+def test_any_path_to_a_file_inside_the_folder_is_allowed(tmp_path, secret):
     root = write_data(tmp_path / "data", {"a.png": IMAGE["a.png"], "sub/b.png": IMAGE["a.png"], "..c.png": b""})
     folder = root / "train2017"
     (folder / "..c.png").unlink()
-    # A link is the user's own.
+    # A link is the user's choice, so it is followed.
     (folder / "..c.png").symlink_to(secret)
     names = ["./sub/../a.png", str(folder / "sub" / "b.png"), "..c.png"]
     images = [{"id": i, "file_name": name} for i, name in enumerate(names, start=1)]
@@ -669,7 +669,7 @@ def test_names_below_the_folder_may_take_any_way_there(tmp_path, secret):
     assert not any(finding.severity == "error" for finding in findings)
 
 
-def test_relative_folders_are_those_of_the_working_directory(tmp_path, monkeypatch):
+def test_relative_folders_start_at_the_working_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in (Path("data"), Path("."), Path("../x")):
         assert lies_in(folder, "a.png") and lies_in(folder, os.path.abspath(folder / "a.png"))
@@ -678,7 +678,7 @@ def test_relative_folders_are_those_of_the_working_directory(tmp_path, monkeypat
 
 
 def voc_of(root: Path, filename: str, image: str | None) -> Path:
-    """Two images with XML files in VOC's way, and a third XML file of another name that mentions a file."""
+    """Write two images with VOC's XML files, and a third XML file that mentions `filename`."""
     sides = "".join(f"<{side}>{value}</{side}>" for side, value in {"xmin": 2, "ymin": 2, "xmax": 9, "ymax": 9}.items())
     thing = f"<object><name>cell</name><bndbox>{sides}</bndbox></object>"
     root.mkdir()
@@ -692,9 +692,9 @@ def voc_of(root: Path, filename: str, image: str | None) -> Path:
 
 
 @pytest.mark.parametrize("filename", ["../secret.png", "{secret}", "..\\secret.png", "sub/../../secret.png", "..", ""])
-def test_an_xml_files_image_is_one_of_its_folder_whatever_it_mentions(filename, tmp_path, secret, capsys):
+def test_an_xml_file_only_gets_an_image_of_its_folder(filename, tmp_path, secret, capsys):
     filename = filename.format(secret=secret)
-    # A folder in the name, which may be another machine's, is left out. A file of that name may be in the data.
+    # Folders in the name may be another machine's, so they are dropped; the data may have a file with that name.
     for there, count in ((None, 2), ("secret.png", 3)):
         root = voc_of(tmp_path / f"voc{count}", filename, there)
         out = tmp_path / f"out{count}"
@@ -706,13 +706,13 @@ def test_an_xml_files_image_is_one_of_its_folder_whatever_it_mentions(filename, 
         assert not any(os.path.samefile(image, secret) for image in images)
 
 
-def test_null_characters_are_no_xml(tmp_path):
+def test_xml_with_null_characters_mentions_no_image(tmp_path):
     root = voc_of(tmp_path / "voc", "a\0.png", None)
     assert mentioned_image(root / "c.xml") == ""
 
 
 def yolo_of(root: Path, listed: list[str]) -> Path:
-    """Two images and their labels, and a list that names these files to train on."""
+    """Write two images with labels, and a list of training images with these lines."""
     for kind in ("images", "labels"):
         (root / kind).mkdir(parents=True)
     for i, stem in enumerate("ab"):
@@ -724,18 +724,18 @@ def yolo_of(root: Path, listed: list[str]) -> Path:
 
 
 def test_lists_of_images_may_name_other_folders(tmp_path, secret):
-    """As YOLO's lists do by design, for data sets that lie apart."""
+    """YOLO's lists may do so by design, for data sets in several places."""
     secret.with_suffix(".txt").write_text("0 0.5 0.5 0.5 0.5\n")
     root = yolo_of(tmp_path / "yolo", ["images/a.png", "../secret.png", str(tmp_path / "yolo" / "images" / "b.png")])
     assert convert_command.main(["yolo", str(root), "--output_dir", str(tmp_path / "out")]) == 0
-    # In what was made, no name leads out of its folder.
+    # In the converted data, no name leads out of its folder.
     for split in ("train", "val"):
         data = load_annotations(file_of(tmp_path / "out", split))
         assert all(lies_in(tmp_path / "out" / f"{split}2017", image["file_name"]) for image in data["images"])
     assert len(dataset_of(tmp_path / "out")) == 3
 
 
-def test_null_characters_in_lists_name_no_image(tmp_path, capsys):
+def test_list_lines_with_null_characters_are_dropped(tmp_path, capsys):
     root = yolo_of(tmp_path / "yolo", ["images/a.png", "images/b\0.png"])
     assert convert_command.main(["yolo", str(root), "--output_dir", str(tmp_path / "out")]) == 1
     assert "images that cannot be read: left out" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The benchmarks, on next to nothing: what they measure, what they write, and what goes wrong. Never how fast."""
+"""The benchmarks on tiny inputs: measured quantities, written files and error handling, but never speed."""
 
 import builtins
 import csv
@@ -47,20 +47,20 @@ COMMANDS = {"table": table, "parts": parts, "scaling": scaling, "pipeline": pipe
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """Measure in this process: a new one takes seconds to import PyTorch."""
+    """Measure in this process, because a new one takes seconds to import PyTorch."""
     for module in (parts, pipeline, masks):
         monkeypatch.setattr(module, "run_isolated", lambda function, *args, limit=False: attempt(function, *args))
-    answer(monkeypatch, attempt, table, scaling)
+    replace_workers(monkeypatch, attempt, table, scaling)
 
 
 @pytest.fixture
 def in_forks(monkeypatch):
-    """Measure in processes forked from one that has PyTorch imported; the others of this file's are new ones."""
+    """Measure in processes forked from one that has imported PyTorch, instead of new interpreters."""
     monkeypatch.setattr(isolated.multiprocessing, "get_context", lambda method: FORKS)
 
 
-def answer(monkeypatch, call, *modules) -> None:
-    """Let a function take the place of the modules' workers."""
+def replace_workers(monkeypatch, call, *modules) -> None:
+    """Replace the modules' workers by a function."""
 
     class Answering(Worker):
         def call(self, function, *args):
@@ -71,7 +71,7 @@ def answer(monkeypatch, call, *modules) -> None:
 
 
 def run_benchmark(command: str, folder, *argv: str) -> tuple[int, dict]:
-    """The exit status and the JSON of a benchmark."""
+    """Run a benchmark; (exit status, parsed JSON)."""
     status = main([command, "--output_dir", str(folder), *argv])
     return status, json.loads((folder / f"{command}.json").read_text())
 
@@ -86,10 +86,10 @@ def assert_is_chart(path) -> None:
         assert min(image.size) > 300 and len(image.convert("RGB").getcolors(2**24)) > 50
 
 
-# Processes of their own
+# Isolated processes
 
 
-def test_an_error_is_told_from_a_lack_of_memory():
+def test_errors_and_out_of_memory_are_distinguished():
     assert attempt(max, 1, 2) == Outcome(DONE, 2, numerics=numerics())
     failed = attempt(int, "x")
     assert failed.status == FAILED and failed.message.startswith("ValueError") and "Traceback" in failed.details
@@ -102,7 +102,7 @@ def test_an_error_is_told_from_a_lack_of_memory():
     assert attempt(complain) == Outcome(FAILED, message="--flag: wrong")
 
 
-def test_errors_that_say_so_in_words_are_a_lack_of_memory():
+def test_out_of_memory_is_recognised_by_the_message():
     def fail(error):
         raise error
 
@@ -121,7 +121,7 @@ def test_a_killed_process_is_reported():
     assert died(3, limit=True) == Outcome(FAILED, message="ended with status 3")
 
 
-def test_a_worker_is_one_process_until_a_call_fails(in_forks):
+def test_a_worker_restarts_only_after_a_failed_call(in_forks):
     with Worker() as worker:
         first, second = (worker.call(os.getpid).value for _ in range(2))
         assert first == second != os.getpid()
@@ -134,7 +134,7 @@ def test_a_worker_is_one_process_until_a_call_fails(in_forks):
         os.kill(third, 0)
 
 
-def test_what_ran_is_said_beside_figures_of_a_gpu():
+def test_results_of_a_gpu_state_the_numerics():
     figures = {"machine": "M", "date": "2026-11-28T01:00", "command": "c", "device": "cuda", "rows": [{}]}
     assert "convolved" not in heading(figures)
     figures["rows"].append({"numerics": numerics()})
@@ -144,18 +144,18 @@ def test_what_ran_is_said_beside_figures_of_a_gpu():
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/meminfo"), reason="the limit is Linux's")
-def test_a_limited_process_cannot_have_all_memory(in_forks):
+def test_a_limited_process_cannot_allocate_all_memory(in_forks):
     assert run_isolated(bytearray, physical_memory(), limit=True).status == OUT_OF_MEMORY
 
 
-def test_turns_and_their_spread():
+def test_take_turns_and_spread():
     calls = []
     seconds = take_turns({name: lambda name=name: calls.append(name) for name in "ab"}, repeat=2, warmup=2)
     assert calls == ["a", "b"] * 4 and [len(runs) for runs in seconds.values()] == [2, 2]
     assert spread([3.0, 1.0, 2.0, 10.0]) == {"median": 2.5, "least": 1.0, "most": 10.0}
 
 
-def test_memory_counts_what_is_allocated_in_between():
+def test_memory_meter_counts_allocations_since_its_start():
     meter = MemoryMeter(torch.device("cpu"))
     block = torch.ones(2**24)  # 64 MiB
     memory = meter.read()
@@ -163,10 +163,10 @@ def test_memory_counts_what_is_allocated_in_between():
     assert memory["reserved"] is None
 
 
-# Attention as the originals have it
+# Eager attention, as in the originals
 
 
-def test_eager_attention_is_put_back():
+def test_eager_attention_is_restored():
     module = load_variant("anchor").models.row_column_decoupled_attention
     before = {name: getattr(module, name) for name in NAIVE_PRODUCTS}
 
@@ -198,7 +198,7 @@ def test_eager_attention_gives_the_same_outputs(variant):
 # Detectors and their batches
 
 
-def test_noise_is_what_a_loader_gives():
+def test_noise_batches_look_like_a_loaders():
     args = parse("detr", *SMALL_MODEL["detr"], "--batch_size", "2")
     samples, targets = detectors.noise_batch(args, (40, 64))
     assert samples.tensors.shape == (2, 3, 40, 64) and not samples.mask.any()
@@ -213,7 +213,7 @@ def test_noise_is_what_a_loader_gives():
 
 def test_real_images_are_padded_to_the_size(shapes):
     args = parse("detr", *SMALL_MODEL["detr"], "--coco_path", str(shapes))
-    samples, targets = detectors.coco_batch(args, (96, 96))  # of 64 x 80 pixels each
+    samples, targets = detectors.coco_batch(args, (96, 96))  # of images of 64 x 80 pixels
     assert samples.tensors.shape == (4, 3, 96, 96) and args.num_classes == 6
     padded = torch.zeros(4, 96, 96, dtype=torch.bool)
     padded[:, round(64 * 96 / 80) :] = True
@@ -223,7 +223,7 @@ def test_real_images_are_padded_to_the_size(shapes):
         detectors.coco_batch(parse("detr", "--coco_path", str(shapes), "--batch_size", "7"), (96, 96))
 
 
-def test_a_random_backbone_gets_statistics():
+def test_a_random_backbone_gets_batch_norm_statistics():
     flags = "--device cpu --backbone resnet18 --backbone_weights none".split()
     args = parse("detr", *flags, "--batch_size", "2")
     samples, _ = detectors.noise_batch(args, (64, 96))
@@ -239,7 +239,7 @@ def test_a_random_backbone_gets_statistics():
         model(nested_tensor_from_tensor_list(samples.tensors[:1]))
     expected = torch.tensor([1.0, 0.0]).expand(len(moments), 2)
     torch.testing.assert_close(torch.stack(moments), expected, rtol=0, atol=0.05)
-    # Only within the context are they measured.
+    # The context restores the function.
     assert backbone.convolve_and_norm is not measured
 
 
@@ -255,11 +255,11 @@ def test_tokens_clusters_and_operations_are_counted(variant):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.backbone(model.normalize(samples))
     assert counts["flops"] > counter.get_total_flops() / 2
-    # Nothing is left on the model.
+    # The hooks are removed.
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_operations_of_an_encoder_layer_are_those_on_paper():
+def test_flops_of_an_encoder_layer_match_the_formula():
     flags = [*SMALL_MODEL["detr"], "--encoder_attention", "mhsa", "--batch_size", "2"]
     samples, _ = detectors.noise_batch(parse("detr", *flags), (128, 160))
     counts = []
@@ -271,22 +271,22 @@ def test_operations_of_an_encoder_layer_are_those_on_paper():
     assert counts[1] - counts[0] == 2 * (projections + attention + feed_forward)
 
 
-def test_clusters_are_those_of_the_attention():
+def test_counted_clusters_match_the_attention():
     layer = EnactSelfAttention(8, 2, sigma=1.0)
     tokens = torch.randn(50, 2, 8)
-    seen = []
-    layer.W_v.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[1]))
+    cluster_counts = []
+    layer.W_v.register_forward_hook(lambda module, inputs, output: cluster_counts.append(inputs[0].shape[1]))
     with detectors.counted_clusters(nn.Sequential(layer)) as counts:
         layer(tokens, tokens, tokens)
         layer(tokens[:20], tokens[:20], tokens[:20])
-    assert counts == seen and counts[0] > counts[1]
+    assert counts == cluster_counts and counts[0] > counts[1]
 
 
 # table
 
 
 def check_table(figures: dict, folder) -> None:
-    """The files of a table agree with one another, and its ratios with its figures."""
+    """Check that the table's files agree, and that its ratios follow from its numbers."""
     rows = {row["row"]: row for row in figures["rows"]}
     for row in rows.values():
         for phase in table.PHASES:
@@ -328,7 +328,7 @@ def test_the_table_compares_three_rows(variant, in_process, tmp_path, capsys):
     assert sum(line.startswith(f"| {detectors.NAMES[variant]}-C5, R18 |") for line in text.splitlines()) == 3
     assert shown.err.count("s an image, peak") == 6
     assert figures["command"].endswith(" ".join(flags[-8:])) and figures["versions"]["torch"] == torch.__version__
-    # The efficient row and the eager one are one model; attention is counted unfused.
+    # The efficient and the eager row share one model; FLOPs are counted with unfused attention.
     eager, efficient, enact = figures["rows"]
     assert eager["parameters"] == efficient["parameters"] and enact["tokens"] == eager["tokens"] == 96
     if variant == "detr":
@@ -336,7 +336,7 @@ def test_the_table_compares_three_rows(variant, in_process, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_step_is_taken_apart(variant, in_process, tmp_path, capsys):
+def test_parts_of_a_step_are_timed(variant, in_process, tmp_path, capsys):
     flags = ["--variants", variant, *QUICK, "--", *SMALL_MODEL[variant]]
     status, figures = run_benchmark("parts", tmp_path, *flags)
     assert status == 0, capsys.readouterr().err
@@ -350,7 +350,7 @@ def test_a_step_is_taken_apart(variant, in_process, tmp_path, capsys):
     assert_is_chart(tmp_path / "parts.png")
 
 
-def test_recorded_calls_run_again_by_themselves():
+def test_recorded_calls_can_be_replayed():
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
     x = torch.randn(2, 3, requires_grad=True)
     with parts.recorded_calls([model[0]], "forward") as calls:
@@ -359,21 +359,21 @@ def test_recorded_calls_run_again_by_themselves():
     (call,) = calls
     again = call.function(*parts.detached(call.args))
     assert torch.equal(torch.relu(again), result)
-    # Its graph ends at what the call was given.
+    # The replayed graph ends at the call's arguments.
     again.sum().backward()
     assert x.grad is None and model[0].weight.grad is not None
 
 
-def test_values_are_detached_however_deep():
+def test_nested_values_are_detached():
     tensor = torch.ones(2, requires_grad=True) * 2
     constant, samples = torch.zeros(2), nested_tensor_from_tensor_list([torch.ones(3, 4, 4)])
     value = {"a": [tensor, (constant, 1)], "b": samples}
-    found = parts.detached(value)
-    assert parts.differentiable(value) == [tensor] and len(parts.differentiable(found)) == 1
-    assert found["a"][0].is_leaf and found["a"][1][1] == 1 and torch.equal(found["b"].tensors, samples.tensors)
+    detached = parts.detached(value)
+    assert parts.differentiable(value) == [tensor] and len(parts.differentiable(detached)) == 1
+    assert detached["a"][0].is_leaf and detached["a"][1][1] == 1 and torch.equal(detached["b"].tensors, samples.tensors)
 
 
-def test_the_table_in_processes_of_its_own_on_real_images(in_forks, shapes, tmp_path, capsys):
+def test_the_table_in_isolated_processes_on_coco_images(in_forks, shapes, tmp_path, capsys):
     flags = ["--variants", "conditional", "--rows", "enact", "--coco_path", str(shapes), *QUICK]
     status, figures = run_benchmark("table", tmp_path, *flags, "--", *SMALL_MODEL["conditional"])
     assert status == 0, capsys.readouterr().err
@@ -382,7 +382,7 @@ def test_the_table_in_processes_of_its_own_on_real_images(in_forks, shapes, tmp_
     assert figures["ratios"] == [] and f"validation images of {shapes}, padded" in (tmp_path / "table.md").read_text()
 
 
-def test_rows_that_do_not_fit_or_fail_let_the_others_go_on(monkeypatch, tmp_path, capsys):
+def test_rows_that_run_out_of_memory_or_fail_do_not_stop_the_others(monkeypatch, tmp_path, capsys):
     def run(function, what, phase):
         if what.row == "eager":
             return Outcome(OUT_OF_MEMORY, message="killed by signal 9, probably out of memory")
@@ -391,7 +391,7 @@ def test_rows_that_do_not_fit_or_fail_let_the_others_go_on(monkeypatch, tmp_path
         counted = {"parameters": 10, "tokens": 6, "clusters": [2, 4], "flops": 1e9} if phase == "inference" else {}
         return Outcome(DONE, {"seconds": [1.0, 2.0], "memory": {"peak": 2**30, "rise": 5, "reserved": None}, **counted})
 
-    answer(monkeypatch, run, table)
+    replace_workers(monkeypatch, run, table)
     status, figures = run_benchmark("table", tmp_path, "--variants", "detr", *QUICK, "--", *SMALL_MODEL["detr"])
     assert status == 1
     over_eager, over_efficient = figures["ratios"]
@@ -406,12 +406,12 @@ def test_rows_that_do_not_fit_or_fail_let_the_others_go_on(monkeypatch, tmp_path
     assert "Traceback ..." in errors
     assert_is_chart(tmp_path / "table.png")
 
-    # Too large is no failure.
+    # Running out of memory is not a failure.
     argv = ["--variants", "detr", "--rows", "eager", *QUICK, "--", *SMALL_MODEL["detr"]]
     assert run_benchmark("table", tmp_path, *argv)[0] == 0
 
 
-def test_inference_is_measured_where_memory_does_not_suffice_to_count(in_process, monkeypatch, tmp_path):
+def test_inference_is_measured_even_if_counting_runs_out_of_memory(in_process, monkeypatch, tmp_path):
     def exhaust(*args):
         raise MemoryError
 
@@ -458,7 +458,7 @@ def test_scaling_compares_all_layers(in_process, tmp_path, capsys):
     assert_is_chart(tmp_path / "scaling.png")
 
 
-def test_a_layer_that_does_not_fit_is_left_out_of_larger_maps(monkeypatch, tmp_path):
+def test_a_layer_that_runs_out_of_memory_is_skipped_on_larger_maps(monkeypatch, tmp_path):
     def run(function, *args):
         if function is scaling.measure_memory:
             name, (height, width), _ = args
@@ -467,12 +467,12 @@ def test_a_layer_that_does_not_fit_is_left_out_of_larger_maps(monkeypatch, tmp_p
             return Outcome(DONE, {"memory": 100, "clusters": None})
         return Outcome(DONE, {name: [1.0] for name in args[0]})
 
-    answer(monkeypatch, run, scaling)
+    replace_workers(monkeypatch, run, scaling)
     argv = "--tokens 48 108 300 --layers mha_eager mha --device cpu".split()
     status, figures = run_benchmark("scaling", tmp_path, *argv)
     assert status == 0
-    found = [(row["tokens"], row["layer"], row["status"]) for row in figures["rows"]]
-    assert found == [
+    statuses = [(row["tokens"], row["layer"], row["status"]) for row in figures["rows"]]
+    assert statuses == [
         (48, "mha_eager", DONE), (48, "mha", DONE), (108, "mha_eager", OUT_OF_MEMORY), (108, "mha", DONE),
         (300, "mha", DONE),
     ]  # fmt: skip
@@ -483,7 +483,7 @@ def test_a_layer_that_fails_is_shown(monkeypatch, tmp_path, capsys):
     def run(function, *args):
         return Outcome(FAILED, message="ValueError: odd", details="Traceback ...\n")
 
-    answer(monkeypatch, run, scaling)
+    replace_workers(monkeypatch, run, scaling)
     status, figures = run_benchmark("scaling", tmp_path, "--tokens", "48", "--layers", "mha", "--device", "cpu")
     assert status == 1 and "Traceback ..." in capsys.readouterr().err
     assert figures["rows"][0]["seconds"] is None and figures["fits"]["mha"] == {"time": None, "memory": None}
@@ -492,13 +492,13 @@ def test_a_layer_that_fails_is_shown(monkeypatch, tmp_path, capsys):
 def test_exponents_of_power_laws():
     tokens = [300, 1000, 2000, 4000, 17000]
     for exponent in (0.5, 1.0, 2.0):
-        values = [1e9] + [3 * n**exponent for n in tokens[1:]]  # the first is too small a map to count
+        values = [1e9] + [3 * n**exponent for n in tokens[1:]]  # the first map is too small to count
         assert scaling.fit_exponent(tokens, values) == pytest.approx(exponent)
     assert scaling.fit_exponent(tokens, [None, 5.0, None, 20.0, 0]) == pytest.approx(1.0)
     assert scaling.fit_exponent([300, 900, 1000], [1.0, 2.0, 3.0]) is None
 
 
-def test_maps_are_of_about_three_to_four():
+def test_map_shapes_are_about_3_to_4():
     shapes = {n: scaling.map_shape(n) for n in (1, 300, 600, 1050, 2100, 4200, 8400, 17000)}
     assert all(height * width == n for n, (height, width) in shapes.items())
     assert shapes[300] == (15, 20) and shapes[4200] == (56, 75)
@@ -543,7 +543,7 @@ def test_the_pipeline_with_workers_and_caches(in_process, shapes, tmp_path, caps
     assert_is_chart(tmp_path / "pipeline.png")
 
 
-def test_the_loader_alone_on_drawn_images(in_process, tmp_path):
+def test_the_loader_without_training_on_drawn_images(in_process, tmp_path):
     argv = "--variant anchor --workers 0 --cache_mode off --images 2 --steps 0 --repeat 1 --batch 1 --device cpu"
     status, figures = run_benchmark("pipeline", tmp_path, *argv.split(), "--", *SMALL_MODEL["anchor"])
     (row,) = figures["rows"]
@@ -552,7 +552,7 @@ def test_the_loader_alone_on_drawn_images(in_process, tmp_path):
     assert_is_chart(tmp_path / "pipeline.png")
 
 
-def test_a_batch_without_images_is_refused(in_process, shapes, tmp_path, capsys):
+def test_fewer_images_than_a_batch_are_refused(in_process, shapes, tmp_path, capsys):
     argv = ["--workers", "0", "--cache_mode", "off", "--images", "2", "--coco_path", str(shapes), "--device", "cpu"]
     status, figures = run_benchmark("pipeline", tmp_path, *argv, "--", *SMALL_MODEL["detr"])
     assert status == 1 and figures["rows"][0]["status"] == FAILED
@@ -562,7 +562,7 @@ def test_a_batch_without_images_is_refused(in_process, shapes, tmp_path, capsys)
 # masks
 
 
-def test_masks_are_compared_with_the_straightforward_way(in_process, tmp_path, capsys):
+def test_masks_are_compared_with_predicting_all_masks_at_once(in_process, tmp_path, capsys):
     flags = [*QUICK, "--objects", "3", "--", *SMALL_MODEL["detr"], *ALL_STAGES]
     status, figures = run_benchmark("masks", tmp_path, *flags)
     assert status == 0, capsys.readouterr().err
@@ -579,7 +579,7 @@ def test_masks_are_compared_with_the_straightforward_way(in_process, tmp_path, c
     assert mask_head.HEAD_CHUNK == 16
 
 
-def test_the_straightforward_way_has_the_same_losses_of_masks_of_boxes():
+def test_predicting_all_masks_at_once_gives_the_same_losses():
     args = parse("detr", *SMALL_MODEL["detr"], *ALL_STAGES, "--masks", "--dropout", "0", "--batch_size", "2")
     samples, targets = masks.masks_batch(args, (64, 96), 3)
     for target in targets:
@@ -642,7 +642,7 @@ def test_unknown_arguments_are_refused(argv, message, capsys):
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_documented_commands_are_commands():
+def test_documented_commands_parse():
     root = Path(__file__).resolve().parents[1]
     commands = []
     for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
@@ -652,7 +652,7 @@ def test_documented_commands_are_commands():
         build_parser().parse_args(shlex.split(command, comments=True))
 
 
-def test_an_output_folder_that_cannot_be_made_is_refused_before_measuring(tmp_path, capsys):
+def test_an_output_folder_that_cannot_be_created_is_refused_before_measuring(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for command in COMMANDS:
         assert main([command, "--device", "cpu", "--output_dir", str(tmp_path / "file")]) == 2
@@ -668,8 +668,8 @@ def test_without_matplotlib_all_but_the_chart_is_written(monkeypatch, tmp_path, 
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
-    written = report.Report(str(tmp_path / "a" / "b"), "scaling")
-    written.save({"rows": []}, "| text |", [{"x": 1, "y": None}])
+    result = report.Report(str(tmp_path / "a" / "b"), "scaling")
+    result.save({"rows": []}, "| text |", [{"x": 1, "y": None}])
     assert sorted(path.name for path in (tmp_path / "a" / "b").iterdir()) == [
         "scaling.csv", "scaling.json", "scaling.md"
     ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is found in a data set: each fault, planted in a small clean set, is named and counted."""
+"""The data checks: each fault, planted in a small clean data set, is named and counted."""
 
 import json
 import shutil
@@ -26,7 +26,7 @@ from enact_common.data.transforms import eval_transforms
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """A clean set in COCO's layout: four images of 50 x 40 to train on, two to evaluate, two objects in each."""
+    """A clean data set in COCO's layout: four training and two validation images of 50 x 40, two objects each."""
     root = tmp_path / "data"
     (root / "annotations").mkdir(parents=True)
     random = np.random.default_rng(0)
@@ -52,14 +52,14 @@ def file_of(root: Path, split: str) -> Path:
 
 
 def change(root: Path, split: str, edit) -> None:
-    """Let `edit` change what is in an annotation file."""
+    """Apply `edit` to the content of an annotation file."""
     content = json.loads(file_of(root, split).read_text())
     edit(content)
     file_of(root, split).write_text(json.dumps(content))
 
 
 def setter(key: str, index: int, **values):
-    """An edit: give an entry of a list these values; None takes one away."""
+    """An edit that sets values of a list's entry; None deletes a key."""
 
     def edit(content):
         entry = content[key][index]
@@ -72,7 +72,7 @@ def setter(key: str, index: int, **values):
 
 
 def adder(key: str, *entries):
-    """An edit: add entries to a list."""
+    """An edit that adds entries to a list."""
     return lambda content: content[key].extend(entries)
 
 
@@ -93,12 +93,12 @@ def quick(root: Path, num_queries: int = 100) -> list[Finding]:
 
 
 def quick_findings(root: Path) -> list[Finding]:
-    """Those of the training images."""
+    """The quick checks' findings about the training split."""
     return [finding for finding in rules.check_quickly(splits_of(root), 100) if finding.source == "train"]
 
 
 def the_finding(findings: list[Finding], text: str) -> Finding:
-    """The one whose text has these words."""
+    """The only finding whose text contains `text`."""
     matching = [finding for finding in findings if text in finding.text]
     assert len(matching) == 1, f"{text!r} in {[str(finding) for finding in findings]}"
     return matching[0]
@@ -107,19 +107,19 @@ def the_finding(findings: list[Finding], text: str) -> Finding:
 # Clean data ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_clean_set_is_clean(data, capsys):
+def test_a_clean_data_set_has_no_findings(data, capsys):
     assert full(data) == [] and quick(data) == []
     assert checks_command.main([str(data)]) == 0
     assert "nothing wrong" in capsys.readouterr().out
 
 
-def test_drawn_shapes_are_clean_but_for_their_equal_names(shapes):
+def test_drawn_shapes_only_get_notes(shapes):
     assert {finding.severity for finding in full(shapes)} <= {"note"}
     assert quick(shapes) == []
 
 
 @pytest.mark.parametrize("variable", ["ENACT_BCCD", "ENACT_COCO_MINI"])
-def test_real_data_have_no_faults(variable):
+def test_real_data_have_no_errors_or_faults(variable):
     assert {finding.severity for finding in full(real_data(variable))} <= {"warning", "note"}
 
 
@@ -130,48 +130,48 @@ ERRORS = {
     "no categories": (lambda c: c.update(categories=[]), "the list 'categories' is empty", 1, None),
     "no images": (lambda c: c.update(images=[]), "the list 'images' is empty", 1, None),
     "no boxes": (lambda c: c.update(annotations=[]), "no boxes to learn from", 1, None),
-    "crowds alone": (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], "no boxes to learn from", 1, None),
-    "an image is no object": (adder("images", 7), "'images' without an id and a file_name", 1, "7"),
+    "only crowds": (lambda c: [a.update(iscrowd=1) for a in c["annotations"]], "no boxes to learn from", 1, None),
+    "an image that is not an object": (adder("images", 7), "'images' without an id and a file_name", 1, "7"),
     "an image without a name": (setter("images", 0, file_name=None), "'images' without an id", 1, "'id': 1"),
-    "an image named elsewhere": (
+    "an image named in another field": (
         setter("images", 0, file_name=None, coco_url="http://x.org/train2017/train1.png?s=1"),
         "images without a file_name but with another field that names the file",
         1,
         "image 1: coco_url 'http://x.org/train2017/train1.png?s=1' (there is train1.png)",
     ),
-    "an image's id is text": (
+    "an image id that is text": (
         setter("images", 0, id="img_1"),
         "invalid ids in 'images'",
         1,
         "the text 'img_1' in {'id': 'img_1'",
     ),
-    "a category's id is a truth value": (
+    "a category id that is a bool": (
         setter("categories", 0, id=True),
         "invalid ids in 'categories'",
         1,
         "True in {'id': True",
     ),
-    "a category's id has an exponent": (
+    "a category id with an exponent": (
         setter("categories", 0, id="1e0"),
         "invalid ids in 'categories'",
         1,
         "the text '1e0'",
     ),
-    "an image id stands twice, once as text": (
+    "a repeated image id, once as text": (
         setter("images", 0, id="2"),
         "duplicate ids in 'images'",
         1,
         "2",
     ),
     "a category without a name": (setter("categories", 0, name=None), "'categories' without", 1, "{'id': 1}"),
-    "an annotation is no object": (adder("annotations", [], 3), "without the form of a JSON object", 2, "[]"),
-    "an image id stands twice": (
+    "an annotation that is not an object": (adder("annotations", [], 3), "without the form of a JSON object", 2, "[]"),
+    "a repeated image id": (
         adder("images", {"id": 2, "file_name": "train2.png"}),
         "duplicate ids in 'images'",
         1,
         "2",
     ),
-    "a category id stands twice": (
+    "a repeated category id": (
         adder("categories", {"id": 2, "name": "fork"}),
         "duplicate ids in 'categories'",
         1,
@@ -183,13 +183,13 @@ ERRORS = {
         2,
         "annotation 90: image 77",
     ),
-    "an image that is no id": (
+    "an invalid image_id": (
         adder("annotations", annotation(90, image="img_7"), annotation(91, image=[1]), annotation(92, image=True)),
         "annotations with an invalid image_id",
         3,
         "annotation 90: image the text 'img_7'",
     ),
-    "a category that is no id": (
+    "an invalid category_id": (
         adder("annotations", annotation(90, category="cell")),
         "annotations with an invalid category_id",
         1,
@@ -201,25 +201,25 @@ ERRORS = {
         1,
         "annotation 90: category 9",
     ),
-    "boxes that are none": (
+    "invalid boxes": (
         adder("annotations", *(annotation(90 + i, box) for i, box in enumerate(((1, 2, 3), ("a", 2, 3, 4), ())))),
         "invalid boxes: expected a list of four finite numbers",
         3,
         "annotation 90 in train1.png: bbox [1, 2, 3]",
     ),
-    "a box in one text": (
+    "a box as one text": (
         setter("annotations", 0, bbox="[1, 2, 3, 4]"),
         "invalid boxes: expected a list of four finite numbers",
         1,
         "annotation 1 in train1.png: bbox the text '[1, 2, 3, 4]'",
     ),
-    "a truth value in a box": (
+    "a bool in a box": (
         setter("annotations", 0, bbox=[True, 2, 3, 4]),
         "invalid boxes",
         1,
         "bbox [True, 2, 3, 4]",
     ),
-    "a box without an end": (
+    "a box that is not finite": (
         adder("annotations", annotation(90, (1, 2, float("nan"), 4)), annotation(91, (1, 2, 3, float("inf")))),
         "invalid boxes: expected a list of four finite numbers",
         2,
@@ -228,7 +228,7 @@ ERRORS = {
 }
 
 FAULTS = {
-    "boxes without sides": (
+    "boxes without area": (
         adder("annotations", annotation(90, (1, 1, 0, 5)), annotation(91, (1, 1, 5, -2))),
         "without width or height",
         2,
@@ -279,7 +279,7 @@ WARNINGS = {
         8,
         "entry 1 of annotations: category_id 1.0",
     ),
-    "a mark that is none": (
+    "an invalid ignore mark": (
         setter("annotations", 0, ignore="maybe"),
         "values of ignore other than 0 and 1",
         1,
@@ -291,26 +291,26 @@ WARNINGS = {
         1,
         "annotation 90 in train1.png: bbox [40, 30, 20, 5]",
     ),
-    "a box that is repeated": (
+    "a repeated box": (
         adder("annotations", annotation(90, (5, 5, 20, 10)), annotation(91, (5, 5, 20, 10), category=2)),
         "duplicates of another box of the same class",
         1,
         "annotation 90",
     ),
-    "ids that are repeated": (setter("annotations", 3, id=1), "duplicate annotation ids", 1, "id 1, 2 times"),
+    "repeated annotation ids": (setter("annotations", 3, id=1), "duplicate annotation ids", 1, "id 1, 2 times"),
     "id 0": (setter("annotations", 3, id=0), "annotations with id 0", 1, "annotation 0 in train2.png"),
     "no id": (setter("annotations", 3, id=None), "without an integer id", 1, "None"),
     "no size": (setter("images", 0, width=None), "without width and height above 0", 1, "train1.png: ? x 40"),
     "a width below 0": (setter("images", 1, width=-50), "without width and height above 0", 1, "train2.png: -50 x 40"),
-    "a height in words": (setter("images", 1, height="forty"), "without width and height", 1, "train2.png: 50 x forty"),
-    "a width without end": (setter("images", 0, width=1e400), "without width and height", 1, "train1.png: inf x 40"),
+    "a height as text": (setter("images", 1, height="forty"), "without width and height", 1, "train2.png: 50 x forty"),
+    "an infinite width": (setter("images", 0, width=1e400), "without width and height", 1, "train1.png: inf x 40"),
     "an unused category": (
         lambda c: [a.update(category_id=1) for a in c["annotations"]],
         "categories without objects",
         1,
         "plate",
     ),
-    "one name for two": (
+    "a name of two categories": (
         adder("categories", {"id": 3, "name": "cell"}),
         "names that two categories share",
         1,
@@ -345,7 +345,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_what_is_wrong_with_annotations_is_found_named_and_counted(name, data, capsys):
+def test_annotation_faults_are_named_and_counted(name, data, capsys):
     severity, edit, text, count, example = PLANTED[name]
     change(data, "train", edit)
     own = [finding for finding in full(data) if finding.source == "train"]
@@ -357,7 +357,7 @@ def test_what_is_wrong_with_annotations_is_found_named_and_counted(name, data, c
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_training_is_stopped_by_errors_and_told_of_the_rest(name, data):
+def test_errors_stop_training_and_other_findings_are_reported(name, data):
     severity, edit, text, _, example = PLANTED[name]
     change(data, "train", edit)
     if severity == "error":
@@ -366,34 +366,34 @@ def test_training_is_stopped_by_errors_and_told_of_the_rest(name, data):
         assert "train: " in str(error.value) and str(file_of(data, "train")) in str(error.value)
         return
     own = [finding for finding in quick(data) if finding.source == "train"]
-    # Loading logs which values it reads as numbers.
+    # Training reports values read as numbers when it loads the file, not in the checks.
     assert any(text in str(finding) for finding in own) == (severity != "note" and "read as numbers" not in text)
 
 
-def test_findings_come_once_and_the_worst_first(data):
+def test_findings_are_listed_once_by_severity(data):
     for split in ("train", "val"):
         change(data, split, adder("annotations", annotation(90, (1, 1, 0, 5), image=5 if split == "val" else 1)))
         change(data, split, setter("annotations", 0, iscrowd=1))
     change(data, "train", adder("annotations", annotation(91, image=99)))
-    found = [(finding.source, finding.severity) for finding in full(data)]
-    assert found == [("train", "error"), ("train", "fault"), ("train", "note"), ("val", "fault"), ("val", "note")]
+    listed = [(finding.source, finding.severity) for finding in full(data)]
+    assert listed == [("train", "error"), ("train", "fault"), ("train", "note"), ("val", "fault"), ("val", "note")]
 
 
-ODD = {"null": None, "true": True, "no text": "", "text": "x", "negative": -1, "infinite": 1e400, "huge": 10**400}
+ODD = {"null": None, "true": True, "empty text": "", "text": "x", "negative": -1, "infinite": 1e400, "huge": 10**400}
 ODD |= {"empty list": [], "nested list": [[1]], "object": {"a": 1}}
 
-# What an entry cannot do without, and the rest.
-NEEDED = [("images", "id"), ("images", "file_name"), ("categories", "id")]
-NEEDED += [("annotations", name) for name in ("image_id", "category_id", "bbox")]
-OTHERS = [("images", "width"), ("images", "height"), ("categories", "name")]
-OTHERS += [("annotations", name) for name in ("id", "area", "iscrowd", "difficult")]
+# Required and optional keys of an entry.
+REQUIRED = [("images", "id"), ("images", "file_name"), ("categories", "id")]
+REQUIRED += [("annotations", name) for name in ("image_id", "category_id", "bbox")]
+OPTIONAL = [("images", "width"), ("images", "height"), ("categories", "name")]
+OPTIONAL += [("annotations", name) for name in ("id", "area", "iscrowd", "difficult")]
 
 
 @pytest.mark.parametrize("value", ODD.values(), ids=ODD)
 @pytest.mark.parametrize(
-    "key, name", [(key, None) for key in ("images", "annotations", "categories")] + NEEDED + OTHERS
+    "key, name", [(key, None) for key in ("images", "annotations", "categories")] + REQUIRED + OPTIONAL
 )
-def test_whatever_stands_in_the_file_there_is_a_report(data, key, name, value, capsys):
+def test_any_value_in_the_file_gives_a_report(data, key, name, value, capsys):
     def edit(content):
         if name is None:
             content[key] = value
@@ -403,11 +403,11 @@ def test_whatever_stands_in_the_file_there_is_a_report(data, key, name, value, c
     change(data, "train", edit)
     status = checks_command.main([str(data), "--quick"])
     assert status in (0, 1) and "objects (no crowds)" in capsys.readouterr().out
-    if name is None or ((key, name) in NEEDED and value == {"a": 1}):
+    if name is None or ((key, name) in REQUIRED and value == {"a": 1}):
         assert status == 1
 
 
-def test_examples_are_the_first_few_and_the_count_is_all(data):
+def test_findings_show_the_first_examples_and_the_full_count(data):
     change(data, "train", adder("annotations", *(annotation(100 + i, (1, 1, 0, 5)) for i in range(7))))
     finding = the_finding(full(data), "without width or height")
     assert finding.count == 7
@@ -422,7 +422,7 @@ def test_images_with_more_objects_than_queries_are_named(data, queries, count):
     assert all("queries" in finding.text and finding.examples[0] == "train1.png: 2" for finding in findings)
 
 
-def test_annotation_ids_that_the_loader_made_are_not_complained_of(data):
+def test_annotation_ids_replaced_by_the_loader_are_not_reported(data):
     change(data, "train", lambda c: [a.update(id=0) for a in c["annotations"]])
     paths = {name: find_split(str(data), name) for name in ("train", "val")}
     parsed = {"train": load_annotations(file_of(data, "train"))}
@@ -430,7 +430,7 @@ def test_annotation_ids_that_the_loader_made_are_not_complained_of(data):
     assert quick_checks(paths, 100, parsed) == []
 
 
-def test_sizes_in_text_are_sizes(data):
+def test_image_sizes_as_text_are_read(data):
     change(data, "train", setter("images", 0, width="50", height="40"))
     change(data, "train", adder("annotations", annotation(90, (50, 1, 5, 5))))
     findings = full(data)
@@ -440,19 +440,19 @@ def test_sizes_in_text_are_sizes(data):
 
 
 @pytest.mark.parametrize("limited", [(), ("train",), ("val",)])
-def test_of_a_part_the_message_names_the_limit_and_not_the_command(data, limited):
+def test_with_a_limit_the_message_names_the_limit_and_not_the_command(data, limited):
     paths = {name: find_split(str(data), name) for name in ("train", "val")}
     parsed = {"train": {**json.loads(file_of(data, "train").read_text()), "annotations": []}}
     with pytest.raises(UserError) as error:
         quick_checks(paths, 100, parsed, limited=limited)
     message = str(error.value)
-    # There is nothing to count.
+    # The message ends without a count.
     assert message.startswith("train: no boxes to learn from [")
     assert ("among the images that --limit_train keeps" in message) == ("train" in limited)
     assert ("enact_common.data.checks" in message) == ("train" not in limited)
 
 
-def test_what_was_parsed_is_not_read_again(data):
+def test_parsed_annotations_are_not_read_again(data):
     paths = {name: find_split(str(data), name) for name in ("train", "val")}
     parsed = {name: json.loads(file_of(data, name).read_text()) for name in paths}
     for name in paths:
@@ -472,7 +472,7 @@ def missing(image: Path) -> None:
     image.unlink()
 
 
-def in_other_letters(image: Path) -> None:
+def upper_case_suffix(image: Path) -> None:
     image.rename(image.with_suffix(".PNG"))
 
 
@@ -498,12 +498,12 @@ def rotated(image: Path) -> None:
     Image.fromarray(np.random.default_rng(5).integers(0, 255, (50, 40, 3), dtype=np.uint8)).save(image, exif=exif)
 
 
-def doubled(image: Path) -> None:
+def duplicated(image: Path) -> None:
     shutil.copy(image.with_name("train1.png"), image)
 
 
 def not_listed(image: Path) -> None:
-    for name in ("new.png", "._new.png"):  # hidden files count nowhere
+    for name in ("new.png", "._new.png"):  # hidden files are not reported
         shutil.copy(image, image.with_name(name))
 
 
@@ -511,17 +511,17 @@ def not_listed(image: Path) -> None:
     "spoil, severity, text, example",
     [
         (missing, "error", "missing image files", "train2.png"),
-        (in_other_letters, "error", "missing image files", "train2.png (there is train2.PNG)"),
+        (upper_case_suffix, "error", "missing image files", "train2.png (there is train2.PNG)"),
         (no_image, "error", "unreadable or damaged", "train2.png"),
         (empty, "error", "unreadable or damaged", "train2.png"),
         (smaller, "fault", "size differs", "train2.png: 45 x 30, annotated as 50 x 40"),
         (rotated, "fault", "size differs", "matches after EXIF rotation"),
         (rotated, "warning", "EXIF orientation", "train2.png: 6"),
-        (doubled, "warning", "same pixels under several names", "train1.png = train2.png"),
+        (duplicated, "warning", "same pixels under several names", "train1.png = train2.png"),
         (not_listed, "note", "do not list", "new.png"),
     ],
 )
-def test_what_is_wrong_with_files_is_found(data, spoil, severity, text, example):
+def test_file_faults_are_found(data, spoil, severity, text, example):
     spoil(data / "train2017" / "train2.png")
     finding = the_finding([finding for finding in full(data) if finding.source == "train"], text)
     assert (finding.severity, finding.count) == (severity, 1)
@@ -532,7 +532,7 @@ ACCENTED = {form: unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD
 
 
 @pytest.mark.parametrize("listed, stored", [("NFC", "NFD"), ("NFD", "NFC")])
-def test_names_that_only_look_the_same_are_explained(data, listed, stored):
+def test_names_that_differ_only_in_unicode_form_are_explained(data, listed, stored):
     (data / "train2017" / "train2.png").rename(data / "train2017" / ACCENTED[stored])
     if (data / "train2017" / ACCENTED[listed]).exists():
         pytest.skip("this file system takes both for the same name")
@@ -541,14 +541,14 @@ def test_names_that_only_look_the_same_are_explained(data, listed, stored):
     assert f"(there is {ACCENTED[stored]}, with its accents stored differently)" in finding.examples[0]
 
 
-# How the JSON writes a file's name, what the file is called below the image folder, and what is in brackets.
+# file_name in the JSON, the file's path in the image folder, and the hint in brackets.
 MISNAMED = {
     "backslashes": ("train2017\\train2.png", "train2.png", "there is train2.png"),
     "backslashes and a folder": ("C:\\data\\sub\\train2.png", "sub/train2.png", "there is sub/train2.png"),
     "a backslash in the file's own name": ("sub/train2.png", "sub\\train2.png", "there is sub\\train2.png"),
-    "a folder too many": ("train2017/train2.png", "train2.png", "there is train2.png"),
-    "a folder too few": ("train2.png", "sub/train2.png", "there is sub/train2.png"),
-    "a folder above": ("../../upload/4/train2.png", "train2.png", "there is train2.png"),
+    "an extra folder": ("train2017/train2.png", "train2.png", "there is train2.png"),
+    "a missing folder": ("train2.png", "sub/train2.png", "there is sub/train2.png"),
+    "a parent folder": ("../../upload/4/train2.png", "train2.png", "there is train2.png"),
     "another machine's folder": ("/data/upload/4/train2.png", "train2.png", "there is train2.png"),
     "a URL": ("https://x.org/a/train2.png?size=1#top", "train2.png", "there is train2.png"),
     "a URL of nothing": ("https://x.org/a/b.png", "train2.png", "a URL: images are read only from the folder"),
@@ -561,7 +561,7 @@ MISNAMED = {
 
 
 @pytest.mark.parametrize("name", MISNAMED)
-def test_files_under_another_name_are_named_with_the_way_to_mend_the_file(data, name):
+def test_missing_files_are_reported_with_the_file_meant(data, name):
     listed, stored, words = MISNAMED[name]
     folder = data / "train2017"
     (folder / "sub").mkdir()
@@ -576,7 +576,7 @@ def test_files_under_another_name_are_named_with_the_way_to_mend_the_file(data, 
     assert f"({words})" in str(raised.value)
 
 
-def test_of_several_files_of_a_name_those_nearest_in_path_are_named_and_none_that_has_its_entry(data):
+def test_the_file_meant_is_the_nearest_in_path_and_has_no_entry(data):
     folder = data / "train2017"
     (folder / "train3.png").unlink()
     for sub in ("left", "right", "third"):
@@ -593,11 +593,11 @@ def test_of_several_files_of_a_name_those_nearest_in_path_are_named_and_none_tha
     for sub in ("left", "right", "third"):
         shutil.rmtree(folder / sub)
     finding = the_finding(quick_findings(data), "missing image files")
-    # train2.png has an entry of its own.
+    # train2.png has its own entry, so it is not suggested.
     assert finding.examples == ("x\\Left\\train2.png", "train3.png")
 
 
-def test_annotations_of_an_image_that_cannot_be_used_are_not_said_to_belong_to_none(data):
+def test_annotations_of_a_refused_image_are_not_reported_as_unlisted(data):
     change(data, "train", setter("images", 0, file_name="../a.png"))
     change(data, "train", setter("images", 1, file_name=None, coco_url="http://x.org/train2.png"))
     own = [finding for finding in quick_findings(data) if finding.severity == "error"]
@@ -608,7 +608,7 @@ def test_annotations_of_an_image_that_cannot_be_used_are_not_said_to_belong_to_n
 
 
 @pytest.mark.parametrize("name", ["x" * 300 + ".png", "x" * 300 + "/a.png"])
-def test_names_that_no_file_can_have_are_missing_files(data, name):
+def test_impossible_file_names_count_as_missing_files(data, name):
     for split in ("train", "val"):
         change(data, split, setter("images", 1, file_name=name))
     for findings in (full(data), rules.check_quickly(splits_of(data), 100)):
@@ -628,7 +628,7 @@ def test_truncated_jpegs_cannot_be_read_whole(data):
     assert the_finding(full(data), "unreadable or damaged").count == 1
 
 
-def test_quick_looks_for_missing_files_but_opens_none(data):
+def test_quick_checks_find_missing_files_but_open_none(data):
     for spoil in (no_image, rotated):
         spoil(data / "train2017" / "train2.png")
         assert quick(data) == []
@@ -654,13 +654,13 @@ def test_images_in_sub_folders_are_found(data):
 # Both splits ---------------------------------------------------------------------------------------------------------
 
 
-def test_leaked_images_are_found_by_name_and_by_pixels(data):
+def test_leaks_between_splits_are_found_by_name_and_by_pixels(data):
     shutil.copy(data / "train2017" / "train1.png", data / "val2017" / "train1.png")
     change(data, "val", setter("images", 0, file_name="train1.png"))
     finding = the_finding(quick(data), "same name and file size in both")
     assert (finding.source, finding.severity, finding.count) == ("train and val", "warning", 1)
     assert the_finding(full(data), "same pixels in both").severity == "fault"
-    # Under another name and in another file of the same pixels, it takes the pixels to find it.
+    # With another name and format, only the pixels reveal the leak.
     (data / "val2017" / "train1.png").unlink()
     Image.open(data / "train2017" / "train1.png").save(data / "val2017" / "val5.bmp")
     change(data, "val", setter("images", 0, file_name="val5.bmp"))
@@ -668,7 +668,7 @@ def test_leaked_images_are_found_by_name_and_by_pixels(data):
     assert the_finding(full(data), "same pixels in both").examples == ("train1.png = val5.bmp",)
 
 
-def test_equal_names_of_different_images_are_but_a_note(data):
+def test_equal_names_of_different_images_are_only_a_note(data):
     (data / "val2017" / "val5.png").rename(data / "val2017" / "train1.png")
     smaller(data / "val2017" / "train1.png")
     change(data, "val", setter("images", 0, file_name="train1.png", width=45, height=30))
@@ -691,13 +691,13 @@ def test_equal_names_of_different_images_are_but_a_note(data):
         ("train", adder("categories", {"id": 3, "name": "fork"}), "warning", "in train that val lacks", "3 'fork'"),
     ],
 )
-def test_categories_that_differ_are_named(data, split, edit, severity, text, example):
+def test_differing_categories_are_named(data, split, edit, severity, text, example):
     change(data, split, edit)
     finding = the_finding(full(data), text)
     assert (finding.severity, finding.examples) == (severity, (example,))
 
 
-def test_with_a_label_map_its_categories_count_and_not_trains(data):
+def test_a_label_map_replaces_the_training_categories(data):
     change(data, "val", adder("categories", {"id": 3, "name": "fork"}))
     paths = {name: find_split(str(data), name) for name in ("train", "val")}
     own = json.loads(file_of(data, "val").read_text())["categories"]
@@ -707,7 +707,7 @@ def test_with_a_label_map_its_categories_count_and_not_trains(data):
 
 
 def test_subsets_of_cocos_categories_agree(data):
-    # The labels of COCO's categories are the same for any of them.
+    # COCO's categories have fixed labels, whichever of them a data set has.
     for split, categories in (("train", {1: "person", 2: "bicycle"}), ("val", {1: "person", 2: "bicycle", 3: "car"})):
         named = [{"id": i, "name": name} for i, name in categories.items()]
         change(data, split, lambda c, named=named: c.update(categories=named))
@@ -717,7 +717,7 @@ def test_subsets_of_cocos_categories_agree(data):
 # The command line ----------------------------------------------------------------------------------------------------
 
 
-def test_the_report_says_what_is_there(data, capsys):
+def test_the_report_counts_images_and_objects(data, capsys):
     change(data, "train", setter("annotations", 0, area=96**2, bbox=[0, 0, 50, 40]))
     assert checks_command.main([str(data)]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
@@ -740,7 +740,7 @@ def test_the_report_is_aligned_and_not_too_wide(data, capsys):
     lines = capsys.readouterr().out.splitlines()
     table = [line for line in lines if line.startswith("  ") and line.split()[-1] in ("images", "2", "-")]
     assert len({len(line) for line in table[-4:]}) == 1
-    # Examples stay in one piece, to be copied.
+    # Examples are not wrapped, so that they can be copied.
     assert max(len(line) for line in lines[3:] if "- " not in line) <= checks_report.LINE_WIDTH
     assert "  fault       2,000  boxes without width or height: dropped" in lines
     assert any(line.endswith("- and 1,997 more") for line in lines)
@@ -753,7 +753,7 @@ def test_quick_says_that_no_image_was_read(data, capsys):
     assert checks_command.main([str(data)]) == 1
 
 
-def test_splits_can_be_named_one_by_one(data, capsys):
+def test_splits_can_be_given_one_by_one(data, capsys):
     flags = ["--val_images", str(data / "train2017"), "--val_annotations", str(file_of(data, "train"))]
     assert checks_command.main(flags) == 0
     assert "train and val" not in capsys.readouterr().out
@@ -770,7 +770,7 @@ def test_splits_can_be_named_one_by_one(data, capsys):
         (["--train_images", "here", "--train_annotations", "gone.json"], "gone.json: cannot be read"),
     ],
 )
-def test_what_cannot_be_read_at_all_gives_status_2(argv, message, capsys):
+def test_unreadable_arguments_give_status_2(argv, message, capsys):
     assert checks_command.main(argv) == 2
     error = capsys.readouterr().err
     assert error.startswith("python -m enact_common.data.checks: error: ") and message in error
@@ -779,7 +779,7 @@ def test_what_cannot_be_read_at_all_gives_status_2(argv, message, capsys):
 @pytest.mark.parametrize(
     "content, message", [(b"{", "not a JSON file"), (b"\xff\xfe\xfd", "not a JSON file"), (b"[1]", "it holds a list")]
 )
-def test_files_that_are_no_annotations_are_refused(data, content, message, capsys):
+def test_files_that_are_not_annotations_are_refused(data, content, message, capsys):
     file_of(data, "val").write_bytes(content)
     assert checks_command.main([str(data)]) == 2
     assert message in capsys.readouterr().err
@@ -787,6 +787,6 @@ def test_files_that_are_no_annotations_are_refused(data, content, message, capsy
         quick(data)
 
 
-def test_an_empty_folder_is_refused_and_says_what_is_missing(tmp_path, capsys):
+def test_an_empty_folder_is_refused_with_the_missing_parts(tmp_path, capsys):
     assert checks_command.main([str(tmp_path)]) == 2
     assert "train2017" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The command line: help, defaults, and errors that say the way out before any work starts."""
+"""The command line: help, defaults, and errors with advice before any work starts."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def test_help_shows_every_flag_in_a_group_with_its_default(variant):
             assert "default" in " ".join(parser._get_formatter()._expand_help(action).split()), action.option_strings
 
 
-def test_the_learning_rate_follows_the_attention_unless_given():
+def test_the_default_learning_rate_depends_on_the_attention():
     assert parse("detr").lr == 5e-5
     assert parse("detr", "--encoder_attention", "mhsa").lr == 1e-4
     assert parse("detr", "--encoder_attention", "mhsa", "--lr", "5e-5").lr == 5e-5
@@ -64,7 +64,7 @@ def test_dilation_can_be_switched_on_and_off(default, argv, expected):
     assert parser.parse_args(argv).dilation is (default if expected is None else expected)
 
 
-def test_the_cache_is_off_encoded_as_in_the_original_or_decoded(capsys):
+def test_cache_mode_is_off_encoded_or_decoded(capsys):
     modes = [parse("detr", *argv).cache_mode for argv in ([], ["--cache_mode"], ["--cache_mode", "decoded", "--eval"])]
     assert modes == [False, "encoded", "decoded"]
     assert parse("detr", "--cache_mode", "--eval").cache_mode == "encoded"
@@ -73,7 +73,7 @@ def test_the_cache_is_off_encoded_as_in_the_original_or_decoded(capsys):
     assert "--cache_mode: invalid choice: 'pixels'" in capsys.readouterr().err
 
 
-def test_query_flags_are_of_the_variants_that_take_them(capsys):
+def test_query_flags_exist_only_where_a_variant_adds_them(capsys):
     parser = common_parser("")
     assert not {"num_queries", "position_embedding", "pre_norm"} & set(vars(parser.parse_args([])))
     with pytest.raises(SystemExit):
@@ -86,7 +86,7 @@ def test_query_flags_are_of_the_variants_that_take_them(capsys):
     assert "num_queries" in [action.dest for action in parser.group("model")._group_actions]
 
 
-def test_focal_flags_bring_their_matching_cost(capsys):
+def test_focal_flags_change_the_matching_costs_default(capsys):
     parser = common_parser("")
     assert parser.parse_args([]).set_cost_class == 1
     add_focal_flags(parser)
@@ -100,7 +100,7 @@ def test_focal_flags_bring_their_matching_cost(capsys):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_demos_flags_are_each_variants(variant):
+def test_every_variant_accepts_the_demos_flags(variant):
     parser = load_variant(variant).main.get_args_parser()
     argv = ["--coco_path", "data", *demo.TRAINING, *demo.OWN[variant], "--dim_feedforward", "64"]
     args = parser.parse_args(argv)
@@ -143,17 +143,17 @@ def test_the_demos_flags_are_each_variants(variant):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_errors_name_the_flag_and_the_way_out(shapes, tmp_path, capsys, argv, message):
+def test_errors_name_the_flag_and_give_advice(shapes, tmp_path, capsys, argv, message):
     output = tmp_path / "out"
     assert run("detr", "--coco_path", shapes, "--output_dir", output, *SMALL_MODEL["detr"], "--epochs", "1", *argv) == 2
     error = capsys.readouterr().err
     assert re.search(message, error.replace("\n", " ")), error
     assert "Traceback" not in error
-    # Nothing was trained or written.
+    # No training has started.
     assert not output.exists() or not list(output.iterdir())
 
 
-def test_a_missing_coco_path_is_said(capsys):
+def test_a_missing_coco_path_is_reported(capsys):
     assert run("detr", "--device", "cpu") == 2
     assert "--coco_path is missing" in capsys.readouterr().err
 
@@ -185,13 +185,13 @@ def test_values_out_of_range_are_refused_by_the_parser(argv, capsys):
 def test_the_exit_status_reaches_the_shell(tmp_path):
     script = str(ROOT / "DETR-ENACT" / "main.py")
     process = Forked([script, "--coco_path", str(tmp_path / "none"), "--device", "cpu"])
-    _, complained = process.communicate()
-    assert process.returncode == 2 and "no such folder" in complained and "Traceback" not in complained
+    _, error = process.communicate()
+    assert process.returncode == 2 and "no such folder" in error and "Traceback" not in error
 
 
 @pytest.mark.parametrize("buffered", [True, False])
 @pytest.mark.slow
-def test_output_that_nobody_reads_ends_a_command_quietly(shapes, buffered):
+def test_a_closed_output_pipe_ends_a_command_quietly(shapes, buffered):
     command = [sys.executable, "-m", "enact_common.data.checks", str(shapes), "--quick"]
     read, write = os.pipe()
     os.close(read)
@@ -201,7 +201,7 @@ def test_output_that_nobody_reads_ends_a_command_quietly(shapes, buffered):
     assert (result.returncode, result.stderr) == (141, "")
 
 
-# From every command that takes --device to its exit status, for a device, a data set, and a folder for its output.
+# Every command with --device: a function of (device, data set, output folder) that returns the exit status.
 DEVICE_COMMANDS = {
     **{
         variant: lambda device, shapes, output, variant=variant: run(
@@ -229,7 +229,7 @@ DEVICE_COMMANDS = {
     "device", ["mps", "xpu", "hpu", "cuda", "cuda:7", "cuda:300", "cpu:1", "meta", "gpu", "0", "CPU"]
 )
 @pytest.mark.parametrize("command", [*DEVICE_COMMANDS, "load_detector", "find_device"])
-def test_a_device_that_is_not_here_is_refused_by_every_command(command, device, shapes, tmp_path, capsys, monkeypatch):
+def test_every_command_refuses_an_unavailable_device(command, device, shapes, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.mps, "device_count", lambda: 0)
@@ -247,7 +247,7 @@ def test_a_device_that_is_not_here_is_refused_by_every_command(command, device, 
     assert not output.exists()
 
 
-def test_the_message_names_the_devices_that_are_here(monkeypatch):
+def test_the_message_names_the_available_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.mps, "device_count", lambda: 0)

@@ -1,4 +1,4 @@
-"""The clustering's pieces on hand-worked cases, and the layer against the recorded reference."""
+"""The clustering's functions on cases worked by hand, and the layer against the recorded reference."""
 
 import json
 import math
@@ -29,12 +29,12 @@ def test_gaussian_kernel_has_17_taps_for_sigma_3():
     assert kernel.shape == (17,)
     assert kernel[8].item() == pytest.approx(1 / (3 * math.sqrt(2 * math.pi)))
     assert kernel[0].item() == pytest.approx(math.exp(-64 / 18) / (3 * math.sqrt(2 * math.pi)))
-    # The tails that are cut off are not made up for.
+    # The kernel is truncated and not normalised again.
     assert 0.98 < kernel.sum() < 0.999
 
 
 @pytest.mark.parametrize("sigma, taps", [(1.0, 5), (1.5, 8), (2.5, 14), (1.4, 7), (5.0, 29)])
-def test_gaussian_kernel_spans_three_sigmas_less_one(sigma, taps):
+def test_gaussian_kernels_number_of_taps(sigma, taps):
     assert gaussian_kernel(sigma).shape == (taps,)
 
 
@@ -44,7 +44,7 @@ def test_gaussian_kernel_refuses_a_sigma_without_taps(sigma):
         gaussian_kernel(sigma)
 
 
-def test_self_information_of_equal_scores_is_shared_out():
+def test_self_information_of_equal_scores_is_equal():
     # Four equal tokens: p = 1/4, -p log2 p = 1/2.
     assert_close(self_information(torch.zeros(1, 4)), [[0.5] * 4], 1e-6)
 
@@ -93,7 +93,7 @@ def test_window_length_is_the_rounded_mean_region_length(tokens, regions, length
 
 @pytest.mark.parametrize("sigma", [1.4, 1.5, 2.5, 3.0, 5.0])
 @pytest.mark.parametrize("tokens", [1, 5, 40])
-def test_smooth_is_the_same_convolution(sigma, tokens):
+def test_smooth_matches_conv1d(sigma, tokens):
     kernel = gaussian_kernel(sigma).double()
     signal = torch.rand(3, tokens, dtype=torch.float64, requires_grad=True)
     expected = F.conv1d(signal.unsqueeze(1), kernel.view(1, 1, -1), padding="same").squeeze(1)
@@ -102,35 +102,35 @@ def test_smooth_is_the_same_convolution(sigma, tokens):
 
 
 class MatrixProducts(TorchDispatchMode):
-    """Notes what a GPU could run in TF32."""
+    """Record the operations that a GPU could run in TF32."""
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.names = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         if name in ("mm", "mv", "addmm", "addmv", "bmm", "baddbmm", "dot", "matmul", "linear", "convolution"):
-            self.seen.append(name)
+            self.names.append(name)
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
     "settings", [{}, {"per_image": True}, {"clusters": "regions"}, {"mask_padding": True}], ids=str
 )
-def test_nothing_that_decides_the_clusters_can_run_in_tf32(settings):
+def test_clustering_uses_no_operation_that_can_run_in_tf32(settings):
     layer, tokens = EntropyClustering(16, **settings), torch.randn(2, 30, 16)
     with MatrixProducts() as products:
         layer.cluster(tokens, torch.arange(30).expand(2, -1) > 25)
-    assert products.seen == []
+    assert products.names == []
     with MatrixProducts() as products:
         layer.W_prob(tokens)
-    assert products.seen  # they would be noted
+    assert products.names  # the recording works
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_the_clusters_are_those_of_a_float32_module_with_the_same_weights(dtype):
-    """bf16 has other windows and fp16 no numbers where the scores' own dtype is used throughout."""
+def test_clusters_equal_those_of_a_float32_module_with_the_same_weights(dtype):
+    """If the clustering ran in the scores' dtype, bf16 would give other windows and fp16 NaN."""
     torch.manual_seed(0)
     layer, tokens = EntropyClustering(32).to(dtype), (5 * torch.randn(2, 900, 32)).to(dtype)
     assert layer.kernel.dtype == torch.promote_types(dtype, torch.float32)
@@ -143,17 +143,17 @@ def test_the_clusters_are_those_of_a_float32_module_with_the_same_weights(dtype)
     (pooled,) = layer(tokens)
     assert pooled.dtype == dtype and torch.isfinite(pooled).all()
     assert_tensors_close(pooled.float(), precise(tokens.float())[0], rtol=1e-2, atol=1e-2)
-    # Back in float32, the kernel is what it was.
+    # Casting back to float32 restores the kernel exactly.
     assert torch.equal(layer.float().kernel, gaussian_kernel(3.0))
 
 
 @pytest.mark.parametrize("length", [1, 4, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_both_forms_of_pooling_are_the_same(length, dtype):
+def test_cpu_and_gpu_pooling_agree(length, dtype):
     weights, tokens = torch.rand(2, 30 // length, length), torch.randn(30, 2, 8, dtype=dtype).transpose(0, 1)
     expected = torch.einsum("bml,bmld->bmd", weights, cut_windows(tokens, length).float())
     assert_tensors_close(Windows(weights).pool(tokens), expected.to(dtype))
-    # The form for GPUs, on a tensor that says to be on one.
+    # The GPU form, on a tensor that pretends to be on a GPU.
     assert_tensors_close(Windows(weights).pool(tokens.as_subclass(OnGpu)).as_subclass(torch.Tensor), expected.to(dtype))
 
 
@@ -161,7 +161,7 @@ class OnGpu(torch.Tensor):
     device = torch.device("cuda")
 
 
-def test_windows_drop_the_remainder_mostly_at_the_back():
+def test_windows_split_the_remainder_between_both_ends():
     # 11 tokens in windows of 4: 3 left over, 1 in front and 2 behind.
     windows = cut_windows(torch.arange(11).view(1, 11, 1), 4)
     assert windows.squeeze(-1).tolist() == [[[1, 2, 3, 4], [5, 6, 7, 8]]]
@@ -173,18 +173,18 @@ def test_pooling_is_the_weighted_sum_of_a_window():
     assert Windows(weights).pool(tokens).tolist() == [[[1.75, 17.5], [3.0, 30.0]]]
 
 
-def test_the_scores_gradient_comes_through_the_weights_alone():
+def test_the_scores_gradient_flows_through_the_pooling_weights():
     torch.manual_seed(1)
     layer = EntropyClustering(4, 1.0).double()
     others = torch.randn(1, 12, 2, dtype=torch.float64)
     scored = torch.randn(1, 12, 4, dtype=torch.float64, requires_grad=True)
     torch.autograd.gradcheck(lambda s: layer(s, others)[1], scored)
     layer(scored, others)[1].sum().backward()
-    # All windows' sums move with their weights, which always add up to one: this gradient is zero only in sum.
+    # A window's weights add up to one, so their gradients cancel only in sum.
     assert layer.W_prob.weight.grad.abs().sum() > 0
 
 
-def test_one_host_read_back(monkeypatch):
+def test_clustering_reads_back_to_the_host_once(monkeypatch):
     reads = []
     for name in ("tolist", "item", "__bool__", "__int__", "__float__", "cpu", "numpy"):
         original = getattr(torch.Tensor, name)
@@ -215,17 +215,17 @@ def test_clustering_stays_in_float32_under_autocast():
     "shapes",
     [[(2, 5)], [(2, 0, 4)], [(2, 5, 4), (2, 6, 4)], [(2, 5, 4), (1, 5, 4)]],
 )
-def test_unfit_shapes_are_refused(shapes):
+def test_mismatched_shapes_are_refused(shapes):
     with pytest.raises(ValueError, match="expected tensors"):
         EntropyClustering(4)(*(torch.zeros(shape) for shape in shapes))
 
 
-def test_the_kernel_is_no_part_of_checkpoints():
+def test_the_kernel_is_not_in_the_state_dict():
     assert set(EntropyClustering(4).state_dict()) == {"W_prob.weight", "W_prob.bias"}
 
 
 @pytest.mark.parametrize("name", sorted({key.split("/")[0] for key in RECORDED.files if key.startswith("rowcol")}))
-def test_recorded_row_column_clustering(name):
+def test_row_column_clustering_matches_the_recorded_reference(name):
     import recipe
 
     meta = json.loads(str(RECORDED[f"{name}/meta"]))

@@ -1,4 +1,4 @@
-"""Clustering by regions, by image, without padding and up to a number of clusters: in the layer and in the encoders."""
+"""The clustering settings in the layer and the encoders: regions, per image, padding mask, number of clusters."""
 
 import itertools
 
@@ -17,14 +17,14 @@ from enact_common.inference.detector import load_detector
 from enact_common.models.layers import clustering_settings
 from enact_common.variants import VARIANTS
 
-# Every combination; with a limit, one that the sequences below would pass.
+# Every combination of settings. The sequences below have more than 7 clusters without the limit.
 COMBINATIONS = [
     {"clusters": clusters, "per_image": per_image, "mask_padding": mask_padding, "max_clusters": most}
     for clusters, per_image, mask_padding, most in itertools.product(
         ("windows", "regions"), (False, True), (False, True), (None, 7)
     )
 ]
-# Those in which what an image gives cannot depend on its batch mates or its padding.
+# Combinations in which an image's clusters depend neither on the other images nor on its padding.
 INDEPENDENT = [c for c in COMBINATIONS if c["mask_padding"] and (c["per_image"] or c["clusters"] == "regions")]
 
 
@@ -33,7 +33,7 @@ def name(combination) -> str:
 
 
 def expected_clusters(information, clusters, max_clusters):
-    """The clusters of one image's information (N,), by the definition: a list of lists of tokens."""
+    """The clusters for one image's information (N,) by their definition: a list of lists of token indices."""
     signal = [0.0, *information.tolist(), 0.0]
     curved = [2 * signal[i] - signal[i - 1] - signal[i + 1] > 0 for i in range(1, len(signal) - 1)]
     regions = [[0]]
@@ -55,10 +55,10 @@ def expected_clusters(information, clusters, max_clusters):
 
 @pytest.mark.parametrize("combination", INDEPENDENT, ids=name)
 @pytest.mark.parametrize("sigma, temperature", [(0.5, None), (1.5, 0.2), (1.5, None)])
-def test_each_image_is_clustered_by_the_definition(combination, sigma, temperature):
+def test_clusters_match_the_definition(combination, sigma, temperature):
     layer = EntropyClustering(6, sigma, **combination, temperature=temperature).double()
     tokens, mask = torch.randn(3, 60, 6, dtype=torch.float64), torch.zeros(3, 60, dtype=torch.bool)
-    # The padding of a map of 6 x 10 at its right and bottom.
+    # A feature map of 6 x 10: image 1 is padded at the right, image 2 at the bottom.
     mask[1] = torch.ones(6, 10).index_fill(1, torch.arange(7), 0).bool().flatten()
     mask[2, 20:] = True
     (pooled,) = layer(tokens, key_padding_mask=mask)
@@ -77,7 +77,7 @@ def test_each_image_is_clustered_by_the_definition(combination, sigma, temperatu
 
 
 @pytest.mark.parametrize("most", [None, 3, 7, 1000])
-def test_one_image_has_the_same_windows_in_all_modes(most):
+def test_a_single_image_has_the_same_windows_in_all_modes(most):
     tokens = torch.randn(1, 83, 8)
     layers = [EntropyClustering(8, 1.5, max_clusters=most, per_image=p, mask_padding=m) for p in (0, 1) for m in (0, 1)]
     for layer in layers[1:]:
@@ -86,22 +86,22 @@ def test_one_image_has_the_same_windows_in_all_modes(most):
             assert_close(layer(tokens, key_padding_mask=mask)[0], layers[0](tokens)[0])
 
 
-def test_temperature_lets_shares_differ():
-    """Of two images, each by its own mean; the published shares are all but equal."""
+def test_temperature_spreads_the_pooling_weights():
+    """Each image is scaled by its own mean. Without a temperature the pooling weights are almost equal."""
     tokens = torch.randn(2, 1000, 8)
     published = EntropyClustering(8, 1.0)
     layers = {t: EntropyClustering(8, 1.0, temperature=t) for t in (1e9, 1.0, 0.1)}
-    shares = {None: published.cluster(tokens).weights}
+    weights = {None: published.cluster(tokens).weights}
     information = smooth(self_information(published.W_prob(tokens).squeeze(-1)), published.kernel)
-    length = shares[None].shape[-1]
+    length = weights[None].shape[-1]
     for temperature, layer in layers.items():
         layer.load_state_dict(published.state_dict())
-        shares[temperature] = layer.cluster(tokens).weights
+        weights[temperature] = layer.cluster(tokens).weights
         logits = information / information.mean(dim=1, keepdim=True) / temperature
         front = 1000 % length // 2
         expected = logits[:, front : front + 1000 // length * length].unflatten(1, (-1, length)).softmax(dim=-1)
-        assert_close(shares[temperature], expected)
-    greatest = {temperature: found.amax(dim=-1).mean().item() * length for temperature, found in shares.items()}
+        assert_close(weights[temperature], expected)
+    greatest = {temperature: w.amax(dim=-1).mean().item() * length for temperature, w in weights.items()}
     assert greatest[1e9] == pytest.approx(1, abs=1e-5) and greatest[None] == pytest.approx(1, abs=0.01)
     assert 1.05 < greatest[1.0] < greatest[0.1] <= length
 
@@ -109,8 +109,8 @@ def test_temperature_lets_shares_differ():
 @pytest.mark.parametrize("clusters", ["windows", "regions"])
 @pytest.mark.parametrize("num_tokens", [1, 3, 400])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
-def test_temperature_is_finite_whatever_the_scores(clusters, num_tokens, scale):
-    """All tokens alike, and one that has all the probability."""
+def test_temperature_gives_finite_outputs_for_any_scores(clusters, num_tokens, scale):
+    """From equal scores to one token with all the probability."""
     layer = EntropyClustering(4, 1.0, clusters=clusters, temperature=0.01)
     with torch.no_grad():
         layer.W_prob.weight.fill_(scale)
@@ -122,7 +122,7 @@ def test_temperature_is_finite_whatever_the_scores(clusters, num_tokens, scale):
     assert_close(weights.amax(), torch.tensor(1.0))
 
 
-def test_one_length_for_all_is_the_mean_over_the_images_own_tokens():
+def test_the_shared_window_length_ignores_padding():
     layer = EntropyClustering(8, 1.0, mask_padding=True)
     tokens, mask = torch.randn(2, 120, 8), torch.zeros(2, 120, dtype=torch.bool)
     mask[1, 45:] = True
@@ -138,12 +138,12 @@ def test_one_length_for_all_is_the_mean_over_the_images_own_tokens():
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
 @pytest.mark.parametrize("num_tokens", [1, 2, 61])
-def test_assignment_says_which_tokens_are_pooled(combination, num_tokens):
+def test_assignment_matches_the_pooled_tokens(combination, num_tokens):
     layer = EntropyClustering(4, 1.5, **combination)
     tokens, mask = torch.randn(3, num_tokens, 4), torch.zeros(3, num_tokens, dtype=torch.bool)
     mask[1, num_tokens // 2 + 1 :] = True
     clusters = layer.cluster(tokens, mask)
-    # Pooled, each token's own unit vector gives the weights that it has in every cluster.
+    # Pooling unit vectors gives each token's weight in every cluster.
     weights = clusters.pool(torch.eye(num_tokens).expand(3, -1, -1))  # (batch, M, N)
     pooled = weights > 0
     assert (pooled.sum(dim=1) <= 1).all()
@@ -152,16 +152,16 @@ def test_assignment_says_which_tokens_are_pooled(combination, num_tokens):
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
-def test_cluster_hooks_are_shown_each_token_in_its_place(combination):
+def test_cluster_hooks_get_the_information_of_each_token(combination):
     layer = EntropyClustering(4, 1.5, **combination)
     tokens, mask = torch.randn(2, 24, 4), torch.zeros(2, 4, 6, dtype=torch.bool)
     mask[1, :, 4:] = mask[1, 3:] = True
     mask = mask.flatten(1)
-    seen = []
-    layer.register_cluster_hook(lambda *shown: seen.append(shown))
+    calls = []
+    layer.register_cluster_hook(lambda *call: calls.append(call))
     clusters = layer.cluster(tokens, mask)
-    ((information, shown),) = seen
-    assert shown is clusters
+    ((information, hooked),) = calls
+    assert hooked is clusters
     for i in range(2):
         present = ~mask[i] if combination["mask_padding"] else torch.ones(24, dtype=torch.bool)
         own = smooth(self_information(layer.W_prob(tokens[i : i + 1, present]).squeeze(-1)), layer.kernel)
@@ -171,7 +171,7 @@ def test_cluster_hooks_are_shown_each_token_in_its_place(combination):
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
 @pytest.mark.slow
-def test_gradients(combination):
+def test_gradients_pass_gradcheck(combination):
     layer = EntropyClustering(4, 1.0, **combination).double()
     tokens = torch.randn(2, 12, 4, dtype=torch.float64, requires_grad=True)
     others = torch.randn(2, 12, 3, dtype=torch.float64, requires_grad=True)
@@ -188,7 +188,7 @@ def test_gradients(combination):
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS[1:], ids=name)
-def test_shared_values_are_pooled_as_if_laid_out(combination):
+def test_pool_shared_equals_pooling_repeated_values(combination):
     layer = EntropyClustering(5, 1.0, **combination)
     tokens, values = torch.randn(2, 24, 5), torch.randn(2, 6, 3)
     mask = torch.ones(2, 4, 6, dtype=torch.bool)
@@ -198,7 +198,7 @@ def test_shared_values_are_pooled_as_if_laid_out(combination):
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
-def test_one_host_read_back(combination, monkeypatch):
+def test_clustering_reads_back_to_the_host_once(combination, monkeypatch):
     layer, tokens, mask = EntropyClustering(8, **combination), torch.randn(3, 50, 8), torch.rand(3, 50) > 0.8
     reads = []
     for method in ("tolist", "item", "__bool__", "__int__", "__float__", "cpu", "numpy", "nonzero"):
@@ -214,7 +214,7 @@ def test_one_host_read_back(combination, monkeypatch):
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
-def test_an_image_of_padding_alone_is_no_nan(combination):
+def test_an_image_of_only_padding_gives_finite_values(combination):
     attention = EnactSelfAttention(8, 2, batch_first=True, **combination)
     tokens, mask = torch.randn(2, 30, 8, requires_grad=True), torch.zeros(2, 30, dtype=torch.bool)
     mask[1] = True
@@ -224,7 +224,7 @@ def test_an_image_of_padding_alone_is_no_nan(combination):
 
 
 def test_masked_clusters_are_not_attended_to():
-    """Against attention that each image computes over its own clusters alone."""
+    """The batch gives the same output as each image by itself."""
     attention = EnactSelfAttention(8, 2, batch_first=True, clusters="regions", sigma=1.0)
     tokens = torch.randn(3, 50, 8)
     output, _ = attention(tokens, tokens, tokens)
@@ -233,7 +233,7 @@ def test_masked_clusters_are_not_attended_to():
 
 
 @pytest.mark.parametrize("wrong", [{"clusters": "lines"}, {"max_clusters": 0}, {"temperature": 0.0}])
-def test_wrong_settings_are_refused(wrong):
+def test_invalid_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         EnactSelfAttention(8, 2, **wrong)
 
@@ -248,14 +248,14 @@ FLAGS = {
 
 def encoder_outputs(variant, model, features, mask):
     """The encoder's output (batch, h, w, d) for projected features (batch, d, h, w) and their padding mask."""
-    found = []
+    outputs = []
     transformer = model.transformer
     if variant == "anchor":
         layer = transformer.encoder_layers[-1]
-        handle = layer.register_forward_hook(lambda module, args, output: found.append(output))
+        handle = layer.register_forward_hook(lambda module, args, output: outputs.append(output))
         transformer(features.permute(0, 2, 3, 1).unsqueeze(1), mask)
         handle.remove()
-        return found[0]
+        return outputs[0]
     pos = model.backbone[1](NestedTensor(features, mask))
     _, memory = transformer(features, mask, model.query_embed.weight, pos)
     return memory.permute(0, 2, 3, 1)
@@ -265,13 +265,13 @@ def encoder_outputs(variant, model, features, mask):
 @pytest.mark.parametrize(
     "variant, own", [(v, "") for v in VARIANTS] + [("anchor", "--attention_type nn.MultiheadAttention")]
 )
-def test_an_images_encoding_depends_on_itself_alone(variant, own, flags):
+def test_an_images_encoding_does_not_depend_on_the_batch(variant, own, flags):
     argv = [*SMALL_MODEL[variant], "--dropout", "0", "--enc_layers", "3", *own.split(), *flags.split()]
     model = build(variant, *argv, "--smoothing_sigma", "1")[0].eval()
     small, large = torch.randn(1, 32, 7, 9), torch.randn(1, 32, 12, 13)
     with torch.no_grad():
         alone = encoder_outputs(variant, model, small, torch.zeros(1, 7, 9, dtype=torch.bool))
-        # The same image, padded with anything, beside a larger one.
+        # The same image, padded with noise, in a batch with a larger one.
         batch, mask = torch.randn(2, 32, 12, 13), torch.ones(2, 12, 13, dtype=torch.bool)
         batch[0, :, :7, :9], mask[0, :7, :9] = small[0], False
         batch[1], mask[1] = large[0], False
@@ -279,8 +279,8 @@ def test_an_images_encoding_depends_on_itself_alone(variant, own, flags):
     assert_close(together[:1, :7, :9], alone, rtol=1e-5, atol=1e-5)
 
 
-def test_without_the_flags_it_depends_on_the_batch():
-    """What the flags change: the published behaviour."""
+def test_without_the_flags_the_encoding_depends_on_the_batch():
+    """The published behaviour, which the flags change."""
     model = build("detr", *SMALL_MODEL["detr"], "--smoothing_sigma", "1")[0].eval()
     features = torch.randn(2, 32, 12, 13)
     features[1] = features[1, :, :1, :1]
@@ -297,25 +297,25 @@ SETTINGS = (
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.slow
-def test_flags_are_stored_and_restored(variant, shapes, tmp_path, capfd):
+def test_clustering_flags_are_saved_and_restored(variant, shapes, tmp_path, capfd):
     argv = ["--coco_path", shapes, *SMALL_MODEL[variant], "--limit_val", "2"]
     assert run(variant, *argv, "--output_dir", tmp_path / "run", "--epochs", "1", *SETTINGS.split()) == 0
     checkpoint = tmp_path / "run" / "checkpoint.pth"
     assert load_checkpoint(str(checkpoint))["args"]["enact_clusters"] == "regions"
     capfd.readouterr()
-    # Regions are an image's own in any case: there, --enact_per_image is idle.
+    # Regions are always per image, so --enact_per_image has no effect and is not shown.
     text = "clusters regions, mask_padding True, max_clusters 5, temperature 0.5"
     assert run(variant, *argv, "--resume", checkpoint, "--eval") == 0
     assert text in capfd.readouterr().out
-    # What the command line says goes before what the checkpoint says.
+    # The command line overrides the checkpoint.
     other = "--enact_clusters windows --no-enact_mask_padding --enact_max_clusters 0 --enact_temperature 0".split()
     assert run(variant, *argv, "--resume", checkpoint, "--eval", *other) == 0
     assert "clusters windows, per_image True)" in capfd.readouterr().out
 
 
 @pytest.mark.slow
-def test_scaled_logits_belong_to_the_weights(shapes, tmp_path, capfd):
-    """Unlike the other settings: a checkpoint works with what it was trained with alone."""
+def test_scale_logits_must_match_the_checkpoint(shapes, tmp_path, capfd):
+    """Unlike the other settings, this one must be the same as in training."""
     argv = ["--coco_path", shapes, *SMALL_MODEL["detr"], "--limit_val", "2"]
     scaled = [*argv, "--enact_scale_logits"]
     assert run("detr", *scaled, "--output_dir", tmp_path / "run", "--epochs", "1") == 0
@@ -327,7 +327,7 @@ def test_scaled_logits_belong_to_the_weights(shapes, tmp_path, capfd):
     assert "scale_logits True" in capfd.readouterr().out
     assert load_detector(checkpoint, "cpu").model.transformer.encoder.layers[0].self_attn.scale_logits
 
-    # One from before the flag was trained without.
+    # A checkpoint from before the flag was trained without it.
     state = torch.load(checkpoint, weights_only=False)
     args = dict(state["args"] if isinstance(state["args"], dict) else vars(state["args"]))
     torch.save({**state, "args": {k: v for k, v in args.items() if k != "enact_scale_logits"}}, checkpoint)
@@ -335,11 +335,11 @@ def test_scaled_logits_belong_to_the_weights(shapes, tmp_path, capfd):
     assert "Pass, as then: no --enact_scale_logits" in capfd.readouterr().err
 
 
-def test_without_flags_nothing_is_on():
+def test_clustering_settings_are_off_by_default():
     assert clustering_settings(parse("detr")) == {"sigma": 3.0, **COMBINATIONS[0], "temperature": None}
 
 
-def test_gradients_in_parts(monkeypatch):
+def test_gradients_do_not_depend_on_the_part_size(monkeypatch):
     layer = EntropyClustering(4, 1.0, clusters="regions").double()
     tokens = torch.randn(3, 31, 4, dtype=torch.float64, requires_grad=True)
     gradients = []
@@ -351,14 +351,14 @@ def test_gradients_in_parts(monkeypatch):
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
-def test_tokens_that_lie_length_first_are_pooled_alike(combination):
+def test_non_contiguous_tokens_are_pooled_equally(combination):
     layer = EntropyClustering(4, 1.0, **combination)
     tokens, mask = torch.randn(30, 3, 4).transpose(0, 1), torch.rand(3, 30) > 0.8
     expected = layer(tokens.contiguous(), key_padding_mask=mask)[0]
     assert_close(layer(tokens, key_padding_mask=mask)[0], expected)
 
 
-def test_an_image_of_padding_alone_does_not_change_the_others_windows():
+def test_an_image_of_only_padding_does_not_change_other_windows():
     layer = EntropyClustering(8, 1.0, mask_padding=True)
     tokens, mask = torch.randn(2, 90, 8), torch.zeros(2, 90, dtype=torch.bool)
     mask[1] = True
@@ -366,7 +366,7 @@ def test_an_image_of_padding_alone_does_not_change_the_others_windows():
     assert_close(layer(tokens, key_padding_mask=mask)[0][:1], alone)
 
 
-def test_arguments_of_earlier_versions_serve():
+def test_arguments_of_earlier_versions_are_accepted():
     args = parse("detr")
     for flag in CLUSTERING_FLAGS:
         delattr(args, flag)

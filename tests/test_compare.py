@@ -1,4 +1,4 @@
-"""The comparison of runs: what it says of their terms and figures, and the page, which a browser opens."""
+"""The comparison of runs: differing settings, metrics, and the HTML page in a browser."""
 
 import base64
 import errno
@@ -32,7 +32,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 @pytest.fixture(scope="module")
 def trained(shapes, tmp_path_factory) -> dict[str, Path]:
-    """Runs that differ in the attention alone, and one that differs in more."""
+    """Two runs that differ only in the attention, and one that differs in more."""
     folder = tmp_path_factory.mktemp("trained")
     for name, flags in (
         ("enact", "--epochs 2"),
@@ -46,7 +46,7 @@ def trained(shapes, tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def drawings(monkeypatch):
-    """What is drawn into pictures: (pixels, boxes, names, scores, labels) each."""
+    """The arguments of every `draw_detections` call: (pixels, boxes, names, scores, labels)."""
     calls = []
     real = pictures.draw_detections
 
@@ -59,16 +59,16 @@ def drawings(monkeypatch):
 
 
 def compare(*words) -> int:
-    """The comparison's exit status, on the CPU."""
+    """Run the comparison on the CPU; the exit status."""
     return main([*map(str, words), "--device", "cpu"])
 
 
 class Page(HTMLParser):
-    """What a page refers to, and its visible text.
+    """A parsed HTML page: the URLs it loads and its visible text.
 
     Attributes:
-        sources: of everything that a browser would load.
-        texts: by element.
+        sources: all URLs that a browser would load.
+        texts: one text per element.
     """
 
     LOADING = ("src", "href", "srcset", "data", "action", "poster", "xlink:href")
@@ -93,8 +93,8 @@ class Page(HTMLParser):
             self.texts.append(data.strip())
 
 
-@pytest.mark.parametrize("recorded", [True, False], ids=["evaluation.json", "log.txt alone"])
-def test_where_nothing_could_be_measured_there_are_dashes(recorded, tmp_path, capsys):
+@pytest.mark.parametrize("recorded", [True, False], ids=["evaluation.json", "only log.txt"])
+def test_metrics_that_could_not_be_measured_are_dashes(recorded, tmp_path, capsys):
     rows = [{"epoch": 0, "train_loss": 3.0, "test_coco_eval_bbox": [-1.0] * 12}]
     (tmp_path / "log.txt").write_text(json.dumps(rows[0]))
     if recorded:
@@ -107,7 +107,7 @@ def test_where_nothing_could_be_measured_there_are_dashes(recorded, tmp_path, ca
     assert "-1" not in capsys.readouterr().out.replace(str(tmp_path), "")
 
 
-def test_given_photos_are_turned_as_viewers_do(trained, tmp_path):
+def test_given_photos_are_rotated_by_their_exif_orientation(trained, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (80, 64)).save(tmp_path / "photo.jpg", exif=exif)
@@ -117,7 +117,7 @@ def test_given_photos_are_turned_as_viewers_do(trained, tmp_path):
         assert picture.height * 64 == picture.width * 80
 
 
-def test_every_evaluation_leaves_its_record(trained, shapes, tmp_path):
+def test_every_evaluation_writes_its_record(trained, shapes, tmp_path):
     epochs = [json.loads(line) for line in (trained["enact"] / "log.txt").read_text().splitlines()]
     record = json.loads((trained["enact"] / "evaluation.json").read_text())
     assert (record["set"], record["epoch"], record["images"]) == ("val", 1, 6) and "checkpoint" not in record
@@ -127,11 +127,11 @@ def test_every_evaluation_leaves_its_record(trained, shapes, tmp_path):
     assert run("conditional", *SMALL_MODEL["conditional"], *data, "--eval") == 0
     again = json.loads((tmp_path / "evaluation.json").read_text())
     assert again.pop("checkpoint") == str(checkpoint) and again == record
-    # Such a folder is a run too: its checkpoint is the one that was evaluated.
+    # An evaluation's folder is also a run, with the evaluated checkpoint.
     assert read_run(tmp_path, "eval").checkpoint == checkpoint
 
 
-def test_runs_that_differ_in_the_attention_alone_are_on_equal_terms(trained):
+def test_runs_that_differ_only_in_the_attention_are_on_equal_terms(trained):
     runs = [read_run(trained[name], name) for name in ("enact", "plain")]
     assert inequalities(runs) == [] and differing_flags(runs) == {}
     table = settings_table(runs)
@@ -145,7 +145,7 @@ def test_runs_that_differ_in_the_attention_alone_are_on_equal_terms(trained):
 
 def test_unequal_terms_are_named(trained):
     runs = [read_run(trained[name], name) for name in ("enact", "other")]
-    said = "\n".join(inequalities(runs))
+    report = "\n".join(inequalities(runs))
     for text in (
         "differ in more than the encoder attention: --epochs (2 against 1), --limit_val (none against 3), "
         "--seed (42 against 7)",
@@ -155,7 +155,7 @@ def test_unequal_terms_are_named(trained):
         "different classes or objects",
         "Time and memory are not on equal terms: --num_workers (0 against 1)",
     ):
-        assert text in said
+        assert text in report
 
 
 @pytest.mark.parametrize(
@@ -169,13 +169,13 @@ def test_unequal_terms_are_named(trained):
         ({"a_later_versions_flag": 1}, True),
     ],
 )
-def test_which_flags_make_terms_unequal(trained, flags, equal):
+def test_flags_that_make_terms_unequal(trained, flags, equal):
     one, two = (read_run(trained["enact"], name) for name in ("one", "two"))
     two.args.update(flags)
     assert (inequalities([one, two]) == []) == equal
 
 
-def test_figures_are_compared_with_the_first_runs(tmp_path):
+def test_metrics_are_compared_with_the_first_run(tmp_path):
     one = write_evaluation(tmp_path / "one", evaluation_of(["nut", "bolt"], 0.5))
     record = evaluation_of(["nut"], 0.6)
     record["figures"] |= {"APS": -1.0, "AR1": 0.4, "AR10": 0.50001, "AR100": 0.4999}
@@ -185,7 +185,7 @@ def test_figures_are_compared_with_the_first_runs(tmp_path):
     assert rows["AP"] == ["0.500", "**0.600** (+0.100)"]
     assert rows["APS"] == ["0.500", "-"]
     assert rows["AR1"] == ["**0.500**", "0.400 (-0.100)"]
-    # What reads the same is the same.
+    # Values that round to the same text count as equal.
     assert rows["AR10"] == rows["AR100"] == ["0.500", "0.500 (+0.000)"]
     assert rows["highest AP"] == ["-", "0.300"] and rows["at epoch"] == ["-", "3"]
     classes = {row[0].text: [cell.plain() for cell in row[1:]] for row in classes_table(runs).rows}
@@ -193,7 +193,7 @@ def test_figures_are_compared_with_the_first_runs(tmp_path):
     assert classes["bolt"] == ["11", "0.225", "-", "0.375", "-"]
 
 
-def test_classes_of_one_name_have_a_row_each(tmp_path):
+def test_classes_with_the_same_name_have_separate_rows(tmp_path):
     two = evaluation_of(["nut", "nut", "bolt"], 0.6)
     folders = [
         write_evaluation(tmp_path / name, record)
@@ -201,7 +201,7 @@ def test_classes_of_one_name_have_a_row_each(tmp_path):
     ]
     table = classes_table([read_run(folder, folder.name) for folder in folders])
     rows = {row[0].text: [cell.text for cell in row[1:4]] for row in table.rows}
-    # Of a name that stands once in each, the ids may differ.
+    # The ids of a name may differ if it occurs once in each run.
     assert rows == {
         "nut (id 1)": ["10", "0.300", "0.360"],
         "bolt": ["11 / 12", "0.250", "0.240"],
@@ -210,7 +210,7 @@ def test_classes_of_one_name_have_a_row_each(tmp_path):
     }
 
 
-def test_a_class_whose_figures_are_no_numbers_has_dashes(tmp_path):
+def test_a_class_with_invalid_metrics_has_dashes(tmp_path):
     folder = write_evaluation(tmp_path / "broken", without_figures(evaluation_of(["nut", "bolt"]), 0))
     table = classes_table([read_run(folder, "broken"), read_run(folder, "again")])
     assert [cell.plain() for cell in table.rows[0]] == ["nut", "10", "-", "-", "-", "-"]
@@ -246,20 +246,20 @@ def test_costs_are_medians_with_ratios_and_dashes(tmp_path):
     assert found["parameters"] == ["41,302,368", "41,302,368 (x 1.00)", "41,302,368 (x 1.00)"]
 
 
-def test_a_runs_best_checkpoint_goes_before_its_latest(trained, tmp_path):
+def test_the_best_checkpoint_is_preferred_to_the_latest(trained, tmp_path):
     for name in ("checkpoint.pth", "best.pth"):
         shutil.copy(trained["enact"] / "checkpoint.pth", tmp_path / name)
     assert read_run(tmp_path, "run").checkpoint == tmp_path / "best.pth"
 
 
-def test_an_original_checkpoint_is_known_by_its_tensors(trained, tmp_path):
+def test_an_original_checkpoint_is_recognised_by_its_tensors(trained, tmp_path):
     state = load_checkpoint(str(trained["enact"] / "checkpoint.pth"))
     torch.save({"model": state["model"], "epoch": 4}, tmp_path / "checkpoint.pth")
-    found = read_run(tmp_path, "run")
-    assert (found.variant, found.args["encoder_attention"], found.epochs_done) == ("conditional", "enact", 5)
+    original = read_run(tmp_path, "run")
+    assert (original.variant, original.args["encoder_attention"], original.epochs_done) == ("conditional", "enact", 5)
 
 
-def test_the_page_shows_the_validation_images_with_the_truth_beside(trained, shapes, drawings, tmp_path, capsys):
+def test_the_page_shows_validation_images_with_ground_truth(trained, shapes, drawings, tmp_path, capsys):
     words = [trained["enact"], trained["plain"], "--output_dir", tmp_path, "--pictures", 2, "--threshold", 0]
     assert compare(*words) == 0
     text = capsys.readouterr().out
@@ -278,7 +278,7 @@ def test_the_page_shows_the_validation_images_with_the_truth_beside(trained, sha
     np.testing.assert_allclose(boxes, expected, rtol=1e-5)
     assert names == [category[a["category_id"]] for a in truth]
     assert len(drawings[1][3]) == len(drawings[1][1]) > 0
-    # A class has the same label, which is its colour, in all pictures.
+    # The label sets the colour, so a class has one label in all pictures.
     assert len({pair for call in drawings for pair in zip(call[2], call[4].tolist(), strict=True)}) <= len(category)
 
 
@@ -296,7 +296,7 @@ def test_given_images_are_scaled_down_with_their_boxes(trained, drawings, tmp_pa
     assert drawings[1][1][:, 2].max() > 90
 
 
-def test_runs_without_this_or_that_are_compared_all_the_same(trained, tmp_path, capsys):
+def test_incomplete_runs_are_compared(trained, tmp_path, capsys):
     log = write_log(tmp_path / "original", original_log()) / "log.txt"
     record = write_evaluation(tmp_path / "record", evaluation_of(["nut"]))
     broken = tmp_path / "broken"
@@ -316,7 +316,7 @@ def test_runs_without_this_or_that_are_compared_all_the_same(trained, tmp_path, 
         ("", True, "gone: no such folder. --images takes others"),
     ],
 )
-def test_the_page_says_why_there_are_no_pictures(trained, tmp_path, capsys, flags, moved, reason):
+def test_the_page_explains_missing_pictures(trained, tmp_path, capsys, flags, moved, reason):
     shutil.copytree(trained["enact"], tmp_path / "run")
     if moved:
         for path in (tmp_path / "run").glob("*.pth"):
@@ -343,7 +343,7 @@ def test_the_page_says_why_there_are_no_pictures(trained, tmp_path, capsys, flag
         ("{run} --output_dir {tmp}/taken", "taken/compare.html: cannot be written, there is a folder of this name"),
     ],
 )
-def test_bad_input_is_found_before_any_work(trained, tmp_path, capsys, words, message):
+def test_bad_input_is_refused_before_any_work(trained, tmp_path, capsys, words, message):
     for name in ("empty", "torn"):
         (tmp_path / name).mkdir()
     (tmp_path / "torn" / "checkpoint.pth").write_bytes(b"PK\x03\x04 and no more")
@@ -361,7 +361,7 @@ HOSTILE = '</script><img src=https://example.org/x.png onerror="document.title=1
 
 @pytest.fixture
 def hostile_page(trained, tmp_path) -> Path:
-    """A page of two runs, one of whose names and one of whose classes would like to be more than text."""
+    """A page of two runs in which a run's name and a class name contain HTML and a script."""
     shutil.copytree(trained["enact"], tmp_path / "one")
     write_evaluation(tmp_path / "one", evaluation_of(["nut", HOSTILE, "bolt"]))
     runs = [tmp_path / "one", trained["plain"]]
@@ -370,7 +370,7 @@ def hostile_page(trained, tmp_path) -> Path:
     return out / "compare.html"
 
 
-def test_text_stays_text_and_nothing_is_loaded(hostile_page):
+def test_names_are_escaped_and_no_url_is_loaded(hostile_page):
     page = Page(hostile_page.read_text())
     assert page.sources and all(source.startswith("data:image/jpeg;base64,") for source in page.sources)
     assert HOSTILE in page.texts and f"AP50 {HOSTILE}" in page.texts
@@ -383,16 +383,16 @@ def test_text_stays_text_and_nothing_is_loaded(hostile_page):
 
 
 def browser() -> str:
-    """A browser that can be started without a display; skips the test where there is none."""
+    """The path of a headless browser; skips the test if there is none."""
     named = os.environ.get("ENACT_BROWSER")
-    found = named or next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip("no browser: none of " + ", ".join(BROWSERS) + " is installed, and ENACT_BROWSER names none")
-    return found
+    executable = named or next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if executable is None:
+        pytest.skip("no browser: install " + ", ".join(BROWSERS) + " or set ENACT_BROWSER")
+    return executable
 
 
 def browse(page: Path, profile: Path, *flags: str) -> str:
-    """The page's document after its scripts have run."""
+    """The page's DOM after its scripts have run."""
     command = [
         *(browser(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
         *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars"),
@@ -401,7 +401,7 @@ def browse(page: Path, profile: Path, *flags: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
 
 
-# Uses the page as a reader does, and leaves what came of it in the document.
+# Use the page as a reader would, and leave the results in the document.
 VISIT = """
 <script>
 const seen = {errors: [], blocked: []};
@@ -439,30 +439,30 @@ addEventListener("load", () => setTimeout(() => {
 """
 
 
-def test_a_browser_shows_the_page_and_its_parts_work(hostile_page, tmp_path):
+def test_the_page_works_in_a_browser(hostile_page, tmp_path):
     visited = tmp_path / "visited.html"
     visited.write_text(hostile_page.read_text().replace("</title>", "</title>" + VISIT, 1))
     document = browse(visited, tmp_path / "profile", "--dump-dom", "--window-size=1200,900")
-    found = re.search(r'<pre id="seen">(.*?)</pre>', document, re.DOTALL)
-    assert found, "the page's scripts did not run to their end"
-    seen = json.loads(found[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    note = re.search(r'<pre id="seen">(.*?)</pre>', document, re.DOTALL)
+    assert note, "the page's scripts did not run to their end"
+    seen = json.loads(note[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
     assert seen["errors"] == seen["blocked"] == []
     assert seen["title"] == f"{HOSTILE} and plain"
     # Two runs with two losses, two APs and a learning rate each; then one run.
     assert seen["lines"] == [4, 4, 2] and seen["fewer"] == [2, 2, 1]
     assert seen["readout"].startswith(f"epoch 2: {HOSTILE} validation ") and "plain training" in seen["readout"]
     assert seen["stepped"].startswith("epoch 1: ")
-    # By the AP of the first run, which falls from class to class and is missing for the others; then by name.
+    # Sorted by the first run's AP, which falls from class to class and is missing for other classes; then by name.
     assert seen["falling"][:3] == ["nut", HOSTILE, "bolt"]
     assert seen["rising"] != seen["falling"] and sorted(seen["rising"]) == sorted(seen["before"])
     assert seen["rising"].index("bolt") < seen["rising"].index("nut")
     assert seen["open"] and seen["closed"] and seen["wide"]
 
 
-def test_a_browser_paints_the_page(hostile_page, tmp_path):
+def test_a_browser_renders_the_page(hostile_page, tmp_path):
     picture = tmp_path / "page.png"
     browse(hostile_page, tmp_path / "profile", f"--screenshot={picture}", "--window-size=1200,3000")
     with Image.open(picture) as image:
         colours = image.convert("RGB").getcolors(2**24)
-    # Text, charts in the runs' colours and pictures on an empty ground.
+    # Text, charts and pictures have many colours.
     assert len(colours) > 500

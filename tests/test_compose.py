@@ -1,4 +1,4 @@
-"""The commands in docker-compose.yml, read as compose would read them, and run here without a container."""
+"""The commands in docker-compose.yml, parsed as compose does and run without a container."""
 
 import os
 import re
@@ -21,16 +21,16 @@ SERVICES = ("train", "eval", "benchmark", "tensorboard")
 
 
 def substitute(value: Any, settings: dict[str, str]) -> Any:
-    """A value of the file with its variables replaced: `${NAME:-default}` where a setting is missing or empty."""
+    """A value of the file with `${NAME:-default}` replaced by the setting, or by the default if it is empty."""
     if isinstance(value, dict):
         return {key: substitute(item, settings) for key, item in value.items()}
     if isinstance(value, list):
         return [substitute(item, settings) for item in value]
-    return VARIABLE.sub(lambda found: settings.get(found[1]) or found[2], value) if isinstance(value, str) else value
+    return VARIABLE.sub(lambda match: settings.get(match[1]) or match[2], value) if isinstance(value, str) else value
 
 
 def services(**settings: str) -> dict[str, dict]:
-    """The services, under these settings."""
+    """The services with these settings."""
     return substitute(yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8")), settings)["services"]
 
 
@@ -41,67 +41,67 @@ def paths_in(service: dict) -> list[str]:
 
 
 def mount_of(path: str, service: dict) -> dict | None:
-    """The volume under which a path in the container lies."""
+    """The volume that holds a path of the container."""
     places = [PurePosixPath(path), *PurePosixPath(path).parents]
     return next((volume for volume in service["volumes"] if PurePosixPath(volume["target"]) in places), None)
 
 
-def on_the_host(word: str, service: dict) -> str:
-    """A word of a command or an environment with the container's path, if it is one, replaced by the host's."""
+def host_path(word: str, service: dict) -> str:
+    """Replace a path in the container by its path on the host; other words are returned unchanged."""
     volume = mount_of(word, service) if word.startswith("/") else None
     return str(Path(volume["source"]) / PurePosixPath(word).relative_to(volume["target"])) if volume else word
 
 
 def start(name: str, settings: dict[str, str], *more: str) -> Forked:
-    """Start a service's command as a fork of the Python here, as the image's entry point does with its own."""
+    """Start a service's command in a fork of this Python, which replaces the image's entry point."""
     service = services(**settings)[name]
-    command = [on_the_host(word, service) for word in shlex.split(service["command"])]
-    environment = {key: on_the_host(value, service) for key, value in service.get("environment", {}).items()}
+    command = [host_path(word, service) for word in shlex.split(service["command"])]
+    environment = {key: host_path(value, service) for key, value in service.get("environment", {}).items()}
     return Forked([*command, *more], os.environ | environment, ROOT)
 
 
 def finish(name: str, settings: dict[str, str]) -> str:
-    """Run a service's command to its end, which must be a good one; what it printed."""
+    """Run a service's command, which must succeed; its output."""
     process = start(name, settings)
-    said, complained = process.communicate(timeout=300)
-    assert process.returncode == 0, said + complained
-    return said
+    stdout, stderr = process.communicate(timeout=300)
+    assert process.returncode == 0, stdout + stderr
+    return stdout
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_paths_lie_under_mounts(name):
+def test_paths_are_mounted(name):
     service = services()[name]
     assert paths_in(service) != []
     for path in paths_in(service):
-        assert mount_of(path, service), f"{path} is in the container alone"
-    written = re.search(r"--output_dir (\S+)", service["command"])
-    for path in [*written.groups()] if written else []:
+        assert mount_of(path, service), f"{path} is not mounted"
+    output_dir = re.search(r"--output_dir (\S+)", service["command"])
+    for path in [*output_dir.groups()] if output_dir else []:
         assert not mount_of(path, service).get("read_only")
     if "TORCH_HOME" in service.get("environment", {}):
         assert not mount_of(service["environment"]["TORCH_HOME"], service).get("read_only")
 
 
-def test_compose_up_trains_on_all_gpus_and_goes_on_where_it_stopped():
+def test_compose_up_trains_on_all_gpus_and_resumes():
     by_default = [name for name, service in services().items() if "profiles" not in service]
     assert by_default == ["train"] and set(services()) == set(SERVICES)
     train = services()["train"]
     words = shlex.split(train["command"])
     assert "--nproc_per_node=gpu" in words and "--auto_resume" in words
     assert train["deploy"]["resources"]["reservations"]["devices"][0]["count"] == "all"
-    # torchrun outlasts its processes, and Docker's patience torchrun's.
+    # torchrun waits for its processes, and Docker waits longer for torchrun.
     assert train["stop_grace_period"] == "150s" and train["environment"]["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "120"
     assert train["restart"] == "on-failure:3"
     assert all("restart" not in service for name, service in services().items() if name != "train")
 
 
-def test_the_image_holds_what_the_services_need():
+def test_the_image_installs_the_services_dependencies():
     dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-    assert 'ENTRYPOINT ["python"]' in dockerfile  # which the commands are arguments of
+    assert 'ENTRYPOINT ["python"]' in dockerfile  # the commands are its arguments
     installed = re.search(r'-e "\.\[([\w,-]+)\]"', dockerfile)[1].split(",")
     assert {"logging", "plots"} <= set(installed)  # TensorBoard, and the benchmark's charts
 
 
-def test_settings_take_the_place_of_defaults():
+def test_settings_override_defaults():
     train = services(VARIANT="Anchor-DETR-ENACT", PROCESSES="2", ARGS="--batch_size 2", GPU_COUNT="")["train"]
     words = shlex.split(train["command"])
     assert words[3:5] == ["--nproc_per_node=2", "Anchor-DETR-ENACT/main.py"] and words[-2:] == ["--batch_size", "2"]
@@ -109,7 +109,7 @@ def test_settings_take_the_place_of_defaults():
     assert train["deploy"]["resources"]["reservations"]["devices"][0]["count"] == "all"
 
 
-def test_tensorboard_is_open_to_this_machine_alone():
+def test_tensorboard_is_reachable_only_from_this_machine():
     service = services(TENSORBOARD_PORT="8080")["tensorboard"]
     assert service["ports"] == ["127.0.0.1:8080:6006"]
     assert shlex.split(service["command"])[-2:] == ["--port", "6006"]
@@ -118,7 +118,7 @@ def test_tensorboard_is_open_to_this_machine_alone():
 
 @pytest.fixture(scope="module")
 def settings(shapes, tmp_path_factory) -> dict[str, str]:
-    """Of a small model on the CPU, in two processes, and folders of this test."""
+    """Settings for a small model on the CPU, in two processes, with the test's folders."""
     model = shlex.join([*SMALL_MODEL["detr"], "--epochs", "1", "--limit_train", "8"])
     return {
         "COCO_PATH": str(shapes),
@@ -133,28 +133,28 @@ def settings(shapes, tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def trained(settings) -> Path:
-    """What the training service leaves behind."""
+    """The output folder of the training service."""
     finish("train", settings)
     return Path(settings["OUTPUT_PATH"]) / "DETR-ENACT"
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("compose")
-def test_the_training_runs(trained):
+def test_the_training_service_runs(trained):
     assert len(read_log(trained)) == 1
     assert {"checkpoint.pth", "best.pth", "evaluation.json"} <= {path.name for path in trained.iterdir()}
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("compose")
-def test_the_evaluation_runs_on_what_was_trained(trained, settings):
+def test_the_evaluation_service_runs_on_the_trained_checkpoint(trained, settings):
     output = finish("eval", settings | {"PROCESSES": "1"})
     assert "Average Precision" in output and (trained / "results.json").is_file()
 
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("compose")
-def test_the_benchmark_runs(settings):
+def test_the_benchmark_service_runs(settings):
     finish("benchmark", settings)
     assert (Path(settings["OUTPUT_PATH"]) / "benchmarks" / "table.md").is_file()
 
@@ -163,7 +163,7 @@ def test_the_benchmark_runs(settings):
 @pytest.mark.xdist_group("compose")
 def test_tensorboard_shows_the_training(trained, settings):
     port = free_port()
-    # What comes last counts. In its container it has a network of its own; here the port may be taken.
+    # The last flags win. A container has its own network, but here the default port may be in use.
     process = start("tensorboard", settings, "--host", "127.0.0.1", "--port", str(port))
     try:
         page = fetch(f"http://127.0.0.1:{port}/", process)
@@ -175,7 +175,7 @@ def test_tensorboard_shows_the_training(trained, settings):
 
 
 def fetch(url: str, process: Forked, seconds: float = 120) -> str:
-    """A page of a server that is about to start."""
+    """Fetch a page from a server that is starting; retry for `seconds`."""
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     end = time.monotonic() + seconds
     while True:

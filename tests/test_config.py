@@ -1,4 +1,4 @@
-"""Settings that can be kept: `--config FILE`, `config.yaml`, and the files in `configs/`."""
+"""Settings files: `--config FILE`, the `config.yaml` of a run, and the files in `configs/`."""
 
 import argparse
 
@@ -29,7 +29,7 @@ def parser_of(variant: str):
     return load_variant(variant).main.get_args_parser()
 
 
-def written(tmp_path, text: str) -> str:
+def write_config(tmp_path, text: str) -> str:
     path = tmp_path / "settings.yaml"
     path.write_text(text, encoding="utf-8")
     return str(path)
@@ -41,7 +41,7 @@ def settings_of(args: argparse.Namespace) -> dict:
 
 @st.composite
 def command_lines(draw, variant: str) -> list[str]:
-    """Words that the parser takes: some of its flags, with values of their types."""
+    """Valid command lines: some of the parser's flags, with values of their types."""
     argv = []
     for action in draw(st.lists(st.sampled_from(parser_of(variant)._actions), unique_by=lambda action: action.dest)):
         if action.dest in ("help", *OF_ONE_RUN):
@@ -68,7 +68,7 @@ def command_lines(draw, variant: str) -> list[str]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
-def test_what_is_written_reads_as_the_same_settings(variant, tmp_path_factory, data):
+def test_written_settings_read_back_equal(variant, tmp_path_factory, data):
     args = parse(variant, *data.draw(command_lines(variant)))
     text = config_text(parser_of(variant), args)
     path = tmp_path_factory.getbasetemp() / f"{variant}.yaml"
@@ -79,7 +79,7 @@ def test_what_is_written_reads_as_the_same_settings(variant, tmp_path_factory, d
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_flag_is_written_but_those_of_one_run(variant):
+def test_every_flag_is_written_except_those_of_one_run(variant):
     parser = parser_of(variant)
     known = {action.dest for action in parser._actions} - {"help"}
     keys = yaml.safe_load(config_text(parser, parser.parse_args([])))
@@ -87,8 +87,8 @@ def test_every_flag_is_written_but_those_of_one_run(variant):
     assert dests == known - set(OF_ONE_RUN)
 
 
-def test_the_command_line_wins(tmp_path):
-    path = written(
+def test_the_command_line_overrides_the_file(tmp_path):
+    path = write_config(
         tmp_path, "lr: 1e-3\nsgd: true\nno-augmentation: true\nenact_per_image: true\nmasks: yes\nfreeze: [a, b]\n"
     )
     args = parse("detr", "--config", path)
@@ -111,8 +111,8 @@ def test_the_command_line_wins(tmp_path):
         ("epochs: 3", ["--encoder_attention", "mhsa"], 1e-4),
     ],
 )
-def test_the_learning_rate_follows_the_attention_unless_a_file_says_it(text, argv, lr, tmp_path):
-    assert parse("detr", "--config", written(tmp_path, text), *argv).lr == lr
+def test_the_default_learning_rate_depends_on_the_attention_unless_the_file_sets_it(text, argv, lr, tmp_path):
+    assert parse("detr", "--config", write_config(tmp_path, text), *argv).lr == lr
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def test_the_learning_rate_follows_the_attention_unless_a_file_says_it(text, arg
         ("backbone_weights: none", {"backbone_weights": "none"}),
     ],
 )
-def test_values_mean_what_their_words_mean(text, values, tmp_path):
-    args = vars(parse("detr", "--config", written(tmp_path, text)))
+def test_yaml_values_are_parsed_like_flags(text, values, tmp_path):
+    args = vars(parse("detr", "--config", write_config(tmp_path, text)))
     assert {name: args[name] for name in values} == values
 
 
@@ -167,15 +167,15 @@ def test_values_mean_what_their_words_mean(text, values, tmp_path):
         ("? [1, 2]\n: 3", "--config"),
     ],
 )
-def test_errors_name_the_file_the_key_and_the_way_out(text, message, tmp_path, capsys):
-    path = written(tmp_path, text)
+def test_errors_name_the_file_and_the_key_with_advice(text, message, tmp_path, capsys):
+    path = write_config(tmp_path, text)
     with pytest.raises(SystemExit) as end:
         parse("detr", "--config", path)
     error = capsys.readouterr().err
     assert end.value.code == 2 and path in error and message in error and "usage" not in error
 
 
-def test_a_missing_file_is_said_with_those_that_there_are(tmp_path, capsys):
+def test_a_missing_file_is_reported_with_the_shipped_ones(tmp_path, capsys):
     for name in ("nowhere", str(tmp_path / "detr_resnet50"), str(tmp_path)):
         with pytest.raises(SystemExit):
             parse("detr", "--config", name)
@@ -183,7 +183,7 @@ def test_a_missing_file_is_said_with_those_that_there_are(tmp_path, capsys):
         assert f"--config {name}: no such file" in error and "anchor_detr_resnet50_dc5_enact_recommended" in error
 
 
-def test_each_file_that_is_shipped_belongs_to_a_training():
+def test_shipped_files_cover_every_variant():
     suffixes = ("", "_enact", "_enact_recommended")
     expected = {f"{name}{suffix}.yaml" for name in NAMES.values() for suffix in suffixes}
     assert {path.name for path in (ROOT / "configs").iterdir()} == expected
@@ -191,7 +191,7 @@ def test_each_file_that_is_shipped_belongs_to_a_training():
 
 @pytest.mark.parametrize("suffix", ["", "_enact", "_enact_recommended"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_shipped_files_parse_to_the_published_values(variant, suffix):
+def test_shipped_files_hold_the_published_values(variant, suffix):
     plain = suffix == ""
     args = parse(variant, "--config", NAMES[variant] + suffix)
     expected = PUBLISHED[variant] | {"encoder_attention": "mhsa" if plain else "enact", "lr": 1e-4 if plain else 5e-5}
@@ -204,7 +204,7 @@ def test_shipped_files_parse_to_the_published_values(variant, suffix):
         own = variant != "anchor"
         expected |= {"enact_temperature": 1, "enact_order": "hilbert" if own else None, "enact_scale_logits": own}
     assert {name: getattr(args, name) for name in expected} == expected
-    # All else is as the published trainings have it: the parser's defaults.
+    # All other values are the parser's defaults, as in the published trainings.
     assert {name: value for name, value in settings_of(args).items() if name not in expected} == {
         name: value for name, value in settings_of(parse(variant)).items() if name not in expected
     }
@@ -212,7 +212,7 @@ def test_shipped_files_parse_to_the_published_values(variant, suffix):
     parser_of(variant).check(args)
 
 
-def test_a_training_writes_settings_that_repeat_it(shapes, tmp_path):
+def test_a_runs_config_repeats_the_training(shapes, tmp_path):
     argv = ["--coco_path", str(shapes), *SMALL_MODEL["conditional"], "--epochs", "1"]
     assert run("conditional", *argv, "--output_dir", str(tmp_path / "a")) == 0
     text = (tmp_path / "a" / "config.yaml").read_text()
@@ -220,7 +220,7 @@ def test_a_training_writes_settings_that_repeat_it(shapes, tmp_path):
     assert saved["epochs"] == 1 and saved["num_classes"] >= 3 and not set(OF_ONE_RUN) & set(saved)
     assert run("conditional", "--config", str(tmp_path / "a" / "config.yaml"), "--output_dir", str(tmp_path / "b")) == 0
     assert (tmp_path / "b" / "config.yaml").read_text() == text
-    # Resumed with more epochs, it is that training's.
+    # A resumed training with more epochs updates the file.
     resume = ["--auto_resume", "--epochs", "2", "--output_dir", str(tmp_path / "a")]
     assert run("conditional", "--config", str(tmp_path / "a" / "config.yaml"), *resume) == 0
     assert yaml.safe_load((tmp_path / "a" / "config.yaml").read_text()) == {**saved, "epochs": 2}

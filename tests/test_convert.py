@@ -1,4 +1,4 @@
-"""Pascal VOC and YOLO to COCO's layout: what comes through, what is reported, what is refused."""
+"""Conversion of Pascal VOC and YOLO to COCO's layout: boxes, reports and refusals."""
 
 import json
 import os
@@ -25,7 +25,7 @@ SIZE = (60, 40)  # width and height of the small images, in pixels
 
 
 def save_image(path: Path, size=SIZE, seed: int = 0, **options) -> Path:
-    """Noise, so that no two images are equal."""
+    """Save an image of noise; every seed gives a different image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, **options)
@@ -33,14 +33,14 @@ def save_image(path: Path, size=SIZE, seed: int = 0, **options) -> Path:
 
 
 def voc_xml(objects=(), size=SIZE, filename="", declared: str = "") -> str:
-    """An annotation; objects are (name, xmin, ymin, xmax, ymax) with, perhaps, difficult behind."""
+    """A VOC annotation; objects are (name, xmin, ymin, xmax, ymax) or the same with difficult appended."""
     text = f'<?xml version="1.0" encoding="utf-8"?>{declared}<annotation><filename>{escape(filename)}</filename>'
     if size:
         text += f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
     for name, *box in objects:
         sides = "".join(f"<{k}>{v}</{k}>" for k, v in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=False))
         difficult = f"<difficult>{box[4]}</difficult>" if len(box) > 4 else ""
-        # A part has a box of its own, which is not the object's.
+        # A part has a separate box, which must not be taken for the object's.
         part = "<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part>"
         text += f"<object><name>{escape(name)}</name>{difficult}{part}<bndbox>{sides}</bndbox></object>"
     return text + "</annotation>"
@@ -57,7 +57,7 @@ CELL = ("cell", 11, 6, 30, 25)
 
 @pytest.fixture
 def voc(tmp_path) -> Path:
-    """A flat folder of four images with one object each; a.jpg is the one that tests change."""
+    """A flat folder of four images with one object each; tests change a.jpg."""
     root = tmp_path / "voc"
     for i, name in enumerate("abcd"):
         save_image(root / f"{name}.jpg", seed=i)
@@ -81,7 +81,7 @@ def convert_to(out: Path, *argv) -> int:
 
 
 def boxes_of(out: Path, split: str) -> dict[str, list]:
-    """Of each image in a split its (class, x, y, width, height), sorted; an image without objects has none."""
+    """The sorted (class, x, y, width, height) of each image in a split; empty for an image without objects."""
     data = load_annotations(out / "annotations" / f"instances_{split}2017.json")
     files = {image["id"]: image["file_name"] for image in data["images"]}
     names = {category["id"]: category["name"] for category in data["categories"]}
@@ -96,7 +96,7 @@ def all_boxes(out: Path) -> dict[str, list]:
 
 
 def annotations_of(out: Path, stem: str) -> list[dict]:
-    """The annotations of the image that is called so, whichever split it is in."""
+    """The annotations of the image with this stem, in either split."""
     for split in ("train", "val"):
         data = json.loads((out / "annotations" / f"instances_{split}2017.json").read_text())
         ids = [image["id"] for image in data["images"] if Path(image["file_name"]).stem == stem]
@@ -105,11 +105,11 @@ def annotations_of(out: Path, stem: str) -> list[dict]:
     raise AssertionError(f"{stem} is in neither split")
 
 
-# There and back ------------------------------------------------------------------------------------------------------
+# Round trips --------------------------------------------------------------------------------------------------------
 
 
 def write_as_voc(coco: Path, root: Path) -> None:
-    """A COCO-format set as VOC2007's layout has it: corners count from 1, the last row and column included."""
+    """Write a COCO-format data set in VOC2007's layout: corners count from 1 and are inclusive."""
     for split in ("train", "val"):
         folder, file = find_split(str(coco), split)
         data, boxes = load_annotations(file), defaultdict(list)
@@ -130,7 +130,7 @@ def write_as_voc(coco: Path, root: Path) -> None:
 
 
 def write_as_yolo(coco: Path, root: Path) -> None:
-    """A COCO-format set with data.yaml, fractions of six digits."""
+    """Write a COCO-format data set in YOLO's layout with data.yaml; fractions have six digits."""
     for split in ("train", "val"):
         folder, file = find_split(str(coco), split)
         data, lines = load_annotations(file), defaultdict(list)
@@ -156,7 +156,7 @@ WRITERS = {"voc": write_as_voc, "yolo": write_as_yolo}
 
 @pytest.mark.parametrize("kind", WRITERS)
 @pytest.mark.parametrize("data", ["shapes", "bccd"])
-def test_there_and_back_boxes_are_the_same(kind, data, request, tmp_path, capsys):
+def test_boxes_survive_a_round_trip(kind, data, request, tmp_path, capsys):
     coco = request.getfixturevalue("shapes") if data == "shapes" else real_data("ENACT_BCCD")
     WRITERS[kind](coco, tmp_path / "other")
     assert convert_to(tmp_path / "out", kind, tmp_path / "other") == 0
@@ -173,22 +173,22 @@ def test_there_and_back_boxes_are_the_same(kind, data, request, tmp_path, capsys
             x1, y1 = min(x + w, width), min(y + h, height)
             x, y = max(x, 0), max(y, 0)
             expected[f"{split} {Path(name).stem}.jpg"].append((names[a["category_id"]], x, y, x1 - x, y1 - y))
-        found = boxes_of(tmp_path / "out", split)
-        assert set(found) == set(expected)
+        converted = boxes_of(tmp_path / "out", split)
+        assert set(converted) == set(expected)
         for name, boxes in expected.items():
-            assert [box[0] for box in found[name]] == [box[0] for box in sorted(boxes)]
-            for own, box in zip(nearest(found[name]), nearest(boxes), strict=True):
+            assert [box[0] for box in converted[name]] == [box[0] for box in sorted(boxes)]
+            for own, box in zip(in_stable_order(converted[name]), in_stable_order(boxes), strict=True):
                 np.testing.assert_allclose(own[1:], box[1:], atol=2e-3)
     assert "python -m enact_common.data.checks" in capsys.readouterr().out
 
 
-def nearest(boxes: list) -> list:
-    """An order that the last digits do not change."""
+def in_stable_order(boxes: list) -> list:
+    """Sort boxes by rounded values, so that the last digits do not change the order."""
     return sorted(boxes, key=lambda box: (box[0], *(round(side) for side in box[1:])))
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_what_was_converted_is_clean_loads_and_trains(kind, shapes, tmp_path):
+def test_converted_data_passes_the_checks_and_trains(kind, shapes, tmp_path):
     out = tmp_path / "out"
     WRITERS[kind](shapes, tmp_path / "other")
     assert convert_to(out, kind, tmp_path / "other") == 0
@@ -205,13 +205,13 @@ def test_what_was_converted_is_clean_loads_and_trains(kind, shapes, tmp_path):
 
 
 @pytest.mark.parametrize("flags, box", [((), [10, 5, 20, 20]), (("--zero_based",), [11, 6, 19, 19])])
-def test_voc_counts_pixels_from_one_unless_told_otherwise(voc, tmp_path, flags, box):
+def test_voc_counts_pixels_from_1_unless_zero_based(voc, tmp_path, flags, box):
     assert convert_to(tmp_path / "out", "voc", voc, *flags) == 0
     (annotation,) = annotations_of(tmp_path / "out", "a")
     assert annotation["bbox"] == box and annotation["area"] == box[2] * box[3]
 
 
-def test_a_whole_image_is_a_box_of_its_size(voc, tmp_path, capsys):
+def test_a_box_of_the_whole_image_is_not_clipped(voc, tmp_path, capsys):
     write(voc / "a.xml", voc_xml([("cell", 1, 1, *SIZE)]))
     assert convert_to(tmp_path / "out", "voc", voc) == 0
     assert annotations_of(tmp_path / "out", "a")[0]["bbox"] == [0, 0, *SIZE]
@@ -245,7 +245,7 @@ def test_voc_boxes_beyond_the_image_are_clipped_or_dropped_and_named(voc, tmp_pa
         ([("", 1, 1, 5, 5)], "object 1, without a name"),
     ],
 )
-def test_voc_objects_that_are_none_are_named_and_the_status_says_so(voc, tmp_path, capsys, objects, shown):
+def test_invalid_voc_objects_are_named_and_give_status_1(voc, tmp_path, capsys, objects, shown):
     write(voc / "a.xml", voc_xml([*objects, CELL]))
     assert convert_to(tmp_path / "out", "voc", voc) == 1
     assert len(annotations_of(tmp_path / "out", "a")) == 1
@@ -253,7 +253,7 @@ def test_voc_objects_that_are_none_are_named_and_the_status_says_so(voc, tmp_pat
 
 
 @pytest.mark.parametrize("size", [None, (40, 60), ("?", 40)])
-def test_the_files_own_size_counts(voc, tmp_path, capsys, size):
+def test_the_image_files_size_overrides_the_xml(voc, tmp_path, capsys, size):
     write(voc / "a.xml", voc_xml([CELL], size=size))
     assert convert_to(tmp_path / "out", "voc", voc) == 0
     assert "the image is 60 x 40" in capsys.readouterr().out
@@ -261,13 +261,13 @@ def test_the_files_own_size_counts(voc, tmp_path, capsys, size):
     assert {(image["width"], image["height"]) for image in data["images"]} == {SIZE}
 
 
-def test_difficult_objects_stay_marked(voc, tmp_path):
+def test_difficult_objects_keep_their_mark(voc, tmp_path):
     write(voc / "a.xml", voc_xml([(*CELL, 1), ("plate", 1, 1, 5, 5, 0)]))
     assert convert_to(tmp_path / "out", "voc", voc) == 0
     assert [annotation.get("difficult") for annotation in annotations_of(tmp_path / "out", "a")] == [1, None]
 
 
-def test_classes_are_sorted_or_as_asked_for(voc, tmp_path, capsys):
+def test_classes_are_sorted_or_in_the_given_order(voc, tmp_path, capsys):
     write(voc / "a.xml", voc_xml([("plate", 1, 1, 5, 5), CELL, ("Zelle", 1, 1, 9, 9)]))
 
     def categories(out, *flags):
@@ -295,7 +295,7 @@ ENTITIES = '<!DOCTYPE a [<!ENTITY b "&c;&c;"><!ENTITY c "ha">]>'
         ("", "no element found"),
     ],
 )
-def test_xml_files_that_cannot_be_read_are_left_out_with_their_images(voc, tmp_path, capsys, text, reason):
+def test_unreadable_xml_files_are_left_out_with_their_images(voc, tmp_path, capsys, text, reason):
     write(voc / "a.xml", text)
     assert convert_to(tmp_path / "out", "voc", voc) == 1
     assert "a.jpg" not in all_boxes(tmp_path / "out") and len(all_boxes(tmp_path / "out")) == 3
@@ -304,7 +304,7 @@ def test_xml_files_that_cannot_be_read_are_left_out_with_their_images(voc, tmp_p
 
 
 def make_kit(root: Path, names: str, lists: dict[str, str], seed: int = 0) -> Path:
-    """A folder like VOC2007 with an image for each letter, and lists of some of them."""
+    """Write a folder like VOC2007 with one image per letter, and image lists."""
     for i, name in enumerate(names):
         save_image(root / "JPEGImages" / f"{name}.jpg", seed=seed + i)
         write(root / "Annotations" / f"{name}.xml", voc_xml([CELL]))
@@ -334,7 +334,7 @@ def test_lists_decide_the_splits(tmp_path, lists, flags, train, val):
     assert "".join(Path(name).stem for name in boxes_of(tmp_path / "out", "val")) == val
 
 
-def test_several_kits_with_equal_names_are_put_together(tmp_path):
+def test_several_kits_with_equal_names_are_merged(tmp_path):
     for i, year in enumerate(("VOC2007", "VOC2012")):
         make_kit(tmp_path / "VOCdevkit" / year, "abc", {"train": "ab", "val": "c"}, seed=10 * i)
     assert convert_to(tmp_path / "out", "voc", tmp_path / "VOCdevkit") == 0
@@ -342,20 +342,20 @@ def test_several_kits_with_equal_names_are_put_together(tmp_path):
     assert set(boxes_of(tmp_path / "out", "val")) == {"VOC2007/JPEGImages/c.jpg", "VOC2012/JPEGImages/c.jpg"}
 
 
-def test_a_listed_image_that_is_not_there_is_named(tmp_path, capsys):
+def test_a_listed_but_missing_image_is_named(tmp_path, capsys):
     kit = make_kit(tmp_path / "VOC2007", "abc", {"train": "abz", "val": "c"})
     assert convert_to(tmp_path / "out", "voc", kit) == 1
     assert "train.txt: z" in capsys.readouterr().out
 
 
 def flat_folders(root: Path, split: str, seed: int) -> None:
-    """As Roboflow exports them: images and XML files side by side."""
+    """A Roboflow export: images and XML files in one folder per split."""
     for i, name in enumerate("ab"):
         save_image(root / split / f"{name}.jpg", seed=seed + i)
         write(root / split / f"{name}.xml", voc_xml([CELL]))
 
 
-def a_kit_each(root: Path, split: str, seed: int) -> None:
+def one_kit_per_split(root: Path, split: str, seed: int) -> None:
     make_kit(root / split, "ab", {}, seed)
 
 
@@ -366,12 +366,12 @@ def folders_in_one_kit(root: Path, split: str, seed: int) -> None:
 
 
 def split_of_images(out: Path, root: Path) -> dict[str, set[str]]:
-    """The folder, of those that are called like splits, from which each image of a split came."""
+    """The split-like source folders of the images in each output split."""
     origins = {}
     for split in ("train", "val"):
-        found = [out / f"{split}2017" / name for name in boxes_of(out, split)]
-        sources = [path for place in found for path in root.rglob("*.jpg") if os.path.samefile(path, place)]
-        assert len(sources) == len(found)
+        converted = [out / f"{split}2017" / name for name in boxes_of(out, split)]
+        sources = [path for place in converted for path in root.rglob("*.jpg") if os.path.samefile(path, place)]
+        assert len(sources) == len(converted)
         origins[split] = {part for path in sources for part in path.relative_to(root).parts if part in FOLDERS}
     return origins
 
@@ -379,7 +379,7 @@ def split_of_images(out: Path, root: Path) -> dict[str, set[str]]:
 FOLDERS = ("train", "val", "valid", "validation", "test")
 
 
-@pytest.mark.parametrize("arrange", [flat_folders, a_kit_each, folders_in_one_kit])
+@pytest.mark.parametrize("arrange", [flat_folders, one_kit_per_split, folders_in_one_kit])
 @pytest.mark.parametrize(
     "names, flags, train, val, left_out",
     [
@@ -402,7 +402,7 @@ def test_folders_decide_the_splits(tmp_path, capsys, arrange, names, flags, trai
     assert left_out is None or f"{left_out}: 2 images" in text or f"{left_out}/JPEGImages: 2 images" in text
 
 
-def test_lists_go_before_folders(tmp_path):
+def test_lists_override_folders(tmp_path):
     kit = make_kit(tmp_path / "VOC2007", "ab", {"train": ["a", "train/a"], "val": ["val/a"]})
     for i, name in enumerate(("train", "val")):
         folders_in_one_kit(kit, name, 10 * (i + 1))
@@ -410,7 +410,7 @@ def test_lists_go_before_folders(tmp_path):
     assert set(boxes_of(tmp_path / "out", "train")) == {"a.jpg", "train/a.jpg"}
 
 
-def test_folders_that_were_asked_for_and_are_not_there_are_named(tmp_path, capsys):
+def test_missing_split_folders_are_named(tmp_path, capsys):
     for name in ("train", "valid"):
         flat_folders(tmp_path / "voc", name, 0)
     flags = ("--train_set", "train", "--val_set", "val")
@@ -420,7 +420,7 @@ def test_folders_that_were_asked_for_and_are_not_there_are_named(tmp_path, capsy
 
 
 @pytest.mark.parametrize("kind", ["voc", "yolo"])
-def test_a_draw_is_told_of(kind, request, tmp_path, capsys):
+def test_a_random_split_is_reported(kind, request, tmp_path, capsys):
     root = request.getfixturevalue(kind)
     if kind == "yolo":
         write(root / "data.yaml", "train: [images/train, images/val]\nnames: [cell, plate]\n")
@@ -431,7 +431,7 @@ def test_a_draw_is_told_of(kind, request, tmp_path, capsys):
     assert f"- {drawn} of {whole}, by --val_fraction 0.4 and --seed 7" in text
 
 
-def test_without_lists_the_seed_draws_the_splits(voc, tmp_path):
+def test_without_lists_the_split_depends_on_the_seed(voc, tmp_path):
     drawn = {}
     for name, flags in {"0": (), "again": (), "1": ("--seed", 1), "half": ("--val_fraction", 0.5)}.items():
         assert convert_to(tmp_path / name, "voc", voc, *flags) == 0
@@ -442,19 +442,19 @@ def test_without_lists_the_seed_draws_the_splits(voc, tmp_path):
     assert len(drawn["0"][1]) == 1 and len(drawn["half"][1]) == 2
 
 
-def test_equal_names_in_sub_folders_spaces_and_other_scripts(tmp_path):
+def test_equal_names_in_sub_folders_and_names_in_any_script(tmp_path):
     root = tmp_path / "été"
     for i, name in enumerate(("x/1", "y/1", "y/Blut Zelle ß", "y/細胞 2.v1")):
         save_image(root / "pictures" / f"{name}.png", seed=i)
         write(root / "marks" / f"{name}.xml", voc_xml([("globule élevé", 1 + i, 1, 20, 20)]))
     assert convert_to(tmp_path / "out", "voc", root) == 0
-    found = all_boxes(tmp_path / "out")
-    assert found["x/1.png"] == [("globule élevé", 0, 0, 20, 20)]
-    assert found["y/1.png"] == [("globule élevé", 1, 0, 19, 20)]
+    boxes = all_boxes(tmp_path / "out")
+    assert boxes["x/1.png"] == [("globule élevé", 0, 0, 20, 20)]
+    assert boxes["y/1.png"] == [("globule élevé", 1, 0, 19, 20)]
     assert checks_command.main([str(tmp_path / "out")]) == 0
 
 
-def test_an_xml_file_may_mention_an_image_of_another_name(voc, tmp_path):
+def test_an_xml_file_may_name_an_image_with_another_stem(voc, tmp_path):
     (voc / "a.jpg").rename(voc / "other.jpg")
     write(voc / "a.xml", voc_xml([CELL], filename="C:\\pictures\\other.jpg"))
     assert convert_to(tmp_path / "out", "voc", voc) == 0
@@ -480,7 +480,7 @@ def test_yolo_boxes_are_fractions_of_centre_and_size(yolo, tmp_path):
     assert [category["name"] for category in data["categories"]] == ["cell", "plate"]
 
 
-def test_polygons_become_boxes_and_stay_as_outlines(yolo, tmp_path):
+def test_polygons_become_boxes_and_segmentations(yolo, tmp_path):
     write(yolo / "labels" / "train" / "a.txt", "1 0.5 0.25 0.75 0.5 0.5 0.75 0.25 0.5\n")
     assert convert_to(tmp_path / "out", "yolo", yolo) == 0
     (annotation,) = annotations_of(tmp_path / "out", "a")
@@ -503,7 +503,7 @@ def test_polygons_become_boxes_and_stay_as_outlines(yolo, tmp_path):
         ("0 0.5 0.5 nan 0.1", "no box and no outline"),
     ],
 )
-def test_lines_that_cannot_be_right_are_named_by_file_and_line(yolo, tmp_path, capsys, line, text):
+def test_invalid_lines_are_named_by_file_and_line(yolo, tmp_path, capsys, line, text):
     file = write(yolo / "labels" / "train" / "a.txt", f"0 0.5 0.5 0.5 0.25\n\n{line}\n")
     assert convert_to(tmp_path / "out", "yolo", yolo) == 1
     assert len(annotations_of(tmp_path / "out", "a")) == 1
@@ -512,14 +512,14 @@ def test_lines_that_cannot_be_right_are_named_by_file_and_line(yolo, tmp_path, c
 
 
 def make_poses(root: Path) -> None:
-    """Two keypoints an object, each with whether it is visible: 2, which is no fraction."""
+    """Give every object two keypoints with their visibility; 2 is not a fraction."""
     for file in (root / "labels").rglob("*.txt"):
         write(file, "0 0.5 0.5 0.5 0.25 0.1 0.1 2 0.9 0.9 0\n")
     config = root / "data.yaml"
     write(config, config.read_text() + "kpt_shape: [2, 3]\n")
 
 
-def test_boxes_of_pose_data_stand_before_the_keypoints(yolo, tmp_path):
+def test_pose_data_gives_boxes_without_keypoints(yolo, tmp_path):
     make_poses(yolo)
     assert convert_to(tmp_path / "out", "yolo", yolo) == 0
     assert boxes_of(tmp_path / "out", "train") == dict.fromkeys(("a.jpg", "b.jpg"), [("cell", 15, 15, 30, 10)])
@@ -536,7 +536,7 @@ def test_pose_lines_of_another_length_are_named(yolo, tmp_path, capsys, line):
     assert "kpt_shape" in text and f"{file}:1: {line} ({len(line.split())} numbers, for 5 and 6 of keypoints)" in text
 
 
-def test_yolo_boxes_are_clipped_and_dropped_too(yolo, tmp_path, capsys):
+def test_yolo_boxes_beyond_the_image_are_clipped_or_dropped_and_named(yolo, tmp_path, capsys):
     file = write(yolo / "labels" / "train" / "a.txt", "0 1 0.5 0.5 0.5\n0 0.5 0.5 0 0.5\n0 0.5 0.5 1.0000001 1\n")
     assert convert_to(tmp_path / "out", "yolo", yolo) == 0
     assert [a["bbox"] for a in annotations_of(tmp_path / "out", "a")] == [[45, 10, 15, 20], [0, 0, 60, 40]]
@@ -553,14 +553,14 @@ def test_missing_and_stray_label_files_are_named(yolo, tmp_path, capsys):
     assert f"- {yolo / 'images' / 'train' / 'a.jpg'}" in text and f"- {yolo / 'labels' / 'train' / 'z.txt'}" in text
 
 
-def test_label_files_that_are_no_text_are_left_out_with_their_images(yolo, tmp_path, capsys):
+def test_label_files_that_are_not_text_are_left_out_with_their_images(yolo, tmp_path, capsys):
     (yolo / "labels" / "train" / "a.txt").write_bytes(b"\xff\xfe\x00")
     assert convert_to(tmp_path / "out", "yolo", yolo) == 1
     assert "a.jpg" not in all_boxes(tmp_path / "out")
     assert "a.txt: not a text file" in capsys.readouterr().out
 
 
-def lists_of_paths(root: Path) -> None:
+def path_lists(root: Path) -> None:
     write(root / "lists" / "train.txt", "../images/train/a.jpg\n./images/train/b.jpg\n")
     write(root / "lists" / "val.txt", f"{root / 'images' / 'val' / 'c.jpg'}\n")
     write(root / "data.yaml", "train: lists/train.txt\nval: [lists/val.txt]\nnames: {0: cell, 1: plate}\nnc: 2\n")
@@ -570,7 +570,7 @@ def another_machines_path(root: Path) -> None:
     write(root / "data.yaml", "path: ../datasets/mine\ntrain: images/train\nval: images/val\nnames: [cell, plate]\n")
 
 
-def exported(root: Path) -> None:
+def roboflow_folders(root: Path) -> None:
     for split, name in (("train", "train"), ("val", "valid")):
         for kind in ("images", "labels"):
             (root / name).mkdir(exist_ok=True)
@@ -583,15 +583,15 @@ def without_yaml(root: Path) -> None:
     write(root / "classes.txt", "cell\nplate\n")
 
 
-def exported_without_yaml(root: Path) -> None:
-    exported(root)
+def roboflow_folders_without_yaml(root: Path) -> None:
+    roboflow_folders(root)
     without_yaml(root)
 
 
 @pytest.mark.parametrize(
-    "rearrange", [lists_of_paths, another_machines_path, exported, without_yaml, exported_without_yaml]
+    "rearrange", [path_lists, another_machines_path, roboflow_folders, without_yaml, roboflow_folders_without_yaml]
 )
-def test_yolo_folders_come_in_many_forms(yolo, tmp_path, rearrange, capsys):
+def test_all_yolo_folder_layouts_are_read(yolo, tmp_path, rearrange, capsys):
     rearrange(yolo)
     assert convert_to(tmp_path / "out", "yolo", yolo) == 0
     assert boxes_of(tmp_path / "out", "train") == dict.fromkeys(("a.jpg", "b.jpg"), [("cell", 15, 15, 30, 10)])
@@ -599,21 +599,21 @@ def test_yolo_folders_come_in_many_forms(yolo, tmp_path, rearrange, capsys):
     assert "class" in capsys.readouterr().out
 
 
-def in_darknets_layout(
+def arrange_like_darknet(
     root: Path,
     lists=("train", "valid"),
     subsets=("train", "valid"),
     prefix: str = "data/",
     text: str = "classes = 2\n{lists}names = data/obj.names\nbackup = backup/\n",
 ) -> None:
-    """As CVAT's "YOLO 1.1" has it: images beside their labels, lists, obj.data and obj.names.
+    """Rearrange the data like CVAT's "YOLO 1.1": images next to labels, lists, obj.data and obj.names.
 
     Args:
-        root: a folder as `yolo` makes it.
-        lists: names of the lists' keys; None leaves the list out, though obj.data names it.
+        root: the folder of the fixture `yolo`.
+        lists: keys of the lists in obj.data; None writes no list, although obj.data names it.
         subsets: names of the two parts.
         prefix: of the paths in the lists.
-        text: of obj.data.
+        text: content of obj.data.
     """
     (root / "data.yaml").unlink()
     keys = ""
@@ -646,15 +646,15 @@ def in_darknets_layout(
     ids=str,
 )
 def test_darknets_data_files_are_read(yolo, tmp_path, changes):
-    in_darknets_layout(yolo, **changes)
+    arrange_like_darknet(yolo, **changes)
     for name, data in (("out", yolo), ("named", yolo / "obj.data")):
         assert convert_to(tmp_path / name, "yolo", data) == 0
         assert boxes_of(tmp_path / name, "train") == dict.fromkeys(("a.jpg", "b.jpg"), [("cell", 15, 15, 30, 10)])
         assert list(boxes_of(tmp_path / name, "val")) == ["c.jpg"]
 
 
-def test_a_list_to_validate_on_that_cvat_did_not_write_is_drawn(yolo, tmp_path, capsys):
-    in_darknets_layout(yolo, lists=("train", None))
+def test_without_cvats_validation_list_the_split_is_drawn_at_random(yolo, tmp_path, capsys):
+    arrange_like_darknet(yolo, lists=("train", None))
     assert convert_to(tmp_path / "out", "yolo", yolo) == 0
     assert [len(boxes_of(tmp_path / "out", split)) for split in ("train", "val")] == [1, 1]
     text = " ".join(capsys.readouterr().out.split())
@@ -671,8 +671,8 @@ def test_a_list_to_validate_on_that_cvat_did_not_write_is_drawn(yolo, tmp_path, 
         ("names = obj.names\n", "'train' names no images; the file has the keys names"),
     ],
 )
-def test_darknets_data_files_that_name_nothing_are_refused(yolo, tmp_path, capsys, text, message):
-    in_darknets_layout(yolo, text=text)
+def test_incomplete_darknet_data_files_are_refused(yolo, tmp_path, capsys, text, message):
+    arrange_like_darknet(yolo, text=text)
     assert convert_to(tmp_path / "out", "yolo", yolo) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
@@ -690,20 +690,20 @@ def test_paths_of_another_machine_are_found_by_their_ends(yolo, tmp_path, place)
     assert len(all_boxes(tmp_path / "lists")) == 3
 
 
-def test_the_yaml_file_itself_and_keys_of_other_names(yolo, tmp_path):
+def test_a_yaml_file_as_argument_with_other_split_keys(yolo, tmp_path):
     config = write(yolo / "mine.yaml", "fit: images/train\ntest: images/val\nnames: [cell]\n")
     flags = ("--train_set", "fit", "--val_set", "test")
     assert convert_to(tmp_path / "out", "yolo", config, *flags) == 0
     assert list(boxes_of(tmp_path / "out", "val")) == ["c.jpg"]
 
 
-def test_without_val_some_of_train_is_drawn(yolo, tmp_path):
+def test_without_val_a_part_of_train_is_drawn(yolo, tmp_path):
     write(yolo / "data.yaml", "train: [images/train, images/val]\nnames: [cell, plate]\n")
     assert convert_to(tmp_path / "out", "yolo", yolo) == 0
     assert len(boxes_of(tmp_path / "out", "train")) == 2 and len(boxes_of(tmp_path / "out", "val")) == 1
 
 
-def test_the_same_images_in_both_splits_are_named(yolo, tmp_path, capsys):
+def test_images_in_both_splits_are_named(yolo, tmp_path, capsys):
     write(yolo / "data.yaml", "train: images/train\nval: images/train\nnc: 3\nnames: [cell, plate]\n")
     assert convert_to(tmp_path / "out", "yolo", yolo) == 0
     text = capsys.readouterr().out
@@ -732,7 +732,7 @@ def test_the_same_images_in_both_splits_are_named(yolo, tmp_path, capsys):
         ("train: images/train", "pass --classes"),
     ],
 )
-def test_yaml_files_that_describe_nothing_are_refused(yolo, tmp_path, capsys, config, message):
+def test_invalid_yaml_files_are_refused(yolo, tmp_path, capsys, config, message):
     write(yolo / "data.yaml", config)
     assert convert_to(tmp_path / "out", "yolo", yolo) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
@@ -742,26 +742,26 @@ def test_yaml_files_that_describe_nothing_are_refused(yolo, tmp_path, capsys, co
 
 
 def link_away(folder: Path, place: Path) -> None:
-    """Move a folder, and leave a link to it."""
+    """Move a folder and replace it by a link."""
     place.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(place)
     folder.symlink_to(place)
 
 
 @pytest.mark.parametrize("linked", ["images/train", "images/train/sub", "labels/train", "labels/train/sub"])
-def test_linked_folders_are_searched_and_labels_found_beside_the_link(yolo, tmp_path, linked):
+def test_linked_folders_are_searched_with_labels_next_to_the_link(yolo, tmp_path, linked):
     for kind, name in (("images", "b.jpg"), ("labels", "b.txt")):
         (yolo / kind / "train" / "sub").mkdir()
         (yolo / kind / "train" / name).rename(yolo / kind / "train" / "sub" / name)
     link_away(yolo / linked, tmp_path / "elsewhere" / "pool")
-    (yolo / "images" / "train" / "round").symlink_to(yolo / "images")  # leads in a circle
+    (yolo / "images" / "train" / "round").symlink_to(yolo / "images")  # a circle
     assert convert_to(tmp_path / "out", "yolo", yolo) == 0
     assert boxes_of(tmp_path / "out", "train") == dict.fromkeys(("a.jpg", "sub/b.jpg"), [("cell", 15, 15, 30, 10)])
     assert "lead in a circle: not followed: 1\n" in (tmp_path / "out" / "conversion.txt").read_text()
 
 
 @pytest.mark.parametrize("linked", ["JPEGImages", "Annotations", "JPEGImages/sub"])
-def test_linked_folders_of_voc_are_searched_too(tmp_path, linked):
+def test_linked_voc_folders_are_searched(tmp_path, linked):
     root = make_kit(tmp_path / "voc", "abc", {})
     (root / "JPEGImages" / "sub").mkdir()
     (root / "JPEGImages" / "c.jpg").rename(root / "JPEGImages" / "sub" / "c.jpg")
@@ -770,20 +770,20 @@ def test_linked_folders_of_voc_are_searched_too(tmp_path, linked):
     assert {Path(name).name for name in all_boxes(tmp_path / "out")} == {"a.jpg", "b.jpg", "c.jpg"}
 
 
-def test_images_that_a_link_puts_into_both_splits_are_named(yolo, tmp_path):
+def test_images_in_both_splits_by_a_link_are_named(yolo, tmp_path):
     (yolo / "images" / "val" / "more").symlink_to(yolo / "images" / "train")
     assert convert_to(tmp_path / "out", "yolo", yolo) == 0
     assert "images that are in train and in val: 2\n" in (tmp_path / "out" / "conversion.txt").read_text()
 
 
-def test_a_link_to_an_image_that_is_gone_is_named(yolo, tmp_path, capsys):
+def test_a_link_to_a_missing_image_is_named(yolo, tmp_path, capsys):
     (yolo / "images" / "train" / "gone.jpg").symlink_to("nowhere.jpg")
     assert convert_to(tmp_path / "out", "yolo", yolo) == 1
     assert "gone.jpg: cannot be read (No such file" in " ".join(capsys.readouterr().out.split())
 
 
 def add_hidden_files(root: Path) -> int:
-    """Put hidden files beside others, as macOS and Jupyter do; return how many files and folders."""
+    """Add hidden files as macOS and Jupyter do; the number of files and folders."""
     count = 0
     for path in sorted(path for path in root.rglob("*") if path.is_file()):
         (path.parent / f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
@@ -796,32 +796,32 @@ def add_hidden_files(root: Path) -> int:
     return count
 
 
-def listed(root: Path) -> None:
-    """A list that was made of all that lies in the folder."""
+def write_full_list(root: Path) -> None:
+    """Write a list of all images in the folder, hidden ones included."""
     names = sorted(path.relative_to(root).as_posix() for path in (root / "images").rglob("*.jpg"))
     write(root / "train.txt", "\n".join(names))
     write(root / "data.yaml", "train: train.txt\nnames: [cell, plate]\n")
 
 
 @pytest.mark.parametrize("kind", ["voc", "kit", "yolo", "folders", "list", "darknet"])
-def test_hidden_files_and_folders_are_passed_over_and_counted(kind, request, tmp_path):
-    """They change neither what is read nor what is drawn."""
+def test_hidden_files_and_folders_are_skipped_and_counted(kind, request, tmp_path):
+    """Hidden files change neither the converted images nor the random split."""
     if kind == "kit":
         root = make_kit(tmp_path / "kit", "abcd", {"train": "ab", "val": "cd"})
     else:
         root = request.getfixturevalue("voc" if kind == "voc" else "yolo")
     if kind == "darknet":
-        in_darknets_layout(root)
+        arrange_like_darknet(root)
     if kind == "folders":
         without_yaml(root)
     if kind == "list":
-        listed(root)
+        write_full_list(root)
     reader = "voc" if kind in ("voc", "kit") else "yolo"
     assert convert_to(tmp_path / "before", reader, root) == 0
     count = add_hidden_files(root)
     if kind == "list":
-        listed(root)
-        count -= 1  # that of data.yaml
+        write_full_list(root)
+        count -= 1  # the hidden copy of data.yaml
     assert convert_to(tmp_path / "after", reader, root) == 0
     for split in ("train", "val"):
         assert boxes_of(tmp_path / "after", split) == boxes_of(tmp_path / "before", split)
@@ -830,14 +830,14 @@ def test_hidden_files_and_folders_are_passed_over_and_counted(kind, request, tmp
 
 
 def test_a_data_set_below_a_hidden_folder_is_read(yolo, tmp_path):
-    listed(yolo)
+    write_full_list(yolo)
     (tmp_path / ".cache").mkdir()
     yolo.rename(tmp_path / ".cache" / "yolo")
     assert convert_to(tmp_path / "out", "yolo", tmp_path / ".cache" / "yolo") == 0
     assert len(all_boxes(tmp_path / "out")) == 3
 
 
-def test_all_formats_that_can_be_read_are_and_the_others_are_counted_by_suffix(yolo, tmp_path, capsys):
+def test_readable_formats_are_converted_and_others_counted_by_suffix(yolo, tmp_path, capsys):
     folder = yolo / "images" / "train"
     for name in ("b.jfif", "c.j2k", "d.tga"):
         save_image(folder / name)
@@ -865,7 +865,7 @@ def test_images_beyond_pillows_limit_are_converted(kind, request, tmp_path, monk
 
 
 @pytest.mark.parametrize("kind", ["voc", "yolo"])
-def test_images_that_cannot_be_read_are_left_out_and_the_status_says_so(kind, request, tmp_path, capsys):
+def test_unreadable_images_are_left_out_and_give_status_1(kind, request, tmp_path, capsys):
     root = request.getfixturevalue(kind)
     image = next(root.rglob("a.jpg"))
     image.write_text("no image")
@@ -892,7 +892,7 @@ def test_images_are_linked_or_copied(voc, tmp_path, mode):
     assert os.path.samefile(place, voc / "a.jpg") == (mode != "copy")
 
 
-def test_where_links_cannot_be_made_images_are_copied(voc, tmp_path, monkeypatch):
+def test_images_are_copied_if_links_fail(voc, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError("another disk")
 
@@ -931,20 +931,20 @@ def test_a_conversion_that_ends_early_leaves_nothing(
     assert len(list(voc.iterdir())) == 8
 
 
-def put_a_file(root: Path, out: Path) -> None:
+def fill_the_output(root: Path, out: Path) -> None:
     write(out / "notes.txt", "mine")
 
 
-def make_it_a_file(root: Path, out: Path) -> None:
+def make_the_output_a_file(root: Path, out: Path) -> None:
     write(out, "mine")
 
 
-def empty_it(root: Path, out: Path) -> None:
+def empty_the_data(root: Path, out: Path) -> None:
     shutil.rmtree(root)
     root.mkdir()
 
 
-def remove_it(root: Path, out: Path) -> None:
+def remove_the_data(root: Path, out: Path) -> None:
     shutil.rmtree(root)
 
 
@@ -953,7 +953,7 @@ def empty_the_annotations(root: Path, out: Path) -> None:
         xml.write_text(voc_xml())
 
 
-def leave_one(root: Path, out: Path) -> None:
+def leave_one_image(root: Path, out: Path) -> None:
     for file in [*root.glob("[bcd].*")]:
         file.unlink()
 
@@ -961,12 +961,12 @@ def leave_one(root: Path, out: Path) -> None:
 @pytest.mark.parametrize(
     "spoil, flags, message",
     [
-        (put_a_file, (), "holds something already"),
-        (make_it_a_file, (), "is a file"),
-        (empty_it, (), "no XML files with images"),
-        (remove_it, (), "no such folder"),
+        (fill_the_output, (), "holds something already"),
+        (make_the_output_a_file, (), "is a file"),
+        (empty_the_data, (), "no XML files with images"),
+        (remove_the_data, (), "no such folder"),
         (empty_the_annotations, (), "no objects are left to train on"),
-        (leave_one, (), "too few to draw train and val from"),
+        (leave_one_image, (), "too few to draw train and val from"),
         (None, ("--train_set", "train", "--val_set", "val"), "no list ImageSets/Main/train.txt and no folder train"),
         (None, ("--train_set", "train"), "--train_set and --val_set go together"),
         (None, ("--classes", "a", "a"), "--classes: a stands twice"),
@@ -975,7 +975,7 @@ def leave_one(root: Path, out: Path) -> None:
         (None, ("--seed", "-1"), "--seed -1: must be 0 or more"),
     ],
 )
-def test_what_cannot_be_converted_is_refused_before_anything_is_written(voc, tmp_path, capsys, spoil, flags, message):
+def test_bad_input_is_refused_before_anything_is_written(voc, tmp_path, capsys, spoil, flags, message):
     out = tmp_path / "out"
     if spoil:
         spoil(voc, out)
@@ -986,13 +986,13 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_written(voc, tmp
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_output_may_not_lie_in_the_data(voc, capsys):
+def test_an_output_folder_inside_the_data_is_refused(voc, capsys):
     assert convert_to(voc / "coco", "voc", voc) == 2
     assert "choose a folder outside" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", ["0", "1", "x"])
-def test_val_fraction_lies_between_0_and_1(voc, tmp_path, value, capsys):
+def test_val_fraction_outside_0_to_1_is_refused(voc, tmp_path, value, capsys):
     with pytest.raises(SystemExit) as stop:
         convert_to(tmp_path / "out", "voc", voc, "--val_fraction", value)
     assert stop.value.code == 2 and "between 0 and 1" in capsys.readouterr().err

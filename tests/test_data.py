@@ -49,26 +49,26 @@ def test_cocos_categories_keep_their_ids():
     label_map = LabelMap.from_categories(COCO_CATEGORIES)
     assert label_map.num_classes == 91
     assert label_map.labels()[90] == 90 and label_map.names[90] == "toothbrush"
-    # 12 is no category.
+    # COCO has no category 12.
     assert label_map.category_ids[12] is None and 12 not in label_map.labels()
 
 
-def test_some_of_cocos_categories_are_cocos():
+def test_a_subset_of_cocos_categories_keeps_cocos_labels():
     assert LabelMap.from_categories(COCO_CATEGORIES[:3]).num_classes == 91
 
 
-def test_other_categories_are_numbered_in_the_order_of_their_ids():
+def test_other_categories_are_numbered_by_id():
     label_map = LabelMap.from_categories(OWN_CATEGORIES)
     assert label_map.category_ids == (3, 7) and label_map.names == ("nut", "bolt")
 
 
-def test_cocos_ids_with_other_names_are_not_cocos():
-    # Blood cells, say, are numbered 1 to 3 as person, bicycle and car are.
+def test_cocos_ids_with_other_names_are_not_coco():
+    # Other data sets also number their categories from 1.
     label_map = LabelMap.from_categories([{"id": 1, "name": "RBC"}, {"id": 2, "name": "WBC"}])
     assert label_map.num_classes == 2
 
 
-def test_num_classes_can_leave_room_but_not_be_too_small():
+def test_num_classes_may_be_larger_but_not_too_small():
     assert LabelMap.from_categories(OWN_CATEGORIES, 5).category_ids == (3, 7, None, None, None)
     with pytest.raises(UserError, match="--num_classes 1: .* at least 2"):
         LabelMap.from_categories(OWN_CATEGORIES, 1)
@@ -85,7 +85,7 @@ def test_num_classes_can_leave_room_but_not_be_too_small():
         ([{"id": 0, "name": "cells"}, {"id": 5, "name": "RBC"}, {"id": 9, "name": "WBC"}], 2, 3, 3),
     ],
 )
-def test_too_few_classes_are_refused_with_the_way_out(categories, num_classes, needed, without):
+def test_too_few_classes_are_refused_with_advice(categories, num_classes, needed, without):
     with pytest.raises(UserError, match=f"^--num_classes {num_classes}: .* pass --num_classes {needed}, or leave") as e:
         LabelMap.from_categories(categories, num_classes)
     assert LabelMap.from_categories(categories, needed).num_classes == needed
@@ -97,7 +97,7 @@ def test_label_map_survives_a_checkpoint():
     assert LabelMap.from_dict(json.loads(json.dumps(label_map.to_dict()))) == label_map
 
 
-def test_categories_that_do_not_fit_are_named():
+def test_mismatched_categories_are_named():
     label_map = LabelMap.from_categories(OWN_CATEGORIES)
     with pytest.raises(UserError, match=r"val.json: category 7 \(screw\)"):
         label_map.check_categories([{"id": 7, "name": "screw"}], "val.json")
@@ -107,7 +107,7 @@ def test_categories_that_do_not_fit_are_named():
 
 
 def annotation_file(folder, **changes):
-    """A small COCO-format file in `folder/annotations.json`, with some of its lists replaced."""
+    """Write a small COCO-format file to `folder/annotations.json`; `changes` replaces lists."""
     data = {
         "images": [{"id": 1, "file_name": "a.png"}, {"id": 2, "file_name": "b.png"}],
         "annotations": [
@@ -192,12 +192,12 @@ def test_annotation_faults_are_named_with_their_file(tmp_path, changes, message)
     assert str(path) in str(error.value)
 
 
-# How a whole number may be written, and what it is; None for what is no id.
+# Spellings of an id and its value; None for invalid ids.
 WRITTEN_IDS = {
     "text": ("7", 7), "blanks": (" 7 ", 7), "zeros": ("007", 7), "text of a float": ("7.0", 7), "a float": (7.0, 7),
     "negative": ("-7", -7), "large": (str(2**53 - 1), 2**53 - 1), "too large": (str(2**53), None),
     "too large, float": (2.0**53, None), "too large, int": (2**60, None), "many digits": ("9" * 5000, None),
-    "a hash": ("1e3", None), "other digits": ("\u0663", None), "half": (7.5, None), "half as text": ("7.5", None),
+    "exponent": ("1e3", None), "other digits": ("\u0663", None), "half": (7.5, None), "half as text": ("7.5", None),
     "true": (True, None), "NaN": (float("nan"), None), "infinity": (float("inf"), None), "a name": ("img_7", None),
     "nothing": ("", None), "null": (None, None), "underscore": ("1_0", None),
 }  # fmt: skip
@@ -205,15 +205,15 @@ WRITTEN_IDS = {
 
 @pytest.mark.parametrize("field", ["id", "category_id", "image_id"])
 @pytest.mark.parametrize("name", WRITTEN_IDS)
-def test_ids_are_read_however_whole_numbers_are_written(tmp_path, two_images, caplog, field, name):
-    """In `images` and `categories` or in the annotations, each against a plain number in the other."""
-    written, number = WRITTEN_IDS[name]
+def test_ids_are_read_in_any_spelling_of_a_whole_number(tmp_path, two_images, caplog, field, name):
+    """The id is spelled so in `images` and `categories` or in the annotations, and is a plain number in the other."""
+    spelling, number = WRITTEN_IDS[name]
     plain = 7 if number is None else number
     entries = {
-        "images": [{"id": written if field == "id" else plain, "file_name": "a.png"}],
-        "categories": [{"id": written if field == "id" else plain, "name": "nut"}],
+        "images": [{"id": spelling if field == "id" else plain, "file_name": "a.png"}],
+        "categories": [{"id": spelling if field == "id" else plain, "name": "nut"}],
         "annotations": [
-            {"id": "x", "image_id": plain, "category_id": plain, "bbox": [1, 2, 10, 20]} | ({field: written})
+            {"id": "x", "image_id": plain, "category_id": plain, "bbox": [1, 2, 10, 20]} | ({field: spelling})
         ],
     }
     path = annotation_file(tmp_path, **entries)
@@ -254,14 +254,14 @@ def test_numbers_of_boxes_and_areas_may_be_text(tmp_path, two_images, box, area)
 @pytest.mark.parametrize(
     "box", ["1 2 3 4", ["1", "a", 3, 4], ["1", "nan", 3, 4], ["1,5", 2, 3, 4], [1, "\u0663", 3, 4]]
 )
-def test_boxes_of_other_text_are_shown_as_the_file_has_them(tmp_path, box):
+def test_invalid_boxes_are_quoted_as_in_the_file(tmp_path, box):
     path = annotation_file(tmp_path, annotations=[{"id": 4, "image_id": 1, "category_id": 3, "bbox": box}])
     with pytest.raises(UserError) as error:
         load_annotations(path)
     assert f"annotation 4 has bbox {'the text ' * isinstance(box, str)}{box!r}: expected a list" in str(error.value)
 
 
-def test_normalising_leaves_what_it_was_given_alone():
+def test_normalise_does_not_modify_its_input():
     entries = [{"id": "1", "image_id": "2", "bbox": ["1", 2, 3, 4]}, 7, {"bbox": [1, "a"]}, {"bbox": {}}]
     data = {"annotations": entries, "images": {}, "other": "5"}
     before = json.dumps(data)
@@ -269,7 +269,7 @@ def test_normalising_leaves_what_it_was_given_alone():
     assert json.dumps(data) == before and rewritten.counts.total() == 3
     assert read["annotations"][0] == {"id": 1, "image_id": 2, "bbox": [1, 2, 3, 4]}
     assert read["annotations"][1:] == entries[1:] and read["images"] == {} and read["other"] == "5"
-    # There is nothing left to do.
+    # A second call changes nothing.
     assert normalise(read)[1].counts.total() == 0
 
 
@@ -277,7 +277,7 @@ def test_normalising_leaves_what_it_was_given_alone():
     "content, message",
     [('{"images": [', "not a JSON file"), ("[" * 10**5, "not a JSON file"), (None, r"cannot be read \(No such file")],
 )
-def test_files_that_are_no_json_are_named(tmp_path, content, message):
+def test_files_that_are_not_json_are_named(tmp_path, content, message):
     path = tmp_path / "broken.json"
     if content:
         path.write_text(content)
@@ -288,7 +288,7 @@ def test_files_that_are_no_json_are_named(tmp_path, content, message):
 def test_targets_leave_out_crowds_and_boxes_without_area(two_images, caplog):
     _, target = two_images[0]
     assert target["labels"].tolist() == [0, 1]
-    # The second reaches beyond the image and is clipped to it.
+    # The second box reaches beyond the image and is clipped.
     expected = torch.tensor([[6 / 50, 12 / 40, 10 / 50, 20 / 40], [40 / 50, 35 / 40, 20 / 50, 10 / 40]])
     assert_close(target["boxes"], expected)
     assert target["orig_size"].tolist() == [40, 50] and target["image_id"].tolist() == [1]
@@ -320,7 +320,7 @@ def test_boxes_without_area_are_counted(tmp_path, caplog, two_images):
         (False, {"width": -50, "height": 0}),
     ],
 )
-def test_boxes_are_cut_at_the_images_edges(tmp_path, two_images, box, clipped, sizes_known, size):
+def test_boxes_are_clipped_to_the_image(tmp_path, two_images, box, clipped, sizes_known, size):
     path = annotation_file(
         tmp_path,
         images=[{"id": 1, "file_name": "a.png", **size}],
@@ -333,7 +333,7 @@ def test_boxes_are_cut_at_the_images_edges(tmp_path, two_images, box, clipped, s
         assert dataset.num_objects == len(boxes)
 
 
-def test_an_image_without_objects_is_an_item(two_images):
+def test_an_image_without_objects_has_empty_targets(two_images):
     image, target = two_images[1]
     assert image.shape == (3, 40, 50)
     assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
@@ -357,7 +357,7 @@ def test_ground_truth_keeps_crowds_and_every_annotation(two_images):
 
 
 @pytest.mark.parametrize("mark, left_out", [(1, True), (True, True), ("1", True), (0, False), ("0", False)])
-def test_difficult_annotations_become_crowds_where_asked(tmp_path, two_images, mark, left_out):
+def test_difficult_annotations_become_crowds_with_remove_difficult(tmp_path, two_images, mark, left_out):
     boxes = [[1, 2, 10, 20], [20, 20, 5, 5]]
     annotations = [{"id": n, "image_id": 1, "category_id": 3, "bbox": box} for n, box in enumerate(boxes)]
     annotations[1] |= {"difficult": mark, "iscrowd": 0}
@@ -366,7 +366,7 @@ def test_difficult_annotations_become_crowds_where_asked(tmp_path, two_images, m
     for asked in (False, True):
         dataset = CocoDetection(tmp_path, path, eval_transforms(40, 100), remove_difficult=asked)
         assert len(dataset[0][1]["labels"]) == dataset.num_objects == (1 if asked and left_out else 2)
-        # The ground truth of the evaluation keeps them as crowds, which are neither right nor wrong to find.
+        # In evaluation they stay as crowds, whose detections count neither as correct nor as wrong.
         truth = dataset.coco_api()
         assert len(truth.getAnnIds()) == 2 and len(truth.getAnnIds(iscrowd=True)) == (asked and left_out)
 
@@ -378,7 +378,7 @@ MARKS += [(0, 0), (False, 0), ("0", 0), ("false", 0), ("False", 0), (None, 0), (
 @pytest.mark.parametrize("key", ["ignore", "iscrowd"])
 @pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("mark, crowd", MARKS, ids=lambda value: repr(value))
-def test_what_is_to_be_ignored_is_a_crowd(tmp_path, two_images, caplog, key, mark, crowd, masks):
+def test_ignored_objects_count_as_crowds(tmp_path, two_images, caplog, key, mark, crowd, masks):
     boxes = [[1, 2, 10, 20], [20, 20, 5, 5]]
     corners = [[x, y, x + w, y, x + w, y + h, x, y + h] for x, y, w, h in boxes]
     annotations = [
@@ -393,23 +393,23 @@ def test_what_is_to_be_ignored_is_a_crowd(tmp_path, two_images, caplog, key, mar
     assert Split("train", tmp_path, path).crowd.tolist() == [False, crowd]
     truth = dataset.coco_api()
     assert len(truth.getAnnIds(iscrowd=True)) == crowd
-    said = '1 annotations have "ignore": 1 and count as crowds'
-    assert caplog.text.count(said) == (crowd and key == "ignore")
-    # The detection on the second object counts as wrong only where it is to be found.
+    warning = '1 annotations have "ignore": 1 and count as crowds'
+    assert caplog.text.count(warning) == (crowd and key == "ignore")
+    # The second object's detection is wrong at high IoU thresholds, unless the object is a crowd.
     evaluator = CocoBoxEvaluator(dataset.label_map)
-    found = {"scores": torch.tensor([0.8, 0.9]), "labels": torch.tensor([0, 0])}
-    found["boxes"] = torch.tensor([[1.0, 2, 11, 22], [20, 20, 23, 25]])
+    detections = {"scores": torch.tensor([0.8, 0.9]), "labels": torch.tensor([0, 0])}
+    detections["boxes"] = torch.tensor([[1.0, 2, 11, 22], [20, 20, 23, 25]])
     if masks:
         sides = np.zeros((2, 40, 50), np.uint8)
         sides[0, 2:22, 1:11] = sides[1, 20:25, 20:23] = 1
-        found["segmentations"] = [coco_mask.encode(np.asfortranarray(mask)) for mask in sides]
-    evaluator.update([1], [found])
+        detections["segmentations"] = [coco_mask.encode(np.asfortranarray(mask)) for mask in sides]
+    evaluator.update([1], [detections])
     stats = evaluator.evaluate(truth, masks).stats
     assert stats[1] == pytest.approx(1)
     assert (stats[0] == pytest.approx(1)) == bool(crowd)
 
 
-def test_image_lists_without_annotations_are_for_the_test_split(tmp_path, two_images):
+def test_only_the_test_split_may_lack_annotations(tmp_path, two_images):
     path = annotation_file(tmp_path)
     data = json.loads(path.read_text())
     del data["annotations"]
@@ -421,13 +421,13 @@ def test_image_lists_without_annotations_are_for_the_test_split(tmp_path, two_im
     image, target = dataset[1]
     assert len(dataset) == 2 and image.shape == (3, 40, 50) and target["boxes"].shape == (0, 4)
     assert target["orig_size"].tolist() == [40, 50] and target["image_id"].tolist() == [2]
-    # Its images and categories are checked all the same.
+    # Images and categories are still checked.
     path.write_text(json.dumps({**data, "images": []}))
     with pytest.raises(UserError, match="'images' is empty"):
         load_annotations(path, annotated=False)
 
 
-def test_the_test_split_is_test_dev_or_the_whole(tmp_path):
+def test_the_test_split_is_test_dev_or_all_test_images(tmp_path):
     annotations = tmp_path / "annotations"
     (tmp_path / "images" / "test2017").mkdir(parents=True)
     annotations.mkdir()
@@ -455,7 +455,7 @@ def test_both_folder_layouts_are_found(tmp_path):
 
 @pytest.fixture
 def exported(tmp_path) -> Path:
-    """A Roboflow export: each part's annotations beside its images, with a category of no object above the others."""
+    """A Roboflow export: annotations next to the images, and a first category without objects."""
     categories = [{"id": 0, "name": "cells", "supercategory": "none"}]
     categories += [{"id": i, "name": name, "supercategory": "cells"} for i, name in enumerate(("RBC", "WBC"), start=1)]
     for part in ("train", "valid", "test"):
@@ -529,7 +529,7 @@ def remove_all(root: Path) -> None:
         (remove_all, "val2017 is missing"),
     ],
 )
-def test_mixed_and_missing_parts_are_refused_with_the_layouts_that_are_known(exported, spoil, message):
+def test_mixed_and_missing_parts_are_refused_with_the_known_layouts(exported, spoil, message):
     spoil(exported)
     with pytest.raises(UserError, match=message) as error:
         find_split(str(exported), "val")
@@ -542,7 +542,7 @@ def test_mixed_and_missing_parts_are_refused_with_the_layouts_that_are_known(exp
 
 @pytest.fixture
 def picture():
-    """A smooth RGB picture, 60 x 80, PIL."""
+    """A smooth RGB image as a PIL image, 60 x 80."""
     y, x = np.mgrid[0:60, 0:80]
     return Image.fromarray(np.stack([x * 3, y * 4, 255 - x * 2], axis=-1).astype(np.uint8))
 
@@ -562,11 +562,11 @@ def test_other_colours_become_rgb(tmp_path, picture, mode, name):
     expected = torch.from_numpy(np.array(Image.open(tmp_path / name).convert("RGB"))).permute(2, 0, 1)
     decoded = decode_image(tmp_path / name)
     assert decoded.shape == (3, 60, 80) and decoded.dtype == torch.uint8
-    # OpenCV converts CMYK a little differently.
+    # OpenCV converts CMYK slightly differently.
     assert_close(decoded.int(), expected.int(), atol=4 if mode == "CMYK" else 1, rtol=0)
 
 
-def test_sixteen_bits_become_eight(tmp_path):
+def test_16_bit_images_become_8_bit(tmp_path):
     ramp = np.linspace(0, 65535, 80, dtype=np.uint16)[None].repeat(60, axis=0)
     cv2.imwrite(str(tmp_path / "deep.png"), ramp)
     assert_close(
@@ -574,7 +574,7 @@ def test_sixteen_bits_become_eight(tmp_path):
     )
 
 
-def test_bytes_behind_the_end_of_a_jpeg_do_no_harm(tmp_path, picture):
+def test_bytes_after_the_end_of_a_jpeg_are_ignored(tmp_path, picture):
     picture.save(tmp_path / "plain.jpg")
     (tmp_path / "longer.jpg").write_bytes((tmp_path / "plain.jpg").read_bytes() + b"camera maker's notes")
     assert_close(
@@ -582,16 +582,16 @@ def test_bytes_behind_the_end_of_a_jpeg_do_no_harm(tmp_path, picture):
     )
 
 
-def test_exif_rotation_is_left_alone(tmp_path, picture):
+def test_exif_rotation_is_not_applied(tmp_path, picture):
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by a quarter
+    exif[0x0112] = 6  # viewers rotate it by 90 degrees
     picture.save(tmp_path / "turned.jpg", exif=exif)
     picture.save(tmp_path / "plain.jpg")
     assert torch.equal(decode_image(tmp_path / "turned.jpg"), decode_image(tmp_path / "plain.jpg"))
 
 
 @pytest.mark.parametrize("content", [b"", b"plain text", "truncated"], ids=str)
-def test_what_is_no_image_is_named(tmp_path, picture, content):
+def test_files_that_are_not_images_are_named(tmp_path, picture, content):
     path = tmp_path / "bad.jpg"
     if content == "truncated":
         picture.resize((400, 300)).save(path)
@@ -603,15 +603,15 @@ def test_what_is_no_image_is_named(tmp_path, picture, content):
         decode_image(tmp_path / "gone.jpg")
 
 
-def with_a_size_of(png: bytes, width: int, height: int) -> bytes:
-    """A PNG file whose header states another size."""
+def with_header_size(png: bytes, width: int, height: int) -> bytes:
+    """A PNG file with this size in its header."""
     header = b"IHDR" + struct.pack(">II", width, height) + png[24:29]
     return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
 
 
-def test_an_image_of_too_many_pixels_is_named(tmp_path, two_images):
+def test_an_image_with_too_many_pixels_is_refused(tmp_path, two_images):
     path = tmp_path / "b.png"
-    bomb = with_a_size_of(path.read_bytes(), 60000, 60000)
+    bomb = with_header_size(path.read_bytes(), 60000, 60000)
     with pytest.raises(cv2.error):
         cv2.imdecode(np.frombuffer(bomb, np.uint8), cv2.IMREAD_COLOR)
     path.write_bytes(bomb)
@@ -623,18 +623,18 @@ def test_an_image_of_too_many_pixels_is_named(tmp_path, two_images):
 
 
 @pytest.mark.parametrize("kind, places", [("bmp", (18, 22, 28, 30)), ("tiff", (4, 8, 10, 12))])
-def test_damaged_headers_give_an_image_or_a_message(tmp_path, picture, kind, places):
+def test_damaged_headers_give_an_image_or_a_user_error(tmp_path, picture, kind, places):
     path = tmp_path / f"damaged.{kind}"
     picture.save(path)
-    whole, named = path.read_bytes(), 0
+    whole, refused = path.read_bytes(), 0
     for place, value in itertools.product(places, (0, 127, 255)):
         path.write_bytes(whole[:place] + bytes([value]) * 4 + whole[place + 4 :])
         try:
             assert decode_image(path).shape[0] == 3
         except UserError as error:
             assert f"damaged.{kind}: not an image" in str(error)
-            named += 1
-    assert named
+            refused += 1
+    assert refused
 
 
 # Transforms ---------------------------------------------------------------------------------------------------------
@@ -664,29 +664,29 @@ def marked_image(height=100, width=160, box=(40, 30, 80, 60)):
     return tv_tensors.Image(image), {"boxes": boxes, "labels": torch.tensor([4])}
 
 
-def test_augmentation_varies_and_follows_the_seed():
+def test_augmentation_depends_on_the_seed():
     transform = train_transforms([96, 128, 160], 200)
-    seen = []
+    outputs = []
     for seed in [*range(30), 0]:
         with seeded(seed):
             image, target = transform(*marked_image())
-        seen.append((tuple(image.shape), tuple(target["boxes"].flatten().tolist())))
-    assert seen[0] == seen[-1]
-    assert len(set(seen)) > 20
-    flipped = [boxes[0] > 0.5 for shape, boxes in seen if shape == (3, 125, 200) and boxes]
+        outputs.append((tuple(image.shape), tuple(target["boxes"].flatten().tolist())))
+    assert outputs[0] == outputs[-1]
+    assert len(set(outputs)) > 20
+    flipped = [boxes[0] > 0.5 for shape, boxes in outputs if shape == (3, 125, 200) and boxes]
     assert len(set(flipped)) == 2
 
 
-def test_crops_drop_what_they_leave_out():
+def test_crops_drop_boxes_outside():
     crop = RandomSizeCrop(20, 30)
-    kept = 0
+    num_boxes = 0
     for seed in range(30):
         with seeded(seed):
             image, target = crop(*marked_image())
         assert 20 <= image.shape[1] <= 30 and 20 <= image.shape[2] <= 30
         assert len(target["boxes"]) == len(target["labels"]) == int(bool((image > 0).any()))
-        kept += len(target["boxes"])
-    assert 0 < kept < 30
+        num_boxes += len(target["boxes"])
+    assert 0 < num_boxes < 30
 
 
 def test_crops_of_small_images_keep_their_sides():
@@ -694,13 +694,13 @@ def test_crops_of_small_images_keep_their_sides():
     assert image.shape == (3, 100, 160) and len(target["boxes"]) == 1
 
 
-def test_resize_moves_boxes_along():
+def test_resize_scales_boxes():
     image, target = RandomResize([50], 1000)(*marked_image())
     assert image.shape == (3, 50, 80)
     assert target["boxes"].tolist() == [[20, 15, 40, 30]]
 
 
-def test_random_numbers_of_a_seed_leave_the_generator_alone():
+def test_seeded_restores_the_generator():
     state = torch.get_rng_state()
     with seeded(1, 2, 3):
         first = torch.rand(3)
@@ -715,14 +715,14 @@ def test_random_numbers_of_a_seed_leave_the_generator_alone():
 
 
 def random_pixels(*shapes):
-    """Images of random pixels, uint8 (3, height, width) each, with the darkest and the brightest among them."""
+    """Random images, uint8 (3, height, width); every image contains 0 and 255."""
     images = [torch.randint(256, (3, *shape), dtype=torch.uint8) for shape in shapes]
     for image in images:
         image[:, 0, :2] = torch.tensor([0, 255], dtype=torch.uint8)
     return images
 
 
-def test_normalisation_of_a_batch_is_that_of_each_image_before_padding():
+def test_normalising_a_batch_equals_normalising_each_image_before_padding():
     images = random_pixels((30, 50), (41, 23), (16, 16))
     each = [F.normalize(F.to_dtype(image, torch.float32, scale=True), IMAGENET_MEAN, IMAGENET_STD) for image in images]
     expected = nested_tensor_from_tensor_list(each)
@@ -732,15 +732,15 @@ def test_normalisation_of_a_batch_is_that_of_each_image_before_padding():
     normalized = PixelNormalization()(batch)
     assert normalized.tensors.dtype == torch.float32
     assert torch.equal(normalized.tensors, expected.tensors) and torch.equal(normalized.mask, expected.mask)
-    # What was given stays: a loss that is not finite sends the batch through the model again.
+    # The input is not modified, because a non-finite loss runs the batch through the model again.
     assert torch.equal(batch.tensors, pixels)
 
 
-def test_pixels_in_floating_point_are_taken_as_normalised():
+def test_floating_point_pixels_count_as_normalised():
     for dtype in (torch.float32, torch.bfloat16):
         batch = nested_tensor_from_tensor_list([torch.randn(3, 4, 6, dtype=dtype), torch.randn(3, 6, 4, dtype=dtype)])
-        found = PixelNormalization()(batch)
-        assert found.tensors.equal(batch.tensors.float()) and found.mask is batch.mask
+        normalized = PixelNormalization()(batch)
+        assert normalized.tensors.equal(batch.tensors.float()) and normalized.mask is batch.mask
 
 
 def test_pixels_of_another_type_are_refused():
@@ -749,13 +749,13 @@ def test_pixels_of_another_type_are_refused():
         PixelNormalization()(batch)
 
 
-def test_normalisation_follows_its_model_and_leaves_checkpoints_alone():
+def test_normalisation_follows_the_models_dtype_and_adds_no_state():
     normalize = PixelNormalization()
     assert not normalize.state_dict() and not list(normalize.parameters())
     (image,) = random_pixels((5, 7))
     converted = normalize.double()(nested_tensor_from_tensor_list([image])).tensors
     assert converted.dtype == torch.float64
-    # On the meta device nothing can be read back: no step waits for values.
+    # The meta device has no values to read, so the layer cannot depend on a device read-back.
     batch = nested_tensor_from_tensor_list(random_pixels((8, 8), (4, 9)))
     assert PixelNormalization().to("meta")(batch.to("meta")).tensors.is_meta
 
@@ -764,13 +764,13 @@ def test_normalisation_follows_its_model_and_leaves_checkpoints_alone():
 
 
 def shapes_set(shapes, split="train", *argv):
-    """The drawn shapes, as a variant's arguments ask for them."""
+    """The data set of drawn shapes for DETR's arguments."""
     args = parse("detr", "--coco_path", str(shapes), "--train_sizes", "48", "64", "--eval_size", "64", *argv)
     return build_dataset(split, args)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_augmentation_depends_on_the_epoch_not_on_the_workers(shapes, workers):
+def test_augmentation_depends_on_the_epoch_and_not_on_the_workers(shapes, workers):
     dataset = shapes_set(shapes)
     loader = DataLoader(dataset, 3, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0)
     expected = {}
@@ -808,7 +808,7 @@ def test_cached_images_give_the_same_items_without_the_disk(shapes, tmp_path, wo
 
 
 @both_modes
-def test_cached_images_stay_as_they_are(two_images, mode):
+def test_cached_images_are_not_modified(two_images, mode):
     expected = two_images.image(0).clone()
     cache_images([two_images], mode)
     for _ in range(2):
@@ -816,7 +816,7 @@ def test_cached_images_stay_as_they_are(two_images, mode):
         two_images.image(0).zero_()
 
 
-def test_grey_and_transparent_images_are_cached_as_they_are_decoded(tmp_path, two_images):
+def test_grey_and_transparent_images_are_cached_as_decoded(tmp_path, two_images):
     Image.fromarray(np.arange(40 * 50, dtype=np.uint32).astype(np.uint8).reshape(40, 50)).save(tmp_path / "a.png")
     Image.fromarray(np.full((30, 20, 4), 77, np.uint8)).save(tmp_path / "b.png")
     expected = [two_images.image(i) for i in range(2)]
@@ -826,19 +826,19 @@ def test_grey_and_transparent_images_are_cached_as_they_are_decoded(tmp_path, tw
 
 
 @both_modes
-def test_what_data_sets_have_in_common_is_cached_once(shapes, monkeypatch, mode):
-    train, some = shapes_set(shapes), shapes_set(shapes, "val", "--eval_set", "train", "--limit_val", "5")
-    expected = [dataset.image(i) for dataset in (train, some) for i in range(len(dataset))]
+def test_images_shared_by_data_sets_are_cached_once(shapes, monkeypatch, mode):
+    train, subset = shapes_set(shapes), shapes_set(shapes, "val", "--eval_set", "train", "--limit_val", "5")
+    expected = [dataset.image(i) for dataset in (train, subset) for i in range(len(dataset))]
     read = []
     monkeypatch.setattr(cache, "read_file", lambda path, original=cache.read_file: read.append(path) or original(path))
-    cache_images([train, some], mode)
+    cache_images([train, subset], mode)
     assert sorted(read) == sorted(train.path(i) for i in range(12))
-    cached = [dataset.image(i) for dataset in (train, some) for i in range(len(dataset))]
+    cached = [dataset.image(i) for dataset in (train, subset) for i in range(len(dataset))]
     assert all(torch.equal(*pair) for pair in zip(cached, expected, strict=True))
     assert len(read) == 12
 
 
-def test_caching_names_files_that_cannot_be_read(tmp_path, two_images):
+def test_caching_names_unreadable_files(tmp_path, two_images):
     path = tmp_path / "b.png"
     path.write_bytes(b"no image")
     cache_images([two_images], "encoded")
@@ -853,7 +853,7 @@ def test_caching_names_files_that_cannot_be_read(tmp_path, two_images):
             cache_images([two_images], mode)
 
 
-def test_an_image_that_ends_behind_its_header_is_named(tmp_path, two_images):
+def test_an_image_that_ends_after_its_header_is_named(tmp_path, two_images):
     whole = (tmp_path / "b.png").read_bytes()
     (tmp_path / "b.png").write_bytes(whole[:60])
     with pytest.raises(UserError, match="b.png: not an image that can be read whole"):
@@ -867,17 +867,17 @@ def test_an_image_that_ends_behind_its_header_is_named(tmp_path, two_images):
         ("decoded", "a.png: has 20 x 30 pixels .* its header says 40 x 50; .* pass --cache_mode encoded"),
     ],
 )
-def test_a_file_of_another_size_than_it_said_is_named(two_images, monkeypatch, mode, message):
+def test_a_file_that_changes_its_size_is_named(two_images, monkeypatch, mode, message):
     other = cv2.imencode(".png", np.zeros((20, 30, 3), np.uint8))[1]
     monkeypatch.setattr(cache, "read_file", lambda path: other)
     with pytest.raises(UserError, match=message):
         cache_images([two_images], mode)
-    # Nothing of it remains: the disk is asked again.
+    # The failed cache is discarded, and the image is read from disk.
     assert two_images.image(0).shape == (3, 40, 50)
 
 
 @both_modes
-def test_caching_more_than_the_memory_is_refused(tmp_path, two_images, monkeypatch, mode):
+def test_a_cache_larger_than_the_memory_is_refused(tmp_path, two_images, monkeypatch, mode):
     decoded = mode == "decoded"
     size = 2 * 3 * 40 * 50 if decoded else sum((tmp_path / name).stat().st_size for name in ("a.png", "b.png"))
     assert cache.physical_memory() > 2**28
@@ -890,7 +890,7 @@ def test_caching_more_than_the_memory_is_refused(tmp_path, two_images, monkeypat
     needed, there = (f"{number / 2**30:.4g} GiB" for number in (size, size - 1))
     with pytest.raises(UserError, match=f"--cache_mode {mode}: {what} are {needed}, .* memory is {there}{way_out}"):
         cache_images([two_images], mode)
-    # Each process that torchrun starts on a machine holds its own.
+    # Each rank on a machine has a separate cache.
     monkeypatch.setattr(cache, "physical_memory", lambda: size)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     with pytest.raises(UserError, match="GiB in each of 2 processes"):
@@ -914,14 +914,14 @@ def test_real_coco_images(coco_mini):
     assert len(val.coco_api().getAnnIds()) == 1692
 
 
-def test_real_data_of_ones_own():
+def test_real_data_with_other_categories():
     args = parse("detr", "--coco_path", str(real_data("ENACT_BCCD")))
     dataset = build_dataset("train", args)
     assert dataset.label_map.names == ("RBC", "WBC", "Platelets") and dataset.label_map.num_classes == 3
     assert len(dataset) == 292
 
 
-def test_difficult_objects_are_left_out_by_flag(shapes, tmp_path):
+def test_remove_difficult_drops_difficult_objects(shapes, tmp_path):
     data = shutil.copytree(shapes, tmp_path / "data")
     for split in ("train", "val"):
         path = data / "annotations" / f"instances_{split}2017.json"
@@ -932,8 +932,8 @@ def test_difficult_objects_are_left_out_by_flag(shapes, tmp_path):
         assert shapes_set(data, split, "--remove_difficult").num_objects == every - 1
 
 
-def test_evaluation_can_be_on_the_training_images(shapes):
+def test_eval_set_train_evaluates_on_training_images(shapes):
     dataset = shapes_set(shapes, "val", "--eval_set", "train", "--limit_val", "5")
     assert len(dataset) == 5 and dataset.image_folder == shapes / "train2017"
-    # Whole images, not augmented ones.
+    # The images are not augmented.
     assert {dataset[i][0].shape for i in range(5)} == {(3, 64, 80)}

@@ -1,4 +1,4 @@
-"""COCO's figures by either package, on cases worked out by hand and on random ones, and what is written."""
+"""COCO metrics with both evaluation packages, on hand-worked and random cases, and the files they write."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ LABELS = LabelMap.from_categories(CATEGORIES)  # nut is label 0, bolt is label 1
 
 
 def use(package, monkeypatch):
-    """Let this package compute the figures; skips the test where it is not installed."""
+    """Compute the metrics with this package; skips the test if it is not installed."""
     if package == "pycocotools":
         monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
     else:
@@ -36,7 +36,7 @@ def use(package, monkeypatch):
 
 @pytest.fixture(params=PACKAGES)
 def package(request, monkeypatch):
-    """The test runs with each package that can compute the figures."""
+    """Run the test with each evaluation package."""
     use(request.param, monkeypatch)
     return request.param
 
@@ -77,7 +77,7 @@ TWO_NUTS = [(1, 3, [10, 10, 40, 40]), (2, 3, [50, 50, 40, 40])]
 
 
 def figures(evaluator, boxes=TWO_NUTS, images=(1, 2)):
-    """The twelve figures by name, for a ground truth of these boxes."""
+    """The twelve metrics by name, for a ground truth of these boxes."""
     return dict(zip(METRICS, evaluator.evaluate(ground_truth(boxes, images)).stats, strict=True))
 
 
@@ -88,11 +88,11 @@ def test_perfect_detections_have_ap_one(package):
     )
     result = figures(evaluator)
     assert result["AP"] == result["AP50"] == result["AR100"] == pytest.approx(1)
-    # 40 x 40 pixels are medium; there is nothing small or large.
+    # 40 x 40 pixels are medium; there are no small or large objects.
     assert result["APM"] == pytest.approx(1) and result["APS"] == result["APL"] == -1
 
 
-def test_a_false_alarm_before_the_second_hit(package):
+def test_a_false_positive_before_the_second_hit_lowers_ap50(package):
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update(
         [1, 2],
@@ -102,31 +102,31 @@ def test_a_false_alarm_before_the_second_hit(package):
     assert figures(evaluator)["AP50"] == pytest.approx((51 + 50 * 2 / 3) / 101)
 
 
-def test_overlap_decides_at_which_thresholds_a_box_counts(package):
+def test_a_box_counts_at_thresholds_up_to_its_iou(package):
     evaluator = CocoBoxEvaluator(LABELS)
-    # 40 x 30 of 40 x 40: IoU 0.75, right at 0.50, 0.55, ..., 0.75, wrong at the four above.
+    # 40 x 30 of 40 x 40 is IoU 0.75: correct at 0.50, 0.55, ..., 0.75, wrong at the four higher thresholds.
     evaluator.update([1], [detected((0, 0.9, [10, 10, 50, 40]))])
     result = figures(evaluator, TWO_NUTS[:1], images=(1,))
     assert result["AP50"] == result["AP75"] == pytest.approx(1)
     assert result["AP"] == pytest.approx(0.6)
 
 
-def test_images_without_a_detection_count(package):
+def test_images_without_detections_lower_recall(package):
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1, 2], [detected((0, 0.9, [10, 10, 50, 50])), detected()])
     assert figures(evaluator)["AP50"] == pytest.approx(51 / 101)
 
 
 @pytest.mark.parametrize(
-    "remove, found, ap50",
+    "remove, detections, ap50",
     [
-        (False, ("easy",), 51 / 101),  # half of what there is
-        (True, ("easy",), 1),  # what is difficult need not be found
-        (True, ("difficult", "easy"), 1),  # nor is it wrong to find it, even first
-        (True, ("difficult",), 0),  # it does not stand for what must be found
+        (False, ("easy",), 51 / 101),  # one of two objects
+        (True, ("easy",), 1),  # the difficult object need not be detected
+        (True, ("difficult", "easy"), 1),  # detecting it, even first, is not wrong
+        (True, ("difficult",), 0),  # it does not replace the easy object
     ],
 )
-def test_difficult_objects_are_neither_right_nor_wrong(package, tmp_path, remove, found, ap50):
+def test_difficult_objects_are_ignored(package, tmp_path, remove, detections, ap50):
     boxes = {"easy": [10, 10, 40, 40], "difficult": [100, 100, 40, 40]}
     annotations = [
         {"id": n, "image_id": 1, "category_id": 3, "bbox": box, "difficult": int(name == "difficult")}
@@ -137,12 +137,14 @@ def test_difficult_objects_are_neither_right_nor_wrong(package, tmp_path, remove
     (tmp_path / "a.png").touch()
     dataset = CocoDetection(tmp_path, tmp_path / "truth.json", eval_transforms(64, 64), remove_difficult=remove)
     evaluator = CocoBoxEvaluator(LABELS)
-    rows = [(0, 0.9 - i / 10, [*boxes[name][:2], *(c + 40 for c in boxes[name][:2])]) for i, name in enumerate(found)]
+    rows = [
+        (0, 0.9 - i / 10, [*boxes[name][:2], *(c + 40 for c in boxes[name][:2])]) for i, name in enumerate(detections)
+    ]
     evaluator.update([1], [detected(*rows)])
     assert evaluator.evaluate(dataset.coco_api()).stats[1] == pytest.approx(ap50)
 
 
-def test_no_detection_at_all_is_ap_zero(package):
+def test_ap_is_zero_without_detections(package):
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1, 2], [detected(), detected()])
     assert figures(evaluator)["AP"] == 0
@@ -152,7 +154,7 @@ def test_an_image_given_twice_counts_once(package, monkeypatch):
     perfect = [detected((0, 0.9, [10, 10, 50, 50])), detected((0, 0.8, [50, 50, 90, 90]))]
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1, 2], perfect)
-    # Another process has image 2 too, as a sampler's padding.
+    # Another rank has image 2 too, as padding of the sampler.
     monkeypatch.setattr("enact_common.evaluation.coco.gather_objects", lambda value: [value, ({2: value[0][2]}, {})])
     evaluator.synchronize()
     assert len(evaluator.detections()) == 2
@@ -161,18 +163,18 @@ def test_an_image_given_twice_counts_once(package, monkeypatch):
 
 @pytest.mark.parametrize("hit_first", [True, False])
 @pytest.mark.parametrize("same_image", [True, False])
-def test_equal_scores_count_in_the_order_given_then_by_image(package, hit_first, same_image):
+def test_equal_scores_are_sorted_by_image_then_by_order(package, hit_first, same_image):
     hit, miss = (0, 0.5, [10, 10, 50, 50]), (0, 0.5, [120, 120, 160, 160])
     first, second = (hit, miss) if hit_first else (miss, hit)
     one, two = ((first, second), ()) if same_image else ((first,), (second,))
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([2, 1], [detected(*two), detected(*one)])
     truth = [(1 if same_image or hit_first else 2, 3, [10, 10, 40, 40])]
-    # One object: found at once with precision 1, or behind a false alarm with 1/2.
+    # One object: detected first with precision 1, or after a false positive with 1/2.
     assert figures(evaluator, truth)["AP50"] == pytest.approx(1 if hit_first else 0.5)
 
 
-def test_only_the_hundred_best_of_an_image_and_a_class_count(package):
+def test_only_the_100_best_detections_of_an_image_and_class_count(package):
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1], [detected(*[(0, 0.5, [120, 120, 160, 160])] * 100, (0, 0.4, [10, 10, 50, 50]))])
     assert figures(evaluator, TWO_NUTS[:1], images=(1,))["AR100"] == 0
@@ -181,10 +183,10 @@ def test_only_the_hundred_best_of_an_image_and_a_class_count(package):
 
 
 def random_case(seed):
-    """Images, annotations and results by image: crowds, all sizes, images without either, ties in the scores."""
+    """(image ids, annotations, results by image id): crowds, all sizes, empty images, ties in the scores."""
     rng = np.random.default_rng(seed)
     images, annotations, results = rng.permutation(np.arange(5, 35)).tolist(), [], {}
-    # Of few different scores, most are ties.
+    # With few different scores, most are ties.
     steps = (10**6, 8, 1)[seed % 3]
 
     def random_box():
@@ -203,18 +205,18 @@ def random_case(seed):
                     "iscrowd": int(rng.random() < 0.15),
                 }
             )
-        found = []
+        detections = []
         if n % 5:
-            # The objects, not quite in their places and sometimes as the other class, and what is none.
-            found += [
+            # The objects, slightly displaced and sometimes with the wrong class, and false positives.
+            detections += [
                 (label if rng.random() < 0.9 else 1 - label, box + rng.normal(0, 0.05, 4) * np.tile(box[2:], 2))
                 for label, box in objects * int(rng.integers(1, 4))
             ]
-            found += [(int(rng.integers(2)), random_box()) for _ in range(rng.integers(150))]
+            detections += [(int(rng.integers(2)), random_box()) for _ in range(rng.integers(150))]
         results[image] = detected(
             *(
                 (label, round(rng.random() * steps) / steps, [*box[:2], *(box[:2] + np.abs(box[2:]))])
-                for label, box in found
+                for label, box in detections
             )
         )
     return images, annotations, results
@@ -233,7 +235,7 @@ def test_both_packages_agree(monkeypatch, seed):
     fast, slow = done.values()
     assert type(fast) is not type(slow)
     assert len(fast.stats) == len(slow.stats) == len(METRICS)
-    # There is something to agree on: objects of all sizes, some of them found.
+    # The case is not trivial: it has objects of all sizes, and some are detected.
     assert (slow.stats >= 0).all() and slow.stats[0] > 0
     np.testing.assert_allclose(fast.stats, slow.stats, rtol=0, atol=1e-6)
     np.testing.assert_allclose(fast.eval["precision"], slow.eval["precision"], rtol=0, atol=1e-6)
@@ -243,7 +245,7 @@ def test_both_packages_agree(monkeypatch, seed):
 
 
 @pytest.mark.parametrize("other", [False, True])
-def test_either_packages_ground_truth_is_taken(package, other):
+def test_ground_truth_of_either_package_is_accepted(package, other):
     if faster_coco_eval is None:
         pytest.skip("faster-coco-eval is not installed")
     truth_class = faster_coco_eval.COCO if (package == "faster-coco-eval") != other else COCO
@@ -253,14 +255,14 @@ def test_either_packages_ground_truth_is_taken(package, other):
     assert evaluation.stats[1] == pytest.approx(51 / 101)
 
 
-def test_the_log_says_which_package_computed_the_figures(package, caplog):
+def test_the_log_names_the_evaluation_package(package, caplog):
     evaluator = CocoBoxEvaluator(LABELS)
     with caplog.at_level("INFO"):
         figures(evaluator)
     assert f"figures are computed by {package}" in caplog.text and "does not work" not in caplog.text
 
 
-def test_a_package_that_cannot_be_imported_does_not_matter(tmp_path, monkeypatch, caplog):
+def test_pycocotools_replaces_a_package_that_fails_to_import(tmp_path, monkeypatch, caplog):
     for name in [name for name in sys.modules if name.split(".")[0] == "faster_coco_eval"]:
         monkeypatch.delitem(sys.modules, name)
     (tmp_path / "faster_coco_eval.py").write_text("raise RuntimeError('built for another NumPy')")
@@ -274,7 +276,7 @@ def test_a_package_that_cannot_be_imported_does_not_matter(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("fault", ["scores", "boxes"])
-def test_a_broken_models_figures_end_no_training(package, fault):
+def test_nan_detections_do_not_stop_the_evaluation(package, fault):
     result = detected((0, 0.9, [10, 10, 50, 50]), (0, 0.8, [10, 10, 50, 50]))
     result[fault][0] = torch.nan
     evaluator = CocoBoxEvaluator(LABELS)
@@ -283,7 +285,7 @@ def test_a_broken_models_figures_end_no_training(package, fault):
 
 
 def masked(segmentation, side=200):
-    """The ground truth of a nut with this segmentation in an image whose sides are written so, and its detection."""
+    """(ground truth of a nut with this segmentation in an image of `side` x `side`, evaluator with its detection)."""
     truth = ground_truth(TWO_NUTS[:1], images=(1,))
     truth.dataset["images"][0].update(height=side, width=side)
     truth.dataset["annotations"][0]["segmentation"] = segmentation
@@ -307,7 +309,7 @@ def test_masks_are_compared_however_their_sizes_are_written(package, side, count
         counts = evaluator.segmentations()[0]["counts"]
     if counts:
         truth.dataset["annotations"][0]["segmentation"] = {"size": [side, side], "counts": counts}
-    # Evaluation packages may leave their own codes in the ground truth: once more.
+    # Evaluate twice, because evaluation packages may modify the ground truth.
     for _ in range(2):
         assert evaluator.evaluate(truth, masks=True).stats[0] == pytest.approx(1)
 
@@ -317,7 +319,7 @@ def test_damaged_masks_in_a_ground_truth_are_refused(package, counts):
     truth, evaluator = masked({"size": [200, 200], "counts": counts})
     with pytest.raises(UserError, match="the ground truth: annotation 1 of image 1, .* has "):
         evaluator.evaluate(truth, masks=True)
-    # For boxes they do not matter.
+    # Box metrics do not need masks.
     assert evaluator.evaluate(truth).stats[0] == pytest.approx(1)
 
 
@@ -329,7 +331,7 @@ def test_a_batch_is_copied_from_the_device_once(monkeypatch):
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([7, 8, 5], results)
     assert len(copies) == 1
-    # What the results become afterwards is nothing to the evaluator: it holds copies, on the host.
+    # The evaluator holds copies on the host, so later changes of the results have no effect.
     for result in results:
         result["boxes"].zero_()
     rows = evaluator.detections()
@@ -340,7 +342,7 @@ def test_a_batch_is_copied_from_the_device_once(monkeypatch):
         evaluator.update([1, 2], results)
 
 
-def test_results_are_in_the_data_sets_own_ids_and_pixels(tmp_path):
+def test_results_use_the_data_sets_ids_and_pixels(tmp_path):
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1, 2], [detected((1, 0.5, [10, 20, 40, 80])), detected((0, 0.25, [0, 0, 1, 1]))])
     path = tmp_path / "results.json"
@@ -352,14 +354,14 @@ def test_results_are_in_the_data_sets_own_ids_and_pixels(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_labels_that_mean_nothing_are_no_detections():
+def test_detections_of_unused_labels_are_dropped():
     roomy = LabelMap.from_categories(CATEGORIES, num_classes=4)
     evaluator = CocoBoxEvaluator(roomy)
     evaluator.update([1], [detected((3, 0.9, [10, 10, 50, 50]), (0, 0.8, [10, 10, 50, 50]))])
     assert np.array_equal(evaluator.detections()[:, 6], [3])
 
 
-def test_the_twelve_lines_and_the_classes(package):
+def test_metrics_text_and_per_class_text(package):
     truth = [*TWO_NUTS, (2, 7, [100, 100, 50, 50])]
     evaluator = CocoBoxEvaluator(LABELS)
     evaluator.update([1, 2], [detected((0, 0.9, [10, 10, 50, 50])), detected((0, 0.8, [50, 50, 90, 90]))])
@@ -371,9 +373,9 @@ def test_the_twelve_lines_and_the_classes(package):
     assert rows == [["nut", "2", "1.000", "1.000"], ["bolt", "1", "0.000", "0.000"]]
 
 
-def test_the_record_of_an_evaluation_worked_out_by_hand(package):
-    # Two nuts: one found at once at IoU 0.6 (40 x 24 of 40 x 40), a false alarm, then the other exactly. A bolt that is
-    # missed, and a crowd of bolts that does not count. Nothing of a third category, which has no ground truth.
+def test_evaluation_record_of_a_hand_worked_case(package):
+    # Two nuts: one is detected first at IoU 0.6 (40 x 24 of 40 x 40), then comes a false positive, then the other nut
+    # exactly. One bolt is missed, and a crowd of bolts does not count. The washer has no ground truth.
     bolts = [(2, 7, [100, 100, 50, 50]), (1, 7, [150, 150, 40, 40])]
     truth = ground_truth([*TWO_NUTS, *bolts])
     truth.anns[4]["iscrowd"] = 1
@@ -390,15 +392,15 @@ def test_the_record_of_an_evaluation_worked_out_by_hand(package):
     )
     evaluation = evaluator.evaluate(truth)
     record = evaluation_record(evaluation)
-    assert record == json.loads(json.dumps(record))  # built-in types alone
+    assert record == json.loads(json.dumps(record))  # only built-in types
     assert record["images"] == 2 and record["recall"] == pytest.approx(np.linspace(0, 1, 101))
     assert list(record["figures"]) == list(METRICS)
     assert list(record["figures"].values()) == pytest.approx(evaluation.stats.tolist())
     nut, bolt = record["classes"]
     assert (nut["category_id"], nut["name"], nut["objects"]) == (3, "nut", 2)
     assert (bolt["category_id"], bolt["name"], bolt["objects"]) == (7, "bolt", 1)
-    # At 0.5 to 0.6 the first is right: precision 1 up to recall 0.5, then 2/3. At the seven IoUs above it is wrong:
-    # the one hit comes third, so 1/3 up to recall 0.5, then nothing.
+    # At IoU 0.5 to 0.6 the first detection is correct: precision 1 up to recall 0.5, then 2/3. At the seven higher IoUs
+    # it is wrong: the only hit comes third, so precision is 1/3 up to recall 0.5, then 0.
     low, high = [1] * 51 + [2 / 3] * 50, [1 / 3] * 51 + [0] * 50
     expected = {"0.5": low, "0.75": high, "mean": [(3 * a + 7 * b) / 10 for a, b in zip(low, high, strict=True)]}
     assert nut["precision"].keys() == expected.keys()

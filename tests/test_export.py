@@ -1,4 +1,4 @@
-"""Detectors as files for other runtimes: what they give, what they say about themselves, and what is refused."""
+"""Exported detectors for other runtimes: outputs, metadata and refusals."""
 
 import argparse
 import functools
@@ -31,31 +31,31 @@ from enact_common.nested_tensor import NestedTensor
 from enact_common.utils.device import TORCH_VERSION
 from enact_common.variants import VARIANTS
 
-exporting = pytest.mark.skipif(TORCH_VERSION < EXPORTING, reason="this PyTorch's torch.export is older than was tried")
+exporting = pytest.mark.skipif(TORCH_VERSION < EXPORTING, reason="this PyTorch's torch.export is too old")
 
-# One layer each: what there is of an operation, the exporter takes as long for again in every layer.
+# One layer each, because the export time grows with the number of layers.
 ONE_LAYER = "--enc_layers 1 --dec_layers 1".split()
 
-# Heights and widths, none of which a graph was recorded with; the last is no multiple of the stride.
+# (height, width); no graph is traced with these sizes, and the last is not a multiple of the stride.
 SIZES = ((64, 96), (128, 64), (97, 131))
 
 
 @pytest.fixture(scope="module")
 def checkpoint_of(tmp_path_factory):
-    """From a variant and its attention to a checkpoint of random weights, made when it is first asked for.
+    """A function of (variant, attention, *flags) that returns a checkpoint of random weights, made on first use.
 
-    Those of plain models are as the original repositories write them, with a namespace.
+    Checkpoints of plain models hold a namespace, as in the original repositories.
     """
-    folder, made = tmp_path_factory.mktemp("checkpoints"), {}
+    folder, checkpoints = tmp_path_factory.mktemp("checkpoints"), {}
 
     def checkpoint(variant: str, attention: str, *flags: str) -> Path:
         key = "-".join((variant, attention, *flags))
-        if key not in made:
+        if key not in checkpoints:
             argv = [*SMALL_MODEL[variant], *ONE_LAYER, "--encoder_attention", attention, *flags]
             torch.manual_seed(0)
             model, args = build(variant, *argv)[0], parse(variant, *argv)
             for name, parameter in model.named_parameters():
-                # Scores and boxes that differ, and that depend on the encoder's clusters.
+                # Make scores and boxes vary and depend on the encoder's clusters.
                 if "class_embed" in name or "bbox_embed" in name:
                     nn.init.normal_(parameter, std=0.2)
                 elif "encoder" in name and ("self_attn" in name or "ENACT" in name):
@@ -63,21 +63,21 @@ def checkpoint_of(tmp_path_factory):
             state = {"model": model.state_dict(), "args": args}
             if attention == "enact":
                 state |= {"args": vars(args), "variant": variant}
-            made[key] = folder / f"{key}.pth"
-            torch.save(state, made[key])
-        return made[key]
+            checkpoints[key] = folder / f"{key}.pth"
+            torch.save(state, checkpoints[key])
+        return checkpoints[key]
 
     return checkpoint
 
 
 def export(checkpoint: Path, output: Path, *flags: str) -> int:
-    """The exit status of the command line; the format follows from the output's suffix."""
+    """Run the export command in the format of the output's suffix; the exit status."""
     form = next(name for name, form in FORMATS.items() if form.suffix == output.suffix)
     return command.main([str(checkpoint), "--format", form, "--output", str(output), *map(str, flags)])
 
 
 def padded_batch(batch: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images uint8 (batch, 3, height, width) that differ, and their mask; every second one has padding."""
+    """Different images uint8 (batch, 3, height, width) and their padding mask; every second image has padding."""
     height, width = size
     images = command.blurred_noise(batch, size)
     mask = torch.zeros(batch, height, width, dtype=torch.bool)
@@ -87,12 +87,12 @@ def padded_batch(batch: int, size: tuple[int, int]) -> tuple[torch.Tensor, torch
 
 @functools.lru_cache(maxsize=1)
 def loaded(checkpoint: Path) -> LoadedDetector:
-    """The detector of a checkpoint that does not change."""
+    """Load a checkpoint's detector, cached."""
     return load_detector(checkpoint, "cpu")
 
 
 def model_outputs(checkpoint: Path, images, mask, lengths=None) -> dict[str, torch.Tensor]:
-    """What the model itself gives."""
+    """The outputs of the PyTorch model."""
     detector = loaded(checkpoint)
     fix_window_lengths(detector.model, lengths)
     with torch.no_grad():
@@ -100,21 +100,21 @@ def model_outputs(checkpoint: Path, images, mask, lengths=None) -> dict[str, tor
 
 
 def inferred_dims(onnx, path: Path) -> list[bool]:
-    """Of every dimension of every value within an ONNX file, whether it is a number."""
+    """For every dimension of every value in an ONNX file, whether it is a fixed number."""
     model = onnx.shape_inference.infer_shapes(onnx.load(path))
     dims = [dim for value in model.graph.value_info for dim in value.type.tensor_type.shape.dim]
     assert len(dims) > 50
     return [dim.HasField("dim_value") for dim in dims]
 
 
-# ------------------------------------------------------------------------------------------------- what files give
+# ------------------------------------------------------------------------------------------------------- outputs
 
 
 # ONNX exports are slow, so each one covers another model: DETR has masks below and is quantized, Conditional DETR with
-# ENACT is exported by the benchmark of agreement, and plain Anchor DETR as an exported program.
+# ENACT is exported by the agreement benchmark, and plain Anchor DETR as an exported program.
 @exporting
 @pytest.mark.slow
-def test_onnx_runtime_gives_what_the_model_gives(checkpoint_of, tmp_path):
+def test_onnx_runtime_matches_the_model(checkpoint_of, tmp_path):
     onnx = pytest.importorskip("onnx")
     checkpoint = checkpoint_of("anchor", "enact")
     assert export(checkpoint, tmp_path / "model.onnx", "--dynamic", "--mask", "--raw") == 0
@@ -124,9 +124,9 @@ def test_onnx_runtime_gives_what_the_model_gives(checkpoint_of, tmp_path):
         for batch in (1, 3):
             images, mask = padded_batch(batch, size)
             expected = model_outputs(checkpoint, images, mask)
-            found = exported(images, mask)
-            assert list(found) == ["pred_logits", "pred_boxes"]
-            for name, value in found.items():
+            outputs = exported(images, mask)
+            assert list(outputs) == ["pred_logits", "pred_boxes"]
+            for name, value in outputs.items():
                 torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
 
 
@@ -137,7 +137,7 @@ PYTORCHS += [
 
 
 @pytest.mark.parametrize("suffix, variant, attention", PYTORCHS)
-def test_pytorchs_own_formats_give_what_the_model_gives(suffix, variant, attention, checkpoint_of, tmp_path):
+def test_pytorch_formats_match_the_model(suffix, variant, attention, checkpoint_of, tmp_path):
     checkpoint = checkpoint_of(variant, attention)
     assert export(checkpoint, tmp_path / f"model{suffix}", "--dynamic", "--mask", "--raw") == 0
     exported = load_exported(tmp_path / f"model{suffix}")
@@ -156,8 +156,8 @@ def test_pytorchs_own_formats_give_what_the_model_gives(suffix, variant, attenti
         pytest.param(".onnx", "mhsa", marks=[exporting, pytest.mark.slow]),
     ],
 )
-def test_masks_are_exported_too(suffix, attention, checkpoint_of, tmp_path, capsys):
-    # More queries than the head takes at a time.
+def test_exported_masks_match_the_model(suffix, attention, checkpoint_of, tmp_path, capsys):
+    # More queries than one chunk of the mask head.
     checkpoint = checkpoint_of("detr", attention, *ALL_STAGES, "--masks", "--num_queries", "20")
     assert export(checkpoint, tmp_path / f"model{suffix}", "--dynamic", "--mask", "--raw") == 0
     assert "logits, boxes and masks" in capsys.readouterr().out
@@ -169,48 +169,48 @@ def test_masks_are_exported_too(suffix, attention, checkpoint_of, tmp_path, caps
         for batch in (1, 3):
             images, mask = padded_batch(batch, size)
             expected = model_outputs(checkpoint, images, mask)
-            found = exported(images, mask)
-            assert list(found) == ["pred_logits", "pred_boxes", "pred_masks"] == list(exported.metadata["outputs"])
-            assert found["pred_masks"].std() > 0.1
-            for name, value in found.items():
+            outputs = exported(images, mask)
+            assert list(outputs) == ["pred_logits", "pred_boxes", "pred_masks"] == list(exported.metadata["outputs"])
+            assert outputs["pred_masks"].std() > 0.1
+            for name, value in outputs.items():
                 torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-4)
 
 
-def test_exported_masks_are_the_detectors(checkpoint_of, shapes, tmp_path):
+def test_exported_masks_match_the_detector(checkpoint_of, shapes, tmp_path):
     checkpoint = checkpoint_of("detr", "mhsa", *ALL_STAGES, "--masks")
     assert export(checkpoint, tmp_path / "model.pt", "--dynamic") == 0
     exported = load_exported(tmp_path / "model.pt")
     assert exported.metadata["things"] is None
     detector = load_detector(checkpoint, "cpu", threshold=0)
-    pixels = as_pixels(next((shapes / "val2017").iterdir()))  # 64 x 80, as the model sees it
+    pixels = as_pixels(next((shapes / "val2017").iterdir()))  # 64 x 80, not resized for the model
     logits = exported(detector.model_input(pixels))["masks"]
-    found = detector.detect(pixels)
+    detections = detector.detect(pixels)
     masks = nn.functional.interpolate(logits, size=(64, 80), mode="bilinear")[0] > 0
-    assert torch.equal(masks[found.queries], found.masks) and 0 < found.masks.float().mean() < 1
+    assert torch.equal(masks[detections.queries], detections.masks) and 0 < detections.masks.float().mean() < 1
 
 
-def test_detections_are_decoded_as_the_detector_does(variant_and_attention, checkpoint_of, shapes, tmp_path):
+def test_decoded_outputs_match_the_detector(variant_and_attention, checkpoint_of, shapes, tmp_path):
     checkpoint = checkpoint_of(*variant_and_attention)
     assert export(checkpoint, tmp_path / "model.pt", "--dynamic") == 0
     exported = load_exported(tmp_path / "model.pt")
     detector = load_detector(checkpoint, "cpu", threshold=0)
     pixels = as_pixels(next((shapes / "val2017").iterdir()))  # 64 x 80
-    found = exported(detector.model_input(pixels))
-    assert list(found) == ["scores", "labels", "boxes"] == list(exported.metadata["outputs"])
-    boxes = found["boxes"][0].clamp(0, 1) * torch.tensor([80, 64, 80, 64])
-    known = torch.tensor([i is not None for i in exported.metadata["category_ids"]])[found["labels"][0]]
+    outputs = exported(detector.model_input(pixels))
+    assert list(outputs) == ["scores", "labels", "boxes"] == list(exported.metadata["outputs"])
+    boxes = outputs["boxes"][0].clamp(0, 1) * torch.tensor([80, 64, 80, 64])
+    known = torch.tensor([i is not None for i in exported.metadata["category_ids"]])[outputs["labels"][0]]
     expected = detector.detect(pixels)
-    order = found["scores"][0].argsort(descending=True, stable=True)
+    order = outputs["scores"][0].argsort(descending=True, stable=True)
     order = order[known[order]]
     assert len(expected) > 5
-    torch.testing.assert_close(found["scores"][0][order], expected.scores, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs["scores"][0][order], expected.scores, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(boxes[order], expected.boxes, rtol=1e-4, atol=1e-3)
-    names = [exported.metadata["names"][label] for label in found["labels"][0][order]]
+    names = [exported.metadata["names"][label] for label in outputs["labels"][0][order]]
     assert names == expected.names
 
 
 @exporting
-def test_a_file_of_fixed_size_and_windows_takes_that_size(checkpoint_of, tmp_path, monkeypatch):
+def test_a_file_with_fixed_size_and_windows(checkpoint_of, tmp_path, monkeypatch):
     onnx = pytest.importorskip("onnx")
     monkeypatch.chdir(tmp_path)
     checkpoint = checkpoint_of("conditional", "enact")
@@ -222,12 +222,12 @@ def test_a_file_of_fixed_size_and_windows_takes_that_size(checkpoint_of, tmp_pat
     assert exported.metadata["clusters"] == "windows of fixed length"
     images, mask = padded_batch(2, (64, 96))
     expected = model_outputs(checkpoint, images, torch.zeros_like(mask), [3])
-    found = exported(images)
+    outputs = exported(images)
     scores = expected["pred_logits"].sigmoid().flatten(1).sort(descending=True).values[:, :100]
-    torch.testing.assert_close(found["scores"], scores, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs["scores"], scores, rtol=1e-4, atol=1e-4)
     best = expected["pred_logits"].amax(-1).argmax(-1)
     boxes = box_cxcywh_to_xyxy(expected["pred_boxes"])[torch.arange(2), best]
-    torch.testing.assert_close(found["boxes"][:, 0], boxes, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(outputs["boxes"][:, 0], boxes, rtol=1e-4, atol=1e-4)
     with pytest.raises(Exception, match="(?i)dimension"):
         exported(torch.zeros(1, 3, 64, 96, dtype=torch.uint8))
 
@@ -247,7 +247,7 @@ class Attention(nn.Module):
 
 
 def tokens(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens like a map's, which resemble their neighbours, and a mask of the last ones, more in each image."""
+    """Tokens similar to their neighbours, as in a feature map, and a padding mask that grows from image to image."""
     mask = torch.arange(length) >= length - 3 * torch.arange(batch).unsqueeze(1) - 2
     return torch.randn(batch, length, 16).cumsum(dim=1) / 3, mask
 
@@ -264,7 +264,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: "-".join(settings) or "default")
-def test_clusters_follow_from_the_data_in_a_recorded_graph(settings):
+def test_clusters_depend_on_the_data_in_a_traced_graph(settings):
     layer = Attention(settings).eval()
     with torch.no_grad():
         graph = torch.jit.trace(layer, tokens(2, 60), check_trace=False)
@@ -275,7 +275,7 @@ def test_clusters_follow_from_the_data_in_a_recorded_graph(settings):
 
 @exporting
 @pytest.mark.parametrize("settings", [SETTINGS[i] for i in (4, 6)], ids=["per_image", "regions"])
-def test_clusters_follow_from_the_data_in_onnx(settings, tmp_path):
+def test_clusters_depend_on_the_data_in_onnx(settings, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     layer = Attention(settings).eval()
@@ -287,32 +287,32 @@ def test_clusters_follow_from_the_data_in_onnx(settings, tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "layer.onnx")
     for batch, length in ((2, 60), (1, 33), (3, 77)):
         x, mask = tokens(batch, length)
-        (found,) = session.run(None, {"x": x.numpy(), "mask": mask.numpy()})
+        (output,) = session.run(None, {"x": x.numpy(), "mask": mask.numpy()})
         with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(found), layer(x, mask), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(torch.from_numpy(output), layer(x, mask), rtol=1e-5, atol=1e-5)
 
 
-def test_fixed_windows_are_those_of_the_model_with_that_length(checkpoint_of, tmp_path, capsys):
+def test_fixed_windows_match_the_model_with_that_window_length(checkpoint_of, tmp_path, capsys):
     checkpoint = checkpoint_of("anchor", "enact")
     images, mask = padded_batch(2, (160, 224))
     none = torch.zeros_like(mask)
     assert export(checkpoint, tmp_path / "model.pt", "--dynamic", "--raw", "--clusters", 3) == 0
     assert "tokens by encoder layer: 3" in capsys.readouterr().out
-    found = load_exported(tmp_path / "model.pt")(images)
+    outputs = load_exported(tmp_path / "model.pt")(images)
     expected = model_outputs(checkpoint, images, none, [3])
-    free = model_outputs(checkpoint, images, none)
-    assert not torch.allclose(free["pred_logits"], expected["pred_logits"], atol=1e-3)
-    for name, value in found.items():
+    data_dependent = model_outputs(checkpoint, images, none)
+    assert not torch.allclose(data_dependent["pred_logits"], expected["pred_logits"], atol=1e-3)
+    for name, value in outputs.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
 
 
-def test_fixed_windows_longer_than_the_map_are_one_window(checkpoint_of, tmp_path):
+def test_fixed_windows_longer_than_the_feature_map_become_one_window(checkpoint_of, tmp_path):
     checkpoint = checkpoint_of("detr", "enact")
     assert export(checkpoint, tmp_path / "model.pt", "--dynamic", "--raw", "--clusters", 99) == 0
     images, mask = padded_batch(1, (64, 64))  # 8 x 8 cells
-    found = load_exported(tmp_path / "model.pt")(images)
+    outputs = load_exported(tmp_path / "model.pt")(images)
     expected = model_outputs(checkpoint, images, mask, [64])
-    torch.testing.assert_close(found["pred_logits"], expected["pred_logits"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(outputs["pred_logits"], expected["pred_logits"], rtol=1e-5, atol=1e-5)
 
 
 def test_fixed_windows_can_be_calibrated_on_images(checkpoint_of, shapes, tmp_path):
@@ -324,15 +324,15 @@ def test_fixed_windows_can_be_calibrated_on_images(checkpoint_of, shapes, tmp_pa
         layer.register_cluster_hook(lambda _, clusters, i=i: lengths[i].append(clusters.weights.shape[-1]))
     for image in images:
         detector(image)
-    medians = [sorted(seen)[(len(seen) - 1) // 2] for seen in lengths]
+    medians = [sorted(of_layer)[(len(of_layer) - 1) // 2] for of_layer in lengths]
     assert export(checkpoint, tmp_path / "model.pt", "--clusters", shapes / "val2017") == 0
     assert load_exported(tmp_path / "model.pt").metadata["window_lengths"] == medians
     one = calibrated_lengths(detector.model, [detector.model_input(as_pixels(images[0]))])
-    assert one == [seen[0] for seen in lengths]
+    assert one == [of_layer[0] for of_layer in lengths]
     assert all(len(layer._cluster_hooks) == 1 for layer in clusterings(detector.model))
 
 
-def test_lengths_of_other_clusters_are_their_mean(checkpoint_of, shapes):
+def test_calibrated_length_of_regions_is_their_mean(checkpoint_of, shapes):
     detector = load_detector(checkpoint_of("detr", "enact"), "cpu", enact_clusters="regions")
     (layer,) = clusterings(detector.model)
     counts = []
@@ -340,7 +340,7 @@ def test_lengths_of_other_clusters_are_their_mean(checkpoint_of, shapes):
     image = detector.model_input(as_pixels(next((shapes / "val2017").iterdir())))
     detector.model(image)
     assert not isinstance(layer.cluster(torch.randn(1, 9, 32)), Windows)
-    cells = 8 * 10  # of 64 x 80 pixels
+    cells = 8 * 10  # for 64 x 80 pixels
     assert calibrated_lengths(detector.model, [image]) == [round(cells / counts[0])]
 
 
@@ -355,11 +355,11 @@ def test_lengths_of_other_clusters_are_their_mean(checkpoint_of, shapes):
         pytest.param(".pt2", "mhsa", None, marks=exporting),
     ],
 )
-def test_a_file_describes_itself(suffix, attention, clusters, checkpoint_of, tmp_path):
+def test_metadata_describes_the_file(suffix, attention, clusters, checkpoint_of, tmp_path):
     checkpoint = checkpoint_of("detr", attention)
     assert export(checkpoint, tmp_path / f"model{suffix}", "--size", 64, 64, "--mask") == 0
     if suffix == ".onnx":
-        # Clusters that follow from the image have sizes that follow from it, too.
+        # Data-dependent clusters have data-dependent shapes.
         assert not all(inferred_dims(pytest.importorskip("onnx"), tmp_path / "model.onnx"))
     metadata = load_exported(tmp_path / f"model{suffix}").metadata
     assert json.loads(json.dumps(metadata)) == metadata
@@ -373,7 +373,7 @@ def test_a_file_describes_itself(suffix, attention, clusters, checkpoint_of, tmp
     assert metadata["checkpoint"] == str(checkpoint)
 
 
-def test_settings_of_the_clusters_are_in_the_metadata_and_can_be_changed(checkpoint_of, tmp_path):
+def test_clustering_settings_can_be_changed_and_are_in_the_metadata(checkpoint_of, tmp_path):
     checkpoint = checkpoint_of("conditional", "enact", "--enact_per_image")
     flags = ["--dynamic", "--raw", "--no-enact_per_image", "--enact_max_clusters", 4, "--enact_temperature", 0.5]
     assert export(checkpoint, tmp_path / "model.pt", *flags) == 0
@@ -389,7 +389,7 @@ def test_settings_of_the_clusters_are_in_the_metadata_and_can_be_changed(checkpo
 
 
 def test_int8_products_cannot_saturate(tmp_path):
-    """The largest activations times the largest weights: two such products add up to more than 16 bits hold."""
+    """The sum of two products of the largest activations and weights exceeds 16 bits."""
     onnx = pytest.importorskip("onnx")
     weight = torch.full((64, 3), 0.5)
     weight[:, 1] *= -1
@@ -406,9 +406,9 @@ def test_int8_products_cannot_saturate(tmp_path):
     formats.quantize(tmp_path / "whole.onnx", tmp_path / "int8.onnx")
     x = torch.full((2, 64), 3.0)
     x[1, ::2] = -1
-    found = load_exported(tmp_path / "int8.onnx")(x)["y"]
-    torch.testing.assert_close(found, x @ weight, rtol=0.01, atol=0.3)
-    # On CPUs with VNNI nothing saturates, whatever the weights are: those without it want them unsigned.
+    product = load_exported(tmp_path / "int8.onnx")(x)["y"]
+    torch.testing.assert_close(product, x @ weight, rtol=0.01, atol=0.3)
+    # CPUs with VNNI never saturate; CPUs without it need unsigned weights.
     kinds = {item.data_type for item in onnx.load(tmp_path / "int8.onnx").graph.initializer if len(item.dims) == 2}
     assert kinds == {onnx.TensorProto.UINT8}
 
@@ -428,8 +428,8 @@ def test_int8_makes_smaller_files_that_nearly_agree(checkpoint_of, tmp_path, mon
     assert "MatMulInteger" in operations and "ConvInteger" not in operations
     assert (tmp_path / "int8.onnx").stat().st_size < checkpoint.stat().st_size - 2**20
     images, mask = padded_batch(1, (96, 128))
-    expected, found = model_outputs(checkpoint, images, mask), int8(images)
-    assert 1e-5 < (found["pred_boxes"] - expected["pred_boxes"]).abs().max() < 0.05
+    expected, outputs = model_outputs(checkpoint, images, mask), int8(images)
+    assert 1e-5 < (outputs["pred_boxes"] - expected["pred_boxes"]).abs().max() < 0.05
 
 
 # -------------------------------------------------------------------------------------------------------- errors
@@ -454,7 +454,7 @@ def test_int8_makes_smaller_files_that_nearly_agree(checkpoint_of, tmp_path, mon
         ("enact", "--position_embedding learned", "--size 64 416", "from 64 to 400 pixels for this model"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_exported_is_refused(attention, settings, flags, message, checkpoint_of, tmp_path, capsys):
+def test_bad_export_flags_are_refused(attention, settings, flags, message, checkpoint_of, tmp_path, capsys):
     checkpoint = checkpoint_of("detr", attention, *settings.split())
     flags = flags.format(folder=tmp_path).split()
     output = [] if "--output" in flags else ["--output", str(tmp_path / "model.pt")]
@@ -481,7 +481,7 @@ def test_a_missing_package_is_named_with_the_extra(module, checkpoint_of, tmp_pa
 
 
 @pytest.mark.parametrize("form", ["onnx", "exported_program"])
-def test_an_older_pytorch_is_told_what_works(form, checkpoint_of, tmp_path, monkeypatch, capsys):
+def test_an_older_pytorch_gets_the_format_that_works(form, checkpoint_of, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(formats, "TORCH_VERSION", (2, 4))
     monkeypatch.setattr(formats, "needed", lambda *_: None)
     monkeypatch.setattr(command, "needed", lambda *_: None)
@@ -499,7 +499,7 @@ def test_an_older_pytorch_is_told_what_works(form, checkpoint_of, tmp_path, monk
         pytest.param("model.pt2", b"neither", "cannot be loaded", marks=exporting),
     ],
 )
-def test_files_of_other_kinds_are_refused(name, content, message, tmp_path):
+def test_files_that_are_not_exported_detectors_are_refused(name, content, message, tmp_path):
     if name.endswith("onnx"):
         pytest.importorskip("onnxruntime")
     if content is not None:
@@ -508,29 +508,29 @@ def test_files_of_other_kinds_are_refused(name, content, message, tmp_path):
         load_exported(tmp_path / name)
 
 
-def test_a_file_without_metadata_is_not_ours(tmp_path):
+def test_a_file_without_metadata_is_refused(tmp_path):
     torch.jit.save(torch.jit.script(nn.ReLU()), tmp_path / "relu.pt")
     with pytest.raises(UserError, match=r"relu\.pt: was not made by python -m enact_common\.export"):
         load_exported(tmp_path / "relu.pt")
 
 
-def test_a_file_that_disagrees_is_reported(checkpoint_of, tmp_path, monkeypatch, capsys):
+def test_a_file_that_differs_from_the_model_is_reported(checkpoint_of, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "TOLERANCE", -1.0)
     assert export(checkpoint_of("detr", "enact"), tmp_path / "model.pt") == 1
     captured = capsys.readouterr()
     assert "warning: more than -1" in captured.err and "scores and boxes" in captured.out
 
 
-def test_detections_are_compared_whatever_their_order():
+def test_detections_are_compared_in_any_order():
     scores, labels = torch.tensor([[0.9, 0.8, 0.7, 0.1]]), torch.tensor([[1, 2, 1, 3]])
     boxes = torch.rand(1, 4, 4)
     expected = {"scores": scores, "labels": labels, "boxes": boxes}
     order = [1, 0, 2, 3]
-    turned = {name: value[:, order] for name, value in expected.items()}
-    assert command.difference(expected, turned) == 0
-    assert command.difference(expected, turned | {"boxes": turned["boxes"] + 0.02}) == pytest.approx(0.02, abs=1e-6)
-    assert command.difference(expected, turned | {"labels": turned["labels"] + 1}) == torch.inf
-    # Another one in the last place, whose score is the same within rounding.
+    permuted = {name: value[:, order] for name, value in expected.items()}
+    assert command.difference(expected, permuted) == 0
+    assert command.difference(expected, permuted | {"boxes": permuted["boxes"] + 0.02}) == pytest.approx(0.02, abs=1e-6)
+    assert command.difference(expected, permuted | {"labels": permuted["labels"] + 1}) == torch.inf
+    # The last detection may be another one with an equal score.
     last = torch.tensor([[0, 0, 0, 1]])
     assert command.difference(expected, expected | {"labels": labels + last}) == 0
     assert command.difference(expected, expected | {"scores": scores * torch.nan}) == torch.inf
@@ -540,13 +540,13 @@ def test_detections_are_compared_whatever_their_order():
 
 
 def run_benchmark(name: str, folder: Path, *argv: str) -> tuple[int, dict]:
-    """The exit status and the figures of a benchmark."""
+    """Run a benchmark; (exit status, parsed JSON)."""
     status = benchmark([name, "--output_dir", str(folder), *map(str, argv)])
     assert {path.name for path in folder.iterdir()} == {f"{name}.{suffix}" for suffix in ("json", "md", "csv")}
     return status, json.loads((folder / f"{name}.json").read_text())
 
 
-# Plain models have no windows to fix.
+# Plain models have no windows, so onnx_fixed is skipped for them.
 @pytest.mark.parametrize(
     "attentions, names, expected",
     [
@@ -577,7 +577,7 @@ def test_runtimes_are_timed(attentions, names, expected, tmp_path, monkeypatch, 
 
 @exporting
 @pytest.mark.slow
-def test_agreement_is_counted(checkpoint_of, shapes, tmp_path, capsys):
+def test_agreement_with_pytorch_is_counted(checkpoint_of, shapes, tmp_path, capsys):
     pytest.importorskip("onnxruntime")
     checkpoint = checkpoint_of("conditional", "enact", "--num_classes", "6", "--eval_size", "128", "--max_size", "160")
     state = torch.load(checkpoint, weights_only=True)
@@ -595,23 +595,23 @@ def test_agreement_is_counted(checkpoint_of, shapes, tmp_path, capsys):
     assert f"tokens by encoder layer: {figures['settings']['window_lengths'][0]}." in capsys.readouterr().out
 
 
-def test_detections_are_matched_once_and_by_label():
+def test_each_detection_is_matched_once_by_label():
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [20, 20, 30, 30], [50, 50, 60, 60]])
     expected = {"scores": torch.tensor([0.9, 0.8, 0.7, 0.2]), "labels": torch.tensor([1, 1, 2, 3]), "boxes": boxes}
-    found = {
+    detections = {
         "scores": torch.tensor([0.8, 0.6, 0.9]),
         "labels": torch.tensor([1, 1, 2]),
-        # The second is shifted by half; the third is in its place.
+        # The second is shifted by half its width; the third matches.
         "boxes": torch.tensor([[0.0, 0, 10, 10], [5, 0, 15, 10], [20, 20, 30, 30.5]]),
     }
     comparison = agreement.Comparison(threshold=0.5)
-    comparison.add(expected, found)
+    comparison.add(expected, detections)
     assert comparison.figures() == {
         "detections": 3,
         "kept": pytest.approx(2 / 3),
         "new": pytest.approx(1 / 3),
         "score_difference": pytest.approx((0.1 + 0.2) / 2),
     }
-    comparison.add({name: value[:0] for name, value in expected.items()}, found)
+    comparison.add({name: value[:0] for name, value in expected.items()}, detections)
     assert comparison.figures()["new"] == pytest.approx(4 / 6)
     assert agreement.Comparison(0.5).figures()["kept"] is None

@@ -1,4 +1,4 @@
-"""Trainings that begin from other weights, of which plain attention's become ENACT's; and on data of one's own."""
+"""Fine-tuning: pretrained weights, conversion of plain attention to ENACT, frozen parts, EMA, and own data."""
 
 import json
 import logging
@@ -22,24 +22,24 @@ from enact_common.training import run as training_run
 from enact_common.training.averaging import WeightAverage
 from enact_common.variants import VARIANTS
 
-# Token attention, where the variant has a choice.
+# Flags for attention over tokens; only Anchor DETR has a choice.
 TOKENS = {"detr": [], "conditional": [], "anchor": ["--attention_type", "nn.MultiheadAttention"]}
 LABELS = LabelMap((1, 2, 3), ("red", "green", "blue"))
 
 
 def small(variant, *argv):
-    """A small model in evaluation mode, and its arguments."""
+    """(small model in eval mode, its arguments)."""
     argv = [*SMALL_MODEL[variant], "--num_classes", "3", *argv]
     return build(variant, *argv)[0].eval(), parse(variant, *argv)
 
 
 def checkpoint_of(variant, model, args, labels=LABELS):
-    """A checkpoint as a run writes it."""
+    """A checkpoint with the keys of this project's checkpoints."""
     return {"model": model.state_dict(), "args": vars(args), "variant": variant, "label_map": labels.to_dict()}
 
 
 def shuffle_(model):
-    """Give every parameter another value than the one it was initialised with, biases included."""
+    """Change every parameter's initial value, biases included."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -48,13 +48,13 @@ def shuffle_(model):
 
 @pytest.fixture
 def clusters_of_one_token(monkeypatch):
-    """Let every token be a cluster."""
+    """Make every token a cluster."""
     monkeypatch.setattr(clustering, "region_borders", lambda signal: torch.ones_like(signal[:, 1:], dtype=torch.bool))
 
 
 @pytest.fixture(scope="module")
 def plain(shapes, tmp_path_factory):
-    """The output folder of an epoch of a plain DETR."""
+    """The output folder of a plain DETR that was trained for one epoch."""
     output = tmp_path_factory.mktemp("plain") / "run"
     torch.manual_seed(0)
     assert train("detr", shapes, output, "--epochs", "1", "--encoder_attention", "mhsa") == 0
@@ -62,10 +62,10 @@ def plain(shapes, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "own", [[], ["--enact_mask_padding"], ["--enact_scale_logits"]], ids=["alike", "padded", "scaled"]
+    "own", [[], ["--enact_mask_padding"], ["--enact_scale_logits"]], ids=["default", "mask_padding", "scale_logits"]
 )
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_plain_model_becomes_enact(variant, own, clusters_of_one_token, caplog):
+def test_a_plain_model_converts_to_enact(variant, own, clusters_of_one_token, caplog):
     caplog.set_level(logging.INFO, "enact")
     flags = ["--enc_layers", "2", *TOKENS[variant]]
     model, args = small(variant, "--encoder_attention", "mhsa", *flags)
@@ -85,8 +85,8 @@ def test_a_plain_model_becomes_enact(variant, own, clusters_of_one_token, caplog
     assert ("--enact_mask_padding does so" in text) == (not padding)
 
 
-def test_clusters_of_several_tokens_stand_for_them():
-    # The conversion alone must not make both compute the same.
+def test_clusters_of_several_tokens_change_the_outputs():
+    # Longer clusters change the outputs, so the equality above is not trivial.
     model, args = small("detr", "--encoder_attention", "mhsa", "--eval_size", "64")
     converted, args_enact = small("detr", "--pretrained", "plain.pth")
     load_pretrained(converted, checkpoint_of("detr", shuffle_(model), args), "detr", args_enact, LABELS)
@@ -95,10 +95,10 @@ def test_clusters_of_several_tokens_stand_for_them():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_converted_projections_hold_the_scale_and_the_division(bias):
+def test_converted_projections_include_the_attention_scaling(bias):
     attention = nn.MultiheadAttention(8, 2, bias=bias)
     weights = clustered_weights(attention.state_dict(), 2)
-    # Heads of width 4: half of the query's, four times the output's.
+    # head_dim is 4: queries are scaled by 1/2, the output projection by 4.
     packed = attention.in_proj_weight.detach()
     assert_close(weights["W_q.weight"], packed[:8] / 2, 0)
     assert_close(weights["W_k.weight"], packed[8:16], 0)
@@ -107,8 +107,8 @@ def test_the_converted_projections_hold_the_scale_and_the_division(bias):
     assert all(tensor.shape == (8,) for name, tensor in weights.items() if name.endswith("bias"))
 
 
-def test_fresh_scores_make_short_clusters_of_about_the_mean():
-    # What `clustered_weights` says of the one weight that it does not give.
+def test_initial_scores_give_short_clusters_with_almost_equal_weights():
+    # The docstring of `clustered_weights` states this for W_prob, which it does not convert.
     tokens = torch.randn(1, 1050, 64)
     fresh, zero = (clustering.EntropyClustering(64) for _ in range(2))
     nn.init.zeros_(zero.W_prob.weight)
@@ -118,7 +118,7 @@ def test_fresh_scores_make_short_clusters_of_about_the_mean():
     assert 3 <= length <= 10 and (weights - 1 / length).abs().max() < 0.01 / length
 
 
-def test_row_column_attention_is_carried_over_as_a_start(caplog):
+def test_row_column_attention_weights_are_kept_as_initialisation(caplog):
     caplog.set_level(logging.INFO, "enact")
     model, args = small("anchor", "--encoder_attention", "mhsa")
     enact, enact_args = small("anchor", "--pretrained", "plain.pth")
@@ -133,14 +133,14 @@ def test_row_column_attention_is_carried_over_as_a_start(caplog):
     "labels, taken",
     [
         (LABELS, True),
-        (LabelMap((7, 8, 9), ("red", "green", "blue")), True),  # other ids of the same classes
+        (LabelMap((7, 8, 9), ("red", "green", "blue")), True),  # the same classes with other ids
         (LabelMap((1, 2, 3), ("red", "green", "violet")), False),
         (LabelMap((1, 2), ("red", "green")), False),
     ],
     ids=["same", "ids", "names", "fewer"],
 )
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_head_for_other_classes_starts_afresh(variant, labels, taken, caplog):
+def test_a_head_for_other_classes_is_reinitialised(variant, labels, taken, caplog):
     caplog.set_level(logging.INFO, "enact")
     model, args = small(variant)
     checkpoint = checkpoint_of(variant, shuffle_(model), args)
@@ -164,7 +164,7 @@ def test_an_original_checkpoint_of_coco_keeps_its_head_on_coco():
     assert torch.equal(other.class_embed.weight, model.class_embed.weight)
 
 
-def test_what_does_not_fit_is_listed_by_reason():
+def test_mismatched_tensors_are_listed_with_the_reason():
     own = {"a.weight": torch.zeros(2, 3), "b": torch.zeros(4), "new": torch.zeros(1)}
     fit = fit_weights({"a.weight": torch.ones(5, 3), "b": torch.ones(4), "old": torch.ones(1)}, own, 1, True)
     assert fit.skipped == {"a.weight": "5 x 3 there, 2 x 3 here", "old": "the model has none"}
@@ -186,9 +186,9 @@ def test_what_does_not_fit_is_listed_by_reason():
         ),
         (lambda state: state | {"model": without_norm(state["model"])}, "1 backbone tensors are missing"),
     ],
-    ids=["variant", "stranger", "part", "deeper", "norm"],
+    ids=["other variant", "unknown model", "missing stage", "other backbone", "missing tensor"],
 )
-def test_what_cannot_begin_a_training_is_refused(change, message):
+def test_unsuitable_pretrained_weights_are_refused(change, message):
     model, args = small("detr", "--pretrained", "x.pth")
     with pytest.raises(UserError, match=message):
         load_pretrained(model, change(checkpoint_of("detr", model, args)), "detr", args, LABELS)
@@ -204,7 +204,7 @@ def without_norm(state):
     return {name: tensor for name, tensor in state.items() if not name.endswith("layer1.0.bn1.running_var")}
 
 
-def test_what_cannot_begin_a_training_is_refused_before_any_work(shapes, plain, tmp_path, capsys):
+def test_unsuitable_pretrained_weights_are_refused_before_training(shapes, plain, tmp_path, capsys):
     argv = ["--pretrained", plain / "checkpoint.pth"]
     assert train("conditional", shapes, tmp_path / "out", *argv) == 2
     assert "run DETR-ENACT/main.py" in capsys.readouterr().err
@@ -216,11 +216,11 @@ def test_what_cannot_begin_a_training_is_refused_before_any_work(shapes, plain, 
 @pytest.mark.parametrize(
     "variant, theirs, ours",
     [
-        ("detr", "--hidden_dim 64", ""),  # another width
+        ("detr", "--hidden_dim 64", ""),  # another hidden_dim
         ("anchor", "", "--attention_type nn.MultiheadAttention"),  # five packed projections, not three
     ],
 )
-def test_attention_that_does_not_fit_is_not_converted(variant, theirs, ours, caplog):
+def test_mismatched_attention_is_not_converted(variant, theirs, ours, caplog):
     caplog.set_level(logging.INFO, "enact")
     model, args = small(variant, "--encoder_attention", "mhsa", *theirs.split())
     enact, enact_args = small(variant, "--pretrained", "x.pth", *ours.split())
@@ -231,7 +231,7 @@ def test_attention_that_does_not_fit_is_not_converted(variant, theirs, ours, cap
     assert len(attention) == 10 and all(torch.equal(enact.state_dict()[name], attention[name]) for name in attention)
 
 
-def test_detrs_pre_norm_is_another_function_with_enact(caplog):
+def test_pre_norm_with_enact_is_reported_as_post_norm(caplog):
     caplog.set_level(logging.INFO, "enact")
     model, args = small("detr", "--encoder_attention", "mhsa", "--pre_norm")
     enact, enact_args = small("detr", "--pretrained", "x.pth", "--pre_norm")
@@ -239,25 +239,25 @@ def test_detrs_pre_norm_is_another_function_with_enact(caplog):
     assert "post-norm with ENACT, also with --pre_norm" in caplog.text
 
 
-def test_a_training_begins_from_a_checkpoint(shapes, plain, tmp_path, capsys):
+def test_a_training_starts_from_a_pretrained_checkpoint(shapes, plain, tmp_path, capsys):
     argv = ["--pretrained", plain / "checkpoint.pth", "--epochs", "1"]
     assert train("detr", shapes, tmp_path, *argv) == 0
     text = capsys.readouterr().out
     assert "converted to ENACT: 1 attention layer" in text and f"weights            {argv[1]}" in text
     assert read_log(tmp_path)[0]["epoch"] == 0
-    # What went on from a checkpoint of its own has left the other behind.
+    # A resumed training does not load the pretrained weights again.
     assert train("detr", shapes, tmp_path, *argv[:2], "--auto_resume", "--epochs", "2") == 0
     text = capsys.readouterr().out
     assert "tensors taken" not in text and f"weights            {tmp_path / 'checkpoint.pth'}" in text
 
 
-def test_a_converted_model_can_be_evaluated_untrained(shapes, plain, tmp_path, capsys):
+def test_a_converted_model_can_be_evaluated_without_training(shapes, plain, tmp_path, capsys):
     assert train("detr", shapes, tmp_path, "--pretrained", plain / "checkpoint.pth", "--eval") == 0
     text = capsys.readouterr().out
     assert "converted to ENACT" in text and "of other classes" not in text and "Average Precision" in text
 
 
-def test_resuming_with_enact_from_a_plain_checkpoint_says_the_way(shapes, plain, tmp_path, capsys):
+def test_resuming_with_enact_from_a_plain_checkpoint_is_refused_with_advice(shapes, plain, tmp_path, capsys):
     assert train("detr", shapes, tmp_path, "--resume", plain / "checkpoint.pth") == 2
     assert "Pass, as then: --encoder_attention mhsa; or begin a training with" in capsys.readouterr().err
 
@@ -268,7 +268,7 @@ def test_frozen_parts_keep_their_values(shapes, plain, tmp_path, capsys):
     assert "frozen             what is named with backbone, encoder" in capsys.readouterr().out
     before, after = (load_checkpoint(str(path / "checkpoint.pth"))["model"] for path in (plain, tmp_path))
     frozen = [name for name in before if "backbone" in name or "encoder" in name]
-    # The statistics of the backbone's norms included.
+    # This includes the running statistics of batch norms.
     assert any("running_mean" in name for name in frozen)
     assert all(torch.equal(before[name], after[name]) for name in frozen)
     assert not torch.equal(before["class_embed.weight"], after["class_embed.weight"])
@@ -287,7 +287,7 @@ def test_freezing_nothing_or_all_is_refused(shapes, tmp_path, capsys, parts, mes
     assert not (tmp_path / "checkpoint.pth").exists()
 
 
-def test_the_average_of_the_weights():
+def test_weight_average_follows_its_formula():
     model = nn.Linear(1, 1, bias=False)
     nn.init.zeros_(model.weight)
     average = WeightAverage(model, 0.5)
@@ -305,7 +305,7 @@ def test_the_average_of_the_weights():
     assert restored.model.weight.item() == average.model.weight.item()
 
 
-def test_averaged_weights_are_evaluated_and_resumed(shapes, tmp_path, capsys):
+def test_ema_weights_are_evaluated_and_resumed(shapes, tmp_path, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train("detr", shapes, whole, "--epochs", "2", "--ema", "0.9") == 0
     for epochs in ("1", "2"):
@@ -315,7 +315,7 @@ def test_averaged_weights_are_evaluated_and_resumed(shapes, tmp_path, capsys):
     assert all(torch.equal(ours["model_ema"][name], tensor) for name, tensor in theirs["model_ema"].items())
     assert not torch.equal(ours["model_ema"]["class_embed.weight"], ours["model"]["class_embed.weight"])
     assert read_log(parts) == read_log(whole)
-    # A separate evaluation takes the averaged weights too: the losses are those of the epoch's own.
+    # --eval also uses the EMA weights, so it gives the same loss as the epoch's evaluation.
     capsys.readouterr()
     assert train("detr", shapes, tmp_path / "eval", "--resume", whole / "checkpoint.pth", "--eval") == 0
     text = capsys.readouterr().out
@@ -325,7 +325,7 @@ def test_averaged_weights_are_evaluated_and_resumed(shapes, tmp_path, capsys):
 
 @pytest.fixture
 def ap_history(monkeypatch):
-    """Let evaluations give these values of AP, one after the other."""
+    """The AP values that successive evaluations return; tests append to it."""
     values = []
     metrics = lambda *args, **kwargs: {"test_coco_eval_bbox": [values.pop(0)] + [0.0] * 11}  # noqa: E731
     monkeypatch.setattr(training_run, "report_evaluation", metrics)
@@ -340,14 +340,14 @@ def ap_history(monkeypatch):
         ("", "--freeze encoder", "was trained with no --freeze"),
     ],
 )
-def test_a_run_goes_on_as_it_began(shapes, tmp_path, capsys, first, then, message):
+def test_resuming_with_other_ema_or_freeze_flags_is_refused(shapes, tmp_path, capsys, first, then, message):
     few = ["--limit_train", "4", "--limit_val", "1", "--auto_resume"]
     assert train("detr", shapes, tmp_path, "--epochs", "1", *few, *first.split()) == 0
     assert train("detr", shapes, tmp_path, "--epochs", "2", *few, *then.split()) == 2
     assert message in capsys.readouterr().err
 
 
-def test_the_best_is_kept_where_a_run_goes_on_elsewhere(shapes, plain, tmp_path, ap_history):
+def test_the_best_checkpoint_is_kept_after_resuming_in_another_folder(shapes, plain, tmp_path, ap_history):
     ap_history += [0.5, 0.2]
     argv = ["--resume", plain / "checkpoint.pth", "--encoder_attention", "mhsa", "--epochs", "2", "--limit_val", "1"]
     assert train("detr", shapes, tmp_path, *argv) == 0
@@ -355,23 +355,23 @@ def test_the_best_is_kept_where_a_run_goes_on_elsewhere(shapes, plain, tmp_path,
     assert load_checkpoint(str(tmp_path / "checkpoint.pth"))["epoch"] == 1
 
 
-def test_early_stop_ends_what_no_longer_improves(shapes, tmp_path, ap_history, capsys):
+def test_early_stop_ends_a_run_without_improvement(shapes, tmp_path, ap_history, capsys):
     ap_history += [0.1, 0.3, 0.3, 0.2, 0.9]
     argv = ["--limit_train", "4", "--limit_val", "1", "--early_stop", "2"]
     assert train("detr", shapes, tmp_path, "--epochs", "9", *argv) == 0
     assert [row["test_coco_eval_bbox"][0] for row in read_log(tmp_path)] == [0.1, 0.3, 0.3, 0.2]
     assert "has not risen in the last 2 evaluations; the highest is 0.300" in capsys.readouterr().out
     assert load_checkpoint(str(tmp_path / "best.pth"))["epoch"] == 1
-    # Going on does not forget it.
+    # Resuming keeps the AP history.
     assert train("detr", shapes, tmp_path, "--epochs", "9", *argv, "--auto_resume") == 0
     assert len(read_log(tmp_path)) == 4 and ap_history == [0.9]
-    # With more patience it goes on, and the best is replaced.
+    # With more patience the training continues and replaces the best checkpoint.
     ap_history += [0.1] * 9
     assert train("detr", shapes, tmp_path, "--epochs", "6", *argv[:-1], "3", "--auto_resume") == 0
     assert load_checkpoint(str(tmp_path / "best.pth"))["epoch"] == 4
 
 
-def test_data_of_any_naming(shapes, tmp_path):
+def test_data_with_any_folder_names(shapes, tmp_path):
     (tmp_path / "own").mkdir()
     for split in ("train", "val"):
         shutil.copytree(shapes / f"{split}2017", tmp_path / "own" / f"{split} pictures")
@@ -385,7 +385,7 @@ def test_data_of_any_naming(shapes, tmp_path):
     assert run("detr", "--output_dir", tmp_path / "a", *SMALL_MODEL["detr"], "--epochs", "1", *argv) == 0
     assert train("detr", shapes, tmp_path / "b", "--epochs", "1") == 0
     assert read_log(tmp_path / "a") == read_log(tmp_path / "b")
-    # Evaluation needs those of val alone.
+    # Evaluation needs only the validation flags.
     argv = ["--eval", "--resume", tmp_path / "a" / "checkpoint.pth", *argv[4:]]
     assert run("detr", "--output_dir", tmp_path / "a", *SMALL_MODEL["detr"], *argv) == 0
 
@@ -403,21 +403,21 @@ def test_data_of_any_naming(shapes, tmp_path):
         ),
     ],
 )
-def test_data_named_by_halves_is_refused(tmp_path, capsys, flags, message):
+def test_incomplete_data_flags_are_refused(tmp_path, capsys, flags, message):
     argv = [word for flag in flags for word in (flag.split() if " " in flag else (flag, tmp_path / "nowhere"))]
     assert run("detr", *SMALL_MODEL["detr"], "--output_dir", tmp_path / "out", *argv) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
-def test_training_looks_at_its_data_first(shapes, tmp_path, capsys):
+def test_training_checks_its_data_first(shapes, tmp_path, capsys):
     data = tmp_path / "data"
     shutil.copytree(shapes, data)
     file = data / "annotations" / "instances_train2017.json"
     content = json.loads(file.read_text())
     content["annotations"][0]["bbox"] = [10_000, 10, 20, 20]
     file.write_text(json.dumps(content))
-    # What is evaluated on does not stand in for what is trained on.
+    # Evaluating on a part of the training images must not skip the check of all.
     argv = ["--epochs", "1", "--eval_set", "train", "--limit_val", "1"]
     assert train("detr", data, tmp_path / "doubtful", *argv) == 0
     assert re.search(r"data: train: .*box", capsys.readouterr().out)
@@ -427,13 +427,13 @@ def test_training_looks_at_its_data_first(shapes, tmp_path, capsys):
     assert not list((tmp_path / "vain").glob("*.pth"))
 
 
-def test_what_an_epoch_cost_is_logged(shapes, tmp_path):
+def test_time_and_memory_of_an_epoch_are_logged(shapes, tmp_path):
     assert train("detr", shapes, tmp_path, "--epochs", "1", "--limit_train", "4", "--limit_val", "1") == 0
     row = json.loads((tmp_path / "log.txt").read_text())
     assert row["train_seconds"] > 0 and row["test_seconds"] > 0 and 0.05 < row["peak_memory_gib"] < 64
 
 
-# ------------------------------------------------------------------------------- checkpoints of other programs' shapes
+# ------------------------------------------------------------------------------- checkpoints of other training programs
 
 
 def prefixed(prefix, weights):
@@ -441,14 +441,14 @@ def prefixed(prefix, weights):
 
 
 def compiled_inside(weights):
-    """Names as of a model whose backbone and encoder layers were compiled and wrapped."""
+    """Rename tensors as in a model whose backbone and encoder layers are compiled and wrapped."""
     return {
         name.replace("backbone.", "backbone._orig_mod.").replace("layers.0.", "layers.0._orig_mod.module."): tensor
         for name, tensor in weights.items()
     }
 
 
-# What a file holds, for a state dict, and what the log says.
+# For a state dict: the content of the file, and a part of the log message.
 SHAPES = {
     "flat": (lambda w: w, "the whole file taken as weights"),
     "DataParallel": (lambda w: {"model": prefixed("module.", w)}, "module. taken off"),
@@ -482,14 +482,14 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_weights_are_found_in_checkpoints_of_other_shapes(shape, tmp_path, caplog):
-    make, said = SHAPES[shape]
+    make, message = SHAPES[shape]
     model, _ = small("detr")
     torch.save(make(model.state_dict()), tmp_path / "other.pth")
-    found = load_checkpoint(str(tmp_path / "other.pth"))["model"]
-    assert found.keys() == model.state_dict().keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in model.state_dict().items())
+    weights = load_checkpoint(str(tmp_path / "other.pth"))["model"]
+    assert weights.keys() == model.state_dict().keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
     (record,) = caplog.records
-    assert str(tmp_path / "other.pth") in record.message and said in record.message and "\n" not in record.message
+    assert str(tmp_path / "other.pth") in record.message and message in record.message and "\n" not in record.message
     if shape != "model and ema":
         with pytest.raises(UserError, match="other.pth: no training can go on .* --pretrained, .* --eval"):
             load_checkpoint(str(tmp_path / "other.pth"), to_resume=True)
@@ -499,20 +499,20 @@ def test_weights_are_found_in_checkpoints_of_other_shapes(shape, tmp_path, caplo
 def test_safetensors_load(variant, tmp_path):
     save_file = pytest.importorskip("safetensors.torch").save_file
     model, _ = small(variant)
-    # safetensors refuses tensors that share their memory, as Anchor DETR's heads do.
+    # safetensors refuses tensors that share memory, such as Anchor DETR's heads.
     save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, tmp_path / "w.safetensors")
     detector = load_detector(tmp_path / "w.safetensors", "cpu", nheads=4, dilation=False)
     assert detector.variant == variant
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in detector.model.state_dict().items())
 
 
-def test_a_mask_heads_names_are_found_behind_a_prefix(tmp_path):
+def test_a_mask_heads_tensors_are_found_with_a_prefix(tmp_path):
     model, _ = small("detr", "--masks")
     torch.save({"state_dict": prefixed("model.", model.state_dict())}, tmp_path / "masks.ckpt")
     assert load_checkpoint(str(tmp_path / "masks.ckpt"))["model"].keys() == model.state_dict().keys()
 
 
-def test_every_door_takes_the_other_shapes(plain, shapes, tmp_path, capsys):
+def test_every_loading_flag_takes_checkpoints_of_other_shapes(plain, shapes, tmp_path, capsys):
     weights = load_checkpoint(str(plain / "checkpoint.pth"))["model"]
     path = tmp_path / "other.ckpt"
     torch.save({"state_dict": prefixed("model._orig_mod.", weights)}, path)
@@ -527,7 +527,7 @@ def test_every_door_takes_the_other_shapes(plain, shapes, tmp_path, capsys):
     assert "no training can go on from a checkpoint of this shape" in capsys.readouterr().err
 
 
-def test_two_tensors_of_one_name_are_refused(tmp_path):
+def test_two_tensors_with_the_same_name_are_refused(tmp_path):
     model, _ = small("detr")
     torch.save({"model": model.state_dict() | prefixed("module.", model.state_dict())}, tmp_path / "x.pth")
     with pytest.raises(UserError, match="x.pth: has two tensors .*: save one model alone"):
