@@ -108,7 +108,7 @@ def test_losses_matches_and_gradients(case, norms, monkeypatch):
     # rounding makes two logits of one query equal).
     floor = 1e-4 * max(expected.values()) if masks else 1e-5
     for name, norm in grads.items():
-        # With masks the backbone is ResNet-50, where activations change sign even without folding.
+        # With masks the backbone is ResNet-50, where activations switch between zero and positive even without folding.
         deep = "backbone" in name and masks
         assert norm == pytest.approx(expected[name], rel=1e-2 if deep else tolerance, abs=floor), name
 
@@ -153,8 +153,8 @@ def test_parameters_of_the_published_models(file, name):
 
 
 # Flags that are not compared. `dataset_path` belongs to a data set that is no longer published. For the others, the
-# plain model's parser has another default than the one with ENACT, but `--encoder_attention mhsa` changes only learning
-# rates, so that ENACT on and off are compared on equal terms.
+# plain model's parser has another default than the one with ENACT, but `--encoder_attention mhsa` changes only the
+# learning rate, so that ENACT on and off are compared on equal terms.
 GONE = {
     "detr_enact": {"dataset_path"},
     "detr_mhsa": {"dataset_path"},

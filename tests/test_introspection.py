@@ -223,7 +223,7 @@ def test_figures_are_written(variant, flags, pixels, tmp_path):
 
 def test_kinds_that_a_model_cannot_show_are_refused_before_any_work(pixels, tmp_path, monkeypatch):
     plain = detector("detr", "--encoder_attention mhsa")
-    monkeypatch.setattr(plain.model, "forward", lambda *args: pytest.fail("worked first"))
+    monkeypatch.setattr(plain.model, "forward", lambda *args: pytest.fail("the model ran before the check"))
     nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), [], [], torch.zeros(0))
     for kind in ("entropy", "clusters"):
         with pytest.raises(UserError, match=f"--show {kind}: .*plain.* it can show attention"):

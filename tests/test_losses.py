@@ -223,7 +223,7 @@ def test_focal_loss_by_hand():
     absent = 0.75 * (2 * 0.5**2 * -math.log(0.5) + 3 * 0.1**2 * -math.log(0.9))
     assert losses["loss_ce"].item() == pytest.approx(present + absent, rel=1e-5)
     assert losses["class_error"].item() == 0
-    # Only query 0 has a class above 0.5, which matches the one object.
+    # Only query 0 has a class above 0.5, and there is one object.
     assert losses["cardinality_error"].item() == 0
 
 
