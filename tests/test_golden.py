@@ -1,6 +1,6 @@
-"""Whole models against what the reference implementations computed: the proof that published checkpoints work.
+"""Whole models against outputs, losses and gradients of the reference implementations.
 
-`golden/README.md` says what is recorded, and which tolerances a right implementation meets in float32 on a CPU.
+`golden/README.md` lists the recorded values and the tolerances for float32 on a CPU.
 """
 
 import json
@@ -27,20 +27,20 @@ RECORDED = {file: np.load(GOLDEN / f"{file}.npz") for file in FILES}
 
 
 def cases(suffix: str) -> list[tuple[str, str]]:
-    """(file, case) of all cases with this entry."""
+    """The (file, case) pairs that have a recorded entry `suffix`."""
     return [
         (file, key.split("/")[0]) for file, data in RECORDED.items() for key in data.files if key.endswith(f"/{suffix}")
     ]
 
 
 def arguments(file: str, argv: list[str]) -> list[str]:
-    """The flags with which our models are the recorded ones. No weights are fetched: `fill` makes them."""
+    """The flags that build the recorded model here. Weights are not downloaded: `fill` makes them."""
     return [*argv, "--encoder_attention", FILES[file][1], "--backbone_weights", "none"]
 
 
 @pytest.fixture(scope="module", params=cases("spec"), ids="-".join)
 def case(request):
-    """(recorded entries of the case by name, spec, arguments, model, criterion, postprocessors)."""
+    """(recorded entries by name, spec, arguments, model, criterion, postprocessors) of one recorded case."""
     import recipe
 
     file, name = request.param
@@ -64,7 +64,7 @@ def test_outputs_and_boxes(case):
     assert predicted == {"pred_logits", "pred_boxes"} | ({"pred_masks"} if "--masks" in spec["argv"] else set())
     for name in predicted:
         assert_close(outputs[name], recorded[f"eval/{name}"])
-    # Of the recorded outputs: two scores that are equal but for rounding may change places.
+    # Postprocess the recorded outputs, since rounding could swap two nearly equal scores of our own.
     outputs = {name: torch.from_numpy(recorded[f"eval/{name}"]) for name in ("pred_logits", "pred_boxes")}
     results = postprocessors["bbox"](outputs, torch.tensor([[2 * h, 2 * w] for h, w in spec["sizes"]]))
     assert len(results) == len(spec["sizes"])
@@ -76,9 +76,9 @@ def test_outputs_and_boxes(case):
 @pytest.mark.parametrize("norms", ["folded", "apart"])
 def test_losses_matches_and_gradients(case, norms, monkeypatch):
     recorded, spec, _, model, criterion, _ = case
-    # Folding the frozen norms into the convolutions rounds differently: it turns about three of 19 million activations
-    # from zero to positive or back, and one of them can move a gradient's norm by more than a thousandth. So can
-    # another CPU's instructions: norms moved by up to 1.4e-3 with AVX2 in place of AVX-512.
+    # Folding the frozen norms into the convolutions rounds differently: about three of 19 million activations change
+    # between zero and positive, and one of them can move a gradient norm by more than a thousandth. Other CPU
+    # instructions do the same: norms moved by up to 1.4e-3 with AVX2 instead of AVX-512.
     tolerance = 1e-2
     if norms == "apart":
         monkeypatch.setattr(backbone, "convolve_and_norm", lambda x, conv, norm: norm(conv(x)))
@@ -103,12 +103,12 @@ def test_losses_matches_and_gradients(case, norms, monkeypatch):
     expected = json.loads(str(recorded["grad_norms"]))
     assert grads.keys() == expected.keys()
     masks = "--masks" in spec["argv"]
-    # A key's bias has no gradient but rounding: norms far below all others are compared absolutely. In the masks case
-    # the unscaled attention is so saturated that W_q has none either (3e-9), unless rounding makes two logits of one
-    # query meet (2e-3 with AVX2).
+    # The gradient of a key bias is pure rounding, so norms far below all others are compared absolutely. In the masks
+    # case the unscaled attention saturates, and the gradient of W_q is rounding too (3e-9; 2e-3 with AVX2, where
+    # rounding makes two logits of one query equal).
     floor = 1e-4 * max(expected.values()) if masks else 1e-5
     for name, norm in grads.items():
-        # With masks, the backbone is ResNet-50, where activations turn even without folding.
+        # With masks the backbone is ResNet-50, where activations switch between zero and positive even without folding.
         deep = "backbone" in name and masks
         assert norm == pytest.approx(expected[name], rel=1e-2 if deep else tolerance, abs=floor), name
 
@@ -130,11 +130,11 @@ def test_five_training_steps(case):
         total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_max_norm)
         optimizer.step()
-    # Rounding grows from step to step: 1.3e-3 in the fifth on a CPU with AVX2 alone.
+    # Rounding grows with each step: 1.3e-3 in the fifth on a CPU with AVX2 but no AVX-512.
     tolerance = 3e-3
     if "--masks" in spec["argv"]:
-        # Rounding grows from step to step, the more so at the plain model's learning rate: the same code gave 21.99 and
-        # 22.59 for its third step with two threads and with one.
+        # Rounding grows faster at the plain model's learning rate: one code gave 21.99 and 22.59 for the third step
+        # with two threads and with one.
         np.testing.assert_allclose(totals[:2], recorded["train5"][:2], rtol=1e-3)
         tolerance = 2e-2 if args.encoder_attention == "enact" else 5e-2
     np.testing.assert_allclose(totals, recorded["train5"], rtol=tolerance)
@@ -152,9 +152,9 @@ def test_parameters_of_the_published_models(file, name):
         assert trained == int(data[f"{name}/n_trainable"])
 
 
-# Not taken over: the flag of a data set that is no longer published. Not brought by `--encoder_attention mhsa`:
-# defaults in which the plain models' own parsers differ from those with ENACT by more than the learning rate, since on
-# and off are to be compared on equal terms.
+# Flags that are not compared. `dataset_path` belongs to a data set that is no longer published. For the others, the
+# plain model's parser has another default than the one with ENACT, but `--encoder_attention mhsa` changes only the
+# learning rate, so that ENACT on and off are compared on equal terms.
 GONE = {
     "detr_enact": {"dataset_path"},
     "detr_mhsa": {"dataset_path"},
@@ -164,7 +164,7 @@ GONE = {
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_the_references_flags_have_its_defaults(file):
+def test_flags_have_the_defaults_of_the_reference(file):
     variant, attention = FILES[file]
     flags = json.loads(str(RECORDED[file]["flags"]))
     ours = vars(parse(variant, "--encoder_attention", attention))
@@ -172,11 +172,11 @@ def test_the_references_flags_have_its_defaults(file):
         if name in GONE.get(file, ()):
             continue
         assert ours[name] == flag["default"], name
-        # The flag itself is known, and takes as many words.
+        # The parser takes the flag with the same number of values.
         words = [] if flag["nargs"] == 0 else [str((flag["choices"] or [first(flag["default"]) or "1"])[0])]
         parse(variant, flag["options"][0], *words)
 
 
 def first(default):
-    """A flag's default, or the first of them."""
+    """A flag's default, or its first element."""
     return default[0] if isinstance(default, list) and default else default

@@ -1,4 +1,4 @@
-"""The run for a GPU, at tiny sizes on a CPU: that each step runs, what it leaves, and the page that is made of it."""
+"""The GPU run at tiny sizes on a CPU: its steps, their output files, and the page made from them."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from enact_common.gpu.checks import CHECKS, Setting, run_check
 
 SMALL = Setting(torch.device("cpu"), small=True)
 
-# Columns whose values have to be true.
+# Columns of each check whose values must be true.
 PROMISES = {
     "golden": ("matches", "lengths"),
     "faults": ("reported", "weights unchanged"),
@@ -28,16 +28,16 @@ PROMISES = {
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_checks_run_on_a_cpu(name, monkeypatch):
-    # Three trainings in either precision: their checkpoints are small.
+    # The resume check writes several checkpoints; two backbone stages keep them small.
     monkeypatch.setattr(checks, "SMALL_DETECTOR", [*checks.SMALL_DETECTOR, "--backbone_stages", "2"])
     result = run_check(name, SMALL)
     assert result["rows"]
     for row in result["rows"]:
         assert all(row[column] for column in PROMISES.get(name, ()) if row.get("numerics") != "bf16"), row
-    # JSON keeps every value.
+    # The results survive JSON.
     assert json.loads(json.dumps(result)) == result
     if name == "golden":
-        # A CPU stays within the unit in float32, and is far beyond it in bf16: the errors tell right from wrong.
+        # Errors are in units of the tolerance: at most 1 in float32, far more in bf16.
         *float32, bf16 = result["rows"]
         assert all(row["outputs"] <= 1 and row["losses"] <= 1 for row in float32) and bf16["outputs"] > 5
 
@@ -47,8 +47,8 @@ def test_every_recorded_model_is_compared():
     assert recorded == {path.stem for path in golden.FOLDER.glob("*_*.npz")} and len(recorded) == 6
 
 
-def test_commands_of_the_steps_are_commands():
-    """The published sizes are parsed, not run."""
+def test_the_commands_of_all_steps_are_valid():
+    """Only parses the commands, since the full sizes take too long to run."""
     for step in command.STEPS:
         for small in (False, True):
             _, module, *words = command.command_of(step, Path("out"), "cpu", small)[1:]
@@ -58,7 +58,7 @@ def test_commands_of_the_steps_are_commands():
 
 @pytest.fixture
 def steps(monkeypatch):
-    """Three steps: one that is done, one that fails, and one that takes too long."""
+    """Three steps: one that succeeds, one that fails, and one that hits its time limit."""
     done = command.checks("right", 60, "windows")
     fails = dataclasses.replace(done, name="fails", small=("check", "nothing"))
     slow = dataclasses.replace(done, name="slow", limit=0)
@@ -66,7 +66,7 @@ def steps(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_step_that_fails_or_takes_too_long_leaves_the_others_alone(steps, tmp_path, capsys):
+def test_other_steps_run_after_one_fails_or_takes_too_long(steps, tmp_path, capsys):
     folder = tmp_path / "run"
     assert command.main(["run", "--small", "--device", "cpu", "--output_dir", str(folder)]) == 1
     summary = json.loads((folder / "run.json").read_text())
@@ -81,7 +81,7 @@ def test_a_step_that_fails_or_takes_too_long_leaves_the_others_alone(steps, tmp_
 
 
 def test_the_page_has_every_kind_of_result(tmp_path, monkeypatch):
-    """From files that benchmarks and checks wrote; on a GPU the page says how it computed."""
+    """The page is made from files of real benchmarks and checks; for a GPU it names the numerics (TF32)."""
     monkeypatch.setattr(Worker, "call", lambda worker, *call: attempt(*call))
     folder = tmp_path / "run"
     for name, words in {
@@ -114,12 +114,12 @@ def test_the_page_has_every_kind_of_result(tmp_path, monkeypatch):
         (["report", "{folder}"], "no run.json; name the folder"),
     ],
 )
-def test_what_cannot_be_done_is_refused(argv, message, tmp_path, capsys):
+def test_invalid_runs_and_reports_are_refused(argv, message, tmp_path, capsys):
     assert command.main([word.format(folder=tmp_path) for word in argv]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_backend_that_takes_no_such_input_has_no_times(monkeypatch):
+def test_a_backend_without_support_for_the_input_has_no_times(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError(checks.NO_BACKEND[0] + ". Aborting execution.")
 
@@ -127,11 +127,11 @@ def test_a_backend_that_takes_no_such_input_has_no_times(monkeypatch):
     assert checks.attempt_attention(SMALL, 1, 60, torch.float32, None, False) is None
 
 
-def test_golden_cases_are_asked_for_in_a_checkout(monkeypatch, tmp_path):
+def test_golden_cases_outside_a_checkout_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(golden, "FOLDER", tmp_path)
     with pytest.raises(golden.UserError, match="come with a checkout"):
         golden.load_recipe()
 
 
-def test_steps_run_in_this_python(tmp_path):
+def test_steps_run_in_the_same_python(tmp_path):
     assert command.command_of(command.STEPS[0], tmp_path, "cuda", small=False)[0] == sys.executable

@@ -1,4 +1,4 @@
-"""The detectors by name, as torch.hub finds them in the checkout."""
+"""The torch.hub entry points of the checkout."""
 
 import argparse
 import importlib.util
@@ -19,7 +19,7 @@ from enact_common.nested_tensor import nested_tensor_from_tensor_list
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A ResNet-50 is what the names ask for; around it, as little as there can be.
+# The names fix the backbone (ResNet-50 or -101); everything else is as small as possible.
 TINY = {"hidden_dim": 32, "nheads": 4, "dim_feedforward": 32, "enc_layers": 1, "dec_layers": 1}
 QUERIES = {
     "detr": {"num_queries": 4},
@@ -29,7 +29,7 @@ QUERIES = {
 
 
 def load(name: str, **flags):
-    """A model as users load it."""
+    """A model, loaded as users load it."""
     return torch.hub.load(str(ROOT), name, source="local", **flags)
 
 
@@ -40,13 +40,13 @@ def tiny(name: str = "detr_resnet50", **flags):
 
 @pytest.fixture
 def hub_cache(tmp_path, monkeypatch):
-    """This checkout as torch.hub finds it once it has cloned it; nothing is fetched."""
+    """The repository name that torch.hub resolves to this checkout, without a download."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     (tmp_path / "enact_detection_main").symlink_to(ROOT, target_is_directory=True)
     return "enact/detection:main"
 
 
-# ---------------------------------------------------------------------------------------------------- what there is
+# ---------------------------------------------------------------------------------------------------------- entries
 
 
 def test_torch_hub_lists_every_model_and_nothing_else(hub_cache):
@@ -68,8 +68,8 @@ def test_torch_hub_describes_every_model(hub_cache):
         assert ("pred_masks" in text, "threshold=0.85" in text) == ("panoptic" in name, "panoptic" in name)
 
 
-def test_what_a_model_needs_is_what_the_project_depends_on():
-    packages = {"cv2": "opencv-python", "PIL": "pillow", "yaml": "PyYAML"}  # as they are installed, if another name
+def test_hub_dependencies_equal_the_dependencies_of_the_project():
+    packages = {"cv2": "opencv-python", "PIL": "pillow", "yaml": "PyYAML"}  # import name: package
     text = (ROOT / "pyproject.toml").read_text()
     wanted = set(re.findall(r'"([\w-]+)>=', re.search(r"\ndependencies = \[(.*?)\n\]", text, re.DOTALL)[1]))
     listed = re.search(r"^dependencies = \[(.*)\]$", (ROOT / "hubconf.py").read_text(), re.MULTILINE)[1]
@@ -84,8 +84,8 @@ def test_what_a_model_needs_is_what_the_project_depends_on():
 @pytest.mark.parametrize(
     "name", ["detr_resnet50", "conditional_detr_resnet50_dc5_enact", "anchor_detr_resnet50_enact", "detr_resnet101"]
 )
-def test_a_model_is_what_its_name_says(name, monkeypatch):
-    monkeypatch.setattr("torchvision.models.get_model_weights", None)  # nothing asks for ImageNet's weights
+def test_a_model_has_the_parts_in_its_name(name, monkeypatch):
+    monkeypatch.setattr("torchvision.models.get_model_weights", None)  # fails if ImageNet weights are requested
     wanted = next(model for model in MODELS if model.name == name)
     model = tiny(name, num_classes=5)
     state = model.state_dict()
@@ -102,7 +102,7 @@ def test_a_model_is_what_its_name_says(name, monkeypatch):
     assert outputs["pred_logits"].shape == (2, 4, 6 if wanted.variant == "detr" else 5)
 
 
-def test_defaults_are_those_of_the_published_training():
+def test_defaults_match_the_published_training():
     model = load("detr_resnet50", enc_layers=1)
     assert model.num_queries == 100 and model.class_embed.out_features == 92
     assert len(model.transformer.decoder.layers) == 6 and model.transformer.d_model == 256
@@ -123,14 +123,14 @@ def test_a_model_takes_a_list_a_tensor_or_a_padded_batch():
     )
 
 
-def test_flags_of_the_model_can_be_given():
+def test_model_flags_are_accepted():
     model = tiny("detr_resnet50_enact", enact_clusters="regions", enact_max_clusters=9, aux_loss=True, dec_layers=2)
     clustering = model.transformer.encoder.layers[0].self_attn
     assert (clustering.clusters, clustering.max_clusters) == ("regions", 9)
     assert len(model(torch.rand(1, 3, 64, 64))["aux_outputs"]) == 1
 
 
-def test_weights_of_a_backbone_can_be_asked_for(tmp_path):
+def test_backbone_weights_can_be_loaded_from_a_file(tmp_path):
     body = tiny().backbone[0].body
     torch.save({f"{key}": value for key, value in body.state_dict().items()}, tmp_path / "resnet50.pth")
     assert load_backbone_weights("resnet50", str(tmp_path / "resnet50.pth"))
@@ -138,11 +138,11 @@ def test_weights_of_a_backbone_can_be_asked_for(tmp_path):
     torch.testing.assert_close(dict(loaded.state_dict()), dict(body.state_dict()), rtol=0, atol=0)
 
 
-def test_a_panoptic_model_comes_with_what_makes_segments():
+def test_a_panoptic_model_comes_with_its_postprocessor():
     model, postprocess = tiny("detr_resnet50_panoptic", return_postprocessor=True, threshold=0.0)
     assert model.detr.class_embed.out_features == 251
     with torch.no_grad():
-        # All pixels are of the label that is likeliest everywhere.
+        # Every query predicts this label, so one segment covers all pixels.
         model.detr.class_embed.bias[187] = 50.0
     outputs = model.eval()(torch.rand(1, 3, 64, 80))
     assert outputs["pred_masks"].shape == (1, 4, 16, 20)
@@ -159,7 +159,7 @@ def test_a_panoptic_model_comes_with_what_makes_segments():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """Of `conditional_detr_resnet50_enact` for four labels, as the original repositories write checkpoints."""
+    """A checkpoint of `conditional_detr_resnet50_enact` with four labels, in the originals' format."""
     torch.manual_seed(1)
     model = tiny("conditional_detr_resnet50_enact", num_classes=4, enact_per_image=True)
     argv = [word for key, value in TINY.items() for word in (f"--{key}", str(value))]
@@ -171,7 +171,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("num_classes", [None, 4])
 @pytest.mark.slow
-def test_a_pretrained_model_is_the_checkpoints(checkpoint, num_classes):
+def test_a_pretrained_model_has_the_weights_and_settings_of_its_checkpoint(checkpoint, num_classes):
     model = load("conditional_detr_resnet50_enact", pretrained=checkpoint, num_classes=num_classes)
     saved = torch.load(checkpoint, weights_only=True)["model"]
     torch.testing.assert_close(dict(model.state_dict()), saved, rtol=0, atol=0)
@@ -196,7 +196,7 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoint, name, flags, messa
         load(name, pretrained=checkpoint, **flags)
 
 
-def test_the_published_files_are_those_of_plain_detr(monkeypatch):
+def test_published_files_exist_only_for_plain_detr(monkeypatch):
     asked = []
 
     def fetch(source: str):
@@ -232,12 +232,12 @@ def test_the_published_files_are_those_of_plain_detr(monkeypatch):
         ("detr_resnet50", {"backbone_weights": "/nowhere.pth"}, "--backbone_weights /nowhere.pth: no such file"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_built_is_refused(name, flags, message):
+def test_invalid_flags_are_refused(name, flags, message):
     with pytest.raises(UserError, match=message):
         load(name, **flags)
 
 
-def test_a_checkpoint_of_no_variant_is_refused(tmp_path):
+def test_a_checkpoint_that_fits_no_variant_is_refused(tmp_path):
     torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="of none of the variants"):
         load("detr_resnet50", pretrained=tmp_path / "other.pth")
@@ -249,11 +249,11 @@ ANIMALS = {"category_ids": [None, 1, 2], "names": ["N/A", "cat", "grass"]}
 
 
 def panoptic_checkpoint(path: Path, rows: int, **more) -> Path:
-    """A file with the names and shapes that the reference's DETR with ENACT and masks has, and so many class logits."""
+    """A checkpoint with the tensor names and shapes of the reference's DETR with ENACT and masks, and `rows` logits."""
     names = json.loads(str(np.load(GOLDEN / "detr_enact.npz")["r50_masks/params"]))
     for part in ("weight", "bias"):
         names[f"detr.class_embed.{part}"][0] = rows
-    # One number each, repeated: what is written is small.
+    # Expanded tensors, which keep the file small.
     torch.save({"model": {name: torch.full((1,), 0.5).expand(shape) for name, shape in names.items()}, **more}, path)
     return path
 
@@ -264,13 +264,13 @@ PANOPTIC_ARGS = {"masks": True, "dataset_file": "coco_panoptic", "nheads": 8, "d
 @pytest.mark.parametrize(
     "rows, more, things",
     [
-        (251, {}, {1, 90}),  # as it was published: weights alone
+        (251, {}, {1, 90}),  # as published: weights without arguments
         (92, {"args": PANOPTIC_ARGS}, {1, 90}),  # as the reference's parameters are recorded
         (4, {"args": PANOPTIC_ARGS, "label_map": ANIMALS | {"things": [1]}}, {1}),
     ],
 )
 @pytest.mark.slow
-def test_the_references_parameters_load_strictly(rows, more, things, tmp_path):
+def test_the_parameters_of_the_reference_load_strictly(rows, more, things, tmp_path):
     path = panoptic_checkpoint(tmp_path / "panoptic.pth", rows, **more)
     model, postprocess = load("detr_resnet50_panoptic_enact", pretrained=path, return_postprocessor=True)
     assert model.detr.class_embed.out_features == rows
@@ -288,13 +288,13 @@ def test_the_references_parameters_load_strictly(rows, more, things, tmp_path):
         ("detr_resnet50_panoptic_enact", {"args": PANOPTIC_ARGS, "label_map": ANIMALS}, r"are things .*\(1 cat\).*"),
     ],
 )  # fmt: skip
-def test_other_models_than_the_panoptic_one_are_refused(name, more, message, tmp_path):
+def test_a_panoptic_checkpoint_of_another_model_is_refused(name, more, message, tmp_path):
     path = panoptic_checkpoint(tmp_path / "masks.pth", 4 if "label_map" in more else 92, **more)
     with pytest.raises(UserError, match=message):
         load(name, pretrained=path, return_postprocessor=True)
 
 
-def test_a_label_map_remembers_its_things():
+def test_a_label_map_keeps_its_things_in_json():
     label_map = LabelMap((None, 1, 2), ("N/A", "cat", "grass"), (1,))
     assert LabelMap.from_dict(json.loads(json.dumps(label_map.to_dict()))) == label_map
     assert LabelMap.from_dict(ANIMALS).things is None and LabelMap.from_dict(ANIMALS).to_dict() == ANIMALS

@@ -1,4 +1,4 @@
-"""Looking inside a detector: that what is shown is what the model did, and that the pictures show it legibly."""
+"""Introspection of a detector: its values match the forward pass, and its figures are legible."""
 
 import functools
 import importlib.util
@@ -34,11 +34,11 @@ from enact_common.inference.introspection import (
 from enact_common.utils.errors import UserError
 from enact_common.variants import VARIANTS
 
-# Shapes' images are of 64 x 80 pixels, a map of 8 x 10 cells.
+# The images of `shapes` have 64 x 80 pixels, which gives a feature map of 8 x 10 cells.
 SIZE = "--eval_size 64 --max_size 80 --enc_layers 2".split()
 CELLS = (8, 10)
 
-# Of each variant what its attention to the map or its clustering depends on.
+# Per variant, flags that change the decoder's cross-attention or the clustering.
 FLAGS = {
     "detr": ("", "--encoder_attention mhsa --pre_norm", "--enact_clusters regions --enact_mask_padding"),
     "conditional": (
@@ -62,7 +62,7 @@ CLUSTERED = [(variant, flags) for variant, flags in MODELS if "mhsa" not in flag
 
 @functools.cache
 def detector(variant: str, flags: str = "") -> LoadedDetector:
-    """A detector of random weights."""
+    """A detector with random weights."""
     torch.manual_seed(0)
     argv = [*SMALL_MODEL[variant], *SIZE, *flags.split(), "--num_classes", "3"]
     model, _, postprocessors = build(variant, *argv)
@@ -78,12 +78,12 @@ def pixels(shapes):
 
 
 def order_of(flags: str) -> torch.Tensor:
-    """The map's cells in the order that they are clustered in, int64 (h w,)."""
+    """The indices of the map's cells in the order of clustering, int64 (h w,)."""
     return hilbert_order(*CELLS) if "hilbert" in flags else torch.arange(CELLS[0] * CELLS[1])
 
 
 def values_of(attention, value):
-    """The values (batch, heads, N, e) that an attention's weights are for."""
+    """The projected values of an attention, (batch, heads, N, head_dim)."""
     if isinstance(attention, torch.nn.MultiheadAttention):
         value = F.linear(value, attention.in_proj_weight.chunk(3)[2], attention.in_proj_bias.chunk(3)[2])
         value = value if attention.batch_first else value.transpose(0, 1)
@@ -96,7 +96,7 @@ def values_of(attention, value):
 
 
 def attention_call(model, images):
-    """What went into the attention to the map in a forward pass, and what came out: arguments, keywords, output."""
+    """(arguments, keywords, output) of the cross-attention to the feature map in one forward pass."""
     calls = []
 
     def note(_, args, kwargs, output):
@@ -111,16 +111,16 @@ def attention_call(model, images):
 
 @pytest.mark.parametrize("variant, flags", MODELS)
 @torch.inference_mode()
-def test_weights_are_those_of_the_forward_pass(variant, flags):
+def test_attention_weights_reproduce_the_forward_pass(variant, flags):
     model = detector(variant, flags).model
     attention = memory_attention(model)
-    # Two images of different shapes, so that either is padded.
+    # Two images of different shapes, so both are padded.
     args, kwargs, output = attention_call(model, [torch.randn(3, 96, 256), torch.randn(3, 224, 128)])
 
     again, weights = output_and_weights(attention, args, kwargs)
     assert_close(again, output)
     assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:-1]))
-    assert weights.min() == 0 < weights.max()  # nothing of the padding
+    assert weights.min() == 0 < weights.max()  # padding has weight 0
     value = kwargs["value"] if "value" in kwargs else args[5 if len(args) > 5 else 2]
     attended = (weights @ values_of(attention, value)).transpose(1, 2).flatten(2)
     by_hand = attention.out_proj(attended)
@@ -129,7 +129,7 @@ def test_weights_are_those_of_the_forward_pass(variant, flags):
 
 @pytest.mark.parametrize("variant, flags", MODELS)
 @torch.inference_mode()
-def test_attention_is_the_mean_of_heads_and_levels_for_the_queries_that_are_asked_for(variant, flags, pixels):
+def test_attention_of_chosen_queries_is_the_mean_over_heads_and_levels(variant, flags, pixels):
     loaded = detector(variant, flags)
     everything = introspect(loaded, pixels, torch.arange(8)).attention
     args, kwargs, _ = attention_call(loaded.model, loaded.model_input(pixels))
@@ -143,7 +143,7 @@ def test_attention_is_the_mean_of_heads_and_levels_for_the_queries_that_are_aske
 
 
 @pytest.mark.parametrize("variant, flags", MODELS)
-def test_the_last_decoder_layer_is_looked_at(variant, flags):
+def test_memory_attention_belongs_to_the_last_decoder_layer(variant, flags):
     model = detector(variant, flags).model
     layers = model.transformer.decoder_layers if variant == "anchor" else model.transformer.decoder.layers
     assert len(layers) == 2
@@ -153,11 +153,11 @@ def test_the_last_decoder_layer_is_looked_at(variant, flags):
 
 @pytest.mark.parametrize("variant, flags", CLUSTERED)
 @torch.inference_mode()
-def test_information_is_that_of_the_scored_tokens(variant, flags, pixels):
+def test_information_is_computed_from_the_scored_tokens(variant, flags, pixels):
     loaded, expected, handles = detector(variant, flags), [], []
 
     def note(layer, args, kwargs):
-        if args[0].ndim == 4:  # a map and its positions: the keys of the rows are scored
+        if args[0].ndim == 4:  # row-column attention scores the row keys: map plus positions
             src, x = args[:2]
             keys = (src + x.unsqueeze(1)).flatten(1, 2)
         else:
@@ -176,7 +176,7 @@ def test_information_is_that_of_the_scored_tokens(variant, flags, pixels):
 
 
 @pytest.mark.parametrize("variant, flags", CLUSTERED)
-def test_clusters_are_those_of_the_definition(variant, flags, pixels):
+def test_clusters_match_the_definition(variant, flags, pixels):
     loaded = detector(variant, flags)
     kind = "regions" if "regions" in flags else "windows"
     most = next(
@@ -193,7 +193,7 @@ def test_clusters_are_those_of_the_definition(variant, flags, pixels):
 
 
 @pytest.mark.parametrize("variant, flags", [*((v, "") for v in VARIANTS), ("conditional", "--encoder_attention mhsa")])
-def test_looking_leaves_the_detector_as_it_was(variant, flags, pixels, monkeypatch):
+def test_introspection_does_not_change_the_detector(variant, flags, pixels, monkeypatch):
     loaded = detector(variant, flags)
     before = loaded.detect(pixels)
     introspect(loaded, pixels, before.queries)
@@ -209,7 +209,7 @@ def test_looking_leaves_the_detector_as_it_was(variant, flags, pixels, monkeypat
 
 @pytest.mark.parametrize("variant, flags", [(v, flags) for v in VARIANTS for flags in FLAGS[v][:2]])
 @pytest.mark.slow
-def test_pictures_are_written(variant, flags, pixels, tmp_path):
+def test_figures_are_written(variant, flags, pixels, tmp_path):
     loaded = detector(variant, flags)
     kinds = ["attention"] if "mhsa" in flags else ["clusters", "attention", "entropy"]
     written = write_introspection(loaded, pixels, loaded.detect(pixels), kinds, tmp_path / "new", "a.b")
@@ -221,9 +221,9 @@ def test_pictures_are_written(variant, flags, pixels, tmp_path):
             assert len(picture.convert("RGB").getcolors(2**24)) > 100
 
 
-def test_pictures_that_cannot_be_made_are_refused_before_any_work(pixels, tmp_path, monkeypatch):
+def test_kinds_that_a_model_cannot_show_are_refused_before_any_work(pixels, tmp_path, monkeypatch):
     plain = detector("detr", "--encoder_attention mhsa")
-    monkeypatch.setattr(plain.model, "forward", lambda *args: pytest.fail("worked first"))
+    monkeypatch.setattr(plain.model, "forward", lambda *args: pytest.fail("the model ran before the check"))
     nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), [], [], torch.zeros(0))
     for kind in ("entropy", "clusters"):
         with pytest.raises(UserError, match=f"--show {kind}: .*plain.* it can show attention"):
@@ -239,18 +239,18 @@ def test_pictures_that_cannot_be_made_are_refused_before_any_work(pixels, tmp_pa
     assert not (tmp_path / "new").exists()
 
 
-def test_an_encoder_without_layers_has_nothing_to_show_but_attention(pixels, tmp_path):
+def test_a_model_without_encoder_layers_shows_only_attention(pixels, tmp_path):
     bare = detector("conditional", "--enc_layers 0")
     with pytest.raises(UserError, match="it can show attention"):
         check_kinds(bare, SHOWN)
     assert len(write_introspection(bare, pixels, bare.detect(pixels), ["attention"], tmp_path, "a")) == 1
 
 
-def drawn(monkeypatch):
-    """The figures that `write_introspection` makes from now on."""
+def collect_figures(monkeypatch):
+    """A list that collects the figures of later `write_introspection` calls."""
     figures = []
 
-    def keeping(draw):
+    def collecting(draw):
         def keep(*args):
             figures.append(draw(*args))
             return figures[-1]
@@ -258,7 +258,7 @@ def drawn(monkeypatch):
         return keep
 
     for name in ("draw_information", "draw_clusters", "draw_attention"):
-        monkeypatch.setattr(introspection_plots, name, keeping(getattr(introspection_plots, name)))
+        monkeypatch.setattr(introspection_plots, name, collecting(getattr(introspection_plots, name)))
     return figures
 
 
@@ -270,12 +270,12 @@ def headings(figure) -> str:
     return " ".join(text.get_text() for text in figure.texts)
 
 
-def test_the_likeliest_detections_are_shown_each_query_once(pixels, tmp_path, monkeypatch):
+def test_the_most_likely_detections_are_shown_once_per_query(pixels, tmp_path, monkeypatch):
     queries = torch.tensor([3, 5, 3, 0, 1, 2, 4, 6])
     scores = torch.linspace(0.9, 0.2, 8)
     boxes = torch.arange(32.0).view(8, 4)
     found = Detections(boxes, scores, torch.arange(8), [f"thing {i}" for i in range(8)], [0] * 8, queries)
-    figures = drawn(monkeypatch)
+    figures = collect_figures(monkeypatch)
     write_introspection(detector("detr"), pixels, found, ["attention"], tmp_path, "a")
     shown = [0, 1, 3, 4, 5, 6]
     assert len(shown) == MAX_DETECTIONS
@@ -288,13 +288,13 @@ def test_the_likeliest_detections_are_shown_each_query_once(pixels, tmp_path, mo
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_image_without_detections_is_drawn_and_says_so(variant, pixels, tmp_path, monkeypatch):
-    loaded, figures = detector(variant), drawn(monkeypatch)
+    loaded, figures = detector(variant), collect_figures(monkeypatch)
     written = write_introspection(loaded, pixels, loaded.detect(pixels, threshold=1.0), SHOWN, tmp_path, "a")
     assert [path.name for path in written] == ["a_entropy.png", "a_clusters.png", "a_attention.png"]
     assert "nothing was found" in headings(figures[2])
 
 
-def test_a_name_is_no_formula():
+def test_a_class_name_is_not_read_as_a_formula():
     attention, boxes = torch.rand(1, 4, 5), torch.tensor([[1.0, 1, 9, 9]])
     image = np.zeros((20, 30, 3), np.uint8)
     figure = introspection_plots.draw_attention(image, attention, boxes, ["$a_$"], torch.ones(1))
@@ -319,7 +319,7 @@ def test_titles_count_the_clusters_and_dropped_cells_are_hatched():
     assert "hatched" not in headings(introspection_plots.draw_clusters(image, [one]))
 
 
-def test_levels_are_named_where_there_are_several():
+def test_several_levels_are_named_in_titles():
     image = np.zeros((20, 30, 3), np.uint8)
     figure = introspection_plots.draw_information(image, list(torch.rand(2, 3, 4, 5)))
     expected = [f"Encoder layer {i}, level {j}" for i in (1, 2) for j in (1, 2, 3)]
@@ -329,7 +329,7 @@ def test_levels_are_named_where_there_are_several():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_borders_stand_between_cells_of_different_clusters(seed):
+def test_borders_separate_cells_of_different_clusters(seed):
     clusters = np.sort(np.random.default_rng(seed).integers(-1, 9, 24)).reshape(4, 6)
     lines = {tuple(map(tuple, line)) for line in introspection_plots.borders(clusters).tolist()}
     expected = set()
@@ -348,7 +348,7 @@ def test_one_cluster_has_no_border_and_one_tint():
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 7, 13])
-def test_tints_tell_neighbours_apart(length):
+def test_neighbouring_clusters_have_different_tints(length):
     clusters = (np.arange(9 * 13) // length).reshape(9, 13)
     clusters[-1, -2:] = -1
     tints = introspection_plots.tints(clusters)
@@ -360,8 +360,8 @@ def test_tints_tell_neighbours_apart(length):
         assert (tints[one] != tints[other]).any(axis=-1)[differ].all()
 
 
-def test_maps_lie_where_their_cells_are():
-    # The middle of a cell of 10 x 10 pixels has its value; halfway to the next one, the mean of both.
+def test_upsampled_maps_align_with_their_cells():
+    # A cell has 10 x 10 pixels. Its centre has its value; halfway to the next centre is the mean of both.
     values = introspection_plots.upsampled(torch.tensor([[0.0, 4.0], [8.0, 8.0]]), np.zeros((20, 20, 3), np.uint8))
     side = len(values)
     assert values[0, 0] == 0 and values[-1, -1] == 8 and values[side // 8, -side // 8] == 4
@@ -369,8 +369,8 @@ def test_maps_lie_where_their_cells_are():
 
 
 def texts(figure):
-    """All words in a figure, with their extents in pixels."""
-    figure.draw_without_rendering()  # some are put in their places only then
+    """The (text, extent in pixels) pairs of a figure."""
+    figure.draw_without_rendering()  # places the texts
     found = [*figure.texts, *(axes.title for axes in figure.axes)]
     for axes in figure.axes:
         found += [axes.xaxis.label, *axes.get_xticklabels()]
@@ -381,7 +381,7 @@ def texts(figure):
 @pytest.mark.parametrize("height, width", [(120, 160), (60, 800), (400, 20), (32, 32)])
 @pytest.mark.parametrize("kind", SHOWN)
 @pytest.mark.slow
-def test_nothing_overlaps_at_any_shape(kind, panels, levels, height, width):
+def test_texts_and_panels_do_not_overlap_at_any_shape(kind, panels, levels, height, width):
     image = np.full((height, width, 3), 128, np.uint8)
     if kind == "attention":
         n = min(panels * levels, MAX_DETECTIONS)

@@ -1,4 +1,4 @@
-"""Matching and losses, on cases worked out by hand."""
+"""Matching and losses, on cases computed by hand."""
 
 import math
 from argparse import Namespace
@@ -18,14 +18,14 @@ from enact_common.boxes import (
 from enact_common.models.criterion import FocalClassLoss, SetCriterion, SoftmaxClassLoss, build_weights
 from enact_common.models.matcher import HungarianMatcher, focal_class_cost, warn_of_costs
 
-# xyxy: a square, one that covers its right half and as much beyond, one far away.
+# Boxes in xyxy: a square, the square shifted by half its width, and one far away.
 SQUARE, SHIFTED, AWAY = [0.0, 0.0, 2.0, 2.0], [1.0, 0.0, 3.0, 2.0], [4.0, 0.0, 6.0, 2.0]
 
 
 def test_generalized_iou_by_hand():
     boxes = torch.tensor([SQUARE, SHIFTED, AWAY])
     giou = paired_box_giou(boxes[:, None], boxes[None])
-    # Overlap 2 of union 6, hull 6; no overlap, union 8, hull 12; the same from the other side, hull 10.
+    # SQUARE, SHIFTED: overlap 2, union 6, hull 6. SQUARE, AWAY: union 8, hull 12. SHIFTED, AWAY: union 8, hull 10.
     assert_close(giou, [[1, 1 / 3, -1 / 3], [1 / 3, 1, 0 - 2 / 10], [-1 / 3, -2 / 10, 1]], 1e-6)
     assert_close(giou, generalized_box_iou(boxes, boxes), 1e-6)
 
@@ -37,7 +37,7 @@ def test_box_formats_convert_and_back():
 
 
 def target(labels, boxes):
-    """One image's objects."""
+    """The target of one image."""
     return {
         "labels": torch.tensor(labels, dtype=torch.int64),
         "boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
@@ -48,7 +48,7 @@ LEFT, RIGHT = [0.25, 0.5, 0.2, 0.2], [0.75, 0.5, 0.2, 0.2]
 
 
 def predictions(boxes, labels=None, classes=3, certainty=5.0):
-    """One image's outputs: boxes, and logits that name these labels (the last class, no object, without)."""
+    """Outputs for one image; the logits predict `labels`, or "no object" (the last class) if they are None."""
     logits = torch.zeros(1, len(boxes), classes + 1)
     for i, label in enumerate(labels or [classes] * len(boxes)):
         logits[0, i, label] = certainty
@@ -68,7 +68,7 @@ def test_the_class_decides_between_equal_boxes():
     assert dict(zip(queries.tolist(), objects.tolist(), strict=True)) == {0: 1, 1: 0}
 
 
-def test_the_matching_is_least_in_sum_not_greedy():
+def test_the_matching_minimizes_the_sum_of_costs():
     # Distances to (0.1, 0.2): query 0 is 0.1 and 0.05 away, query 1 is 0.3 and 0.25.
     outputs = predictions([[0.15, 0.5, 0.1, 0.1], [0.4, 0.5, 0.1, 0.1]])
     objects = target([0, 0], [[0.2, 0.5, 0.1, 0.1], [0.1, 0.5, 0.1, 0.1]])
@@ -78,7 +78,7 @@ def test_the_matching_is_least_in_sum_not_greedy():
     assert cost == pytest.approx(0.25)
 
 
-def test_more_objects_than_queries_match_as_far_as_they_go():
+def test_with_more_objects_than_queries_each_query_matches_one_object():
     boxes = [LEFT, RIGHT, [0.5, 0.1, 0.1, 0.1]]
     ((queries, objects),) = HungarianMatcher(1, 5, 2)(predictions([RIGHT]), [target([0, 1, 2], boxes)])
     assert queries.tolist() == [0] and objects.tolist() == [1]
@@ -92,7 +92,7 @@ def test_images_without_objects_match_nothing():
     assert matched[1][0].tolist() == [1]
 
 
-def test_layers_are_matched_as_each_alone():
+def test_all_layers_are_matched_as_one_layer_at_a_time():
     torch.manual_seed(2)
     logits, boxes = torch.randn(3, 2, 7, 5), torch.rand(3, 2, 7, 4) * 0.4 + 0.1
     targets = [target([0, 3], torch.rand(2, 4).tolist()), target([1, 2, 2], torch.rand(3, 4).tolist())]
@@ -106,7 +106,7 @@ def test_layers_are_matched_as_each_alone():
 
 
 @pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
-def test_costs_that_are_not_finite_do_not_end_the_matching_and_are_told_of_once(fault, caplog):
+def test_costs_that_are_not_finite_are_replaced_and_warned_about_once(fault, caplog):
     outputs, objects = predictions([LEFT, RIGHT, RIGHT]), [target([0, 1], [LEFT, RIGHT])]
     warn_of_costs.cache_clear()
     HungarianMatcher(1, 5, 2)(outputs, objects)
@@ -120,7 +120,7 @@ def test_costs_that_are_not_finite_do_not_end_the_matching_and_are_told_of_once(
     assert "costs are not finite" in record.getMessage() and "\n" not in record.getMessage()
 
 
-def test_a_class_cost_below_every_number_wins_no_match():
+def test_an_infinitely_low_class_cost_wins_no_match():
     outputs, objects = predictions([LEFT, LEFT]), [target([0], [LEFT])]
     matcher = HungarianMatcher(1, 0, 0, class_cost=lambda logits: logits)
     outputs["pred_logits"][0, 0, 0] = -math.inf
@@ -133,18 +133,18 @@ def test_matching_without_any_cost_is_refused():
 
 
 def weights(cls, layers, aux_loss=True):
-    """Losses' weights with the published ones of boxes."""
+    """Loss weights, with the published weights for boxes."""
     return build_weights(Namespace(bbox_loss_coef=5, giou_loss_coef=2, dec_layers=layers, aux_loss=aux_loss), cls)
 
 
 def criterion(eos_coef=0.1, classes=3):
-    """DETR's criterion with DETR's weights."""
+    """DETR's criterion and loss weights."""
     class_loss = SoftmaxClassLoss(classes, eos_coef)
     return SetCriterion(classes, HungarianMatcher(1, 5, 2), weights(1, layers=1), class_loss)
 
 
 def focal_criterion(classes=3):
-    """Conditional DETR's criterion with its weights."""
+    """Conditional DETR's criterion and loss weights."""
     matcher = HungarianMatcher(2, 5, 2, focal_class_cost)
     return SetCriterion(classes, matcher, weights(2, layers=2), FocalClassLoss(0.25))
 
@@ -152,10 +152,10 @@ def focal_criterion(classes=3):
 def test_losses_by_hand():
     outputs = predictions([[0.3, 0.5, 0.2, 0.2], RIGHT], labels=[1, 3], certainty=2.0)
     losses = criterion()(outputs, [target([1], [LEFT])])
-    # Both queries are right: each has -log(e^2 / (e^2 + 3)), so their weights do not matter.
+    # Both queries are right and have the same loss, -log(e^2 / (e^2 + 3)), so class weights cancel.
     assert losses["loss_ce"].item() == pytest.approx(-math.log(math.e**2 / (math.e**2 + 3)), rel=1e-5)
     assert losses["loss_bbox"].item() == pytest.approx(0.05, rel=1e-4)
-    # Overlap 0.15 x 0.2 of union 0.05, and the hull is the union.
+    # Overlap 0.15 x 0.2, union 0.05; the hull equals the union.
     assert losses["loss_giou"].item() == pytest.approx(1 - 0.03 / 0.05, rel=1e-4)
     assert losses["class_error"].item() == 0
     assert losses["cardinality_error"].item() == 0
@@ -163,8 +163,8 @@ def test_losses_by_hand():
     assert criterion().total(losses).item() == pytest.approx(total.item())
 
 
-def test_no_object_weighs_less():
-    # Query 0 is right about the object with certainty, query 1 wrongly sees class 0.
+def test_no_object_is_weighted_by_eos_coef():
+    # Query 0 predicts the object's class; query 1 predicts class 0 where there is no object.
     outputs = predictions([LEFT, RIGHT], labels=[1, 0], certainty=2.0)
     z = math.log(math.e**2 + 3)
     right, wrong = z - 2, z
@@ -173,7 +173,7 @@ def test_no_object_weighs_less():
         assert loss == pytest.approx((right + eos * wrong) / (1 + eos), rel=1e-5)
 
 
-def test_boxes_are_averaged_over_the_batchs_objects():
+def test_box_losses_are_averaged_over_the_objects_of_the_batch():
     outputs = {k: v.expand(2, -1, -1) for k, v in predictions([LEFT, RIGHT]).items()}
     shifted = [LEFT[0] + 0.1, *LEFT[1:]]
     losses = criterion()(outputs, [target([0], [shifted]), target([0, 1], [LEFT, RIGHT])])
@@ -189,7 +189,7 @@ def test_a_batch_without_objects_has_losses_and_gradients():
     assert torch.isfinite(outputs["pred_boxes"].grad).all() and outputs["pred_logits"].grad.abs().sum() > 0
 
 
-def test_class_error_counts_the_last_layers_matched_queries():
+def test_class_error_counts_matched_queries_of_the_last_layer():
     outputs = predictions([LEFT, RIGHT], labels=[1, 2])
     outputs["aux_outputs"] = [predictions([LEFT, RIGHT], labels=[0, 0])]
     losses = criterion()(outputs, [target([1, 0], [LEFT, RIGHT])])
@@ -204,7 +204,7 @@ def test_losses_are_float32_under_autocast():
     assert {value.dtype for value in losses.values()} == {torch.float32}
 
 
-def test_paired_giou_has_the_loss_gradient():
+def test_the_gradient_of_paired_giou_is_right_and_finite():
     boxes = torch.tensor([SQUARE, SHIFTED], dtype=torch.float64, requires_grad=True)
     others = torch.tensor([[0.3, 0.1, 1.7, 2.2], [3.3, 0.2, 4.0, 1.0]], dtype=torch.float64)
     assert torch.autograd.gradcheck(paired_box_giou, (boxes, others))
@@ -212,7 +212,7 @@ def test_paired_giou_has_the_loss_gradient():
 
 
 def test_focal_loss_by_hand():
-    # Query 0 gives its object's class probability 0.9 and the others 0.5; query 1 gives every class 0.1.
+    # Query 0: probability 0.9 for its object's class, 0.5 for the others. Query 1: 0.1 for every class.
     rare, even = math.log(0.1 / 0.9), 0.0
     outputs = {
         "pred_logits": torch.tensor([[[even, -rare, even], [rare, rare, rare]]]),
@@ -223,11 +223,11 @@ def test_focal_loss_by_hand():
     absent = 0.75 * (2 * 0.5**2 * -math.log(0.5) + 3 * 0.1**2 * -math.log(0.9))
     assert losses["loss_ce"].item() == pytest.approx(present + absent, rel=1e-5)
     assert losses["class_error"].item() == 0
-    # Query 0 alone holds a class likelier than not.
+    # Only query 0 has a class above 0.5, and there is one object.
     assert losses["cardinality_error"].item() == 0
 
 
-def test_focal_loss_is_an_average_over_objects_not_over_queries():
+def test_focal_loss_is_averaged_over_objects():
     outputs = predictions([LEFT, RIGHT], labels=[1, 2])
     outputs["pred_logits"] = outputs["pred_logits"][..., :3]
     twice = {name: value.repeat(2, 1, 1) for name, value in outputs.items()}
@@ -235,20 +235,20 @@ def test_focal_loss_is_an_average_over_objects_not_over_queries():
     one, two = focal_criterion()(outputs, [objects]), focal_criterion()(twice, [objects, objects])
     assert one["loss_ce"].item() == pytest.approx(two["loss_ce"].item())
     without = focal_criterion()(outputs, [target([], [])])["loss_ce"].item()
-    # Nothing to divide by but one: and each of the confident labels is wrong.
+    # Without objects the divisor is 1, and both confident labels are wrong.
     assert without > one["loss_ce"].item() * 2
 
 
-def test_focal_cost_is_the_loss_that_a_match_would_change():
+def test_focal_cost_is_the_change_of_the_loss_by_a_match():
     logits = torch.tensor([-3.0, 0.0, 2.0])
     p = logits.sigmoid()
     present, absent = -0.25 * (1 - p) ** 2 * p.log(), -0.75 * p**2 * (1 - p).log()
     assert_close(focal_class_cost(logits), present - absent, 1e-5)
-    # The surer the class, the cheaper the match.
+    # A higher probability makes the match cheaper.
     assert focal_class_cost(logits).diff().lt(0).all()
 
 
-def test_weights_name_every_supervised_layer():
+def test_loss_weights_cover_every_supervised_layer():
     last = {"loss_ce": 3, "loss_bbox": 5, "loss_giou": 2}
     assert weights(3, layers=3) == {
         **last,
@@ -262,6 +262,6 @@ def test_boxes_at_points_by_hand():
     points = torch.tensor([[0.25, 0.8], [0.0, 1.0]])
     offsets = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, math.log(3), 0.0]])
     boxes = boxes_at_points(points, offsets)
-    # A point on the border stays there, without a logarithm of zero.
+    # A point on the border stays there: the inverse sigmoid does not become infinite.
     assert_close(boxes, [[0.25, 0.8, 0.5, 0.5], [0.0, 1.0, 0.75, 0.5]], 2e-5)
     assert boxes_at_points(points, offsets.bfloat16()).dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Every variant's model, with and without ENACT: shapes, inputs, and what its builders promise."""
+"""The models of every variant with and without ENACT: shapes, inputs, options, copies and dtypes."""
 
 import copy
 import io
@@ -34,12 +34,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SOME_OBJECTS = {"labels": torch.tensor([1, 4]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.1, 0.4]])}
 
 
-# Three levels of features, as the published models have them: only all of a ResNet-50's stages, dilated, have these.
+# Flags for three feature levels; they need all stages of a dilated ResNet-50.
 LEVELS = ["--num_feature_levels", "3", "--backbone", "resnet50", "--dilation", *ALL_STAGES]
 
 
 def small(variant_and_attention, *argv):
-    """A small model of a variant with the given attention."""
+    """A small model, criterion and postprocessors for a (variant, attention) pair."""
     variant, attention = variant_and_attention
     return build(variant, *SMALL_MODEL[variant], "--encoder_attention", attention, "--num_classes", "5", *argv)
 
@@ -54,7 +54,7 @@ def test_forward_gives_logits_and_boxes(variant_and_attention):
     assert outputs["aux_outputs"][0]["pred_logits"].shape == outputs["pred_logits"].shape
 
 
-def test_a_list_a_tensor_and_a_nested_tensor_are_the_same(variant_and_attention):
+def test_a_list_a_tensor_and_a_nested_tensor_give_the_same_boxes(variant_and_attention):
     model, _, _ = small(variant_and_attention)
     model.eval()
     images = torch.randn(2, 3, 64, 96)
@@ -63,7 +63,7 @@ def test_a_list_a_tensor_and_a_nested_tensor_are_the_same(variant_and_attention)
     assert_close(model(list(images))["pred_boxes"], expected)
 
 
-def test_stored_pixels_are_normalised_by_the_model(variant_and_attention):
+def test_uint8_pixels_are_normalised_by_the_model(variant_and_attention):
     model, _, _ = small(variant_and_attention)
     model.eval()
     images = [torch.randint(256, (3, *shape), dtype=torch.uint8) for shape in ((64, 96), (80, 64))]
@@ -76,18 +76,18 @@ def test_stored_pixels_are_normalised_by_the_model(variant_and_attention):
 
 @pytest.mark.parametrize("layers", ["0 1", "1 1", "2 2"])
 def test_losses_reach_every_trained_parameter(variant_and_attention, layers):
-    # Or processes that train together would wait for its gradient.
+    # DistributedDataParallel would wait for the gradient of an unreached parameter.
     enc_layers, dec_layers = layers.split()
     model, criterion, _ = small(variant_and_attention, "--enc_layers", enc_layers, "--dec_layers", dec_layers)
     losses = criterion(model([torch.randn(3, 96, 96)]), [SOME_OBJECTS])
-    # Anchor DETR lists weights of losses that it does not have.
+    # Anchor DETR lists weights for encoder losses that it does not compute.
     assert {name for name in criterion.weight_dict if not name.endswith("_enc")} <= set(losses)
     criterion.total(losses).backward()
     unreached = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not unreached
 
 
-def test_mixed_precision_keeps_boxes_in_float32_and_near(variant_and_attention):
+def test_mixed_precision_keeps_boxes_in_float32_and_close(variant_and_attention):
     model, criterion, _ = small(variant_and_attention)
     images = torch.randn(2, 3, 96, 64)
     expected = model(images)["pred_boxes"]
@@ -106,7 +106,7 @@ def test_no_aux_loss(variant_and_attention):
     assert not any(name.endswith("_0") for name in criterion.weight_dict)
 
 
-def test_postprocess_scales_boxes_to_the_asked_size(variant_and_attention):
+def test_postprocess_scales_boxes_to_the_target_size(variant_and_attention):
     model, _, postprocessors = small(variant_and_attention)
     width = model(torch.zeros(1, 3, 64, 64))["pred_logits"].shape[-1]
     logits = torch.full((1, 2, width), -10.0)
@@ -122,7 +122,7 @@ def test_postprocess_scales_boxes_to_the_asked_size(variant_and_attention):
         postprocessors["bbox"]({"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([100, 200]))
 
 
-def test_detr_scores_leave_out_no_object():
+def test_detr_scores_exclude_no_object():
     _, _, postprocessors = small(("detr", "enact"))
     logits = torch.tensor([[[0.0, 1.0, 0.0, 0.0, 0.0, 9.0]]])
     (result,) = postprocessors["bbox"](
@@ -137,7 +137,7 @@ def test_independent_classes_are_ranked_over_all_queries():
     logits = torch.tensor([[[0.0, 3.0, -9.0, 2.0, -9.0], [-9.0, -9.0, -9.0, -9.0, 1.0]]])
     boxes = torch.tensor([[[0.5, 0.5, 1.0, 1.0], [0.25, 0.25, 0.5, 0.5]]])
     (result,) = postprocessors["bbox"]({"pred_logits": logits, "pred_boxes": boxes}, torch.tensor([[10, 10]]))
-    # Ten pairs of a query and a class, the likeliest first: query 0 has three of the first four.
+    # Ten (query, class) pairs, most likely first: query 0 has three of the first four.
     assert result["labels"].tolist()[:4] == [1, 3, 4, 0]
     assert_close(result["scores"][:4], torch.tensor([3.0, 2.0, 1.0, 0.0]).sigmoid())
     assert result["boxes"][:4, 2].tolist() == [10, 10, 5, 10]
@@ -148,7 +148,7 @@ def test_independent_classes_are_ranked_over_all_queries():
 
 @pytest.mark.parametrize("backbone, stages", [("resnet18", 1), ("resnet18", 3), ("resnet50", 2)])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_fewer_stages_give_finer_maps_and_show_in_the_weights(variant, backbone, stages):
+def test_fewer_stages_give_finer_maps_and_are_inferred_from_the_weights(variant, backbone, stages):
     flags = ["--backbone", backbone, "--backbone_stages", str(stages)]
     model, _, _ = small((variant, "enact"), *flags)
     maps = []
@@ -157,7 +157,7 @@ def test_fewer_stages_give_finer_maps_and_show_in_the_weights(variant, backbone,
     assert maps == [(1, 64 >> (stages + 1), 96 >> (stages + 1))]
     weights = model.state_dict()
     assert not any(f"layer{stages + 1}." in name for name in weights)
-    # As of a file of weights alone.
+    # A file of weights without arguments.
     args, _ = arguments_of({"model": weights, "args": {}}, variant)
     assert (args.backbone, args.backbone_stages) == (backbone, stages)
 
@@ -202,13 +202,13 @@ def test_options_of_anchor_detr_build_run_and_train(attention, flags, queries):
 def test_a_grid_of_anchor_points_covers_the_image_evenly():
     model, _, _ = small(("anchor", "enact"), "--spatial_prior", "grid", "--num_query_position", "5")
     points = model.transformer.anchor_points()
-    # The nearest square number to 5 is 4: the centres of the four quarters.
+    # The square number nearest to 5 is 4: the centres of four quarters.
     assert sorted(points.tolist()) == [[0.25, 0.25], [0.25, 0.75], [0.75, 0.25], [0.75, 0.75]]
     assert not any("grid" in name for name in model.state_dict())
     assert model.to("meta").transformer.anchor_points().device.type == "meta"
 
 
-def test_boxes_begin_at_the_reference_points():
+def test_boxes_start_at_the_reference_points():
     model, _, _ = small(("anchor", "enact"))
     boxes = model(torch.randn(1, 3, 64, 64))["pred_boxes"][0]
     assert_close(boxes[:, :2], model.transformer.position.weight.repeat(2, 1), rtol=1e-4, atol=1e-4)
@@ -220,14 +220,14 @@ def test_boxes_begin_at_the_reference_points():
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_separate_images_keep_levels_of_a_batch_apart(attention):
+def test_with_separate_images_a_result_does_not_depend_on_the_batch(attention):
     flags = (*LEVELS, "--enc_layers", "4", "--backbone_norm", "frozen")
     images = torch.randn(2, 3, 64, 64)
     differs = {}
     for own in ([], ["--separate_images"]):
         torch.manual_seed(0)
         model, _, _ = small(("anchor", attention), *flags, *own)
-        # One window length whatever the batch: what is left to depend on batch mates is what the flag is about.
+        # Fix the window length, so that only the flag decides whether images depend on each other.
         for module in model.modules():
             if hasattr(module, "cluster_scores"):
                 module.cluster_scores = lambda logits, mask: Windows(logits.unflatten(1, (-1, 2)).softmax(-1))
@@ -246,7 +246,7 @@ def test_separate_images_keep_levels_of_a_batch_apart(attention):
         ("--enact_scale_logits --attention_type nn.MultiheadAttention", None),
     ],
 )
-def test_anchor_detr_refuses_what_it_cannot_be_built_with(flags, message):
+def test_anchor_detr_refuses_unsupported_flags(flags, message):
     args = parse("anchor", *flags.split(), "--coco_path", "x")
     check = load_variant("anchor").main.get_args_parser().check
     if message is None:
@@ -255,7 +255,7 @@ def test_anchor_detr_refuses_what_it_cannot_be_built_with(flags, message):
         check(args)
 
 
-def test_anchor_detr_clusters_row_by_row_alone():
+def test_anchor_detr_refuses_other_orders_than_row_by_row():
     with pytest.raises(UserError, match="--enact_order hilbert: Anchor DETR .* leave it out"):
         build("anchor", *SMALL_MODEL["anchor"], "--enact_order", "hilbert")
 
@@ -268,7 +268,7 @@ def test_shallow_backbones_are_refused_before_any_work(variant):
 
 
 def test_pre_norm_leaves_enact_layers_post_norm():
-    # As in the reference: pre-norm checkpoints of it were trained so.
+    # Like the reference, whose pre-norm checkpoints were trained this way.
     for attention, before in (("enact", False), ("mhsa", True)):
         model, _, _ = small(("detr", attention), "--pre_norm")
         assert model.transformer.encoder.layers[0].normalize_before is before
@@ -302,8 +302,8 @@ def test_frozen_norm_freezes_the_stem_and_batch_norm_trains_it():
 
 
 @pytest.mark.parametrize("name, dilation", [("resnet18", False), ("resnet50", True)])
-def test_folded_norms_are_the_norms(name, dilation, monkeypatch):
-    """Maps and gradients in float64, where rounding turns no activation."""
+def test_folded_norms_equal_separate_norms(name, dilation, monkeypatch):
+    """Compares maps and gradients in float64, where rounding flips no activation."""
     model = Backbone(name, weights="none", dilation=dilation, return_interm_layers=True).double()
     for key, buffer in model.named_buffers():
         buffer.copy_(torch.rand_like(buffer) + (0.5 if "bias" not in key and "mean" not in key else -0.5))
@@ -322,7 +322,7 @@ def test_folded_norms_are_the_norms(name, dilation, monkeypatch):
 
 
 def frozen_norm() -> tuple[torch.nn.Conv2d, FrozenNorm]:
-    """A convolution and a norm with numbers of its own."""
+    """A convolution and a frozen norm with random buffers."""
     norm = FrozenNorm(4)
     norm.load_state_dict({name: torch.rand(4) + 0.5 for name in norm.state_dict()})
     return torch.nn.Conv2d(3, 4, 3, bias=False), norm
@@ -372,11 +372,11 @@ def test_a_frozen_norms_constants_follow_its_buffers(change, once):
         for _ in range(2):
             x = torch.randn(1, 3, 8, 8, dtype=norm.weight.dtype)
             assert_close(convolve_and_norm(x, conv, norm), norm(conv(x)))
-            conv.weight.mul_(2)  # as an optimizer does, in place
+            conv.weight.mul_(2)  # in place, like an optimizer
     assert list(norm.state_dict()) == list(torchvision.ops.FrozenBatchNorm2d(4).state_dict())
 
 
-def test_other_buffers_for_one_call_are_taken():
+def test_functional_call_uses_the_given_buffers():
     conv, norm = frozen_norm()
     other = {name: torch.rand(4) + 0.5 for name in norm.state_dict()}
     x, expected = torch.randn(1, 3, 8, 8), loaded(copy.deepcopy(norm))
@@ -404,8 +404,8 @@ def test_a_frozen_norms_constants_are_computed_once(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_clusters_in_every_dtype_are_those_of_float32(variant, dtype):
-    """Window lengths of the encoder's layers, for the same rounded weights and inputs."""
+def test_clusters_in_every_dtype_equal_those_of_float32(variant, dtype):
+    """Compares cluster weights of the encoder layers for the same rounded weights and inputs."""
     model, twin = (build(variant, *SMALL_MODEL[variant], "--encoder_attention", "enact")[0] for _ in range(2))
     twin.load_state_dict(model.to(dtype).state_dict())
     clusterings = [[m for m in m.modules() if isinstance(m, EntropyClustering)] for m in (model, twin)]
@@ -427,8 +427,8 @@ def test_clusters_in_every_dtype_are_those_of_float32(variant, dtype):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
-def test_backbones_are_torchvisions(name):
-    """Trained norms: the same weights give the same maps as torchvision's own network."""
+def test_backbones_compute_what_torchvision_computes(name):
+    """With batch norm, the same weights give the same result as torchvision's network."""
     ours = Backbone(name, weights="none", norm="batch").eval()
     theirs = torchvision.models.get_model(name, weights=None).eval()
     theirs.load_state_dict(ours.body.state_dict(), strict=False)
@@ -458,7 +458,7 @@ def test_backbone_weights_from_a_file(tmp_path):
     ],
     ids=["missing", "garbage", "part", "list"],
 )
-def test_backbone_weights_that_cannot_be_used(tmp_path, content, message):
+def test_unusable_backbone_weights_are_refused(tmp_path, content, message):
     path = tmp_path / "weights.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -468,7 +468,7 @@ def test_backbone_weights_that_cannot_be_used(tmp_path, content, message):
         Backbone("resnet18", weights=str(path))
 
 
-def test_default_weights_without_a_network_name_the_ways_out(monkeypatch, tmp_path):
+def test_default_weights_without_a_network_name_the_alternatives(monkeypatch, tmp_path):
     from urllib.error import URLError
 
     def offline(*args, **kwargs):
@@ -491,13 +491,13 @@ def test_no_weights_are_fetched_for_a_checkpoint(monkeypatch):
         build("detr", "--backbone", "resnet18")
 
 
-def test_sine_encoding_counts_what_is_not_padding():
+def test_sine_encoding_counts_cells_without_padding():
     mask = torch.zeros(1, 4, 8, dtype=torch.bool)
     mask[:, :, 4:] = True
     features = NestedTensor(torch.zeros(1, 3, 4, 8), mask)
     pos = PositionEmbeddingSine(8, normalize=True)(features)
     assert pos.shape == (1, 16, 4, 8)
-    # The last column that is no padding stands at the full circle; so does the last row.
+    # The last column and row without padding are at the full circle.
     angle = torch.tensor(2 * torch.pi)
     assert pos[0, 8, 0, 3].item() == pytest.approx(angle.sin().item(), abs=1e-4)
     assert pos[0, 9, 0, 1].item() == pytest.approx((angle / 2).cos().item(), abs=1e-4)
@@ -511,14 +511,14 @@ def test_learned_encoding_refuses_maps_that_are_too_large():
 
 
 @pytest.mark.parametrize("images", [[], [torch.zeros(3, 4)], [torch.zeros(3, 4, 4), torch.zeros(1, 4, 4)]])
-def test_what_is_no_batch_of_images_is_refused(images):
+def test_inputs_that_are_not_a_batch_of_images_are_refused(images):
     with pytest.raises(ValueError):
         nested_tensor_from_tensor_list(images)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_variant_folder_works_from_inside(variant):
-    # As users of the original repositories import it.
+def test_a_variant_folder_works_as_the_working_directory(variant):
+    # Users of the original repositories import it this way.
     encodings = "encode_points" if variant == "anchor" else "PositionEmbeddingSine, PositionEmbeddingLearned"
     code = (
         "from models import build_model; from models.matcher import HungarianMatcher, build_matcher; "
@@ -530,7 +530,7 @@ def test_a_variant_folder_works_from_inside(variant):
     assert (process.communicate()[1], process.returncode) == ("", 0)
 
 
-def test_variants_stand_side_by_side():
+def test_all_variants_load_in_one_process():
     packages = {variant: load_variant(variant) for variant in VARIANTS}
     assert len({package.models.build_model for package in packages.values()}) == len(VARIANTS) == 3
     for variant, package in packages.items():
@@ -539,7 +539,7 @@ def test_variants_stand_side_by_side():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variant_packages_import_relatively(variant):
-    # Absolute imports of `models` or `datasets` would find another variant's, or none.
+    # Absolute imports of `models` or `datasets` would find those of another variant, or fail.
     folder = ROOT / VARIANTS[variant][0]
     for part in ("models", "datasets"):
         for path in (folder / part).rglob("*.py"):
@@ -547,7 +547,7 @@ def test_variant_packages_import_relatively(variant):
                 assert not line.startswith(("from models", "from datasets", "import models", "import datasets")), path
 
 
-def test_an_unknown_variant_is_named():
+def test_an_unknown_variant_is_refused_with_the_known_ones():
     with pytest.raises(UserError, match="no variant 'yolo'.*detr"):
         load_variant("yolo")
 
@@ -556,7 +556,7 @@ def test_an_unknown_variant_is_named():
 
 
 def detector(variant, *argv) -> LoadedDetector:
-    """A small detector with random weights that finds every query."""
+    """A small detector with random weights and threshold 0, which returns every query."""
     model, _, postprocessors = build(variant, *SMALL_MODEL[variant], "--num_classes", "5", "--no_aux_loss", *argv)
     args = parse(variant, *SMALL_MODEL[variant], *argv)
     labels = LabelMap(tuple(range(5)), tuple("abcde"))
@@ -584,7 +584,7 @@ def test_detectors_and_models_can_be_loaded_in_a_fresh_process(tmp_path):
     torch.save(made.model, tmp_path / "model.pt")
     torch.save(ENTRIES["detr_resnet50_enact"](enc_layers=1, dec_layers=1), tmp_path / "hub.pt")
     torch.save(pixels, tmp_path / "pixels")
-    # The process imports nothing of the project itself: pickles name what they need.
+    # The process does not import the project; unpickling imports the modules it needs.
     code = (
         "import sys, torch; from pathlib import Path; folder = Path(sys.argv[1])\n"
         "loaded = {path.stem: torch.load(path, weights_only=False) for path in folder.glob('*.pt')}\n"
@@ -592,7 +592,7 @@ def test_detectors_and_models_can_be_loaded_in_a_fresh_process(tmp_path):
         "pixels = torch.load(folder / 'pixels')\n"
         f"torch.save([loaded[f'detector{{i}}'](pixels).scores for i in range({len(KINDS)})], folder / 'scores')"
     )
-    # In another folder, so that the package alone is found, by its installation or the path.
+    # Run in another folder, so that the package is found only by its installation or PYTHONPATH.
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=tmp_path, env=environment)
     for scores, theirs in zip(expected, torch.load(tmp_path / "scores"), strict=True):
@@ -616,18 +616,18 @@ def test_a_copied_or_moved_detector_is_whole(variant_and_attention):
         for parameter in made.model.parameters():
             parameter.zero_()
     assert_close(twin(pixels).scores, expected)
-    # Its device is the model's, wherever that was moved or unpickled to.
+    # The detector's device follows its model.
     twin.model.to("meta")
     assert twin.device.type == "meta"
 
 
-# ---------------------------------------------------------------------------------------------------------- in a dtype
+# -------------------------------------------------------------------------------------------------------------- dtypes
 
 
-# Largest change of boxes by a dtype's rounding, as fractions of the image.
+# (dtype, largest change of boxes by rounding, as a fraction of the image)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.bfloat16, 0.03), (torch.half, 0.005), (torch.double, 1e-5)])
 @pytest.mark.parametrize("kind", KINDS, ids=" ".join)
-def test_a_model_that_was_cast_detects_as_before(kind, dtype, tolerance):
+def test_a_cast_model_detects_as_before(kind, dtype, tolerance):
     made, pixels = detector(*kind), torch.rand(3, 70, 90)
     made.model.requires_grad_(False)
     samples = made.model_input(pixels.mul(255).byte())
@@ -638,7 +638,7 @@ def test_a_model_that_was_cast_detects_as_before(kind, dtype, tolerance):
         assert outputs[name].isfinite().all()
     assert_close(outputs["pred_boxes"].float(), expected["pred_boxes"], rtol=0, atol=tolerance)
     assert_close(outputs["pred_logits"].float().sigmoid(), expected["pred_logits"].sigmoid(), rtol=0, atol=tolerance)
-    # Images that are normalised already follow the model, too.
+    # Normalised images are cast to the model's dtype too.
     normalized = F.normalize(samples / 255, IMAGENET_MEAN, IMAGENET_STD)
     assert_close(made.model(normalized)["pred_boxes"].float(), expected["pred_boxes"], rtol=0, atol=2 * tolerance)
     found = made(pixels)
@@ -648,7 +648,7 @@ def test_a_model_that_was_cast_detects_as_before(kind, dtype, tolerance):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.half, torch.double])
 def test_positions_keep_their_precision_in_any_dtype(dtype):
-    # bf16 has 256 values between 0.5 and 1: anchor points and cells of a large image would coincide.
+    # bf16 has 128 values between 0.5 and 1: anchor points and cells of a large image would coincide.
     transformer = small(("anchor", "enact"), "--spatial_prior", "grid", "--num_query_position", "900")[0].transformer
     points = transformer.anchor_points()
     assert torch.equal(transformer.to(dtype).anchor_points(), points) and points.dtype == torch.float32
@@ -660,9 +660,9 @@ def test_positions_keep_their_precision_in_any_dtype(dtype):
     assert_close(encode_points(places.unsqueeze(-1).expand(-1, 2), 32).double(), exact, rtol=0, atol=1e-4)
 
 
-def test_a_frozen_norm_trains_after_it_was_called_in_inference_mode():
+def test_a_convolution_trains_after_its_frozen_norm_was_folded_in_inference_mode():
     norm, conv = FrozenNorm(4), torch.nn.Conv2d(3, 4, 1, bias=False)
-    norm.running_var.fill_(2.0)  # the constants are computed anew in the next call
+    norm.running_var.fill_(2.0)  # the next call recomputes the constants
     with torch.inference_mode():
         norm.fold_into(conv.weight)
     norm.fold_into(conv.weight)[0].sum().backward()

@@ -1,4 +1,4 @@
-"""COCO's panoptic format: data, its way through the augmentation, panoptic quality, results and pictures."""
+"""COCO's panoptic format: loading, augmentation, panoptic quality, results and pictures."""
 
 import json
 from functools import reduce
@@ -47,9 +47,8 @@ CATEGORIES = [
 ]
 SIZE = (48, 64)
 
-# Of each image, segments by id: category, whether a crowd, and rectangles (left, top, right, bottom); later ones lie
-# over earlier ones.
-# The person of image 5 is two pieces; its id needs all three bytes.
+# image id: {segment id: (category, iscrowd, rectangles (left, top, right, bottom))}. Later rectangles cover earlier
+# ones. The person of image 5 has two pieces and an id that needs all three bytes.
 SCENES = {
     5: {7: (187, 0, [(0, 0, 64, 20)]), 301: (149, 0, [(0, 20, 64, 44)]),
         70000: (1, 0, [(4, 4, 12, 40), (30, 8, 40, 30)])},
@@ -60,7 +59,7 @@ SCENES = {
 
 
 def id_map_of(scene, size=SIZE):
-    """The ids, int64 (height, width), of a scene."""
+    """The id map of a scene, int64 (height, width)."""
     ids = np.zeros(size, dtype=np.int64)
     for number, (_, _, rectangles) in scene.items():
         for left, top, right, bottom in rectangles:
@@ -69,12 +68,12 @@ def id_map_of(scene, size=SIZE):
 
 
 def colours(ids):
-    """An image (height, width, 3) in which each segment has another grey above 50; void is black."""
+    """An image, uint8 (height, width, 3): each segment has its own grey above 50, void is black."""
     return np.where(ids > 0, 60 + 45 * (ids % 5), 0).astype(np.uint8)[..., None].repeat(3, axis=2)
 
 
 def write_data(root, scenes=SCENES, change=None):
-    """A data set in COCO's layout, split "val"; `change` may alter the JSON's object first."""
+    """Write a data set in COCO's layout, split "val"; `change` may edit the JSON object first."""
     folder = root / "annotations" / "panoptic_val2017"
     folder.mkdir(parents=True)
     (root / "val2017").mkdir()
@@ -121,7 +120,7 @@ def test_targets_hold_things_and_stuff_without_crowds(tmp_path):
     assert torch.equal(target["masks"], torch.from_numpy(np.stack([ids == i for i in (7, 301, 70000)])))
     boxes = box_cxcywh_to_xyxy(target["boxes"]) * torch.tensor([64, 48, 64, 48])
     assert_close(boxes, torch.tensor([[0.0, 0, 64, 20], [0, 20, 64, 44], [4, 4, 40, 40]]))
-    # The second car has its pixels, the crowd is not there.
+    # Both cars are targets, the crowd is not.
     assert dataset[0][1]["labels"].tolist() == [149, 3, 3]
 
 
@@ -145,19 +144,19 @@ def test_masks_and_boxes_stay_with_their_pixels_and_each_other(tmp_path, seed):
         assert masks.flatten(1).any(dim=1).all()
         height, width = size
         edges = box_cxcywh_to_xyxy(target["boxes"]) * torch.tensor([width, height, width, height])
-        # Nearest neighbours and boxes round differently.
+        # Masks are resized with nearest neighbours, which rounds differently from boxes.
         assert (edges - boxes_of_masks(masks)).abs().max() <= 2.01
         grey = image.float().mean(dim=0)
         for mask, label in zip(masks, target["labels"].tolist(), strict=True):
             number = next(i for i, (category, _, _) in scene.items() if category == label)
-            # What a crop left a sliver of is blended with its neighbours.
+            # Skip slivers at a crop's edge, whose grey is blended with their neighbours.
             if min(boxes_of_masks(mask[None])[0, 2:] - boxes_of_masks(mask[None])[0, :2]) > 9:
                 assert grey[mask].median() == pytest.approx(60 + 45 * (number % 5), abs=5)
                 seen.add(number)
     assert seen == set(scene)
 
 
-def test_crops_keep_the_segments_that_they_have_pixels_of(tmp_path):
+def test_crops_keep_segments_that_have_pixels_left(tmp_path):
     dataset, crop = dataset_of(write_data(tmp_path)), RandomSizeCrop(8, 20)
     counts = []
     for seed in range(40):
@@ -172,11 +171,11 @@ def test_crops_keep_the_segments_that_they_have_pixels_of(tmp_path):
 
 
 def ids_of(target):
-    """The ids in image 5 of what a target has."""
+    """The ids of image 5's segments whose category is in a target."""
     return {i for i, (category, _, _) in SCENES[5].items() if category in target["labels"].tolist()}
 
 
-def test_what_a_smaller_image_has_no_pixel_of_is_dropped(tmp_path):
+def test_segments_without_a_pixel_after_resizing_are_dropped(tmp_path):
     scene = {1: (187, 0, [(0, 0, 64, 48)]), 2: (1, 0, [(33, 5, 34, 6)])}
     dataset = dataset_of(write_data(tmp_path, {1: scene}))
     assert dataset[0][1]["labels"].tolist() == [187, 1]
@@ -231,9 +230,9 @@ def test_images_without_an_annotation_are_left_out_and_counted(tmp_path, caplog)
     assert dataset_of(tmp_path, limit=1).truth().image_ids == [5]
 
 
-def test_boxes_of_things_are_ground_truth_for_box_figures(tmp_path):
+def test_boxes_of_things_are_the_ground_truth_of_box_metrics(tmp_path):
     def change(data):
-        # Unchecked masks must not come near C code.
+        # Unchecked masks must not reach pycocotools' C code.
         data["annotations"][0]["segments_info"][0]["segmentation"] = {"size": [8, 8], "counts": "b'damaged'"}
 
     coco = dataset_of(write_data(tmp_path, change=change)).coco_api()
@@ -247,7 +246,7 @@ def test_boxes_of_things_are_ground_truth_for_box_figures(tmp_path):
 
 
 def first(data):
-    """The first annotation of a JSON file's object, which is that of image 5."""
+    """The first annotation of the JSON object, which belongs to image 5."""
     return data["annotations"][0]
 
 
@@ -306,7 +305,7 @@ def test_numbers_as_text_and_marks_in_words_are_read(tmp_path, caplog):
     assert caplog.text.count("read as numbers") == 1
 
 
-def test_segments_to_ignore_are_crowds(tmp_path):
+def test_segments_marked_ignore_are_crowds(tmp_path):
     root = write_data(tmp_path, change=lambda d: first(d)["segments_info"][0].update(iscrowd=0, ignore="true"))
     dataset = dataset_of(root)
     assert dataset.truth().segments[5][0]["iscrowd"] == 1
@@ -314,7 +313,7 @@ def test_segments_to_ignore_are_crowds(tmp_path):
 
 
 def replace_png(ids=None, mode=None):
-    """Write another PNG of image 5, of other ids or colours."""
+    """A function that replaces image 5's PNG by one with other ids or another mode."""
 
     def change(path):
         if ids is not None:
@@ -350,7 +349,7 @@ def test_faults_of_a_png_are_named_with_its_file(tmp_path, change, message):
         dataset_of(tmp_path)[1]
 
 
-def test_a_split_is_found_in_either_place_and_what_is_missing_is_named(tmp_path):
+def test_a_split_is_found_in_both_layouts_and_missing_parts_are_named(tmp_path):
     root, apart = write_data(tmp_path / "coco"), tmp_path / "apart"
     file, masks = (root / "annotations" / name for name in ("panoptic_val2017.json", "panoptic_val2017"))
     for path in (root, root / "annotations"):
@@ -362,7 +361,7 @@ def test_a_split_is_found_in_either_place_and_what_is_missing_is_named(tmp_path)
     (apart / "annotations").mkdir(parents=True)
     with pytest.raises(UserError, match="panoptic_val2017.json is missing"):
         find_panoptic_split(str(root), str(apart), "val")
-    # The original's layout: the JSON in annotations/, the PNG files beside that.
+    # The original's layout: the JSON in annotations/, the PNG files next to that folder.
     file.rename(apart / "annotations" / file.name)
     (apart / "annotations" / "panoptic_val2017.zip").touch()
     with pytest.raises(UserError, match="annotations/panoptic_val2017 is missing; unpack it"):
@@ -391,8 +390,8 @@ def test_labels_are_category_ids():
 
 
 def quality_of(pairs):
-    """The quality of (true ids, true segments, found ids, found segments); segments are dicts of id to category, a
-    crowd's being negative."""
+    """The quality of pairs (true ids, true segments, predicted ids, predicted segments); segments map an id to a
+    category, which is negative for a crowd."""
     ids = [category["id"] for category in CATEGORIES]
     counts = []
     for truth, true_segments, found, found_segments in pairs:
@@ -409,54 +408,54 @@ def quality_of(pairs):
 
 
 def row(**lengths):
-    """A map of one row: `s1=4, s2=6` is four pixels of segment 1, then six of segment 2."""
+    """An id map of one row: `s1=4, s2=6` means four pixels of segment 1, then six of segment 2."""
     return [[int(name[1:].split("_")[0]) for name, length in lengths.items() for _ in range(length)]]
 
 
-# Worked out on paper. Of each case the truth, the prediction, and of category 1 the sum of IoU, then matched, wrong and
-# missed segments.
+# Computed by hand: true ids and segments, predicted ids and segments, and for category 1 the sum of IoU and the numbers
+# of matched, wrong and missed segments.
 CASES = {
     "perfect": (row(s1=6, s2=4), {1: 1, 2: 149}, row(s5=6, s6=4), {5: 1, 6: 149}, (1, 1, 0, 0)),
-    # 6 of 10 pixels match, the other 4 are a false alarm.
+    # 6 of 10 pixels match; the other 4 are a false positive.
     "split": (row(s1=10), {1: 1}, row(s1=6, s2=4), {1: 1, 2: 1}, (0.6, 1, 1, 0)),
-    # Neither half has more than 0.5.
+    # Neither half has an IoU above 0.5.
     "split in halves": (row(s1=10), {1: 1}, row(s1=5, s2=5), {1: 1, 2: 1}, (0, 0, 2, 1)),
     "missed": (row(s1=5, s2=5), {1: 1, 2: 1}, row(s1=5, s0=5), {1: 1}, (1, 1, 0, 1)),
     "wrong class": (row(s1=10), {1: 1}, row(s1=10), {1: 3}, (0, 0, 0, 1)),
-    # Void is no part of the union: 6 / (8 + 6 - 6 - 2) = 1, else 6 / 8.
-    "void beside": (row(s1=6, s0=4), {1: 1}, row(s1=8, s0=2), {1: 1}, (1, 1, 0, 0)),
-    # 3 of 5 pixels in void: no false alarm.
+    # Void is excluded from the union: 6 / (8 + 6 - 6 - 2) = 1; otherwise 6 / 8.
+    "void nearby": (row(s1=6, s0=4), {1: 1}, row(s1=8, s0=2), {1: 1}, (1, 1, 0, 0)),
+    # 3 of 5 pixels are void: not a false positive.
     "mostly void": (row(s1=7, s0=3), {1: 149}, row(s0=5, s1=5), {1: 1}, (0, 0, 0, 0)),
-    # Exactly a half is not more than a half.
+    # Exactly half is not more than half: a false positive.
     "half void": (row(s1=7, s0=3), {1: 149}, row(s0=4, s1=6), {1: 1}, (0, 0, 1, 0)),
-    # A crowd is neither missed nor matched, and who stands in it is no false alarm ...
+    # A crowd is neither missed nor matched, and segments inside it are not false positives ...
     "in a crowd": (row(s1=10), {1: -1}, row(s1=4, s2=4, s0=2), {1: 1, 2: 1}, (0, 0, 0, 0)),
-    "crowd found whole": (row(s1=10), {1: -1}, row(s1=10), {1: 1}, (0, 0, 0, 0)),
-    # ... unless it is of another category,
+    "whole crowd predicted": (row(s1=10), {1: -1}, row(s1=10), {1: 1}, (0, 0, 0, 0)),
+    # ... unless the crowd has another category.
     "in another's crowd": (row(s1=10), {1: -3}, row(s1=10), {1: 1}, (0, 0, 1, 0)),
-    # but crowd pixels stay in the union: 6 / 10, where void would make it 1.
-    "crowd beside": (row(s1=6, s2=4), {1: 1, 2: -1}, row(s1=10), {1: 1}, (0.6, 1, 0, 0)),
-    # Void and crowd excuse together: 2 + 2 of 6.
+    # But crowd pixels count in the union: 6 / 10; with void it would be 1.
+    "crowd nearby": (row(s1=6, s2=4), {1: 1, 2: -1}, row(s1=10), {1: 1}, (0.6, 1, 0, 0)),
+    # Void and crowd pixels are added: 2 + 2 of 6 are more than half.
     "void and crowd": (row(s1=4, s0=2, s2=4), {1: -1, 2: 149}, row(s0=2, s1=6, s0_=2), {1: 1}, (0, 0, 0, 0)),
-    # Stuff in one piece where the truth has two: 6 / 10 with one, and the other is missed.
+    # One predicted segment for two true ones: IoU 6 / 10 with one; the other is missed.
     "merged": (row(s1=6, s2=4), {1: 1, 2: 1}, row(s1=10), {1: 1}, (0.6, 1, 0, 1)),
-    # A category that the data do not have is void.
+    # A category that is not in the data counts as void.
     "unknown category": (row(s1=10), {1: 1}, row(s1=6, s2=4), {1: 1, 2: 12}, (0.6, 1, 0, 0)),
-    "nothing found": (row(s1=10), {1: 1}, row(s0=10), {}, (0, 0, 0, 1)),
+    "nothing predicted": (row(s1=10), {1: 1}, row(s0=10), {}, (0, 0, 0, 1)),
     "nothing there": (row(s0=10), {}, row(s0=10), {}, (0, 0, 0, 0)),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_counts_worked_out_by_hand(case):
+def test_counts_match_those_by_hand(case):
     *pair, (iou, matched, wrong, missed) = CASES[case]
     counts = quality_of([pair]).counts
     assert (counts.matched[0], counts.wrong[0], counts.missed[0]) == (matched, wrong, missed)
     assert counts.iou[0] == pytest.approx(iou)
 
 
-def test_figures_are_means_over_categories_that_occur():
-    # Person: IoU 0.6, one match, one false alarm. Road: matched whole. Car and sky: nothing.
+def test_metrics_are_means_over_categories_that_occur():
+    # Person: IoU 0.6, one match, one false positive. Road: IoU 1. Car and sky do not occur.
     quality = quality_of([(row(s1=10, s2=5), {1: 1, 2: 149}, row(s1=6, s3=4, s2=5), {1: 1, 2: 149, 3: 1})])
     figures = quality.figures()
     assert tuple(figures) == METRICS
@@ -481,7 +480,7 @@ scenes = st.builds(
 
 
 def random_scene(rng, count, crowds):
-    """A map (12, 16) of up to so many rectangles, and its segments as `quality_of` wants them."""
+    """An id map (12, 16) of at most `count` rectangles, and its segments in the form of `quality_of`."""
     ids, segments = np.zeros((12, 16), dtype=np.int64), {}
     for number in (rng.permutation(40)[:count] + 1).tolist():
         top, left = rng.integers(0, 9), rng.integers(0, 12)
@@ -492,7 +491,7 @@ def random_scene(rng, count, crowds):
 
 @settings(max_examples=80, deadline=None)
 @given(scenes, scenes)
-def test_quality_is_segmentation_times_recognition_whatever_the_ids(truth, found):
+def test_quality_is_segmentation_times_recognition_and_independent_of_ids(truth, found):
     found = (found[0], {number: abs(category) for number, category in found[1].items()})
     quality = quality_of([(*truth, *found)])
     pq, sq, rq = quality.by_category()
@@ -508,7 +507,7 @@ def test_quality_is_segmentation_times_recognition_whatever_the_ids(truth, found
 
 @settings(max_examples=40, deadline=None)
 @given(scenes)
-def test_the_truth_is_perfect(truth):
+def test_the_ground_truth_as_prediction_scores_one(truth):
     figures = quality_of([(*truth, truth[0], {i: abs(c) for i, c in truth[1].items()})]).figures()
     assert set(figures.values()) <= {1.0, -1.0}
 
@@ -527,16 +526,16 @@ def truth_of(root):
 
 
 def result(ids, categories, **more):
-    """A result from a map and its segments' categories by id."""
+    """A result with this id map and segments {id: category}."""
     return {"id_map": ids, "segments": [{"id": i, "category_id": c, **more} for i, c in categories.items()]}
 
 
 def perfect(image_id):
-    """The truth of an image as a result."""
+    """The ground truth of an image as a result."""
     return result(id_map_of(SCENES[image_id]), {i: category for i, (category, _, _) in SCENES[image_id].items()})
 
 
-def test_images_without_a_result_are_missed_and_each_counts_once(tmp_path, monkeypatch):
+def test_images_without_a_result_count_as_missed_and_repeated_images_once(tmp_path, monkeypatch):
     truth = truth_of(write_data(tmp_path))
     evaluator = PanopticEvaluator()
     evaluator.update([5, 2], [perfect(5), perfect(2)])
@@ -556,7 +555,7 @@ def test_images_without_a_result_are_missed_and_each_counts_once(tmp_path, monke
     assert after.counts.matched.tolist() == [1, 2, 2, 2]
 
 
-def test_an_image_whose_truth_cannot_be_read_is_left_out(tmp_path, caplog):
+def test_an_image_with_unreadable_ground_truth_is_left_out(tmp_path, caplog):
     truth = truth_of(write_data(tmp_path))
     evaluator = PanopticEvaluator()
     evaluator.update([9], [perfect(9)])
@@ -579,7 +578,7 @@ def test_an_image_whose_truth_cannot_be_read_is_left_out(tmp_path, caplog):
         ({"id_map": np.ones(SIZE, int), "segments": [{"id": 1, "category_id": 1}] * 2}, r"listed are \[1, 1\]"),
     ],
 )
-def test_results_that_contradict_themselves_are_refused(bad, message):
+def test_results_whose_map_and_segments_differ_are_refused(bad, message):
     with pytest.raises(ValueError, match=f"image 5: .*{message}"):
         PanopticEvaluator().update([5], [bad])
 
@@ -591,14 +590,14 @@ def test_results_of_another_size_are_refused(tmp_path):
         evaluator.evaluate(truth_of(write_data(tmp_path)))
 
 
-def test_written_results_are_data_again(tmp_path):
+def test_written_results_load_as_a_data_set(tmp_path):
     root, out = write_data(tmp_path / "data"), tmp_path / "out" / "results"
     truth, evaluator = truth_of(root), PanopticEvaluator()
     ids = perfect(9)["id_map"].copy()
     ids[:10] = 4
-    # An image that is not asked for, and a category that is none.
+    # Includes image 77 and category 12, which are not in the data.
     evaluator.update([5, 9, 77], [perfect(5), result(ids, {2**24 - 1: 187, 4: 12}, score=0.25), perfect(9)])
-    for _ in range(2):  # the second time in place of the first
+    for _ in range(2):  # the second call replaces the first result
         assert evaluator.write_results(out, truth.images, truth.categories) == 2
     assert sorted(path.name for path in out.parent.iterdir()) == ["results"]
     again = CocoPanoptic(root / "val2017", out / "panoptic.json", out / "panoptic", eval_transforms(SIZE[0], 200))
@@ -610,7 +609,7 @@ def test_written_results_are_data_again(tmp_path):
     assert len(again.coco_api().dataset["annotations"]) == 1
 
 
-def test_results_replace_nothing_else_and_stay_whole(tmp_path, monkeypatch):
+def test_results_replace_only_results_and_stay_complete(tmp_path, monkeypatch):
     truth, evaluator, out = truth_of(write_data(tmp_path / "data")), PanopticEvaluator(), tmp_path / "out"
     evaluator.update([5], [perfect(5)])
     evaluator.write_results(out, truth.images, truth.categories)
@@ -632,7 +631,7 @@ def test_results_replace_nothing_else_and_stay_whole(tmp_path, monkeypatch):
 
 
 def compare_with_hotcoco(evaluator, truth, folder):
-    """Our figures against those of hotcoco; skips the test where that is not installed."""
+    """Our metrics, compared with those of hotcoco; skips the test if hotcoco is not installed."""
     hotcoco = pytest.importorskip("hotcoco.panoptic", reason="hotcoco is not installed")
     evaluator.write_results(folder, truth.images, truth.categories)
     theirs = hotcoco.pq_compute(
@@ -647,12 +646,12 @@ def compare_with_hotcoco(evaluator, truth, folder):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_figures_agree_with_another_package(tmp_path, seed):
+def test_metrics_agree_with_another_package(tmp_path, seed):
     rng = np.random.default_rng(seed)
     truth, evaluator = {}, PanopticEvaluator()
     for image_id in range(1, 13):
         ids, segments = random_scene(rng, int(rng.integers(1, 7)), crowds=True)
-        # Several crowds of a category are where COCO's evaluation is different.
+        # With several crowds of one category COCO's evaluation differs, so keep at most one.
         crowds = [c for c in segments.values() if c < 0]
         segments = {i: abs(c) if crowds.count(c) > 1 else c for i, c in segments.items()}
         truth[image_id] = (ids, segments)
@@ -679,7 +678,7 @@ def test_figures_agree_with_another_package(tmp_path, seed):
 # Pictures -----------------------------------------------------------------------------------------------------------
 
 
-def test_segments_are_drawn_in_their_colours_and_void_is_left_alone():
+def test_segments_are_drawn_in_their_colours_and_void_is_unchanged():
     image, ids = np.full((480, 640, 3), 100, np.uint8), np.zeros((480, 640), np.int64)
     ids[100:400, 50:250], ids[100:400, 400:600] = 3, 4
     names = {1: "person", 187: "sky"}
@@ -689,7 +688,7 @@ def test_segments_are_drawn_in_their_colours_and_void_is_left_alone():
     for number, label in ((3, 187), (4, 1)):
         tint = (np.array(colour_of(label)) + 100) / 2
         assert np.abs(np.median(picture[ids == number], axis=0) - tint).max() <= 1
-        # The name stands in the middle, on its colour.
+        # The name is in the middle, on the label's colour.
         rows, columns = (ids == number).nonzero()
         middle = picture[
             int(rows.mean()) - 4 : int(rows.mean()) + 5, int(columns.mean()) - 20 : int(columns.mean()) + 20
@@ -698,7 +697,7 @@ def test_segments_are_drawn_in_their_colours_and_void_is_left_alone():
     assert np.array_equal(draw_panoptic(image, ids, [], names), image)
 
 
-def test_a_small_picture_is_enlarged_unless_told_not_to():
+def test_a_small_picture_is_enlarged_by_default():
     image, ids = np.zeros((*SIZE, 3), np.uint8), id_map_of(SCENES[5])
     segments, names = perfect(5)["segments"], panoptic_label_map(CATEGORIES).names
     assert draw_panoptic(image, ids, segments, names, enlarge=False).shape == image.shape
@@ -715,11 +714,11 @@ def test_pictures_need_an_image_and_a_map_of_its_size(image, ids):
 # Real data ----------------------------------------------------------------------------------------------------------
 
 
-def test_real_panoptic_images(coco_mini, tmp_path):
+def test_real_panoptic_images_load_evaluate_and_draw(coco_mini, tmp_path):
     images, file, masks = find_panoptic_split(str(coco_mini), str(coco_mini / "annotations"), "val")
     dataset = CocoPanoptic(images, file, masks, eval_transforms(160, 256))
     truth, evaluator = dataset.truth(), PanopticEvaluator()
-    # Of 210 images in the folder, those without a panoptic label are no part of the data set.
+    # The folder has 210 images; only the 26 with a panoptic annotation are in the data set.
     assert len(dataset) == len(truth.images) == 26 and len(list(images.iterdir())) == 210
     assert dataset.num_objects == 277 and dataset.label_map.num_classes == 250
     for i in range(4):

@@ -1,4 +1,4 @@
-"""Plots of runs: what is read from logs and evaluation records, what is drawn of it, and what is refused."""
+"""Plots of runs: reading logs and evaluation records, drawing them, and refusing bad input."""
 
 import builtins
 import errno
@@ -25,7 +25,7 @@ from enact_common.utils.errors import UserError
 
 
 def original_log(epochs=3, **more):
-    """Epochs as the original repositories log them."""
+    """Log rows in the format of the original repositories."""
     return [
         {
             "train_lr": 1e-5,
@@ -44,14 +44,14 @@ def original_log(epochs=3, **more):
 
 
 def write_log(folder, rows, end="\n"):
-    """A run's folder with a log of these rows."""
+    """Write a run's log with these rows; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "log.txt").write_text("\n".join(json.dumps(row) for row in rows) + end)
     return folder
 
 
 def evaluation_of(classes, level=0.5):
-    """An evaluation's record whose classes have the same precision, from `level` down, at all recalls."""
+    """An evaluation record; each class has one precision at all recalls, from `level` downwards."""
     recall = [i / 100 for i in range(101)]
     rows = []
     for i, name in enumerate(classes):
@@ -72,7 +72,7 @@ def evaluation_of(classes, level=0.5):
 
 
 def write_evaluation(folder, record):
-    """A run's folder with an evaluation's record."""
+    """Write a run's evaluation record; return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "evaluation.json").write_text(json.dumps(record))
     return folder
@@ -80,7 +80,7 @@ def write_evaluation(folder, record):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that are saved, rather than their files."""
+    """A list that collects the figures instead of saving them."""
     figures: list[Figure] = []
     for module in (curves, precision_recall):
         monkeypatch.setattr(module, "save", lambda figure, picture: figures.append(figure))
@@ -92,16 +92,16 @@ def lines(axes):
     return [[tuple(point) for point in line.get_xydata().tolist()] for line in axes.lines]
 
 
-def test_a_resumed_runs_last_word_on_an_epoch_counts(tmp_path):
+def test_the_last_log_row_of_an_epoch_counts_after_a_resume(tmp_path):
     rows = [{"epoch": epoch, "train_loss": loss} for epoch, loss in ((0, 9), (1, 8), (2, 7), (3, 6), (1, 5), (2, 4))]
     folder = write_log(tmp_path, rows, end='\n{"epoch": 3, "train_lo')
     epochs = read_epochs(folder)
-    # The run went back behind the second epoch: what had come after it is gone.
+    # The run resumed after its first epoch, so earlier rows of later epochs are dropped.
     assert series(epochs, "train_loss") == [(1, 9), (2, 5), (3, 4)]
     assert read_epochs(folder / "log.txt") == epochs
 
 
-def test_what_is_no_number_has_no_point(tmp_path):
+def test_values_that_are_not_numbers_have_no_point(tmp_path):
     values = [1.0, None, "2", float("nan"), True, [3.0], 4]
     epochs = [{"epoch": i, "test_loss": value} for i, value in enumerate(values)]
     assert series(epochs, "test_loss") == [(1, 1.0), (7, 4)]
@@ -109,7 +109,7 @@ def test_what_is_no_number_has_no_point(tmp_path):
     assert series(epochs, "test_loss", 1) == series(epochs, "train_loss") == []
 
 
-def test_runs_are_called_by_as_much_as_tells_them_apart(tmp_path):
+def test_run_names_are_the_shortest_that_differ(tmp_path):
     a, b, c = (tmp_path / name for name in ("one/enact", "two/enact", "two/plain"))
     assert run_names([a, c]) == ["enact", "plain"]
     assert run_names([a / "log.txt", b / "evaluation.json", c]) == ["one/enact", "two/enact", "two/plain"]
@@ -124,7 +124,7 @@ def test_runs_are_called_by_as_much_as_tells_them_apart(tmp_path):
 
 
 @pytest.mark.parametrize("runs", [1, 2, 3])
-def test_curves_are_the_logs_numbers(drawn, tmp_path, runs):
+def test_curves_show_the_numbers_of_the_log(drawn, tmp_path, runs):
     folders = [write_log(tmp_path / f"run{i}", original_log(3 + i)) for i in range(runs)]
     assert main([*map(str, folders), "--output", str(tmp_path / "curves.png")]) == 0
     (figure,) = drawn
@@ -132,7 +132,7 @@ def test_curves_are_the_logs_numbers(drawn, tmp_path, runs):
     epochs = [read_epochs(folder) for folder in folders]
     for axes, quantities in zip(figure.axes, CURVES.values(), strict=True):
         assert lines(axes) == [series(own, key, place) for own in epochs for _, key, place in quantities]
-    # Colours tell runs apart where there are several, else quantities.
+    # With several runs each run has a colour, otherwise each quantity.
     losses = figure.axes[0].lines
     assert len({line.get_color() for line in losses}) == max(runs, 2)
     texts = [figure.get_suptitle()] if runs == 1 else [text.get_text() for text in figure.legends[0].texts]
@@ -157,7 +157,7 @@ def test_a_precision_of_minus_one_has_no_point(drawn, tmp_path, measured):
     assert figure.get_suptitle() == ("run (AP 0.100 after 1 epochs)" if measured else "run")
 
 
-def test_one_runs_precision_by_recall(drawn, tmp_path):
+def test_precision_by_recall_of_one_run(drawn, tmp_path):
     folder = write_evaluation(tmp_path / "run", evaluation_of(["nut", "bolt"]))
     assert main(["precision-recall", str(folder), "--output", str(tmp_path / "pr.png")]) == 0
     (figure,) = drawn
@@ -168,7 +168,7 @@ def test_one_runs_precision_by_recall(drawn, tmp_path):
     assert legend == ["0.250  nut", "0.188  bolt", "0.219  mean of all classes"]
 
 
-def test_of_many_classes_the_best_and_the_worst_stand_out(drawn, tmp_path):
+def test_the_legend_of_many_classes_names_the_best_and_the_worst(drawn, tmp_path):
     names = [f"class {i}" for i in range(20)]
     folder = write_evaluation(tmp_path / "run", evaluation_of(names))
     assert main(["precision-recall", str(folder), "--output", str(tmp_path / "pr.png")]) == 0
@@ -183,21 +183,21 @@ def test_several_runs_have_a_panel_for_each_class(drawn, tmp_path, classes, pane
     names = [f"class {i}" for i in range(classes)]
     one, two = evaluation_of(names, 0.5), evaluation_of(names, 0.6)
     folders = [write_evaluation(tmp_path / name, record) for name, record in (("one", one), ("two", two))]
-    # The last class is where the second run loses.
+    # In the last class the second run is worse.
     two["classes"][-1]["AP50"] = 0.01
     write_evaluation(tmp_path / "two", two)
     assert main(["precision-recall", *map(str, folders), "--output", str(tmp_path / "pr.png")]) == 0
     shown = [axes for axes in drawn[0].axes if axes.get_visible()]
     titles = [axes.get_title() for axes in shown]
     assert len(titles) == panels and names[-1] in titles and names[0] in titles
-    # Two overlaps of each of two runs, each with its AP.
+    # One line per run and IoU (0.5, 0.75), each with its AP.
     panel = shown[titles.index(names[0])]
     assert [line.get_ydata()[0] for line in panel.lines] == pytest.approx([0.5, 0.25, 0.6, 0.3])
     assert {text.get_text() for text in panel.get_legend().texts} == {"0.500", "0.250", "0.600", "0.300"}
 
 
 @pytest.mark.parametrize("runs", [1, 2])
-def test_classes_of_one_name_are_told_apart_by_their_ids(drawn, tmp_path, runs):
+def test_classes_with_equal_names_show_their_ids(drawn, tmp_path, runs):
     folders = [write_evaluation(tmp_path / f"run{i}", evaluation_of(["nut", "bolt", "nut"])) for i in range(runs)]
     assert main(["precision-recall", *map(str, folders), "--output", str(tmp_path / "pr.png")]) == 0
     if runs == 1:
@@ -210,7 +210,7 @@ def test_classes_of_one_name_are_told_apart_by_their_ids(drawn, tmp_path, runs):
     assert heights == pytest.approx([0.5, 5 / 12, 1 / 3, 5 / 12])
 
 
-def test_a_name_is_the_same_class_whatever_its_id(drawn, tmp_path):
+def test_classes_of_two_runs_are_matched_by_name_not_id(drawn, tmp_path):
     other = evaluation_of(["bolt", "nut"])
     folders = [
         write_evaluation(tmp_path / name, record)
@@ -221,14 +221,14 @@ def test_a_name_is_the_same_class_whatever_its_id(drawn, tmp_path):
 
 
 def without_figures(record, place):
-    """The record with a class whose figures and curves are no numbers, as those of a broken model."""
+    """The record with one class whose AP and precision are None or NaN, like that of a broken model."""
     row = record["classes"][place]
     row |= {"AP": float("nan"), "AP50": None}
     row["precision"] = {key: [1.0, *[float("nan")] * 100] for key in row["precision"]}
     return record
 
 
-def test_what_is_no_number_is_left_out_of_an_evaluation(tmp_path):
+def test_values_that_are_not_numbers_are_left_out_of_an_evaluation(tmp_path):
     folder = write_evaluation(tmp_path / "run", without_figures(evaluation_of(["nut", "bolt"]), 0))
     nut, bolt = read_evaluation(folder)["classes"]
     assert (nut["AP"], nut["AP50"], nut["precision"]) == (None, None, {})
@@ -237,7 +237,7 @@ def test_what_is_no_number_is_left_out_of_an_evaluation(tmp_path):
 
 @pytest.mark.parametrize("runs", [1, 2])
 @pytest.mark.parametrize("classes", [2, 20])
-def test_a_class_without_figures_leaves_the_others_as_they_are(drawn, tmp_path, runs, classes):
+def test_a_class_without_metrics_does_not_affect_the_others(drawn, tmp_path, runs, classes):
     names = [f"class {i}" for i in range(classes)]
     records = [without_figures(evaluation_of(names), 0), evaluation_of(names)][:runs]
     folders = [write_evaluation(tmp_path / f"run{i}", record) for i, record in enumerate(records)]
@@ -246,17 +246,17 @@ def test_a_class_without_figures_leaves_the_others_as_they_are(drawn, tmp_path, 
         assert all(np.isfinite(line.get_ydata()).all() for line in axes.lines)
         assert not any("nan" in text.get_text() for text in axes.get_legend().texts)
     if runs == 1:
-        # Alone, a class needs no mean beside it.
+        # With a single drawable class there is no line for the mean.
         assert len(drawn[0].axes[0].lines) == (1 if classes == 2 else classes)
 
 
-# Read as formulas, these would be an error, and be written otherwise.
+# As formulas, the first is a syntax error and the second would look different.
 HOSTILE = ("$a_$", r"$x^2$ \$ 5")
 
 
 @pytest.mark.parametrize("runs", [1, 2])
 @pytest.mark.parametrize("command", ["curves", "precision-recall"])
-def test_names_are_no_formulas(tmp_path, command, runs):
+def test_names_are_not_read_as_formulas(tmp_path, command, runs):
     folders = []
     for i in range(runs):
         folder = write_log(tmp_path / f"run{i}", original_log())
@@ -271,9 +271,9 @@ def test_names_are_no_formulas(tmp_path, command, runs):
 
 @pytest.mark.parametrize("command, runs", [("curves", 2), ("precision-recall", 1), ("precision-recall", 2)])
 @pytest.mark.parametrize("installed", [True, False])
-def test_names_in_chinese_are_drawn_or_said(installed, command, runs, fonts, tmp_path, caplog, monkeypatch):
+def test_names_in_chinese_are_drawn_or_warned_about(installed, command, runs, fonts, tmp_path, caplog, monkeypatch):
     if installed:
-        # A family of its own: matplotlib remembers them.
+        # A new font family per test, since matplotlib caches families.
         make_font(fonts / f"{tmp_path.name}.ttf", "白血球红")
     classes = ["白血球", "红血球 $5", "Zelle"]
     folders = []
@@ -294,7 +294,7 @@ def test_names_in_chinese_are_drawn_or_said(installed, command, runs, fonts, tmp
     assert (said == []) if installed else (len(said) == 1 and "apt install fonts-noto-cjk" in said[0])
 
 
-def test_names_at_boxes_are_no_formulas(tmp_path):
+def test_names_at_boxes_are_not_read_as_formulas(tmp_path):
     image, truth = np.zeros((40, 60, 3), np.uint8), [{"bbox": [5, 5, 20, 20], "category_id": 1}]
     with matplotlib.rc_context({"svg.fonttype": "none"}):
         plot_detections([image], [truth], [[]], {1: HOSTILE[0]}, tmp_path / "picture.svg")
@@ -318,7 +318,7 @@ def test_a_picture_that_cannot_be_written_is_named(tmp_path, capsys, monkeypatch
 
 @pytest.mark.parametrize("suffix, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
 @pytest.mark.parametrize("command", ["curves", "precision-recall"])
-def test_the_suffix_says_which_kind_of_picture(tmp_path, capsys, command, suffix, start):
+def test_the_suffix_decides_the_picture_format(tmp_path, capsys, command, suffix, start):
     folder = write_evaluation(write_log(tmp_path / "run", original_log()), evaluation_of(["nut"]))
     picture = tmp_path / f"picture.{suffix}"
     assert main([command, str(folder), "--output", str(picture)]) == 0
@@ -349,7 +349,7 @@ def test_the_suffix_says_which_kind_of_picture(tmp_path, capsys, command, suffix
         ("curves {tmp}/run --output {tmp}/folder.png", "folder.png: cannot be written, there is a folder of this name"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(tmp_path, capsys, words, message):
+def test_bad_logs_records_and_outputs_are_refused(tmp_path, capsys, words, message):
     write_log(tmp_path / "run", original_log())
     write_log(tmp_path / "bare", [{"epoch": 0}])
     (tmp_path / "words.txt").write_text("no log at all\n3\n")

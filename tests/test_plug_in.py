@@ -1,4 +1,4 @@
-"""ENACT's attention plugged into models that were not made for it."""
+"""`plug_in`: ENACT's attention in models of other libraries."""
 
 import copy
 import importlib
@@ -25,7 +25,7 @@ close = partial(assert_close, rtol=1e-5, atol=1e-5)
 
 @pytest.fixture
 def clusters_of_one_token(monkeypatch):
-    """Every token is a region, so that windows are one token long."""
+    """Make every token a region, so that windows have one token."""
 
     def borders(signal: Tensor) -> Tensor:
         return torch.ones_like(signal[:, 1:], dtype=torch.bool)
@@ -34,7 +34,7 @@ def clusters_of_one_token(monkeypatch):
 
 
 def trained(model: nn.Module) -> nn.Module:
-    """The model with weights as after a training: biases that are not zero, norms that are not one."""
+    """The model with perturbed weights, so that no bias is zero and no norm weight is one."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -42,7 +42,7 @@ def trained(model: nn.Module) -> nn.Module:
 
 
 def torch_encoder(batch_first: bool = True, norm_first: bool = False, layers: int = 2, **settings) -> nn.Module:
-    """PyTorch's encoder of 16 channels and 4 heads, without dropout."""
+    """PyTorch's encoder with 16 channels and 4 heads, without dropout."""
     layer = nn.TransformerEncoderLayer(
         16, 4, 32, dropout=0.0, batch_first=batch_first, norm_first=norm_first, **settings
     )
@@ -50,7 +50,7 @@ def torch_encoder(batch_first: bool = True, norm_first: bool = False, layers: in
 
 
 class Stranger(nn.Module):
-    """Somebody's detector: an encoder layer and a decoder layer of their own, which ask for the weights by default."""
+    """A foreign detector with its own encoder and decoder layer; its calls leave need_weights at the default."""
 
     def __init__(self, **settings):
         super().__init__()
@@ -64,11 +64,11 @@ class Stranger(nn.Module):
 
 @pytest.fixture(scope="module")
 def transformers():
-    """Hugging Face's library, kept from the network."""
+    """Hugging Face's library in offline mode."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     library = pytest.importorskip("transformers")
     if not library.is_torch_available():
-        pytest.skip(f"transformers {library.__version__} has no use for PyTorch {torch.__version__}")
+        pytest.skip(f"transformers {library.__version__} does not support PyTorch {torch.__version__}")
     return library
 
 
@@ -98,7 +98,7 @@ def hugging_face(transformers, name: str, **settings) -> nn.Module:
 HUGGING_FACE = ("Detr", "ConditionalDetr")
 ENCODER_LAYERS = ["model.encoder.layers.0.self_attn", "model.encoder.layers.1.self_attn"]
 
-# What the two images of a batch are padded to, and the part of it that the second one fills.
+# The pixel mask of a batch of two images: the first fills it, the second fills 64 x 96 of 96 x 128 pixels.
 PIXEL_MASK = torch.zeros(2, 96, 128, dtype=torch.long)
 PIXEL_MASK[0] = 1
 PIXEL_MASK[1, :64, :96] = 1
@@ -109,12 +109,12 @@ PIXEL_MASK[1, :64, :96] = 1
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("batch_first", [False, True], ids=["length_first", "batch_first"])
 @pytest.mark.parametrize("norm_first", [False, True], ids=["post_norm", "pre_norm"])
-def test_pytorchs_encoder_computes_what_it_did(clusters_of_one_token, norm_first, batch_first, padded, training, grad):
+def test_pytorchs_encoder_gives_the_same_output(clusters_of_one_token, norm_first, batch_first, padded, training, grad):
     plain = torch_encoder(batch_first, norm_first).train(training)
     encoder = copy.deepcopy(plain)
     assert plug_in(encoder, mask_padding=padded) == ["layers.0.self_attn", "layers.1.self_attn"]
     x = torch.randn(3, 10, 16)
-    # At the ends, as where PyTorch would pass nested tensors.
+    # Padding at the end of sequences, for which PyTorch would use nested tensors.
     padding = torch.arange(10) >= torch.tensor([[10], [7], [4]]) if padded else None
     with torch.set_grad_enabled(grad):
         found, expected = (
@@ -122,11 +122,11 @@ def test_pytorchs_encoder_computes_what_it_did(clusters_of_one_token, norm_first
         )
     if not batch_first:
         found, expected = found.transpose(0, 1), expected.transpose(0, 1)
-    present = slice(None) if padding is None else ~padding  # what comes out at padding is anything
+    present = slice(None) if padding is None else ~padding  # outputs at padding are arbitrary
     close(found[present], expected[present])
 
 
-def test_one_layer_of_an_encoder_is_enough_to_keep_nested_tensors_away(clusters_of_one_token):
+def test_one_replaced_layer_turns_nested_tensors_off(clusters_of_one_token):
     plain = torch_encoder().eval()
     encoder = copy.deepcopy(plain)
     plug_in(encoder, where="layers.1.self_attn", mask_padding=True)
@@ -135,7 +135,7 @@ def test_one_layer_of_an_encoder_is_enough_to_keep_nested_tensors_away(clusters_
         close(encoder(x, src_key_padding_mask=padding)[~padding], plain(x, src_key_padding_mask=padding)[~padding])
 
 
-def test_of_pytorchs_transformer_the_encoder_alone_is_replaced(clusters_of_one_token):
+def test_only_the_encoder_of_pytorchs_transformer_is_replaced(clusters_of_one_token):
     plain = trained(nn.Transformer(16, 4, 2, 2, 32, dropout=0.0, batch_first=True)).eval()
     model = copy.deepcopy(plain)
     assert plug_in(model) == ["encoder.layers.0.self_attn", "encoder.layers.1.self_attn"]
@@ -145,7 +145,7 @@ def test_of_pytorchs_transformer_the_encoder_alone_is_replaced(clusters_of_one_t
 
 @pytest.mark.parametrize("scale_logits", [False, True], ids=["as_published", "scaled"])
 @pytest.mark.parametrize("bias", [False, True], ids=["no_bias", "bias"])
-def test_a_strangers_encoder_computes_what_it_did(clusters_of_one_token, bias, scale_logits):
+def test_a_foreign_encoder_gives_the_same_output(clusters_of_one_token, bias, scale_logits):
     plain = trained(Stranger(bias=bias))
     model = copy.deepcopy(plain)
     assert plug_in(model, scale_logits=scale_logits) == ["encoder.0.attn"]
@@ -155,7 +155,7 @@ def test_a_strangers_encoder_computes_what_it_did(clusters_of_one_token, bias, s
 
 
 @pytest.mark.parametrize("variant", ["detr", "conditional"])
-def test_our_plain_models_become_those_with_enact(variant, monkeypatch):
+def test_our_plain_models_become_models_with_enact(variant, monkeypatch):
     plain = trained(build(variant, *SMALL_MODEL[variant], "--encoder_attention", "mhsa")[0]).eval()
     images = nested_tensor_from_tensor_list([torch.rand(3, 64, 96), torch.rand(3, 96, 64)])
     plugged = copy.deepcopy(plain)
@@ -175,7 +175,7 @@ def test_our_plain_models_become_those_with_enact(variant, monkeypatch):
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("attention", [{}, {"attn_implementation": "eager"}], ids=["default", "eager"])
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_hugging_faces_models_compute_what_they_did(clusters_of_one_token, transformers, name, attention, padded):
+def test_hugging_faces_models_give_the_same_output(clusters_of_one_token, transformers, name, attention, padded):
     plain = hugging_face(transformers, name, **attention)
     model = copy.deepcopy(plain)
     assert plug_in(model, mask_padding=padded) == ENCODER_LAYERS
@@ -193,7 +193,7 @@ def encoder_and_inputs() -> tuple[nn.Module, dict]:
 
 @pytest.fixture(params=["torch", *HUGGING_FACE])
 def model_and_inputs(request):
-    """A plain model, and what to call it with: at least 60 tokens."""
+    """A plain model, and inputs with at least 60 tokens."""
     if request.param == "torch":
         return encoder_and_inputs()
     transformers = request.getfixturevalue("transformers")
@@ -211,7 +211,7 @@ def output(model: nn.Module, inputs: dict) -> Tensor:
     [{}, {"clusters": "regions", "per_image": True, "mask_padding": True, "max_clusters": 9}, {"temperature": 0.5}],
     ids=str,
 )
-def test_real_clusters_train_everything(model_and_inputs, settings):
+def test_all_parts_are_trained_with_real_clusters(model_and_inputs, settings):
     plain, inputs = model_and_inputs
     model = copy.deepcopy(plain)
     names = plug_in(model, 2.0, **settings)
@@ -222,19 +222,19 @@ def test_real_clusters_train_everything(model_and_inputs, settings):
     for name in names:
         attention = model.get_submodule(name)
         assert attention.sigma == 2.0 and attention.max_clusters == settings.get("max_clusters")
-        # A bias of the keys, or of the scores, shifts all logits alike: its gradient is zero but for rounding.
+        # W_k.bias and W_prob.bias shift all logits equally, so their gradients are only rounding.
         for part in ("W_prob.weight", "W_q.weight", "W_q.bias", "W_k.weight", "W_v.weight", "W_v.bias", "W_o.weight"):
             assert attention.get_parameter(part).grad.abs().max() > 0, part
 
 
-def test_state_dicts_and_copies(model_and_inputs):
+def test_state_dicts_and_copies_carry_the_scores(model_and_inputs):
     plain, inputs = model_and_inputs
     first, second = copy.deepcopy(plain), copy.deepcopy(plain)
     for model in (first, second):
         plug_in(model)
         model.eval()
     before = output(first, inputs)
-    # Each plugging draws scores of its own.
+    # Each plug_in call initializes W_prob randomly.
     assert not torch.equal(output(second, inputs), before)
     second.load_state_dict(first.state_dict())
     assert torch.equal(output(second, inputs), before)
@@ -247,7 +247,7 @@ def test_mask_padding_keeps_padding_out_of_hugging_faces_clusters(transformers):
     model = hugging_face(transformers, "Detr")
     plug_in(model, mask_padding=True, per_image=True)
     pixels = torch.rand(2, 3, 96, 128)
-    # The map has 3 x 4 cells, of which the second image fills 2 x 3: noise in all others.
+    # The map has 3 x 4 cells and the second image fills 2 x 3; put noise in all others.
     present = torch.ones(2, 3, 4, dtype=torch.bool)
     present[1, 2] = present[1, :, 3] = False
     noise = torch.randn(2, 32, 3, 4) * ~present.unsqueeze(1)
@@ -261,7 +261,7 @@ def test_mask_padding_keeps_padding_out_of_hugging_faces_clusters(transformers):
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)
-def test_hugging_faces_encoder_has_no_weights_to_return(transformers, name):
+def test_hugging_faces_encoder_returns_no_attention_weights(transformers, name):
     model = hugging_face(transformers, name, attn_implementation="eager")
     plug_in(model)
     out = model(pixel_values=torch.rand(1, 3, 96, 128), output_attentions=True)
@@ -271,7 +271,7 @@ def test_hugging_faces_encoder_has_no_weights_to_return(transformers, name):
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_type_mode_and_what_is_frozen_are_kept(dtype, training):
+def test_dtype_mode_and_frozen_parameters_are_kept(dtype, training):
     encoder = torch_encoder(layers=1, dtype=dtype).train(training)
     frozen = encoder.layers[0].self_attn
     frozen.in_proj_weight.requires_grad_(False)
@@ -292,7 +292,7 @@ def test_the_device_is_kept():
     assert {tensor.device.type for tensor in (*attention.parameters(), *attention.buffers())} == {"meta"}
 
 
-def test_biases_that_were_not_there_stay_zero():
+def test_missing_biases_become_zero_and_frozen():
     model = Stranger(bias=False)
     plug_in(model)
     attention = model.encoder[0]["attn"]
@@ -338,7 +338,7 @@ def test_a_shared_layer_stays_shared():
     ],
     ids=["pattern", "compiled", "function"],
 )
-def test_where_picks_by_name(where, names):
+def test_where_selects_by_name_pattern_or_function(where, names):
     model = Stranger()
     attentions = dict(model.named_modules())
     assert plug_in(model, where=where) == names
@@ -348,7 +348,7 @@ def test_where_picks_by_name(where, names):
 
 
 class EncoderBlock(nn.Module):
-    """An encoder by its class alone, which attends to something else too."""
+    """An encoder that only its class name shows to be one, with self- and cross-attention."""
 
     def __init__(self):
         super().__init__()
@@ -370,12 +370,12 @@ class EncoderDecoder(nn.Module):
         self.up = DecoderOfBlocks()
 
 
-def test_what_is_an_encoders_goes_by_names_and_classes():
+def test_encoders_are_recognized_by_names_and_classes():
     assert plug_in(EncoderDecoder()) == ["down.attn"]
 
 
 class OwnAttention(nn.MultiheadAttention):
-    """Who knows what it computes."""
+    """A subclass that may compute anything."""
 
 
 class LinearAttention(nn.Module):
@@ -410,7 +410,7 @@ def normed() -> nn.Module:
     ],
     ids=["kdim", "vdim", "bias_kv", "zero_attn", "subclass", "unknown", "enact", "hooks", "hooked_out", "normed_out"],
 )
-def test_one_attention_that_cannot_be_replaced_leaves_all(attention, reason):
+def test_nothing_is_replaced_if_one_attention_cannot_be(attention, reason):
     model = nn.ModuleDict({"first": nn.MultiheadAttention(16, 4), "second": attention()})
     before = dict(model.named_modules())
     with pytest.raises(ValueError, match=rf"second \(.*{reason}"):
@@ -418,7 +418,7 @@ def test_one_attention_that_cannot_be_replaced_leaves_all(attention, reason):
     assert dict(model.named_modules()) == before
 
 
-def test_adapters_on_hugging_faces_projections_are_named(transformers):
+def test_adapters_on_hugging_faces_projections_are_refused(transformers):
     model = hugging_face(transformers, "Detr")
     attention = model.model.encoder.layers[1].self_attn
     attention.k_proj = nn.Sequential(attention.k_proj)
@@ -427,7 +427,7 @@ def test_adapters_on_hugging_faces_projections_are_named(transformers):
     assert not any(isinstance(module, EnactSelfAttention) for module in model.modules())
 
 
-def test_a_module_that_also_stands_elsewhere_is_not_replaced_there_unasked():
+def test_a_module_shared_with_an_unselected_place_is_refused():
     model = Stranger()
     model.decoder["attn"] = model.encoder[0]["attn"]
     with pytest.raises(ValueError, match=r"encoder\.0\.attn.*same module as decoder\.attn"):
@@ -444,14 +444,14 @@ def test_a_module_that_also_stands_elsewhere_is_not_replaced_there_unasked():
         (Stranger, lambda name, module: False, r"decoder\.cross \(MultiheadAttention\)"),
         (Stranger, "*", "no regular expression"),
     ],
-    ids=["no_attention", "itself", "not_an_encoders", "pattern", "function", "no_pattern"],
+    ids=["no_attention", "itself", "no_encoder", "pattern", "function", "no_pattern"],
 )
-def test_nothing_to_replace(model, where, message):
+def test_models_without_a_matching_attention_are_refused(model, where, message):
     with pytest.raises(ValueError, match=message):
         plug_in(model(), where=where)
 
 
-def test_plugging_in_twice():
+def test_plugging_in_twice_is_refused():
     model = torch_encoder()
     plug_in(model)
     before = dict(model.named_modules())
@@ -471,7 +471,7 @@ def test_wrong_settings_replace_nothing(settings):
 
 
 @pytest.mark.parametrize("call", [{"need_weights": True}, {"attn_mask": torch.zeros(12, 12)}], ids=["weights", "mask"])
-def test_calls_that_clusters_cannot_answer_are_errors(call):
+def test_calls_that_need_weights_or_an_attention_mask_are_errors(call):
     model = Stranger()
     plug_in(model)
     model(torch.randn(12, 2, 16), need_weights=False, average_attn_weights=False)
@@ -506,7 +506,7 @@ ADDED = torch.zeros(2, 1, 3, 3).masked_fill(PADDED[:, None, None], torch.finfo(t
     [ADDED, ADDED.clamp(min=-torch.inf) * 2, ~PADDED[:, None, None].expand(-1, 1, 3, -1), ~PADDED, (~PADDED).long()],
     ids=["added", "infinite", "boolean", "flash_boolean", "flash"],
 )
-def test_hugging_faces_masks(mask):
+def test_padded_keys_of_hugging_faces_masks(mask):
     assert torch.equal(padded_keys(mask), PADDED)
 
 
@@ -517,7 +517,7 @@ def test_masks_of_other_forms_are_errors(mask):
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL))
-def test_the_page_runs(block, request, tmp_path, monkeypatch):
+def test_the_code_of_the_documentation_page_runs(block, request, tmp_path, monkeypatch):
     if "transformers" in block:
         request.getfixturevalue("transformers")
     monkeypatch.chdir(tmp_path)

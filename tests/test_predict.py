@@ -1,4 +1,4 @@
-"""Trained detectors in use: loaded from checkpoints of any origin, their results drawn, and the command line."""
+"""Prediction: loading checkpoints of any origin, detecting, drawing, and the command line."""
 
 import argparse
 import errno
@@ -43,13 +43,13 @@ from enact_common.models.backbone import FrozenNorm
 from enact_common.predict import FINEST_TIME, Input, VideoFile, plan
 from enact_common.variants import VARIANTS
 
-# Settings of ENACT that a detector has to take from its checkpoint.
+# ENACT settings that a detector must take from its checkpoint.
 CLUSTERED = "--enact_per_image --enact_max_clusters 5".split()
 
 
 @pytest.fixture(scope="module")
 def checkpoint_of(shapes, tmp_path_factory):
-    """From a variant and its attention to the checkpoint of one training step, made when it is first asked for."""
+    """A function (variant, attention) -> checkpoint of one training step, made on first use."""
     made = {}
 
     def checkpoint(variant: str, attention: str) -> Path:
@@ -67,7 +67,7 @@ def checkpoint_of(shapes, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(checkpoint_of):
-    """That of Conditional DETR with ENACT, where one will do."""
+    """A checkpoint of Conditional DETR with ENACT, for tests of one variant."""
     return checkpoint_of("conditional", "enact")
 
 
@@ -83,7 +83,7 @@ def photo(shapes) -> Path:
 
 
 def altered(checkpoint: Path, path: Path, **changes) -> Path:
-    """A copy of a checkpoint with other entries; None leaves one out."""
+    """A copy of a checkpoint with changed entries; None removes an entry."""
     state = torch.load(checkpoint, weights_only=True) | changes
     torch.save({key: value for key, value in state.items() if value is not None}, path)
     return path
@@ -106,7 +106,7 @@ def test_a_checkpoint_brings_its_variant_classes_and_settings(variant_and_attent
     torch.testing.assert_close(dict(detector.model.state_dict()), saved, rtol=0, atol=0)
 
 
-def test_detections_are_those_of_an_evaluation(variant_and_attention, checkpoint_of, shapes, tmp_path):
+def test_detections_match_those_of_an_evaluation(variant_and_attention, checkpoint_of, shapes, tmp_path):
     variant, attention = variant_and_attention
     path = checkpoint_of(variant, attention)
     argv = ["--coco_path", shapes, "--output_dir", tmp_path, *SMALL_MODEL[variant], "--encoder_attention", attention]
@@ -124,7 +124,7 @@ def test_detections_are_those_of_an_evaluation(variant_and_attention, checkpoint
             corners = np.clip((x, y, x + w, y + h), 0, np.tile((image["width"], image["height"]), 2))
             theirs.append([*corners, result["score"] * 1000, result["category_id"] * 1000])
         assert len(theirs) == len(own) > 0
-        # Scores so close that rounding decides on their order are no fault: each has its like in the other list.
+        # Match each detection to its nearest one, since rounding may swap detections with nearly equal scores.
         distance = torch.cdist(own.double(), torch.tensor(theirs), p=torch.inf)
         assert distance.amin(dim=0).max() < 0.05 and distance.amin(dim=1).max() < 0.05
 
@@ -144,7 +144,7 @@ def test_detections_are_sorted_named_and_inside_the_image(detector, photo):
     assert len(detector(photo, threshold=1)) == 0 and detector(photo, threshold=1).boxes.shape == (0, 4)
 
 
-def test_labels_without_a_category_are_no_detections(checkpoint, photo, tmp_path):
+def test_labels_without_a_category_are_not_detected(checkpoint, photo, tmp_path):
     label_map = {"category_ids": [7, None, 9, None, None, 12], "names": ["a", "N/A", "b", "N/A", "N/A", "c"]}
     detector = load_detector(altered(checkpoint, tmp_path / "some.pth", label_map=label_map), "cpu", threshold=0)
     found = detector(photo)
@@ -202,26 +202,26 @@ def test_grey_and_deep_images_become_eight_bits_of_three_colours(tmp_path):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_no_image_is_refused(image, said):
+def test_inputs_that_are_not_images_are_refused(image, said):
     with pytest.raises(ValueError, match=said):
         as_pixels(image)
 
 
-def test_detecting_leaves_the_model_as_it_was_and_gives_ordinary_tensors(detector, photo):
+def test_detecting_does_not_change_the_model_and_returns_ordinary_tensors(detector, photo):
     before = {name: tensor.clone() for name, tensor in detector.model.state_dict().items()}
     found = detector(photo)
     torch.testing.assert_close(dict(detector.model.state_dict()), before, rtol=0, atol=0)
     assert not detector.model.training and torch.is_grad_enabled()
     for tensor in (found.boxes, found.scores, found.labels, found.queries):
         assert not tensor.requires_grad and tensor.device.type == "cpu"
-        # Would fail for tensors of inference mode.
+        # An in-place update fails for inference tensors.
         tensor += 1
 
 
 def test_norms_are_folded_once_and_channels_are_innermost(checkpoint_of, photo, tmp_path):
     checkpoint = checkpoint_of("detr", "enact")
     state = torch.load(checkpoint, weights_only=True)
-    # As from a training with frozen norms, which know no count of batches.
+    # Imitates a training with frozen norms, which have no num_batches_tracked.
     weights = {name: tensor for name, tensor in state["model"].items() if not name.endswith("num_batches_tracked")}
     args = {**state["args"], "backbone_norm": "frozen"}
     frozen = altered(checkpoint, tmp_path / "frozen.pth", model=weights, args=args)
@@ -235,11 +235,11 @@ def test_norms_are_folded_once_and_channels_are_innermost(checkpoint_of, photo, 
     second = detector(photo)
     assert all(norm.folded[1] is weight for norm, weight in zip(norms, folded, strict=True))
     torch.testing.assert_close(second.boxes, first.boxes, rtol=0, atol=0)
-    # Norms whose statistics are the same but that could train are not folded.
+    # Trainable batch norms with the same statistics are not folded but give the same boxes.
     torch.testing.assert_close(load_detector(checkpoint, "cpu", threshold=0)(photo).boxes, first.boxes)
 
 
-def test_a_detector_runs_in_the_precision_that_is_asked_for(detector, checkpoint, photo):
+def test_a_detector_runs_in_the_requested_precision(detector, checkpoint, photo):
     narrow = load_detector(checkpoint, "cpu", threshold=0, amp="bf16")
     seen = []
     layer = narrow.model.transformer.encoder.layers[0].linear1
@@ -251,13 +251,13 @@ def test_a_detector_runs_in_the_precision_that_is_asked_for(detector, checkpoint
 
 
 @pytest.mark.parametrize("amp, said", [("fp16", "fp16 needs a GPU"), ("int8", "no such precision; pass one of none")])
-def test_a_precision_that_is_not_there_is_refused(checkpoint, amp, said):
+def test_an_unavailable_precision_is_refused(checkpoint, amp, said):
     with pytest.raises(UserError, match=said):
         load_detector(checkpoint, "cpu", amp=amp)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_original_checkpoints_say_no_variant_and_no_classes(variant, checkpoint_of, tmp_path):
+def test_original_checkpoints_load_without_variant_and_class_names(variant, checkpoint_of, tmp_path):
     ours = torch.load(checkpoint_of(variant, "mhsa"), weights_only=True)
     kept = "hidden_dim nheads dim_feedforward enc_layers dec_layers num_queries dilation backbone position_embedding "
     kept = (kept + "pre_norm num_query_position num_query_pattern").split()
@@ -270,27 +270,27 @@ def test_original_checkpoints_say_no_variant_and_no_classes(variant, checkpoint_
     assert detector.label_map.category_ids == tuple(range(6))
 
 
-def test_weights_alone_are_told_by_their_names_and_shapes(variant_and_attention, tmp_path):
+def test_variant_and_settings_are_inferred_from_weights(variant_and_attention, tmp_path):
     variant, attention = variant_and_attention
     model, _, _ = build(variant, *SMALL_MODEL[variant], "--encoder_attention", attention)
     state = {"model": model.state_dict(), "args": {}}
     assert variant_of(state) == variant
     args, label_map = arguments_of(state, variant)
     assert (args.encoder_attention, args.backbone, args.backbone_norm) == (attention, "resnet18", "batch")
-    # As many labels as COCO has ids.
+    # The model has as many labels as COCO has ids, hence COCO's names.
     assert label_map.names == coco_names() and label_map.category_ids[:2] == (None, 1)
 
 
-def test_weights_alone_of_the_published_size_are_enough(photo, tmp_path):
+def test_weights_of_the_published_size_load_without_arguments(photo, tmp_path):
     model, _, _ = build("detr", "--backbone", "resnet18", "--backbone_weights", "none", "--encoder_attention", "mhsa")
     torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
     detector = load_detector(tmp_path / "weights.pth", "cpu", threshold=0)
     assert (detector.variant, detector.args.backbone_norm) == ("detr", "frozen")
-    detector._resize = lambda image, target: (image, target)  # 800 pixels would take their time
+    detector._resize = lambda image, target: (image, target)  # skips the slow resize to 800 pixels
     assert {*detector(photo).names} <= {*coco_names()} - {"N/A"}
 
 
-def test_averaged_weights_go_before_the_others(checkpoint, tmp_path):
+def test_ema_weights_are_preferred(checkpoint, tmp_path):
     averaged = torch.load(checkpoint, weights_only=True)["model"]
     averaged = {name: tensor + 1 if name == "class_embed.bias" else tensor for name, tensor in averaged.items()}
     detector = load_detector(altered(checkpoint, tmp_path / "averaged.pth", model_ema=averaged), "cpu")
@@ -323,9 +323,9 @@ def without(checkpoint: Path, name: str) -> dict:
             "made with --backbone swin_t; the variant conditional has resnet18",
         ),
     ],
-    ids=["missing", "text", "cut", "list", "other keys", "other model", "tensor lost", "other variant", "backbone"],
+    ids=["missing", "text", "cut off", "list", "other keys", "other model", "tensor lost", "other variant", "backbone"],
 )
-def test_what_is_no_checkpoint_of_a_detector_is_named(write, said, checkpoint, tmp_path):
+def test_files_that_are_not_checkpoints_of_a_detector_are_refused(write, said, checkpoint, tmp_path):
     path = tmp_path / "some.pth"
     write(path, checkpoint)
     with pytest.raises(UserError, match=said) as error:
@@ -333,7 +333,7 @@ def test_what_is_no_checkpoint_of_a_detector_is_named(write, said, checkpoint, t
     assert str(path) in str(error.value)
 
 
-def test_a_device_that_is_not_here_is_refused(checkpoint):
+def test_an_unavailable_device_is_refused(checkpoint):
     with pytest.raises(UserError, match="--device warp: not a device"):
         load_detector(checkpoint, "warp")
 
@@ -342,7 +342,7 @@ def test_a_device_that_is_not_here_is_refused(checkpoint):
 
 
 def random_boxes(count: int, width: int, height: int, largest: float = 0.3, seed: int = 0) -> np.ndarray:
-    """Boxes (count, 4), xyxy, in and across the edges of a picture."""
+    """Boxes (count, 4), xyxy, inside a picture and across its edges."""
     random = np.random.default_rng(seed)
     sides, centres = random.uniform(0.02, largest, (count, 2)), random.uniform(0, 1, (count, 2))
     return np.concatenate((centres - sides / 2, centres + sides / 2), axis=1) * np.tile((width, height), 2)
@@ -353,7 +353,7 @@ SIZES = [(32, 32), (480, 640), (3000, 4000), (10, 2000), (900, 20), (1, 1), (8, 
 
 
 @pytest.mark.parametrize("height, width", SIZES, ids=str)
-def test_a_picture_of_any_size_holds_all_of_its_labels(height, width):
+def test_labels_fit_into_pictures_of_any_size(height, width):
     factor = enlargement(height, width)
     pixels = np.full((height, width, 3), 90, np.uint8)
     boxes, labels = random_boxes(40, width, height), np.arange(40) % 5
@@ -372,7 +372,7 @@ def test_a_picture_of_any_size_holds_all_of_its_labels(height, width):
             assert (place[2:] - place[:2]).tolist() == [label.width, label.height]
             assert (place >= 0).all() and (place <= np.tile((width, height), 2)).all()
             assert label.text.endswith("0.50")
-    # Only where a line of text is taller than the picture, or a score wider, is one left out.
+    # A label is left out only if a line of text is taller than the picture, or a score wider.
     assert (None in written) == (height < 19)
     assert size >= 10
 
@@ -398,23 +398,23 @@ def test_small_pictures_are_enlarged_by_a_whole_factor(shape, factor):
     ).all()
 
 
-def test_labels_keep_out_of_each_others_way_where_there_is_room():
+def test_labels_do_not_overlap_if_there_is_room():
     boxes = random_boxes(25, 640, 480, largest=0.15)
-    # Two objects at one place, and one in each corner.
+    # Some objects share a place, and one is in each corner.
     corners = [(0, 0, 30, 20), (610, 0, 640, 20), (0, 460, 30, 480), (610, 460, 640, 480)]
     boxes = np.concatenate((boxes, boxes[:2], boxes[:1], corners)).clip(0, [640, 480, 640, 480])
     written, _ = fit_labels([("person", "0.90")] * len(boxes), [0] * len(boxes), 640, 480)
     places = place_labels(boxes, written, 640, 480)
     common = overlaps(places, places)
     np.fill_diagonal(common, 0)
-    # Where three objects are at one place, edges may touch.
+    # Three objects share a place, so labels may overlap slightly there.
     assert common.max() < 0.1 * written[0].width * written[0].height and (common > 0).sum() <= 4
-    # And they stay at their boxes.
+    # Labels stay next to their boxes.
     grown = boxes + np.array([-1, -1, 1, 1]) * np.tile((written[0].width, written[0].height), 2)
     assert all(overlaps(place[None], box[None]) > 0 for place, box in zip(places, grown, strict=True))
 
 
-def test_a_box_is_drawn_where_it_is_in_the_colour_of_its_label():
+def test_a_box_is_drawn_at_its_place_in_the_colour_of_its_label():
     pixels = np.zeros((480, 640, 3), np.uint8)
     drawn = draw_detections(pixels, [[100, 200, 300, 400]], ["x"], [0.5], [3])
     rows, columns = np.nonzero((drawn == colour_of(3)).all(axis=-1))
@@ -450,15 +450,15 @@ def test_tensors_arrays_and_lists_are_drawn_alike():
         (torch.zeros(9, 9, 3, dtype=torch.uint8), ["a"]),
         (np.zeros((9, 9, 3), np.uint8), ["a", "b"]),
     ],
-    ids=["grey", "float", "array, colours first", "tensor, colours last", "a name too many"],
+    ids=["grey", "float", "array, colours first", "tensor, colours last", "surplus name"],
 )
 @pytest.mark.parametrize("scores", [[0.5], None])
-def test_what_cannot_be_drawn_is_refused(pixels, names, scores):
+def test_drawing_refuses_other_image_formats_and_surplus_names(pixels, names, scores):
     with pytest.raises(ValueError):
         draw_detections(pixels, [[0, 0, 5, 5]], names, scores, [0])
 
 
-def test_labels_have_different_colours_that_their_text_can_be_read_on():
+def test_labels_have_different_colours_with_readable_text():
     colours = [colour_of(label) for label in range(len(PALETTE) * len(SHADES))]
     apart = torch.cdist(*[torch.tensor(colours, dtype=torch.float64)] * 2).fill_diagonal_(torch.inf)
     assert apart.min() > 30
@@ -466,12 +466,12 @@ def test_labels_have_different_colours_that_their_text_can_be_read_on():
     for colour in colours:
         linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(colour) / 255]
         light, dark = sorted((np.dot(linear, (0.2126, 0.7152, 0.0722)), ink_on(colour)[0] / 255), reverse=True)
-        assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG's level AA
+        assert (light + 0.05) / (dark + 0.05) >= 4.5  # WCAG level AA
 
 
 @pytest.fixture
 def no_fonts(monkeypatch):
-    """A machine with no font but Pillow's own."""
+    """Simulates a machine whose only font is Pillow's built-in one."""
     monkeypatch.setattr(drawing_fonts, "font_sources", lambda: (drawing_fonts.OWN_FONT,))
     drawing_fonts._said.clear()
     readable_name.cache_clear()
@@ -490,18 +490,18 @@ def no_fonts(monkeypatch):
         ("", "class 4"),
     ],
 )
-def test_names_that_no_font_has_are_drawn_as_what_can_be(name, written, no_fonts, caplog):
+def test_names_without_a_font_are_transliterated_or_numbered(name, written, no_fonts, caplog):
     assert readable_name(name, 4)[0] == written
-    # No font helps where there is no name.
+    # An empty name gives no warning, since no font would help.
     assert (len(caplog.records) == 0) == (written == " ".join(name.split()) or not name)
     draw_detections(np.zeros((100, 100, 3), np.uint8), [[0, 0, 50, 50]], [name], [0.5], [4])
 
 
-def test_a_font_that_is_installed_is_found_whatever_its_name(fonts, caplog):
+def test_an_installed_font_is_found_whatever_its_name(fonts, caplog):
     names = ("白血球", "セル", "세포")
     for name in names:
         assert readable_name(name, 4)[0] == "class 4"
-    # Once for all of them.
+    # One warning for all names.
     (record,) = caplog.records
     assert "apt install fonts-noto-cjk" in record.getMessage() and "白血球" in record.getMessage()
     make_font(fonts / "of mine" / "Anything-Bold.ttf", "".join(names))
@@ -525,13 +525,13 @@ def test_another_script_needs_another_package(fonts, caplog):
 
 
 def test_names_in_other_scripts_are_drawn_by_a_font_that_has_them():
-    pytest.importorskip("matplotlib")  # comes with one
+    pytest.importorskip("matplotlib")  # brings such a font
     for name in ("Эритроцит", "αιμοσφαίριο", "łódź"):
         written, source = readable_name(name, 0)
         assert written == name and source != drawing_fonts.OWN_FONT
 
 
-def test_a_name_is_cut_before_its_score():
+def test_a_long_name_is_shortened_and_its_score_kept():
     texts = [fit_label("a long name", drawing_fonts.OWN_FONT, "0.75", 13, width, 40) for width in (200, 80, 45, 20)]
     assert [label and label.text for label in texts][::2] == ["a long name  0.75", "0.75"]
     assert texts[1].text.startswith("a") and texts[1].text.endswith("...  0.75") and texts[1].width <= 80
@@ -545,7 +545,7 @@ def test_a_name_is_cut_before_its_score():
 def write_video(
     path: Path, count: int = 6, size: tuple[int, int] = (64, 48), codec: str = "mp4v", rate: float = 12.5
 ) -> Path:
-    """A video of noise."""
+    """Write a video of noise; return its path."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*codec), rate, size)
     random = np.random.default_rng(0)
     for _ in range(count):
@@ -555,7 +555,7 @@ def write_video(
 
 
 def read_video(path: Path) -> tuple[float, list[np.ndarray]]:
-    """Frames a second, and the frames."""
+    """The frame rate in frames per second, and the frames."""
     reader, frames = cv2.VideoCapture(str(path)), []
     while (frame := reader.read())[0]:
         frames.append(frame[1])
@@ -563,7 +563,7 @@ def read_video(path: Path) -> tuple[float, list[np.ndarray]]:
 
 
 def call(checkpoint: Path, output: Path, *inputs, threshold: float = 0) -> int:
-    """The exit status of the command line."""
+    """Run the command line; return its exit status."""
     words = ["--checkpoint", checkpoint, "--output_dir", output, "--threshold", threshold, "--device", "cpu", *inputs]
     return predict.main([str(word) for word in words])
 
@@ -572,13 +572,13 @@ def read_predictions(output: Path) -> list[dict]:
     return json.loads((output / "predictions.json").read_text())
 
 
-def written_in(output: Path) -> list[str]:
+def files_in(output: Path) -> list[str]:
     return sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if path.is_file())
 
 
 @pytest.fixture
 def folder(photo, tmp_path) -> Path:
-    """Images of all kinds, with equal names, in sub-folders; a video; and files that are none of them."""
+    """A folder with images of all kinds, equal names and sub-folders, a video, and files that are neither."""
     folder = tmp_path / "in"
     (folder / "b").mkdir(parents=True)
     image = Image.open(photo)
@@ -596,13 +596,13 @@ def folder(photo, tmp_path) -> Path:
     return folder
 
 
-def test_a_folder_of_all_kinds(checkpoint, detector, folder, tmp_path, capsys):
+def test_a_folder_of_images_videos_and_other_files_is_predicted(checkpoint, detector, folder, tmp_path, capsys):
     output = tmp_path / "out"
     assert call(checkpoint, output, folder) == 1
     said = capsys.readouterr()
     order = ["A.tif", "a.jpg", "a.png", "broken.png", "c.avi", "b/a.gif", "b/a.jpg", "b/deep.PNG"]
     pictures = ["A.png", "a_2.jpg", "a_3.png", "c.mp4", "b/a.png", "b/a_2.jpg", "b/deep.png"]
-    assert written_in(output) == sorted([*pictures, "predictions.json"])
+    assert files_in(output) == sorted([*pictures, "predictions.json"])
     assert f"skipped: {folder / 'broken.png'}" in said.err and "Traceback" not in said.err
     entries = read_predictions(output)
     assert f"6 images, 1 video (6 frames), {len(entries)} detections, 3 skipped; " in said.out
@@ -610,7 +610,7 @@ def test_a_folder_of_all_kinds(checkpoint, detector, folder, tmp_path, capsys):
     assert "; no reader for .heic: save such images as JPEG or PNG" in said.err
     assert str(output) in said.out
 
-    # Numbered in order; the broken file has a number too, and the video one for each frame.
+    # Image ids follow the order; the broken file uses up an id, and the video one per frame.
     numbers = {(entry["file_name"], entry.get("frame")): entry["image_id"] for entry in entries}
     first = {"A.tif": 1, "a.jpg": 2, "a.png": 3, "c.avi": 5, "b/a.gif": 11, "b/a.jpg": 12, "b/deep.PNG": 13}
     for name in order:
@@ -622,7 +622,7 @@ def test_a_folder_of_all_kinds(checkpoint, detector, folder, tmp_path, capsys):
                 assert picture.size == (480, 384) and picture.mode == "RGB"
     assert len(numbers) == 12
 
-    # The numbers are those of the detector, in COCO's form.
+    # The entries are the detector's results in COCO format.
     found = detector(folder / "a.png")
     mine = [entry for entry in entries if entry["image_id"] == 3]
     assert [entry["category_id"] for entry in mine] == found.category_ids
@@ -632,7 +632,7 @@ def test_a_folder_of_all_kinds(checkpoint, detector, folder, tmp_path, capsys):
     torch.testing.assert_close(torch.tensor([entry["score"] for entry in mine]), found.scores, rtol=0, atol=1e-5)
 
 
-def test_folders_are_searched_with_what_links_lead_to_but_not_for_hidden_files(tmp_path):
+def test_folders_are_searched_through_links_and_without_hidden_files(tmp_path):
     root, pool, output = tmp_path / "in", tmp_path / "pool", tmp_path / "in" / "out"
     for name in ("in/b.jfif", "in/a.tga", "in/.c.jpg", "in/.d/e.jpg", "pool/f.mp4", "in/out/g.png"):
         path = tmp_path / name
@@ -643,7 +643,7 @@ def test_folders_are_searched_with_what_links_lead_to_but_not_for_hidden_files(t
     files, searched = predict.find_files([str(root)], output)
     assert [place.as_posix() for _, place in files] == ["a.tga", "b.jfif", "link/f.mp4"]
     assert len(searched[str(root)].hidden) == 2 and len(searched[str(root)].again) == 1
-    # A file that the user names is taken.
+    # A hidden file or folder that the user names is taken.
     assert len(predict.find_files([str(root / ".c.jpg"), str(root / ".d")], output)[0]) == 2
     (tmp_path / "phone").mkdir()
     (tmp_path / "phone" / "a.heic").touch()
@@ -651,9 +651,9 @@ def test_folders_are_searched_with_what_links_lead_to_but_not_for_hidden_files(t
         predict.find_files([str(tmp_path / "phone")], output)
 
 
-def test_images_without_detections_are_written_too(checkpoint, photo, tmp_path, capsys):
+def test_images_without_detections_are_written(checkpoint, photo, tmp_path, capsys):
     assert call(checkpoint, tmp_path / "out", photo, threshold=1) == 0
-    assert written_in(tmp_path / "out") == sorted([photo.name, "predictions.json"])
+    assert files_in(tmp_path / "out") == sorted([photo.name, "predictions.json"])
     assert read_predictions(tmp_path / "out") == []
     assert "1 image, 0 detections, 0 skipped" in capsys.readouterr().out
     with Image.open(tmp_path / "out" / photo.name) as picture, Image.open(photo) as original:
@@ -661,15 +661,15 @@ def test_images_without_detections_are_written_too(checkpoint, photo, tmp_path, 
         assert np.abs(difference).mean() < 2
 
 
-def test_predicting_again_gives_the_same_even_into_the_folder_itself(checkpoint, photo, tmp_path):
+def test_predicting_again_into_the_input_folder_gives_the_same(checkpoint, photo, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     (folder / photo.name).write_bytes(photo.read_bytes())
     seen = []
     for _ in range(2):
-        # A file that is named twice is taken once.
+        # A file that is given twice is predicted once.
         assert call(checkpoint, folder / "found", folder, folder / photo.name) == 0
-        seen.append((written_in(folder), read_predictions(folder / "found")))
+        seen.append((files_in(folder), read_predictions(folder / "found")))
     assert seen[0] == seen[1] and len(seen[0][0]) == 3
 
 
@@ -682,13 +682,13 @@ def test_a_video_keeps_its_rate_and_size(checkpoint, tmp_path, capsys):
     assert sorted(Counter((entry["image_id"], entry["frame"]) for entry in entries)) == [(i + 1, i) for i in range(6)]
     assert {entry["file_name"] for entry in entries} == {str(video)}
     assert "0 images, 1 video (6 frames)" in capsys.readouterr().out
-    assert written_in(tmp_path / "out") == ["clip.mp4", "predictions.json"]
+    assert files_in(tmp_path / "out") == ["clip.mp4", "predictions.json"]
 
 
-def test_a_video_of_an_awkward_rate_is_written_and_the_files_after_it_too(checkpoint, photo, tmp_path):
+def test_a_video_with_an_odd_rate_and_later_files_are_written(checkpoint, photo, tmp_path):
     video = write_video(tmp_path / "clip.avi", codec="MJPG", rate=239.987)
     assert call(checkpoint, tmp_path / "out", video, photo) == 0
-    assert written_in(tmp_path / "out") == sorted(["clip.mp4", photo.name, "predictions.json"])
+    assert files_in(tmp_path / "out") == sorted(["clip.mp4", photo.name, "predictions.json"])
     rate, frames = read_video(tmp_path / "out" / "clip.mp4")
     assert len(frames) == 6 and rate == pytest.approx(239.987, abs=0.01)
 
@@ -698,7 +698,7 @@ def test_a_video_of_an_awkward_rate_is_written_and_the_files_after_it_too(checkp
     [(30000 / 1001, 29.97), (24000 / 1001, 23.976), (655.3456, 655.35), (1e5, FINEST_TIME), (1e12, FINEST_TIME)]
     + [(1 / 3, 0.333), (1e-4, 0.01)],
 )
-def test_any_rate_can_be_written(rate, written, tmp_path):
+def test_videos_of_any_rate_can_be_written(rate, written, tmp_path):
     with VideoFile(tmp_path / "clip.mp4", rate) as video:
         for shade in (50, 200):
             video.write(np.full((48, 64, 3), shade, np.uint8))
@@ -707,17 +707,17 @@ def test_any_rate_can_be_written(rate, written, tmp_path):
 
 
 def test_a_video_that_cannot_be_written_is_skipped(checkpoint, photo, tmp_path, capsys):
-    # MPEG-4 has thirteen bits for a side.
+    # MPEG-4 stores a side in 13 bits, so 8200 pixels are too many.
     wide = write_video(tmp_path / "wide.avi", count=2, size=(8200, 16), codec="MJPG")
     assert call(checkpoint, tmp_path / "out", wide, photo) == 1
     said = capsys.readouterr()
     assert f"skipped: {tmp_path / 'out' / 'wide.mp4'}: cannot be written as MPEG-4 of 8200 x 16 pixels" in said.err
     assert "1 image, " in said.out and "1 skipped;" in said.out and "video" not in said.out.split(";")[0]
-    assert written_in(tmp_path / "out") == sorted([photo.name, "predictions.json"])
+    assert files_in(tmp_path / "out") == sorted([photo.name, "predictions.json"])
     assert {entry["image_id"] for entry in read_predictions(tmp_path / "out")} == {2}
 
 
-def test_frames_of_odd_or_changing_size_all_reach_the_video(tmp_path):
+def test_frames_of_odd_or_changing_size_are_all_written(tmp_path):
     with VideoFile(tmp_path / "clip.mp4", 10) as video:
         for height, width in ((47, 65), (47, 65), (30, 40)):
             video.write(np.full((height, width, 3), (250, 20, 20), np.uint8))
@@ -726,10 +726,10 @@ def test_frames_of_odd_or_changing_size_all_reach_the_video(tmp_path):
     assert rate == 10 and [frame.shape for frame in frames] == [(48, 66, 3)] * 3
     for frame in frames:  # OpenCV's order is blue, green, red
         assert frame[..., 2].min() > 200 and frame[..., 0].max() < 70
-    assert written_in(tmp_path) == ["clip.mp4"]
+    assert files_in(tmp_path) == ["clip.mp4"]
 
 
-def test_videos_that_end_early_or_are_none_are_named_and_counted(checkpoint, photo, tmp_path, capsys):
+def test_truncated_and_unreadable_videos_are_named_and_counted(checkpoint, photo, tmp_path, capsys):
     whole = write_video(tmp_path / "whole.avi", count=12, codec="MJPG").read_bytes()
     (tmp_path / "cut.avi").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "none.mp4").write_text("no video")
@@ -740,14 +740,14 @@ def test_videos_that_end_early_or_are_none_are_named_and_counted(checkpoint, pho
     assert f"incomplete: {tmp_path / 'cut.avi'}: ends after {frames} of its 12 frames" in said.err
     assert f"skipped: {tmp_path / 'none.mp4'}: not a video that can be read" in said.err
     assert f"1 image, 1 video ({frames} frames)" in said.out and "1 skipped, 1 incomplete;" in said.out
-    assert written_in(tmp_path / "out") == sorted(["cut.mp4", photo.name, "predictions.json"])
-    # The file that is no video has the number after the last frame's.
+    assert files_in(tmp_path / "out") == sorted(["cut.mp4", photo.name, "predictions.json"])
+    # The unreadable video uses up the image id after the last frame.
     assert read_predictions(tmp_path / "out")[-1]["image_id"] == frames + 2
 
 
-def test_a_video_is_complete_though_its_sound_is_longer(checkpoint, tmp_path, capsys):
+def test_a_video_with_longer_sound_counts_as_complete(checkpoint, tmp_path, capsys):
     video = write_video(tmp_path / "clip.mkv", codec="MJPG")
-    # Matroska says how long the longest track is, in an element of this name and size, and no number of frames.
+    # Matroska has no frame count; this element holds the duration of the longest track.
     before, mark, after = video.read_bytes().partition(b"\x44\x89\x88")
     (duration,) = struct.unpack(">d", after[:8])
     video.write_bytes(before + mark + struct.pack(">d", 2 * duration) + after[8:])
@@ -758,7 +758,7 @@ def test_a_video_is_complete_though_its_sound_is_longer(checkpoint, tmp_path, ca
 
 
 def turned_photo(path: Path, orientation: int, **options) -> Path:
-    """A photo of 64 x 80 stored pixels, blocks of random colours, that EXIF turns."""
+    """Write a photo of random blocks, stored as 64 x 80 pixels, with this EXIF orientation; return its path."""
     blocks = np.random.default_rng(3).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -766,29 +766,29 @@ def turned_photo(path: Path, orientation: int, **options) -> Path:
     return path
 
 
-def seen_by_viewers(path: Path) -> np.ndarray:
+def upright_pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
-def test_photos_of_all_formats_are_turned_as_viewers_do(suffix, orientation, tmp_path):
+def test_photos_of_all_formats_are_rotated_as_in_viewers(suffix, orientation, tmp_path):
     options = {".jpg": {"quality": 95, "subsampling": 0}, ".webp": {"lossless": True}}.get(suffix, {})
     path = turned_photo(tmp_path / f"photo{suffix}", orientation, **options)
     pixels = as_pixels(path).permute(1, 2, 0).numpy()
-    assert np.abs(pixels.astype(int) - seen_by_viewers(path)).max() <= 2
-    # A TIFF's orientation is a part of the format.
+    assert np.abs(pixels.astype(int) - upright_pixels(path)).max() <= 2
+    # In a TIFF the orientation is part of the format, not EXIF.
     upright = orientation == 1 or suffix == ".tif"
     assert torch.equal(as_pixels(path, exif=False), as_pixels(path)) == upright
     with Image.open(path) as image:
-        # Who passes pixels gets boxes in these.
+        # Images that the caller opened keep their stored pixels, so boxes refer to those.
         assert suffix == ".tif" or as_pixels(image).shape == (3, 64, 80)
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 @pytest.mark.parametrize("flag", [(), ("--no_exif",)], ids=["upright", "stored"])
-def test_boxes_pictures_and_sizes_are_of_the_same_pixels(orientation, flag, checkpoint, detector, tmp_path):
+def test_boxes_pictures_and_sizes_have_the_same_orientation(orientation, flag, checkpoint, detector, tmp_path):
     pytest.importorskip("matplotlib")
     path = turned_photo(tmp_path / "photo.jpg", orientation, quality=95)
     show = ("--threshold", 0, "--show", "entropy")
@@ -801,13 +801,13 @@ def test_boxes_pictures_and_sizes_are_of_the_same_pixels(orientation, flag, chec
     assert {(entry["width"], entry["height"]) for entry in entries} == {(width, height)}
     for entry, (left, top, right, bottom) in zip(entries, found.boxes.tolist(), strict=True):
         assert entry["bbox"] == pytest.approx([left, top, right - left, bottom - top], abs=0.01)
-    # The picture has the orientation of the detection, and no flag that turns it again.
+    # The picture is oriented like the detections, and has no EXIF flag that would rotate it again.
     with Image.open(tmp_path / "out" / "photo.jpg") as picture:
         assert picture.getexif().get(0x0112, 1) == 1 and picture.width * height == picture.height * width
 
 
 def fail_at(monkeypatch, number: int, fail: Callable[[], object]) -> None:
-    """Let something happen as the detector sees its so-many-th image, from 1."""
+    """Call `fail` when the detector gets image `number`, counted from 1."""
     detect, calls = LoadedDetector.detect, []
 
     def failing(self, *args):
@@ -832,22 +832,22 @@ def raising(error: BaseException) -> None:
     ],
     ids=["Ctrl-C", "SIGTERM", "SIGHUP"],
 )
-def test_what_was_done_before_an_interruption_is_kept(
+def test_results_before_an_interruption_are_kept(
     stop, status, checkpoint, shapes, tmp_path, capsys, monkeypatch, heard_signals
 ):
     images = sorted((shapes / "val2017").iterdir())[:3]
     video = write_video(tmp_path / "clip.mp4")
-    # The first frame is the second image.
+    # Image 1 is a picture and images 2, 3 and 4 are frames; the interruption comes in image 5, the fourth frame.
     fail_at(monkeypatch, 5, stop)
     assert call(checkpoint, tmp_path / "out", images[0], video, *images[1:]) == status
     assert {entry["image_id"] for entry in read_predictions(tmp_path / "out")} == {1, 2, 3, 4}
-    assert written_in(tmp_path / "out") == sorted([images[0].name, "clip.mp4", "predictions.json"])
+    assert files_in(tmp_path / "out") == sorted([images[0].name, "clip.mp4", "predictions.json"])
     assert len(read_video(tmp_path / "out" / "clip.mp4")[1]) == 3
     said = capsys.readouterr()
     assert "interrupted" in said.err and "1 image, 1 video (3 frames)" in said.out
 
 
-def test_a_signal_does_not_come_between_a_frame_and_its_detections(checkpoint, tmp_path, monkeypatch):
+def test_a_signal_does_not_separate_a_frame_from_its_detections(checkpoint, tmp_path, monkeypatch):
     write = VideoFile.write
 
     def stop_after(self, frame):
@@ -860,11 +860,11 @@ def test_a_signal_does_not_come_between_a_frame_and_its_detections(checkpoint, t
     assert len(read_video(tmp_path / "out" / "clip.mp4")[1]) == 1
 
 
-def test_a_failure_leaves_no_half_video(checkpoint, tmp_path, monkeypatch):
+def test_a_failure_leaves_no_partial_video(checkpoint, tmp_path, monkeypatch):
     fail_at(monkeypatch, 3, lambda: raising(RuntimeError("out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
         call(checkpoint, tmp_path / "out", write_video(tmp_path / "clip.mp4"))
-    assert written_in(tmp_path / "out") == ["predictions.json"]
+    assert files_in(tmp_path / "out") == ["predictions.json"]
     assert {entry["frame"] for entry in read_predictions(tmp_path / "out")} == {0, 1}
 
 
@@ -884,12 +884,12 @@ def test_a_picture_that_cannot_be_written_is_named(name, checkpoint, photo, tmp_
     assert call(checkpoint, tmp_path / "out", video, tmp_path / "photo.png", "--show", "attention") == 2
     error = capsys.readouterr().err
     assert f"{tmp_path / 'out' / name}: cannot be written ({os.strerror(errno.ENOSPC)})" in error
-    written = written_in(tmp_path / "out")
+    written = files_in(tmp_path / "out")
     assert name not in written and "predictions.json" in written and not any(".partial" in path for path in written)
 
 
 @pytest.mark.parametrize("name", ["photo.png", "photo_attention.png", "clip.mp4", "predictions.json"])
-def test_a_folder_in_the_place_of_a_file_is_found_before_any_work(name, checkpoint, photo, tmp_path, capsys):
+def test_a_folder_with_the_name_of_an_output_is_refused_before_any_work(name, checkpoint, photo, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     Image.open(photo).save(tmp_path / "photo.png")
     video = write_video(tmp_path / "clip.mp4")
@@ -897,7 +897,7 @@ def test_a_folder_in_the_place_of_a_file_is_found_before_any_work(name, checkpoi
     place.mkdir(parents=True)
     assert call(checkpoint, tmp_path / "out", tmp_path / "photo.png", video, "--show", "attention") == 2
     assert f"error: {place}: cannot be written, there is a folder of this name" in capsys.readouterr().err
-    assert written_in(tmp_path / "out") == []
+    assert files_in(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize(
@@ -914,7 +914,7 @@ def test_a_folder_in_the_place_of_a_file_is_found_before_any_work(name, checkpoi
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_the_user_can_mend_is_found_before_any_work(
+def test_bad_inputs_and_options_are_refused_before_any_work(
     change, said, checkpoint, photo, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -922,23 +922,23 @@ def test_what_the_user_can_mend_is_found_before_any_work(
         Path(folder).mkdir()
     for copy in ("photo.jpg", "alone/photo.jpg"):
         Path(copy).write_bytes(photo.read_bytes())
-    before = written_in(tmp_path)
+    before = files_in(tmp_path)
     chosen = {"inputs": ["photo.jpg"], "output_dir": "out", "checkpoint": checkpoint, "device": "cpu", **change}
     flags = [str(word) for name, value in chosen.items() if name != "inputs" for word in (f"--{name}", value)]
     assert predict.main([*flags, *chosen["inputs"]]) == 2
     error = capsys.readouterr().err
     assert error.startswith("python -m enact_common.predict: error: ") and said in error and "Traceback" not in error
-    assert written_in(tmp_path) == before and not Path("out").exists()
+    assert files_in(tmp_path) == before and not Path("out").exists()
 
 
 @pytest.mark.parametrize("threshold", ["1.5", "-0.1", "high", "nan"])
-def test_a_threshold_is_a_number_from_0_to_1(threshold, checkpoint, photo, tmp_path, capsys):
+def test_a_threshold_outside_0_to_1_is_refused(threshold, checkpoint, photo, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         call(checkpoint, tmp_path / "out", photo, threshold=threshold)
     assert stop.value.code == 2 and "--threshold" in capsys.readouterr().err
 
 
-def test_help_says_units_and_defaults(capsys):
+def test_help_states_units_and_defaults(capsys):
     with pytest.raises(SystemExit):
         predict.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
@@ -961,14 +961,14 @@ def test_pictures_with_equal_names_are_numbered(tmp_path):
         return [item.picture.relative_to(output).as_posix() for item in plan(files, output, kinds)]
 
     assert pictures() == ["a.jpg", "A_2.png", "a_2_2.png", "b/a.jpg", "a_3.mp4", "a_entropy.png"]
-    # What --show writes beside a picture is not overwritten either.
+    # Names of figures that --show writes are avoided too.
     assert pictures("entropy")[-1] == "a_entropy_2.png"
     assert plan(files, output)[0] == Input(files[0][0], output / "a.jpg")
 
 
 @pytest.fixture
 def inside(monkeypatch):
-    """In the place of what draws a detector's inside: a list of what it was asked for."""
+    """A list that records the calls of `write_introspection`, which is replaced."""
     asked = []
 
     def write_introspection(detector, pixels, found, kinds, folder, stem):
@@ -990,7 +990,7 @@ SIZES = {
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.slow
-def test_a_file_of_weights_alone_shows_its_sizes(variant, attention, photo, tmp_path, caplog):
+def test_model_sizes_are_inferred_from_a_file_of_weights(variant, attention, photo, tmp_path, caplog):
     argv = [*SMALL_MODEL[variant], *SIZES[variant].split(), "--encoder_attention", attention, "--num_classes", "3"]
     model, _, _ = build(variant, *argv)
     torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
@@ -999,21 +999,21 @@ def test_a_file_of_weights_alone_shows_its_sizes(variant, attention, photo, tmp_
     args = parse(variant, *argv)
     assert all(getattr(detector.args, flag) == getattr(args, flag) for flag in MODEL_FLAGS if hasattr(args, flag))
     assert len(detector(photo)) > 0
-    # What they do not show is said.
+    # A warning names the settings that weights do not show.
     load_detector(tmp_path / "weights.pth", "cpu")
     assert "nheads 8" in caplog.text and "dilation" in caplog.text
     with pytest.raises(UserError, match="no flag colour"):
         load_detector(tmp_path / "weights.pth", "cpu", colour=1)
 
 
-def test_the_inside_of_a_detector_is_drawn(checkpoint, photo, tmp_path):
+def test_show_writes_the_introspection_figures(checkpoint, photo, tmp_path):
     pytest.importorskip("matplotlib")
     assert call(checkpoint, tmp_path / "out", photo, "--show", *predict.SHOWN) == 0
     drawn = {path.name for path in (tmp_path / "out").glob(f"{photo.stem}_*.png")}
     assert drawn == {f"{photo.stem}_{kind}.png" for kind in ("entropy", "clusters", "attention")}
 
 
-def test_the_inside_is_shown_for_images_alone(inside, checkpoint, detector, photo, tmp_path):
+def test_show_applies_to_images_and_not_to_videos(inside, checkpoint, detector, photo, tmp_path):
     pytest.importorskip("matplotlib")
     video = write_video(tmp_path / "clip.mp4")
     assert call(checkpoint, tmp_path / "out", photo, video, "--show", "clusters", "entropy", "clusters") == 0
@@ -1028,7 +1028,7 @@ def refuse(detector, kinds):
 @pytest.mark.parametrize(
     "fault, said", [("kinds", "a plain model has none"), ("videos", "only videos"), ("matplotlib", "plots")]
 )
-def test_an_inside_that_cannot_be_shown_is_refused_before_any_work(
+def test_show_is_refused_before_any_work_if_impossible(
     fault, said, inside, checkpoint, photo, tmp_path, capsys, monkeypatch
 ):
     if fault == "kinds":

@@ -1,4 +1,4 @@
-"""One product: the command `enact`, what a wheel holds, and names that load no PyTorch."""
+"""The command `enact`, the packages of the wheel, and imports that do not load PyTorch."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def called_by_nobody(monkeypatch):
-    """Each test calls commands anew."""
+    """Reset the command name that an earlier test set."""
     monkeypatch.setattr(program, "called_as", None)
 
 
@@ -63,7 +63,7 @@ def test_variants_are_trained_and_evaluated_by_name(command, variant, capsys):
     assert ("--resume" in said) == (command == "eval")
 
 
-def test_wrong_words_are_named(capsys):
+def test_unknown_commands_and_variants_are_named(capsys):
     assert enact.main(["trian"]) == 2
     assert "no command 'trian'; did you mean train?" in capsys.readouterr().err
     assert enact.main(["xyz"]) == 2
@@ -94,7 +94,7 @@ def test_completion_without_shtab_names_the_extra(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_public_names_come_when_they_are_asked_for():
+def test_public_names_are_imported_lazily():
     for name in enact_common.__all__:
         assert getattr(enact_common, name) is not None and name in dir(enact_common)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

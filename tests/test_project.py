@@ -1,4 +1,4 @@
-"""The files around the code: do they parse, and do they agree with each other?"""
+"""The files around the code: they parse, and they agree with each other."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ except ModuleNotFoundError:  # Python 3.10
 ROOT = Path(__file__).resolve().parents[1]
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
-# Written so that this file does not match its own patterns.
+# The brackets keep this file from matching its own patterns.
 HOME = re.compile(r"/(?:home|Users)/\w|/[r]oot/|[A-Z]:\\[U]sers\\")
 REGISTRY = re.compile(
     r"(?:\bpypi|pythonhosted|registry\.npmjs|deb\.debian|conda\.anaconda)\.(?:org|com)"
@@ -32,7 +32,7 @@ def read(name: str) -> str:
 
 
 def project_files() -> list[Path]:
-    """What git tracks or would add; skips the test where there is no git or no repository."""
+    """The files that git tracks or would add; skips the test without git or a repository."""
     command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -80,7 +80,7 @@ def test_env_example_lists_the_settings_of_the_compose_file():
     assert listed == used
 
 
-def test_conda_environment_installs_what_was_tested():
+def test_conda_environment_installs_the_tested_versions():
     dependencies = yaml.safe_load(read("environment.yml"))["dependencies"]
     (pip,) = [entry["pip"] for entry in dependencies if isinstance(entry, dict)]
     assert pip == ["-c constraints.txt", "-e .[dev]"]
@@ -104,8 +104,8 @@ def test_no_file_holds_a_home_folder_or_a_registry_host():
     assert found == []
 
 
-def test_variant_folders_do_not_repeat_one_another():
-    # What two variants have in common belongs into enact_common: no run of six lines stands in two folders.
+def test_variant_folders_do_not_repeat_each_other():
+    # Shared code belongs in enact_common: no six consecutive lines may be in two variant folders.
     run = 6
     folders = defaultdict(set)
     for folder, _ in VARIANTS.values():
@@ -116,7 +116,7 @@ def test_variant_folders_do_not_repeat_one_another():
     assert [text for text, where in folders.items() if len(where) > 1] == []
 
 
-def test_makefile_has_the_targets_that_the_readme_names():
+def test_makefile_has_the_targets_in_the_readme():
     targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), re.MULTILINE))
     named = set()
     for code in re.findall(r"```.*?```|`[^`\n]+`", read("README.md"), re.DOTALL):

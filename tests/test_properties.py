@@ -1,4 +1,4 @@
-"""What holds for any boxes, costs, images, augmentations and tokens, tried on drawn examples."""
+"""Properties of boxes, matching, batches, augmentation and clustering, tested on random examples."""
 
 import itertools
 
@@ -23,7 +23,7 @@ from enact_common.data.coco import seeded
 from enact_common.data.transforms import eval_transforms, train_transforms
 from enact_common.models.matcher import HungarianMatcher, focal_class_cost, softmax_class_cost
 
-# The same examples in every run; `--hypothesis-seed` has no say then.
+# The same examples in every run, whatever `--hypothesis-seed` is.
 few = settings(deadline=None, derandomize=True, max_examples=40)
 seeds = st.integers(0, 10**6)
 
@@ -35,21 +35,21 @@ def side(least: float):
     return st.floats(least, 1000, width=32)
 
 
-# xyxy with sides that float32 tells from nothing at these positions.
+# xyxy; the sides are long enough not to vanish in float32 at these positions.
 box = st.tuples(side(-1000), side(-1000), side(0.5), side(0.5)).map(lambda b: (b[0], b[1], b[0] + b[2], b[1] + b[3]))
 boxes = st.lists(box, min_size=1, max_size=6).map(lambda rows: torch.tensor(rows, dtype=torch.float64))
 
 
 @few
 @given(boxes)
-def test_box_formats_are_each_others_inverse(boxes):
+def test_box_conversions_are_inverse_to_each_other(boxes):
     assert_close(box_cxcywh_to_xyxy(box_xyxy_to_cxcywh(boxes)), boxes)
     assert_close(box_xyxy_to_cxcywh(box_cxcywh_to_xyxy(boxes.abs())), boxes.abs())
 
 
 @few
 @given(boxes, boxes)
-def test_generalized_iou_is_symmetric_in_its_range_and_torchvisions(ours, others):
+def test_generalized_iou_is_symmetric_in_range_and_equals_torchvision(ours, others):
     giou = paired_box_giou(ours[:, None], others)  # (n, m)
     assert_close(giou, generalized_box_iou(ours, others))
     assert torch.equal(giou, paired_box_giou(others[:, None], ours).T)
@@ -62,7 +62,7 @@ def test_generalized_iou_is_symmetric_in_its_range_and_torchvisions(ours, others
 
 @few
 @given(boxes, boxes, st.floats(1e-3, 1e3), st.tuples(side(-1000), side(-1000)))
-def test_generalized_iou_knows_neither_units_nor_origin(ours, others, scale, shift):
+def test_generalized_iou_is_invariant_to_scale_and_shift(ours, others, scale, shift):
     shift = torch.tensor(shift * 2, dtype=torch.float64)
     moved = paired_box_giou(ours[:, None] * scale + shift, others * scale + shift)
     assert_close(moved, paired_box_giou(ours[:, None], others), rtol=1e-6, atol=1e-6)
@@ -70,7 +70,7 @@ def test_generalized_iou_knows_neither_units_nor_origin(ours, others, scale, shi
 
 @few
 @given(st.lists(st.tuples(*[st.floats(0, 1)] * 2), min_size=1, max_size=5), st.floats(-1e4, 1e4), seeds)
-def test_boxes_at_points_are_fractions_and_start_at_their_points(points, far, seed):
+def test_boxes_at_points_are_in_0_to_1_and_start_at_their_points(points, far, seed):
     points = torch.tensor(points)
     assert_close(boxes_at_points(points, torch.zeros(len(points), 4))[:, :2], points, atol=2e-5, rtol=0)
     offsets = torch.randn(len(points), 4, generator=torch.Generator().manual_seed(seed)) * far
@@ -85,7 +85,7 @@ CLASSES = 4
 
 @st.composite
 def problems(draw, most_queries=6, most_objects=6):
-    """A matcher, the outputs (batch, Q, ...) of one layer, and targets with any number of objects, none included."""
+    """A matcher, the outputs (batch, Q, ...) of one layer, and targets with zero or more objects."""
     weights = draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, 5.0]), min_size=3, max_size=3).filter(any))
     matcher = HungarianMatcher(*weights, draw(st.sampled_from([softmax_class_cost, focal_class_cost])))
     counts = draw(st.lists(st.integers(0, most_objects), min_size=1, max_size=3))
@@ -100,7 +100,7 @@ def problems(draw, most_queries=6, most_objects=6):
 
 
 def pair_costs(matcher, outputs, targets, i):
-    """The cost of each query with each object of image i, by the definition, object by object: (Q, n)."""
+    """The costs (Q, n) of all queries and objects of image i, by their definition."""
     logits, predicted = outputs["pred_logits"][i], outputs["pred_boxes"][i]
     costs = torch.zeros(len(logits), len(targets[i]["labels"]))
     for j, (label, own) in enumerate(zip(targets[i]["labels"], targets[i]["boxes"], strict=True)):
@@ -113,7 +113,7 @@ def pair_costs(matcher, outputs, targets, i):
 
 @few
 @given(problems())
-def test_matches_are_one_to_one_as_many_as_can_be_and_cost_least(problem):
+def test_matches_are_one_to_one_complete_and_of_least_cost(problem):
     matcher, outputs, targets = problem
     for i, (query, obj) in enumerate(matcher(outputs, targets)):
         costs = pair_costs(matcher, outputs, targets, i)
@@ -121,7 +121,7 @@ def test_matches_are_one_to_one_as_many_as_can_be_and_cost_least(problem):
         assert len(query) == len(obj) == pairs
         assert len(set(query.tolist())) == len(set(obj.tolist())) == pairs
         assert not pairs or (query.max() < costs.shape[0] and obj.max() < costs.shape[1])
-        scarce = (costs if costs.shape[0] == pairs else costs.T).tolist()  # what is fewer, queries or objects, first
+        scarce = (costs if costs.shape[0] == pairs else costs.T).tolist()  # rows: the smaller set
         choices = itertools.permutations(range(max(costs.shape)), pairs)
         best = min(sum(row[other] for row, other in zip(scarce, chosen, strict=True)) for chosen in choices)
         assert costs[query, obj].sum().item() == pytest.approx(best, rel=1e-4, abs=1e-4)
@@ -131,7 +131,7 @@ def test_matches_are_one_to_one_as_many_as_can_be_and_cost_least(problem):
 @given(problems(most_queries=12, most_objects=20), seeds)
 def test_the_order_of_queries_and_objects_does_not_matter(problem, seed):
     matcher, outputs, targets = problem
-    # With the class alone, objects of one class cost the same.
+    # With only the class cost, objects of one class tie.
     assume(matcher.cost_bbox or matcher.cost_giou)
     generator = torch.Generator().manual_seed(seed)
     queries = torch.randperm(outputs["pred_logits"].shape[1], generator=generator)
@@ -152,7 +152,7 @@ def test_the_order_of_queries_and_objects_does_not_matter(problem, seed):
     st.integers(1, 4),
     st.sampled_from([torch.uint8, torch.float32, torch.bfloat16]),
 )
-def test_images_survive_padding_and_the_mask_is_exactly_the_padding(sizes, channels, dtype):
+def test_padding_keeps_images_and_the_mask_marks_exactly_the_padding(sizes, channels, dtype):
     images = [torch.randint(1, 255, (channels, *size)).to(dtype) for size in sizes]
     batch = nested_tensor_from_tensor_list(images)
     height, width = (max(lengths) for lengths in zip(*sizes, strict=True))
@@ -166,15 +166,15 @@ def test_images_survive_padding_and_the_mask_is_exactly_the_padding(sizes, chann
 
 # Augmentation --------------------------------------------------------------------------------------------------------
 
-# One for each object. A mixture of one with black, as at a blurred edge, is nearer than half of the way to that one
-# alone, or to none.
+# One colour per object. A mixture of a colour with black, as at a blurred edge, is within half of the distance of that
+# colour or of no colour.
 COLOURS = torch.tensor(
     [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 255], [0, 255, 255], [255, 255, 255]]
 )
 
 
-def painted(height: int, width: int, rows: int, columns: int):
-    """Boxes that do not touch, one at a random place in each cell of a grid, each painted in its label's colour."""
+def painted_image(height: int, width: int, rows: int, columns: int):
+    """An image and target with one box per grid cell, at a random place and filled with its label's colour."""
     image = torch.zeros(3, height, width, dtype=torch.uint8)
     corners = []
     for row, column in list(itertools.product(range(rows), range(columns)))[: len(COLOURS)]:
@@ -190,17 +190,17 @@ def painted(height: int, width: int, rows: int, columns: int):
     return tv_tensors.Image(image), {"boxes": boxes, "labels": torch.arange(len(corners))}
 
 
-# Pixels by which a box may miss the edge of its colour, which interpolation blurs.
+# Tolerance in pixels between a box and the edge of its colour, which interpolation blurs.
 SLACK = 1.5
 
 
 def check_colours_are_in_their_boxes(image, target, objects: int) -> None:
-    """Each kept box encloses its colour's pixels, tightly, and of a dropped one nothing is to be seen.
+    """Assert that each box encloses the pixels of its colour tightly, and that colours of dropped boxes are gone.
 
     Args:
         image: uint8 (3, h, w).
-        target: `boxes` (n, 4) cxcywh in fractions of it and `labels` (n,).
-        objects: that there were.
+        target: `boxes` (n, 4) cxcywh in fractions of the image, and `labels` (n,).
+        objects: number of objects before the augmentation.
     """
     height, width = image.shape[-2:]
     assert target["size"].tolist() == [height, width]
@@ -213,7 +213,7 @@ def check_colours_are_in_their_boxes(image, target, objects: int) -> None:
         left, top, right, bottom = (kept[label] * torch.tensor([width, height, width, height])).tolist()
         assert -1e-3 < left < right < width + 1e-3 and -1e-3 < top < bottom < height + 1e-3
         if min(right - left, bottom - top) < 2 * SLACK:
-            continue  # so thin that its colour may have been blurred away
+            continue  # a thin box may have lost its colour to blurring
         edges = torch.tensor([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]).float()
         assert_close(edges, torch.tensor([left, top, right, bottom]), atol=SLACK, rtol=0)
 
@@ -227,13 +227,13 @@ grids = st.tuples(st.integers(1, 3), st.integers(1, 3))
 def test_boxes_stay_with_their_pixels_through_the_augmentation(height, width, grid, seed):
     transform = train_transforms([96, 128, 160], 200)
     torch.manual_seed(seed)
-    image, target = painted(height, width, *grid)
+    image, target = painted_image(height, width, *grid)
     objects, most = len(target["labels"]), 0
     for draw in range(4):
         with seeded(seed, draw):
             output, found = transform(image, target)
         assert type(output) is torch.Tensor and output.dtype == torch.uint8
-        # Rounding the shorter side can let the longer one pass by a little.
+        # Rounding the shorter side can make the longer one slightly exceed its limit.
         assert min(output.shape[-2:]) in (96, 128, 160) or max(output.shape[-2:]) <= 205
         check_colours_are_in_their_boxes(output, found, objects)
         most = max(most, len(found["labels"]))
@@ -242,9 +242,9 @@ def test_boxes_stay_with_their_pixels_through_the_augmentation(height, width, gr
 
 @few
 @given(sizes, sizes, grids, st.integers(40, 300), seeds)
-def test_boxes_stay_with_their_pixels_through_the_evaluations_resize(height, width, grid, size, seed):
+def test_boxes_stay_with_their_pixels_through_the_resize_of_an_evaluation(height, width, grid, size, seed):
     torch.manual_seed(seed)
-    image, target = painted(height, width, *grid)
+    image, target = painted_image(height, width, *grid)
     output, found = eval_transforms(size, 320)(image, target)
     assert min(output.shape[-2:]) == size or max(output.shape[-2:]) in range(316, 325)
     assert torch.equal(found["labels"], target["labels"])
@@ -252,9 +252,9 @@ def test_boxes_stay_with_their_pixels_through_the_evaluations_resize(height, wid
 
 
 def test_augmentation_crops_flips_and_drops():
-    """What the properties above are about does happen, in an image in which it shows."""
+    """Crops, flips and dropped boxes do occur, so the tests above cover them."""
     torch.manual_seed(0)
-    image, target = painted(200, 260, 3, 3)
+    image, target = painted_image(200, 260, 3, 3)
     transform, counts, flipped = train_transforms([96, 128, 160], 200), set(), set()
     for draw in range(40):
         with seeded(draw):
@@ -281,7 +281,7 @@ combinations = st.fixed_dictionaries(
 
 @st.composite
 def clusterings(draw, settings=combinations):
-    """A layer, tokens (batch, N, 4) and which of them are padding, bool (batch, N): up to all of an image's."""
+    """A layer, tokens (batch, N, 4) and their padding mask, bool (batch, N); whole images may be padding."""
     layer_settings, sigma = draw(settings), draw(st.sampled_from([0.5, 1.0, 1.5, 3.0]))
     batch, num_tokens = draw(st.integers(1, 4)), draw(st.integers(1, 70))
     torch.manual_seed(draw(seeds))
@@ -292,11 +292,11 @@ def clusterings(draw, settings=combinations):
 
 @settings(few, max_examples=100)
 @given(clusterings())
-def test_clusters_divide_the_tokens_and_their_weights_add_up_to_one(drawn):
+def test_clusters_partition_the_tokens_and_their_weights_sum_to_one(drawn):
     layer, tokens, padded = drawn
     batch, num_tokens = tokens.shape[:2]
     clusters = layer.cluster(tokens, padded)
-    # Each token's own unit vector, pooled, is the weight that it has in every cluster.
+    # Pooling one-hot tokens gives the pooling weight of each token in each cluster.
     weights = clusters.pool(torch.eye(num_tokens).expand(batch, -1, -1))  # (batch, M, N)
     kept = weights > 0
     assert 1 <= weights.shape[1] <= num_tokens
@@ -309,29 +309,29 @@ def test_clusters_divide_the_tokens_and_their_weights_add_up_to_one(drawn):
             assert not kept[i].any()
             continue
         assert_close(weights[i].sum(dim=1), (~absent[i]).float())
-        # No token is in two clusters, and none is padding.
+        # A token is in at most one cluster, and padding in none.
         assert (kept[i].sum(dim=0) <= present[i]).all()
-        # Of neighbours in the sequence, none goes to an earlier cluster than the one before it.
+        # Clusters follow the order of the tokens.
         order = kept[i].to(torch.uint8).argmax(dim=0)[kept[i].any(dim=0)]
         assert (order.diff() >= 0).all() and (order.diff() <= 1).all()
         if layer.clusters == "regions":
             assert torch.equal(kept[i].any(dim=0), present[i])
         else:
-            # Windows of one length; what is left over at both ends is shorter than one.
+            # Windows have equal lengths; fewer tokens than one window are left over at the ends.
             lengths = kept[i].sum(dim=1)[~absent[i]]
             assert (lengths == lengths[0]).all() and present[i].sum() - lengths.sum() < lengths[0]
 
 
 @few
 @given(clusterings(), st.floats(-100, 100))
-def test_pooling_gives_constants_back_and_stays_between_its_tokens(drawn, constant):
+def test_pooling_keeps_constants_and_stays_in_the_range_of_the_tokens(drawn, constant):
     layer, tokens, padded = drawn
     clusters = layer.cluster(tokens, padded)
     pooled = layer(tokens, torch.full((*tokens.shape[:2], 2), constant), key_padding_mask=padded)
     present = torch.ones(len(tokens), pooled[0].shape[1], dtype=torch.bool)
     present = present if clusters.padding_mask is None else ~clusters.padding_mask
     if layer.mask_padding:
-        # An image of padding alone has one cluster, of nothing.
+        # An image that is all padding has one empty cluster.
         present = present & ~padded.all(dim=1, keepdim=True)
     assert_close(pooled[1], constant * present.float().unsqueeze(-1).expand_as(pooled[1]))
     assert (pooled[0][~present] == 0).all()
@@ -360,7 +360,7 @@ independent = combinations.map(
 
 @few
 @given(clusterings(independent))
-def test_each_image_for_itself_the_order_of_the_batch_does_not_matter(drawn):
+def test_with_independent_images_the_order_of_the_batch_does_not_matter(drawn):
     layer, tokens, padded = drawn
     order = torch.randperm(len(tokens))
     shuffled = layer(tokens[order], key_padding_mask=padded[order])[0]
@@ -369,7 +369,7 @@ def test_each_image_for_itself_the_order_of_the_batch_does_not_matter(drawn):
 
 @pytest.mark.parametrize("clusters", CLUSTERS)
 def test_one_image_of_every_length_is_clustered(clusters):
-    """No length between one token and some tens is special."""
+    """Tries every number of tokens from 1 to 39."""
     layer = EntropyClustering(4, 1.0, clusters=clusters, per_image=True, mask_padding=True, max_clusters=5)
     for num_tokens in range(1, 40):
         pooled, ones = layer(torch.randn(1, num_tokens, 4), torch.ones(1, num_tokens, 1))

@@ -1,4 +1,4 @@
-"""The sums of Anchor DETR's attention: equal to their definitions, and kept small."""
+"""Anchor DETR's row-column products: equal to their definitions, with less memory."""
 
 import json
 import statistics
@@ -17,7 +17,7 @@ from enact_common.variants import load_variant
 models = load_variant("anchor").models
 product, rcda, transformer = models.row_column_product, models.row_column_decoupled_attention, models.transformer
 
-# (B, H, W, clusters or queries, e)
+# (B, H, W, clusters or queries, head_dim)
 SIZES = [
     (2, 3, 4, 5, 2),
     (1, 4, 3, 1, 3),
@@ -31,45 +31,45 @@ KINDS = ("clustered", "plain")
 
 
 def functions(kind):
-    """(what is tested, its definition)."""
+    """(tested function, its definition)."""
     if kind == "clustered":
         return product.clustered_row_column_product, naive_clustered
     return product.row_column_product, naive_row_column
 
 
 def shapes(kind, batch, height, width, others, channels):
-    """Shapes of a function's three arguments."""
+    """The shapes of a function's three arguments."""
     if kind == "clustered":
         return [(batch, height, others), (batch, width, others), (batch, others, channels)]
     return [(batch, others, width), (batch, others, height), (batch, height, width, channels)]
 
 
 def arguments(kind, sizes, dtype=torch.float64, **kwargs):
-    """Random arguments."""
+    """Random arguments of a function."""
     return [torch.randn(shape, dtype=dtype, **kwargs) for shape in shapes(kind, *sizes)]
 
 
 def gradients(function, inputs, weights):
-    """Gradients of a weighted sum of the output."""
+    """The gradients of a weighted sum of the output."""
     return torch.autograd.grad(function(*inputs), inputs, weights)
 
 
 @pytest.fixture(params=[True, False], ids=["cached", "uncached"])
 def device_kind(request, monkeypatch):
-    """The ways of CPUs and of other devices, both on the CPU."""
+    """Runs the code path of CPUs and that of other devices, both on the CPU."""
     monkeypatch.setattr(product, "_cached", lambda device: request.param)
 
 
 @pytest.fixture(params=[1, 7, 30, 2**20])
 def slice_elements(request, monkeypatch):
-    """Slices from one place at a time up to everything at once, most not dividing evenly."""
+    """Slice sizes from one cell to everything; most do not divide the map evenly."""
     monkeypatch.setattr(product, "CACHE_SLICE", request.param)
     monkeypatch.setattr(product, "MEMORY_SLICE", request.param)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_its_definition(kind, sizes, device_kind, slice_elements):
+def test_products_equal_their_definition(kind, sizes, device_kind, slice_elements):
     function, naive = functions(kind)
     inputs = arguments(kind, sizes, requires_grad=True)
     expected = naive(*inputs)
@@ -82,7 +82,7 @@ def test_equals_its_definition(kind, sizes, device_kind, slice_elements):
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradients(kind, sizes, device_kind, monkeypatch):
+def test_gradients_pass_gradcheck(kind, sizes, device_kind, monkeypatch):
     monkeypatch.setattr(product, "CACHE_SLICE", 20)
     monkeypatch.setattr(product, "MEMORY_SLICE", 20)
     assert torch.autograd.gradcheck(functions(kind)[0], arguments(kind, sizes, requires_grad=True))
@@ -110,13 +110,13 @@ def test_permuted_and_expanded_arguments(kind, sizes, device_kind, slice_element
         inputs = [x.requires_grad_() for x in inputs]
         expected = naive(*inputs)
         assert_close(function(*inputs), expected)
-        # A gradient that is permuted, and one that is expanded.
+        # A permuted and an expanded gradient.
         for weights in (torch.randn_like(expected.mT.contiguous()).mT, torch.ones(()).double().expand_as(expected)):
             assert_close(gradients(function, inputs, weights), gradients(naive, inputs, weights))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_backward_pass_keeps_the_inputs_alone(kind):
+def test_only_the_inputs_are_saved_for_the_backward_pass(kind):
     inputs = arguments(kind, (4, 9, 11, 40, 8), requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
@@ -125,7 +125,7 @@ def test_the_backward_pass_keeps_the_inputs_alone(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bytes_saved_against_the_definition(kind):
+def test_fewer_bytes_are_saved_than_by_the_definition(kind):
     sizes = shapes(kind, 4, 12, 15, 40 if kind == "clustered" else 12 * 15, 8)
     ours, naive = (Product(f, sizes, torch.device("cpu")).saved_bytes() for f in functions(kind))
     assert ours == 4 * sum(torch.Size(shape).numel() for shape in sizes)
@@ -148,7 +148,7 @@ def test_half_precision_is_close(kind, dtype, device_kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_autocast_leaves_it_alone(kind, device_kind):
+def test_autocast_does_not_change_the_product(kind, device_kind):
     function, naive = functions(kind)
     inputs = arguments(kind, (2, 6, 9, 20, 4), torch.float32, requires_grad=True)
     weights = torch.randn_like(naive(*inputs))
@@ -193,13 +193,13 @@ def test_the_benchmark_compares_with_the_definitions(tmp_path, capsys):
     assert sum(line.startswith("| 3 x 4, ") for line in capsys.readouterr().out.splitlines()) == 3
 
 
-def test_the_benchmark_refuses_what_is_no_device(capsys):
+def test_the_benchmark_refuses_an_unknown_device(capsys):
     assert main(["rowcol", "--device", "nowhere"]) == 2
     assert "--device nowhere" in capsys.readouterr().err
 
 
 def heads(x, count):
-    """(batch, ..., d) to (batch, ..., heads, d / heads)."""
+    """Split channels into heads: (batch, ..., d) to (batch, ..., heads, head_dim)."""
     return x.unflatten(-1, (count, -1))
 
 
@@ -207,7 +207,7 @@ MAPS = [(5, 3), (3, 5)]
 
 
 @pytest.mark.parametrize("height, width", MAPS)
-def test_attention_to_rows_and_columns_by_its_definition(height, width):
+def test_attention_to_rows_and_columns_equals_its_definition(height, width):
     attention = rcda.MultiheadRCDA(8, 2).double()
     torch.nn.init.normal_(attention.in_proj_bias)
     value, query = torch.randn(2, height, width, 8).double(), torch.randn(2, 4, 8).double()
@@ -219,7 +219,7 @@ def test_attention_to_rows_and_columns_by_its_definition(height, width):
     inputs = (query + query_x, query + query_y, key_row, key_col, value)
     parts = zip(inputs, attention.in_proj_weight.chunk(5), attention.in_proj_bias.chunk(5), strict=True)
     q_row, q_col, k_row, k_col, v = (heads(tensor @ w.T + b, 2) for tensor, w, b in parts)
-    row = torch.einsum("bqne,bwne->bnqw", q_row, k_row) / 2  # the root of 4 channels a head
+    row = torch.einsum("bqne,bwne->bnqw", q_row, k_row) / 2  # square root of head_dim 4
     col = torch.einsum("bqne,bhne->bnqh", q_col, k_col) / 2
     row = row.masked_fill(mask_row[:, None, None], -torch.inf).softmax(-1)
     col = col.masked_fill(mask_col[:, None, None], -torch.inf).softmax(-1)
@@ -228,7 +228,7 @@ def test_attention_to_rows_and_columns_by_its_definition(height, width):
 
 
 @pytest.mark.parametrize("height, width", MAPS)
-def test_attention_to_clusters_by_its_definition(height, width):
+def test_attention_to_clusters_equals_its_definition(height, width):
     attention = rcda.ClusteredRCDA(8, 2).double()
     torch.nn.init.normal_(attention.in_proj_bias)
     rows, columns = torch.randn(2, width, 8).double(), torch.randn(2, height, 8).double()
@@ -244,7 +244,7 @@ def test_attention_to_clusters_by_its_definition(height, width):
 
 
 @pytest.mark.parametrize("clusters", ["windows", "regions"])
-def test_a_map_is_clustered_as_its_keys_laid_out_would_be(clusters):
+def test_map_clustering_equals_clustering_of_the_explicit_keys(clusters):
     clustering = transformer.MapClustering(8, sigma=1.0, clusters=clusters).double()
     src, x, y = (torch.randn(*shape, 8).double() for shape in ((2, 5, 7), (2, 7), (2, 5)))
     row, col, content, _ = clustering(src, x, y)
@@ -255,7 +255,7 @@ def test_a_map_is_clustered_as_its_keys_laid_out_would_be(clusters):
 
 
 def saved_maps(layer, height, width, dtype) -> float:
-    """What a layer keeps for its backward pass, in units of the float32 map that it is given."""
+    """The bytes that a layer saves for its backward pass, divided by the bytes of its float32 input map."""
     src = torch.randn(2, height, width, 64, requires_grad=True)
     x, y = (torch.randn(2, side, 64, requires_grad=True).to(dtype) for side in (width, height))
     positions = transformer.RowColumnPositions(x, y, torch.zeros(2, height, width, dtype=torch.bool), None, None)
@@ -264,14 +264,14 @@ def saved_maps(layer, height, width, dtype) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_encoder_layer_keeps_less_with_clusters(monkeypatch, dtype):
+def test_an_encoder_layer_saves_fewer_bytes_with_clusters(monkeypatch, dtype):
     sizes = (64, 64, 0.0)
     clustered = transformer.ClusteredEncoderLayer(rcda.ClusteredRCDA(64, 4), *sizes, {"sigma": 1.0})
     monkeypatch.setattr(
         clustered.ENACT, "cluster_scores", lambda scores, mask: Windows(cut_windows(scores, 9).softmax(-1))
     )
     plain = transformer.RowColumnEncoderLayer(rcda.MultiheadRCDA(64, 4), *sizes)
-    # With tokens left over behind the last window and without, on maps of nearly one size.
+    # Two maps of nearly equal size, without and with tokens left over after the last window.
     fitting, left_over = (saved_maps(clustered, 18, width, dtype) for width in (24, 25))
     assert left_over == pytest.approx(fitting, rel=0.05)
     assert left_over < 0.7 * saved_maps(plain, 18, 25, dtype)

@@ -1,4 +1,4 @@
-"""Nothing gets in: files of tensors execute nothing, downloads are what was asked for, no call hands over to a text."""
+"""Security: checkpoints execute nothing, downloads are verified, and the source makes no dangerous calls."""
 
 import ast
 import hashlib
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Payload:
-    """Unpickled, it makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -48,7 +48,7 @@ class Payload:
 
 
 def write_tar(path: Path, payload: Payload) -> None:
-    """The form before 2018: a tar archive of three files of pickles."""
+    """Write PyTorch's format from before 2018: a tar archive of three pickles."""
     with tarfile.open(path, "w") as archive:
         for name in ("storages", "tensors", "pickle"):
             content = pickle.dumps(payload, 2)
@@ -58,7 +58,7 @@ def write_tar(path: Path, payload: Payload) -> None:
 
 
 def write_torchscript(path: Path, payload: Payload) -> None:
-    """A zip archive that passes for TorchScript, which is code."""
+    """Write a zip archive that looks like TorchScript, which is code."""
     with zipfile.ZipFile(path, "w") as archive:
         for name in ("data.pkl", "constants.pkl"):
             archive.writestr(f"archive/{name}", pickle.dumps(payload, 2))
@@ -66,7 +66,7 @@ def write_torchscript(path: Path, payload: Payload) -> None:
 
 
 def hidden(place: Callable[[Payload], dict], **options) -> Callable[[Path, Payload], None]:
-    """Writes a checkpoint with a payload somewhere in it."""
+    """A function that writes a checkpoint with a payload in the entries of `place`."""
     return lambda path, payload: torch.save({"model": {"a": torch.zeros(1)}, **place(payload)}, path, **options)
 
 
@@ -83,8 +83,8 @@ MALICIOUS = {
     "torchscript": write_torchscript,
 }
 
-# Each way of a file of tensors into this project: from the file, a data set and a folder to the exit status. A file may
-# have been put where one is looked for.
+# Each command that reads a file of tensors: (file, data set, folder) -> exit status. auto_resume and compare find the
+# file in a folder.
 DOORS = {
     "resume": lambda file, shapes, tmp: train("detr", shapes, tmp / "out", "--resume", file),
     "eval": lambda file, shapes, tmp: train("conditional", shapes, tmp / "out", "--resume", file, "--eval"),
@@ -101,7 +101,7 @@ DOORS = {
 
 @pytest.mark.parametrize("form", MALICIOUS)
 def test_the_malicious_files_would_fire(form, tmp_path):
-    # Otherwise the next test shows nothing. What passes for TorchScript is no working archive of it.
+    # Without this the next test proves nothing. The fake TorchScript archive does not load, so unpickle its member.
     fired, path = tmp_path / "fired", tmp_path / "checkpoint.pth"
     MALICIOUS[form](path, Payload(fired))
     if form == "torchscript":
@@ -112,7 +112,7 @@ def test_the_malicious_files_would_fire(form, tmp_path):
         try:
             with open(path, "rb") as file:
                 load(file)
-        except Exception:  # what comes after is no checkpoint
+        except Exception:  # the payload fires before the archive turns out invalid
             assert form == "tar"
     assert fired.exists()
 
@@ -137,12 +137,12 @@ def test_a_malicious_file_executes_nothing_and_is_refused_by_name(door, form, sh
         assert "archive, and was not executed" in message
     elif form != "pickle":
         assert "io.open, which is neither a tensor nor a built-in type, and was not executed" in message
-    # PyTorch's message tells how to load such a file in spite of all.
+    # PyTorch's message would explain how to load the file unsafely.
     assert "weights_only` set to `False" not in message and "add_safe_globals" not in message
 
 
 def test_a_malicious_file_behind_a_url(website, tmp_path):
-    # Its hash is right: whoever gave the URL made both.
+    # The hash is right, since an attacker controls both URL and file.
     MALICIOUS["args"](website.folder / "file.pth", Payload(tmp_path / "fired"))
     digest = hashlib.sha256((website.folder / "file.pth").read_bytes()).hexdigest()
     with pytest.raises(UserError, match="io.open, .* was not executed"):
@@ -153,10 +153,10 @@ def test_a_malicious_file_behind_a_url(website, tmp_path):
 @pytest.mark.parametrize("form", ["tar", "torchscript"])
 def test_pytorch_does_not_get_what_older_ones_would_execute(form, tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pth"
-    # What is no such file is still read.
+    # An ordinary checkpoint is still read.
     torch.save({"model": {"a": torch.ones(1)}}, path)
     assert load_checkpoint(str(path))["model"]["a"].item() == 1
-    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("it went on to torch.load"))
+    monkeypatch.setattr(torch, "load", lambda *args, **kwargs: pytest.fail("torch.load was called"))
     MALICIOUS[form](path, Payload(tmp_path / "fired"))
     with pytest.raises(UserError, match=f"{path}: not a file .*(tar|TorchScript) archive, and was not executed"):
         load_checkpoint(str(path))
@@ -177,7 +177,7 @@ def zip_bytes(**members: str) -> bytes:
 
 
 def save_onnx(path: Path) -> None:
-    """As PyTorch's exporter writes it, whatever the file's name is."""
+    """Write an ONNX model like PyTorch's exporter."""
     onnx = pytest.importorskip("onnx")
     sizes = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in "xy"]
     graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "g", sizes[:1], sizes[1:])
@@ -185,7 +185,7 @@ def save_onnx(path: Path) -> None:
 
 
 def save_pickle_of(module: str) -> Callable[[Path], None]:
-    """A checkpoint that holds an object of a library's class, which need not be installed."""
+    """A function that writes a checkpoint with an object of a class in `module`, which need not be installed."""
 
     def write(path: Path) -> None:
         kind = type("Kind", (), {"__module__": module})
@@ -216,7 +216,7 @@ PAGE = "\n<!DOCTYPE html>\n<html><title>weights.pth</title></html>"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 166618694\n"
 NO_MODULE = "save its tensors: torch.save({'model': model.state_dict()}, FILE)"
 
-# What was given in place of a checkpoint: how it is made, and what is said of it.
+# Files passed instead of a checkpoint: (function that writes the file, expected message).
 FOREIGN = {
     "empty": (lambda path: path.touch(), "an empty file; download or copy it again"),
     "zeros": (lambda path: path.write_bytes(bytes(5000)), "a file of zeros"),
@@ -262,7 +262,7 @@ def test_a_file_of_another_kind_is_named(kind, tmp_path, recwarn):
         load_backbone_weights("resnet18", str(path))
 
 
-def test_safetensors_are_told_by_their_content_and_need_their_package(tmp_path, monkeypatch):
+def test_safetensors_are_recognized_by_content_and_need_their_package(tmp_path, monkeypatch):
     save_file = pytest.importorskip("safetensors.torch").save_file
     path = tmp_path / "weights.bin"
     save_file({"a": torch.ones(1)}, path)
@@ -281,8 +281,8 @@ def test_safetensors_are_told_by_their_content_and_need_their_package(tmp_path, 
 # Downloads
 
 
-def published(website, name: str, content: bytes = b"content") -> str:
-    """Let the website serve a file, and give its SHA-256."""
+def publish(website, name: str, content: bytes = b"content") -> str:
+    """Put a file on the test website; return its SHA-256."""
     path = website.folder / name
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(content)
@@ -295,19 +295,19 @@ def cached_files(tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize("digits", [8, 20, 64])
 @pytest.mark.parametrize("form", ["name-{hash}.pth", "name-{hash}.pth.tar", "name.pth#sha256={hash}", "#sha256={hash}"])
-def test_a_download_with_its_hash(form, digits, website):
+def test_a_download_with_the_right_hash_is_cached(form, digits, website):
     digest = hashlib.sha256(b"content").hexdigest()[:digits]
     name = form.format(hash=digest).partition("#")[0]
-    published(website, name or "index.html")
+    publish(website, name or "index.html")
     path = download(f"{website.url}/{form.format(hash=digest)}")
     assert path.read_bytes() == b"content" and website.asked == [f"/{name}"]
     assert download(f"{website.url}/{form.format(hash=digest)}") == path
-    assert len(website.asked) == 1  # the second time it came from the cache
+    assert len(website.asked) == 1  # the second download used the cache
 
 
-def test_the_hash_after_a_url_goes_before_the_one_in_its_name(website):
-    # Eight digits of a date, too, look like a hash.
-    digest = published(website, "model-20240131.pth")
+def test_the_hash_after_a_url_overrides_the_one_in_its_name(website):
+    # The eight digits of a date look like a hash.
+    digest = publish(website, "model-20240131.pth")
     with pytest.raises(UserError, match="Where 20240131 is no hash, end the URL with #sha256="):
         download(f"{website.url}/model-20240131.pth")
     assert download(f"{website.url}/model-20240131.pth#SHA256={digest.upper()}").read_bytes() == b"content"
@@ -335,23 +335,23 @@ def test_the_hash_after_a_url_goes_before_the_one_in_its_name(website):
     ],
 )
 def test_a_url_that_is_refused(url, message, website, tmp_path):
-    published(website, "a.pth")
+    publish(website, "a.pth")
     with pytest.raises(UserError, match=f"(?s)^{re.escape(url)}: .*{message}"):
         load_checkpoint(url)
     assert cached_files(tmp_path) == []
 
 
 def test_a_wrong_hash_leaves_nothing_behind(website, tmp_path):
-    digest = published(website, "a.pth")
+    digest = publish(website, "a.pth")
     with pytest.raises(UserError, match=f"its SHA-256 is {digest}, expected was 00000000.* was thrown away"):
         download(f"{website.url}/a.pth#sha256=00000000")
     assert cached_files(tmp_path) == []
 
 
 def test_files_of_one_name_are_not_confused(website):
-    first = published(website, "a.pth", b"first")
+    first = publish(website, "a.pth", b"first")
     path = download(f"{website.url}/a.pth#sha256={first}")
-    second = published(website, "a.pth", b"second")
+    second = publish(website, "a.pth", b"second")
     other = download(f"{website.url}/a.pth#sha256={second}")
     assert path.read_bytes() == b"first" and other.read_bytes() == b"second"
     with pytest.raises(UserError, match="is not the file that was asked for"):
@@ -359,14 +359,14 @@ def test_files_of_one_name_are_not_confused(website):
 
 
 def test_a_cached_file_that_was_changed_is_fetched_anew(website):
-    digest = published(website, "a.pth")
+    digest = publish(website, "a.pth")
     url = f"{website.url}/a.pth#sha256={digest}"
     download(url).write_bytes(b"changed")
     assert download(url).read_bytes() == b"content"
 
 
 def test_redirects_lead_to_https_alone(website, tmp_path):
-    digest = published(website, "a.pth")
+    digest = publish(website, "a.pth")
     website.moved["/moved.pth"] = "https://weights.test/a.pth"
     assert download(f"{website.url}/moved.pth#sha256={digest}").read_bytes() == b"content"
     website.moved["/lowered.pth"] = f"{website.plain}/a.pth"
@@ -381,20 +381,20 @@ def test_backbone_weights_are_downloaded_by_https_and_checked(name, website, tmp
     weights = torchvision.models.get_model_weights(name).IMAGENET1K_V1
     path, expected = cached(weights.url)
     assert weights.url.startswith("https:") and re.fullmatch("[0-9a-f]{8,}", expected) and path.name in weights.url
-    # An attacker's file that torchvision's own loading would take: PyTorch's cache is not checked there.
+    # torchvision would load this malicious file from PyTorch's cache without a check.
     path.parent.mkdir(parents=True)
     MALICIOUS["alone"](path, Payload(tmp_path / "fired"))
-    published(website, f"models/{path.name}")
+    publish(website, f"models/{path.name}")
     with pytest.raises(UserError, match="--backbone_weights default: .*is not the file .*--backbone_weights PATH"):
         load_backbone_weights(name, "default")
     assert not (tmp_path / "fired").exists()
 
 
-def test_backbone_weights_that_were_checked_are_loaded(website, monkeypatch):
+def test_backbone_weights_with_the_right_hash_are_loaded(website, monkeypatch):
     state = torchvision.models.resnet18().state_dict()
     buffer = io.BytesIO()
     torch.save(state, buffer, _use_new_zipfile_serialization=False)
-    digest = published(website, "resnet18.pth", buffer.getvalue())
+    digest = publish(website, "resnet18.pth", buffer.getvalue())
     weights = Namespace(IMAGENET1K_V1=Namespace(url=f"{website.url}/resnet18.pth#sha256={digest}"))
     monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: weights)
     loaded = load_backbone_weights("resnet18", "default")
@@ -404,7 +404,7 @@ def test_backbone_weights_that_were_checked_are_loaded(website, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # The source
 
-# Modules whose files, read, run code that stands in them.
+# Modules whose files can run code when read.
 FORBIDDEN_MODULES = {"pickle", "_pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "code"}
 
 FORBIDDEN_CALLS = {
@@ -412,17 +412,17 @@ FORBIDDEN_CALLS = {
     "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput",
     "yaml.load_all", "yaml.full_load", "yaml.full_load_all", "yaml.unsafe_load", "yaml.unsafe_load_all",
     "torch.jit.load", "torch.package.PackageImporter", "torch.export.load",
-    # They take code, or files that nothing checks: `enact_common.utils.download` and `read_tensors` are there instead.
+    # These fetch code or unverified files; use `enact_common.utils.download` and `read_tensors` instead.
     "torch.hub.load", "torch.hub.load_state_dict_from_url", "torch.hub.download_url_to_file",
     "torch.utils.model_zoo.load_url", "urllib.request.urlopen", "urllib.request.urlretrieve",
 }  # fmt: skip
-FORBIDDEN_METHODS = {"get_state_dict"}  # of torchvision's weights: `torch.hub.load_state_dict_from_url`
+FORBIDDEN_METHODS = {"get_state_dict"}  # torchvision's weights; calls `torch.hub.load_state_dict_from_url`
 
 SAFE_LOADERS = {"yaml.SafeLoader", "yaml.CSafeLoader"}
 
 
 def imported_names(tree: ast.AST) -> dict[str, str]:
-    """What a module's imports call things, and their full names."""
+    """{name in the module: full name} of everything that a module imports."""
     names = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -435,7 +435,7 @@ def imported_names(tree: ast.AST) -> dict[str, str]:
 
 
 def full_name(node: ast.AST, names: dict[str, str]) -> str:
-    """`np.load` as numpy.load; "" for what is no name, and a leading dot for an attribute of such a thing."""
+    """The full name, `np.load` as numpy.load; "" for other expressions, ".attribute" for their attributes."""
     if isinstance(node, ast.Name):
         return names.get(node.id, node.id)
     if isinstance(node, ast.Attribute):
@@ -448,7 +448,7 @@ def is_constant(node: ast.AST | None, value: bool) -> bool:
 
 
 def openings(source: str) -> Iterator[str]:
-    """The lines of a module through which a text or a file could become code, each with its reason."""
+    """Yield "line: reason" for each place of a module where text or a file could become code."""
     tree = ast.parse(source)
     names = imported_names(tree)
     for node in ast.walk(tree):
@@ -460,7 +460,7 @@ def openings(source: str) -> Iterator[str]:
         for name in (*modules, *members):
             if name in FORBIDDEN_CALLS or name.partition(".")[0] in FORBIDDEN_MODULES:
                 yield f"{node.lineno}: imports {name}"
-        # Named is enough: a function that is called by another name, or handed on, has its own name somewhere.
+        # Any mention counts, since a function may be renamed or passed on before its call.
         if isinstance(node, (ast.Name, ast.Attribute)) and full_name(node, names) in FORBIDDEN_CALLS:
             yield f"{node.lineno}: {full_name(node, names)}"
         if isinstance(node, ast.Attribute) and node.attr in FORBIDDEN_METHODS:
@@ -477,7 +477,7 @@ def openings(source: str) -> Iterator[str]:
             yield f"{node.lineno}: {called} with allow_pickle"
         if "shell" in given and not is_constant(given["shell"], False):
             yield f"{node.lineno}: {called} in a shell"
-        # What `torch.load` lets in beside tensors: a Namespace, of attributes that are let in themselves.
+        # The only class that `torch.load` may accept beyond tensors and built-in types is Namespace.
         if called.endswith(("add_safe_globals", ".safe_globals")):
             let_in = [full_name(item, names) for argument in node.args for item in getattr(argument, "elts", [None])]
             if let_in != ["argparse.Namespace"]:
@@ -532,7 +532,7 @@ def test_an_opening_in_the_source_is_found(source):
         "import argparse, torch; torch.serialization.add_safe_globals([argparse.Namespace])",
     ],
 )
-def test_other_calls_are_no_openings(source):
+def test_safe_calls_are_not_openings(source):
     assert list(openings(source)) == []
 
 
@@ -541,7 +541,7 @@ def test_no_opening_in_the_source():
     files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     assert len(files) > 80
     found = {str(path.relative_to(ROOT)): list(openings(path.read_text(encoding="utf-8"))) for path in files}
-    # What was exported is a program, and is run: SECURITY.md says to load one's own alone.
+    # Exported files are programs, so formats.py runs them; SECURITY.md says to load only one's own.
     programs = {call.split(": ")[1] for call in found.pop("enact_common/export/formats.py")}
     assert programs == {"torch.jit.load", "torch.export.load"}
     assert {name: lines for name, lines in found.items() if lines} == {}
@@ -552,7 +552,7 @@ def test_no_opening_in_the_source():
 
 
 def instructions(dockerfile: str) -> list[tuple[str, str]]:
-    """The instructions of a Dockerfile and what follows each, lines that go on joined."""
+    """The (instruction, argument) pairs of a Dockerfile, with continued lines joined."""
     lines = [line for line in dockerfile.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     joined = re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines()
     return [(line.split(None, 1)[0].upper(), line.split(None, 1)[1]) for line in joined]
@@ -565,7 +565,7 @@ def test_the_container_runs_as_a_user_without_rights():
     user = re.sub(r"\$\{(\w+)\}", lambda variable: defaults[variable[1]], user)
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
     assert not any(re.search(r"\bsudo\b|\bsetcap\b|chmod .*s", argument) for _, argument in found)
-    # Nothing comes from the network but Debian's and Python's packages, whose installers check them.
+    # Only Debian's and Python's packages come from the network; their installers verify them.
     assert "ADD" not in dict(found)
     assert not any(re.search(r"\bcurl\b|\bwget\b|https?://", argument) for _, argument in found)
 
@@ -579,10 +579,10 @@ def test_services_get_no_rights_over_the_host():
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is promised
+# The promises of SECURITY.md
 
 
-def test_what_is_promised_is_tested():
+def test_every_test_in_the_security_page_exists():
     promised = re.findall(r"`(?:(test_\w+)\.py::)?(test_\w+)`", (ROOT / "SECURITY.md").read_text(encoding="utf-8"))
     assert len(promised) > 8
     for file, test in promised:

@@ -1,4 +1,4 @@
-"""The mask head, its losses, masks as data, and what becomes of them. Recorded numbers are in `test_golden.py`."""
+"""Masks: the mask head, its losses, data, outputs, training and prediction. `test_golden.py` has recorded numbers."""
 
 import json
 import math
@@ -37,13 +37,13 @@ from enact_common.models.segmentation import PostProcessPanoptic, PostProcessSeg
 from enact_common.training.logs import main_metric
 from enact_common.utils.errors import UserError
 
-# Flags of a mask head: it takes what all stages give.
+# Flags of a model with a mask head, which uses the features of all stages.
 MASKS = ("--masks", *ALL_STAGES)
 
 # The model ---------------------------------------------------------------------------------------------------------
 
 
-def test_attention_is_one_softmax_over_heads_and_cells_that_are_no_padding():
+def test_attention_is_one_softmax_over_heads_and_cells_without_padding():
     attention = AttentionMaps(8, nhead=2)
     queries, memory = torch.randn(1, 3, 8), torch.randn(1, 8, 2, 3)
     mask = torch.zeros(1, 2, 3, dtype=torch.bool)
@@ -60,8 +60,8 @@ def test_attention_is_one_softmax_over_heads_and_cells_that_are_no_padding():
                 assert maps[0, i, n].flatten()[t].item() == pytest.approx(expected, abs=1e-6)
 
 
-def straightforward(head, src, maps, fpns):
-    """The head's masks as the paper draws it: each query's maps beside the image's own channels."""
+def direct_masks(head, src, maps, fpns):
+    """The head's masks as in the paper: each query's maps are concatenated with the image's channels."""
     x = torch.cat((src, maps), dim=1)
     x = head.gn1(head.lay1(x)).relu()
     x = head.gn2(head.lay2(x)).relu()
@@ -72,13 +72,13 @@ def straightforward(head, src, maps, fpns):
 
 
 @pytest.mark.parametrize("chunk", [1, 100])
-def test_masks_and_gradients_are_those_of_the_straightforward_way(monkeypatch, chunk):
+def test_masks_and_gradients_equal_the_direct_computation(monkeypatch, chunk):
     monkeypatch.setattr(mask_head, "HEAD_CHUNK", chunk)
     head = MaskHead(32, 4, (24, 12, 6))
     src, maps = torch.randn(2, 32, 3, 4, requires_grad=True), torch.rand(2, 5, 4, 3, 4)
     fpns = [torch.randn(2, channels, *size) for channels, size in ((24, (6, 7)), (12, (11, 14)), (6, (22, 27)))]
     image, query = torch.tensor([0, 1, 1]), torch.tensor([4, 0, 2])
-    expected = straightforward(head, src[image], maps[image, query], [map_[image] for map_ in fpns])
+    expected = direct_masks(head, src[image], maps[image, query], [map_[image] for map_ in fpns])
     expected.square().sum().backward()
     wanted = [p.grad for p in (src, *head.parameters())]
     src.grad = None
@@ -95,7 +95,7 @@ def test_masks_and_gradients_are_those_of_the_straightforward_way(monkeypatch, c
 
 
 def outputs_and_losses(objects: tuple[int, ...], sizes=((64, 80), (72, 64))):
-    """A small model in training, and its losses for images with so many objects."""
+    """A small model in training mode, its losses for images with these numbers of objects, and its criterion."""
     model, criterion, _ = build("detr", *SMALL_MODEL["detr"], "--num_classes", "5", *MASKS)
     model.train()
     images = [torch.rand(3, *size) for size in sizes[: len(objects)]]
@@ -112,14 +112,14 @@ def outputs_and_losses(objects: tuple[int, ...], sizes=((64, 80), (72, 64))):
 
 @pytest.mark.parametrize("objects", [(2, 1), (0, 3), (0, 0)])
 def test_every_parameter_of_the_head_has_a_gradient(objects):
-    # A process whose batch has no object would otherwise leave the others waiting.
+    # Otherwise a process whose batch has no object would keep the others waiting in the all-reduce.
     model, losses, criterion = outputs_and_losses(objects)
     criterion.total(losses).backward()
     assert all(p.grad is not None for p in (*model.mask_head.parameters(), *model.bbox_attention.parameters()))
     assert (losses["loss_mask"] > 0) == (sum(objects) > 0)
 
 
-def test_a_frozen_detector_neither_trains_nor_drops_out():
+def test_a_frozen_detector_stays_in_evaluation_mode():
     flags = (*SMALL_MODEL["detr"], "--num_classes", "5", *MASKS, "--frozen_weights", "boxes.pth", "--dropout", "0.5")
     model, _, _ = build("detr", *flags)
     model.train()
@@ -136,7 +136,7 @@ def test_evaluation_gives_the_losses_of_training():
         {"labels": torch.tensor([1, 2]), "boxes": torch.rand(2, 4) / 4 + 0.3, "masks": torch.rand(2, 64, 80) > 0.5}
     ]
     for module in model.modules():
-        # Statistics of the batch in training, and of all batches in evaluation.
+        # Use batch statistics in both modes; running statistics would change the losses.
         if isinstance(module, torch.nn.BatchNorm2d):
             module.track_running_stats, module.running_mean, module.running_var = False, None, None
     image = [torch.rand(3, 64, 80)]
@@ -153,14 +153,14 @@ def test_evaluation_gives_the_losses_of_training():
 # Losses ------------------------------------------------------------------------------------------------------------
 
 
-def test_losses_worked_out_by_hand():
-    # Probabilities 3/4 and 1/2; the first pixel is the object's.
+def test_mask_losses_by_hand():
+    # Probabilities 3/4 and 1/2; the object covers the first pixel.
     logits = torch.tensor([[[math.log(3), 0.0]]])
     losses = mask_losses(logits, torch.tensor([[[True, False]]]))
     focal = (0.25 * (1 / 4) ** 2 * -math.log(3 / 4) + 0.75 * (1 / 2) ** 2 * -math.log(1 / 2)) / 2
     assert losses["loss_mask"].tolist() == pytest.approx([focal])
     assert losses["loss_dice"].tolist() == pytest.approx([1 - (2 * 3 / 4 + 1) / (5 / 4 + 1 + 1)])
-    # What is right without doubt costs nothing, what is wrong nearly all.
+    # A certain right mask costs nothing; a certain wrong one nearly 1.
     sure = torch.tensor([[50.0, -50.0, -50.0]])
     assert dice_loss(sure, torch.tensor([[1.0, 0, 0]])).item() == pytest.approx(0, abs=1e-6)
     assert dice_loss(sure, torch.tensor([[0.0, 1, 1]])).item() == pytest.approx(1 - 1 / 4)
@@ -179,7 +179,7 @@ def test_losses_do_not_depend_on_the_chunks(monkeypatch):
         assert_close(first, second, tolerance=1e-6)
 
 
-def test_masks_of_a_batch_are_padded_to_its_size():
+def test_masks_of_a_batch_are_padded_to_one_size():
     masks = [torch.ones(2, 2, 3, dtype=torch.bool), torch.ones(0, 4, 2, dtype=torch.bool)]
     padded = padded_masks(masks)
     assert padded.shape == (2, 4, 3)
@@ -311,7 +311,7 @@ def test_sizes_and_runs_are_the_same_however_they_are_written(height, width, cou
     assert np.array_equal(coco_mask.decode(runs), expected)
 
 
-def test_many_are_read_as_one_by_one():
+def test_many_segmentations_are_read_like_single_ones():
     good = {"size": [8, 10], "counts": "a0350_1"}
     kinds = [good, SQUARE, {"size": [8, 10], "counts": "a035"}, CODE, {"size": [8, 10], "counts": "`2"}, None, "x",
              {"size": [8, 10], "counts": "`"}, {"size": ["8", 10.0], "counts": "0`2"}]  # fmt: skip
@@ -373,14 +373,14 @@ print("all read or refused")
 
 
 def test_damaged_codes_crash_nothing_and_none_is_read_wrong():
-    # In a process of its own, since C code that writes outside its memory may end it much later.
+    # Run in a separate process, since C code that writes outside its memory may crash much later.
     process = Forked(["-c", DAMAGED_CODES])
     said, complained = process.communicate()
     assert (process.returncode, said) == (0, "all read or refused\n"), complained[-2000:]
 
 
 @pytest.mark.parametrize("shift", [-70, -3, 0, 3, 70, 5000])
-def test_polygons_near_the_image_are_drawn_as_ever(shift):
+def test_polygons_near_the_image_are_drawn_like_pycocotools(shift):
     polygon = [x + shift for x in SQUARE[0]]
     assert normalize_segmentation([polygon], [8, 10]) == [polygon]
     drawn = coco_mask.decode(coco_mask.frPyObjects([polygon], 8, 10))[..., 0]
@@ -396,10 +396,10 @@ def coco_code(annotation, image):
 
 
 def with_codes(shapes, folder, split, change):
-    """A copy of a split's annotation file whose masks are compressed run-length codes, and what `change` made of it.
+    """Write a copy of a split's annotation file whose masks are compressed run-length codes; return its path.
 
     Args:
-        change: is called with the file's object.
+        change: function that edits the file's object before it is written.
     """
     data = json.loads((shapes / "annotations" / f"instances_{split}2017.json").read_text())
     images = {image["id"]: image for image in data["images"]}
@@ -442,13 +442,13 @@ def test_the_loader_and_the_checks_refuse_the_same(shapes, tmp_path, split, dama
     assert finding.severity == FAULT and "segmentations that --masks refuses" in finding.text
     said = re.search(r"has .*(?=; use)", str(refused.value))[0]
     assert finding.examples[0].endswith(said)
-    # Boxes need no masks, and nobody else gets to see them.
+    # Without masks, neither targets nor the evaluation get segmentations.
     dataset = CocoDetection(folder, file, lambda *item: item)
     assert len(dataset[0][1]["boxes"]) and "masks" not in dataset[0][1]
     assert all("segmentation" not in annotation for annotation in dataset.coco_api().dataset["annotations"])
 
 
-def test_the_checks_name_what_lacks_a_mask(shapes, tmp_path):
+def test_the_checks_count_missing_segmentations_and_sizes(shapes, tmp_path):
     def change(data):
         data["annotations"][1]["segmentation"] = []
         data["images"][-1]["height"] = None
@@ -465,7 +465,7 @@ def test_the_checks_name_what_lacks_a_mask(shapes, tmp_path):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_masks_stay_with_their_pixels(seed):
-    # Two objects, each in a shade of its own, so that the image says where they went.
+    # Each of two objects has its own shade, so the image shows where it moved.
     masks, image = torch.zeros(2, 64, 80, dtype=torch.bool), torch.zeros(3, 64, 80, dtype=torch.uint8)
     corners = torch.tensor([[6, 8, 36, 52], [44, 12, 70, 60]])
     for mask, (left, top, right, bottom), shade in zip(masks, corners.tolist(), (100, 200), strict=True):
@@ -481,7 +481,7 @@ def test_masks_stay_with_their_pixels(seed):
     for mask, box, label in zip(after["masks"], after["boxes"], after["labels"].tolist(), strict=True):
         painted = (moved[0].float() - 100 * label).abs() < 50
         if label == 1:
-            # On the edges of the other, whose shade is higher, the image's resize makes this one's.
+            # Interpolation at the edge of the brighter object produces the shade of the darker one.
             painted &= ~F.max_pool2d((moved[0] > 150)[None].float(), 9, 1, 4)[0].bool()
         assert (mask & painted).sum() / (mask | painted).sum() > 0.9
         rows, columns = mask.nonzero().unbind(dim=1)
@@ -490,7 +490,7 @@ def test_masks_stay_with_their_pixels(seed):
         assert (torch.cat((centre - side / 2, centre + side / 2)) - extent).abs().max() <= 2
 
 
-def test_targets_have_masks_only_where_asked_for(shapes):
+def test_targets_have_masks_only_on_request(shapes):
     split = find_split(str(shapes), "val")
     _, target = CocoDetection(*split, eval_transforms(64, 96))[0]
     assert "masks" not in target
@@ -504,7 +504,7 @@ def test_targets_have_masks_only_where_asked_for(shapes):
 # Outputs -----------------------------------------------------------------------------------------------------------
 
 
-def test_masks_come_to_the_original_images_size(monkeypatch):
+def test_masks_are_resized_to_the_original_image(monkeypatch):
     monkeypatch.setattr(segmentation, "FULL_SIZE_CHUNK", 2)
     logits = torch.randn(5, 6, 8)
     padded, size, original = (24, 32), (20, 32), (33, 47)
@@ -521,7 +521,7 @@ def test_masks_come_to_the_original_images_size(monkeypatch):
     assert not list(full_size_masks(logits[:0], padded, size, original))
 
 
-def test_a_code_says_what_the_mask_is():
+def test_encoded_masks_decode_to_the_same_masks():
     masks = torch.rand(3, 7, 5) > 0.5
     codes = encode_masks(masks)
     assert json.loads(json.dumps(codes)) == codes
@@ -529,7 +529,7 @@ def test_a_code_says_what_the_mask_is():
 
 
 def panoptic(masks, classes, scores, things=(1, 2), original=(4, 6)):
-    """What is made of masks (n, 4, 6), here as they are, of these classes."""
+    """(id_map, segments) for n mask logits (4, 6), which need no resizing, with these classes and scores."""
     logits = torch.full((1, len(classes), 6), -20.0)
     for i, (label, score) in enumerate(zip(classes, scores, strict=True)):
         logits[0, i, label], logits[0, i, 5] = math.log(score), math.log(1 - score)
@@ -542,15 +542,15 @@ def panoptic(masks, classes, scores, things=(1, 2), original=(4, 6)):
 
 
 def columns(*numbers):
-    """A mask of these columns, as logits."""
+    """Mask logits (4, 6) that are positive in these columns."""
     return [[4.0 if i in numbers else -4.0 for i in range(6)]] * 4
 
 
-def test_sure_queries_share_the_pixels():
+def test_queries_above_the_threshold_share_the_pixels():
     id_map, segments = panoptic(
         [columns(0, 1), columns(2, 3), columns(0, 1, 2, 3, 4, 5), columns(4, 5), columns(0)],
         [1, 1, 2, 3, 5],
-        [0.9, 0.95, 0.84, 0.99, 0.99],  # the third is not sure enough, the last is no object
+        [0.9, 0.95, 0.84, 0.99, 0.99],  # the third is below the threshold, the last is "no object"
     )
     assert segments == [(1, 1, True, 8, 0.9), (2, 1, True, 8, 0.95), (3, 3, False, 8, 0.99)]
     assert (id_map == torch.tensor([1, 1, 2, 2, 3, 3])).all()
@@ -561,7 +561,7 @@ def test_queries_of_the_same_stuff_are_one_segment():
     id_map, segments = panoptic(masks, [4, 1, 4], [0.9, 0.9, 0.95])
     assert segments == [(1, 4, False, 16, 0.95), (2, 1, True, 8, 0.9)]
     assert id_map[0].tolist() == [1, 1, 2, 2, 1, 1]
-    # Of things, each stands alone.
+    # Each thing is a separate segment.
     assert len(panoptic(masks, [1, 1, 1], [0.9, 0.9, 0.95])[1]) == 3
 
 
@@ -569,18 +569,18 @@ def test_small_segments_leave_their_pixels_to_the_next():
     weak = [[1.0] * 6] * 4
     id_map, segments = panoptic([weak, columns(5)], [1, 2], [0.9, 0.9])
     assert segments == [(1, 1, True, 24, 0.9)] and (id_map == 1).all()
-    # At twice the size, it has more than four pixels.
+    # At twice the size, the segment has more than four pixels and stays.
     id_map, segments = panoptic([weak, columns(5)], [1, 2], [0.9, 0.9], original=(8, 12))
     assert [(number, area) for number, _, _, area, _ in segments] == [(1, 80), (2, 16)]
     assert (id_map[:, 10:] == 2).all() and (id_map[:, :10] == 1).all()
 
 
-def test_nothing_sure_is_no_segment():
+def test_without_a_query_above_the_threshold_there_is_no_segment():
     id_map, segments = panoptic([columns(0)], [1], [0.5])
     assert segments == [] and id_map.shape == (4, 6) and not id_map.any()
 
 
-def test_masks_are_drawn_as_a_film_with_an_outline():
+def test_masks_are_drawn_translucent_with_an_outline():
     pixels = np.full((200, 300, 3), 100, dtype=np.uint8)
     masks = np.zeros((1, 200, 300), dtype=bool)
     masks[0, 40:120, 50:150] = True
@@ -598,7 +598,7 @@ def test_masks_are_drawn_as_a_film_with_an_outline():
 
 @pytest.fixture(scope="module")
 def trained(shapes, tmp_path_factory):
-    """By attention, the folder of a small model that learned masks for two epochs."""
+    """{attention: output folder} of small models that were trained with masks for two epochs."""
     folders = {}
     for attention in ("enact", "mhsa"):
         folders[attention] = tmp_path_factory.mktemp(attention) / "run"
@@ -608,7 +608,7 @@ def trained(shapes, tmp_path_factory):
 
 
 @pytest.mark.parametrize("attention", ["enact", "mhsa"])
-def test_training_logs_the_masks_figures(trained, shapes, tmp_path, attention):
+def test_training_logs_mask_metrics(trained, shapes, tmp_path, attention):
     rows = read_log(trained[attention])
     assert len(rows) == 2
     for row in rows:
@@ -639,7 +639,7 @@ def test_perfect_masks_have_an_ap_of_one(shapes):
         result = {
             "scores": torch.ones(len(target["labels"])),
             "labels": target["labels"],
-            # Boxes of no use: masks alone count.
+            # Useless boxes, since only the masks should count.
             "boxes": torch.zeros(len(target["labels"]), 4),
             "segmentations": encode_masks(target["masks"].as_subclass(torch.Tensor)),
         }
@@ -650,7 +650,7 @@ def test_perfect_masks_have_an_ap_of_one(shapes):
     assert evaluator.evaluate(truth).stats[0] == pytest.approx(0)
 
 
-def test_a_resumed_training_is_the_same_to_the_last_bit(trained, shapes, tmp_path):
+def test_a_resumed_training_with_masks_equals_the_uninterrupted_one(trained, shapes, tmp_path):
     output = tmp_path / "halves"
     assert train("detr", shapes, output, *MASKS, "--epochs", 1) == 0
     assert train("detr", shapes, output, *MASKS, "--epochs", 2, "--auto_resume") == 0
@@ -670,7 +670,7 @@ def test_frozen_weights_stay_and_the_head_learns(shapes, tmp_path, capsys):
     assert equal_states(detector["model"], {n[5:]: t for n, t in both["model"].items() if n.startswith("detr.")})
     assert all(torch.isfinite(t).all() for n, t in both["model"].items() if n.startswith("mask_head."))
     first, second = read_log(boxes)[-1], read_log(masks)[-1]
-    # The figures of boxes are the detector's, and so are its losses.
+    # Box metrics and losses equal the detector's.
     assert first["test_coco_eval_bbox"] == second["test_coco_eval_bbox"]
     assert second["test_loss_ce"] == pytest.approx(first["test_loss_ce"], rel=1e-5)
 
@@ -685,7 +685,7 @@ def test_frozen_weights_stay_and_the_head_learns(shapes, tmp_path, capsys):
     assert "was trained with --frozen_weights CKPT; pass the same" in capsys.readouterr().err
 
 
-def test_weights_go_from_boxes_to_masks_and_back(trained, shapes, tmp_path, capsys):
+def test_pretrained_weights_load_with_and_without_a_mask_head(trained, shapes, tmp_path, capsys):
     box_model = tmp_path / "boxes"
     words = (*ALL_STAGES, "--pretrained", trained["enact"] / "checkpoint.pth", "--epochs", 1)
     assert train("detr", shapes, box_model, *words) == 0
@@ -697,7 +697,7 @@ def test_weights_go_from_boxes_to_masks_and_back(trained, shapes, tmp_path, caps
     assert "skipped" not in said
 
 
-def test_a_checkpoint_says_whether_it_has_masks(trained, shapes, tmp_path, capsys):
+def test_resuming_a_model_with_masks_needs_the_flag(trained, shapes, tmp_path, capsys):
     checkpoint = trained["enact"] / "checkpoint.pth"
     assert train("detr", shapes, tmp_path / "out", *ALL_STAGES, "--resume", checkpoint) == 2
     assert "Pass, as then: --masks" in capsys.readouterr().err
@@ -727,7 +727,7 @@ def test_data_without_masks_are_refused_before_any_work(shapes, tmp_path, capsys
 
 
 def panoptic_data(shapes, root):
-    """The shapes as COCO's panoptic data: crosses are stuff, and what is left is the background, stuff too."""
+    """Write the shapes as panoptic data, with crosses and the background as stuff; return the flags that load them."""
     for split in ("train", "val"):
         truth = json.loads((shapes / "annotations" / f"instances_{split}2017.json").read_text())
         dataset = CocoDetection(*find_split(str(shapes), split), lambda *item: item, masks=True)
@@ -757,14 +757,14 @@ def panoptic_data(shapes, root):
 
 @pytest.fixture(scope="module")
 def panoptic_run(shapes, tmp_path_factory):
-    """(flags of the data, folder) of a small panoptic model after an epoch."""
+    """(data and model flags, output folder) of a small panoptic model after one epoch."""
     root = tmp_path_factory.mktemp("panoptic")
     flags = (*MASKS, *panoptic_data(shapes, root / "data"), "--encoder_attention", "mhsa")
     assert train("detr", shapes, root / "run", *flags, "--epochs", 1) == 0
     return flags, root / "run"
 
 
-def test_panoptic_training_logs_the_quality(panoptic_run, shapes, tmp_path):
+def test_panoptic_training_logs_panoptic_quality(panoptic_run, shapes, tmp_path):
     flags, output = panoptic_run
     (row,) = read_log(output)
     assert row["train_loss_mask"] > 0 and len(row["test_coco_eval_bbox"]) == 12
@@ -784,11 +784,11 @@ def test_panoptic_training_logs_the_quality(panoptic_run, shapes, tmp_path):
     assert len(written["annotations"]) == 6
 
 
-def test_best_is_what_the_model_was_trained_for():
+def test_the_main_metric_is_that_of_the_task():
     boxes, masks = {"test_coco_eval_bbox": [0.1] * 12}, {"test_coco_eval_masks": [0.2] * 12}
     quality = {"test_PQ_all": {"pq": 0.3}}
     assert [main_metric(row) for row in ({}, boxes, boxes | masks, boxes | quality)] == [None, 0.1, 0.2, 0.3]
-    # -1 and NaN are no measurements.
+    # -1 and NaN mean that the metric could not be measured.
     for number in (-1, float("nan")):
         assert main_metric({"test_coco_eval_bbox": [number] * 12}) is None
         assert main_metric(quality | {"test_PQ_all": {"pq": number}}) is None
@@ -797,7 +797,7 @@ def test_best_is_what_the_model_was_trained_for():
 # Prediction --------------------------------------------------------------------------------------------------------
 
 
-def test_prediction_gives_masks(trained, shapes, tmp_path):
+def test_prediction_returns_and_writes_masks(trained, shapes, tmp_path):
     photo = tmp_path / "photo.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)).save(photo)
     detector = load_detector(trained["enact"] / "checkpoint.pth", "cpu", threshold=0)
@@ -825,7 +825,7 @@ def test_prediction_gives_masks(trained, shapes, tmp_path):
 
 @pytest.fixture(scope="module")
 def sure(panoptic_run, tmp_path_factory):
-    """The panoptic checkpoint, made to be sure of things and stuff in different places."""
+    """The panoptic checkpoint, changed to predict things and stuff with high scores at different places."""
     state = torch.load(panoptic_run[1] / "checkpoint.pth", weights_only=True)
     weights, generator = state["model"], torch.Generator().manual_seed(1)
     known = [label for label, i in enumerate(state["label_map"]["category_ids"]) if i is not None]
@@ -835,7 +835,7 @@ def sure(panoptic_run, tmp_path_factory):
     weights["detr.query_embed.weight"] = 5 * torch.randn(8, 32, generator=generator)
     for name, tensor in weights.items():
         if "multihead_attn.in_proj_weight" in name or name.startswith("bbox_attention"):
-            # Queries look at different places.
+            # Sharper attention makes queries attend to different places.
             tensor *= 10
     path = tmp_path_factory.mktemp("sure") / "checkpoint.pth"
     torch.save(state, path)
@@ -843,7 +843,7 @@ def sure(panoptic_run, tmp_path_factory):
 
 
 def relabelled(checkpoint, path, **changes):
-    """A checkpoint whose label map has other values; None removes one."""
+    """A copy of a checkpoint with a changed label map; None removes an entry."""
     state = torch.load(checkpoint, weights_only=True)
     label_map = state["label_map"] | changes
     state["label_map"] = {name: value for name, value in label_map.items() if value is not None}
@@ -851,15 +851,15 @@ def relabelled(checkpoint, path, **changes):
     return path
 
 
-def predicted(checkpoint, output, *inputs):
-    """The exit status of a prediction."""
+def run_predict(checkpoint, output, *inputs):
+    """Run the prediction command; return its exit status."""
     return predict.main(
         [str(w) for w in ("--checkpoint", checkpoint, "--output_dir", output, "--device", "cpu", *inputs)]
     )
 
 
 def read_segments(folder):
-    """Of each image's file name, its map and segments, from a folder of panoptic results."""
+    """{file name: (id map, segments)} from a folder of panoptic results."""
     content = json.loads((folder / "panoptic.json").read_text())
     names = {image["id"]: Path(image["file_name"]).name for image in content["images"]}
     return {
@@ -871,11 +871,11 @@ def read_segments(folder):
     }
 
 
-def test_a_panoptic_prediction_is_what_an_evaluation_writes(sure, panoptic_run, shapes, tmp_path, capsys):
+def test_a_panoptic_prediction_equals_that_of_an_evaluation(sure, panoptic_run, shapes, tmp_path, capsys):
     output = tmp_path / "out"
-    assert predicted(sure, output, shapes / "val2017") == 0
+    assert run_predict(sure, output, shapes / "val2017") == 0
     assert f"pictures, predictions.json and panoptic_results in {output}" in capsys.readouterr().out
-    # As a checkpoint that does not know its things: the annotations do.
+    # For a checkpoint without `things`, the evaluation takes them from the annotations.
     old = relabelled(sure, tmp_path / "old.pth", things=None)
     flags = (*panoptic_run[0], "--resume", old, "--eval", "--batch_size", 1)
     assert train("detr", shapes, tmp_path / "eval", *flags) == 0
@@ -908,12 +908,12 @@ def test_panoptic_segments_have_pixels_names_and_a_picture(sure, shapes, tmp_pat
     assert set(id_map.unique().tolist()) - {0} == {segment["id"] for segment in segments}
     assert detector(photo, threshold=1.0).panoptic.segments == []
 
-    assert predicted(sure, tmp_path / "out", photo) == 0
+    assert run_predict(sure, tmp_path / "out", photo) == 0
     drawn = np.array(Image.open(tmp_path / "out" / "photo.png"))
     assert np.array_equal(drawn, draw_panoptic(decode_image(photo), id_map, segments, detector.label_map.names))
 
 
-def test_labels_without_a_category_are_no_segments(sure, shapes, tmp_path):
+def test_labels_without_a_category_make_no_segments(sure, shapes, tmp_path):
     photo = sorted((shapes / "val2017").iterdir())[0]
     segment = load_detector(sure, "cpu")(photo).panoptic.segments[0]
     ids = load_detector(sure, "cpu").label_map.category_ids
@@ -928,26 +928,26 @@ def test_segments_of_a_video_are_written_frame_by_frame(sure, tmp_path):
     for shade in (40, 200):
         writer.write(np.full((64, 80, 3), shade, np.uint8))
     writer.release()
-    assert predicted(sure, tmp_path / "out", tmp_path / "clip.avi") == 0
+    assert run_predict(sure, tmp_path / "out", tmp_path / "clip.avi") == 0
     content = json.loads((tmp_path / "out" / "panoptic_results" / "panoptic.json").read_text())
     assert [(image["id"], image["frame"]) for image in content["images"]] == [(1, 0), (2, 1)]
     assert [entry["image_id"] for entry in content["annotations"]] == [1, 2]
     assert (tmp_path / "out" / "clip.mp4").is_file()
 
 
-def test_what_a_panoptic_prediction_needs_is_found_before_any_work(sure, shapes, tmp_path, capsys):
+def test_a_panoptic_prediction_is_refused_before_any_work_if_impossible(sure, shapes, tmp_path, capsys):
     old = relabelled(sure, tmp_path / "old.pth", things=None)
-    assert predicted(old, tmp_path / "out", shapes / "val2017") == 2
+    assert run_predict(old, tmp_path / "out", shapes / "val2017") == 2
     assert f"{old}: does not say which categories are things" in capsys.readouterr().err
     kept = tmp_path / "out" / "panoptic_results" / "notes.txt"
     kept.parent.mkdir(parents=True)
     kept.write_text("mine")
-    assert predicted(sure, tmp_path / "out", shapes / "val2017") == 2
+    assert run_predict(sure, tmp_path / "out", shapes / "val2017") == 2
     assert "panoptic_results: holds something else than panoptic results" in capsys.readouterr().err
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [kept]
     inputs = tmp_path / "in" / "panoptic_results"
     inputs.mkdir(parents=True)
     Image.new("RGB", (80, 64)).save(inputs / "a.png")
-    assert predicted(sure, tmp_path / "new", tmp_path / "in") == 2
+    assert run_predict(sure, tmp_path / "new", tmp_path / "in") == 2
     assert "in the folder of the panoptic results" in capsys.readouterr().err
-    assert predicted(sure, tmp_path / "new", inputs) == 0
+    assert run_predict(sure, tmp_path / "new", inputs) == 0

@@ -1,4 +1,4 @@
-"""Jobs on a cluster: what is submitted, what its processes do, and what becomes of a job that a signal stops."""
+"""Slurm jobs: the submitted script, the processes of a job, and jobs that a signal stops."""
 
 import os
 import re
@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 CPU = ["--gpus_per_node", "0"]
 
-# Each stands in for the cluster's own, and keeps what it was called with.
+# Replacements of Slurm's commands that record how they were called.
 SCRIPTS = {
     "sbatch": 'cp "$1" "$CLUSTER/submitted.sh"\necho "Submitted batch job 42"',
     "srun": "exit 1",
@@ -41,7 +41,7 @@ SCRIPTS = {
 
 @pytest.fixture(autouse=True)
 def environment_and_handlers(monkeypatch):
-    """A job's processes set variables and handlers: they are gone after a test, and none is there before it."""
+    """Remove Slurm variables before a test; restore environment and handlers after it, since jobs change them."""
     before = dict(os.environ)
     handlers = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGCONT, signal.SIGINT)}
     for name in list(os.environ):
@@ -56,7 +56,7 @@ def environment_and_handlers(monkeypatch):
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch) -> Path:
-    """A folder in which a cluster's commands, the first that are found, keep what they are called with."""
+    """A folder, first in PATH, with the replaced Slurm commands and their records."""
     folder = tmp_path / "cluster"
     folder.mkdir()
     for name, text in SCRIPTS.items():
@@ -70,7 +70,7 @@ def cluster(tmp_path, monkeypatch) -> Path:
 
 
 def training(folder: Path, output: Path, variant: str = "detr", *argv) -> list[str]:
-    """The command line of a small training, for behind the `--`."""
+    """The words of a small training that follow `--`."""
     return [*map(str, ["--coco_path", folder, "--output_dir", output, *SMALL_MODEL[variant], "--epochs", 1, *argv])]
 
 
@@ -90,7 +90,7 @@ def requested(cluster: Path) -> tuple[dict[str, str], list[str]]:
     return parameters, shlex.split(text.strip().splitlines()[-1])
 
 
-def test_a_job_of_two_processes_trains_them_together(shapes, tmp_path, capsys):
+def test_a_job_of_two_processes_trains_one_model(shapes, tmp_path, capsys):
     argv = training(shapes, tmp_path / "run", "conditional")
     flags = ["--cluster", "local", *CPU, "--tasks_per_node", "2", "--log_dir", str(tmp_path / "logs"), "--wait"]
     assert command.main(["conditional", *flags, "--", *argv]) == 0
@@ -103,7 +103,7 @@ def test_a_job_of_two_processes_trains_them_together(shapes, tmp_path, capsys):
     assert "effective batch    8 = 4 images x 1 accumulated x 2 processes" in first.read_text()
 
 
-def test_a_job_that_fails_says_so(tmp_path, capsys):
+def test_a_failed_job_is_reported(tmp_path, capsys):
     argv = training(tmp_path / "nowhere", tmp_path / "run")
     assert command.main(["detr", "--cluster", "local", *CPU, "--wait", "--", *argv]) == 1
     assert "DETR-ENACT/main.py ended with status 2" in capsys.readouterr().err
@@ -133,7 +133,7 @@ def test_one_process_trains_in_process_for_a_debugger(shapes, tmp_path):
     assert [row["epoch"] for row in read_log(tmp_path / "run")] == [0]
 
 
-def test_the_script_asks_for_what_the_flags_say(shapes, tmp_path, cluster):
+def test_the_script_requests_what_the_flags_say(shapes, tmp_path, cluster):
     flags = (
         "--nodes 2 --gpus_per_node 4 --cpus_per_task 6 --mem_gb 200 --time 600 --partition gpu --account lab "
         "--qos long --constraint a100 --exclude node[3-4] --job_name trial --signal_seconds 300 "
@@ -156,7 +156,7 @@ def test_the_script_asks_for_what_the_flags_say(shapes, tmp_path, cluster):
     assert words[-1] == str(logs)
 
 
-def test_what_the_flags_do_not_say_is_left_to_the_cluster(shapes, tmp_path, cluster):
+def test_parameters_without_a_flag_are_left_to_the_cluster(shapes, tmp_path, cluster):
     submit(shapes, tmp_path / "run", *CPU, "--tasks_per_node", 3, "--max_requeues", 0, "--log_dir", tmp_path / "logs")
     parameters, _ = requested(cluster)
     assert set(parameters) == {
@@ -168,7 +168,7 @@ def test_what_the_flags_do_not_say_is_left_to_the_cluster(shapes, tmp_path, clus
 
 
 @pytest.mark.parametrize("parameter", ["gres=gpu:a100:4", "gpus-per-node=a100:4"])
-def test_gpus_can_be_asked_for_in_another_way(shapes, tmp_path, cluster, parameter):
+def test_gpus_can_be_requested_by_another_slurm_parameter(shapes, tmp_path, cluster, parameter):
     argv = [word for word in training(shapes, tmp_path / "run") if word not in ("--device", "cpu")]
     assert command.main(["detr", "--gpus_per_node", "4", "--slurm_parameter", parameter, "--", *argv]) == 0
     parameters, _ = requested(cluster)
@@ -206,7 +206,7 @@ def test_gpus_can_be_asked_for_in_another_way(shapes, tmp_path, cluster, paramet
         ("--cluster kubernetes", "", "argument --cluster: invalid choice"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_and_nothing_submitted(shapes, tmp_path, cluster, capsys, flags, argv, message):
+def test_wrong_flags_are_refused_and_nothing_is_submitted(shapes, tmp_path, cluster, capsys, flags, argv, message):
     flags = flags.split() if "--gpus_per_node" in flags else [*CPU, *flags.split()]
     try:
         status = command.main(["detr", *flags, "--", *training(shapes, tmp_path / "run"), *argv.split()])
@@ -217,7 +217,7 @@ def test_what_is_wrong_is_said_and_nothing_submitted(shapes, tmp_path, cluster, 
     assert not (cluster / "submitted.sh").exists() and not (tmp_path / "run").exists()
 
 
-def test_a_checkpoint_of_the_jobs_own_may_be_named_and_evaluated(shapes, tmp_path, cluster):
+def test_resume_accepts_the_jobs_own_checkpoint_and_any_with_eval(shapes, tmp_path, cluster):
     latest = str(tmp_path / "run" / "checkpoint.pth")
     for more, added in ([["--resume", latest], True], [["--eval", "--resume", "elsewhere.pth"], False]):
         argv = training(shapes, tmp_path / "run", "detr", *more)
@@ -226,7 +226,7 @@ def test_a_checkpoint_of_the_jobs_own_may_be_named_and_evaluated(shapes, tmp_pat
         assert job.submission().function.argv == argv + ["--auto_resume"] * added
 
 
-def test_a_missing_submitit_is_said(shapes, tmp_path, monkeypatch, capsys):
+def test_a_missing_submitit_is_reported(shapes, tmp_path, monkeypatch, capsys):
     for name in [*filter(re.compile(r"submitit\b|enact_common\.slurm\.").match, list(command.sys.modules))]:
         monkeypatch.delitem(command.sys.modules, name)
     monkeypatch.setitem(command.sys.modules, "submitit", None)
@@ -235,24 +235,24 @@ def test_a_missing_submitit_is_said(shapes, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("flags", [[], ["--cluster", "slurm"]], ids=["auto", "slurm"])
-def test_a_machine_without_slurm_is_said(shapes, tmp_path, monkeypatch, capsys, flags):
+def test_a_machine_without_slurm_is_reported(shapes, tmp_path, monkeypatch, capsys, flags):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert command.main(["detr", *CPU, *flags, "--", *training(shapes, tmp_path / "run")]) == 2
     assert re.search("no srun here.* pass --cluster local", capsys.readouterr().err)
 
 
-def test_what_sbatch_refuses_is_said(shapes, tmp_path, cluster, capsys):
+def test_an_error_of_sbatch_is_reported(shapes, tmp_path, cluster, capsys):
     (cluster / "sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition specified: moon' >&2\nexit 1\n")
     argv = ["detr", *CPU, "--partition", "moon", "--", *training(shapes, tmp_path / "run")]
     assert command.main(argv) == 2
     assert "could not be submitted: sbatch: error: invalid partition specified: moon" in capsys.readouterr().err
 
 
-# What a job's processes do ------------------------------------------------------------------------------------------
+# The processes of a job ---------------------------------------------------------------------------------------------
 
 
 def slurm_environment(monkeypatch, rank: int = 0, nodes: int = 1, tasks_per_node: int = 1) -> None:
-    """Be a process of job 42, as srun starts it."""
+    """Set the environment that srun gives a process of job 42."""
     for name, value in {
         "SUBMITIT_EXECUTOR": "slurm", "SLURM_JOB_ID": 42, "SLURM_NTASKS": nodes * tasks_per_node, "SLURM_PROCID": rank,
         "SLURM_JOB_NUM_NODES": nodes, "SLURM_NODEID": rank // tasks_per_node, "SLURM_LOCALID": rank % tasks_per_node,
@@ -263,14 +263,14 @@ def slurm_environment(monkeypatch, rank: int = 0, nodes: int = 1, tasks_per_node
 
 @pytest.fixture
 def job(shapes, tmp_path, cluster, monkeypatch) -> submitit.SlurmJob:
-    """A submitted job, of which this is the only process, with ten minutes and one time-out to spare."""
+    """A submitted job of one process, this one, with a limit of ten minutes and one requeue."""
     submit(shapes, tmp_path / "run", *CPU, "--time", 10, "--max_requeues", 1)
     slurm_environment(monkeypatch)
     return submitit.SlurmJob(tmp_path / "run" / "slurm", "42")
 
 
 def stub_main(monkeypatch, *numbers: int, status: int = STOPPED) -> None:
-    """Have a training that these signals reach, and that ends with this status."""
+    """Replace the training by one that receives these signals and returns this status."""
 
     def main(*args) -> int:
         with listening():
@@ -282,7 +282,7 @@ def stub_main(monkeypatch, *numbers: int, status: int = STOPPED) -> None:
 
 
 def requeued(cluster: Path) -> int:
-    """How many times the cluster was asked to put the job into the queue again."""
+    """The number of requests to requeue the job."""
     asked = cluster / "asked"
     return asked.read_text().splitlines().count("requeue 42") if asked.exists() else 0
 
@@ -292,23 +292,23 @@ def requeued(cluster: Path) -> int:
     [
         (5, 2, "0,1,2,3", {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "rack07"}),
         (3, 1, "0,1,2,3", {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "MASTER_ADDR": "localhost"}),
-        # The cluster shows each process its own GPU alone.
+        # The cluster shows each process only its own GPU.
         (3, 1, "3", {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}),
     ],
 )
-def test_each_process_finds_its_place_in_the_environment(monkeypatch, rank, nodes, gpus, expected):
+def test_each_process_gets_its_rank_from_the_environment(monkeypatch, rank, nodes, gpus, expected):
     seen = {}
     monkeypatch.setattr(run, "main", lambda variant, *others: seen.update(os.environ) or 0)
     slurm_environment(monkeypatch, rank, nodes, tasks_per_node=4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-    monkeypatch.setenv("RANK", "77")  # left behind in the shell that submitted
+    monkeypatch.setenv("RANK", "77")  # left over from the submitting shell
     assert task.Task("detr", [])() == 0
     assert {name: seen[name] for name in expected} == expected
     assert seen["LOCAL_WORLD_SIZE"] == "4" and seen["CUDA_VISIBLE_DEVICES"] == gpus
     assert 20000 <= int(seen["MASTER_PORT"]) <= 60000
 
 
-def test_a_job_is_what_its_process_returns(job, monkeypatch):
+def test_the_result_of_a_job_is_the_status_of_its_process(job, monkeypatch):
     stub_main(monkeypatch, status=0)
     process_job(job.paths.folder)
     assert job.result() == 0
@@ -318,13 +318,13 @@ def test_a_job_is_what_its_process_returns(job, monkeypatch):
     assert "ended with status 2" in str(job.exception())
 
 
-def test_time_outs_put_a_job_back_until_there_were_too_many(job, cluster, monkeypatch):
+def test_a_job_is_requeued_at_time_outs_up_to_the_limit(job, cluster, monkeypatch):
     stub_main(monkeypatch, signal.SIGUSR2)
     argv = job.submission().function.argv
     with pytest.raises(SystemExit):
         process_job(job.paths.folder)
     assert requeued(cluster) == 1
-    # Not done: without a result, and the same again.
+    # The requeued job has no result and the same arguments.
     assert not job.paths.result_pickle.exists()
     assert job.submission().function.argv == argv and "--auto_resume" in argv
     with pytest.raises(UncompletedJobError, match="timed-out too many times"):
@@ -341,9 +341,9 @@ def test_time_outs_put_a_job_back_until_there_were_too_many(job, cluster, monkey
         ((signal.SIGUSR1,), "None", 0),
         ((signal.SIGTERM,), "2026-11-25T21:06:26", 1),
     ],
-    ids=["cancelled", "cancelled and out of time", "told to stop", "preempted"],
+    ids=["cancelled", "cancelled and out of time", "asked to stop", "preempted"],
 )
-def test_a_job_that_was_cancelled_stays_out_of_the_queue(job, cluster, monkeypatch, numbers, preempted, times):
+def test_a_cancelled_job_is_not_requeued_but_a_preempted_one_is(job, cluster, monkeypatch, numbers, preempted, times):
     monkeypatch.setenv("PREEMPTED", preempted)
     stub_main(monkeypatch, *numbers)
     with pytest.raises(SystemExit) as end:
@@ -353,7 +353,7 @@ def test_a_job_that_was_cancelled_stays_out_of_the_queue(job, cluster, monkeypat
     assert not job.paths.result_pickle.exists()
 
 
-def test_a_cluster_that_does_not_answer_has_not_preempted(job, cluster, monkeypatch):
+def test_without_scontrol_a_job_counts_as_cancelled(job, cluster, monkeypatch):
     (cluster / "scontrol").unlink()
     monkeypatch.setenv("PATH", str(cluster))
     stub_main(monkeypatch, signal.SIGTERM)
@@ -362,7 +362,7 @@ def test_a_cluster_that_does_not_answer_has_not_preempted(job, cluster, monkeypa
     assert end.value.code == STOPPED
 
 
-def test_other_processes_leave_the_queue_and_the_end_to_the_main_one(job, cluster, monkeypatch):
+def test_only_the_main_process_requeues_and_ends_the_job(job, cluster, monkeypatch):
     waited = []
 
     def the_main_process_ends(seconds: float) -> None:
@@ -379,8 +379,8 @@ def test_other_processes_leave_the_queue_and_the_end_to_the_main_one(job, cluste
     assert requeued(cluster) == 0 and not list(job.paths.folder.glob("*result*"))
 
 
-def test_a_signal_that_another_process_got_first_reaches_the_main_one(job, cluster, monkeypatch):
-    stub_main(monkeypatch)  # stopped, by none of its own
+def test_the_main_process_waits_for_a_signal_that_another_got_first(job, cluster, monkeypatch):
+    stub_main(monkeypatch)  # stopped, although no signal came
     late = SimpleNamespace(sleep=lambda seconds: os.kill(os.getpid(), signal.SIGUSR2))
     monkeypatch.setattr(task, "time", late)
     with pytest.raises(SystemExit):
@@ -388,8 +388,8 @@ def test_a_signal_that_another_process_got_first_reaches_the_main_one(job, clust
     assert requeued(cluster) == 1
 
 
-@pytest.mark.skipif(shutil.which("pgrep") is None, reason="nothing here lists a job's processes")
-def test_a_job_whose_time_is_up_goes_on_where_it_was(shapes, tmp_path):
+@pytest.mark.skipif(shutil.which("pgrep") is None, reason="pgrep is not installed")
+def test_a_job_that_timed_out_resumes(shapes, tmp_path):
     few = "--epochs 2 --batch_size 1 --limit_val 2 --print_freq 1".split()
     argv = training(shapes, tmp_path / "run", "detr", *few)
     flags = ["--cluster", "local", *CPU, "--tasks_per_node", "2", "--wait", "--", *argv]
@@ -398,7 +398,7 @@ def test_a_job_whose_time_is_up_goes_on_where_it_was(shapes, tmp_path):
     while submitter.poll() is None:
         logs = sorted((tmp_path / "run" / "slurm").glob("*_0_log.out"))
         if not tasks and logs and "epoch 0 [" in logs[0].read_text():
-            # As submitit and Slurm do it: to all tasks.
+            # Like submitit and Slurm, signal all tasks.
             controller = logs[0].name.split("_")[0]
             tasks = subprocess.run(["pgrep", "-P", controller], capture_output=True, text=True).stdout.split()
             for number in tasks:
@@ -411,7 +411,7 @@ def test_a_job_whose_time_is_up_goes_on_where_it_was(shapes, tmp_path):
 
 def test_a_single_process_within_a_slurm_job_trains_alone(shapes, tmp_path, monkeypatch, capsys):
     slurm_environment(monkeypatch, rank=3, nodes=2, tasks_per_node=4)
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **more: pytest.fail("not alone"))
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **more: pytest.fail("joined a group"))
     assert train("detr", shapes, tmp_path, "--epochs", "1") == 0
     assert ", 1 process," in capsys.readouterr().out
     assert [row["epoch"] for row in read_log(tmp_path)] == [0]

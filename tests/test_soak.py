@@ -1,4 +1,4 @@
-"""The long loops of `make soak`, with numbers that a test can afford. Kills are in test_stopping.py."""
+"""The long loops of `make soak`, shortened for a test. test_stopping.py tests killed runs."""
 
 import pytest
 import soak
@@ -9,12 +9,12 @@ from enact_common.utils.errors import UserError
 
 
 @pytest.mark.parametrize("loop", [soak.damaged_images, soak.damaged_annotations, soak.damaged_checkpoints])
-def test_damaged_files_are_read_or_refused_by_name(tmp_path, loop):
+def test_damaged_files_are_read_or_refused(tmp_path, loop):
     outcomes = loop(tmp_path, count=300)
     assert sum(outcomes.values()) == 300 and min(outcomes["read"], outcomes["refused"]) > 10
 
 
-def test_the_damage_would_show_an_error_of_another_kind(tmp_path, monkeypatch):
+def test_other_errors_and_bad_results_fail_the_soak(tmp_path, monkeypatch):
     def careless(path):
         try:
             return decode_image(path)

@@ -1,4 +1,4 @@
-"""Runs that are told to stop, killed, or out of disk, and go on: nothing is lost, and nothing changes by it."""
+"""Runs that are stopped, killed or out of disk space resume without a loss and with the same result."""
 
 import json
 import multiprocessing
@@ -33,27 +33,27 @@ from enact_common.utils.signals import (
     uninterrupted,
 )
 
-# Twelve images, one at a time: twelve batches and six steps an epoch, with all that a checkpoint has to remember.
+# An epoch of twelve batches of one image and six steps, with dropout and EMA, whose state a checkpoint must hold.
 STEPS = "--batch_size 1 --accumulate 2 --epochs 2 --dropout 0.1 --ema 0.9 --print_freq 1 --limit_val 2".split()
 
 
-def wait_for_line(process: subprocess.Popen, beginning: str) -> None:
-    """Read what a process says until a line begins like this."""
+def wait_for_line(process: subprocess.Popen, start_of_line: str) -> None:
+    """Read a process's output up to a line that starts with `start_of_line`."""
     for line in process.stdout:
-        if line.startswith(beginning):
+        if line.startswith(start_of_line):
             return
-    raise AssertionError(f"the process ended without saying {beginning!r}")
+    raise AssertionError(f"the process ended without printing {start_of_line!r}")
 
 
 def end(processes: list[subprocess.Popen]) -> list[int]:
-    """The processes' exit statuses, once they have ended and all that they say is read."""
+    """Wait for the processes, store their output in `said` and `complained`, and return their exit statuses."""
     for process in processes:
         process.said, process.complained = process.communicate(timeout=300)
     return [process.returncode for process in processes]
 
 
 def assert_same_training(ours: Path, theirs: Path) -> None:
-    """Two folders hold trainings that are equal to the last bit."""
+    """Assert that two folders hold bitwise equal trainings."""
     first, second = (load_checkpoint(str(folder / "checkpoint.pth")) for folder in (ours, theirs))
     for key in ("model", "model_ema", "optimizer", "scaler", "epoch", "random_states", "train_stats"):
         assert equal_states(first[key], second[key]), key
@@ -61,9 +61,9 @@ def assert_same_training(ours: Path, theirs: Path) -> None:
     assert read_log(ours) == read_log(theirs)
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["alone", "two processes"])
+@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
 def whole_training(request, shapes, tmp_path_factory):
-    """How many processes, and the folder of their training."""
+    """(number of processes, output folder) of an uninterrupted training."""
     output = tmp_path_factory.mktemp("whole") / "run"
     statuses = end(start(request.param, "detr", shapes, output, *STEPS))
     assert statuses == [0] * request.param
@@ -74,17 +74,17 @@ def whole_training(request, shapes, tmp_path_factory):
 @pytest.mark.parametrize(
     "number, workers", [(signal.SIGTERM, "2"), (signal.SIGUSR1, "0")], ids=["SIGTERM to all", "SIGUSR1 to one"]
 )
-def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(whole_training, shapes, tmp_path, number, workers):
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(whole_training, shapes, tmp_path, number, workers):
     count, theirs = whole_training
     argv = [*STEPS, "--num_workers", workers, "--auto_resume"]
     processes = start(count, "detr", shapes, tmp_path, *argv)
     wait_for_line(processes[0], "epoch 0 [ 3/12]" if count == 1 else "epoch 0 [2/6]")
     if number == signal.SIGTERM:
-        # As schedulers do it: to everything, the loaders' processes included.
+        # Like schedulers, signal all processes, including the data loaders'.
         for process in processes:
             os.killpg(process.pid, number)
     else:
-        # To one process, not the main one: all stop in the same step.
+        # Signal one process, with two processes not the main one; all must stop in the same step.
         processes[-1].send_signal(number)
     assert end(processes) == [STOPPED] * count
     assert f"{number.name} came; in epoch 0, after " in processes[0].complained
@@ -99,7 +99,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(whole_training, sha
 
 
 @pytest.mark.xdist_group("whole training")
-def test_kills_at_any_moment_leave_a_checkpoint_that_goes_on(whole_training, shapes, tmp_path):
+def test_kills_at_any_moment_leave_a_checkpoint_that_resumes(whole_training, shapes, tmp_path):
     count, theirs = whole_training
     argv = [*STEPS, "--auto_resume", "--save_every_steps", "1"]
     latest, partial = tmp_path / "checkpoint.pth", tmp_path / "checkpoint.pth.partial"
@@ -107,7 +107,7 @@ def test_kills_at_any_moment_leave_a_checkpoint_that_goes_on(whole_training, sha
     for kills in range(4):
         before = latest.stat().st_mtime_ns if latest.exists() else 0
         processes = start(count, "detr", shapes, tmp_path, *argv)
-        # Killed once it has come further: in every other try right in the middle of a save.
+        # Kill the run after a new checkpoint, in every other try in the middle of a save.
         while processes[0].poll() is None:
             moved = latest.exists() and latest.stat().st_mtime_ns > before
             if moved and (kills % 2 == 0 or partial.exists()):
@@ -132,7 +132,7 @@ def test_torchrun_passes_the_signal_on(shapes, tmp_path):
     wait_for_line(process, "epoch 0 [2/6]")
     process.send_signal(signal.SIGTERM)
     (status,) = end([process])
-    # It has a status of its own, but waits for the processes.
+    # torchrun returns its own status, but waits for the processes.
     assert status != 0 and "SIGTERM came; in epoch" in process.complained
     assert "images" in torch.load(tmp_path / "checkpoint.pth", weights_only=True)["within_epoch"]
 
@@ -152,11 +152,11 @@ def test_the_place_in_the_epoch_survives_another_number_of_processes(shapes, tmp
     assert [row["epoch"] for row in read_log(tmp_path)] == [0, 1]
 
 
-def test_a_signal_in_an_evaluation_leaves_the_epoch_to_be_evaluated(shapes, tmp_path, monkeypatch, capsys):
+def test_after_a_signal_in_an_evaluation_the_resumed_run_evaluates_the_epoch(shapes, tmp_path, monkeypatch, capsys):
     argv = ["--epochs", "1", "--auto_resume"]
     original = torch.nn.Module.eval
     with monkeypatch.context() as patch:
-        # Evaluations begin with it.
+        # An evaluation starts with `eval()`.
         patch.setattr(torch.nn.Module, "eval", lambda self: os.kill(os.getpid(), signal.SIGTERM) or original(self))
         assert train("detr", shapes, tmp_path, *argv) == STOPPED
     assert "SIGTERM came; in the evaluation of epoch 0" in capsys.readouterr().err
@@ -165,7 +165,7 @@ def test_a_signal_in_an_evaluation_leaves_the_epoch_to_be_evaluated(shapes, tmp_
     assert [len(row["test_coco_eval_bbox"]) for row in read_log(tmp_path)] == [12]
 
 
-def test_signals_do_what_they_did_before_and_after():
+def test_signal_handlers_are_restored_after_listening():
     told = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: told.append(number))
     try:
@@ -173,7 +173,7 @@ def test_signals_do_what_they_did_before_and_after():
             assert stop_requested() is None
             os.kill(os.getpid(), signal.SIGUSR1)
             os.kill(os.getpid(), signal.SIGTERM)
-            # The first counts.
+            # The first signal counts.
             assert stop_requested() == signal.SIGUSR1 and told == []
         os.kill(os.getpid(), signal.SIGUSR1)
         assert told == [signal.SIGUSR1]
@@ -190,13 +190,13 @@ def test_ctrl_c_ends_without_a_traceback(shapes, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     assert end([process]) == [130]
     assert process.complained.splitlines()[-1] == "main.py: interrupted; what was saved before is whole"
-    # A loader's process that was passing a batch on may complain, in a thread of Python's own, that nobody takes it.
+    # A loader process may print a ConnectionResetError from one of Python's threads while it sends a batch.
     assert "KeyboardInterrupt" not in process.complained
     assert "Traceback" not in process.complained or "ConnectionResetError" in process.complained
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 0
 
 
-# What a process that is started runs first: as it ends, it writes the names of its threads.
+# Code that started processes run first: at exit, they write the names of their threads.
 TELL_THREADS = """
 import atexit, os, time
 from pathlib import Path
@@ -206,11 +206,11 @@ def names():
         try:
             yield Path(f"/proc/self/task/{task}/comm").read_text()
         except OSError:
-            # It ended just now.
+            # The thread has just ended.
             pass
 
 def tell():
-    # The system lists threads for a moment longer than they run.
+    # The system lists threads for a moment after they end.
     deadline = time.monotonic() + 2
     while any("gloo" in name for name in names()) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -222,20 +222,20 @@ atexit.register(tell)
 
 @pytest.fixture
 def threads_at_the_end(tmp_path_factory, monkeypatch):
-    """From a started process to the names of the threads that it had as Python ended."""
+    """A function from a process to the names of the threads that it had at exit."""
     folder = tmp_path_factory.mktemp("threads")
     (folder / "sitecustomize.py").write_text(TELL_THREADS)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH")))))
     return lambda process: (folder / f"threads_{process.pid}").read_text().split()
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_full_disk_is_said_and_the_old_checkpoint_stays(shapes, tmp_path, threads_at_the_end, processes):
+def test_a_full_disk_is_reported_and_the_old_checkpoint_stays(shapes, tmp_path, threads_at_the_end, processes):
     assert train("detr", shapes, tmp_path, "--epochs", "1", "--limit_val", "1") == 0
     latest = tmp_path / "checkpoint.pth"
     before = latest.read_bytes()
-    # What is written beside it goes to a device that is full.
+    # The partial file is written to a device that is always full.
     (tmp_path / "checkpoint.pth.partial").symlink_to("/dev/full")
     argv = ["--epochs", "3", "--limit_val", "1", "--auto_resume", "--batch_size", str(4 // processes)]
     running = start(processes, "detr", shapes, tmp_path, *argv, fresh=processes > 1)
@@ -243,16 +243,16 @@ def test_a_full_disk_is_said_and_the_old_checkpoint_stays(shapes, tmp_path, thre
     complaints = "".join(process.complained for process in running)
     assert complaints.count(f"{latest}: cannot be written (No space left on device); what it held before") == 1
     assert "Traceback" not in complaints and latest.read_bytes() == before
-    # A thread of the process group that is still there may abort the process.
+    # A remaining gloo thread of the process group could abort the process.
     if processes > 1:
         assert not [name for process in running for name in threads_at_the_end(process) if "gloo" in name]
-    # With room again, it goes on.
+    # With free space the run resumes.
     assert train("detr", shapes, tmp_path, *argv[:-2], "--epochs", "2") == 0
     assert [row["epoch"] for row in read_log(tmp_path)] == [0, 1]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no device that is always full")
-def test_a_full_disk_is_said_by_the_log_too(shapes, tmp_path, capsys):
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk_is_reported_for_the_log(shapes, tmp_path, capsys):
     (tmp_path / "log.txt").symlink_to("/dev/full")
     assert train("detr", shapes, tmp_path, "--epochs", "1", "--limit_val", "1") == 2
     assert f"error: {tmp_path / 'log.txt'}: cannot be written (No space left on device)" in capsys.readouterr().err
@@ -262,7 +262,7 @@ def test_a_full_disk_is_said_by_the_log_too(shapes, tmp_path, capsys):
     assert [row["epoch"] for row in read_log(tmp_path)] == [0]
 
 
-def test_a_file_that_cannot_be_replaced_is_said(tmp_path):
+def test_a_file_that_cannot_be_replaced_is_reported(tmp_path):
     (tmp_path / "checkpoint.pth.partial").mkdir()
     with pytest.raises(UserError, match="checkpoint.pth: cannot be written .*choose another --output_dir"):
         save_checkpoint(tmp_path / "checkpoint.pth", {})
@@ -278,7 +278,7 @@ def test_a_file_that_cannot_be_replaced_is_said(tmp_path):
     ],
     ids=lambda value: " ".join(value) if value and isinstance(value[0], str) else "",
 )
-def test_which_checkpoints_stay(shapes, tmp_path, argv, kept):
+def test_numbered_checkpoints_are_kept_as_the_flags_say(shapes, tmp_path, argv, kept):
     (tmp_path / "checkpoint_of_mine.pth").write_bytes(b"not numbered")
     few = ["--epochs", "5", "--limit_train", "4", "--limit_val", "1", "--eval_every", "9"]
     assert train("detr", shapes, tmp_path, *few, *argv) == 0
@@ -289,7 +289,7 @@ def test_which_checkpoints_stay(shapes, tmp_path, argv, kept):
         assert torch.load(tmp_path / f"checkpoint{epoch:04}.pth", weights_only=True)["epoch"] == epoch
 
 
-def test_the_best_checkpoint_is_that_of_the_highest_precision(shapes, tmp_path, monkeypatch):
+def test_the_best_checkpoint_has_the_highest_ap(shapes, tmp_path, monkeypatch):
     figures = iter([0.2, 0.5, 0.3])
     original = run.report_evaluation
 
@@ -305,7 +305,7 @@ def test_the_best_checkpoint_is_that_of_the_highest_precision(shapes, tmp_path, 
 
 @pytest.fixture
 def nothing_to_find(shapes, tmp_path):
-    """From what the validation's annotations become to the data set."""
+    """A function that copies the data set with changed validation annotations; returns the copy's root."""
 
     def make(change) -> Path:
         root = shutil.copytree(shapes, tmp_path / "data")
@@ -319,13 +319,13 @@ def nothing_to_find(shapes, tmp_path):
 
 EMPTY = {
     "no objects": lambda annotations: [],
-    "crowds alone": lambda annotations: [{**annotation, "iscrowd": 1} for annotation in annotations],
-    "not in the part": lambda annotations: [a for a in annotations if a["image_id"] > 2],  # of --limit_val 2
+    "only crowds": lambda annotations: [{**annotation, "iscrowd": 1} for annotation in annotations],
+    "beyond the limit": lambda annotations: [a for a in annotations if a["image_id"] > 2],  # --limit_val 2
 }
 
 
 @pytest.mark.parametrize("change", EMPTY.values(), ids=EMPTY)
-def test_where_nothing_can_be_measured_nothing_is_the_best(nothing_to_find, change, tmp_path, capsys):
+def test_without_a_measurable_ap_there_is_no_best_checkpoint(nothing_to_find, change, tmp_path, capsys):
     root = nothing_to_find(change)
     few = ["--epochs", "2", "--limit_train", "4", "--limit_val", "2", "--auto_resume"]
     assert train("detr", root, tmp_path / "out", *few, "--early_stop", "1") == 2
@@ -340,14 +340,14 @@ def test_where_nothing_can_be_measured_nothing_is_the_best(nothing_to_find, chan
     assert "the 2 images that --limit_val 2 leaves; best.pth is not written" in out and "highest AP" not in out
     assert [row["test_coco_eval_bbox"] for row in read_log(tmp_path / "out")] == [[-1] * 12] * 2
     assert sorted(path.name for path in (tmp_path / "out").glob("*.pth")) == ["checkpoint.pth"]
-    # An earlier best stays.
+    # An earlier best.pth stays.
     (tmp_path / "out" / "best.pth").write_bytes(b"of before")
     assert train("detr", root, tmp_path / "out", *few, "--epochs", "3") == 0
     assert (tmp_path / "out" / "best.pth").read_bytes() == b"of before"
 
 
 @pytest.mark.parametrize("number", [-1.0, float("nan")])
-def test_figures_that_are_no_measurements_do_not_count(shapes, tmp_path, monkeypatch, number):
+def test_an_ap_of_minus_one_or_nan_does_not_count(shapes, tmp_path, monkeypatch, number):
     figures = iter([number, 0.2, number, number, 0.3])
     monkeypatch.setattr(run, "report_evaluation", lambda *args, **kwargs: {"test_coco_eval_bbox": [next(figures)] * 12})
     argv = ["--limit_train", "4", "--limit_val", "1", "--early_stop", "2", "--auto_resume"]
@@ -358,7 +358,7 @@ def test_figures_that_are_no_measurements_do_not_count(shapes, tmp_path, monkeyp
     assert [row["epoch"] for row in read_log(tmp_path)] == [0, 1, 2, 3, 4]
 
 
-# ------------------------------------------------------------------------------------------- commands beside a training
+# ------------------------------------------------------------------------------------------------------ other commands
 
 
 def send(number: int = signal.SIGTERM, times: int = 1) -> None:
@@ -373,7 +373,7 @@ def test_a_signal_ends_a_command_like_ctrl_c(number, tmp_path, capsys, heard_sig
     def command() -> int:
         def write(file) -> None:
             file.write(b"half")
-            send(number, times=2)  # as `timeout` does it: to the process and to its group
+            send(number, times=2)  # like `timeout`, which signals the process and its group
             file.write(b"whole")
 
         write_file(tmp_path / "file", write)
@@ -385,7 +385,7 @@ def test_a_signal_ends_a_command_like_ctrl_c(number, tmp_path, capsys, heard_sig
     assert {other: signal.getsignal(other) for other in ENDING} == handlers
 
 
-def test_a_signal_waits_for_the_end_of_a_block_that_is_not_to_be_cut_in_two():
+def test_a_signal_waits_for_the_end_of_an_uninterrupted_block():
     done = []
     with pytest.raises(Interrupted), interruptible():
         with uninterrupted():
@@ -397,7 +397,7 @@ def test_a_signal_waits_for_the_end_of_a_block_that_is_not_to_be_cut_in_two():
     assert done == [1, 2]
 
 
-def test_an_interruption_that_other_code_turned_into_an_error_is_one(capsys):
+def test_an_interruption_that_other_code_turned_into_an_error_counts(capsys):
     def command() -> int:
         try:
             send()
@@ -408,7 +408,7 @@ def test_an_interruption_that_other_code_turned_into_an_error_is_one(capsys):
     assert capsys.readouterr().err == "program: interrupted by SIGTERM\n"
 
 
-def test_a_signal_that_an_error_overtook_is_forgotten_with_its_command(capsys):
+def test_a_signal_before_an_error_does_not_reach_later_commands(capsys):
     def command() -> int:
         with uninterrupted():
             send()
@@ -438,7 +438,7 @@ def test_a_second_signal_ends_a_command_at_once(capfd):
         try:
             send()
         finally:
-            time.sleep(1.1)  # so that it is another request
+            time.sleep(1.1)  # after a second it counts as another request
             send()
             time.sleep(60)
 
@@ -462,7 +462,7 @@ def status_of_fork(function: Callable[[], int]) -> int:
 
 
 def sleep_in(folder: str) -> None:
-    """For a process of its own: say that it has begun, then take long."""
+    """Create a file, sleep, and remove the file; for a child process."""
     partial = Path(folder) / "temporary"
     partial.touch()
     try:
@@ -472,7 +472,7 @@ def sleep_in(folder: str) -> None:
 
 
 def interrupt_when(path: Path) -> None:
-    """Send this process SIGTERM, from a thread, once there is such a file."""
+    """Send this process SIGTERM from a thread, once the file exists."""
 
     def watch() -> None:
         deadline = time.monotonic() + 60
@@ -493,7 +493,7 @@ def test_processes_that_a_command_started_clean_up_and_end(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes"])
-def test_what_waits_for_its_turn_in_a_pool_is_not_done(tmp_path, kind):
+def test_pending_tasks_of_a_pool_are_cancelled(tmp_path, kind):
     context = multiprocessing.get_context("spawn")
     pool = ThreadPoolExecutor(1) if kind == "threads" else ProcessPoolExecutor(1, context)
     begin = time.monotonic()
@@ -504,7 +504,7 @@ def test_what_waits_for_its_turn_in_a_pool_is_not_done(tmp_path, kind):
     assert time.monotonic() - begin < 25 and multiprocessing.active_children() == []
 
 
-# The commands, by their modules, with what makes them go on for long; in FOLDER they write.
+# {module: arguments of a long run of its command}; FOLDER is replaced by the output folder.
 COMMANDS = {
     "enact_common.data.synthetic": ["--output_dir", "FOLDER/out", "--train", "100000"],
     "enact_common.demo": ["--output_dir", "FOLDER/out"],

@@ -1,4 +1,4 @@
-"""The study of accuracy: its arms, its images, its turns, and what it writes."""
+"""The accuracy study: its arms, images, schedule and output files."""
 
 import itertools
 import json
@@ -47,7 +47,7 @@ SETTING = Setting((3, 4), (12, 14))
 
 
 def task_of(arm: str, variant="conditional", **changes) -> Task:
-    """A training of the CPU preset on very few images."""
+    """A training of the CPU preset on eight images."""
     trial = next(trial for trial in PRESETS["cpu"].trials if trial.variant == variant)
     made = Task(SOURCE, variant, trial.flags, ARMS[arm], 0, 8, 8, "cpu")
     return replace(made, **changes)
@@ -59,7 +59,7 @@ def images(tmp_path_factory):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (5, 1), (4, 4), (8, 8), (7, 12), (13, 6), (3, 50), (33, 34)])
-def test_a_hilbert_curve_goes_through_every_cell_from_neighbour_to_neighbour(shape):
+def test_a_hilbert_curve_visits_every_cell_from_neighbour_to_neighbour(shape):
     order = hilbert_order(*shape)
     assert order.sort().values.equal(torch.arange(math.prod(shape)))
     steps = torch.stack((order // shape[1], order % shape[1])).diff(dim=1).abs()
@@ -67,14 +67,14 @@ def test_a_hilbert_curve_goes_through_every_cell_from_neighbour_to_neighbour(sha
     assert (steps.sum(dim=0) == 2).sum() <= 1
 
 
-def test_stretches_of_a_hilbert_curve_are_patches():
+def test_segments_of_a_hilbert_curve_are_square_patches():
     cells = hilbert_order(32, 32).view(-1, 16)
     rows, columns = cells // 32, cells % 32
     extent = rows.amax(1) - rows.amin(1), columns.amax(1) - columns.amin(1)
     assert (extent[0] == 3).all() and (extent[1] == 3).all()
 
 
-def test_images_are_padded_and_say_so(images):
+def test_images_are_padded_and_the_mask_marks_the_padding(images):
     data = images[TRAIN]
     samples, targets = data.batch(torch.arange(6))
     assert samples.tensors.shape == (6, 3, 48, 56) and samples.tensors.dtype == torch.uint8
@@ -85,7 +85,7 @@ def test_images_are_padded_and_say_so(images):
     assert all((t["boxes"] >= 0).all() and (t["boxes"] <= 1).all() for t in targets)
 
 
-def test_the_truth_is_in_pixels_of_what_was_drawn(images):
+def test_the_ground_truth_is_in_pixels_of_the_drawn_image(images):
     data, truth = images[VAL], images[VAL].truth()
     assert sorted(truth.imgs) == [0, 1, 2, 3]
     assert len(truth.anns) == sum(len(labels) for labels in data.labels)
@@ -95,7 +95,7 @@ def test_the_truth_is_in_pixels_of_what_was_drawn(images):
         assert annotation["area"] <= width * height + 1
 
 
-def test_cells_are_on_objects_where_boxes_cover_their_centres(images):
+def test_cells_are_on_objects_if_boxes_cover_their_centres(images):
     data = images[TRAIN]
     data = replace_boxes(data, torch.tensor([[0.25, 0.5, 0.5, 1.0]]))
     inside, mask = data.on_object(torch.tensor([0]), (12, 14))
@@ -105,13 +105,13 @@ def test_cells_are_on_objects_where_boxes_cover_their_centres(images):
 
 
 def replace_boxes(data, boxes):
-    """The same images, the first of which has these objects."""
+    """The same images, but the first has these objects, all of class 0."""
     return replace(data, boxes=[boxes, *data.boxes[1:]], labels=[torch.zeros(len(boxes)).long(), *data.labels[1:]])
 
 
 @pytest.mark.parametrize("dotted", ["some", "one"])
-def test_dots_tell_the_class_of_the_object_that_bears_them_or_of_all(dotted):
-    """Dots show as what differs from the same scene without: their grey level is the bearer's class."""
+def test_dots_show_the_class_of_their_object_or_of_all_objects(dotted):
+    """Compare each scene with the same scene without dots: the grey of the difference shows the class."""
     bare = replace(SOURCE, height=192, widths=(192,), scale=1.0)
     assert bare.classes == ["circle", "triangle", "cross"]
     source = replace(bare, dotted=dotted)
@@ -154,7 +154,7 @@ def test_damaged_images_are_named(tmp_path):
         load_images(replace(SOURCE, objects=(3, 3)), tmp_path)
 
 
-def test_real_images_are_read_too(shapes):
+def test_photographs_are_loaded_and_resized(shapes):
     data = load_images(Photographs("real", str(shapes), 48, 48), shapes)[VAL]
     assert len(data) == 6 and data.original.tolist() == [[64, 80]] * 6 and data.sizes.tolist() == [[38, 48]] * 6
     truth = json.loads((shapes / "annotations" / "instances_val2017.json").read_text())
@@ -162,7 +162,7 @@ def test_real_images_are_read_too(shapes):
     assert_close(ours, sorted(truth["annotations"][0]["bbox"]), atol=1e-2, rtol=0)
 
 
-def test_shares_are_equal_one_or_learned():
+def test_pooling_weights_are_equal_one_hot_or_have_a_learned_temperature():
     torch.manual_seed(0)
     layer, tokens = EntropyClustering(8), torch.randn(2, 40, 8)
     layer.fixed_length = 4
@@ -180,7 +180,7 @@ def test_shares_are_equal_one_or_learned():
 
 
 @pytest.mark.parametrize("arm", ["scaled", "hilbert", "scaled_hilbert"])
-def test_with_clusters_of_one_token_an_arm_computes_plain_attention(arm):
+def test_an_arm_with_clusters_of_one_token_computes_plain_attention(arm):
     torch.manual_seed(0)
     plain, ours = (build("conditional", *task_of(name).flags, *ARMS[name].flags)[0] for name in ("plain", arm))
     weights = plain.state_dict()
@@ -200,7 +200,7 @@ def test_with_clusters_of_one_token_an_arm_computes_plain_attention(arm):
     assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_cluster_that_counts_by_its_size_stands_for_as_many_tokens():
+def test_weighing_by_size_counts_a_cluster_once_per_token():
     torch.manual_seed(0)
     layer = EnactSelfAttention(8, 2, clusters="regions", batch_first=True)
     layer.weigh_by_size = True
@@ -217,7 +217,7 @@ def test_a_cluster_that_counts_by_its_size_stands_for_as_many_tokens():
     assert_close(layer(query, key, key)[0], expected)
 
 
-def test_all_arms_begin_alike_and_see_the_same_images(tmp_path):
+def test_all_arms_start_from_the_same_weights_and_see_the_same_images(tmp_path):
     results = Results(tmp_path)
     tasks = [task_of(name, start_images=0) for name in ("plain", "windows", "hilbert")]
     models = [prepared_model(task, load_images(SOURCE, tmp_path)[TRAIN], (12, 14), results)[0] for task in tasks]
@@ -236,7 +236,7 @@ def test_all_arms_begin_alike_and_see_the_same_images(tmp_path):
 
 @pytest.fixture(scope="module", params=["conditional", "anchor"])
 def started(request, tmp_path_factory):
-    """A variant, results with the weights of a training without attention, and its model."""
+    """(variant, results folder with the weights of a training without attention, model with these weights)."""
     results, task = Results(tmp_path_factory.mktemp("started")), task_of("windows", request.param)
     model, *_ = prepared_model(start_of(task), load_images(SOURCE, results.folder)[TRAIN], (12, 14), results)
     path = results.weights(start_of(task))
@@ -245,7 +245,7 @@ def started(request, tmp_path_factory):
     return request.param, results, model.eval()
 
 
-def test_an_arm_begins_with_the_training_without_attention(started):
+def test_an_arm_starts_from_the_training_without_attention(started):
     variant, results, model = started
     weights = initial_weights(task_of("windows", variant), 3, results)
     assert all(weights[name].equal(tensor) for name, tensor in model.state_dict().items())
@@ -254,7 +254,7 @@ def test_an_arm_begins_with_the_training_without_attention(started):
 
 
 @pytest.mark.parametrize("arm", ["plain", "none", "windows", "regions"])
-def test_all_arms_begin_as_one_function_and_train_their_encoder_alone(started, arm):
+def test_all_arms_start_as_the_same_function_and_train_only_their_encoder(started, arm):
     variant, results, model = started
     images = load_images(SOURCE, results.folder)[TRAIN]
     task = task_of(arm, variant, encoder_alone=True)
@@ -290,7 +290,7 @@ def test_information_that_marks_objects_correlates_with_them(images):
     data = images[TRAIN]
 
     class Marks(nn.Module):
-        """A detector whose clustering sees where the first image's object is."""
+        """A detector whose information is higher on cells with objects."""
 
         def __init__(self):
             super().__init__()
@@ -308,7 +308,7 @@ def test_information_that_marks_objects_correlates_with_them(images):
     assert found["inequality"] == pytest.approx([1.0], abs=1e-3)
 
 
-def test_every_arm_is_known_and_comes_after_what_it_needs():
+def test_every_arm_is_known_and_comes_after_the_trainings_it_needs():
     for preset in PRESETS.values():
         tasks = tasks_of(preset)
         assert len({task.name for task in tasks}) == len(tasks)
@@ -323,10 +323,10 @@ def test_every_arm_is_known_and_comes_after_what_it_needs():
     assert len(ARMS) == len(LIST)
 
 
-def test_classes_are_right_where_a_box_covers_an_object():
+def test_classes_are_judged_for_the_query_that_covers_an_object_best():
     boxes = torch.tensor([[0.25, 0.5, 0.5, 1.0], [0.3, 0.5, 0.5, 1.0], [0.8, 0.8, 0.2, 0.2]])
     targets = [{"boxes": boxes[[0, 2]], "labels": torch.tensor([0, 1])}, {"boxes": boxes[:0], "labels": boxes[:0, 0]}]
-    # The second query covers the first object too, but less; the third object's query has half of its box.
+    # Query 1 overlaps the first object less than query 0 does. Query 2 has an IoU of 0.4 with the second object.
     predicted = torch.stack((boxes, boxes))
     predicted[:, 2, 2] = 0.08
     logits = torch.tensor([[2.0, 1.0, 9.0], [0.0, 1.0, 9.0], [0.0, 1.0, 9.0]]).expand(2, -1, -1)
@@ -351,7 +351,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_study_that_is_killed_leaves_no_process(tmp_path):
+def test_a_killed_study_leaves_no_process(tmp_path):
     script = tmp_path / "pool.py"
     script.write_text(POOL)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -364,16 +364,16 @@ def test_a_study_that_is_killed_leaves_no_process(tmp_path):
         except ProcessLookupError:
             return
         time.sleep(0.1)
-    pytest.fail("the pool's process goes on")
+    pytest.fail("the pool's process is still running")
 
 
-def test_differences_are_of_the_same_seeds():
+def test_differences_compare_the_same_seeds():
     ours, theirs = (
         {seed: {"figures": {"AP": v}} for seed, v in runs.items()}
         for runs in ({0: 0.3, 1: 0.2, 2: 0.9}, {0: 0.2, 1: 0.4})
     )
     mean, error = difference(ours, theirs)
-    # +10 and -20 points: -5 in the mean, a standard deviation of 21.2, over the root of two.
+    # +10 and -20 points: mean -5, standard error 21.2 / sqrt(2) = 15.
     assert (mean, error) == pytest.approx((-5, 15))
     assert difference_text((mean, error)) == "-5.0 ± 15.0"
     assert difference(ours, {7: {}}) is None and difference_text(None) == "-"
@@ -384,7 +384,7 @@ def test_differences_are_of_the_same_seeds():
     )
 
 
-def test_what_is_wrong_is_named(tmp_path, capsys):
+def test_wrong_flags_and_damaged_results_are_refused(tmp_path, capsys):
     argv = ["--preset", "cpu", "--output_dir", str(tmp_path)]
     assert command.main([*argv, "--bccd", str(tmp_path)]) == 2
     assert f"--bccd {tmp_path}: holds no annotations/" in capsys.readouterr().err
@@ -399,7 +399,7 @@ def test_what_is_wrong_is_named(tmp_path, capsys):
 
 
 def test_without_time_nothing_is_trained_or_measured(tmp_path, capsys, monkeypatch):
-    # Each look at the clock comes hours after the last one.
+    # Each reading of the clock is hours after the last one.
     monkeypatch.setattr(command.time, "perf_counter", itertools.count(0, 10_000).__next__)
     argv = ["--preset", "cpu", "--output_dir", str(tmp_path), "--fraction", "0.002", "--variants", "conditional"]
     assert command.main([*argv, "--arms", "plain", "--seeds", "1"]) == 0
@@ -408,8 +408,8 @@ def test_without_time_nothing_is_trained_or_measured(tmp_path, capsys, monkeypat
 
 
 @pytest.mark.slow
-def test_a_small_study_runs_goes_on_and_writes_its_page(tmp_path, capsys, monkeypatch):
-    # Forks of a process that has PyTorch imported: new ones take seconds.
+def test_a_small_study_runs_resumes_and_writes_its_page(tmp_path, capsys, monkeypatch):
+    # Fork this process, since new ones take seconds to import PyTorch.
     monkeypatch.setattr(schedule, "get_context", lambda method: FORKS)
     monkeypatch.setattr(isolated.multiprocessing, "get_context", lambda method: FORKS)
     argv = ["--preset", "cpu", "--output_dir", str(tmp_path), "--fraction", "0.002", "--seeds", "1", "--jobs", "2"]

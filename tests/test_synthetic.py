@@ -1,4 +1,4 @@
-"""The data set of drawn shapes: its scenes, its files, and what it refuses to write over."""
+"""The data set of drawn shapes: scenes, files, and protection against overwriting."""
 
 import json
 import math
@@ -55,7 +55,7 @@ def test_scene_is_determined_by_the_generator_state():
     assert (first != other).any()
 
 
-def test_box_and_area_are_those_of_the_polygons():
+def test_box_and_area_match_the_polygons():
     height, width = 96, 128
     for _, objects in scenes(30, height, width, objects=(3, 8), object_size=(0.1, 0.6)):
         for item in objects:
@@ -63,14 +63,14 @@ def test_box_and_area_are_those_of_the_polygons():
             mask = visible_mask(item, height, width)
             rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
             x, y, w, h = item.bbox
-            # Sharp tips cover less than a pixel, and are then no part of the raster mask.
+            # The raster mask misses sharp tips that cover less than a pixel.
             assert abs(cols[0] - x) <= 2 and abs(cols[-1] + 1 - (x + w)) <= 2
             assert abs(rows[0] - y) <= 2 and abs(rows[-1] + 1 - (y + h)) <= 2
             assert mask.sum() == pytest.approx(item.area, rel=0.05, abs=6)
             assert 0 < item.area <= w * h
 
 
-def test_polygons_lie_where_the_shape_was_drawn():
+def test_polygons_match_the_drawn_shape():
     for image, (item,) in scenes(12, objects=(1, 1), object_size=(0.4, 0.5), classes=("cross",)):
         mask = visible_mask(item, *image.shape[:2]).astype(np.uint8)
         inside = cv2.erode(mask, np.ones((3, 3), np.uint8)).astype(bool)
@@ -80,7 +80,7 @@ def test_polygons_lie_where_the_shape_was_drawn():
         assert is_nearer[inside].mean() > 0.98 and is_nearer[outside].mean() < 0.02
 
 
-def test_ground_varies_less_than_objects_stand_out():
+def test_objects_contrast_with_the_background():
     for image, objects in scenes(20):
         masks = [visible_mask(item, *image.shape[:2]) for item in objects]
         lab = cv2.cvtColor(image.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
@@ -90,7 +90,7 @@ def test_ground_varies_less_than_objects_stand_out():
             assert np.linalg.norm(lab[mask].mean(axis=0) - ground.mean(axis=0)) > 2 * spread
 
 
-def test_an_object_that_lies_on_another_is_no_part_of_its_polygons():
+def test_polygons_exclude_objects_in_front():
     height, width = 96, 96
     holes = 0
     for _, objects in scenes(40, height, width, objects=(6, 6), object_size=(0.15, 0.9)):
@@ -98,11 +98,11 @@ def test_an_object_that_lies_on_another_is_no_part_of_its_polygons():
         assert max(sum(mask.astype(int) for mask in masks).ravel()) <= 2
         for index, front in enumerate(masks):
             for back in masks[:index]:
-                # Only pixels on the common edge may be counted for both.
+                # Only pixels on the common edge may belong to both.
                 inner = cv2.erode(front.astype(np.uint8), np.ones((3, 3), np.uint8)).astype(bool)
                 assert not (back & inner).any()
         holes += any(len(item.polygons) > 1 for item in objects)
-    assert holes >= 3  # otherwise the scenes did not test objects that are cut or have holes
+    assert holes >= 3  # the scenes must include objects that are cut or have holes
 
 
 def test_boxes_lie_inside_the_image():
@@ -113,12 +113,12 @@ def test_boxes_lie_inside_the_image():
                 assert x + w <= width and y + h <= height
 
 
-def test_enough_of_every_object_stays_visible():
+def test_every_object_stays_visible_enough():
     fractions = []
     for _, objects in scenes(40, objects=(5, 8), object_size=(0.3, 0.6), classes=("circle",)):
         for item in objects:
             fractions.append(item.visible_fraction)
-            # Worked out anew from the outline, as the circle's whole area is known.
+            # For a circle the visible fraction follows from its known whole area.
             whole = math.pi / 4 * item.extent**2
             assert item.area / whole == pytest.approx(item.visible_fraction, abs=0.04)
     assert 0.6 <= min(fractions) < 0.8 and max(fractions) == 1
@@ -129,7 +129,7 @@ def test_object_counts_fill_the_range():
     assert counts == {2, 3, 4}
 
 
-def test_scenes_without_objects():
+def test_scenes_may_have_no_objects():
     assert all(objects == [] for _, objects in scenes(3, objects=(0, 0)))
     assert {len(objects) for _, objects in scenes(30, objects=(0, 1))} == {0, 1}
 
@@ -142,11 +142,11 @@ def test_object_sizes_fill_the_range():
             if item.visible_fraction == 1:
                 assert max(item.bbox[2:]) == pytest.approx(item.extent, abs=0.6)
     assert 10 <= min(extents) < 12 and 36 < max(extents) <= 40
-    # Log-uniform: as many between 10 and 20 as between 20 and 40.
+    # Log-uniform: half of the sizes are below 20, the geometric mean of 10 and 40.
     assert np.mean(np.array(extents) < 20) == pytest.approx(0.5, abs=0.12)
 
 
-def test_size_can_ask_for_small_objects_only():
+def test_object_size_can_limit_objects_to_small_ones():
     for _, objects in scenes(10, 192, 192, object_size=(0.08, 31 / 192)):
         assert all(item.area < 32**2 for item in objects)
 
@@ -162,8 +162,8 @@ def test_size_can_ask_for_small_objects_only():
         ("cross", 0.633, 0.711),
     ],
 )
-def test_every_shape_has_its_form_and_is_turned(shape, fill, solidity):
-    """Area / area of the enclosing circle, and area / area of the convex hull."""
+def test_every_shape_has_its_form_and_a_random_rotation(shape, fill, solidity):
+    """`fill` is area / area of the enclosing circle, `solidity` area / area of the convex hull."""
     directions = set()
     for _, (item,) in scenes(12, objects=(1, 1), object_size=(0.5, 0.8), classes=(shape,)):
         points = np.array(item.polygons[0], np.float32).reshape(-1, 2)  # (N, 2)
@@ -211,7 +211,7 @@ def test_bad_scene_options_raise(options):
 # Files
 
 
-def test_layout_is_read_by_pycocotools(tmp_path):
+def test_pycocotools_reads_the_layout(tmp_path):
     root = make_shapes(tmp_path / "set", **SMALL, classes=("star", "circle"))
     for split, count in zip(SPLITS, (4, 2), strict=True):
         assert sorted(path.name for path in (root / split).iterdir()) == [
@@ -235,7 +235,7 @@ def test_layout_is_read_by_pycocotools(tmp_path):
             assert coco.annToMask(item).sum() == pytest.approx(item["area"], rel=0.1, abs=8)
 
 
-def test_files_hold_what_draw_scene_draws(tmp_path):
+def test_files_hold_the_scenes_of_draw_scene(tmp_path):
     root = make_shapes(tmp_path, **SMALL, seed=5, objects=(2, 2))
     stream = np.random.SeedSequence(5, spawn_key=(1, 1))  # second image of the second split
     drawn, objects = draw_scene(np.random.default_rng(stream), 48, 64, objects=(2, 2), object_size=SMALL["object_size"])
@@ -254,7 +254,7 @@ def test_same_seed_same_bytes_other_seed_other_images(tmp_path):
     assert all(first[name] != other[name] for name in first)
 
 
-def test_images_do_not_depend_on_the_count(tmp_path):
+def test_images_do_not_depend_on_their_number(tmp_path):
     few = make_shapes(tmp_path / "few", **SMALL)
     many = make_shapes(tmp_path / "many", **{**SMALL, "train": 6, "val": 5})
     names = [name for name in contents(few) if name.endswith(".jpg")]
@@ -285,10 +285,10 @@ def test_second_call_writes_nothing_and_draws_nothing(tmp_path, monkeypatch):
     before = snapshot(root)
 
     def no_drawing(*arguments, **options):
-        raise AssertionError("drew a scene that exists")
+        raise AssertionError("drew an existing scene")
 
     monkeypatch.setattr(synthetic, "draw_scene", no_drawing)
-    # A list for a tuple is no other parameter.
+    # A list counts as the same parameter as a tuple.
     assert make_shapes(root, **{**SMALL, "size": [48, 64]}) == root
     assert snapshot(root) == before
 
@@ -329,7 +329,7 @@ def test_force_replaces_the_set_and_nothing_else(tmp_path):
     assert contents(root) == {**fresh, os.path.join("train2017", "notes.txt"): b"mine"}
 
 
-def test_force_does_not_take_in_a_foreign_image(tmp_path):
+def test_force_does_not_adopt_a_foreign_image(tmp_path):
     root = make_shapes(tmp_path / "set", **SMALL)
     (root / "train2017" / "000000000005.jpg").write_bytes(b"mine")
     before = snapshot(root)
@@ -341,7 +341,7 @@ def test_force_does_not_take_in_a_foreign_image(tmp_path):
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize("marker", [None, "[]", "no json", '{"generator": "another"}'])
 def test_foreign_folder_is_refused_and_untouched(tmp_path, force, marker):
-    # The layout of the real COCO, which must never be taken for a set of this module.
+    # The layout of the real COCO, which must never be mistaken for a set of this module.
     (tmp_path / "train2017").mkdir()
     (tmp_path / "train2017" / "000000000001.jpg").write_bytes(b"a photograph")
     if marker is not None:
@@ -352,7 +352,7 @@ def test_foreign_folder_is_refused_and_untouched(tmp_path, force, marker):
     assert snapshot(tmp_path) == before
 
 
-def test_replaced_annotation_file_is_not_written_over(tmp_path):
+def test_replaced_annotation_file_is_not_overwritten(tmp_path):
     root = make_shapes(tmp_path, **SMALL)
     path = root / "annotations" / "instances_val2017.json"
     path.write_text('{"info": {}, "images": []}')
@@ -362,7 +362,7 @@ def test_replaced_annotation_file_is_not_written_over(tmp_path):
     assert snapshot(root) == before
 
 
-def test_missing_files_are_made_again_alone(tmp_path):
+def test_only_missing_files_are_made_again(tmp_path):
     root = make_shapes(tmp_path, **SMALL)
     before = snapshot(root)
     missing = {os.path.join("train2017", "000000000002.jpg"), os.path.join("annotations", "instances_val2017.json")}
@@ -374,7 +374,7 @@ def test_missing_files_are_made_again_alone(tmp_path):
     assert {name: after[name][0] for name in after} == {name: before[name][0] for name in before}
 
 
-def test_interrupted_run_is_not_taken_as_complete(tmp_path, monkeypatch):
+def test_interrupted_run_is_completed_by_the_next(tmp_path, monkeypatch):
     whole = contents(make_shapes(tmp_path / "whole", **SMALL))
     drawn = []
 
@@ -393,7 +393,7 @@ def test_interrupted_run_is_not_taken_as_complete(tmp_path, monkeypatch):
     assert contents(make_shapes(tmp_path / "part", **SMALL)) == whole
 
 
-def test_failed_write_leaves_no_part_of_a_file(tmp_path, monkeypatch):
+def test_failed_write_leaves_no_partial_file(tmp_path, monkeypatch):
     def fail(source, target):
         raise OSError("disk is gone")
 

@@ -1,4 +1,4 @@
-"""The demonstration's parts, on next to nothing."""
+"""The demo at a tiny size."""
 
 import json
 
@@ -18,14 +18,14 @@ TINY = (
 
 @pytest.fixture
 def tiny_demo(monkeypatch):
-    """The demo at a size that says nothing about learning."""
+    """Shrink the demo's images and model; it does not learn at this size."""
     monkeypatch.setattr(demo, "SHAPES", {**demo.SHAPES, "train": 8, "val": 7, "size": 64})
     monkeypatch.setattr(demo, "TRAINING", TINY)
 
 
 @pytest.fixture
 def in_forks(monkeypatch):
-    """Let the demo's trainings and evaluations be forks: a new process takes seconds to import PyTorch."""
+    """Fork the demo's trainings and evaluations, since a new process takes seconds to import PyTorch."""
     monkeypatch.setattr(demo.subprocess, "Popen", lambda command, env: Forked(command[1:], env))
 
 
@@ -44,7 +44,7 @@ def test_the_demo_trains_evaluates_and_draws(variant, request, tiny_demo, tmp_pa
             assert min(picture.size) > 300 and len(picture.convert("RGB").getcolors(2**24)) > 50
 
 
-def test_a_second_demo_starts_its_run_anew_on_the_same_images(tiny_demo, in_forks, tmp_path):
+def test_a_second_demo_reuses_the_images_and_restarts_the_run(tiny_demo, in_forks, tmp_path):
     images = tmp_path / "demo" / "shapes" / "val2017"
     made = []
     for flags in ([], ["--", "--epochs", "1"]):
@@ -54,7 +54,7 @@ def test_a_second_demo_starts_its_run_anew_on_the_same_images(tiny_demo, in_fork
     assert len((tmp_path / "demo" / "run" / "log.txt").read_text().splitlines()) == 1
 
 
-def test_a_training_that_fails_ends_the_demo(tiny_demo, in_forks, monkeypatch, tmp_path):
+def test_a_failed_training_ends_the_demo(tiny_demo, in_forks, monkeypatch, tmp_path):
     monkeypatch.setattr(demo, "TRAINING", [*TINY, "--dropout", "2"])
     with pytest.raises(SystemExit) as stop:
         demo.main(["--output_dir", str(tmp_path)])

@@ -1,4 +1,4 @@
-"""Runs of the whole command line on small data: training, evaluation, resuming, and how a run can fail."""
+"""The training command on small data: training, evaluation, resuming, and failures."""
 
 import copy
 import hashlib
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def trained(shapes, tmp_path_factory):
-    """The output folder of two epochs, uninterrupted."""
+    """The output folder of an uninterrupted run of two epochs."""
     output = tmp_path_factory.mktemp("trained") / "run"
     torch.manual_seed(0)
     assert train("detr", shapes, output, "--epochs", "2", "--dropout", "0.1") == 0
@@ -42,7 +42,7 @@ def trained(shapes, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unannotated(shapes, tmp_path_factory):
-    """The validation images as COCO publishes its test images: a list of them, and no annotations."""
+    """The validation images in the form of COCO's test images: a list without annotations."""
     root = tmp_path_factory.mktemp("unannotated")
     shutil.copytree(shapes / "val2017", root / "test2017")
     content = json.loads((shapes / "annotations" / "instances_val2017.json").read_text())
@@ -66,10 +66,10 @@ def test_train_then_evaluate(variant_and_attention, shapes, unannotated, tmp_pat
     ):
         assert said in text
     (epoch,) = read_log(tmp_path)
-    # The original's keys.
+    # The keys of the original's log.
     wanted = {"train_lr", "train_loss", "train_loss_ce", "train_loss_bbox_0", "train_class_error", "test_loss",
               "train_loss_giou_unscaled", "epoch", "n_parameters"}  # fmt: skip
-    # Anchor DETR's has no count of objects.
+    # Anchor DETR's log has no cardinality error.
     wanted |= {"train_cardinality_error_unscaled"} if variant != "anchor" else set()
     assert wanted <= set(epoch) and len(epoch["test_coco_eval_bbox"]) == 12
     assert list((tmp_path / "tensorboard").iterdir())
@@ -78,15 +78,15 @@ def test_train_then_evaluate(variant_and_attention, shapes, unannotated, tmp_pat
     text = capsys.readouterr().out
     assert text.count("Average Precision") == 6 and "crescent" in text
     results = json.loads((tmp_path / "results.json").read_text())
-    # As many of each image; DETR's one a query.
+    # Every image has equally many results; DETR has one per query.
     assert len(results) >= 6 * 8 and len(set(Counter(r["image_id"] for r in results).values())) == 1
     assert variant != "detr" or len(results) == 6 * 8
     assert {r["category_id"] for r in results} <= set(range(1, 7))
-    # Evaluating again gives what the epoch's own evaluation gave.
+    # The evaluation gives the AP that the epoch logged.
     figure = f"{epoch['test_coco_eval_bbox'][0]:.3f}"
     assert f"area=   all | maxDets=100 ] = {figure}" in text
 
-    # The same images without annotations: the same detections, and no figures.
+    # The same images without annotations give the same detections, without metrics.
     argv += ["--resume", tmp_path / "checkpoint.pth", "--eval", "--eval_set", "test"]
     assert train(variant, unannotated, tmp_path / "test", *argv) == 0
     text = capsys.readouterr().out
@@ -118,20 +118,20 @@ def test_a_resumed_run_equals_the_uninterrupted_one(shapes, trained, tmp_path, a
     assert read_log(tmp_path) == read_log(trained)
 
 
-def test_an_explicit_checkpoint_goes_before_the_latest(shapes, trained, tmp_path, capsys):
+def test_resume_overrides_auto_resume(shapes, trained, tmp_path, capsys):
     argv = ["--auto_resume", "--epochs", "3", "--limit_train", "4", "--limit_val", "1"]
     assert train("detr", shapes, tmp_path, *argv, "--resume", trained / "checkpoint.pth") == 0
     assert f"weights            {trained / 'checkpoint.pth'}" in capsys.readouterr().out
     assert train("detr", shapes, tmp_path, *argv) == 0
     text = capsys.readouterr().out
     assert f"weights            {tmp_path / 'checkpoint.pth'}" in text and "nothing left to train: 3 epochs" in text
-    # It is a latest checkpoint for --eval as well.
+    # --eval also takes the latest checkpoint.
     assert train("detr", shapes, tmp_path, "--auto_resume", "--eval", "--limit_val", "1") == 0
-    # One of another run does not overwrite it, as without the flag.
+    # Resuming another run's checkpoint does not overwrite the folder's run, with or without --auto_resume.
     assert train("detr", shapes, tmp_path, *argv, "--resume", trained / "checkpoint.pth") == 2
 
 
-def test_processes_that_do_not_share_a_folder_are_told(shapes, tmp_path, monkeypatch, capsys):
+def test_processes_without_a_shared_folder_are_refused(shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("enact_common.training.run.gather_objects", lambda value: [value, "elsewhere/checkpoint.pth"])
     assert train("detr", shapes, tmp_path, "--auto_resume") == 2
     assert "checkpoint.pth is there for some processes alone" in capsys.readouterr().err
@@ -154,7 +154,7 @@ def test_loading_processes_are_started_once(shapes, tmp_path, monkeypatch):
     start = multiprocessing.process.BaseProcess.start
     monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", lambda self: started.append(self) or start(self))
     assert train("detr", shapes, tmp_path, "--epochs", "2", "--num_workers", "1") == 0
-    # One to train and one to evaluate, whatever the number of epochs; none outlives the run.
+    # One for training and one for evaluation, whatever the number of epochs; both end with the run.
     assert len(started) == 2 and not any(process.is_alive() for process in started)
 
 
@@ -166,7 +166,7 @@ def test_images_that_do_not_fit_into_memory_are_refused(shapes, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-def test_checkpoints_are_plain_and_whole(trained):
+def test_checkpoints_hold_only_plain_types_and_are_complete(trained):
     state = torch.load(trained / "checkpoint.pth", weights_only=True)
     assert {"model", "optimizer", "epoch", "args", "label_map", "variant"} <= set(state)
     assert state["label_map"]["names"][0] == "circle" and state["label_map"]["category_ids"] == [1, 2, 3, 4, 5, 6]
@@ -189,7 +189,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_numbered_checkpoints_before_the_rate_drops(shapes, tmp_path):
+def test_numbered_checkpoints_are_kept_before_the_learning_rate_drops(shapes, tmp_path):
     assert train("detr", shapes, tmp_path, "--epochs", "2", "--lr_drop", "1", "--limit_val", "1") == 0
     kept = {path.name for path in tmp_path.glob("checkpoint*.pth")}
     assert kept == {"checkpoint.pth", "checkpoint0000.pth", "checkpoint0001.pth"}
@@ -197,7 +197,7 @@ def test_numbered_checkpoints_before_the_rate_drops(shapes, tmp_path):
     assert rates == pytest.approx([1e-3, 1e-4])
 
 
-def test_the_rate_can_drop_after_epochs_of_ones_choice(shapes, tmp_path):
+def test_the_learning_rate_drops_after_chosen_epochs(shapes, tmp_path):
     few = ["--limit_train", "4", "--limit_val", "1", "--eval_every", "9"]
     argv = ["--epochs", "4", "--lr_drop", "1", "--lr_drop_epochs", "3", "1", "3"]
     assert train("detr", shapes, tmp_path, *argv, *few) == 0
@@ -207,7 +207,7 @@ def test_the_rate_can_drop_after_epochs_of_ones_choice(shapes, tmp_path):
     assert rates == pytest.approx([1e-3, 1e-4, 1e-4, 1e-5])
 
 
-def test_each_group_of_parameters_has_its_rate(shapes, tmp_path, capsys):
+def test_each_parameter_group_has_its_learning_rate(shapes, tmp_path, capsys):
     few = ["--limit_train", "4", "--limit_val", "1", "--eval_every", "9"]
     argv = ["--lr_linear_proj_names", "query_embed", "linear", "--lr_linear_proj_mult", "0.5", *few]
     assert train("detr", shapes, tmp_path, "--epochs", "1", *argv) == 0
@@ -219,17 +219,17 @@ def test_each_group_of_parameters_has_its_rate(shapes, tmp_path, capsys):
     assert said in text and "the checkpoint's learning rates go on" not in text
     groups = load_checkpoint(str(tmp_path / "checkpoint.pth"))["optimizer"]["param_groups"]
     assert [group["lr"] for group in groups] == [1e-3, 1e-4, 5e-4]
-    # Groups of another number are not those of the checkpoint.
+    # Another number of groups does not fit the checkpoint.
     assert train("detr", shapes, tmp_path, *resume, *few) == 2
     assert "optimizer state does not fit" in capsys.readouterr().err
-    # A backbone that is frozen has no rate.
+    # A frozen backbone has no learning rate.
     frozen = ["--lr_backbone", "0", "--backbone_norm", "frozen", "--epochs", "0", *argv]
     assert train("detr", shapes, tmp_path / "frozen", *frozen) == 0
     assert "learning rates     0.001, linear projections 0.0005; " in capsys.readouterr().out
 
 
 class Named(torch.nn.Module):
-    """Parameters by whose names rates are given."""
+    """A module with parameters of different names, for grouping by name."""
 
     def __init__(self):
         super().__init__()
@@ -251,7 +251,7 @@ class Named(torch.nn.Module):
         ),
     ],
 )
-def test_parameter_groups(names, expected):
+def test_parameter_groups_follow_the_names(names, expected):
     model = Named()
     groups = parameter_groups(model, lr=1, lr_backbone=2, **names)
     name_of = {parameter: name for name, parameter in model.named_parameters()}
@@ -260,7 +260,7 @@ def test_parameter_groups(names, expected):
     assert [group["initial_lr"] for group in groups] == list(found)
 
 
-def test_sgd_trains_and_goes_on(shapes, trained, tmp_path, capsys):
+def test_sgd_trains_and_resumes(shapes, trained, tmp_path, capsys):
     few = ["--limit_train", "8", "--limit_val", "1", "--eval_every", "9", "--lr", "1e-2"]
     resume = ["--resume", tmp_path / "half" / "checkpoint.pth"]
     assert train("detr", shapes, tmp_path / "whole", "--sgd", "--epochs", "2", *few) == 0
@@ -269,19 +269,19 @@ def test_sgd_trains_and_goes_on(shapes, trained, tmp_path, capsys):
     ours, theirs = (load_checkpoint(str(tmp_path / name / "checkpoint.pth")) for name in ("half", "whole"))
     assert equal_states(ours["optimizer"], theirs["optimizer"]) and equal_states(ours["model"], theirs["model"])
     assert {group["momentum"] for group in ours["optimizer"]["param_groups"]} == {0.9}
-    # What another optimizer remembers does not help this one.
+    # The state of another kind of optimizer is refused.
     for flags in (["--resume", trained / "checkpoint.pth", "--sgd"], resume):
         assert train("detr", shapes, tmp_path / "other", *flags, *few) == 2
         assert "optimizer state does not fit" in capsys.readouterr().err
 
 
-def test_evaluation_can_be_rarer_than_epochs(shapes, tmp_path):
+def test_eval_every_skips_evaluations_except_the_last(shapes, tmp_path):
     assert train("detr", shapes, tmp_path, "--epochs", "3", "--eval_every", "2", "--limit_val", "1") == 0
     assert ["test_coco_eval_bbox" in row for row in read_log(tmp_path)] == [False, True, True]
 
 
 def test_original_checkpoints_load(shapes, trained, tmp_path):
-    # The original keeps its arguments in a Namespace, and knows nothing of label maps.
+    # The original stores its arguments in a Namespace and has no label map.
     state = load_checkpoint(str(trained / "checkpoint.pth"))
     path = tmp_path / "original.pth"
     original_args = Namespace(hidden_dim=32, position_embedding="v2", lr=1e-4)
@@ -289,14 +289,14 @@ def test_original_checkpoints_load(shapes, trained, tmp_path):
         {"model": state["model"], "optimizer": {}, "lr_scheduler": {}, "epoch": 299, "args": original_args}, path
     )
     assert train("detr", shapes, "", "--resume", path, "--eval") == 0
-    # Weights alone, as published: training starts from them.
+    # A published file of only weights starts a new training.
     torch.save({"model": state["model"]}, path)
     assert train("detr", shapes, tmp_path / "tuned", "--resume", path, "--epochs", "1", "--limit_val", "1") == 0
     assert read_log(tmp_path / "tuned")[0]["epoch"] == 0
 
 
 def test_a_checkpoint_of_another_parameter_order_resumes(shapes, trained, tmp_path):
-    # The reference made its modules in another order, and optimizers number parameters by it.
+    # Optimizers number parameters in order, and the reference creates its modules in another order.
     state = load_checkpoint(str(trained / "checkpoint.pth"))
     model = state["model"]
     trained_names = [
@@ -311,7 +311,7 @@ def test_a_checkpoint_of_another_parameter_order_resumes(shapes, trained, tmp_pa
         "epoch": 1,
         "optimizer": {
             "state": {i: state["optimizer"]["state"][number[name]] for i, name in enumerate(order)},
-            # Anchor DETR's has a third group, of no parameters, and none has a name.
+            # Anchor DETR's optimizer has a third, empty group, and groups without names.
             "param_groups": [
                 *(
                     {key: value for key, value in g.items() if key != "name"}
@@ -329,7 +329,7 @@ def test_a_checkpoint_of_another_parameter_order_resumes(shapes, trained, tmp_pa
     assert equal_states(ours["model"], theirs["model"]) and equal_states(ours["optimizer"], theirs["optimizer"])
 
 
-def test_a_checkpoint_behind_a_url(shapes, trained, website, capsys):
+def test_checkpoints_are_loaded_from_urls_and_cached(shapes, trained, website, capsys):
     content = (trained / "checkpoint.pth").read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     named = f"{website.url}/right-{digest[:8]}.pth"
@@ -341,12 +341,12 @@ def test_a_checkpoint_behind_a_url(shapes, trained, website, capsys):
     capsys.readouterr()
     assert train("detr", shapes, "", "--resume", wrong, "--eval") == 2
     assert f"error: {wrong}: is not the file that was asked for (its SHA-256 is {digest}" in capsys.readouterr().err
-    # The second time it comes from the cache.
+    # The second load uses the cache.
     website.asked.clear()
     assert train("detr", shapes, "", "--pretrained", named, "--eval") == 0 and website.asked == []
 
 
-def test_an_optimizer_state_that_does_not_fit_is_said(shapes, trained, tmp_path, capsys):
+def test_an_optimizer_state_that_does_not_fit_is_refused(shapes, trained, tmp_path, capsys):
     state = load_checkpoint(str(trained / "checkpoint.pth"))
     for optimizer in ({}, {"state": {}, "param_groups": [{"params": [0]}, {"params": [1]}]}):
         torch.save({**state, "optimizer": optimizer}, tmp_path / "bad.pth")
@@ -354,7 +354,7 @@ def test_an_optimizer_state_that_does_not_fit_is_said(shapes, trained, tmp_path,
         assert "bad.pth: the checkpoint's optimizer state does not fit" in capsys.readouterr().err
 
 
-def test_the_checkpoints_learning_rate_goes_on(shapes, trained, tmp_path, capsys):
+def test_a_resumed_run_keeps_the_learning_rate_of_the_checkpoint(shapes, trained, tmp_path, capsys):
     argv = ["--epochs", "3", "--lr", "5", "--limit_val", "1", "--resume", trained / "checkpoint.pth"]
     assert train("detr", shapes, tmp_path, *argv) == 0
     text = capsys.readouterr().out
@@ -362,12 +362,12 @@ def test_the_checkpoints_learning_rate_goes_on(shapes, trained, tmp_path, capsys
     assert read_log(tmp_path)[0]["train_lr"] == 1e-3
 
 
-def test_nothing_left_to_train_is_said(shapes, trained, tmp_path, capsys):
+def test_a_finished_run_reports_that_nothing_is_left_to_train(shapes, trained, tmp_path, capsys):
     assert train("detr", shapes, tmp_path, "--epochs", "2", "--resume", trained / "checkpoint.pth") == 0
     assert "nothing left to train: 2 epochs are done, --epochs asks for 2" in capsys.readouterr().out
 
 
-def test_half_a_line_in_the_log_does_no_harm(shapes, trained, tmp_path):
+def test_a_truncated_line_in_the_log_is_ignored(shapes, trained, tmp_path):
     shutil.copy(trained / "checkpoint.pth", tmp_path)
     (tmp_path / "log.txt").write_text('{"train_lo')
     argv = ["--epochs", "3", "--limit_val", "1", "--resume", tmp_path / "checkpoint.pth"]
@@ -392,7 +392,7 @@ def test_a_terminal_gets_a_bar_and_no_lines(shapes, tmp_path, capsys, monkeypatc
         ({"spatial_prior": "grid", "attention_type": "RCDA"}, "--spatial_prior grid"),
     ],
 )
-def test_differing_model_flags_are_written_as_they_are_typed(saved, asked):
+def test_differing_model_flags_are_reported_as_command_line_flags(saved, asked):
     args = Namespace(
         encoder_attention="enact", dilation=True, pre_norm=False, num_query_pattern=1, spatial_prior="learned", nheads=8
     )
@@ -401,12 +401,12 @@ def test_differing_model_flags_are_written_as_they_are_typed(saved, asked):
     args.pre_norm = True
     with pytest.raises(UserError, match="no --pre_norm; or begin"):
         check_model_flags("x.pth", {"pre_norm": False}, args)
-    # What one of the two does not know is passed over.
+    # Flags that only one side has are ignored.
     check_model_flags("x.pth", {"num_feature_levels": 3, "num_query_position": None, "lr": 1}, args)
 
 
 @pytest.mark.parametrize("word", [True, "True", "False"])
-def test_anchor_detrs_word_for_dilation_is_true_whatever_it_is(tmp_path, word):
+def test_dilation_in_anchor_detrs_checkpoints_is_always_true(tmp_path, word):
     torch.save({"model": {"a": torch.zeros(1)}, "args": Namespace(dilation=word)}, tmp_path / "anchor.pth")
     assert load_checkpoint(str(tmp_path / "anchor.pth"))["args"]["dilation"] is True
 
@@ -449,7 +449,7 @@ def test_anchor_detrs_word_for_dilation_is_true_whatever_it_is(tmp_path, word):
         "classes",
     ],
 )
-def test_checkpoints_that_do_not_fit_are_named(shapes, trained, tmp_path, capsys, make, message):
+def test_checkpoints_that_do_not_fit_are_refused(shapes, trained, tmp_path, capsys, make, message):
     path = tmp_path / "bad.pth"
     make(path, load_checkpoint(str(trained / "checkpoint.pth")))
     assert train("detr", shapes, tmp_path / "out", "--resume", path, "--eval") == 2
@@ -458,7 +458,7 @@ def test_checkpoints_that_do_not_fit_are_named(shapes, trained, tmp_path, capsys
 
 
 def torch_bytes(state) -> bytes:
-    """What torch.save writes."""
+    """The bytes that `torch.save` writes."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
@@ -476,7 +476,7 @@ def test_a_second_run_does_not_overwrite_the_first(shapes, trained, capsys):
     assert (trained / "checkpoint.pth").read_bytes() == before
 
 
-def test_an_unevaluated_epoch_is_evaluated_on_resuming(shapes, trained, tmp_path):
+def test_a_resumed_run_evaluates_an_unevaluated_epoch(shapes, trained, tmp_path):
     shutil.copy(trained / "checkpoint.pth", tmp_path)
     first = (trained / "log.txt").read_text().splitlines()[0]
     (tmp_path / "log.txt").write_text(first + "\n")
@@ -488,7 +488,7 @@ def test_an_unevaluated_epoch_is_evaluated_on_resuming(shapes, trained, tmp_path
 def test_a_loss_that_is_not_finite_stops_the_run(shapes, tmp_path, capsys):
     assert train("detr", shapes, tmp_path, "--epochs", "1") == 0
     state = load_checkpoint(str(tmp_path / "checkpoint.pth"))
-    # Of either sign, since ReLU makes nothing of minus infinity.
+    # Use both signs, since ReLU turns minus infinity into 0.
     state["model"]["transformer.decoder.layers.1.linear1.weight"][:2, 0] = torch.tensor([math.inf, -math.inf])
     poisoned = tmp_path / "poisoned" / "checkpoint.pth"
     poisoned.parent.mkdir()
@@ -499,12 +499,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(shapes, tmp_path, capsys):
     assert "not finite at epoch 1, step 0, images" in error
     assert "parameter transformer.decoder.layers.1.linear1.weight" in error
     assert poisoned.read_bytes() == before
-    # The epoch that did not come to its end is not in the log.
+    # The unfinished epoch is not in the log.
     assert [row["epoch"] for row in read_log(poisoned.parent)] == [0]
 
 
 class Diverging(torch.nn.Module):
-    """Overflows in its second module."""
+    """A model whose second module overflows."""
 
     def __init__(self):
         super().__init__()
@@ -518,7 +518,7 @@ class Diverging(torch.nn.Module):
         return self.third(self.second(self.first(samples.tensors)))
 
 
-def test_the_first_module_at_fault_is_named():
+def test_the_first_module_with_a_non_finite_output_is_named():
     samples = nested_tensor_from_tensor_list([torch.ones(3, 4, 4)])
     targets = [{"image_id": torch.tensor([17]), "boxes": torch.zeros(0, 4)}]
     text = describe_non_finite(Diverging(), samples, targets, {}, "epoch 2, step 5", "none")
@@ -538,7 +538,7 @@ def test_bad_pixels_and_boxes_are_named_before_weights():
 
 def after_one_step(shapes, folder, *argv) -> dict:
     """The checkpoint after one step on four images."""
-    # With frozen norm and without dropout, only how gradients are put together can differ.
+    # With frozen norms and no dropout, only the accumulation of gradients can differ.
     flags = ["--backbone_norm", "frozen", "--dropout", "0", "--epochs", "1", "--limit_train", "4", "--limit_val", "1"]
     assert train("detr", shapes, folder, *flags, "--no_augmentation", "--encoder_attention", "mhsa", *argv) == 0
     return load_checkpoint(str(folder / "checkpoint.pth"))
@@ -546,7 +546,7 @@ def after_one_step(shapes, folder, *argv) -> dict:
 
 @pytest.fixture
 def one_object_each(tmp_path):
-    """Four images of one object each, so that the mean over batches is the mean over objects."""
+    """Four images with one object each, so the mean over batches equals the mean over objects."""
     return make_shapes(tmp_path / "single", train=4, val=1, size=(64, 80), seed=5, objects=(1, 1))
 
 
@@ -555,14 +555,14 @@ def test_accumulated_batches_make_the_same_step(one_object_each, tmp_path, accum
     whole = after_one_step(one_object_each, tmp_path / "whole")
     argv = ["--accumulate", str(accumulate), "--batch_size", str(batch)]
     parts = after_one_step(one_object_each, tmp_path / "parts", *argv)
-    # Adam's first moment after one step is a tenth of the gradient: unlike the weights, it shows its size.
+    # Adam's first moment after one step is a tenth of the gradient; the weights do not show the gradient's size.
     for i, entry in whole["optimizer"]["state"].items():
         ours = parts["optimizer"]["state"][i]
         assert entry["step"] == ours["step"] == 1
         torch.testing.assert_close(ours["exp_avg"], entry["exp_avg"], rtol=1e-3, atol=1e-7)
 
 
-def test_a_last_group_that_is_smaller_still_steps(shapes, tmp_path):
+def test_a_smaller_last_group_of_accumulated_batches_makes_a_step(shapes, tmp_path):
     argv = ["--epochs", "1", "--limit_train", "12", "--limit_val", "1", "--accumulate", "2"]
     assert train("detr", shapes, tmp_path, *argv) == 0  # three batches: a group of two, and one
     state = load_checkpoint(str(tmp_path / "checkpoint.pth"))["optimizer"]["state"]
@@ -576,7 +576,7 @@ def test_bf16_trains_like_float32(shapes, trained, tmp_path):
 
 
 def launch(processes: int, shapes, output, *argv) -> str:
-    """Train the small model in several processes; what the first one prints."""
+    """Train the small model in several processes; return the output of the first."""
     running = start(processes, "detr", shapes, output, *argv)
     said, complaints = zip(*(process.communicate() for process in running), strict=True)
     assert [process.returncode for process in running] == [0] * processes, complaints
@@ -584,7 +584,7 @@ def launch(processes: int, shapes, output, *argv) -> str:
     return said[0]
 
 
-def test_two_processes_make_the_step_of_one(one_object_each, tmp_path):
+def test_two_processes_make_the_same_step_as_one(one_object_each, tmp_path):
     alone = after_one_step(one_object_each, tmp_path / "one")
     flags = ["--backbone_norm", "frozen", "--dropout", "0", "--epochs", "1", "--limit_val", "1", "--no_augmentation"]
     flags += ["--encoder_attention", "mhsa", "--batch_size", "2"]
@@ -595,21 +595,21 @@ def test_two_processes_make_the_step_of_one(one_object_each, tmp_path):
         ours = together["optimizer"]["state"][i]
         torch.testing.assert_close(ours["exp_avg"], entry["exp_avg"], rtol=1e-3, atol=1e-7)
     assert len(together["random_states"]) == 2
-    # Both go on together, also where the first epoch was not evaluated.
+    # Both resume together, even if the first epoch is not logged.
     (tmp_path / "two" / "log.txt").unlink()
     launch(2, one_object_each, tmp_path / "two", *flags, "--epochs", "2", "--auto_resume", "--cache_mode")
     assert [row["epoch"] for row in read_log(tmp_path / "two")] == [0, 1]
 
 
 def test_every_main_runs_from_anywhere_without_the_package(tmp_path):
-    # A checkout whose dependencies alone are installed: nothing but the script says where enact_common is.
+    # In a checkout with only the dependencies installed, the script itself must find enact_common.
     scripts = [str(ROOT / folder / "main.py") for folder, *_ in VARIANTS.values()]
     code = f"""
 import runpy, sys
 sys.meta_path = [f for f in sys.meta_path if "editable" not in repr(f).lower()]
 path = [p for p in sys.path if p not in ("", {str(ROOT)!r})]
 for script in {scripts}:
-    # As if each were the first.
+    # Forget the modules of the previous script.
     for name in [name for name in sys.modules if name.partition(".")[0] in ("enact_common", "models", "datasets")]:
         del sys.modules[name]
     sys.argv, sys.path = ["main.py", "--help"], [script.removesuffix("main.py"), *path]
@@ -629,7 +629,7 @@ def test_overfitting_one_image_drives_the_loss_down(variant_and_attention, shape
     variant, attention = variant_and_attention
     argv = ["--encoder_attention", attention, "--limit_train", "1", "--batch_size", "1", "--limit_val", "1"]
     argv += ["--no_augmentation", "--epochs", "40", "--eval_every", "40", "--dropout", "0"]
-    # Without a folder, so that no epoch waits for the disk.
+    # No output folder, since writing slows the epochs down.
     assert train(variant, shapes, "", *argv, "--backbone_norm", "frozen", "--lr", "3e-3") == 0
     losses = [float(loss) for loss in re.findall(r"epoch \d+ \[1/1\]  loss (\S+)", capsys.readouterr().out)]
     assert len(losses) == 40 and losses[-1] < 0.6 * losses[0]
@@ -655,7 +655,7 @@ def test_learning_rate_factor(schedule, epoch, step, expected):
 
 
 @pytest.mark.parametrize("epoch, expected", [(0, 1), (2, 1), (3, 0.1), (6, 0.1), (7, 0.01), (99, 0.01)])
-def test_learning_rate_factor_with_epochs_to_drop_after(epoch, expected):
+def test_learning_rate_factor_with_drop_epochs(epoch, expected):
     factor = learning_rate_factor("step", 50, epoch, 105, lr_drop=2, warmup_steps=0, drop_epochs=[7, 3])
     assert factor == pytest.approx(expected, abs=1e-9)
 
@@ -669,7 +669,7 @@ def test_average_meter():
 
 
 class ToyCriterion(torch.nn.Module):
-    """The loss that a function makes of the model's output."""
+    """A criterion whose loss is a function of the model's output."""
 
     weight_dict = {"loss_toy": 1}
 
@@ -685,7 +685,7 @@ class ToyCriterion(torch.nn.Module):
 
 
 class ToyModel(torch.nn.Module):
-    """A number, times the mean of the images."""
+    """A model with one parameter, multiplied by the mean of the images."""
 
     def __init__(self):
         super().__init__()
@@ -696,13 +696,13 @@ class ToyModel(torch.nn.Module):
 
 
 def toy_batch(value: float):
-    """One image of this value, without objects."""
+    """A batch of one constant image without objects."""
     target = {"image_id": torch.tensor([7]), "labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
     return nested_tensor_from_tensor_list([torch.full((3, 4, 4), value)]), [target]
 
 
 def toy_step(function, clip_max_norm=0.1, kind=torch.optim.AdamW, fp16=False):
-    """A training step of the toy model; with fp16, with its gradient scaler, though computed in float32."""
+    """A training step of the toy model; `fp16` turns the gradient scaler on, but computes in float32."""
     model, device = ToyModel(), torch.device("cpu")
     optimizer = kind(model.parameters(), lr=0.1, fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=fp16)
@@ -719,15 +719,15 @@ def test_a_step_that_is_not_finite_changes_nothing(kind, clip):
     assert number < 2
     step(*toy_batch(math.inf), "step 1")
     assert step.model.number.item() == number
-    # The next step's wait brings the news, before that step changes anything.
+    # The next step raises the error before it changes anything.
     with pytest.raises(NonFiniteLossError, match="not finite at step 1, images 7; first tensor at fault: input images"):
         step(*toy_batch(1.0), "step 2")
     assert step.model.number.item() == number
-    # Nor did the optimizer count it. Without momentum, SGD holds nothing.
+    # The optimizer did not count the bad step. SGD without momentum has no state.
     assert [state["step"] for state in step.optimization.optimizer.state.values() if state] in ([], [1])
 
 
-def test_the_last_step_is_checked_too():
+def test_check_reports_a_fault_of_the_last_step():
     step = toy_step(lambda output: output**2)
     step(*toy_batch(math.nan), "step 0")
     with pytest.raises(NonFiniteLossError, match="step 0"):
@@ -736,7 +736,7 @@ def test_the_last_step_is_checked_too():
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.1])
-def test_gradients_that_are_not_finite_are_found_behind_a_finite_loss(clip):
+def test_gradients_that_are_not_finite_are_found_despite_a_finite_loss(clip):
     step = toy_step(lambda output: output.sub(2).abs().sqrt(), clip)
     step(*toy_batch(1.0), "step 0")
     assert step.model.number.item() == 2
@@ -747,7 +747,7 @@ def test_gradients_that_are_not_finite_are_found_behind_a_finite_loss(clip):
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 @pytest.mark.parametrize("clip", [0.0, 0.1])
 def test_fp16_recovers_from_an_overflow(kind, clip):
-    # In half precision, a gradient of 2 overflows where it is multiplied by 2^16 or 2^15, but not by 2^14.
+    # In half precision, a gradient of 2 overflows when scaled by 2^16 or 2^15, but not by 2^14.
     step = toy_step(lambda output: (output.half() * 2).float(), clip, kind, fp16=True)
     scaler, number = step.optimization.scaler, step.model.number.item()
     for attempt, scale in enumerate((2.0**15, 2.0**14)):
@@ -760,7 +760,7 @@ def test_fp16_recovers_from_an_overflow(kind, clip):
     assert [int(state["step"]) for state in step.optimization.optimizer.state.values() if "step" in state] in ([], [1])
 
 
-def test_fp16_stops_where_no_scale_helps():
+def test_fp16_stops_if_no_scale_helps():
     step = toy_step(lambda output: output.sub(2).abs().sqrt(), fp16=True)
     with pytest.raises(NonFiniteLossError, match="not finite at step 29, images 7; first tensor at fault: the grad"):
         for attempt in range(40):
@@ -793,20 +793,20 @@ def test_a_step_waits_for_the_device_once(variant_and_attention, monkeypatch):
         original = getattr(torch.Tensor, name)
 
         def counted(self, *args, _name=name, _original=original, **kwargs):
-            # What became of the step before lies in the host's memory already.
+            # The result of the previous step is already in host memory.
             if self is not step._votes:
                 reads.append(_name)
             return _original(self, *args, **kwargs)
 
         monkeypatch.setattr(torch.Tensor, name, counted)
     step(*batch)
-    # ENACT's window lengths, the matching costs, and what NumPy makes of them on the host.
+    # ENACT's window lengths (item) and the matching costs (cpu, then numpy on the host).
     assert reads == ["item"] * (3 if attention == "enact" else 0) + ["cpu", "numpy"]
 
 
 @pytest.mark.parametrize("sgd", [False, True])
-def test_the_state_of_an_optimizer_that_was_not_fused_goes_on(sgd):
-    """As the original projects saved it: not fused, and moments contiguous where our parameters are not."""
+def test_the_state_of_an_optimizer_that_is_not_fused_can_be_resumed(sgd):
+    """The originals' optimizers are not fused, and save contiguous moments for our channels-last parameters."""
     flags = [*SMALL_MODEL["detr"], "--weight_decay", "0", *(["--sgd"] if sgd else [])]
     model = build("detr", *flags)[0].to(memory_format=torch.channels_last)
     args, device = parse("detr", *flags), torch.device("cpu")
@@ -825,7 +825,7 @@ def test_the_state_of_an_optimizer_that_was_not_fused_goes_on(sgd):
     for entry in state["state"].values():
         entry.update({name: value.contiguous() for name, value in entry.items() if torch.is_tensor(value)})
     before = copy.deepcopy(model.state_dict())
-    # Our order of names is that of the state dict: the numbers need no translation here.
+    # Our parameters are in the order of the state dict, so the numbers need no translation.
     saved = {"optimizer": copy.deepcopy(state), "model": before}
     step(theirs, gradients[1])
     expected = copy.deepcopy(model.state_dict())
@@ -840,7 +840,7 @@ def test_the_state_of_an_optimizer_that_was_not_fused_goes_on(sgd):
         torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_first_step_of_sgd_that_is_skipped_leaves_no_momentum():
+def test_a_skipped_first_step_of_sgd_leaves_no_momentum():
     args = parse("detr", *SMALL_MODEL["detr"], "--sgd")
     model = torch.nn.Sequential()
     model.backbone = torch.nn.Linear(64, 64)
@@ -851,7 +851,7 @@ def test_a_first_step_of_sgd_that_is_skipped_leaves_no_momentum():
     assert all(not entry["momentum_buffer"].any() for entry in optimizer.state.values())
 
 
-def test_modules_that_return_maps_by_name_are_looked_into():
+def test_faults_inside_modules_that_return_dicts_are_found():
     model = build("detr", *SMALL_MODEL["detr"], "--backbone_norm", "frozen")[0]
     conv = model.backbone[0].body["layer2"][0].conv1
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Images that cannot be read: replaced in training, left out in evaluation, named, counted, and fatal if too many."""
+"""Unreadable images: replaced in training, left out of evaluation, reported, and an error if too many."""
 
 import json
 import multiprocessing
@@ -26,14 +26,14 @@ CACHES = ([], ["--cache_mode"], ["--cache_mode", "decoded"])
 
 @pytest.fixture
 def spoilt(shapes, tmp_path):
-    """A copy of the shapes, and a function that spoils images of a split by number, each in another way."""
+    """A copy of the shapes, and a function that damages images of a split by number."""
     data = shutil.copytree(shapes, tmp_path / "spoilt")
 
     def spoil(split: str, *numbers: int):
         files = sorted((data / f"{split}2017").iterdir())
         for way, number in enumerate(numbers):
             content = files[number].read_bytes()
-            # Nothing, no image, and half of one.
+            # An empty file, text, and a truncated image.
             files[number].write_bytes((b"", b"no image", content[: len(content) // 2])[way % 3])
         return [files[number] for number in numbers]
 
@@ -48,14 +48,14 @@ def test_training_goes_on_with_another_image(spoilt, tmp_path, capsys, cache, wo
     argv = ["--epochs", "2", "--num_workers", workers, "--batch_size", "12", "--limit_val", "1", *cache]
     assert train("detr", data, tmp_path / "out", *argv) == 0
     text = capsys.readouterr().out
-    # Each once, although both epochs came to it.
+    # Each file is reported once, although both epochs read it.
     assert text.count(f"data: 3 of 12 images in {data / 'train2017'} cannot be read; others are in their places") == 1
     for path in bad:
         assert text.count(f"{path}: not an image that can be read whole") == 1
     assert [row["unreadable_images"] for row in read_log(tmp_path / "out")] == [3, 3]
 
 
-def test_the_replacements_are_the_same_however_they_are_loaded(spoilt, tmp_path):
+def test_replacements_do_not_depend_on_workers_cache_or_resume(spoilt, tmp_path):
     data, spoil = spoilt
     spoil("train", 1, 5, 6, 10)
     logs = []
@@ -71,7 +71,7 @@ def test_the_replacements_are_the_same_however_they_are_loaded(spoilt, tmp_path)
         assert equal_states(ours["model"], theirs["model"])
 
 
-def test_an_items_replacement_is_drawn_anew_in_each_epoch_and_is_a_good_one(spoilt):
+def test_each_epoch_draws_another_readable_replacement(spoilt):
     data, spoil = spoilt
     spoil("train", 2, 4)
     dataset = CocoDetection(*find_split(str(data), "train"), eval_transforms(64, 96), on_unreadable="replace")
@@ -85,16 +85,16 @@ def test_an_items_replacement_is_drawn_anew_in_each_epoch_and_is_a_good_one(spoi
         assert torch.equal(image, other) and torch.equal(target["boxes"], expected["boxes"])
     assert len(set(drawn)) > 3
     assert dataset.image_ids[2] not in drawn and dataset.image_ids[4] not in drawn
-    # Only what was come across is known.
+    # Only images that were tried are counted as unreadable.
     assert set(dataset.unreadable()) <= {2, 4} and 2 in dataset.unreadable()
 
 
 @pytest.mark.parametrize("cache", CACHES, ids=" ".join)
-def test_evaluation_leaves_the_image_out_and_counts_its_objects_as_missed(spoilt, tmp_path, capsys, cache):
+def test_evaluation_counts_objects_of_unreadable_images_as_missed(spoilt, tmp_path, capsys, cache):
     data, spoil = spoilt
     argv = ["--epochs", "1", "--batch_size", "2", *cache]
     assert train("detr", data, tmp_path / "out", *argv) == 0
-    (bad, *_) = spoil("val", 0, 1, 3)  # a whole batch, and one of two
+    (bad, *_) = spoil("val", 0, 1, 3)  # a whole batch, and one image of another
     capsys.readouterr()
     resume = ["--resume", tmp_path / "out" / "checkpoint.pth", "--eval"]
     assert train("detr", data, tmp_path / "eval", *argv, *resume) == 0
@@ -103,13 +103,13 @@ def test_evaluation_leaves_the_image_out_and_counts_its_objects_as_missed(spoilt
     assert text.count(f"{bad}: not an image") == 1
     found = Counter(result["image_id"] for result in json.loads((tmp_path / "eval" / "results.json").read_text()))
     assert len(found) == 3 and set(found.values()) == {8}
-    # They are still among those that the figures are of.
+    # The metrics still cover all six images.
     assert json.loads((tmp_path / "eval" / EVALUATION).read_text())["images"] == 6
 
 
 @pytest.mark.parametrize("cache", CACHES, ids=" ".join)
 @pytest.mark.parametrize("split, workers", [("train", "0"), ("train", "2"), ("val", "0")])
-def test_strict_data_ends_with_the_first_one(spoilt, tmp_path, capsys, split, workers, cache):
+def test_strict_data_ends_the_run_at_the_first_unreadable_image(spoilt, tmp_path, capsys, split, workers, cache):
     data, spoil = spoilt
     (bad,) = spoil(split, 2)
     argv = ["--epochs", "1", "--strict_data", "--num_workers", workers, *cache]
@@ -121,7 +121,7 @@ def test_strict_data_ends_with_the_first_one(spoilt, tmp_path, capsys, split, wo
 
 @pytest.mark.parametrize("cache", CACHES, ids=" ".join)
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_data_set_of_which_most_cannot_be_read_ends_the_run(spoilt, tmp_path, capsys, workers, cache):
+def test_mostly_unreadable_images_end_the_run(spoilt, tmp_path, capsys, workers, cache):
     data, spoil = spoilt
     spoil("train", *range(0, 7))
     argv = ["--epochs", "3", "--num_workers", workers, "--batch_size", "12", *cache]
@@ -130,11 +130,11 @@ def test_a_data_set_of_which_most_cannot_be_read_ends_the_run(spoilt, tmp_path, 
     assert re.search(r"error: .*\b\d+ of \d+ images .*cannot be read", error) and "Traceback" not in error
 
 
-def test_few_unreadable_images_at_the_beginning_are_not_most(spoilt):
+def test_half_of_the_images_may_be_unreadable_even_if_they_come_first(spoilt):
     data, spoil = spoilt
     spoil("train", 0, 1, 2, 3, 4, 5)
     dataset = CocoDetection(*find_split(str(data), "train"), eval_transforms(64, 96), on_unreadable="replace")
-    # Six of twelve are not most, though they come first.
+    # Six of twelve are not more than half of the data set, although all images tried first are bad.
     assert all(dataset[i] is not None for i in range(12))
     assert dataset.unreadable() == list(range(6))
     with pytest.raises(UserError, match="train2017: 7 of 1. images tried cannot be read, most recently"):
@@ -144,7 +144,7 @@ def test_few_unreadable_images_at_the_beginning_are_not_most(spoilt):
             dataset[i]
 
 
-def test_a_batch_without_an_image_that_can_be_read_is_none(spoilt):
+def test_a_batch_without_a_readable_image_is_none(spoilt):
     data, spoil = spoilt
     spoil("val", 1, 2)
     dataset = CocoDetection(*find_split(str(data), "val"), eval_transforms(64, 96), on_unreadable="leave out")
@@ -153,7 +153,7 @@ def test_a_batch_without_an_image_that_can_be_read_is_none(spoilt):
     assert len(samples.tensors) == 2 and [int(t["image_id"]) for t in targets] == [dataset.image_ids[i] for i in (0, 3)]
 
 
-def test_what_becomes_of_unreadable_images_has_a_known_name(shapes):
+def test_an_unknown_value_of_on_unreadable_is_refused(shapes):
     with pytest.raises(ValueError, match="on_unreadable must be one of raise, replace, leave out, got 'skip'"):
         CocoDetection(*find_split(str(shapes), "val"), eval_transforms(64, 96), on_unreadable="skip")
 
@@ -166,7 +166,7 @@ def test_what_becomes_of_unreadable_images_has_a_known_name(shapes):
     ],
     ids=["killed", "exit"],
 )
-def test_a_loading_process_that_dies_is_said_with_its_cause(shapes, tmp_path, monkeypatch, capsys, end, said):
+def test_the_death_of_a_loading_process_is_reported_with_its_cause(shapes, tmp_path, monkeypatch, capsys, end, said):
     original = images.read_file
 
     def read(path):
@@ -180,7 +180,7 @@ def test_a_loading_process_that_dies_is_said_with_its_cause(shapes, tmp_path, mo
     assert re.search(f"stopped: an image-loading process died: .*{said}", error) and "Traceback" not in error
 
 
-def test_only_the_death_of_a_loading_process_is_taken_for_one():
+def test_other_errors_are_not_taken_for_the_death_of_a_loading_process():
     text = "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out"
     assert "--shm-size" in worker_death(RuntimeError(text))
     assert worker_death(RuntimeError("CUDA out of memory")) is None

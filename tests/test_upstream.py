@@ -1,6 +1,6 @@
-"""What scripts and tests for the original DETR ask for: its imports, `torch.jit.script` and `torch.onnx.export`.
+"""Compatibility with scripts for the original DETR: imports, `torch.jit.script` and `torch.onnx.export`.
 
-After the original repository's own tests (`test_all.py`), in our words.
+Modelled on the original repository's tests (`test_all.py`).
 """
 
 import importlib
@@ -21,14 +21,14 @@ from enact_common.variants import VARIANTS, load_variant
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# That TorchScript goes out of use is no news to who uses it.
+# Ignore the warnings that TorchScript is deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 
 SIZES = ([(200, 200), (200, 250)], [(64, 90)], [(64, 90), (128, 40), (97, 131)])
 
 
 def module_of(variant: str, name: str):
-    """What a script in a variant's folder imports as `models.NAME`."""
+    """The module that a script in a variant's folder imports as `models.NAME`."""
     return importlib.import_module(f"{load_variant(variant).models.__name__}.{name}")
 
 
@@ -67,17 +67,17 @@ SCRIPT = """
 """
 
 
-def test_a_script_in_the_folder_finds_what_it_imports():
+def test_a_script_in_the_folder_finds_its_imports():
     process = Forked(["-c", textwrap.dedent(SCRIPT)], folder=ROOT / "DETR-ENACT")
     _, complained = process.communicate()
     assert process.returncode == 0, complained
 
 
-def test_box_functions():
+def test_box_functions_keep_the_originals_results():
     boxes = torch.rand(10, 4)
     torch.testing.assert_close(box_xyxy_to_cxcywh(box_cxcywh_to_xyxy(boxes)), boxes)
     corners = torch.tensor([[0.0, 0.0, 2.0, 2.0], [1.0, 1.0, 3.0, 3.0]])
-    # Overlap 1 of a union of 7, in a hull of 9.
+    # Overlap 1, union 7, hull 9.
     torch.testing.assert_close(generalized_box_iou(corners[:1], corners[1:]), torch.tensor([[1 / 7 - 2 / 9]]))
     masks = torch.zeros(2, 8, 9, dtype=torch.bool)
     masks[0, 2:5, 3:8] = masks[1, 7, 0] = True
@@ -103,7 +103,7 @@ def test_backbones_can_be_scripted(variant, interm_layers):
     assert list(expected) == list(found) and len(found) == (4 if interm_layers else 1)
     for name, level in expected.items():
         assert found[name].tensors.equal(level.tensors) and found[name].mask.equal(level.mask)
-    # What was scripted is a copy.
+    # Scripting leaves the original modules unchanged.
     assert not any(isinstance(module, torch.jit.ScriptModule) for module in backbone.modules())
 
 
@@ -122,7 +122,7 @@ def test_models_can_be_scripted(variant_and_attention, tmp_path):
     scripted = torch.jit.script(model)
     torch.jit.save(scripted, tmp_path / "model.pt")
     loaded = torch.jit.load(tmp_path / "model.pt")
-    # ENACT and Anchor DETR add up in another order in a graph.
+    # In a graph, ENACT and Anchor DETR sum in another order.
     exact = variant_and_attention[0] != "anchor" and variant_and_attention[1] != "enact"
     with torch.no_grad():
         for sizes in SIZES:
@@ -157,7 +157,7 @@ def test_a_scripted_model_follows_its_weights():
 
 
 class Wrapped(nn.Module):
-    """A module of a user's, which takes images of any sizes."""
+    """A user's module around a model, which takes a list of images of any sizes."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -167,7 +167,7 @@ class Wrapped(nn.Module):
         return self.model(nested_tensor_from_tensor_list(inputs))
 
 
-def test_a_module_with_a_model_in_it_can_be_scripted():
+def test_a_module_that_contains_a_model_can_be_scripted():
     wrapped = Wrapped(small("detr", "mhsa"))
     images = [torch.rand(3, 200, 200), torch.rand(3, 200, 250)]
     with torch.no_grad():
@@ -188,9 +188,9 @@ def test_a_scripted_batch_is_the_same_batch():
 # --------------------------------------------------------------------------------------------------- torch.onnx.export
 
 
-@pytest.mark.skipif(TORCH_VERSION < EXPORTING, reason="this PyTorch's torch.export is older than was tried")
+@pytest.mark.skipif(TORCH_VERSION < EXPORTING, reason="the torch.export of this PyTorch is too old")
 @pytest.mark.parametrize("attention", ["mhsa", "enact"])
-def test_a_model_itself_can_be_exported_to_onnx(attention, tmp_path):
+def test_a_bare_model_can_be_exported_to_onnx(attention, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model = small("detr", attention)
