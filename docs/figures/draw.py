@@ -19,7 +19,7 @@ from enact_common.attention.hilbert import hilbert_order
 INK, GREY, FAINT = "#1f2328", "#656d76", "#d0d7de"
 ORANGE, BLUE = "#d9730d", "#2f6fd0"
 CLUSTER_COLOURS = ("#2f6fd0", "#f0a04b", "#5aa469", "#b35fb3", "#7a8ea3")
-HEIGHT, WIDTH = 10, 16  # cells of the map
+HEIGHT, WIDTH = 10, 17  # cells of the map
 
 
 def scores(height: int = HEIGHT, width: int = WIDTH) -> torch.Tensor:
@@ -110,14 +110,14 @@ def draw_method(folder: Path):
     cluster, _ = clusters_of(logits)
     count = max(cluster) + 1
     length = cluster.count(0)
-    svg = Svg(1000, 318, "ENACT: information of each cell, windows along the rows, pooled keys and values")
-    cell, top = 13, 74
+    svg = Svg(1000, 276, "ENACT: information of each cell, windows along the rows, pooled keys and values")
+    cell, top = 12, 74
 
     heads = (
         (24, "1  Information of each cell", "p = softmax(W k),  I = -p log2 p"),
         (272, "2  Smoothed along the rows, cut into windows", "length = mean distance between curvature changes"),
         (640, "3  Windows", f"{HEIGHT * WIDTH} cells, {count} windows"),
-        (872, "4  Attention", "queries stay whole"),
+        (878, "4  Attention", "queries stay whole"),
     )
     for x, head, below in heads:
         svg.text(x, 30, head, 14, weight="bold")
@@ -134,7 +134,6 @@ def draw_method(folder: Path):
     step = (right - left) / shown
     curve = smoothed[0].tolist()
     most = max(curve[first : first + shown])
-    offset = HEIGHT * WIDTH % length // 2
     for i in range(first, first + shown):
         k = cluster[i]
         if k >= 0:
@@ -150,8 +149,7 @@ def draw_method(folder: Path):
             x = left + (i - first + 1) * step
             svg.line([(x, base), (x, base + 7)], INK, 1.2)
     svg.text(left, base + 22, "ticks: curvature changes its sign; colours: windows", 12, GREY)
-    svg.text(left, base + 40, f"here {len(borders) + 1} / {sum(borders) + 1} = {length} cells a window", 12, GREY)
-    assert offset >= 0
+    svg.text(left, base + 39, f"here {len(borders) + 1} / {sum(borders) + 1} = {length} cells a window", 12, GREY)
 
     draw_cells(svg, 640, top, cell, cluster_fills(cluster))
     svg.text(640, base + 20, "each window pools its keys and", 12, GREY)
@@ -159,19 +157,19 @@ def draw_method(folder: Path):
 
     # The attention matrix at scale: as many columns as tokens, of which clusters are left.
     side = 104
-    svg.rect(872, top, side, side, "#f6f8fa", FAINT)
-    svg.rect(872, top, side * count / (HEIGHT * WIDTH), side, BLUE, opacity=0.75)
-    svg.text(872, top + side + 18, f"{HEIGHT * WIDTH} queries x {count} clusters", 12, BLUE)
-    svg.text(872, top + side + 35, f"in place of {HEIGHT * WIDTH} x {HEIGHT * WIDTH}", 12, GREY)
-    svg.text(24, 302, "A made-up map through the code of this project: docs/figures/draw.py", 11, GREY)
+    svg.rect(878, top, side, side, "#f6f8fa", FAINT)
+    svg.rect(878, top, side * count / (HEIGHT * WIDTH), side, BLUE, opacity=0.75)
+    svg.text(878, top + side + 20, f"{HEIGHT * WIDTH} x {count} scores", 12, BLUE)
+    svg.text(878, top + side + 37, f"not {HEIGHT * WIDTH} x {HEIGHT * WIDTH}", 12, GREY)
+    svg.text(24, 262, "A made-up map through the code of this project: docs/figures/draw.py", 11, GREY)
     svg.save(folder / "method.svg")
 
 
 def draw_settings(folder: Path):
     """One picture for each setting: the map, its clusters in colours."""
-    logits, cell = scores(), 15
+    logits, cell = scores(), 14
     padded = torch.zeros(HEIGHT, WIDTH, dtype=torch.bool)
-    padded[:, 11:] = True
+    padded[:, 12:] = True
     padded = padded.flatten()[None]
     order = hilbert_order(HEIGHT, WIDTH)
     along, _ = clusters_of(logits[:, order])
@@ -208,7 +206,7 @@ def draw_settings(folder: Path):
         draw_cells(svg, x, 16, cell, [shade(min(1.0, w * length / 2.5)) for w in weight])
         svg.text(x, HEIGHT * cell + 36, "--enact_temperature 1" if temperature else "as published", 13)
         most = max(weight) * length
-        svg.text(x, HEIGHT * cell + 53, f"largest weight: {most:.3f} of an average's", 12, GREY)
+        svg.text(x, HEIGHT * cell + 53, f"largest weight: {most:.3f} times an average's", 12, GREY)
     svg.save(folder / "setting_temperature.svg")
 
 
