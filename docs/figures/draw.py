@@ -149,7 +149,7 @@ def draw_method(folder: Path):
             x = left + (i - first + 1) * step
             svg.line([(x, base), (x, base + 7)], INK, 1.2)
     svg.text(left, base + 22, "ticks: curvature changes its sign; colours: windows", 12, GREY)
-    svg.text(left, base + 39, f"here {len(borders) + 1} / {sum(borders) + 1} = {length} cells a window", 12, GREY)
+    svg.text(left, base + 39, f"{len(borders) + 1} cells in {sum(borders) + 1} regions: windows of {length} cells", 12, GREY)
 
     draw_cells(svg, 640, top, cell, cluster_fills(cluster))
     svg.text(640, base + 20, "each window pools its keys and", 12, GREY)
