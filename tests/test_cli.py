@@ -113,7 +113,7 @@ def test_the_demos_flags_are_each_variants(variant):
     [
         (["--coco_path", "/nowhere/at/all"], "--coco_path /nowhere/at/all: no such folder"),
         (["--frozen_weights", "x.pth"], "--frozen_weights .* pass --masks too"),
-        (["--masks", "--frozen_weights", "x.pth", "--pretrained", "y.pth"], "both say what to begin from"),
+        (["--masks", "--frozen_weights", "x.pth", "--pretrained", "y.pth"], "both set the initial weights"),
         (["--masks", *ALL_STAGES, "--frozen_weights", "/nowhere.pth"], "/nowhere.pth: no such file"),
         (["--dataset_file", "coco_panoptic"], "--coco_panoptic_path DIR go together"),
         (["--coco_panoptic_path", "/nowhere"], "go together"),

@@ -190,7 +190,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path):
     "argv, message",
     [
         (["--sync_bn"], "--sync_bn: PyTorch synchronises batch norm on GPUs alone"),
-        (["--sync_bn", "--backbone_norm", "frozen"], "--sync_bn has nothing to do with --backbone_norm frozen"),
+        (["--sync_bn", "--backbone_norm", "frozen"], "--sync_bn has no effect with --backbone_norm frozen"),
     ],
     ids=" ".join,
 )

@@ -394,12 +394,12 @@ def test_data_of_any_naming(shapes, tmp_path):
     "flags, message",
     [
         (["--train_images"], "--train_annotations is missing"),
-        (["--train_images", "--train_annotations"], "pass --val_images too"),
-        (["--val_images", "--val_annotations"], "pass --train_images too"),
+        (["--train_images", "--train_annotations"], "--val_images is missing: pass"),
+        (["--val_images", "--val_annotations"], "--train_images is missing: pass"),
         (["--train_images", "--train_annotations", "--val_images", "--val_annotations"], "--train_images .*: no such"),
         (
             ["--train_images", "--train_annotations", "--eval_set test"],
-            "--eval_set test: its images have no annotations",
+            "--eval_set test: test images have no annotations",
         ),
     ],
 )
