@@ -138,7 +138,7 @@ def test_the_demos_flags_are_each_variants(variant):
         (["--eval_set", "test"], "--eval_set test: .* no annotations, .* pass --eval --resume CKPT"),
         (["--eval_set", "test", "--eval"], "--eval needs the checkpoint"),
         (["--eval_set", "test", "--eval", "--resume", "x.pth", "--output_dir", ""], "pass --output_dir DIR"),
-        (["--lr_linear_proj_names", "query_embed", "moon"], "--lr_linear_proj_names moon: .* names are, say, .*backb"),
+        (["--lr_linear_proj_names", "query_embed", "moon"], "--lr_linear_proj_names moon: .* a name such as .*backb"),
         (["--lr_backbone_names", "neck"], "--lr_backbone_names neck: no parameter's name contains it; .*transformer"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -278,7 +278,7 @@ def test_frozen_parts_keep_their_values(shapes, plain, tmp_path, capsys):
     "parts, message",
     [
         (["backbon", "moon"], "--freeze moon: no parameter's name"),
-        (["e", "a"], "--freeze e a: nothing is left to train"),
+        (["e", "a"], "--freeze e a: no parameter is left to train"),
     ],
 )
 def test_freezing_nothing_or_all_is_refused(shapes, tmp_path, capsys, parts, message):
@@ -335,7 +335,7 @@ def ap_history(monkeypatch):
 @pytest.mark.parametrize(
     "first, then, message",
     [
-        ("--ema 0.9", "", "holds averaged weights, which would be lost: pass --ema, as then (0.9)"),
+        ("--ema 0.9", "", "holds EMA weights, which would be lost: pass --ema 0.9"),
         ("--freeze decoder", "--freeze encoder", "was trained with --freeze decoder; pass the same"),
         ("", "--freeze encoder", "was trained with no --freeze"),
     ],

@@ -147,7 +147,7 @@ def test_the_place_in_the_epoch_survives_another_number_of_processes(shapes, tmp
     processes = start(2, "detr", shapes, tmp_path, *argv)
     assert end(processes) == [0, 0]
     said = processes[0].said
-    assert "note: the epoch was begun with batches of 1 images in 1 processes, now they are of 2 in 2" in said
+    assert "note: the epoch started with batches of 1 images in 1 processes and resumes with 2 in 2" in said
     assert f"epoch 0 [{done // 4 * 2 + 1}/6]" in said and f"epoch 0 [{done // 4 * 2}/6]" not in said
     assert [row["epoch"] for row in read_log(tmp_path)] == [0, 1]
 
@@ -331,12 +331,12 @@ def test_where_nothing_can_be_measured_nothing_is_the_best(nothing_to_find, chan
     assert train("detr", root, tmp_path / "out", *few, "--early_stop", "1") == 2
     refused = capsys.readouterr()
     file = root / "annotations" / "instances_val2017.json"
-    assert f"error: --early_stop 1: there is no AP to go by, since {file} has no objects" in refused.err
+    assert f"error: --early_stop 1: AP cannot be computed, because {file} has no objects" in refused.err
     assert "epoch 0" not in refused.out and not list((tmp_path / "out").glob("*.pth"))
 
     assert train("detr", root, tmp_path / "out", *few) == 0
     out = capsys.readouterr().out
-    assert out.count(f"no AP can be measured (COCO's figures are -1), since {file} has no objects") == 1
+    assert out.count(f"AP cannot be computed (COCO's metrics are -1), because {file} has no objects") == 1
     assert "the 2 images that --limit_val 2 leaves; best.pth is not written" in out and "highest AP" not in out
     assert [row["test_coco_eval_bbox"] for row in read_log(tmp_path / "out")] == [[-1] * 12] * 2
     assert sorted(path.name for path in (tmp_path / "out").glob("*.pth")) == ["checkpoint.pth"]

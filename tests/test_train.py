@@ -216,7 +216,7 @@ def test_each_group_of_parameters_has_its_rate(shapes, tmp_path, capsys):
     resume = ["--resume", tmp_path / "checkpoint.pth", "--epochs", "2"]
     assert train("detr", shapes, tmp_path, *resume, *argv) == 0
     text = capsys.readouterr().out
-    assert said in text and "the checkpoint's learning rates go on" not in text
+    assert said in text and "the checkpoint's learning rates are used" not in text
     groups = load_checkpoint(str(tmp_path / "checkpoint.pth"))["optimizer"]["param_groups"]
     assert [group["lr"] for group in groups] == [1e-3, 1e-4, 5e-4]
     # Groups of another number are not those of the checkpoint.
@@ -358,7 +358,7 @@ def test_the_checkpoints_learning_rate_goes_on(shapes, trained, tmp_path, capsys
     argv = ["--epochs", "3", "--lr", "5", "--limit_val", "1", "--resume", trained / "checkpoint.pth"]
     assert train("detr", shapes, tmp_path, *argv) == 0
     text = capsys.readouterr().out
-    assert "the checkpoint's learning rates go on" in text and "learning rates     0.001, backbone 0.0001;" in text
+    assert "the checkpoint's learning rates are used" in text and "learning rates     0.001, backbone 0.0001;" in text
     assert read_log(tmp_path)[0]["train_lr"] == 1e-3
 
 
@@ -472,7 +472,7 @@ def without(state, name):
 def test_a_second_run_does_not_overwrite_the_first(shapes, trained, capsys):
     before = (trained / "checkpoint.pth").read_bytes()
     assert train("detr", shapes, trained, "--epochs", "1") == 2
-    assert "holds a run already; go on with --resume" in capsys.readouterr().err
+    assert "already holds a run; continue it with --resume" in capsys.readouterr().err
     assert (trained / "checkpoint.pth").read_bytes() == before
 
 
