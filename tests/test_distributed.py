@@ -189,7 +189,7 @@ def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--sync_bn"], "--sync_bn: PyTorch synchronises batch norm on GPUs alone"),
+        (["--sync_bn"], "--sync_bn: PyTorch synchronises batch norm only on GPUs"),
         (["--sync_bn", "--backbone_norm", "frozen"], "--sync_bn has no effect with --backbone_norm frozen"),
     ],
     ids=" ".join,

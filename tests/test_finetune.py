@@ -265,7 +265,7 @@ def test_resuming_with_enact_from_a_plain_checkpoint_says_the_way(shapes, plain,
 def test_frozen_parts_keep_their_values(shapes, plain, tmp_path, capsys):
     argv = ["--pretrained", plain / "checkpoint.pth", "--epochs", "1", "--encoder_attention", "mhsa"]
     assert train("detr", shapes, tmp_path, *argv, "--freeze", "backbone", "encoder") == 0
-    assert "frozen             what is named with backbone, encoder" in capsys.readouterr().out
+    assert "frozen             parameters named with backbone, encoder" in capsys.readouterr().out
     before, after = (load_checkpoint(str(path / "checkpoint.pth"))["model"] for path in (plain, tmp_path))
     frozen = [name for name in before if "backbone" in name or "encoder" in name]
     # The statistics of the backbone's norms included.

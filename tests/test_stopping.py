@@ -87,7 +87,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(whole_training, sha
         # To one process, not the main one: all stop in the same step.
         processes[-1].send_signal(number)
     assert end(processes) == [STOPPED] * count
-    assert f"{number.name} came; in epoch 0, after " in processes[0].complained
+    assert f"received {number.name} in epoch 0, after " in processes[0].complained
     assert "Traceback" not in "".join(process.complained for process in processes)
     state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert state["epoch"] == -1 and 0 < state["within_epoch"]["images"] < 12
@@ -133,7 +133,7 @@ def test_torchrun_passes_the_signal_on(shapes, tmp_path):
     process.send_signal(signal.SIGTERM)
     (status,) = end([process])
     # It has a status of its own, but waits for the processes.
-    assert status != 0 and "SIGTERM came; in epoch" in process.complained
+    assert status != 0 and "received SIGTERM in epoch" in process.complained
     assert "images" in torch.load(tmp_path / "checkpoint.pth", weights_only=True)["within_epoch"]
 
 
@@ -159,7 +159,7 @@ def test_a_signal_in_an_evaluation_leaves_the_epoch_to_be_evaluated(shapes, tmp_
         # Evaluations begin with it.
         patch.setattr(torch.nn.Module, "eval", lambda self: os.kill(os.getpid(), signal.SIGTERM) or original(self))
         assert train("detr", shapes, tmp_path, *argv) == STOPPED
-    assert "SIGTERM came; in the evaluation of epoch 0" in capsys.readouterr().err
+    assert "received SIGTERM in the evaluation of epoch 0" in capsys.readouterr().err
     assert not (tmp_path / "log.txt").exists()
     assert train("detr", shapes, tmp_path, *argv) == 0
     assert [len(row["test_coco_eval_bbox"]) for row in read_log(tmp_path)] == [12]
@@ -189,7 +189,7 @@ def test_ctrl_c_ends_without_a_traceback(shapes, tmp_path):
     wait_for_line(process, "epoch 1 [ 2/12]")
     os.killpg(process.pid, signal.SIGINT)
     assert end([process]) == [130]
-    assert process.complained.splitlines()[-1] == "main.py: interrupted; what was saved before is whole"
+    assert process.complained.splitlines()[-1] == "main.py: interrupted; earlier checkpoints are complete"
     # A loader's process that was passing a batch on may complain, in a thread of Python's own, that nobody takes it.
     assert "KeyboardInterrupt" not in process.complained
     assert "Traceback" not in process.complained or "ConnectionResetError" in process.complained

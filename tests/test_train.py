@@ -134,7 +134,7 @@ def test_an_explicit_checkpoint_goes_before_the_latest(shapes, trained, tmp_path
 def test_processes_that_do_not_share_a_folder_are_told(shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("enact_common.training.run.gather_objects", lambda value: [value, "elsewhere/checkpoint.pth"])
     assert train("detr", shapes, tmp_path, "--auto_resume") == 2
-    assert "checkpoint.pth is there for some processes alone" in capsys.readouterr().err
+    assert "--auto_resume: only some processes see" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", [["--cache_mode"], ["--cache_mode", "decoded"]], ids=" ".join)
@@ -364,7 +364,7 @@ def test_the_checkpoints_learning_rate_goes_on(shapes, trained, tmp_path, capsys
 
 def test_nothing_left_to_train_is_said(shapes, trained, tmp_path, capsys):
     assert train("detr", shapes, tmp_path, "--epochs", "2", "--resume", trained / "checkpoint.pth") == 0
-    assert "nothing left to train: 2 epochs are done, --epochs asks for 2" in capsys.readouterr().out
+    assert "nothing left to train: 2 epochs are done, --epochs is 2" in capsys.readouterr().out
 
 
 def test_half_a_line_in_the_log_does_no_harm(shapes, trained, tmp_path):
