@@ -543,7 +543,7 @@ def test_two_tensors_of_one_name_are_refused(tmp_path):
         (["model.0.conv.weight", "model.1.bn.weight"], "a YOLO"),
         (["backbone.body.conv1.weight", "rpn.head.conv.0.0.weight"], "a torchvision detector"),
         (["transformer.decoder.layers.0.cross_attn.sampling_offsets.weight"], "a Deformable DETR"),
-        (["conv1.weight", "layer1.0.conv1.weight", "fc.weight"], "a backbone alone, for --backbone_weights"),
+        (["conv1.weight", "layer1.0.conv1.weight", "fc.weight"], "only a backbone, for --backbone_weights"),
         (["some.weight"], "its tensors are named some.weight"),
     ],
 )

@@ -340,7 +340,7 @@ def test_a_checkpoint_behind_a_url(shapes, trained, website, capsys):
     assert train("detr", shapes, "", "--resume", f"{website.url}/checkpoint.pth#sha256={digest}", "--eval") == 0
     capsys.readouterr()
     assert train("detr", shapes, "", "--resume", wrong, "--eval") == 2
-    assert f"error: {wrong}: is not the file that was asked for (its SHA-256 is {digest}" in capsys.readouterr().err
+    assert f"error: {wrong}: is not the expected file (its SHA-256 is {digest}" in capsys.readouterr().err
     # The second time it comes from the cache.
     website.asked.clear()
     assert train("detr", shapes, "", "--pretrained", named, "--eval") == 0 and website.asked == []
