@@ -47,7 +47,7 @@ class Recomputed(nn.Module):
 
 
 def recompute_in_backward(function: Callable) -> Callable:
-    """Return the function with its intermediates recomputed in the backward pass. It must be deterministic."""
+    """Return the function with its intermediates recomputed in the backward pass. It must not draw random numbers."""
 
     def run(*args):
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

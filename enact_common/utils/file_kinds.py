@@ -113,7 +113,7 @@ def describe_zip(path: Path) -> tuple[str, str] | None:
 
 
 def describe_pickle(content: bytes) -> tuple[str, str] | None:
-    """Return (kind, what to do) for a pickle of a whole module; None otherwise. The pickle is searched, not loaded."""
+    """Return (kind, what to do) for another library's pickle or a pickled module; None otherwise. Loads nothing."""
     for package, kind in PACKAGES.items():
         if f"c{package}.".encode() in content or f"c{package}\n".encode() in content:
             return f"{kind}, and was not executed", OTHER_LIBRARY
