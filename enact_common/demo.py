@@ -1,7 +1,7 @@
-"""A demonstration that needs no data: draw shapes, train a small detector on them, evaluate it, show what it finds.
+"""A demo that needs no data: draw shapes, train a small detector on them, evaluate it and draw its detections.
 
-`make demo`, or `python -m enact_common.demo --output_dir demo`. It runs the same command line that trains on COCO,
-and prints it.
+`make demo`, or `python -m enact_common.demo --output_dir demo`. It prints and runs the same commands that train on
+COCO.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SHAPES = {
     "classes": ("circle", "square", "triangle", "star"),
 }
 
-# What a small detector of any variant needs to learn on two CPU cores in minutes; docs/results/demo.md says why.
+# Flags with which a small detector of any variant learns in minutes on two CPU cores; docs/results/demo.md explains them.
 TRAINING = (
     "--device cpu --backbone resnet18 --backbone_weights none --backbone_norm batch --enc_layers 2 --dec_layers 3 "
     "--dim_feedforward 512 --dropout 0 --no_augmentation --train_sizes 112 --eval_size 112 "
@@ -42,7 +42,7 @@ TRAINING = (
     "--bbox_loss_coef 1.25 --giou_loss_coef 0.5 --num_workers 1 --print_freq 50"
 ).split()
 
-# What it needs beyond or in place of that, by variant.
+# Additional flags of each variant, which override `TRAINING`.
 OWN = {
     "detr": "--num_queries 10 --eos_coef 0.4".split(),
     "conditional": "--num_queries 10".split(),
@@ -51,22 +51,21 @@ OWN = {
     ).split(),
 }
 
+# Validation images that are drawn.
 PICTURED = 6
-# Least score of a detection that is drawn. A focal loss leaves probabilities lower than a softmax does; these are near
-# the best balance of what is missed and what is wrong.
+# Minimum score of drawn detections, near the best balance of misses and false positives. A focal loss gives lower
+# probabilities than a softmax.
 THRESHOLDS = {"detr": 0.5, "conditional": 0.4, "anchor": 0.35}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The demo's command line."""
+    """Return the demo's command-line parser."""
     parser = argparse.ArgumentParser(prog=program("enact_common.demo"), description=__doc__.splitlines()[0])
     parser.add_argument(
         "--variant", choices=tuple(VARIANTS), default="conditional", help="detector (default: %(default)s)"
     )
-    parser.add_argument("--output_dir", default="demo", metavar="DIR", help="pictures and run (default: demo)")
-    parser.add_argument(
-        "flags", nargs="*", metavar="FLAG", help="after --: training flags that take the place of the demo's own"
-    )
+    parser.add_argument("--output_dir", default="demo", metavar="DIR", help="output folder (default: demo)")
+    parser.add_argument("flags", nargs="*", metavar="FLAG", help="after --: training flags that override the demo's")
     return parser
 
 
@@ -74,17 +73,17 @@ def run_variant(variant: str, *argv: str) -> None:
     """Print a variant's command line and run it.
 
     Raises:
-        SystemExit: it failed, with its status.
+        SystemExit: the command failed; the status is the command's.
     """
     print(f"\n$ enact train {variant} {shlex.join(argv)}\n", flush=True)
-    # The package need not be installed.
+    # The package may not be installed, so the command needs its folder on the path.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "enact_common", "train", variant, *argv]
     with subprocess.Popen(command, env=environment) as process:
         try:
             status = process.wait()
         except KeyboardInterrupt:
-            # It finishes its step and writes a checkpoint; killed, it would leave half a one.
+            # SIGTERM, not SIGKILL: the training finishes its step and writes a checkpoint.
             process.terminate()
             raise
     if status:
@@ -92,8 +91,7 @@ def run_variant(variant: str, *argv: str) -> None:
 
 
 def picture_detections(data: Path, results: Path, threshold: float, picture: Path) -> None:
-    """Draw the first validation images with their annotations and what was detected in them, by scores of at least
-    the threshold."""
+    """Draw the first validation images with their annotations and the detections that reach the threshold."""
     annotations = load_annotations(data / "annotations" / "instances_val2017.json")
     truths, detections = defaultdict(list), defaultdict(list)
     for annotation in annotations["annotations"]:
@@ -114,24 +112,24 @@ def picture_detections(data: Path, results: Path, threshold: float, picture: Pat
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the demo; its exit status."""
+    """Run the demo and return its exit status."""
     parser = build_parser()
     args = parser.parse_args(argv)
     return exit_status(parser.prog, lambda: demonstrate(args))
 
 
 def demonstrate(args: argparse.Namespace) -> int:
-    """Draw, train, evaluate and show.
+    """Draw shapes, train and evaluate a detector, and plot its curves and detections.
 
     Returns:
         0.
 
     Raises:
         UserError: matplotlib is not installed.
-        SystemExit: training or evaluation failed, with its status.
+        SystemExit: training or evaluation failed; the status is the command's.
     """
     if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("the demo draws with matplotlib: pip install 'enact-detection[plots]'")
+        raise UserError("the demo needs matplotlib: pip install 'enact-detection[plots]'")
     from enact_common.plots.curves import plot_curves
 
     output = Path(args.output_dir)
@@ -139,11 +137,11 @@ def demonstrate(args: argparse.Namespace) -> int:
     try:
         data = make_shapes(output / "shapes", **SHAPES, progress=True)
     except FileExistsError:
-        # An earlier version's demo drew others; a folder that is not such a data set is refused again.
+        # Replace the shapes of an earlier version's demo; a folder of anything else is refused again.
         data = make_shapes(output / "shapes", **SHAPES, progress=True, force=True)
-    # An earlier demo's run: this one makes it anew.
+    # Remove the run of an earlier demo: a training refuses a folder that holds a run.
     shutil.rmtree(run, ignore_errors=True)
-    # Of a flag that is given twice, the last counts.
+    # The last value of a repeated flag counts, so later flags override earlier ones.
     flags = ["--coco_path", str(data), "--output_dir", str(run), *TRAINING, *OWN[args.variant], *args.flags]
     run_variant(args.variant, *flags)
     run_variant(args.variant, *flags, "--resume", str(run / "checkpoint.pth"), "--eval")
@@ -152,8 +150,8 @@ def demonstrate(args: argparse.Namespace) -> int:
     plot_curves({args.variant: epochs}, output / "curves.png")
     picture_detections(data, run / "results.json", THRESHOLDS[args.variant], output / "detections.png")
     ap, ap50 = epochs[-1][METRICS_KEY][:2]
-    print(f"\nAP {ap:.3f}, AP50 {ap50:.3f} on {SHAPES['val']} images that it was not trained on")
-    print(f"detections beside the truth: {output / 'detections.png'}")
+    print(f"\nAP {ap:.3f}, AP50 {ap50:.3f} on {SHAPES['val']} validation images")
+    print(f"ground truth and detections: {output / 'detections.png'}")
     print(f"loss and AP curves:          {output / 'curves.png'}")
     return 0
 

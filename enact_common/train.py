@@ -1,6 +1,6 @@
 """Train or evaluate a variant: `enact train detr` is the same as `python DETR-ENACT/main.py`.
 
-With `--resume CKPT`, the variant may be left out: the checkpoint says it.
+With `--resume CKPT` the variant may be left out; it comes from the checkpoint.
 """
 
 import argparse
@@ -16,11 +16,11 @@ from enact_common.variants import VARIANTS, load_variant
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """A parser with each variant's own parser below it; it serves the help and shell completion."""
+    """Return a parser with the variants' parsers as subcommands, for the help and shell completion."""
     parser = argparse.ArgumentParser(prog=program("enact_common.train"), description=__doc__)
     variants = parser.add_subparsers(dest="variant", metavar="VARIANT", required=True)
     for name, (folder, _) in VARIANTS.items():
-        variants.add_parser(name, help=f"as python {folder}/main.py", add_help=False)
+        variants.add_parser(name, help=f"same as python {folder}/main.py", add_help=False)
         variants.choices[name] = load_variant(name).main.get_args_parser()
     return parser
 
@@ -29,10 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a variant's command line.
 
     Args:
-        argv: the variant, unless `--resume` names a checkpoint, then its flags; None for the process's own words.
+        argv: the variant (optional with `--resume`), then its flags; None for `sys.argv`.
 
     Returns:
-        the exit status, as of `training.run.main`.
+        the exit status of `training.run.main`.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0].startswith("-") and (source := resumed(words)):
@@ -49,20 +49,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def resumed(words: Sequence[str]) -> str | None:
-    """The checkpoint that a command line's `--resume` names."""
+    """Return the checkpoint that a command line's `--resume` names; None without one."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", nargs="?")  # the whole parser refuses a missing value
+    parser.add_argument("--resume", nargs="?")  # "?": the variant's parser reports a missing value
     return parser.parse_known_args(list(words))[0].resume
 
 
 def variant_of(source: str) -> str:
-    """The variant of a checkpoint's model.
+    """Return the variant of a checkpoint's model.
 
     Args:
-        source: its path, or its URL.
+        source: path or URL of the checkpoint.
 
     Raises:
-        UserError: it cannot be read, or is of none of the variants.
+        UserError: the checkpoint cannot be read, or its variant is unknown.
     """
     return known_variant(load_checkpoint(source), source)
 

@@ -113,7 +113,7 @@ def test_every_variant_accepts_the_demos_flags(variant):
     [
         (["--coco_path", "/nowhere/at/all"], "--coco_path /nowhere/at/all: no such folder"),
         (["--frozen_weights", "x.pth"], "--frozen_weights .* pass --masks too"),
-        (["--masks", "--frozen_weights", "x.pth", "--pretrained", "y.pth"], "both say what to begin from"),
+        (["--masks", "--frozen_weights", "x.pth", "--pretrained", "y.pth"], "both set the initial weights"),
         (["--masks", *ALL_STAGES, "--frozen_weights", "/nowhere.pth"], "/nowhere.pth: no such file"),
         (["--dataset_file", "coco_panoptic"], "--coco_panoptic_path DIR go together"),
         (["--coco_panoptic_path", "/nowhere"], "go together"),
@@ -138,7 +138,7 @@ def test_every_variant_accepts_the_demos_flags(variant):
         (["--eval_set", "test"], "--eval_set test: .* no annotations, .* pass --eval --resume CKPT"),
         (["--eval_set", "test", "--eval"], "--eval needs the checkpoint"),
         (["--eval_set", "test", "--eval", "--resume", "x.pth", "--output_dir", ""], "pass --output_dir DIR"),
-        (["--lr_linear_proj_names", "query_embed", "moon"], "--lr_linear_proj_names moon: .* names are, say, .*backb"),
+        (["--lr_linear_proj_names", "query_embed", "moon"], "--lr_linear_proj_names moon: .* a name such as .*backb"),
         (["--lr_backbone_names", "neck"], "--lr_backbone_names neck: no parameter's name contains it; .*transformer"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -187,8 +187,8 @@ def test_a_non_finite_loss_in_one_process_stops_all(tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--sync_bn"], "--sync_bn: PyTorch synchronises batch norm on GPUs alone"),
-        (["--sync_bn", "--backbone_norm", "frozen"], "--sync_bn has nothing to do with --backbone_norm frozen"),
+        (["--sync_bn"], "--sync_bn: PyTorch synchronises batch norm only on GPUs"),
+        (["--sync_bn", "--backbone_norm", "frozen"], "--sync_bn has no effect with --backbone_norm frozen"),
     ],
     ids=" ".join,
 )

@@ -265,7 +265,7 @@ def test_resuming_with_enact_from_a_plain_checkpoint_is_refused_with_advice(shap
 def test_frozen_parts_keep_their_values(shapes, plain, tmp_path, capsys):
     argv = ["--pretrained", plain / "checkpoint.pth", "--epochs", "1", "--encoder_attention", "mhsa"]
     assert train("detr", shapes, tmp_path, *argv, "--freeze", "backbone", "encoder") == 0
-    assert "frozen             what is named with backbone, encoder" in capsys.readouterr().out
+    assert "frozen             parameters named with backbone, encoder" in capsys.readouterr().out
     before, after = (load_checkpoint(str(path / "checkpoint.pth"))["model"] for path in (plain, tmp_path))
     frozen = [name for name in before if "backbone" in name or "encoder" in name]
     # This includes the running statistics of batch norms.
@@ -278,7 +278,7 @@ def test_frozen_parts_keep_their_values(shapes, plain, tmp_path, capsys):
     "parts, message",
     [
         (["backbon", "moon"], "--freeze moon: no parameter's name"),
-        (["e", "a"], "--freeze e a: nothing is left to train"),
+        (["e", "a"], "--freeze e a: no parameter is left to train"),
     ],
 )
 def test_freezing_nothing_or_all_is_refused(shapes, tmp_path, capsys, parts, message):
@@ -335,7 +335,7 @@ def ap_history(monkeypatch):
 @pytest.mark.parametrize(
     "first, then, message",
     [
-        ("--ema 0.9", "", "holds averaged weights, which would be lost: pass --ema, as then (0.9)"),
+        ("--ema 0.9", "", "holds EMA weights, which would be lost: pass --ema 0.9"),
         ("--freeze decoder", "--freeze encoder", "was trained with --freeze decoder; pass the same"),
         ("", "--freeze encoder", "was trained with no --freeze"),
     ],
@@ -394,12 +394,12 @@ def test_data_with_any_folder_names(shapes, tmp_path):
     "flags, message",
     [
         (["--train_images"], "--train_annotations is missing"),
-        (["--train_images", "--train_annotations"], "pass --val_images too"),
-        (["--val_images", "--val_annotations"], "pass --train_images too"),
+        (["--train_images", "--train_annotations"], "--val_images is missing: pass"),
+        (["--val_images", "--val_annotations"], "--train_images is missing: pass"),
         (["--train_images", "--train_annotations", "--val_images", "--val_annotations"], "--train_images .*: no such"),
         (
             ["--train_images", "--train_annotations", "--eval_set test"],
-            "--eval_set test: its images have no annotations",
+            "--eval_set test: test images have no annotations",
         ),
     ],
 )
@@ -543,7 +543,7 @@ def test_two_tensors_with_the_same_name_are_refused(tmp_path):
         (["model.0.conv.weight", "model.1.bn.weight"], "a YOLO"),
         (["backbone.body.conv1.weight", "rpn.head.conv.0.0.weight"], "a torchvision detector"),
         (["transformer.decoder.layers.0.cross_attn.sampling_offsets.weight"], "a Deformable DETR"),
-        (["conv1.weight", "layer1.0.conv1.weight", "fc.weight"], "a backbone alone, for --backbone_weights"),
+        (["conv1.weight", "layer1.0.conv1.weight", "fc.weight"], "only a backbone, for --backbone_weights"),
         (["some.weight"], "its tensors are named some.weight"),
     ],
 )

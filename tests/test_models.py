@@ -162,7 +162,7 @@ def test_fewer_stages_give_finer_maps_and_are_inferred_from_the_weights(variant,
     assert (args.backbone, args.backbone_stages) == (backbone, stages)
 
 
-@pytest.mark.parametrize("flag, way_out", [("--dilation", "--no-dilation"), ("--masks", "leave one of the two out")])
+@pytest.mark.parametrize("flag, way_out", [("--dilation", "--no-dilation"), ("--masks", "leave one of them out")])
 def test_fewer_stages_are_refused_where_all_are_needed(flag, way_out):
     parser = load_variant("detr").main.get_args_parser()
     args = parser.parse_args(["--coco_path", "data", "--backbone_stages", "2", flag])

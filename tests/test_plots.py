@@ -116,7 +116,7 @@ def test_run_names_are_the_shortest_that_differ(tmp_path):
     assert run_names([a, a], ["x", "y"]) == ["x", "y"]
     for sources, names, message in (
         ([a, b], ["x"], "1 names for 2 runs"),
-        ([a, b], ["x", "x"], "'x' stands twice"),
+        ([a, b], ["x", "x"], "'x' appears twice"),
         ([a, b, a], None, "given twice"),
     ):
         with pytest.raises(UserError, match=message):
@@ -342,8 +342,8 @@ def test_the_suffix_decides_the_picture_format(tmp_path, capsys, command, suffix
         ("{tmp}/bare", "bare: nothing to draw; expected one of the keys test_loss, train_loss"),
         ("precision-recall {tmp}/run", "no such file; expected an evaluation.json"),
         ("precision-recall {tmp}/words.txt", "words.txt: not a JSON file"),
-        ("precision-recall {tmp}/list.json", "list.json: not the record of an evaluation"),
-        ("precision-recall {tmp}/short.json", "short.json: not the record of an evaluation"),
+        ("precision-recall {tmp}/list.json", "list.json: not an evaluation's record"),
+        ("precision-recall {tmp}/short.json", "short.json: not an evaluation's record"),
         ("precision-recall {tmp}/empty.json", "no class has ground truth"),
         ("precision-recall {tmp}/broken.json", "no class has a precision that is a number"),
         ("curves {tmp}/run --output {tmp}/folder.png", "folder.png: cannot be written, there is a folder of this name"),

@@ -220,13 +220,13 @@ NO_MODULE = "save its tensors: torch.save({'model': model.state_dict()}, FILE)"
 FOREIGN = {
     "empty": (lambda path: path.touch(), "an empty file; download or copy it again"),
     "zeros": (lambda path: path.write_bytes(bytes(5000)), "a file of zeros"),
-    "html": (lambda path: path.write_text(PAGE), "a web page in place of the file; download the file itself"),
-    "lfs": (lambda path: path.write_text(POINTER), "a Git LFS pointer in place of the file; .* git lfs pull"),
+    "html": (lambda path: path.write_text(PAGE), "a web page; download the file itself"),
+    "lfs": (lambda path: path.write_text(POINTER), "a Git LFS pointer; .* git lfs pull"),
     "text": (lambda path: path.write_text("lr: 0.1\nträining: yes\n"), "a text file; pass a checkpoint"),
     "json": (lambda path: path.write_text('{"model": []}'), "a text file; pass a checkpoint"),
     "gzip": (lambda path: path.write_bytes(b"\x1f\x8b" + bytes(9)), "a gzip archive; unpack it"),
     "zip": (lambda path: path.write_bytes(zip_bytes(readme="x")), "a zip archive of readme; unpack it"),
-    "empty-zip": (lambda path: path.write_bytes(zip_bytes()), "a zip archive of nothing"),
+    "empty-zip": (lambda path: path.write_bytes(zip_bytes()), "a zip archive without files"),
     "numpy": (lambda path: path.write_bytes(zip_bytes(**{"a.npy": "x", "b.npy": "y"})), "a NumPy archive"),
     "torchscript": (save_traced, "a TorchScript archive, and was not executed; pass the PyTorch checkpoint"),
     "onnx": (save_onnx, "an ONNX model, .*; pass the PyTorch checkpoint"),
@@ -308,7 +308,7 @@ def test_a_download_with_the_right_hash_is_cached(form, digits, website):
 def test_the_hash_after_a_url_overrides_the_one_in_its_name(website):
     # The eight digits of a date look like a hash.
     digest = publish(website, "model-20240131.pth")
-    with pytest.raises(UserError, match="Where 20240131 is no hash, end the URL with #sha256="):
+    with pytest.raises(UserError, match="If 20240131 is not a hash, end the URL with #sha256="):
         download(f"{website.url}/model-20240131.pth")
     assert download(f"{website.url}/model-20240131.pth#SHA256={digest.upper()}").read_bytes() == b"content"
 
@@ -316,7 +316,7 @@ def test_the_hash_after_a_url_overrides_the_one_in_its_name(website):
 @pytest.mark.parametrize(
     "url, message",
     [
-        ("http://weights.test/a-0123abcd.pth", "only https is downloaded from; pass an https URL, or download it"),
+        ("http://weights.test/a-0123abcd.pth", "only https URLs are downloaded; pass an https URL, or download it"),
         ("HTTP://weights.test/a-0123abcd.pth", "only https"),
         ("ftp://weights.test/a-0123abcd.pth", "only https"),
         ("file:///a-0123abcd.pth", "only https"),
@@ -343,7 +343,7 @@ def test_a_url_that_is_refused(url, message, website, tmp_path):
 
 def test_a_wrong_hash_leaves_nothing_behind(website, tmp_path):
     digest = publish(website, "a.pth")
-    with pytest.raises(UserError, match=f"its SHA-256 is {digest}, expected was 00000000.* was thrown away"):
+    with pytest.raises(UserError, match=f"its SHA-256 is {digest}, expected was 00000000.* was deleted"):
         download(f"{website.url}/a.pth#sha256=00000000")
     assert cached_files(tmp_path) == []
 
@@ -354,7 +354,7 @@ def test_files_of_one_name_are_not_confused(website):
     second = publish(website, "a.pth", b"second")
     other = download(f"{website.url}/a.pth#sha256={second}")
     assert path.read_bytes() == b"first" and other.read_bytes() == b"second"
-    with pytest.raises(UserError, match="is not the file that was asked for"):
+    with pytest.raises(UserError, match="is not the expected file"):
         download(f"{website.url}/a.pth#sha256={'0' * 64}")
 
 
@@ -371,7 +371,7 @@ def test_redirects_lead_to_https_alone(website, tmp_path):
     assert download(f"{website.url}/moved.pth#sha256={digest}").read_bytes() == b"content"
     website.moved["/lowered.pth"] = f"{website.plain}/a.pth"
     website.asked.clear()
-    with pytest.raises(UserError, match=f"passed on to {website.plain}/a.pth, which is not https"):
+    with pytest.raises(UserError, match=f"redirected to {website.plain}/a.pth, which is not https"):
         download(f"{website.url}/lowered.pth#sha256={digest}")
     assert website.asked == ["/lowered.pth"] and len(cached_files(tmp_path)) == 1
 
@@ -385,7 +385,7 @@ def test_backbone_weights_are_downloaded_by_https_and_checked(name, website, tmp
     path.parent.mkdir(parents=True)
     MALICIOUS["alone"](path, Payload(tmp_path / "fired"))
     publish(website, f"models/{path.name}")
-    with pytest.raises(UserError, match="--backbone_weights default: .*is not the file .*--backbone_weights PATH"):
+    with pytest.raises(UserError, match="--backbone_weights default: .*the expected file .*--backbone_weights PATH"):
         load_backbone_weights(name, "default")
     assert not (tmp_path / "fired").exists()
 

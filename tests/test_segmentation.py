@@ -707,7 +707,7 @@ def test_resuming_a_model_with_masks_needs_the_flag(trained, shapes, tmp_path, c
 @pytest.mark.parametrize("flags", [["--masks"], ["--masks", "--frozen_weights", "x.pth"]], ids=" ".join)
 def test_other_variants_refuse_masks(variant, flags, capsys):
     assert run(variant, "--coco_path", "/nowhere", "--device", "cpu", *flags) == 2
-    assert "DETR alone has a mask head" in capsys.readouterr().err
+    assert "only DETR has a mask head" in capsys.readouterr().err
 
 
 def test_data_without_masks_are_refused_before_any_work(shapes, tmp_path, capsys):

@@ -87,7 +87,7 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(whole_training, s
         # Signal one process, with two processes not the main one; all must stop in the same step.
         processes[-1].send_signal(number)
     assert end(processes) == [STOPPED] * count
-    assert f"{number.name} came; in epoch 0, after " in processes[0].complained
+    assert f"received {number.name} in epoch 0, after " in processes[0].complained
     assert "Traceback" not in "".join(process.complained for process in processes)
     state = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     assert state["epoch"] == -1 and 0 < state["within_epoch"]["images"] < 12
@@ -133,7 +133,7 @@ def test_torchrun_passes_the_signal_on(shapes, tmp_path):
     process.send_signal(signal.SIGTERM)
     (status,) = end([process])
     # torchrun returns its own status, but waits for the processes.
-    assert status != 0 and "SIGTERM came; in epoch" in process.complained
+    assert status != 0 and "received SIGTERM in epoch" in process.complained
     assert "images" in torch.load(tmp_path / "checkpoint.pth", weights_only=True)["within_epoch"]
 
 
@@ -147,7 +147,7 @@ def test_the_place_in_the_epoch_survives_another_number_of_processes(shapes, tmp
     processes = start(2, "detr", shapes, tmp_path, *argv)
     assert end(processes) == [0, 0]
     said = processes[0].said
-    assert "note: the epoch was begun with batches of 1 images in 1 processes, now they are of 2 in 2" in said
+    assert "note: the epoch started with batches of 1 images in 1 processes and resumes with 2 in 2" in said
     assert f"epoch 0 [{done // 4 * 2 + 1}/6]" in said and f"epoch 0 [{done // 4 * 2}/6]" not in said
     assert [row["epoch"] for row in read_log(tmp_path)] == [0, 1]
 
@@ -159,7 +159,7 @@ def test_after_a_signal_in_an_evaluation_the_resumed_run_evaluates_the_epoch(sha
         # An evaluation starts with `eval()`.
         patch.setattr(torch.nn.Module, "eval", lambda self: os.kill(os.getpid(), signal.SIGTERM) or original(self))
         assert train("detr", shapes, tmp_path, *argv) == STOPPED
-    assert "SIGTERM came; in the evaluation of epoch 0" in capsys.readouterr().err
+    assert "received SIGTERM in the evaluation of epoch 0" in capsys.readouterr().err
     assert not (tmp_path / "log.txt").exists()
     assert train("detr", shapes, tmp_path, *argv) == 0
     assert [len(row["test_coco_eval_bbox"]) for row in read_log(tmp_path)] == [12]
@@ -189,7 +189,7 @@ def test_ctrl_c_ends_without_a_traceback(shapes, tmp_path):
     wait_for_line(process, "epoch 1 [ 2/12]")
     os.killpg(process.pid, signal.SIGINT)
     assert end([process]) == [130]
-    assert process.complained.splitlines()[-1] == "main.py: interrupted; what was saved before is whole"
+    assert process.complained.splitlines()[-1] == "main.py: interrupted; earlier checkpoints are complete"
     # A loader process may print a ConnectionResetError from one of Python's threads while it sends a batch.
     assert "KeyboardInterrupt" not in process.complained
     assert "Traceback" not in process.complained or "ConnectionResetError" in process.complained
@@ -331,12 +331,12 @@ def test_without_a_measurable_ap_there_is_no_best_checkpoint(nothing_to_find, ch
     assert train("detr", root, tmp_path / "out", *few, "--early_stop", "1") == 2
     refused = capsys.readouterr()
     file = root / "annotations" / "instances_val2017.json"
-    assert f"error: --early_stop 1: there is no AP to go by, since {file} has no objects" in refused.err
+    assert f"error: --early_stop 1: AP cannot be computed, because {file} has no objects" in refused.err
     assert "epoch 0" not in refused.out and not list((tmp_path / "out").glob("*.pth"))
 
     assert train("detr", root, tmp_path / "out", *few) == 0
     out = capsys.readouterr().out
-    assert out.count(f"no AP can be measured (COCO's figures are -1), since {file} has no objects") == 1
+    assert out.count(f"AP cannot be computed (COCO's metrics are -1), because {file} has no objects") == 1
     assert "the 2 images that --limit_val 2 leaves; best.pth is not written" in out and "highest AP" not in out
     assert [row["test_coco_eval_bbox"] for row in read_log(tmp_path / "out")] == [[-1] * 12] * 2
     assert sorted(path.name for path in (tmp_path / "out").glob("*.pth")) == ["checkpoint.pth"]

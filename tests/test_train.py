@@ -134,7 +134,7 @@ def test_resume_overrides_auto_resume(shapes, trained, tmp_path, capsys):
 def test_processes_without_a_shared_folder_are_refused(shapes, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("enact_common.training.run.gather_objects", lambda value: [value, "elsewhere/checkpoint.pth"])
     assert train("detr", shapes, tmp_path, "--auto_resume") == 2
-    assert "checkpoint.pth is there for some processes alone" in capsys.readouterr().err
+    assert "--auto_resume: only some processes see" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("mode", [["--cache_mode"], ["--cache_mode", "decoded"]], ids=" ".join)
@@ -216,7 +216,7 @@ def test_each_parameter_group_has_its_learning_rate(shapes, tmp_path, capsys):
     resume = ["--resume", tmp_path / "checkpoint.pth", "--epochs", "2"]
     assert train("detr", shapes, tmp_path, *resume, *argv) == 0
     text = capsys.readouterr().out
-    assert said in text and "the checkpoint's learning rates go on" not in text
+    assert said in text and "the checkpoint's learning rates are used" not in text
     groups = load_checkpoint(str(tmp_path / "checkpoint.pth"))["optimizer"]["param_groups"]
     assert [group["lr"] for group in groups] == [1e-3, 1e-4, 5e-4]
     # Another number of groups does not fit the checkpoint.
@@ -340,7 +340,7 @@ def test_checkpoints_are_loaded_from_urls_and_cached(shapes, trained, website, c
     assert train("detr", shapes, "", "--resume", f"{website.url}/checkpoint.pth#sha256={digest}", "--eval") == 0
     capsys.readouterr()
     assert train("detr", shapes, "", "--resume", wrong, "--eval") == 2
-    assert f"error: {wrong}: is not the file that was asked for (its SHA-256 is {digest}" in capsys.readouterr().err
+    assert f"error: {wrong}: is not the expected file (its SHA-256 is {digest}" in capsys.readouterr().err
     # The second load uses the cache.
     website.asked.clear()
     assert train("detr", shapes, "", "--pretrained", named, "--eval") == 0 and website.asked == []
@@ -358,13 +358,13 @@ def test_a_resumed_run_keeps_the_learning_rate_of_the_checkpoint(shapes, trained
     argv = ["--epochs", "3", "--lr", "5", "--limit_val", "1", "--resume", trained / "checkpoint.pth"]
     assert train("detr", shapes, tmp_path, *argv) == 0
     text = capsys.readouterr().out
-    assert "the checkpoint's learning rates go on" in text and "learning rates     0.001, backbone 0.0001;" in text
+    assert "the checkpoint's learning rates are used" in text and "learning rates     0.001, backbone 0.0001;" in text
     assert read_log(tmp_path)[0]["train_lr"] == 1e-3
 
 
 def test_a_finished_run_reports_that_nothing_is_left_to_train(shapes, trained, tmp_path, capsys):
     assert train("detr", shapes, tmp_path, "--epochs", "2", "--resume", trained / "checkpoint.pth") == 0
-    assert "nothing left to train: 2 epochs are done, --epochs asks for 2" in capsys.readouterr().out
+    assert "nothing left to train: 2 epochs are done, --epochs is 2" in capsys.readouterr().out
 
 
 def test_a_truncated_line_in_the_log_is_ignored(shapes, trained, tmp_path):
@@ -472,7 +472,7 @@ def without(state, name):
 def test_a_second_run_does_not_overwrite_the_first(shapes, trained, capsys):
     before = (trained / "checkpoint.pth").read_bytes()
     assert train("detr", shapes, trained, "--epochs", "1") == 2
-    assert "holds a run already; go on with --resume" in capsys.readouterr().err
+    assert "already holds a run; continue it with --resume" in capsys.readouterr().err
     assert (trained / "checkpoint.pth").read_bytes() == before
 
 

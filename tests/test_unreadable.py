@@ -49,7 +49,7 @@ def test_training_goes_on_with_another_image(spoilt, tmp_path, capsys, cache, wo
     assert train("detr", data, tmp_path / "out", *argv) == 0
     text = capsys.readouterr().out
     # Each file is reported once, although both epochs read it.
-    assert text.count(f"data: 3 of 12 images in {data / 'train2017'} cannot be read; others are in their places") == 1
+    assert text.count(f"data: 3 of 12 images in {data / 'train2017'} cannot be read; others take their places") == 1
     for path in bad:
         assert text.count(f"{path}: not an image that can be read whole") == 1
     assert [row["unreadable_images"] for row in read_log(tmp_path / "out")] == [3, 3]
@@ -99,7 +99,7 @@ def test_evaluation_counts_objects_of_unreadable_images_as_missed(spoilt, tmp_pa
     resume = ["--resume", tmp_path / "out" / "checkpoint.pth", "--eval"]
     assert train("detr", data, tmp_path / "eval", *argv, *resume) == 0
     text = capsys.readouterr().out
-    assert f"data: 3 of 6 images in {data / 'val2017'} cannot be read; their objects count as not found" in text
+    assert f"data: 3 of 6 images in {data / 'val2017'} cannot be read; their objects count as missed" in text
     assert text.count(f"{bad}: not an image") == 1
     found = Counter(result["image_id"] for result in json.loads((tmp_path / "eval" / "results.json").read_text()))
     assert len(found) == 3 and set(found.values()) == {8}

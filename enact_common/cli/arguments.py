@@ -1,4 +1,4 @@
-"""The command line that the variants share. Each variant's `main.py` adds what is its own and sets its defaults."""
+"""The command line that the variants share. Each variant's `main.py` adds its own flags and sets its defaults."""
 
 import argparse
 import sys
@@ -28,38 +28,38 @@ from enact_common.utils.errors import UserError
 LR_SCHEDULES = ("step", "cosine")
 CACHE_MODES = ("encoded", "decoded")
 
-# Remembers about a thousand steps: some epochs of a small data set, a hundredth of COCO's training.
+# Averages over about a thousand steps: a few epochs of a small data set, a hundredth of a training on COCO.
 EMA_DECAY = 0.999
 
 
 class VariantParser(argparse.ArgumentParser):
-    """A parser in which `--encoder_attention mhsa` brings the plain models' learning rate, unless `--lr` is given, and
-    `--config FILE` brings flags from a file, over which those of the command line win.
+    """A parser with two dependent defaults: `--encoder_attention mhsa` sets the plain models' learning rate unless
+    `--lr` is given, and `--config FILE` sets flags from a file that the command line overrides.
 
     Attributes:
-        checks: what `check` calls: functions of the parsed arguments that raise a UserError.
+        checks: functions of the parsed arguments that raise a UserError; `check` calls them.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.checks: list[Callable[[argparse.Namespace], None]] = []
-        # Goes before an error's message: where the words come from that are being parsed.
+        # Prefix of error messages: the config file and key whose words are being parsed.
         self.origin = ""
 
     def check(self, args: argparse.Namespace) -> None:
-        """Refuse what cannot work, before any work starts.
+        """Refuse flags that cannot work, before any work starts.
 
         Raises:
-            UserError: naming the flag and the way out.
+            UserError: names the flag and says what to do.
         """
         for check in self.checks:
             check(args)
 
     def group(self, title: str):
-        """The group of this title, for a variant's own flags.
+        """Return the argument group with this title, so that a variant can add its own flags.
 
         Raises:
-            KeyError: there is none.
+            KeyError: there is no such group.
         """
         return {group.title: group for group in self._action_groups}[title]
 
@@ -68,20 +68,20 @@ class VariantParser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else list(args)
         parsed, rest = super().parse_known_args(words, namespace)
         if getattr(parsed, "config", None):
-            # Before the command line's words: of a flag that is given twice, the last counts.
+            # The last value of a repeated flag counts, so the command line overrides the file.
             words = [*self.config_words(parsed.config), *words]
             parsed, rest = super().parse_known_args(words, namespace)
         if namespace is None and getattr(parsed, "encoder_attention", None) == "mhsa":
             parsed, rest = super().parse_known_args(words, argparse.Namespace(lr=PLAIN_LR))
-        # The file's settings are the other flags' values now; checkpoints and logs need not name the file.
+        # The other flags now hold the file's settings; checkpoints and logs need not name the file.
         vars(parsed).pop("config", None)
         return parsed, rest
 
     def config_words(self, name: str) -> list[str]:
-        """The words of the command line that a file of settings stands for, each checked by its flag's type.
+        """Return a config file as command-line words, each checked by its flag's type.
 
         Raises:
-            SystemExit: the file is missing, or something in it is wrong; a message names it and the key.
+            SystemExit: the file is missing or wrong; the printed message names the file and the key.
         """
         try:
             settings = read_config(name, self)
@@ -94,20 +94,20 @@ class VariantParser(argparse.ArgumentParser):
         return [word for _, words in settings for word in words]
 
     def error(self, message: str) -> NoReturn:
-        """End with a message; where a file's setting is at fault, it names the file and the key."""
+        """Exit with a message; for an error in a config, the message names the file and the key."""
         if self.origin:
             self.exit(2, f"{self.prog}: error: {self.origin}{message}\n")
         super().error(message)
 
 
 def common_parser(description: str) -> VariantParser:
-    """A parser with the flags of all variants, at DETR's defaults where variants differ.
+    """Return a parser with the flags of all variants, with DETR's defaults where variants differ.
 
     Args:
         description: the first line of `--help`.
     """
     parser = VariantParser(description=description, formatter_class=HelpFormatter)
-    # Images a step in the published trainings with ENACT: no flag, what the start says of the learning rate.
+    # Images per step in the published trainings with ENACT. Not a flag: the start-up summary compares --lr with it.
     parser.set_defaults(published_batch=8)
     add_data_flags(parser.add_argument_group("data"))
     add_model_flags(parser.add_argument_group(MODEL))
@@ -120,159 +120,162 @@ def common_parser(description: str) -> VariantParser:
 
 
 def add_query_flags(parser: VariantParser, num_queries: int) -> None:
-    """What DETR and Conditional DETR have in common: learned queries, position embeddings and pre-norm.
+    """Add the flags that DETR and Conditional DETR share: learned queries, position embeddings and pre-norm.
 
     Args:
-        parser: of `common_parser`.
-        num_queries: default.
+        parser: from `common_parser`.
+        num_queries: the default of `--num_queries`.
     """
     group = parser.group(MODEL)
     group.add_argument(
-        "--position_embedding", type=str, default="sine", choices=("sine", "learned"), help="of the feature map"
-    )
+        "--position_embedding", type=str, default="sine", choices=("sine", "learned"),
+        help="position embedding of the feature map",
+    )  # fmt: skip
     group.add_argument(
-        "--num_queries", type=positive_int, default=num_queries, metavar="N", help="objects that one image can hold"
-    )
-    group.add_argument("--pre_norm", action="store_true", help="layer norm before each block rather than after it")
+        "--num_queries", type=positive_int, default=num_queries, metavar="N",
+        help="object queries, the most objects that an image can have",
+    )  # fmt: skip
+    group.add_argument("--pre_norm", action="store_true", help="apply layer norm before each block instead of after it")
     parser.checks.append(check_position_embedding)
 
 
 def add_focal_flags(parser: VariantParser) -> None:
-    """A focal classification loss, and the matching cost of the class that goes with it.
+    """Add the flags of a focal classification loss, and set its class matching cost.
 
     Args:
-        parser: of `common_parser`.
+        parser: from `common_parser`.
     """
     group = parser.group(LOSSES)
-    group.add_argument("--cls_loss_coef", type=non_negative_float, default=2, metavar="W", help="loss: class")
+    group.add_argument("--cls_loss_coef", type=non_negative_float, default=2, metavar="W", help="loss weight: class")
     group.add_argument(
         "--focal_alpha", type=fraction, default=0.25, metavar="A",
-        help="focal loss: weight of the object's class, against 1 - A for all others; 0 to 1",
+        help="focal loss: weight A of the object's class, and 1 - A of all other classes; 0 to 1",
     )  # fmt: skip
     parser.set_defaults(set_cost_class=2)
 
 
 def add_data_flags(group) -> None:
-    """Where the images are and how they are resized."""
-    group.add_argument("--dataset_file", default=COCO, help=f"kind of data set: {COCO}, {PANOPTIC}")
+    """Add the flags of the images: folders, sizes, augmentation."""
+    group.add_argument("--dataset_file", default=COCO, help=f"kind of data set: {COCO} or {PANOPTIC}")
     group.add_argument(
         "--coco_path", type=str, metavar="DIR",
         help="folder with train2017/, val2017/ (or images/train2017, ...) and annotations/instances_*2017.json; or a "
-        "Roboflow export: train/, valid/ (or val/), test/, each with _annotations.coco.json beside the images",
+        "Roboflow export: train/, valid/ (or val/), test/, each with images and _annotations.coco.json",
     )  # fmt: skip
     for split, purpose in (("train", "train on"), ("val", "evaluate on")):
         group.add_argument(
             f"--{split}_images", type=str, metavar="DIR",
-            help=f"folder of the images to {purpose}, where they are not laid out like COCO; goes before --coco_path",
+            help=f"folder of images to {purpose}, for data not in COCO's layout; takes precedence over --coco_path",
         )  # fmt: skip
         group.add_argument(
-            f"--{split}_annotations", type=str, metavar="FILE", help=f"COCO-format JSON; goes with --{split}_images"
+            f"--{split}_annotations", type=str, metavar="FILE", help=f"COCO-format JSON of --{split}_images"
         )
     group.add_argument(
         "--num_classes", type=positive_int, metavar="N",
-        help="labels; default: 91 where the categories are COCO's own, whose labels are their ids (person alone, id 1, "
-        "needs 2), else as many as the annotations have",
+        help="number of labels; default: 91 for COCO's categories, whose labels are their ids (only person, id 1, "
+        "needs 2), else the number of categories in the annotations",
     )  # fmt: skip
     group.add_argument(
         "--train_sizes", type=positive_int, nargs="+", metavar="PIXELS", default=list(range(480, 801, 32)),
-        help="shorter sides to choose from in training; the crops of the augmentation scale with the largest",
+        help="shorter sides in training, one drawn per image; the crops of the augmentation scale with the largest",
     )  # fmt: skip
     group.add_argument(
         "--eval_size", type=positive_int, default=800, metavar="PIXELS", help="shorter side in evaluation"
     )
     group.add_argument(
-        "--max_size", type=positive_int, default=1333, metavar="PIXELS", help="longer side is at most this"
+        "--max_size", type=positive_int, default=1333, metavar="PIXELS", help="upper limit of the longer side"
     )
     group.add_argument("--limit_train", type=positive_int, metavar="N", help="train on the first N images only")
     group.add_argument("--limit_val", type=positive_int, metavar="N", help="evaluate on the first N images only")
     group.add_argument(
         "--eval_set", choices=("val", "train", "test"), default="val",
-        help="images to evaluate on; train shows how far it has learned them by heart; test has no annotations: --eval "
-        "writes results.json for COCO's server",
+        help="images to evaluate on; train measures how well the training images were learned; test has no "
+        "annotations, and --eval writes results.json for COCO's evaluation server",
     )  # fmt: skip
     group.add_argument(
         "--remove_difficult", action="store_true",
-        help='treat annotations marked "difficult": 1 (Pascal VOC) as crowds: not trained on, nor right or wrong',
+        help='treat annotations with "difficult": 1 (Pascal VOC) as crowds: ignored in training and evaluation',
     )  # fmt: skip
     group.add_argument(
         "--cache_mode", nargs="?", choices=CACHE_MODES, const="encoded", default=False,
-        help="read the images once and hold them in memory, once for each process of torchrun: the files as they are "
-        "(encoded, also where no word follows), or their pixels (decoded), five to ten times as large but not "
-        "decoded again in every epoch; default: read anew each time",
+        help="read the images once and keep them in memory, one copy per torchrun process: as files (encoded, also "
+        "without a value), or as pixels (decoded), five to ten times as large but decoded only once; default: read "
+        "from disk in every epoch",
     )  # fmt: skip
     group.add_argument(
         "--strict_data", action="store_true",
-        help="end at the first image that cannot be read; default: train on another one in its place, count its "
-        "objects as not found in evaluation, and end where most images cannot be read",
+        help="stop at the first unreadable image; default: replace it in training, count its objects as missed in "
+        "evaluation, and stop if most images are unreadable",
     )  # fmt: skip
     group.add_argument(
         "--no_augmentation", dest="augmentation", action="store_false",
-        help="train on whole images at the evaluation's size: no flips, scales or crops",
+        help="train on whole images at --eval_size: no flips, scales or crops",
     )  # fmt: skip
 
 
 def add_model_flags(group) -> None:
-    """What the network looks like."""
+    """Add the flags of the network."""
     group.add_argument(
         "--encoder_attention", choices=ENCODER_ATTENTIONS, default="enact",
-        help="encoder self-attention: clustered by entropy, or the original model's",
+        help="encoder self-attention: ENACT's entropy-based clusters, or the original model's plain attention",
     )  # fmt: skip
     group.add_argument(
         "--smoothing_sigma", type=float, default=3.0, metavar="TOKENS",
-        help="ENACT: standard deviation of the entropy's smoothing; larger gives fewer clusters",
+        help="ENACT: standard deviation of the Gaussian that smooths the entropy; larger gives fewer clusters",
     )  # fmt: skip
     group.add_argument(
         "--enact_clusters", choices=CLUSTERS,
-        help="ENACT: what is pooled, windows as long as the entropy's regions are on average, or each region itself; "
-        f"default: the checkpoint's, else {CLUSTERS[0]}",
+        help="ENACT: pool fixed-length windows, as long as the average region of the entropy, or the regions "
+        f"themselves; default: the checkpoint's, else {CLUSTERS[0]}",
     )  # fmt: skip
     group.add_argument(
         "--enact_order", choices=ORDERS,
-        help="ENACT: the tokens that follow each other are cells of a row, or of a Hilbert curve, so that clusters are "
-        f"compact patches; default: the checkpoint's, else {ROWS}",
+        help="ENACT: order of the tokens, row by row or along a Hilbert curve, which makes clusters compact patches; "
+        f"default: the checkpoint's, else {ROWS}",
     )  # fmt: skip
     group.add_argument(
         "--enact_per_image", action=argparse.BooleanOptionalAction, default=None,
-        help="ENACT: each image has its own window length, rather than one for the batch; default: the checkpoint's, "
-        "else no",
+        help="ENACT: compute the window length per image instead of per batch; default: the checkpoint's, else no",
     )  # fmt: skip
     group.add_argument(
         "--enact_mask_padding", action=argparse.BooleanOptionalAction, default=None,
-        help="ENACT: padding is not scored, clustered or attended to; default: the checkpoint's, else no",
+        help="ENACT: apply the padding mask, so that padding is not scored, clustered or attended to; default: the "
+        "checkpoint's, else no",
     )  # fmt: skip
     group.add_argument(
         "--enact_max_clusters", type=natural_int, metavar="M",
-        help="ENACT: clusters grow until there are at most so many, whatever the image's size; 0 sets no limit; "
-        "default: the checkpoint's, else none",
+        help="ENACT: upper limit of clusters, for images of any size; clusters grow to meet it; 0 sets no limit; "
+        "default: the checkpoint's, else 0",
     )  # fmt: skip
     group.add_argument(
         "--enact_temperature", type=non_negative_float, metavar="T",
-        help="ENACT: a token's share in its cluster follows from its information over T times the image's mean of it, "
-        "so that the more informative count more; 0: from the information itself, in bits, which makes all but equal "
-        "shares, as published; default: the checkpoint's, else 0",
+        help="ENACT: pooling weights are a softmax of each token's information divided by T times the image's mean "
+        "information, so that informative tokens weigh more; 0 uses the information in bits, as published, which makes "
+        "the weights almost equal; default: the checkpoint's, else 0",
     )  # fmt: skip
     group.add_argument(
         "--enact_scale_logits", action="store_true",
-        help="ENACT: logits are scaled by e^-0.5 before the softmax, as in plain attention, and attended values are "
-        "not divided by e, e being the width of a head: for trainings of one's own, the published weights have neither",
+        help="ENACT: scale the logits by head_dim^-0.5 before the softmax, as plain attention does, and do not divide "
+        "the attended values by head_dim; for new trainings; leave it off for published weights",
     )  # fmt: skip
-    group.add_argument("--backbone", type=str, choices=BACKBONES, default="resnet50", help="ResNet from torchvision")
+    group.add_argument("--backbone", type=str, choices=BACKBONES, default="resnet50", help="torchvision's ResNet")
     group.add_argument(
         "--backbone_stages", type=int, choices=range(1, len(ALL_STAGES) + 1), default=len(ALL_STAGES),
-        help="of the ResNet, those in use: 4 give a map of stride 32, 3 of 16, 2 of 8, 1 of 4: finer, its features "
-        "simpler",
+        help="ResNet stages in use: 4, 3, 2 or 1 give a feature map of stride 32, 16, 8 or 4; fewer stages give finer "
+        "maps of simpler features",
     )  # fmt: skip
     group.add_argument(
         "--backbone_weights", type=str, default="default", metavar="default|none|PATH",
-        help="torchvision's ImageNet weights (downloaded, checked and cached), random ones, or a state dict's file",
+        help="initial weights: torchvision's ImageNet weights (downloaded, checked and cached), random weights, or a "
+        "state-dict file",
     )  # fmt: skip
     group.add_argument(
         "--backbone_norm", choices=tuple(NORMS), default="frozen",
-        help="batch norm as loaded, or trained (from scratch; then the whole backbone trains)",
+        help="frozen: batch norm as loaded; batch: train batch norm and the whole backbone, for training from scratch",
     )  # fmt: skip
     group.add_argument(
         "--dilation", type=boolean, nargs="?", const=True, default=False, metavar="BOOL",
-        help="stride 16 in place of 32 in the last backbone stage (DC5)",
+        help="stride 16 instead of 32 in the last backbone stage (DC5)",
     )  # fmt: skip
     group.add_argument(
         "--no-dilation", dest="dilation", action="store_false", default=argparse.SUPPRESS,
@@ -281,40 +284,45 @@ def add_model_flags(group) -> None:
     group.add_argument("--enc_layers", type=natural_int, default=6, metavar="N", help="encoder layers")
     group.add_argument("--dec_layers", type=positive_int, default=6, metavar="N", help="decoder layers")
     group.add_argument(
-        "--dim_feedforward", type=positive_int, default=2048, metavar="CHANNELS", help="in feed-forward networks"
-    )
-    group.add_argument("--hidden_dim", type=positive_int, default=256, metavar="CHANNELS", help="of the transformer")
-    group.add_argument("--dropout", type=float, default=0.1, metavar="P", help="in the transformer, probability")
+        "--dim_feedforward", type=positive_int, default=2048, metavar="CHANNELS",
+        help="hidden width of the feed-forward networks",
+    )  # fmt: skip
+    group.add_argument("--hidden_dim", type=positive_int, default=256, metavar="CHANNELS", help="transformer width")
+    group.add_argument("--dropout", type=float, default=0.1, metavar="P", help="dropout probability in the transformer")
     group.add_argument("--nheads", type=positive_int, default=8, metavar="N", help="attention heads")
 
 
 def add_loss_flags(group) -> None:
-    """Weights of matching costs and losses."""
+    """Add the weights of matching costs and losses."""
     group.add_argument(
-        "--no_aux_loss", dest="aux_loss", action="store_false", help="supervise the last decoder layer alone"
+        "--no_aux_loss", dest="aux_loss", action="store_false",
+        help="no auxiliary losses: supervise the last decoder layer only",
+    )  # fmt: skip
+    group.add_argument(
+        "--set_cost_class", type=non_negative_float, default=1, metavar="W", help="matching cost weight: class"
     )
-    group.add_argument("--set_cost_class", type=non_negative_float, default=1, metavar="W", help="matching: class")
     group.add_argument(
-        "--set_cost_bbox", type=non_negative_float, default=5, metavar="W", help="matching: L1 of the box"
+        "--set_cost_bbox", type=non_negative_float, default=5, metavar="W", help="matching cost weight: box L1"
     )
     group.add_argument(
-        "--set_cost_giou", type=non_negative_float, default=2, metavar="W", help="matching: generalized IoU"
+        "--set_cost_giou", type=non_negative_float, default=2, metavar="W", help="matching cost weight: generalized IoU"
     )
-    group.add_argument("--bbox_loss_coef", type=non_negative_float, default=5, metavar="W", help="loss: L1 of the box")
+    group.add_argument("--bbox_loss_coef", type=non_negative_float, default=5, metavar="W", help="loss weight: box L1")
     group.add_argument(
-        "--giou_loss_coef", type=non_negative_float, default=2, metavar="W", help="loss: generalized IoU"
+        "--giou_loss_coef", type=non_negative_float, default=2, metavar="W", help="loss weight: generalized IoU"
     )
 
 
 def add_training_flags(group) -> None:
-    """Optimisation."""
+    """Add the flags of the optimization."""
     group.add_argument(
         "--lr", type=non_negative_float, default=ENACT_LR, metavar="RATE",
         help=f"learning rate; default: {ENACT_LR:g}, with --encoder_attention mhsa {PLAIN_LR:g}",
     )  # fmt: skip
     group.add_argument(
-        "--lr_backbone", type=non_negative_float, default=1e-5, metavar="RATE", help="the backbone's; 0 freezes it"
-    )
+        "--lr_backbone", type=non_negative_float, default=1e-5, metavar="RATE",
+        help="learning rate of the backbone; 0 freezes it",
+    )  # fmt: skip
     group.add_argument(
         "--lr_backbone_names", nargs="+", default=["backbone"], metavar="NAME",
         help="parameters whose name contains one of these learn at --lr_backbone",
@@ -325,156 +333,171 @@ def add_training_flags(group) -> None:
     )  # fmt: skip
     group.add_argument(
         "--lr_linear_proj_mult", type=non_negative_float, default=0.1, metavar="FACTOR",
-        help="learning rate of --lr_linear_proj_names, as a part of --lr",
+        help="learning rate of --lr_linear_proj_names, as a fraction of --lr",
     )  # fmt: skip
-    group.add_argument("--sgd", action="store_true", help="SGD with momentum 0.9 in place of AdamW")
+    group.add_argument("--sgd", action="store_true", help="SGD with momentum 0.9 instead of AdamW")
     group.add_argument(
-        "--batch_size", type=positive_int, default=2, metavar="N", help="images a process and a forward pass"
+        "--batch_size", type=positive_int, default=2, metavar="N", help="images per process and forward pass"
     )
     group.add_argument(
-        "--accumulate", type=positive_int, default=1, metavar="N", help="batches whose gradients make one step"
+        "--accumulate", type=positive_int, default=1, metavar="N", help="batches whose gradients are averaged per step"
     )
     group.add_argument(
         "--freeze", nargs="+", default=[], metavar="NAME",
-        help="parameters whose name contains one of these keep their values: backbone, encoder, ...; default: none",
+        help="do not train parameters whose name contains one of these: backbone, encoder, ...; default: none",
     )  # fmt: skip
     group.add_argument(
         "--ema", type=decay, nargs="?", const=EMA_DECAY, metavar="DECAY",
-        help="evaluate an exponential moving average of the weights, which this much of remains after a step "
-        f"(without a number {EMA_DECAY}; less in the first steps); default: none",
+        help=f"evaluate EMA weights with this decay ({EMA_DECAY} without a value; smaller in the first steps); "
+        "default: no EMA",
     )  # fmt: skip
     group.add_argument(
         "--early_stop", type=positive_int, metavar="N",
-        help="end after N evaluations in a row without a better AP, for which validation needs objects; default: train "
-        "all --epochs",
+        help="stop after N evaluations in a row without a better AP, which needs validation images with objects; "
+        "default: train all --epochs",
     )  # fmt: skip
-    group.add_argument("--weight_decay", type=non_negative_float, default=1e-4, metavar="RATE", help="the optimizer's")
-    group.add_argument("--epochs", type=natural_int, default=300, metavar="N", help="train up to this many in all")
+    group.add_argument(
+        "--weight_decay", type=non_negative_float, default=1e-4, metavar="RATE", help="weight decay of the optimizer"
+    )
+    group.add_argument(
+        "--epochs", type=natural_int, default=300, metavar="N", help="total epochs, including those before a resume"
+    )
     group.add_argument(
         "--lr_schedule", choices=LR_SCHEDULES, default="step",
-        help="learning rate: a tenth after every --lr_drop epochs, or falling along a cosine in every step",
+        help="learning rate: divided by 10 every --lr_drop epochs, or a cosine over the steps",
     )  # fmt: skip
-    group.add_argument("--lr_drop", type=positive_int, default=200, metavar="EPOCHS", help="for --lr_schedule step")
+    group.add_argument(
+        "--lr_drop", type=positive_int, default=200, metavar="EPOCHS",
+        help="for --lr_schedule step: epochs between two drops",
+    )  # fmt: skip
     group.add_argument(
         "--lr_drop_epochs", type=positive_int, nargs="+", metavar="EPOCH",
-        help="for --lr_schedule step: a tenth after each of these epochs, rather than every --lr_drop",
+        help="for --lr_schedule step: drop after these epochs instead of every --lr_drop",
     )  # fmt: skip
     group.add_argument(
-        "--warmup_steps", type=natural_int, default=0, metavar="STEPS", help="learning rates rise from 0 over these"
-    )
+        "--warmup_steps", type=natural_int, default=0, metavar="STEPS",
+        help="steps of linear warm-up, in which learning rates rise from 0",
+    )  # fmt: skip
     group.add_argument(
         "--clip_max_norm",
         type=non_negative_float,
         default=0.1,
         metavar="NORM",
-        help="largest gradient norm; 0 does not clip",
+        help="clip the gradient norm to this; 0 does not clip",
     )
     group.add_argument(
         "--sync_bn", action="store_true",
-        help="batch norms that train (--backbone_norm batch) take the mean and variance of all processes' images",
+        help="trained batch norms (--backbone_norm batch) use the mean and variance over all processes; GPUs only",
     )  # fmt: skip
     group.add_argument(
         "--amp", choices=tuple(AMP_DTYPE), default="none", help="mixed precision; fp16 scales the loss and needs a GPU"
     )
     group.add_argument(
         "--compile", action="store_true",
-        help="let PyTorch compile the backbone, the feed-forward networks and, but for Anchor DETR, the decoder: "
-        "minutes at the start, then faster steps",
+        help="torch.compile the backbone, the feed-forward networks and the decoder (except Anchor DETR's): minutes at "
+        "the start, then faster steps",
     )  # fmt: skip
     group.add_argument(
         "--checkpoint_activations", action="store_true",
-        help="keep layers' inputs alone for the backward pass, which computes the rest again: less memory, more time",
+        help="activation checkpointing: keep only layer inputs and recompute the rest in the backward pass; less "
+        "memory, more time",
     )  # fmt: skip
 
 
 def add_segmentation_flags(group) -> None:
-    """Masks: the reference's flags. Other variants than DETR know them so that scripts parse, and refuse them."""
+    """Add the reference's mask flags. Variants other than DETR parse them, for shared scripts, and then refuse them."""
     group.add_argument(
-        "--masks", action="store_true", help="find objects' masks, too, by a mask head on the detector (DETR alone)"
+        "--masks", action="store_true", help="predict masks too, with a mask head on the detector (DETR only)"
     )
     group.add_argument(
         "--frozen_weights", type=str, metavar="CKPT",
-        help="detector, a checkpoint as for --resume, whose weights stay as they are: the mask head alone is trained; "
-        "needs --masks",
+        help="checkpoint of a detector (path or URL, as for --resume) to freeze, training only the mask head; needs "
+        "--masks",
     )  # fmt: skip
     group.add_argument(
         "--coco_panoptic_path",
         type=str,
         metavar="DIR",
-        help=f"COCO's panoptic annotations, for --dataset_file {PANOPTIC}",
+        help=f"folder of COCO's panoptic annotations, for --dataset_file {PANOPTIC}",
     )
     group.add_argument(
         "--panoptic_threshold", type=fraction, default=PostProcessPanoptic.THRESHOLD, metavar="P",
-        help="panoptic segments: the least probability of a query's class; short trainings seldom reach the default",
+        help="panoptic segments: minimum class probability of a query; default: %(default)s, which short "
+        "trainings seldom reach",
     )  # fmt: skip
     group.add_argument(
-        "--mask_loss_coef", type=non_negative_float, default=1, metavar="W", help="loss: focal loss of masks"
+        "--mask_loss_coef", type=non_negative_float, default=1, metavar="W", help="loss weight: focal loss of masks"
     )
     group.add_argument(
-        "--dice_loss_coef", type=non_negative_float, default=1, metavar="W", help="loss: dice loss of masks"
+        "--dice_loss_coef", type=non_negative_float, default=1, metavar="W", help="loss weight: dice loss of masks"
     )
 
 
 def add_run_flags(group) -> None:
-    """Where and how it runs."""
+    """Add the flags of the run: output, device, checkpoints, processes."""
     group.add_argument(
         "--config", metavar="FILE",
-        help="YAML file whose keys are flags, such as the config.yaml of another training, or the name of a published "
-        "training (docs/use/configs.md); flags given here win over it; default: none",
+        help="YAML file whose keys are flags, such as another training's config.yaml, or the name of a shipped config "
+        "(docs/use/configs.md); the command line overrides it; default: none",
     )  # fmt: skip
     group.add_argument(
-        "--output_dir", default="", metavar="DIR", help="for log, checkpoints and results; without it none is written"
+        "--output_dir", default="", metavar="DIR",
+        help="folder for the log, checkpoints and results; without it nothing is written",
+    )  # fmt: skip
+    group.add_argument("--device", default="cuda", help="device: cuda, cuda:1, cpu")
+    group.add_argument(
+        "--seed", default=42, type=natural_int, metavar="N", help="random seed of weights, image order and augmentation"
     )
-    group.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu")
-    group.add_argument("--seed", default=42, type=natural_int, metavar="N", help="of weights, order and augmentation")
     group.add_argument(
         "--deterministic", action="store_true",
-        help="on a GPU, results repeat to the bit and a resumed training is exact, at some cost in time; on a CPU they "
-        "do anyway (default: off)",
+        help="on a GPU, repeat results bit for bit and resume exactly, but slower; CPUs always do (default: off)",
     )  # fmt: skip
     group.add_argument(
         "--resume", default="", metavar="CKPT",
-        help="checkpoint to go on from or to evaluate: a path, or an https URL with the file's SHA-256 (8 digits of it "
-        "or more) in the file's name, name-HASH.pth, or at its end, #sha256=HASH",
+        help="checkpoint to resume or to evaluate: a path, or an https URL with at least 8 digits of the file's "
+        "SHA-256 in its name (name-HASH.pth) or at its end (#sha256=HASH)",
     )  # fmt: skip
     group.add_argument(
         "--pretrained", default="", metavar="CKPT",
-        help="checkpoint to begin a training from, as for --resume, of other classes or settings too: what fits is "
-        "taken, plain attention is converted to ENACT, the rest is listed; --resume goes before it",
+        help="checkpoint to fine-tune (path or URL, as for --resume), also with other classes or settings: loads the "
+        "tensors that fit, converts plain attention to ENACT, and lists the rest; --resume takes precedence",
     )  # fmt: skip
     group.add_argument(
         "--auto_resume", action="store_true",
-        help="go on from OUTPUT_DIR/checkpoint.pth where there is one, else start anew; --resume goes before it",
+        help="resume OUTPUT_DIR/checkpoint.pth if it exists, else start a new training; --resume takes precedence",
     )  # fmt: skip
-    group.add_argument("--start_epoch", default=0, type=natural_int, metavar="N", help="count epochs from here")
-    group.add_argument("--eval", action="store_true", help="evaluate and end")
+    group.add_argument(
+        "--start_epoch", default=0, type=natural_int, metavar="N",
+        help="number of the first epoch of a new training",
+    )  # fmt: skip
+    group.add_argument("--eval", action="store_true", help="evaluate only, without training")
     group.add_argument("--num_workers", default=2, type=natural_int, metavar="N", help="processes that load images")
     group.add_argument(
         "--save_every", default=100, type=positive_int, metavar="EPOCHS",
-        help="beside checkpoint.pth, which each epoch replaces, keep a numbered one after every so many, and before "
-        "the learning rate drops",
+        help="keep a numbered checkpoint every so many epochs and before the learning rate drops, in addition to "
+        "checkpoint.pth, which every epoch replaces",
     )  # fmt: skip
     group.add_argument(
-        "--keep", type=positive_int, metavar="N", help="numbered checkpoints that stay, the latest; default: all"
+        "--keep", type=positive_int, metavar="N", help="keep only the latest N numbered checkpoints; default: all"
     )
     group.add_argument(
         "--save_every_steps", default=0, type=natural_int, metavar="STEPS",
-        help="replace checkpoint.pth within the epoch, too, after every so many steps of the optimizer; 0: at epochs' "
-        "ends alone, and when SIGTERM or SIGUSR1 asks the run to stop",
+        help="also replace checkpoint.pth within an epoch, every so many optimizer steps; 0 saves only after epochs "
+        "and when SIGTERM or SIGUSR1 stops the run",
     )  # fmt: skip
     group.add_argument(
         "--eval_every",
         default=1,
         type=positive_int,
         metavar="EPOCHS",
-        help="evaluate after every so many epochs, and after the last",
+        help="evaluate every so many epochs, and after the last",
     )
     group.add_argument(
-        "--print_freq", default=10, type=positive_int, metavar="STEPS", help="steps between two lines of progress"
+        "--print_freq", default=10, type=positive_int, metavar="STEPS", help="steps between two progress lines"
     )
     group.add_argument("--world_size", default=1, type=positive_int, metavar="N", help="processes; torchrun sets it")
-    group.add_argument("--dist_url", default="env://", help="where processes meet")
+    group.add_argument("--dist_url", default="env://", help="address where the processes of a training meet")
     group.add_argument(
         "--dist_timeout", default=30, type=positive_int, metavar="MINUTES",
-        help="after which a process that waits for another one gives up",
+        help="time after which a process stops waiting for another",
     )  # fmt: skip

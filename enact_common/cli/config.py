@@ -1,7 +1,7 @@
 """A training's settings in a YAML file: `--config FILE` reads one, each training writes its own as `config.yaml`.
 
-Keys are the flags without their dashes; `-` and `_` are alike within them. A value becomes the words that would follow
-the flag on the command line, so both are checked by the same types and choices.
+Keys are flag names without the leading dashes; `-` and `_` are interchangeable. Each setting is turned into
+command-line words, so the parser's types and choices check both.
 """
 
 import argparse
@@ -15,16 +15,16 @@ import yaml
 
 from enact_common.utils.errors import UserError
 
-# The settings of a training, in its output folder.
+# The settings file that a training writes to its output folder.
 CONFIG = "config.yaml"
 
-# Flags of one run rather than of a training: where it writes, what it goes on from, and which processes take part. A
-# file that is written has none of them, so that another training from it cannot overwrite the first.
+# Flags of a single run: where it writes, what it resumes, which processes take part. They are not written to
+# `config.yaml`, because a second training from that file would overwrite the first.
 OF_ONE_RUN = (
     "config", "output_dir", "resume", "auto_resume", "start_epoch", "eval", "world_size", "dist_url", "dist_timeout",
 )  # fmt: skip
 
-# The files that come with the project: beside the package in a checkout, within it where installed.
+# The folder of the shipped configs: next to the package in a checkout, inside it once installed.
 SHIPPED = next(
     (
         folder
@@ -36,34 +36,34 @@ SHIPPED = next(
 
 
 def find_config(name: str) -> Path:
-    """The file that `--config` names: a path, or the name of a file that comes with the project.
+    """Return the path of the file that `--config` names: a path, or the name of a shipped config.
 
     Raises:
-        UserError: there is none; the message names those that come with the project.
+        UserError: there is no such file; the message lists the shipped configs.
     """
     path = Path(name)
     shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
     if path.is_file():
         return path
-    # A name, not a path that ends alike.
+    # A bare name only: a missing path must not fall back to a shipped config of the same file name.
     if path.name == name and name.removesuffix(".yaml") in shipped:
         return shipped[name.removesuffix(".yaml")]
-    raise UserError(f"--config {name}: no such file; pass a path, or the name of one of ours: {', '.join(shipped)}")
+    raise UserError(f"--config {name}: no such file; pass a path, or a shipped config: {', '.join(shipped)}")
 
 
 def read_config(name: str, parser: argparse.ArgumentParser) -> list[tuple[str, list[str]]]:
-    """The settings of a file as words of the command line.
+    """Return the settings of a file as command-line words.
 
     Args:
-        name: a path, or the name of a file that comes with the project.
-        parser: whose flags the keys are; each of its switches needs a flag for either way, see `add_opposites`.
+        name: a path, or the name of a shipped config.
+        parser: defines the flags; each switch needs an opposite, see `add_opposites`.
 
     Returns:
-        (key, words) of each setting, in the file's order; no words where it is the default that no word stands for.
+        (key, words) of each setting, in the file's order. The words are empty for a default that no flag can express.
 
     Raises:
-        UserError: the file is missing or no mapping, or has an unknown key, the nearest of which is named, or a value
-            that no word stands for. Values' types are left to the parser.
+        UserError: the file is missing or is not a mapping, a key is unknown (the message suggests the nearest flag),
+            or the command line cannot express a value. The parser checks the types of values.
     """
     path = find_config(name)
     try:
@@ -71,29 +71,29 @@ def read_config(name: str, parser: argparse.ArgumentParser) -> list[tuple[str, l
         settings, tree = yaml.safe_load(content), yaml.compose(content, Loader=yaml.SafeLoader)
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror or error})") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-02-30, which would be a date
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date such as 2024-02-30
         raise UserError(f"--config {path}: not a YAML file ({' '.join(str(error).split())})") from error
     if settings is None:
         return []
     if not isinstance(settings, Mapping):
         raise UserError(f"--config {path}: must be lines of FLAG: VALUE, is a {type(settings).__name__}")
-    # YAML keeps the last value of a repeated key without a word.
+    # YAML silently keeps the last value of a repeated key.
     keys = Counter(key.value for key, _ in tree.value if isinstance(key, yaml.ScalarNode))
     if keys and keys.most_common(1)[0][1] > 1:
-        raise UserError(f"--config {path}: the key {keys.most_common(1)[0][0]} is there twice")
-    flags, taken, words = flags_of(parser), {}, []
+        raise UserError(f"--config {path}: the key {keys.most_common(1)[0][0]} appears twice; remove one")
+    flags, key_of_dest, words = flags_of(parser), {}, []
     for key, value in settings.items():
         flag = str(key).lstrip("-").replace("-", "_")
         if flag in ("config", "help"):
-            raise UserError(f"--config {path}: {key}: is for the command line alone; remove the line")
+            raise UserError(f"--config {path}: {key}: is for the command line only; remove the line")
         if flag not in flags:
             nearest = difflib.get_close_matches(flag, flags, 1)
             hint = f"did you mean {nearest[0]}?" if nearest else f"{parser.prog} --help lists the flags"
             raise UserError(f"--config {path}: {key}: no such flag of this model; {hint}")
         option, action = flags[flag]
-        if action.dest in taken:
-            raise UserError(f"--config {path}: {taken[action.dest]} and {key} set the same; remove one of them")
-        taken[action.dest] = key
+        if action.dest in key_of_dest:
+            raise UserError(f"--config {path}: {key_of_dest[action.dest]} and {key} set the same flag; remove one")
+        key_of_dest[action.dest] = key
         try:
             words.append((str(key), words_of(option, action, value, flags)))
         except ValueError as error:
@@ -102,7 +102,7 @@ def read_config(name: str, parser: argparse.ArgumentParser) -> list[tuple[str, l
 
 
 def flags_of(parser: argparse.ArgumentParser) -> dict[str, tuple[str, argparse.Action]]:
-    """Each flag's name as a key of a file, dashes taken off or made underscores, to (option, action)."""
+    """Return {config key: (option, action)}. A key is the flag without leading dashes, other dashes as underscores."""
     return {
         option.lstrip("-").replace("-", "_"): (option, action)
         for action in parser._actions
@@ -112,16 +112,16 @@ def flags_of(parser: argparse.ArgumentParser) -> dict[str, tuple[str, argparse.A
 
 
 def words_of(option: str, action: argparse.Action, value: Any, flags: Mapping[str, tuple]) -> list[str]:
-    """The words of the command line that set a flag.
+    """Return the command-line words that set a flag.
 
     Args:
         option: the flag.
-        action: the parser's.
-        value: of the file.
-        flags: of `flags_of`.
+        action: the parser's action of the flag.
+        value: the value in the file.
+        flags: from `flags_of`.
 
     Raises:
-        ValueError: no words do.
+        ValueError: the command line cannot express the value.
     """
     if value is None:
         if action.default is None:
@@ -138,22 +138,21 @@ def words_of(option: str, action: argparse.Action, value: Any, flags: Mapping[st
             return [option, *map(str, value)]
         if action.default == []:
             return []
-        raise ValueError("is an empty list; name a value at least, or remove the line")
+        raise ValueError("is an empty list; give at least one value, or remove the line")
     if action.nargs == 0:
         if not isinstance(value, bool):
             raise ValueError(f"must be true or false, is {value!r}")
         return [option if value else opposite_of(option, action, flags)]
     if value is True and action.nargs == "?":
-        # The flag without a word.
         return [option]
     if value is False and action.default is False:
         return []
-    # One word, so that a value with a dash at its front is not taken for a flag.
+    # FLAG=VALUE in one word: argparse would take a separate value with a leading dash for a flag.
     return [option, str(value)] if action.nargs == "+" else [f"{option}={value}"]
 
 
 def opposite_of(option: str, action: argparse.Action, flags: Mapping[str, tuple]) -> str:
-    """The flag that undoes a switch."""
+    """Return the flag that undoes a switch."""
     if isinstance(action, argparse.BooleanOptionalAction):
         positive, negative = action.option_strings
         return positive if option == negative else negative
@@ -164,9 +163,9 @@ def opposite_of(option: str, action: argparse.Action, flags: Mapping[str, tuple]
 
 
 def add_opposites(parser: argparse.ArgumentParser) -> None:
-    """Give each switch that has none a flag that undoes it, which the help does not show: `--no-sgd`, `--aux_loss`.
+    """Add the missing opposite of each switch (`--no-sgd`, `--aux_loss`), hidden from the help.
 
-    With them, the command line can undo what a file sets, and a file can say false.
+    Opposites let the command line override a config, and a config set a switch to false.
     """
     switches = [a for a in parser._actions if a.nargs == 0 and isinstance(a.const, bool)]
     sides = {(action.dest, action.const) for action in switches}
@@ -175,7 +174,7 @@ def add_opposites(parser: argparse.ArgumentParser) -> None:
             continue
         option = f"--no-{action.dest}" if action.const else f"--{action.dest}"
         if option in parser._option_string_actions:
-            continue  # --dilation takes a word
+            continue  # --dilation exists already and takes a value
         parser.add_argument(
             option, dest=action.dest, action="store_false" if action.const else "store_true",
             default=argparse.SUPPRESS, help=argparse.SUPPRESS,
@@ -183,18 +182,18 @@ def add_opposites(parser: argparse.ArgumentParser) -> None:
 
 
 def config_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """The settings of a training as YAML that `--config` reads: every flag but `OF_ONE_RUN`, in the help's order.
+    """Return the settings of a training as YAML for `--config`: every flag except `OF_ONE_RUN`, in the help's order.
 
     Args:
-        parser: whose flags they are.
-        args: their values.
+        parser: defines the flags.
+        args: parsed arguments.
     """
     settings: dict[str, Any] = {}
-    written = set(OF_ONE_RUN)
+    skipped_dests = set(OF_ONE_RUN)
     for action in parser._actions:
-        if action.dest in written or not hasattr(args, action.dest):
+        if action.dest in skipped_dests or not hasattr(args, action.dest):
             continue
-        written.add(action.dest)
+        skipped_dests.add(action.dest)
         value = getattr(args, action.dest)
         option = max(action.option_strings, key=len)
         if isinstance(action, argparse.BooleanOptionalAction):
@@ -202,7 +201,7 @@ def config_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> st
         elif action.nargs == 0:
             value = value == action.const
         elif action.type and type(value) is int:
-            # A default of 1 for a float, which a file that was read and written again would have as 1.0.
+            # A float flag may have an int default (1); convert it, so that a config survives a round trip (1.0).
             value = action.type(str(value))
         settings[option.lstrip("-")] = list(value) if isinstance(value, tuple) else value
     return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, default_flow_style=None, width=116)

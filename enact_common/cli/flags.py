@@ -1,4 +1,4 @@
-"""Names of flags, and groups of flags, that checkpoints and checks refer to."""
+"""Flag names and groups that checkpoints and checks refer to."""
 
 import argparse
 from typing import Any
@@ -7,10 +7,10 @@ from typing import Any
 ENACT_LR = 5e-5
 PLAIN_LR = 1e-4
 
-# Kinds of data sets: boxes, with `--masks` instance masks too; things and stuff.
+# Kinds of data sets: boxes (and instance masks with `--masks`), and panoptic segments.
 COCO, PANOPTIC = "coco", "coco_panoptic"
 
-# The groups of flags that variants add to.
+# Argument groups to which variants add flags.
 MODEL = "model"
 LOSSES = "matching and losses"
 
@@ -22,18 +22,18 @@ MODEL_FLAGS = (
     "attention_type", "separate_images", "masks", "enact_scale_logits",
 )  # fmt: skip
 
-# Those of `MODEL_FLAGS` that mean nothing to plain attention.
+# Members of `MODEL_FLAGS` that plain attention ignores.
 ENACT_FLAGS = ("smoothing_sigma", "enact_scale_logits")
 
-# Flags of ENACT that any weights work with. One that is not given is taken from the checkpoint.
+# ENACT flags that work with any weights. Flags that are not given are taken from the checkpoint.
 CLUSTERING_FLAGS = (
     "enact_clusters", "enact_order", "enact_per_image", "enact_mask_padding", "enact_max_clusters", "enact_temperature",
 )  # fmt: skip
 
-# Booleans that can also be switched off, `--no-dilation`: a variant may have them on by default.
+# Booleans with a `--no-` form, because a variant may switch them on by default.
 NEGATABLE_FLAGS = ("dilation",)
 
 
 def with_flags(args: argparse.Namespace, **values: Any) -> argparse.Namespace:
-    """A copy of parsed arguments with some of them resolved; nothing writes into arguments after parsing."""
+    """Return a copy of parsed arguments with these values replaced; the original is never changed."""
     return argparse.Namespace(**{**vars(args), **values})

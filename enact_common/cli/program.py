@@ -1,13 +1,13 @@
-"""The name under which a command was called, for its usage line and its errors."""
+"""The name by which a command was called, for its usage line and its errors."""
 
-# Set by the command `enact`: "enact predict", say. None in `python -m enact_common.predict`.
+# Set by the command `enact`, for example to "enact predict". None under `python -m enact_common.predict`.
 called_as: str | None = None
 
 
 def program(module: str) -> str:
-    """A command's name as the user typed it.
+    """Return a command's name as the user typed it.
 
     Args:
-        module: its own, "enact_common.predict".
+        module: the command's module, for example "enact_common.predict".
     """
     return called_as or f"python -m {module}"

@@ -8,7 +8,7 @@ FALSE_WORDS = ("false", "0", "no")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Defaults stand behind each help text, except where the text says itself what happens without the flag."""
+    """Append the default to each help text, unless the text already states it."""
 
     def _get_help_string(self, action):
         switch = isinstance(action.default, bool) and action.nargs == 0
@@ -50,15 +50,15 @@ def fraction(text: str) -> float:
 
 
 def decay(text: str) -> float:
-    """A number from 0 to below 1, for argparse."""
+    """A number of at least 0 and below 1, for argparse."""
     value = float(text)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to below 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text}")
     return value
 
 
 def boolean(text: str) -> bool:
-    """True or false in one of the customary words, for argparse."""
+    """A boolean spelled as one of `TRUE_WORDS` or `FALSE_WORDS`, for argparse."""
     word = text.lower()
     if word not in TRUE_WORDS + FALSE_WORDS:
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(TRUE_WORDS + FALSE_WORDS)}, got {text}")

@@ -1,4 +1,4 @@
-"""The best evaluation so far: keeps its checkpoint, and ends a training that no longer improves."""
+"""Keeping the checkpoint of the best evaluation, and stopping a training that no longer improves."""
 
 import logging
 import shutil
@@ -12,12 +12,12 @@ logger = logging.getLogger("enact")
 
 
 class BestTracker:
-    """Compares evaluations by their `main_metric`.
+    """A tracker of the best evaluation by `main_metric`.
 
     Args:
-        ap_history: the metrics of the evaluations so far; the main process's count.
-        output_dir: where `best.pth` goes; None keeps none.
-        resumed_from: the checkpoint that the run goes on from, should its own folder hold none yet.
+        ap_history: metrics of the evaluations so far; only the main process's list matters.
+        output_dir: folder of `best.pth`; None keeps no checkpoint.
+        resumed_from: the resumed checkpoint, used while the output folder has no checkpoint.
     """
 
     def __init__(self, ap_history: list[float], output_dir: Path | None, resumed_from: str):
@@ -26,11 +26,11 @@ class BestTracker:
         self.resumed_from = Path(resumed_from)
 
     def add(self, epoch: int, ap: float | None) -> None:
-        """Note an evaluation; if its metric is the highest so far, keep the latest checkpoint as `best.pth`.
+        """Add an evaluation; if its metric is the highest so far, copy the latest checkpoint to `best.pth`.
 
         Args:
             epoch: from 0.
-            ap: its `main_metric`; None, where it was not measured, counts neither here nor for `--early_stop`.
+            ap: the `main_metric`; None (not measured) is ignored, also by `--early_stop`.
         """
         if ap is None:
             return
@@ -39,16 +39,18 @@ class BestTracker:
         if self.output_dir is None or not improved:
             return
         latest = self.output_dir / LATEST
-        # A run that goes on from another folder's checkpoint may evaluate it before writing its own.
+        # A run resumed from another folder may evaluate that checkpoint before it writes one.
         latest = latest if latest.is_file() else self.resumed_from
         if latest.is_file():
             with open(latest, "rb") as source:
                 write_file(self.output_dir / BEST, lambda file: shutil.copyfileobj(source, file))
-            logger.info("epoch %d has the highest AP so far: kept as %s", epoch, self.output_dir / BEST)
+            logger.info("epoch %d has the highest AP so far: saved as %s", epoch, self.output_dir / BEST)
 
     def has_stopped_improving(self, patience: int | None) -> bool:
-        """Whether the metric has not risen in the last `patience` evaluations (`--early_stop`), in all processes alike:
-        the main process has the metrics."""
+        """Whether the metric has not risen in the last `patience` evaluations (`--early_stop`).
+
+        The main process, which has the metrics, decides for all processes.
+        """
         stop = False
         if patience and is_main_process() and self.ap_history:
             best = self.ap_history.index(max(self.ap_history))

@@ -1,4 +1,4 @@
-"""One epoch of training, and evaluation: the loops, and nothing of the set-up around them."""
+"""The loops of one training epoch and of an evaluation, without the set-up around them."""
 
 import contextlib
 import math
@@ -20,27 +20,25 @@ from enact_common.utils.distributed import all_reduce_sum, gather_objects, get_w
 from enact_common.utils.progress import Progress
 from enact_common.utils.signals import Stopped, stop_requested
 
-# Steps after which a CPU's freed memory is given back: rare enough to cost nothing.
+# Steps between two returns of freed CPU memory to the system: rare enough to cost nothing.
 GIVE_BACK_EVERY = 50
 
-# Overflows in a row that fp16's gradient scaler may answer with half the scale. It begins at 2^16, so that after so
-# many the scale is no cause any more.
+# Consecutive fp16 overflows after which the loss scale cannot be their cause: it starts at 2^16 and halves each time.
 MAX_OVERFLOWS = 30
 
 
-# Where no tensor before them is at fault.
+# Reported when all inputs, parameters, outputs and losses are finite.
 GRADIENTS = "first tensor at fault: the gradients"
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss is infinite or not a number. The message says where and which tensor was the first at fault."""
+    """The loss or a gradient is infinite or NaN. The message names the step and the first tensor at fault."""
 
 
 def to_device(samples: NestedTensor, targets: list[dict[str, Tensor]], device: torch.device):
-    """A batch on the device, without waiting for the copies.
+    """Move a batch to the device, without waiting for the copies.
 
-    Of the targets, all objects' labels and boxes go in one copy each, masks in one an image; what else they hold stays
-    where it is.
+    Labels and boxes take one copy each per batch, masks one per image. Other entries of the targets are not moved.
     """
     counts = [len(target["labels"]) for target in targets]
     moved = {
@@ -55,7 +53,7 @@ def to_device(samples: NestedTensor, targets: list[dict[str, Tensor]], device: t
 
 
 def loss_report(losses: dict[str, float], weight_dict: dict[str, float]) -> dict[str, float]:
-    """Losses for the log, under the original's names: weighted, the total, and unweighted with a suffix."""
+    """Return the losses under the original's log names: the total, weighted losses, and `_unscaled` losses."""
     scaled = {name: value * weight_dict[name] for name, value in losses.items() if name in weight_dict}
     report = {"loss": sum(scaled.values()), **scaled}
     if "class_error" in losses:
@@ -65,7 +63,7 @@ def loss_report(losses: dict[str, float], weight_dict: dict[str, float]) -> dict
 
 @dataclass
 class Batch:
-    """What a report about a loss that is not finite needs to know of its batch."""
+    """A batch with its losses, kept to report a loss that is not finite."""
 
     samples: NestedTensor
     targets: list[dict[str, Tensor]]
@@ -74,22 +72,21 @@ class Batch:
 
 
 class TrainStep:
-    """Forward pass, losses, backward pass, and a step of the optimizer where a group of batches is complete.
+    """A training step: forward pass, losses, backward pass, and an optimizer step once a group of batches is complete.
 
-    Beside what a model reads back itself (ENACT, once a layer), the host waits for the device once a step, for the
-    matching costs. Whether the loss and the gradients were finite is decided on the device, which then leaves the
-    weights alone; the host learns of it in the next step, when the device has passed that point anyway. In the same
-    way processes tell one another that a loss is not finite, or that they were asked to stop: all learn of both in
-    the same step.
+    The host waits for the device once per step, for the matching costs (and for what the model reads back: ENACT does
+    so once per layer). The device checks whether the loss and the gradients are finite and skips the optimizer step if
+    they are not. The host reads the result in the next step, which costs no extra wait. An all-reduce shares the
+    result, and whether a process was asked to stop, so all processes react in the same step.
 
     Args:
         model: possibly wrapped in DistributedDataParallel.
-        criterion: gives losses, their weights and the total.
-        optimization: what changes the weights.
-        device: where the model is.
+        criterion: computes the losses, their weights and the total.
+        optimization: the optimizer and its settings.
+        device: the model's device.
 
     Attributes:
-        stop: some process was asked to stop, as of the last `check`.
+        stop: whether a process was asked to stop, as of the last `check`.
     """
 
     stop = False
@@ -100,10 +97,10 @@ class TrainStep:
         self.optimization = optimization
         self.device = device
         self.parameters = [p for group in optimization.optimizer.param_groups for p in group["params"]]
-        # Page-locked, or a copy from a GPU into it would be waited for.
-        self._votes = torch.zeros(2, pin_memory=device.type == "cuda")  # processes with a fault, and asked to stop
+        # Pinned, because the host would wait for a copy from a GPU into pageable memory.
+        self._votes = torch.zeros(2, pin_memory=device.type == "cuda")  # processes with a fault, processes to stop
         self._arrived = torch.cuda.Event() if device.type == "cuda" else None
-        self._overflows = torch.zeros((), device=device)  # in a row, under fp16
+        self._overflows = torch.zeros((), device=device)  # consecutive overflows under fp16
         self._unchecked: Batch | None = None
 
     def __call__(
@@ -114,19 +111,19 @@ class TrainStep:
         group: int = 1,
         complete: bool = True,
     ) -> dict[str, Tensor]:
-        """One batch.
+        """Process one batch.
 
         Args:
-            samples, targets: as the loader gives them.
+            samples, targets: a batch from the loader.
             where: the step, in words, for the report.
-            group: batches whose gradients make this step of the optimizer; their mean counts.
-            complete: this is the last of them.
+            group: batches whose gradients are averaged in this optimizer step.
+            complete: whether this is the last batch of the group.
 
         Returns:
-            the losses, without gradient, on the device.
+            the losses, detached, on the device.
 
         Raises:
-            NonFiniteLossError: the batch before had a loss or gradients that are not finite. The weights are those
+            NonFiniteLossError: the previous batch had a loss or gradients that are not finite. The weights are those
                 before that batch.
         """
         optimizer, scaler = self.optimization.optimizer, self.optimization.scaler
@@ -136,7 +133,7 @@ class TrainStep:
             with autocast(self.device, self.optimization.amp):
                 outputs = self.model(samples)
             losses = self.criterion(outputs, targets)
-            # The matching has waited for the device, so this does not.
+            # Here, because the matching has just waited for the device, so this read costs no extra wait.
             self.check()
             total = self.criterion.total(losses)
             scaler.scale(total / group).backward()
@@ -154,25 +151,25 @@ class TrainStep:
         return losses
 
     def step_optimizer(self, finite: Tensor) -> Tensor:
-        """Clip the gradients and change the weights, unless the loss or the gradients are not finite.
+        """Clip the gradients and update the weights, if the loss and the gradients are finite.
 
         Args:
-            finite: bool (), whether the loss is.
+            finite: bool (), whether the loss is finite.
 
         Returns:
-            bool (), whether the gradients are too. Under fp16, where overflows make the scaler try a smaller scale,
-            whether it still has reason to.
+            bool (), whether the loss and the gradients are finite. Under fp16, overflows only count after
+            `MAX_OVERFLOWS` in a row, since the scaler answers them with a smaller scale.
         """
         optimizer, scaler = self.optimization.optimizer, self.optimization.scaler
         scaler.unscale_(optimizer)
-        # Without a limit, the norm is wanted all the same: it is finite where all gradients are.
+        # Compute the norm even without clipping: it is finite only if all gradients are.
         norm = nn.utils.clip_grad_norm_(self.parameters, self.optimization.clip_max_norm or math.inf)
         if scaler.is_enabled():
             self._overflows = torch.where(norm.isfinite(), 0.0, self._overflows + 1)
             finite = finite & (self._overflows < MAX_OVERFLOWS)
         else:
             finite = finite & norm.isfinite()
-            # What the gradient scaler sets, too: fused optimizers look at it on the device.
+            # As the gradient scaler does: fused optimizers read it on the device and skip the step.
             optimizer.found_inf = (~finite).float()
         scaler.step(optimizer)
         scaler.update()
@@ -181,11 +178,11 @@ class TrainStep:
         return finite
 
     def check(self) -> None:
-        """Learn what became of the last batch in all processes: report a loss or gradients that were not finite, and
-        set `stop`.
+        """Read the result of the last batch of all processes: report a loss or gradients that are not finite, and set
+        `stop`.
 
         Raises:
-            NonFiniteLossError: they were not, in this process or another; in all with the same message.
+            NonFiniteLossError: they are not finite in some process; all processes raise the same message.
         """
         batch, self._unchecked = self._unchecked, None
         if batch is None:
@@ -195,13 +192,13 @@ class TrainStep:
         faults, stops = self._votes.tolist()
         self.stop = stops > 0
         if faults:
-            # Without the wrapper, whose forward would wait for the other processes.
-            alone = getattr(self.model, "module", self.model)
-            found = describe_non_finite(
-                alone, batch.samples, batch.targets, batch.losses, batch.where, self.optimization.amp
+            # Unwrap the model: the wrapper's forward would wait for the other processes.
+            unwrapped = getattr(self.model, "module", self.model)
+            report = describe_non_finite(
+                unwrapped, batch.samples, batch.targets, batch.losses, batch.where, self.optimization.amp
             )
-            # Of gradients, each has the sum of all; what lies before them is the cause.
-            reports = gather_objects(found)
+            # Gradients are all-reduced, so every rank has the fault; prefer the rank with an earlier one.
+            reports = gather_objects(report)
             raise NonFiniteLossError(next((text for text in reports if GRADIENTS not in text), reports[0]))
 
 
@@ -221,20 +218,20 @@ def train_one_epoch(
 
     Args:
         model: possibly wrapped in DistributedDataParallel.
-        criterion: gives losses, their weights and the total.
-        loader: gives (NestedTensor, targets); its sampler and data set know the epoch already, and that `first`
-            batches of it were done.
-        optimization: what changes the weights.
-        device: where the model is.
+        criterion: computes the losses, their weights and the total.
+        loader: yields (NestedTensor, targets); its sampler and data set are already set to the epoch, and skip the
+            `first` batches.
+        optimization: the optimizer and its settings.
+        device: the model's device.
         epoch: number, from 0.
-        print_freq: steps between two reports.
-        meter: holds the losses of the batches that were done, none at an epoch's beginning; changed in place.
-        first: batches that were done before.
-        after_step: called after each step of the optimizer with the batches done in the epoch, and whether some
-            process was asked to stop, all processes alike.
+        print_freq: steps between two progress lines.
+        meter: the losses of the epoch's batches so far, empty at its start; updated in place.
+        first: batches of the epoch that were done before a resume.
+        after_step: called in all processes after each optimizer step except the epoch's last, with the number of
+            batches done in the epoch, and whether a process was asked to stop.
 
     Returns:
-        means of the losses over the epoch, and the last learning rate under `lr`.
+        mean losses over the epoch, and the last learning rate under `lr`.
 
     Raises:
         NonFiniteLossError: the loss or the gradients are not finite. The weights are those before that batch.
@@ -252,7 +249,7 @@ def train_one_epoch(
         number, place = divmod(i, group_size)
         if place == 0:
             optimization.learning_rate(epoch, number, num_steps)
-        # The last group of an epoch may be smaller; its gradient is still a mean over its batches.
+        # The last group of an epoch may be smaller; its gradient is still the mean over its batches.
         group = min(group_size, num_batches - number * group_size)
         if device.type == "cpu" and i % GIVE_BACK_EVERY == 0:
             give_back_freed_memory()
@@ -263,7 +260,7 @@ def train_one_epoch(
             shown = {name: averages[name] for name in ("loss", "class_error")}
             progress.show(i, {**shown, "lr": optimizer.param_groups[0]["lr"]})
         if complete and after_step is not None and i + 1 < num_batches:
-            # Alone, this process need not wait a step to know.
+            # A single process needs no all-reduce, so it stops one step earlier.
             stop = step.stop or (get_world_size() == 1 and stop_requested() is not None)
             if stop:
                 step.check()
@@ -274,7 +271,7 @@ def train_one_epoch(
 
 
 def keep_frozen_norms(model: nn.Module) -> None:
-    """Let batch norms that do not train keep their statistics too (`--freeze`), after `model.train()`."""
+    """Freeze the statistics of batch norms whose parameters are frozen (`--freeze`). Call it after `model.train()`."""
     for module in model.modules():
         if isinstance(module, BATCH_NORMS) and not any(p.requires_grad for p in module.parameters()):
             module.eval()
@@ -288,14 +285,14 @@ def describe_non_finite(
     where: str,
     amp: str,
 ) -> str:
-    """How a loss that is not finite arose: the images, the step, and the first tensor at fault.
+    """Return the message about a loss that is not finite: the step, the images, and the first tensor at fault.
 
-    Runs the batch through the model once more, watching every module's output.
+    Runs the batch through the model once more and checks the output of every module.
 
     Args:
-        model, samples, targets, losses: of the step.
+        model, samples, targets, losses: the step's model, batch and losses.
         where: the step, in words.
-        amp: the precision it ran in, a key of `AMP_DTYPE`.
+        amp: the step's precision, a key of `AMP_DTYPE`.
     """
     images = ", ".join(str(int(target["image_id"])) for target in targets if "image_id" in target)
     candidates = [("input images", samples.tensors)]
@@ -312,12 +309,12 @@ def describe_non_finite(
     at_fault = GRADIENTS if fault is None else f"first tensor at fault: {fault}"
     return (
         f"the loss or its gradients are not finite at {where}, images {images}; {at_fault}. "
-        "The last checkpoint is from before. A smaller --lr, a smaller --clip_max_norm or --amp none may help."
+        "The last checkpoint is not affected. Try a smaller --lr, a smaller --clip_max_norm or --amp none."
     )
 
 
 def floats_in(output) -> Iterator[Tensor]:
-    """The floating-point tensors of what a module returned."""
+    """Yield the floating-point tensors in a module's output."""
     if isinstance(output, NestedTensor):
         output = output.tensors
     if isinstance(output, Tensor):
@@ -329,35 +326,35 @@ def floats_in(output) -> Iterator[Tensor]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all elements are finite numbers."""
+    """Whether all elements are finite."""
     return bool(torch.isfinite(tensor).all())
 
 
 @torch.no_grad()
 def first_non_finite_output(model: nn.Module, samples: NestedTensor) -> str | None:
-    """The name of the first module whose output is not finite; None where all are."""
-    found: list[str] = []
+    """Return the first module whose output is not finite, by name and type; None if all outputs are finite."""
+    faults: list[str] = []
 
     def watch(name):
         def hook(module, inputs, output):
-            if not found and not all(is_finite(t) for t in floats_in(output)):
-                found.append(f"output of {name or 'the model'} ({type(module).__name__})")
+            if not faults and not all(is_finite(t) for t in floats_in(output)):
+                faults.append(f"output of {name or 'the model'} ({type(module).__name__})")
 
         return hook
 
     handles = [module.register_forward_hook(watch(name)) for name, module in model.named_modules()]
-    # Training, they would wait for the other processes, which may have found the fault without running the model.
-    waiting = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm) and module.training]
+    # In training mode they would wait for the other processes, which may not run the model here.
+    sync_norms = [module for module in model.modules() if isinstance(module, nn.SyncBatchNorm) and module.training]
     try:
-        for module in waiting:
+        for module in sync_norms:
             module.eval()
         model(samples)
     finally:
-        for module in waiting:
+        for module in sync_norms:
             module.train()
         for handle in handles:
             handle.remove()
-    return found[0] if found else None
+    return faults[0] if faults else None
 
 
 @torch.no_grad()
@@ -372,26 +369,26 @@ def evaluate(
     print_freq: int,
     panoptic: PanopticEvaluator | None = None,
 ) -> dict[str, float]:
-    """Detect in every image, and hand the detections, in pixels of the original images, to the evaluator.
+    """Run the model on every image and pass the detections, in pixels of the original images, to the evaluator.
 
     Args:
-        model: not wrapped.
-        criterion: gives losses and their weights; None where the images have no annotations.
-        postprocessors: "bbox", from the model's outputs and the images' sizes to detections, and for models with masks
-            "segm", which adds theirs, or "panoptic".
-        loader: gives (NestedTensor, targets), or None for images that cannot be read. Processes can have different
+        model: without a wrapper.
+        criterion: computes the losses and their weights; None for images without annotations.
+        postprocessors: "bbox" turns the model's outputs and the image sizes into detections; models with masks also
+            have "segm", which adds the masks, or "panoptic", which makes segments.
+        loader: yields (NestedTensor, targets), or None for a batch of unreadable images. Processes may have different
             numbers of batches.
-        evaluator: collects.
-        device: where the model is.
+        evaluator: collects the detections; afterwards it holds those of all processes.
+        device: the model's device.
         amp: a key of `AMP_DTYPE`.
-        print_freq: steps between two reports.
-        panoptic: collects segments, for models that find some; there is "panoptic" among the postprocessors then.
+        print_freq: steps between two progress lines.
+        panoptic: collects the segments of a model with the post-processor "panoptic"; None for other models.
 
     Returns:
-        means of the losses; empty without a criterion. The evaluator holds the detections of all processes.
+        mean losses; empty without a criterion.
 
     Raises:
-        Stopped: some process was asked to stop, in all processes alike.
+        Stopped: a process was asked to stop; raised in all processes.
     """
     model.eval()
     if criterion is not None:
@@ -427,7 +424,7 @@ def evaluate(
             averages = report(meter.averages())
             progress.show(i, {name: averages[name] for name in ("loss", "class_error") if name in averages})
     if any(gather_objects(stop_requested() is not None)):
-        raise Stopped("the evaluation has not come to its end, nothing of it is written")
+        raise Stopped("the evaluation was not completed, and none of its results are written")
     evaluator.synchronize()
     if panoptic is not None:
         panoptic.synchronize()

@@ -1,4 +1,4 @@
-"""What a run says: progress on the terminal, averages of losses, `log.txt`, TensorBoard."""
+"""The logs of a run: terminal messages, mean losses, `log.txt`, TensorBoard."""
 
 import contextlib
 import json
@@ -20,7 +20,7 @@ logger = logging.getLogger("enact")
 
 
 def setup_logging() -> None:
-    """Plain messages on standard output, from the main process alone."""
+    """Log plain messages to standard output, and in other processes than the main one only errors."""
     let_any_text_out()
     logging.basicConfig(
         level=logging.INFO if is_main_process() else logging.ERROR,
@@ -31,7 +31,7 @@ def setup_logging() -> None:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The epochs in a `log.txt`; a line that a killed run left unfinished is passed over."""
+    """Return the epochs in a `log.txt`, without lines that a killed run left unfinished."""
     rows = []
     for line in path.read_text().splitlines():
         with contextlib.suppress(ValueError):
@@ -40,7 +40,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 class AverageMeter:
-    """Running means of named scalars. They stay on their device, so that adding to them waits for nothing."""
+    """Running means of named scalars, kept on their device, so that an update does not wait for it."""
 
     def __init__(self):
         self._names: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ class AverageMeter:
         self._count = 0
 
     def update(self, values: dict[str, Tensor]) -> None:
-        """Add one value of each scalar; names are the same in every call."""
+        """Add one value of each scalar; every call must have the same names."""
         with torch.no_grad():
             stacked = torch.stack(list(values.values())).double()
         self._names = tuple(values)
@@ -56,28 +56,28 @@ class AverageMeter:
         self._count += 1
 
     def averages(self) -> dict[str, float]:
-        """Means over this process's values."""
+        """Return the means over this process's values."""
         if self._sums is None:
             return {}
         return dict(zip(self._names, (self._sums / self._count).tolist(), strict=True))
 
     def synchronized(self) -> dict[str, float]:
-        """Means over the values of all processes, of which some may have none."""
+        """Return the means over the values of all processes; some processes may have no values."""
         total = AverageMeter.merged(gather_objects(self.state()))
         return total.averages()
 
     def state(self) -> dict[str, Any]:
-        """What has been added, in built-in types."""
+        """Return sums and count as built-in types, for checkpoints."""
         sums = [] if self._sums is None else self._sums.tolist()
         return {"sums": dict(zip(self._names, sums, strict=True)), "count": self._count}
 
     @classmethod
     def merged(cls, states: Sequence[dict[str, Any]], device: torch.device | None = None) -> "AverageMeter":
-        """A meter to which all was added that made these states.
+        """Return a meter with the values of all these states.
 
         Args:
-            states: of `state`.
-            device: where the values that follow are.
+            states: from `state`.
+            device: device of the values to add later.
         """
         meter = cls()
         for state in states:
@@ -90,23 +90,22 @@ class AverageMeter:
 
 
 def is_measured(value: Any) -> bool:
-    """Whether an AP, AR or PQ is a measurement: -1 says that there was nothing to measure, NaN that the model broke."""
+    """Whether an AP, AR or PQ was measured: it is -1 without objects, and NaN for a broken model."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def main_metric(row: dict) -> float | None:
-    """The metric that an epoch's evaluation is compared by: the panoptic quality, the AP of masks or the AP of boxes,
-    the first that the model was evaluated for; None where it was not measured."""
+    """Return the metric that ranks evaluations: panoptic quality, else mask AP, else box AP; None if not measured."""
     if row.get("test_PQ_all"):
-        figure = row["test_PQ_all"]["pq"]
+        metric = row["test_PQ_all"]["pq"]
     else:
-        figures = row.get("test_coco_eval_masks") or row.get("test_coco_eval_bbox")
-        figure = figures[0] if figures else None
-    return figure if is_measured(figure) else None
+        metrics = row.get("test_coco_eval_masks") or row.get("test_coco_eval_bbox")
+        metric = metrics[0] if metrics else None
+    return metric if is_measured(metric) else None
 
 
 class RunLog:
-    """`log.txt`, one JSON object an epoch under the original's keys, and TensorBoard scalars beside it.
+    """The log of a run: `log.txt` with one JSON object per epoch under the original's keys, and TensorBoard scalars.
 
     Args:
         output_dir: folder of both; None writes nothing.
@@ -119,32 +118,36 @@ class RunLog:
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
-                logger.info("TensorBoard is not installed: no event files (pip install tensorboard brings them)")
+                logger.info("TensorBoard is not installed, so no event files are written: pip install tensorboard")
             else:
                 self._board = SummaryWriter(output_dir / "tensorboard")
 
     def has_epoch(self, epoch: int) -> bool:
-        """Whether the log holds this epoch already."""
+        """Whether the log already holds this epoch."""
         if not self._path or not self._path.is_file():
             return False
         return any(row.get("epoch") == epoch for row in read_log(self._path))
 
     def ap_history(self, epochs: int) -> list[float]:
-        """The `main_metric` of each evaluation in the first so many epochs, in order."""
+        """Return the `main_metric` of each evaluation in the first `epochs` epochs, in order."""
         rows = read_log(self._path) if self._path and self._path.is_file() else []
-        figures = {row.get("epoch"): main_metric(row) for row in rows}
-        return [figures[epoch] for epoch in range(epochs) if figures.get(epoch) is not None]
+        metrics = {row.get("epoch"): main_metric(row) for row in rows}
+        return [metrics[epoch] for epoch in range(epochs) if metrics.get(epoch) is not None]
 
     def write(self, epoch: int, stats: dict) -> None:
-        """Add an epoch: scalars, and lists of COCO's twelve figures: `test_coco_eval_bbox` and, with masks,
-        `test_coco_eval_masks`.
+        """Add an epoch.
+
+        Args:
+            epoch: from 0.
+            stats: scalars, and lists of COCO's twelve metrics: `test_coco_eval_bbox` and, with masks,
+                `test_coco_eval_masks`.
 
         Raises:
-            UserError: the disk is full, say.
+            UserError: the log cannot be written, for example because the disk is full.
         """
         if not self._path:
             return
-        # A run that was killed while it wrote may have left half a line.
+        # A run that was killed while writing may have left an incomplete line.
         torn = self._path.is_file() and self._path.read_bytes()[-1:] not in (b"", b"\n")
         with writing(self._path), open(self._path, "a") as file:
             file.write(("\n" if torn else "") + json.dumps({**stats, "epoch": epoch}) + "\n")
@@ -153,7 +156,7 @@ class RunLog:
                 self._draw(epoch, stats)
 
     def _draw(self, epoch: int, stats: dict) -> None:
-        """Give an epoch's numbers to TensorBoard."""
+        """Write an epoch's scalars to TensorBoard."""
         for name, value in stats.items():
             if isinstance(value, int | float):
                 self._board.add_scalar(name.replace("_", "/", 1), value, epoch)
@@ -164,6 +167,6 @@ class RunLog:
         self._board.flush()
 
     def close(self) -> None:
-        """End the event file."""
+        """Close the event file."""
         if self._board:
             self._board.close()

@@ -1,4 +1,4 @@
-"""What changes the weights: parameter groups, learning-rate schedules, and the optimizer with its settings."""
+"""Parameter groups, learning-rate schedules, and the optimizer with its settings."""
 
 import argparse
 import math
@@ -14,16 +14,16 @@ from enact_common.utils.errors import UserError
 
 @dataclass
 class Optimization:
-    """All that changes weights in a step.
+    """The optimizer and everything else that an optimizer step needs.
 
     Attributes:
-        optimizer: over all trained parameters; fused, so that it can skip a step on the device.
-        learning_rate: called with (epoch, optimizer step in it, steps in it); sets the optimizer's rates.
+        optimizer: of all trained parameters; fused, so that the device can skip a step without the host.
+        learning_rate: called with (epoch, optimizer step in the epoch, steps per epoch); sets the learning rates.
         amp: a key of `AMP_DTYPE`.
         scaler: scales the loss under fp16; disabled otherwise.
-        clip_max_norm: largest norm of all gradients together; 0 does not clip.
-        accumulate: batches whose gradients make one step.
-        average: of the weights over the steps; None for none.
+        clip_max_norm: upper limit of the norm over all gradients; 0 does not clip.
+        accumulate: batches whose gradients are averaged in one step.
+        average: the EMA weights; None without EMA.
     """
 
     optimizer: torch.optim.Optimizer
@@ -38,16 +38,16 @@ class Optimization:
 def build_optimization(
     model: nn.Module, args: argparse.Namespace, device: torch.device, average: WeightAverage | None = None
 ) -> Optimization:
-    """The optimizer that the arguments ask for, and what goes with it.
+    """Return the optimizer, learning-rate schedule and gradient scaler that the arguments ask for.
 
     Args:
         model: on its device.
         args: parsed arguments.
-        device: where the model is.
-        average: of the model's weights, to be kept up; None for none.
+        device: the model's device.
+        average: the EMA weights to update in each step; None without EMA.
 
     Raises:
-        UserError: a name that asks for a learning rate fits no parameter.
+        UserError: a name in `--lr_backbone_names` or `--lr_linear_proj_names` matches no parameter.
     """
     for flag in ("lr_backbone_names", "lr_linear_proj_names"):
         check_parameter_names(model, f"--{flag}", getattr(args, flag))
@@ -59,12 +59,11 @@ def build_optimization(
         args.lr_linear_proj_names,
         args.lr_linear_proj_mult,
     )
-    # Fused: one kernel a group rather than a dozen a tensor, which for a small model is a good part of a step.
+    # Fused runs one kernel per group instead of a dozen per tensor, which saves much of a small model's step time.
     settings = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
     optimizer = torch.optim.SGD(groups, momentum=0.9, **settings) if args.sgd else torch.optim.AdamW(groups, **settings)
     if args.sgd:
-        # From zero is what a first step does anyway. Where that step is skipped, PyTorch would leave the momentum as
-        # the memory happened to be.
+        # Start the momentum at zero: if the first step is skipped, PyTorch leaves it as uninitialised memory.
         for parameter in (p for group in groups for p in group["params"]):
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
@@ -86,17 +85,17 @@ def build_optimization(
 
 
 def freeze(model: nn.Module, parts: Sequence[str]) -> None:
-    """Keep the parameters as they are whose name contains one of the parts (`--freeze`).
+    """Freeze the parameters whose name contains one of the parts (`--freeze`).
 
     Raises:
-        UserError: no parameter's name contains a part, or nothing would be left to train.
+        UserError: a part matches no parameter, or no parameter is left to train.
     """
     check_parameter_names(model, "--freeze", parts)
     for name, parameter in model.named_parameters():
         if any(part in name for part in parts):
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"--freeze {' '.join(parts)}: nothing is left to train; name fewer parts")
+        raise UserError(f"--freeze {' '.join(parts)}: no parameter is left to train; name fewer parts")
 
 
 def parameter_groups(
@@ -107,17 +106,17 @@ def parameter_groups(
     linear_proj_names: Sequence[str] = (),
     linear_proj_mult: float = 0.1,
 ) -> list[dict]:
-    """Trained parameters, the backbone's and some linear projections' with learning rates of their own.
+    """Return the trained parameters in groups: the backbone and linear projections have separate learning rates.
 
     Args:
-        model: its parameters' names decide.
+        model: the model; the names of its parameters define the groups.
         lr, lr_backbone: learning rates.
-        backbone_names: a parameter whose name contains one of these is the backbone's.
-        linear_proj_names: one of the rest whose name contains one of these is a linear projection's.
-        linear_proj_mult: their learning rate as a part of `lr`.
+        backbone_names: a parameter whose name contains one of these belongs to the backbone.
+        linear_proj_names: any other parameter whose name contains one of these is a linear projection.
+        linear_proj_mult: learning rate of linear projections as a fraction of `lr`.
 
     Returns:
-        the groups that have parameters, each with a `name` ("" for the rest), in the order of the reference.
+        the groups that are not empty, each with a `name` ("" for all other parameters), in the reference's order.
     """
     rates = {"": lr, "backbone": lr_backbone, "linear projections": lr * linear_proj_mult}
     members: dict[str, list[nn.Parameter]] = {name: [] for name in rates}
@@ -135,31 +134,31 @@ def parameter_groups(
 
 
 def check_parameter_names(model: nn.Module, flag: str, parts: Sequence[str]) -> None:
-    """Refuse a part of a name that no parameter has.
+    """Refuse a part that occurs in no parameter's name.
 
     Args:
-        model: its parameters, frozen ones included, are looked at.
-        flag: where the parts come from, for the message.
-        parts: each must be contained in some parameter's name.
+        model: the model; its frozen parameters count too.
+        flag: the flag that names the parts, for the message.
+        parts: each must occur in the name of a parameter.
 
     Raises:
-        UserError: naming the flag, the part and some parameters.
+        UserError: names the flag, the part and example parameters.
     """
     names = [name for name, _ in model.named_parameters()]
     for part in parts:
         if not any(part in name for name in names):
-            # Every so many, so that they come from all over the model.
-            some = ", ".join(names[:: max(len(names) // 6, 1)])
-            raise UserError(f"{flag} {part}: no parameter's name contains it; names are, say, {some}")
+            # Evenly spaced, so that the examples cover the whole model.
+            examples = ", ".join(names[:: max(len(names) // 6, 1)])
+            raise UserError(f"{flag} {part}: no parameter's name contains it; use part of a name such as {examples}")
 
 
 def drops_until(epoch: int, lr_drop: int, drop_epochs: Sequence[int] | None) -> int:
-    """How often the step schedule's rate has fallen when `epoch` epochs are done.
+    """Return how often the step schedule has dropped the learning rate after `epoch` epochs.
 
     Args:
         epoch: epochs done.
-        lr_drop: it falls after every so many.
-        drop_epochs: it falls after each of these instead; None for `lr_drop`.
+        lr_drop: epochs between two drops.
+        drop_epochs: epochs after which the rate drops; None for every `lr_drop`.
     """
     return epoch // lr_drop if drop_epochs is None else sum(epoch >= drop for drop in set(drop_epochs))
 
@@ -173,19 +172,16 @@ def learning_rate_factor(
     warmup_steps: int,
     drop_epochs: Sequence[int] | None = None,
 ) -> float:
-    """What a base learning rate is multiplied by.
+    """Return the factor of the base learning rates, in [0, 1].
 
     Args:
-        schedule: "step", a tenth after every drop; or "cosine", from 1 to 0 over the whole run.
-        step: optimizer steps done before, in all epochs.
-        epoch: epochs done before.
-        total_steps: of the whole run.
+        schedule: "step", divided by 10 at each drop; or "cosine", from 1 to 0 over the whole run.
+        step: optimizer steps done, over all epochs.
+        epoch: epochs done.
+        total_steps: optimizer steps of the whole run.
         lr_drop: epochs between two drops.
-        warmup_steps: the factor rises linearly from near 0 over these.
-        drop_epochs: epochs after which a drop comes, in place of every `lr_drop`.
-
-    Returns:
-        in [0, 1].
+        warmup_steps: steps in which the factor rises linearly from near 0.
+        drop_epochs: epochs after which the rate drops; None for every `lr_drop`.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

@@ -23,23 +23,21 @@ def report_evaluation(
     masks: bool = False,
     per_class: bool = False,
 ) -> dict[str, Any]:
-    """Print the metrics and write them to `evaluation.json`, which the next evaluation replaces. With `per_class` also
-    print each class's and write `results.json`, and a panoptic model's segments to `panoptic_results/`.
-
-    Without ground truth there are no metrics.
+    """Print the metrics and write them to `evaluation.json`, which the next evaluation replaces.
 
     Args:
-        data: with the ground truth.
-        evaluator: with the detections.
-        panoptic: with the segments; None where the model gives none.
-        source: the record's first entries, where the weights come from.
+        data: holds the ground truth; without it there are no metrics.
+        evaluator: holds the detections.
+        panoptic: holds the segments; None for a model without segments.
+        source: the first entries of the record, which say where the weights come from.
         output_dir: None writes nothing.
-        masks: measure masks too.
-        per_class: see above.
+        masks: also compute the metrics of masks.
+        per_class: also print the metrics of each class, and write `results.json` and the segments of a panoptic model
+            (`panoptic_results/`).
 
     Returns:
-        the metrics under the log's names: COCO's twelve of boxes and of masks as lists, PQ, SQ and RQ as dicts. In the
-        main process alone; empty in the others and without ground truth.
+        the metrics under the log's names: COCO's twelve of boxes and of masks as lists, PQ, SQ and RQ as dicts. Empty
+        without ground truth, and in all processes except the main one.
     """
     if not is_main_process():
         return {}
@@ -70,7 +68,7 @@ def report_evaluation(
 def coco_metrics(
     data: Data, evaluator: CocoBoxEvaluator, per_class: bool, masks: bool = False
 ) -> tuple[dict, list[float]]:
-    """Compute and print COCO's metrics of boxes, or of masks: the `evaluation_record`, and the twelve metrics."""
+    """Compute and print COCO's metrics of boxes, or of masks; return the `evaluation_record` and the twelve metrics."""
     evaluation = evaluator.evaluate(data.ground_truth, masks)
     logger.info("%s", metrics_text(evaluation))
     record = evaluation_record(evaluation)

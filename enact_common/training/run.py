@@ -1,4 +1,4 @@
-"""From parsed arguments to a trained or evaluated model: what every variant's `main.py` calls."""
+"""Training and evaluation from parsed arguments, shared by every variant's `main.py`."""
 
 import argparse
 import logging
@@ -60,7 +60,7 @@ from enact_common.utils.signals import STOPPED, Stopped, listening, stop_request
 
 logger = logging.getLogger("enact")
 
-# Unreadable images whose names are written out at a time.
+# Unreadable images that one warning names.
 MOST_NAMED = 20
 
 
@@ -74,15 +74,15 @@ def main(
     """Run a variant's command line.
 
     Args:
-        variant: its name, which goes into checkpoints.
-        parser: its command line.
+        variant: name of the variant, which goes into checkpoints.
+        parser: the variant's command line.
         build_model: from arguments to (model, criterion, postprocessors).
         build_dataset: from ("train" or "val", arguments, label map or None) to a data set.
-        argv: the command line's words; None for the process's own.
+        argv: command-line words; None for `sys.argv`.
 
     Returns:
-        the exit status: 0; 2 for what the user can mend; 1 for a loss that is not finite, or another process that is
-        gone; 75 after a signal that asked it to stop; 130 after Ctrl-C.
+        the exit status: 0; 2 for a UserError; 1 for a loss that is not finite or a lost process; 75 after a signal
+        that asked the run to stop; 130 after Ctrl-C.
     """
     args = parser.parse_args(argv)
     status, problem, together = 0, "", True
@@ -92,7 +92,7 @@ def main(
             parser.check(args)
             run(variant, parser, args, build_model, build_dataset)
     except UserError as error:
-        # One that a loader's worker raised comes with that process's traceback before it.
+        # An error from a loader's worker has the worker's traceback in front of its message.
         status, problem = 2, "error: " + str(error).rsplit("UserError: ", 1)[-1].strip()
         together = isinstance(error, SharedError)
     except NonFiniteLossError as error:
@@ -100,7 +100,7 @@ def main(
     except Stopped as stop:
         status, problem = STOPPED, f"stopped: {stop}"
     except KeyboardInterrupt:
-        status, problem, together = 130, "interrupted; what was saved before is whole", False
+        status, problem, together = 130, "interrupted; earlier checkpoints are complete", False
     except RuntimeError as error:
         death = worker_death(error)
         if death is None and not lost_process(error):
@@ -117,9 +117,9 @@ def main(
 
 
 def with_latest(args: argparse.Namespace) -> argparse.Namespace:
-    """With `--auto_resume` and no `--resume`, the arguments with the latest checkpoint to resume, where there is one.
+    """Return the arguments; with `--auto_resume` and no `--resume`, `resume` is the latest checkpoint if it exists.
 
-    Every process looks for itself: none writes a checkpoint before all have met.
+    Each process looks for the file, which is safe: no process writes a checkpoint before all have started.
     """
     if args.auto_resume and args.output_dir and not args.resume:
         latest = Path(args.output_dir) / LATEST
@@ -130,32 +130,32 @@ def with_latest(args: argparse.Namespace) -> argparse.Namespace:
 def run(
     variant: str, parser: VariantParser, args: argparse.Namespace, build_model: Callable, build_dataset: Callable
 ) -> None:
-    """Check what the parser cannot, set up, then train or evaluate.
+    """Check files and devices, set up, then train or evaluate.
 
     Args:
-        variant: its name.
-        parser: its command line.
+        variant: name of the variant.
+        parser: the variant's command line.
         args: parsed arguments.
         build_model, build_dataset: as in `main`.
 
     Raises:
-        UserError: something is wrong that the user can mend. All but unreadable images is found before any work
-            starts.
-        NonFiniteLossError: training broke down.
+        UserError: the arguments, the data or a file is wrong; raised before any work starts, except for unreadable
+            images.
+        NonFiniteLossError: the loss or a gradient is not finite.
     """
     device = find_device(args.device)
     check_precision(args.amp, device)
     if args.sync_bn and device.type != "cuda":
         raise UserError(
-            f"--sync_bn: PyTorch synchronises batch norm on GPUs alone, not on --device {args.device}; leave it out"
+            f"--sync_bn: PyTorch synchronises batch norm only on GPUs, not on --device {args.device}; leave it out"
         )
     asked, args = args, init_distributed_mode(args)
     device = torch.device(args.device)
     setup_logging()
     if args.auto_resume and len(set(gather_objects(args.resume))) > 1:
         raise UserError(
-            f"--auto_resume: {Path(args.output_dir) / LATEST} is there for some processes alone; --output_dir must "
-            "be a folder that all machines share, or pass --resume CKPT"
+            f"--auto_resume: only some processes see {Path(args.output_dir) / LATEST}; pass an --output_dir that all "
+            "machines share, or --resume CKPT"
         )
 
     with checking():
@@ -164,7 +164,7 @@ def run(
         check_backbone_weights(args, sources)
         if output_dir:
             make_folder(output_dir)
-    # Alike in all processes: weights that no checkpoint holds begin with equal random values.
+    # The same seed in all processes, so that randomly initialised weights are equal.
     seed_generators(args.seed)
     with checking():
         data = load_data(args, build_dataset, sources, device)
@@ -174,7 +174,7 @@ def run(
         if not args.eval:
             check_data(data, args, network.model.num_queries)
     if get_rank():
-        # From here on they differ, so that dropout does.
+        # From here on a different seed per process, so that dropout differs.
         seed_generators(args.seed + get_rank())
 
     unreadable = UnreadableImages()
@@ -191,7 +191,7 @@ def run(
         report_evaluation(data, evaluator, panoptic, source, output_dir, masks, per_class=True)
     else:
         network.wrapped = wrap_model(network.model, device)
-        # On several GPUs, args.device is this process's own.
+        # With several GPUs, args.device is this process's device; save the user's.
         settings = config_text(parser, with_flags(args, device=asked.device))
         train(variant, args, settings, data, network, sources.resumed, device, output_dir, unreadable, measurable)
 
@@ -215,17 +215,17 @@ def train(
     unreadable: "UnreadableImages",
     measurable: bool,
 ) -> None:
-    """Train to the last epoch; after each, save, evaluate and log.
+    """Train to the last epoch; save, evaluate and log after each epoch.
 
     Args:
         variant, args, data, network, device, output_dir, unreadable: as set up in `run`.
-        settings: what `config.yaml` says.
-        checkpoint: to go on from; None to begin.
-        measurable: whether evaluations have objects to measure by.
+        settings: the content of `config.yaml`.
+        checkpoint: the checkpoint to resume; None for a new training.
+        measurable: whether the validation images have objects, so that AP or PQ can be computed.
 
     Raises:
-        Stopped: a signal asked for it; all that was done is saved.
-        NonFiniteLossError: training broke down.
+        Stopped: a signal asked the run to stop; its progress is saved.
+        NonFiniteLossError: the loss or a gradient is not finite.
     """
     optimization = build_optimization(network.model, args, device, network.average)
     state = TrainingState(variant, args, network, optimization, data.label_map, output_dir, device)
@@ -233,7 +233,7 @@ def train(
     args = state.args = with_flags(args, start_epoch=start.epoch)
     log_summary(variant, args, data, network, device, output_dir, optimization.optimizer, start.epoch)
     data.cache(args.cache_mode)
-    # Not earlier: all checks are done.
+    # Only now, after all checks: a refused run must not leave a config.
     with failing_together():
         if output_dir and is_main_process():
             write_file(output_dir / CONFIG, lambda file: file.write(settings.encode()))
@@ -242,14 +242,14 @@ def train(
     begin = time.perf_counter()
 
     def finish_epoch(epoch: int, train_stats: dict[str, float], cost: dict[str, float]) -> None:
-        """Evaluate where it is this epoch's turn, and log; `cost` is empty where another run trained the epoch."""
+        """Log the epoch, and evaluate first if it is due. `cost` is empty for an epoch that an earlier run trained."""
         stats = {f"train_{name}": value for name, value in train_stats.items()} | cost
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             evaluation_begin = time.perf_counter()
             try:
                 test_stats, evaluator, panoptic = evaluate_network(args, data, network, device, unreadable)
             except Stopped as stop:
-                raise stopped(f"in the evaluation of epoch {epoch}, which comes first then", output_dir) from stop
+                raise stopped(f"in the evaluation of epoch {epoch}, which a resumed run repeats", output_dir) from stop
             source = {"set": args.eval_set, "epoch": epoch}
             metrics = report_evaluation(
                 data, evaluator, panoptic, source, output_dir, masks="segm" in network.postprocessors
@@ -260,11 +260,11 @@ def train(
                 best.add(epoch, main_metric(metrics) if measurable else None)
         log.write(epoch, {**stats, "n_parameters": network.num_parameters})
 
-    # A run may have been stopped between its checkpoint and its evaluation. The main process has the log.
+    # A run may have stopped between its checkpoint and its evaluation. Only the main process has the log.
     if checkpoint and "train_stats" in checkpoint and not gather_objects(log.has_epoch(checkpoint["epoch"]))[0]:
         finish_epoch(checkpoint["epoch"], checkpoint["train_stats"], cost={})
     if start.epoch >= args.epochs:
-        logger.info("nothing left to train: %d epochs are done, --epochs asks for %d", start.epoch, args.epochs)
+        logger.info("nothing left to train: %d epochs are done, --epochs is %d", start.epoch, args.epochs)
     for epoch in range(start.epoch, args.epochs):
         if best.has_stopped_improving(args.early_stop):
             break
@@ -282,7 +282,7 @@ def train(
             if stop or (args.save_every_steps and steps % args.save_every_steps == 0):
                 state.save_within_epoch(epoch, batches, meter, time.perf_counter() - epoch_begin)
             if stop:
-                unreadable.log(data.train_set, "others are in their places")
+                unreadable.log(data.train_set, "others take their places")
                 raise stopped(f"in epoch {epoch}, after {batches} of {len(data.train_loader)} batches", output_dir)
 
         train_stats = train_one_epoch(
@@ -294,7 +294,7 @@ def train(
             "peak_memory_gib": peak_memory(device) / 2**30,
         }
         state.save_epoch(epoch, train_stats)
-        bad_images = unreadable.log(data.train_set, "others are in their places")
+        bad_images = unreadable.log(data.train_set, "others take their places")
         if any(gather_objects(stop_requested() is not None)):
             raise stopped(f"after epoch {epoch}, before its evaluation", output_dir)
         finish_epoch(epoch, train_stats, cost | ({"unreadable_images": bad_images} if bad_images else {}))
@@ -305,8 +305,12 @@ def train(
 def evaluate_network(
     args: argparse.Namespace, data: Data, network: Network, device: torch.device, unreadable: "UnreadableImages"
 ) -> tuple[dict[str, float], CocoBoxEvaluator, PanopticEvaluator | None]:
-    """Losses on the images to evaluate on, where they have annotations, and the evaluators with the detections: of
-    boxes and masks, and of segments where the model gives some."""
+    """Run the model on the images to evaluate on.
+
+    Returns:
+        (losses, evaluator, panoptic). The losses are empty without annotations. The evaluators hold boxes and masks,
+        and segments; `panoptic` is None for a model without segments.
+    """
     evaluator = CocoBoxEvaluator(data.label_map)
     panoptic = PanopticEvaluator() if "panoptic" in network.postprocessors else None
     model = network.average.model if network.average else network.model
@@ -316,30 +320,34 @@ def evaluate_network(
         model, criterion, network.postprocessors, data.val_loader, evaluator, device, args.amp, args.print_freq,
         panoptic,
     )  # fmt: skip
-    unreadable.log(data.val_set, "their objects count as not found")
+    unreadable.log(data.val_set, "their objects count as missed")
     return stats, evaluator, panoptic
 
 
 def stopped(where: str, output_dir: Path | None) -> Stopped:
-    """The error that ends a training when a signal asks for it."""
-    saved = "nothing is saved without --output_dir"
+    """Return the error that ends a training after a signal."""
+    advice = "nothing is saved without --output_dir"
     if output_dir:
-        saved = f"{output_dir / LATEST} holds all of it: go on with --auto_resume, or --resume and its path"
-    reason = next(name for name in gather_objects(getattr(stop_requested(), "name", None)) if name)
-    return Stopped(f"{reason} came; {where}; {saved}")
+        advice = f"progress is saved in {output_dir / LATEST}: continue with --auto_resume, or --resume and its path"
+    signal_name = next(name for name in gather_objects(getattr(stop_requested(), "name", None)) if name)
+    return Stopped(f"received {signal_name} {where}; {advice}")
 
 
 class UnreadableImages:
-    """Names the images that cannot be read, each once in a run."""
+    """A log of unreadable images that names each image once per run."""
 
     def __init__(self):
         self.named: set[tuple[CocoDetection, int]] = set()
 
     def log(self, dataset: CocoDetection, consequence: str) -> int:
-        """Say which images of a data set could not be read.
+        """Warn about images of a data set that could not be read and were not named yet.
+
+        Args:
+            dataset: the data set.
+            consequence: how the run treats these images, for the message.
 
         Returns:
-            how many there are, over all processes and since the run began.
+            the number of unreadable images of the data set since the run started, over all processes.
         """
         bad = sorted(set().union(*gather_objects(dataset.unreadable())))
         new = [i for i in bad if (dataset, i) not in self.named]
@@ -348,7 +356,7 @@ class UnreadableImages:
             shown = "".join(f"\n  {dataset.why_unreadable(i)}" for i in new[:MOST_NAMED])
             more = f"\n  and {len(new) - MOST_NAMED} more" if len(new) > MOST_NAMED else ""
             logger.warning(
-                "data: %d of %d images in %s cannot be read; %s (--strict_data ends the run instead)%s%s",
+                "data: %d of %d images in %s cannot be read; %s (--strict_data stops the run instead)%s%s",
                 len(bad), len(dataset), dataset.image_folder, consequence, shown, more,
             )  # fmt: skip
         return len(bad)

@@ -1,6 +1,6 @@
-"""What runs leave in their folders, read back for plots and comparisons: logs and evaluation records.
+"""Reading the logs and evaluation records of runs, for plots and comparisons.
 
-Logs of the original repositories are read too, and whatever a log or a record lacks is left out.
+Logs of the original repositories work too; values that a log or a record lacks are left out.
 """
 
 import json
@@ -16,11 +16,11 @@ from enact_common.utils.errors import UserError
 
 LOG = "log.txt"
 
-# An epoch's key for COCO's twelve figures, as the original named it.
+# The log's key for COCO's twelve metrics, as the original named it.
 METRICS_KEY = "test_coco_eval_bbox"
 
-# The curves that are drawn of runs. Title: quantities, each with its name, its key and, where the key holds a list, its
-# place there. The first of each is what readers look for.
+# The curves of a run, as {title: quantities}. A quantity has a name, a key and, if the key holds a list, its index
+# there. The most important quantity comes first.
 CURVES = {
     "Loss": (("validation", "test_loss", None), ("training", "train_loss", None)),
     "Average precision": (("AP", METRICS_KEY, 0), ("AP50", METRICS_KEY, 1)),
@@ -29,16 +29,16 @@ CURVES = {
 
 
 def read_epochs(source: Path) -> list[dict]:
-    """The epochs of a run, in order, each once.
+    """Return the epochs of a run, in order, each once.
 
-    A run that was resumed from an earlier checkpoint logs epochs again: they take the place of the first ones and of
-    all that came after those.
+    A run that was resumed from an earlier checkpoint logs some epochs again. The new epochs replace the old ones and
+    all that followed them.
 
     Args:
-        source: a `log.txt`, of ours or of the original repositories, or the folder of one.
+        source: a `log.txt`, of this project or of an original repository, or its folder.
 
     Raises:
-        UserError: there is no such file, or no line of it is an epoch.
+        UserError: there is no such file, or none of its lines is an epoch.
     """
     path = source / LOG if source.is_dir() else source
     if not path.is_file():
@@ -52,21 +52,21 @@ def read_epochs(source: Path) -> list[dict]:
         if isinstance(row, dict) and is_finite(row.get("epoch")):
             epochs = [earlier for earlier in epochs if earlier["epoch"] < row["epoch"]] + [row]
     if not epochs:
-        raise UserError(f"{path}: not a run's log: no line of it is a JSON object with a number 'epoch'")
+        raise UserError(f"{path}: not a run's log: no line is a JSON object with a number 'epoch'; pass a run's {LOG}")
     return epochs
 
 
 def read_evaluation(source: Path) -> dict[str, Any]:
-    """An evaluation's record, as `evaluation_record` makes it, without what is no number.
+    """Return the record of an evaluation, as `evaluation_record` makes it, without NaN and Inf.
 
-    A broken model has detections, and then figures, that are none: a class's `AP` and `AP50` are None then, and such
-    curves are not in its `precision`.
+    A broken model can have metrics that are not finite. Then the `AP` and `AP50` of a class are None, and its
+    `precision` lacks those curves.
 
     Args:
-        source: an `evaluation.json`, or the folder of one.
+        source: an `evaluation.json`, or its folder.
 
     Raises:
-        UserError: there is no such file, or it holds something else.
+        UserError: there is no such file, or it is not an evaluation's record.
     """
     path = source / EVALUATION if source.is_dir() else source
     if not path.is_file():
@@ -76,15 +76,15 @@ def read_evaluation(source: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a JSON file ({error})") from error
     if not is_record(record):
-        raise UserError(f"{path}: not the record of an evaluation; expected an {EVALUATION} as training and --eval do")
+        raise UserError(f"{path}: not an evaluation's record; pass an {EVALUATION}, which training and --eval write")
     for row in record["classes"]:
-        row |= {figure: row[figure] if is_finite(row[figure]) else None for figure in ("AP", "AP50")}
+        row |= {metric: row[metric] if is_finite(row[metric]) else None for metric in ("AP", "AP50")}
         row["precision"] = {iou: curve for iou, curve in row["precision"].items() if all(map(is_finite, curve))}
     return record
 
 
 def is_record(record: Any) -> bool:
-    """Whether this has the form of an evaluation's record; what should be a number may be NaN or None."""
+    """Whether this has the form of an evaluation's record; numbers may be NaN or None."""
     if not (isinstance(record, dict) and isinstance(record.get("figures"), dict)):
         return False
     recall, classes = record.get("recall"), record.get("classes")
@@ -93,7 +93,7 @@ def is_record(record: Any) -> bool:
     return all(
         isinstance(row, dict)
         and {"category_id", "name", "objects", "AP", "AP50"} <= row.keys()
-        and all(row[figure] is None or isinstance(row[figure], int | float) for figure in ("AP", "AP50"))
+        and all(row[metric] is None or isinstance(row[metric], int | float) for metric in ("AP", "AP50"))
         and isinstance(row.get("precision"), dict)
         and all(isinstance(curve, list) and len(curve) == len(recall) for curve in row["precision"].values())
         for row in classes
@@ -101,15 +101,15 @@ def is_record(record: Any) -> bool:
 
 
 def classes_by_name(records: Sequence[dict]) -> list[dict[str, dict]]:
-    """The classes of evaluations, under names that tell them apart: those of one name in a record have their ids too.
+    """Return the classes of evaluations by unique names; a name that repeats within a record is extended by the id.
 
-    Data sets may number their classes differently: otherwise a name is the same class in all records.
+    Classes are matched by name, because data sets may number them differently.
 
     Args:
-        records: of `read_evaluation`.
+        records: from `read_evaluation`.
 
     Returns:
-        of each record, name to class, in its order.
+        {name: class} for each record, in the record's order.
     """
     counts = [Counter(row["name"] for row in record["classes"]) for record in records]
     repeated = {name for count in counts for name, times in count.items() if times > 1}
@@ -123,17 +123,17 @@ def classes_by_name(records: Sequence[dict]) -> list[dict[str, dict]]:
 
 
 def is_finite(value: Any) -> bool:
-    """Whether this is a finite number: what has a place in a chart."""
+    """Whether this is a finite number, which a chart can show."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def series(epochs: Sequence[dict], key: str, position: int | None = None) -> list[tuple[int, float]]:
-    """A quantity after each epoch that has it, as (epochs done, value). COCO's figures of -1 are left out.
+    """Return a quantity over the epochs that have it, as (epochs done, value), without COCO metrics of -1.
 
     Args:
-        epochs: of `read_epochs`.
-        key: of the quantity.
-        position: in the list of COCO's figures that the key holds; None where it holds a number.
+        epochs: from `read_epochs`.
+        key: the log's key of the quantity.
+        position: index in the key's list of COCO metrics; None if the key holds a number.
     """
     points = []
     for row in epochs:
@@ -147,27 +147,27 @@ def series(epochs: Sequence[dict], key: str, position: int | None = None) -> lis
 
 
 def run_names(sources: Sequence[Path], names: Sequence[str] | None = None) -> list[str]:
-    """What to call runs: as the user says, else by as much of the end of their paths as tells them apart.
+    """Return a name for each run: the user's names, else the shortest path endings that are unique.
 
     Args:
         sources: run folders, or files in them.
-        names: the user's, one a run; None for none.
+        names: the user's names, one per run; None for names from the paths.
 
     Raises:
-        UserError: there are not as many names as runs, or two names are equal.
+        UserError: the numbers of names and runs differ, or two names or runs are equal.
     """
     if names is not None:
         if len(names) != len(sources):
-            raise UserError(f"--names: {len(names)} names for {len(sources)} runs, there must be one for each")
+            raise UserError(f"--names: {len(names)} names for {len(sources)} runs; pass one name per run")
         repeated = next((name for name in names if names.count(name) > 1), None)
         if repeated is not None:
-            raise UserError(f"--names: {repeated!r} stands twice, runs must have names of their own")
+            raise UserError(f"--names: {repeated!r} appears twice; give each run a different name")
         return list(names)
     folders = [source.parent if source.name in (LOG, EVALUATION) else source for source in sources]
     parts = [folder.resolve().parts for folder in folders]
     for depth in range(1, max(map(len, parts), default=0) + 1):
-        found = ["/".join(own[-depth:]) for own in parts]
-        if len(set(found)) == len(found):
-            return found
+        endings = ["/".join(path_parts[-depth:]) for path_parts in parts]
+        if len(set(endings)) == len(endings):
+            return endings
     repeated = next(source for i, source in enumerate(sources) if parts[i] in parts[:i])
-    raise UserError(f"{repeated}: is given twice; --names can tell its appearances apart")
+    raise UserError(f"{repeated}: is given twice; pass --names to tell the two apart")

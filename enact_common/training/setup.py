@@ -1,4 +1,4 @@
-"""Set-up of a training or an evaluation before its first batch: checkpoints, data sets and the model."""
+"""The set-up of a training or an evaluation before its first batch: checkpoints, data sets and the model."""
 
 import argparse
 import logging
@@ -43,12 +43,12 @@ logger = logging.getLogger("enact")
 
 @dataclass(frozen=True)
 class Sources:
-    """The checkpoints that a run begins with; None where the command line names none.
+    """The checkpoints that a run starts from; None for a flag that is not given.
 
     Attributes:
-        resumed: of `--resume`, to go on from or to evaluate.
-        pretrained: of `--pretrained`, to fine-tune.
-        frozen: of `--frozen_weights`, the detector below a mask head.
+        resumed: from `--resume`, to resume or to evaluate.
+        pretrained: from `--pretrained`, to fine-tune.
+        frozen: from `--frozen_weights`, the frozen detector of a mask head.
     """
 
     resumed: dict | None
@@ -56,16 +56,16 @@ class Sources:
     frozen: dict | None
 
     def saved_args(self) -> dict:
-        """The arguments that the loaded weights were trained with; empty where none are loaded."""
+        """Return the arguments with which the loaded weights were trained; empty without a checkpoint."""
         source = self.resumed or self.pretrained or self.frozen
         return source.get("args", {}) if source else {}
 
 
 def load_sources(variant: str, args: argparse.Namespace) -> Sources:
-    """Read the checkpoints that the command line names. A resumed run no longer needs those that it began with.
+    """Read the checkpoints that the command line names; a resumed run needs only its own checkpoint.
 
     Raises:
-        UserError: a file is no checkpoint of this variant.
+        UserError: a file is not a checkpoint of this variant.
     """
     resumed = load_checkpoint(args.resume, to_resume=not args.eval) if args.resume else None
     pretrained = load_checkpoint(args.pretrained) if args.pretrained and not resumed else None
@@ -75,12 +75,14 @@ def load_sources(variant: str, args: argparse.Namespace) -> Sources:
     if resumed:
         known_variant(resumed, args.resume)
     if resumed and resumed.get("variant", variant) != variant:
-        raise UserError(f"{args.resume}: is a checkpoint of the variant {resumed['variant']}")
+        raise UserError(
+            f"{args.resume}: is a checkpoint of the variant {resumed['variant']}, not of {variant}; run that variant"
+        )
     return Sources(resumed, pretrained, frozen)
 
 
 def check_paths(args: argparse.Namespace) -> Path | None:
-    """Refuse missing data, and an output folder where this run would overwrite another one.
+    """Refuse missing data, and an output folder that holds another run.
 
     Returns:
         the output folder; None without `--output_dir`.
@@ -94,8 +96,8 @@ def check_paths(args: argparse.Namespace) -> Path | None:
     goes_on = args.resume and Path(args.resume).resolve().parent == output_dir.resolve()
     if latest.exists() and not goes_on and not args.eval:
         raise UserError(
-            f"--output_dir {args.output_dir}: holds a run already; go on with --resume {latest}, or choose another "
-            "folder"
+            f"--output_dir {args.output_dir}: already holds a run; continue it with --resume {latest}, or choose "
+            "another folder"
         )
     return output_dir
 
@@ -105,11 +107,12 @@ class Data:
     """The data sets of a run and their loaders.
 
     Attributes:
-        train_set, train_loader: None in an evaluation.
+        train_set, train_loader: the images to train on; None in an evaluation.
         val_set, val_loader: the images to evaluate on (`--eval_set`).
-        label_map: which label each category is.
-        ground_truth: of `val_set`, as pycocotools has it; None for test images, and in all processes but the main one.
-        panoptic_truth: its segments; None without panoptic annotations.
+        label_map: the label of each category.
+        ground_truth: pycocotools' ground truth of `val_set`; None for test images, and in all processes except the
+            main one.
+        panoptic_truth: the segments of `val_set`; None without panoptic annotations.
     """
 
     train_set: CocoDetection | None
@@ -121,17 +124,21 @@ class Data:
     panoptic_truth: PanopticTruth | None
 
     def cache(self, mode: str | None) -> None:
-        """With `--cache_mode`, read all images: before the loaders' workers start, and after everything is checked."""
+        """Read all images into memory (`--cache_mode`). Call it after all checks and before the loaders' workers start.
+
+        Args:
+            mode: the value of `--cache_mode`; None or False does nothing.
+        """
         if mode:
             with failing_together():
                 cache_images([data for data in (self.train_set, self.val_set) if data is not None], mode)
 
 
 def load_data(args: argparse.Namespace, build_dataset: Callable, sources: Sources, device: torch.device) -> Data:
-    """Build the data sets with the label map of the checkpoint, or with the one that the annotations make.
+    """Build the data sets with the checkpoint's label map, or else with the annotations' label map.
 
     Raises:
-        UserError: the annotations are at fault, or do not fit the flags or the checkpoint.
+        UserError: the annotations are invalid, or do not fit the flags or the checkpoint.
     """
     label_map = None
     labelled = sources.resumed or sources.frozen
@@ -148,7 +155,7 @@ def load_data(args: argparse.Namespace, build_dataset: Callable, sources: Source
             f"--num_classes {args.num_classes}: {args.resume or args.frozen_weights} was trained with "
             f"{label_map.num_classes}; leave the flag out"
         )
-    # The main process alone computes metrics.
+    # Only the main process computes metrics.
     ground_truth = val_set.coco_api() if args.eval_set != "test" and is_main_process() else None
     panoptic_truth = val_set.truth() if args.dataset_file == PANOPTIC else None
     if panoptic_truth:
@@ -159,17 +166,19 @@ def load_data(args: argparse.Namespace, build_dataset: Callable, sources: Source
     train_loader = make_loader(train_set, args, device, train=True) if train_set else None
     if train_set and len(train_loader) == 0:
         raise UserError(
-            f"--batch_size {args.batch_size}: {get_world_size()} processes' batches need more than the "
-            f"{len(train_set)} images there are to train on"
+            f"--batch_size {args.batch_size}: a batch in each of {get_world_size()} process(es) needs more than the "
+            f"{len(train_set)} images to train on; pass a smaller --batch_size"
         )
     return Data(train_set, train_loader, val_set, val_loader, label_map, ground_truth, panoptic_truth)
 
 
 def is_measurable(data: Data, args: argparse.Namespace, panoptic: bool) -> bool:
-    """Whether there are objects to measure AP or PQ by; logs it where there are none. The main process has the truth.
+    """Whether the validation images have objects, which AP and PQ need; warns if they have none.
+
+    Returns True without ground truth: for test images, and in all processes except the main one.
 
     Raises:
-        UserError: `--early_stop` would wait for a metric that never comes.
+        UserError: `--early_stop` is given, but its metric cannot be computed.
     """
     if data.ground_truth is None:
         return True
@@ -184,29 +193,29 @@ def is_measurable(data: Data, args: argparse.Namespace, panoptic: bool) -> bool:
     why = f"{file} has no objects (crowds do not count) in the {images} images{limited}"
     if args.early_stop and not args.eval:
         raise UserError(
-            f"--early_stop {args.early_stop}: there is no {metric} to go by, since {why}; leave the flag out, or "
+            f"--early_stop {args.early_stop}: {metric} cannot be computed, because {why}; leave the flag out, or "
             "evaluate on images with objects"
         )
-    kept = "" if args.eval else f"; {BEST} is not written"
-    logger.warning("data: no %s can be measured (COCO's figures are -1), since %s%s", metric, why, kept)
+    no_best = "" if args.eval else f"; {BEST} is not written"
+    logger.warning("data: %s cannot be computed (COCO's metrics are -1), because %s%s", metric, why, no_best)
     return False
 
 
 def check_data(data: Data, args: argparse.Namespace, num_queries: int) -> None:
-    """Look for what makes a training on this data vain, and log what makes it doubtful; the main process does.
+    """Run the quick data checks in the main process: log doubtful data, refuse data that no training can learn from.
 
     Raises:
-        UserError: it is vain.
+        UserError: a check failed.
     """
     if not is_main_process():
         return
-    # If both are of one set, the part that is trained on counts.
+    # With `--eval_set train` both splits are one set; check the part that is trained on.
     datasets = {"train": (data.train_set, args.limit_train)}
     if args.eval_set != "train":
         datasets[args.eval_set] = (data.val_set, args.limit_val)
     # With `--limit_*`, files past the limit may be missing.
     limited = {split for split, (_, limit) in datasets.items() if limit}
-    # The checks know COCO's boxes alone.
+    # The checks read only COCO's box format, so panoptic annotations are converted first.
     parsed = set(datasets) if args.dataset_file == PANOPTIC else limited
     parts = {split: datasets[split][0].coco_api().dataset for split in parsed}
     files = {split: (dataset.image_folder, dataset.annotation_file) for split, (dataset, _) in datasets.items()}
@@ -217,14 +226,14 @@ def check_data(data: Data, args: argparse.Namespace, num_queries: int) -> None:
 
 @dataclass
 class Network:
-    """A detector with what trains and evaluates it.
+    """A detector with its loss, post-processing and EMA weights.
 
     Attributes:
-        model: on its device; compiled where that is asked for.
-        wrapped: the model, or what lets the processes' models learn together.
-        criterion, postprocessors: of `build_model`.
-        average: of the weights (`--ema`); None without.
-        num_parameters: that train.
+        model: on its device; compiled with `--compile`.
+        wrapped: the model, or the model in DistributedDataParallel.
+        criterion, postprocessors: from `build_model`.
+        average: the EMA weights (`--ema`); None without EMA.
+        num_parameters: trained parameters.
     """
 
     model: nn.Module
@@ -236,7 +245,7 @@ class Network:
 
 
 def resolve_model_flags(args: argparse.Namespace, sources: Sources, label_map: LabelMap) -> argparse.Namespace:
-    """The arguments with the number of labels, and with ENACT's settings that only the checkpoint states.
+    """Return the arguments with the number of labels, and with the ENACT settings of the checkpoint.
 
     Raises:
         UserError: the checkpoint's model was built with other flags.
@@ -246,7 +255,7 @@ def resolve_model_flags(args: argparse.Namespace, sources: Sources, label_map: L
     if sources.resumed:
         check_model_flags(args.resume, saved, args)
     elif sources.frozen and not sources.pretrained:
-        # Its masks are to be learned.
+        # A detector's checkpoint has no mask head yet, so its `--masks` may differ.
         check_model_flags(args.frozen_weights, {**saved, "masks": None}, args)
     if sources.resumed or sources.pretrained or sources.frozen:
         args = with_flags(args, **saved_clustering_flags(saved, args))
@@ -261,7 +270,7 @@ def load_network(
     label_map: LabelMap,
     device: torch.device,
 ) -> Network:
-    """Build the model, with the weights of the checkpoint where there is one."""
+    """Build the model and load the weights of the checkpoint, if there is one."""
     model, criterion, postprocessors = build_model(args)
     if "panoptic" in postprocessors:
         postprocessors["panoptic"].things = frozenset(label_map.things)
@@ -277,7 +286,7 @@ def load_network(
         freeze(model, args.freeze)
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    # A copy, so from before parts of the model are compiled.
+    # Copy the model before it is compiled: the copy must not call the original's compiled methods.
     average = None if args.ema is None or args.eval else WeightAverage(model, args.ema)
     if average:
         average.prepare(args, device)
@@ -288,22 +297,22 @@ def load_network(
 
 
 def wrap_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model, so wrapped that several processes' models learn together."""
+    """Return the model, wrapped in DistributedDataParallel if there are several processes."""
     if not is_distributed():
         return model
     gpus = [device] if device.type == "cuda" else None
-    # Buffers are constants, or running statistics, which training does not read and `share_buffers` shares.
+    # No broadcast: buffers are constants, or running statistics, which only evaluation reads (`share_buffers`).
     return nn.parallel.DistributedDataParallel(model, device_ids=gpus, broadcast_buffers=False)
 
 
 def check_backbone_weights(args: argparse.Namespace, sources: Sources) -> None:
-    """Fail where the backbone's weights cannot be had, before annotations are read."""
+    """Load the backbone's weights once, to fail before the annotations are read."""
     if not (sources.resumed or sources.pretrained or sources.frozen):
         load_backbone_weights(args.backbone, args.backbone_weights)
 
 
 @contextmanager
 def checking() -> Iterator[None]:
-    """A block of set-up: every process fails where one does, and each annotation file is parsed once."""
+    """A block of set-up in which all processes fail together, and each annotation file is parsed once."""
     with failing_together(), parse_once():
         yield

@@ -1,4 +1,4 @@
-"""The state of a training: saved, resumed to the bit, and old checkpoints removed."""
+"""The state of a training: saving it, resuming it bit for bit, and removing old checkpoints."""
 
 import argparse
 import logging
@@ -24,20 +24,20 @@ from enact_common.utils.errors import UserError
 
 logger = logging.getLogger("enact")
 
-# A checkpoint that `--keep` counts, by the number of its epoch.
+# Name of a numbered checkpoint, with its epoch; `--keep` counts these.
 NUMBERED = re.compile(r"checkpoint(\d{4,})\.pth")
 
 
 @dataclass
 class WithinEpoch:
-    """How far an epoch had come when a checkpoint was written in its middle.
+    """The progress within an epoch, as stored in a checkpoint.
 
     Attributes:
-        images: done, of all processes.
-        batch: images in a batch of all processes.
-        processes: how many there were.
-        meters: each one's losses, `AverageMeter.state`.
-        seconds: of training in this epoch.
+        images: images done, over all processes.
+        batch: images per batch, over all processes.
+        processes: number of processes.
+        meters: losses of each process, from `AverageMeter.state`.
+        seconds: training time in this epoch.
     """
 
     images: int
@@ -49,13 +49,13 @@ class WithinEpoch:
 
 @dataclass
 class Position:
-    """The place where a training goes on.
+    """The position at which a training resumes.
 
     Attributes:
-        epoch: the first one that is not done.
-        batches: done in that epoch.
-        meter: the losses of those batches.
-        seconds: they took.
+        epoch: the first epoch that is not complete.
+        batches: batches done in that epoch.
+        meter: losses of those batches.
+        seconds: training time of those batches.
     """
 
     epoch: int
@@ -65,16 +65,16 @@ class Position:
 
 
 class TrainingState:
-    """Everything that a checkpoint holds of a training.
+    """The state of a training that checkpoints save and restore.
 
     Args:
-        variant: its name.
+        variant: name of the variant.
         args: resolved arguments.
-        network: the model and its average.
-        optimization: optimizer and scaler.
-        label_map: of the model.
-        output_dir: where checkpoints go; None writes none.
-        device: where the model is.
+        network: the model and its EMA weights.
+        optimization: optimizer and gradient scaler.
+        label_map: the model's label map.
+        output_dir: folder of the checkpoints; None writes none.
+        device: the model's device.
     """
 
     def __init__(
@@ -96,15 +96,15 @@ class TrainingState:
         self.device = device
 
     def save(self, epoch: int, names: list[str], more: dict) -> None:
-        """Write a checkpoint, whole or not at all.
+        """Write a checkpoint atomically.
 
         Args:
-            epoch: the last one that is done, -1 before the first.
-            names: of the files.
-            more: what else goes in.
+            epoch: the last complete epoch, -1 before the first.
+            names: file names.
+            more: additional entries of the checkpoint.
 
         Raises:
-            UserError: it cannot be written; in all processes.
+            UserError: the file cannot be written; raised in all processes.
         """
         states = gather_objects(random_states())
         if self.output_dir is None:
@@ -130,13 +130,13 @@ class TrainingState:
                 save_checkpoint(self.output_dir / name, content)
 
     def save_within_epoch(self, epoch: int, batches: int, meter: AverageMeter, seconds: float) -> None:
-        """Write the latest checkpoint in the middle of an epoch, with `batches` of it done."""
+        """Write the latest checkpoint within an epoch, after `batches` of its batches."""
         batch = self.args.batch_size * get_world_size()
         position = WithinEpoch(batches * batch, batch, get_world_size(), gather_objects(meter.state()), seconds)
         self.save(epoch - 1, [LATEST], {"within_epoch": asdict(position)})
 
     def save_epoch(self, epoch: int, train_stats: dict[str, float]) -> None:
-        """Write an epoch's checkpoints, and with `--keep` remove all numbered ones but the latest."""
+        """Write an epoch's checkpoints, and with `--keep N` remove all numbered checkpoints except the latest N."""
         self.save(epoch, [LATEST, *self.numbered(epoch)], {"train_stats": train_stats})
         if self.args.keep and self.output_dir and is_main_process():
             numbered = [path for path in self.output_dir.iterdir() if NUMBERED.fullmatch(path.name)]
@@ -145,31 +145,32 @@ class TrainingState:
                 path.unlink()
 
     def numbered(self, epoch: int) -> list[str]:
-        """The checkpoint that an epoch leaves for good: every `--save_every` epochs, and before the learning rate
-        drops."""
+        """Return the name of an epoch's numbered checkpoint, if it has one: every `--save_every` epochs, and before the
+        learning rate drops."""
         args = self.args
         before, after = (drops_until(done, args.lr_drop, args.lr_drop_epochs) for done in (epoch, epoch + 1))
         drops = args.lr_schedule == "step" and after > before
         return [f"checkpoint{epoch:04}.pth"] if drops or (epoch + 1) % args.save_every == 0 else []
 
     def resume(self, checkpoint: dict | None, num_batches: int) -> Position:
-        """Put optimizer, scaler and random states where a checkpoint left them.
+        """Restore optimizer, scaler, EMA weights and random states from a checkpoint.
 
         Args:
-            checkpoint: None begins at `--start_epoch`.
-            num_batches: of an epoch.
+            checkpoint: None starts at `--start_epoch`.
+            num_batches: batches per epoch.
 
         Returns:
-            where the training goes on.
+            the position at which the training resumes.
 
         Raises:
-            UserError: the checkpoint's training froze other parts, averaged its weights, or had another optimizer.
+            UserError: the checkpoint's training froze other parameters, kept EMA weights while this one does not, or
+                had another optimizer.
         """
         args, start = self.args, Position(self.args.start_epoch, 0, AverageMeter(), 0.0)
         if not checkpoint:
             return start
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
-            logger.info("%s has weights alone: training starts from them at epoch %d", args.resume, args.start_epoch)
+            logger.info("%s holds only weights: training starts from them at epoch %d", args.resume, args.start_epoch)
             return start
         self.check_same_training(checkpoint)
         optimizer, average = self.optimization.optimizer, self.network.average
@@ -180,11 +181,11 @@ class TrainingState:
         asked = [(group["name"], group["initial_lr"]) for group in optimizer.param_groups]
         optimizer.load_state_dict(state)
         for group, (name, _) in zip(optimizer.param_groups, asked, strict=True):
-            # Other projects' checkpoints have neither.
+            # Checkpoints of the original repositories have neither entry.
             group["name"] = name
             group.setdefault("initial_lr", group["lr"])
         if [(group["name"], group["initial_lr"]) for group in optimizer.param_groups] != asked:
-            logger.info("note: the checkpoint's learning rates go on, not this command's")
+            logger.info("note: the checkpoint's learning rates are used, not this command's")
         if average and checkpoint.get("model_ema"):
             average.load(checkpoint["model_ema"], checkpoint["ema_steps"])
         if checkpoint.get("scaler"):
@@ -197,37 +198,41 @@ class TrainingState:
         return Position(epoch, 0, AverageMeter(), 0.0)
 
     def check_same_training(self, checkpoint: dict) -> None:
-        """Refuse to go on with what the checkpoint's training did not do.
+        """Refuse to resume a training that froze other parameters, or whose EMA weights would be lost.
 
         Raises:
-            UserError: it froze other parts, or averaged weights that would be lost.
+            UserError: `--freeze` or `--frozen_weights` differs, or `--ema` is missing.
         """
         args, saved = self.args, checkpoint.get("args", {})
         frozen = saved.get("freeze") or []
         if sorted(frozen) != sorted(args.freeze):
-            asked = f"--freeze {' '.join(frozen)}" if frozen else "no --freeze"
-            raise UserError(f"{args.resume}: was trained with {asked}; pass the same, or begin anew with --pretrained")
+            saved_flag = f"--freeze {' '.join(frozen)}" if frozen else "no --freeze"
+            raise UserError(
+                f"{args.resume}: was trained with {saved_flag}; pass the same, or start anew with --pretrained"
+            )
         if bool(saved.get("frozen_weights")) != bool(args.frozen_weights):
-            asked = "--frozen_weights CKPT" if saved.get("frozen_weights") else "no --frozen_weights"
-            raise UserError(f"{args.resume}: was trained with {asked}; pass the same, or begin anew with --pretrained")
+            saved_flag = "--frozen_weights CKPT" if saved.get("frozen_weights") else "no --frozen_weights"
+            raise UserError(
+                f"{args.resume}: was trained with {saved_flag}; pass the same, or start anew with --pretrained"
+            )
         if checkpoint.get("model_ema") and not self.network.average:
             raise UserError(
-                f"{args.resume}: holds averaged weights, which would be lost: pass --ema, as then "
-                f"({saved.get('ema')}), or begin anew with --pretrained"
+                f"{args.resume}: holds EMA weights, which would be lost: pass --ema {saved.get('ema')}, as it was "
+                "trained, or start anew with --pretrained"
             )
 
-    def resume_within_epoch(self, epoch: int, begun: WithinEpoch, num_batches: int) -> Position:
-        """Go on in the middle of an epoch, with the images that are left."""
+    def resume_within_epoch(self, epoch: int, progress: WithinEpoch, num_batches: int) -> Position:
+        """Return the position within an epoch at which its remaining images start."""
         args, batch = self.args, self.args.batch_size * get_world_size()
-        # Whole steps of the optimizer, should the batch have changed.
-        batches = begun.images // batch // args.accumulate * args.accumulate
-        if (begun.batch, begun.processes) == (batch, get_world_size()):
-            meter = AverageMeter.merged([begun.meters[get_rank()]], self.device)
+        # Round down to whole optimizer steps, in case the batch size has changed.
+        batches = progress.images // batch // args.accumulate * args.accumulate
+        if (progress.batch, progress.processes) == (batch, get_world_size()):
+            meter = AverageMeter.merged([progress.meters[get_rank()]], self.device)
         else:
-            meter = AverageMeter.merged(begun.meters if is_main_process() else [], self.device)
+            meter = AverageMeter.merged(progress.meters if is_main_process() else [], self.device)
             logger.info(
-                "note: the epoch was begun with batches of %d images in %d processes, now they are of %d in %d: the "
-                "images that are left are the same but for some at the cut, the course of the training is not",
-                begun.batch, begun.processes, batch, get_world_size(),
+                "note: the epoch started with batches of %d images in %d processes and resumes with %d in %d: the same "
+                "images remain, up to rounding to whole steps, but the training will not be bit-identical",
+                progress.batch, progress.processes, batch, get_world_size(),
             )  # fmt: skip
-        return Position(epoch, min(batches, num_batches), meter, begun.seconds)
+        return Position(epoch, min(batches, num_batches), meter, progress.seconds)

@@ -24,13 +24,13 @@ def log_summary(
     optimizer: torch.optim.Optimizer | None = None,
     start_epoch: int = 0,
 ) -> None:
-    """Say what will happen; with an optimizer, in training from `start_epoch` on."""
+    """Log the summary of an evaluation, or with an optimizer of a training from `start_epoch` on."""
     processes = get_world_size()
     attention = "row-column" if getattr(args, "attention_type", "") == "RCDA" else "multi-head"
     if args.encoder_attention == "enact":
         settings = {name: value for name, value in encoder_settings(args).items() if value}
         if settings["clusters"] == "regions":
-            # Regions are an image's own in any case.
+            # Regions are always per image.
             settings.pop("per_image", None)
         attention += f" over ENACT's clusters ({', '.join(f'{name} {value}' for name, value in settings.items())})"
     dilated = " DC5" if args.dilation else ""
@@ -59,11 +59,11 @@ def log_summary(
             "epochs": f"{start_epoch} to {args.epochs}, {len(data.train_loader)} batches each",
         }
         if args.frozen_weights:
-            rows["frozen"] = "all but the mask head"
+            rows["frozen"] = "all except the mask head"
         if args.freeze:
-            rows["frozen"] = f"what is named with {', '.join(args.freeze)}"
+            rows["frozen"] = f"parameters named with {', '.join(args.freeze)}"
         if args.ema is not None:
-            rows["evaluated weights"] = f"averaged over the steps, decay {args.ema:g}"
+            rows["evaluated weights"] = f"EMA with decay {args.ema:g}"
     truth = "" if args.eval_set == "test" else f" with {data.val_set.num_objects:,} objects"
     rows["evaluated images"] = f"{len(data.val_set):,}{truth}, of {args.eval_set}"
     rows["output"] = str(output_dir or "none (--output_dir)")
@@ -72,14 +72,14 @@ def log_summary(
     if idle and args.encoder_attention != "enact":
         logger.info("note: %s: no effect with --encoder_attention %s", ", ".join(idle), args.encoder_attention)
     if args.backbone_norm == "frozen" and args.backbone_weights == "none" and not checkpoint:
-        logger.info("note: a random backbone hardly trains under frozen batch norm; --backbone_norm batch does")
+        logger.info("note: a random backbone hardly trains with frozen batch norm; pass --backbone_norm batch")
 
 
 def rate_rule(args: argparse.Namespace, batch: int) -> str:
-    """How learning rate and effective batch go together, in words."""
+    """Return a line that compares learning rate and effective batch with the published ones."""
     published = args.published_batch
     default = ENACT_LR if args.encoder_attention == "enact" else PLAIN_LR
-    rule = f"--lr is taken as it is, whatever the batch; {default:g} was published with {published} images a step"
+    rule = f"--lr does not scale with the batch; {default:g} was published with {published} images per step"
     if args.lr == default and batch != published:
         # Goyal et al., arXiv:1706.02677; for Adam, Malladi et al., arXiv:2205.10287.
         ratio = batch / published

@@ -1,7 +1,7 @@
-"""What makes a model fast or small on its device, without changing what it computes.
+"""Settings that make a model fast or small on its device, without changing its results.
 
-A model's modules say what may be done with them: what derives from `Recomputed` can be computed again in the backward
-pass, and `COMPILED` names the methods that can be compiled.
+Modules declare what they support: a subclass of `Recomputed` can be recomputed in the backward pass, and `COMPILED`
+names the methods that can be compiled.
 """
 
 import argparse
@@ -17,24 +17,25 @@ from torch.utils.checkpoint import checkpoint
 
 logger = logging.getLogger("enact")
 
-# What `torch.compile` calls its default.
+# `torch.compile`'s default backend.
 BACKEND = "inductor"
 
-# Compiled forms of one piece of code, beyond which PyTorch runs it uncompiled; its own limit is 8.
+# Compiled versions of one function, beyond which PyTorch runs it uncompiled; PyTorch's default is 8.
 RECOMPILE_LIMIT = 64
 
-# Norms that train, alone or with those of other processes.
+# Trained batch norms, per process or synchronised.
 BATCH_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
-# Of glibc's malloc.h.
+# Constants of glibc's malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 class Recomputed(nn.Module):
-    """A module that can give up what it would keep for the backward pass, and compute it anew there.
+    """A module that can recompute its activations in the backward pass instead of keeping them.
 
     Attributes:
-        recompute: whether it does (Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174).
+        recompute: whether it recomputes them (Chen et al., "Training Deep Nets with Sublinear Memory Cost",
+            arXiv:1604.06174).
     """
 
     recompute = False
@@ -46,7 +47,7 @@ class Recomputed(nn.Module):
 
 
 def recompute_in_backward(function: Callable) -> Callable:
-    """The function, whose intermediates are computed again in the backward pass. It must not be random."""
+    """Return the function with its intermediates recomputed in the backward pass. It must not draw random numbers."""
 
     def run(*args):
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
@@ -55,15 +56,15 @@ def recompute_in_backward(function: Callable) -> Callable:
 
 
 def prepare(model: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
-    """Move a model to its device, in the memory format and with the savings that the arguments ask for.
+    """Move a model to its device, channels last, and apply `--checkpoint_activations` and `--compile`.
 
-    Settings of the whole process change too: on a CPU it keeps the memory that it frees (`keep_freed_memory`), on a
-    GPU see `prepare_gpu`, and with `--deterministic` see `compute_deterministically`.
+    This also changes settings of the whole process: on a CPU see `keep_freed_memory`, on a GPU see `prepare_gpu`, and
+    with `--deterministic` see `compute_deterministically`.
 
     Args:
-        model: a detector; changed in place, its state dict stays as it is.
+        model: a detector; changed in place, with an unchanged state dict.
         args: parsed arguments.
-        device: where to.
+        device: the target device.
     """
     if device.type == "cpu":
         keep_freed_memory()
@@ -71,7 +72,7 @@ def prepare(model: nn.Module, args: argparse.Namespace, device: torch.device) ->
         prepare_gpu(device)
     if args.deterministic:
         compute_deterministically()
-    # Convolutions are fastest with channels innermost, on CPUs and GPUs alike.
+    # Convolutions are fastest with channels last, on CPUs and on GPUs.
     model.to(device, memory_format=torch.channels_last)
     if args.checkpoint_activations:
         checkpoint_activations(model)
@@ -80,9 +81,10 @@ def prepare(model: nn.Module, args: argparse.Namespace, device: torch.device) ->
 
 
 def prepare_gpu(device: torch.device) -> None:
-    """Make a GPU the process's own, and keep PyTorch from cuDNN's attention.
+    """Make a GPU the process's current device, and disable cuDNN's attention.
 
-    cuDNN builds a plan for every new number of keys. With ENACT nearly every batch has another number of clusters.
+    cuDNN builds a plan for every new number of keys, and with ENACT the number of clusters changes with nearly every
+    batch.
     """
     if device.type != "cuda":
         return
@@ -92,11 +94,11 @@ def prepare_gpu(device: torch.device) -> None:
 
 
 def compute_deterministically() -> None:
-    """Let the process repeat its results to the bit on a GPU, as it does on a CPU anyway; some steps take longer.
+    """Make results on a GPU repeat bit for bit, as they always do on a CPU; some steps take longer.
 
-    PyTorch raises an error in an operation that cannot be repeated.
+    PyTorch raises an error in an operation without a deterministic algorithm.
     """
-    # cuBLAS reads it when it is first used.
+    # cuBLAS reads the variable at its first use.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
@@ -104,11 +106,11 @@ def compute_deterministically() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, as PyTorch does on a GPU.
+    """Make this process keep freed memory, as PyTorch does on a GPU.
 
-    The C library of most Linuxes asks the system for every large tensor and hands it back when it is freed. Each then
-    comes in new pages, all of which the system clears: about a sixth of a training step on two cores. Elsewhere, and
-    under another allocator, this does nothing.
+    glibc, the C library of most Linuxes, allocates every large tensor from the system and returns it when it is freed.
+    The system clears the pages of each new tensor, which takes about a sixth of a training step on two cores. On other
+    systems and with other allocators this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -118,9 +120,9 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Hand what this process has freed back to the system, where it was told to keep it.
+    """Return the memory that `keep_freed_memory` kept to the system.
 
-    Batches of many sizes leave holes of many sizes, which would add up without end: so, now and then.
+    Call it from time to time: batches of varying sizes fragment the kept memory, which would grow without limit.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -128,9 +130,9 @@ def give_back_freed_memory() -> None:
 
 
 def checkpoint_activations(model: nn.Module) -> None:
-    """Let the model's encoder and decoder layers and the backbone's blocks keep their inputs alone.
+    """Make the model's encoder and decoder layers and the backbone's blocks keep only their inputs.
 
-    Blocks with a batch norm that trains keep all: computed twice, it would count a batch twice.
+    Blocks with a trained batch norm keep all activations: recomputing them would update its statistics twice.
     """
     for module in model.modules():
         if isinstance(module, Recomputed):
@@ -138,23 +140,24 @@ def checkpoint_activations(model: nn.Module) -> None:
 
 
 def compile_parts(model: nn.Module, device: torch.device) -> None:
-    """Compile what the model's modules name in `COMPILED`: the backbone, feed-forward networks, and decoder layers but
-    for Anchor DETR's. The encoder's attention is left out: the number of clusters varies from step to step.
+    """Compile the methods that modules name in `COMPILED`: the backbone, feed-forward networks, and decoder layers
+    (except Anchor DETR's). The encoder's attention is not compiled: the number of clusters varies from step to step.
 
-    Parts are compiled for any size of image and batch. If nothing can be compiled here, one line says so and the model
-    runs uncompiled; so does a single part that cannot be compiled.
+    Methods are compiled with dynamic shapes, for any size of image and batch. If nothing can be compiled on this
+    machine, a warning says so and the model runs uncompiled. A single method that cannot be compiled also runs
+    uncompiled.
     """
     try:
         with torch._dynamo.config.patch(suppress_errors=False):
             torch.compile(lambda x: x.sin() + 1, backend=BACKEND)(torch.zeros(4, device=device))
-    except Exception as error:  # a missing compiler, or one that fails, is a backend's own kind of exception
+    except Exception as error:  # backends raise their own types for a missing or failing compiler
         cause = getattr(error, "inner_exception", error)
         reason = (str(cause).strip() or "no reason given").splitlines()[0]
-        logger.warning("--compile: nothing can be compiled here (%s); going on without", reason)
+        logger.warning("--compile: nothing can be compiled here (%s); continuing without it", reason)
         return
     config = torch._dynamo.config
     config.suppress_errors = True
-    # Layers share their code: each is compiled for training and for evaluation, and past the limit none is any more.
+    # Layers share their code and are compiled for training and evaluation, so they reach PyTorch's limit soon.
     limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # PyTorch 2.4
     setattr(config, limit, max(getattr(config, limit), RECOMPILE_LIMIT))
     for module in model.modules():

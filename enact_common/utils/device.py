@@ -1,4 +1,4 @@
-"""Where a model runs: what `--device` and `--amp` ask for, and whether it is here."""
+"""Devices and precision: `--device`, `--amp`, and peak memory."""
 
 import re
 import sys
@@ -10,22 +10,22 @@ from enact_common.utils.errors import UserError
 TORCH_VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 
 
-# Types that the message about a missing device lists, where they are there.
+# Device types that the message about a missing device lists, if they are present.
 KINDS = ("cpu", "cuda", "mps", "xpu", "hpu")
 
-# Type and number, as PyTorch spells a device.
+# PyTorch's device names: type and index.
 NAME = re.compile(r"([a-z]+)(?::(0|[1-9]\d*))?")
 
 
 def parse_device(name: str) -> tuple[str, int]:
-    """The type and number that `--device` names, whether or not the device is here.
+    """Return the type and index that `--device` names; the device need not be present.
 
     Raises:
-        UserError: no device has such a name.
+        UserError: the name is not a device's.
     """
     match = NAME.fullmatch(name)
     try:
-        # PyTorch knows the types; it takes cuda:300 for cuda:44, so the number is read here.
+        # Only the type: PyTorch reads cuda:300 as cuda:44, so the index is parsed here.
         torch.device(match[1] if match else name)
     except RuntimeError:
         match = None
@@ -35,7 +35,7 @@ def parse_device(name: str) -> tuple[str, int]:
 
 
 def count_devices(kind: str) -> int:
-    """How many devices of a type ("cuda", "mps", ...) PyTorch sees; 0 for "meta" and others that compute nothing."""
+    """Return the number of devices of a type ("cuda", "mps", ...); 0 for types that cannot compute, such as "meta"."""
     if kind == "cpu":
         return 1
     backend = getattr(torch, kind, None)
@@ -46,10 +46,10 @@ def count_devices(kind: str) -> int:
 
 
 def find_device(name: str) -> torch.device:
-    """The device that `--device` names.
+    """Return the device that `--device` names.
 
     Raises:
-        UserError: there is no such device here; the message names those that are.
+        UserError: there is no such device on this machine; the message lists the devices.
     """
     kind, index = parse_device(name)
     if index >= count_devices(kind):
@@ -57,39 +57,39 @@ def find_device(name: str) -> torch.device:
         here = [k if count == 1 else f"{k}:{i}" for k, count in counts.items() for i in range(count)]
         way_out = "pass --device cpu" if len(here) == 1 else f"here are {', '.join(here)}: pass one of these"
         if kind == "cuda" and not counts["cuda"]:
-            way_out += ", or check the driver and that PyTorch is a build for GPUs"
+            way_out += ", or check the driver and that PyTorch is built for GPUs"
         raise UserError(f"--device {name}: PyTorch sees no such device here; {way_out}")
     return torch.device("cpu") if kind == "cpu" else torch.device(name)
 
 
 def check_precision(amp: str, device: torch.device) -> None:
-    """Refuse a precision that a device does not have.
+    """Refuse a precision that the device does not support.
 
     Raises:
-        UserError: naming the ways out.
+        UserError: says what to do.
     """
     if amp == "fp16" and device.type == "cpu":
         raise UserError("--amp fp16 needs a GPU: use --amp bf16 or none with --device cpu")
 
 
 def default_device() -> str:
-    """The name of the first GPU's device where PyTorch sees one, else the CPU's."""
+    """Return "cuda" if PyTorch sees a GPU, else "cpu"."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def start_counting_memory(device: torch.device) -> None:
-    """Begin a new peak, where the device knows peaks: on CPUs, a process has one alone, from its start on."""
+    """Reset the peak memory on a GPU. On a CPU the peak always counts from the start of the process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes at the peak: what tensors took on a GPU, else what the process held in memory."""
+    """Return the peak memory in bytes: of tensors on a GPU, else of the process."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else greatest_resident()
 
 
 def greatest_resident() -> int:
-    """The most that this process ever held in memory, bytes; 0 where the system does not count."""
+    """Return the peak resident memory of this process in bytes; 0 if the system does not report it."""
     try:
         import resource
     except ModuleNotFoundError:  # Windows
@@ -102,5 +102,5 @@ AMP_DTYPE = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, amp: str):
-    """The mixed-precision context that `--amp` asks for."""
+    """Return the mixed-precision context of `--amp`."""
     return torch.autocast(device.type, dtype=AMP_DTYPE[amp], enabled=amp != "none")

@@ -1,4 +1,4 @@
-"""One process or many: start-up by torchrun, the main process, and the few collectives that are needed."""
+"""Distributed processes: start-up by torchrun, ranks, collectives, and errors in all processes."""
 
 import argparse
 import gc
@@ -15,21 +15,21 @@ import torch.distributed as dist
 
 from enact_common.utils.errors import UserError
 
-# What gloo says, in errors of no kind of their own, where another process has gone.
+# gloo's messages, in plain RuntimeErrors, when another process has ended.
 GONE = re.compile(r"connection (closed|reset|refused)|broken pipe|timed out waiting|socket closed", re.IGNORECASE)
 
 
 class SharedError(UserError):
-    """A UserError that all processes raise, with the message of the first that had one."""
+    """A UserError that all processes raise, with the message of the first rank that had one."""
 
 
 def init_distributed_mode(args: argparse.Namespace) -> argparse.Namespace:
-    """Join the process group that torchrun describes in the environment; without one, this is the only process.
+    """Join the process group that torchrun describes in the environment; without one, run as a single process.
 
-    What a scheduler says of its job (SLURM_NTASKS, ...) is not looked at: a job may hold several single processes.
+    Scheduler variables such as SLURM_NTASKS are ignored, because a job may hold several single processes.
 
     Returns:
-        the arguments with `world_size`, and on GPUs with this process's own `device`.
+        the arguments with `world_size`, and on GPUs with the `device` of this process.
 
     Raises:
         UserError: `--world_size` asks for more processes than were started, or this machine has fewer GPUs than
@@ -38,7 +38,7 @@ def init_distributed_mode(args: argparse.Namespace) -> argparse.Namespace:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         if args.world_size > 1:
             raise UserError(
-                f"--world_size {args.world_size}: one process alone was started. Start all of them with "
+                f"--world_size {args.world_size}: only one process was started. Start all with "
                 f"torchrun --nproc_per_node={args.world_size} <variant>/main.py ..."
             )
         return args
@@ -65,17 +65,17 @@ def init_distributed_mode(args: argparse.Namespace) -> argparse.Namespace:
 
 
 def is_distributed() -> bool:
-    """Whether this process is one of a group."""
+    """Whether this process is in a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def get_world_size() -> int:
-    """Processes in the group; 1 without one."""
+    """Return the number of processes in the group; 1 without a group."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def get_rank() -> int:
-    """This process's number in the group, from 0."""
+    """Return this process's rank in the group, from 0; 0 without a group."""
     return dist.get_rank() if is_distributed() else 0
 
 
@@ -85,7 +85,7 @@ def is_main_process() -> bool:
 
 
 def all_reduce_mean(value: float, device) -> torch.Tensor:
-    """The mean of a host number over all processes, float32 () on the device: nothing waits for it."""
+    """Return the mean of a host number over all processes, float32 () on the device, without a host wait."""
     total = torch.full((), float(value), device=device)
     if is_distributed():
         dist.all_reduce(total)
@@ -93,7 +93,7 @@ def all_reduce_mean(value: float, device) -> torch.Tensor:
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The sum of a tensor over all processes."""
+    """Return the sum of a tensor over all processes."""
     if is_distributed():
         tensor = tensor.clone()
         dist.all_reduce(tensor)
@@ -101,10 +101,10 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def share_buffers(module: torch.nn.Module) -> None:
-    """Let all processes' modules have the main process's buffers.
+    """Copy the main process's buffers to the modules of all processes.
 
-    Batch norms that train have met other images in each process. A checkpoint holds the main one's, so that is what an
-    evaluation must be of.
+    The statistics of trained batch norms differ between processes. Checkpoints hold those of the main process, so an
+    evaluation must use them too.
     """
     if is_distributed():
         for buffer in module.buffers():
@@ -112,7 +112,7 @@ def share_buffers(module: torch.nn.Module) -> None:
 
 
 def gather_objects(value: Any) -> list:
-    """Every process's value (anything that pickles), in order of rank, in every process."""
+    """Return the values of all processes in rank order, in every process. Values must pickle."""
     if not is_distributed():
         return [value]
     gathered: list = [None] * get_world_size()
@@ -122,10 +122,10 @@ def gather_objects(value: Any) -> list:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """A block in which every process fails where one does. Inside, processes must not wait for one another.
+    """A block in which all processes fail if one does. Inside, processes must not wait for one another.
 
     Raises:
-        SharedError: one of the processes had a UserError. Without other processes, that error itself.
+        SharedError: a process raised a UserError. A single process raises the UserError itself.
     """
     error = None
     try:
@@ -141,30 +141,30 @@ def failing_together() -> Iterator[None]:
 
 
 def lost_process(error: BaseException) -> bool:
-    """Whether an error says that another process of the group has gone or does not answer."""
+    """Whether an error means that another process of the group has ended or does not answer."""
     if not is_distributed():
         return False
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(GONE.search(str(error))))
 
 
 def leave_process_group() -> None:
-    """End this process's part in the group, if there is one; the others must do so, too."""
+    """Leave the process group, if there is one; all processes must call this."""
     if is_distributed():
-        # The group's threads end with its last reference, and a model wrapped for it has one. Were they still there
-        # when Python ends, one that lets go of a tensor then would abort the process.
+        # A wrapped model keeps a reference to the group. Collect it, so that the group's threads end now: a thread
+        # that frees a tensor while Python shuts down would abort the process.
         gc.collect()
         dist.destroy_process_group()
 
 
 def abandon_process_group(status: int) -> None:
-    """End this process at once with an exit status, if it is in a group; the others need not know.
+    """Exit at once with this status, if this process is in a group, without telling the others.
 
-    They may wait in the middle of a step. They notice when this process ends, but not if it waits for them.
+    The others may be waiting within a step. They notice the exit, but would hang if this process waited for them.
     """
     if is_distributed():
-        # What is left of loaders ends their processes.
+        # Collect data loaders, which ends their worker processes.
         gc.collect()
         sys.stdout.flush()
         sys.stderr.flush()
-        # Not by Python's own end, which the group's threads may not survive (see `leave_process_group`).
+        # Skip Python's shutdown, in which the group's threads may abort the process (see `leave_process_group`).
         os._exit(status)

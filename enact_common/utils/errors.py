@@ -1,4 +1,4 @@
-"""The error that a user can mend, and how a command ends with it."""
+"""The error that a user can fix, and the exit status of commands."""
 
 import contextlib
 import io
@@ -8,37 +8,37 @@ from collections.abc import Callable
 
 from enact_common.utils.signals import end_children, interruptible, interruption
 
-# The shell's own status of a command that has nobody left to write to.
+# The shell's status of a command whose output pipe was closed: 128 + SIGPIPE.
 NO_READER = 141
 
 
 class UserError(Exception):
-    """Something in the arguments, the data or a file is wrong. The message names it and says the way out.
+    """An error in the arguments, the data or a file. The message says what is wrong and what to do.
 
-    The command line prints the message alone, without a traceback, and exits with status 2.
+    The command line prints only the message, without a traceback, and exits with status 2.
     """
 
 
 def let_any_text_out() -> None:
-    """Let standard output write the number of a character that it cannot show, rather than fail."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's is another
+    """Make standard output escape characters that its encoding lacks, instead of failing."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not in a notebook
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def exit_status(prog: str, command: Callable[[], int]) -> int:
-    """Run a command, and print its UserError, if there is one, as argparse prints its own.
+    """Run a command, print a UserError as argparse prints its errors, and return the exit status.
 
-    A command whose output nobody reads any more, because it was piped to `head`, say, ends quietly. What standard
-    output cannot take, such as Chinese names in a Latin-1 terminal, is written as its number (backslash, u, digits).
-    After Ctrl-C, SIGTERM or SIGHUP, the command cleans up, its child processes end, and one line says so.
+    A command whose output pipe closes (`... | head`) ends quietly. Characters that standard output cannot encode, such
+    as Chinese names in a Latin-1 terminal, are escaped (backslash, u, digits). After Ctrl-C, SIGTERM or SIGHUP, the
+    command cleans up, its child processes end, and one line reports the signal.
 
     Args:
         prog: the program's name.
         command: returns its exit status.
 
     Returns:
-        the command's; 2 after a UserError; 141 where the output is not read to its end; 128 and the signal's number
-        after a signal: 130 for Ctrl-C, 143 for SIGTERM.
+        the command's status; 2 after a UserError; 141 if the output pipe was closed; 128 plus the signal's number after
+        a signal: 130 for Ctrl-C, 143 for SIGTERM.
     """
     let_any_text_out()
     try:
@@ -53,17 +53,17 @@ def exit_status(prog: str, command: Callable[[], int]) -> int:
 
 
 def status_of(prog: str, command: Callable[[], int]) -> int:
-    """`exit_status` without its signals."""
+    """`exit_status` without signal handling."""
     try:
         status = command()
-        # What is still held back would otherwise fail when the process ends, out of reach.
+        # Flush here, so that a closed pipe fails inside this try block and not at exit.
         print(end="", flush=True)
         return status
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # Python writes what it holds back once more when the process ends: that must not fail again.
+        # Python flushes standard output again at exit; send that to devnull, so that it does not fail too.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         os.close(nowhere)

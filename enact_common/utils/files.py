@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and files of tensors from anywhere."""
+"""Atomic writing of files, and safe reading of tensor files from any source."""
 
 import argparse
 import os
@@ -14,22 +14,22 @@ import torch
 from enact_common.utils.errors import UserError
 from enact_common.utils.file_kinds import describe_file, describe_folder, is_safetensors
 
-# The original repositories keep their arguments in one; nothing else beyond tensors and built-in types is let in.
+# Checkpoints of the original repositories hold a Namespace; otherwise only tensors and built-in types are allowed.
 torch.serialization.add_safe_globals([argparse.Namespace])
 
-# How PyTorch's messages name a class or function that it did not let in.
-NOT_LET_IN = re.compile(r"GLOBAL ([\w.]+)")
+# The class or function in PyTorch's message that it refused.
+REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def make_folder(folder: Path, flag: str = "--output_dir") -> None:
-    """Create a folder, and those above it, where it is missing.
+    """Create a folder and its parents, if they are missing.
 
     Args:
         folder: the folder.
-        flag: that named it, for the message.
+        flag: the flag that names the folder, for the message.
 
     Raises:
-        UserError: it cannot be created, or nothing can be written in it.
+        UserError: the folder cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -40,25 +40,25 @@ def make_folder(folder: Path, flag: str = "--output_dir") -> None:
 
 
 def check_no_folder(path: Path) -> None:
-    """Refuse to write a file where there is a folder, before any work is done for it.
+    """Refuse an output file whose path is a folder, before any work is done.
 
     Raises:
-        UserError: there is one.
+        UserError: the path is a folder.
     """
     if path.is_dir():
-        raise UserError(f"{path}: cannot be written, there is a folder of this name; choose another place")
+        raise UserError(f"{path}: cannot be written, there is a folder of this name; choose another path")
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object], sync: bool = True) -> None:
-    """Write beside `path` and rename into place: a file of this name is always complete, the old one or the new.
+    """Write to a temporary file next to `path` and rename it, so that `path` is always a complete file, old or new.
 
     Args:
-        path: the file to make or replace.
-        write: puts the content into an open binary file.
-        sync: wait until the disk has it, so that a power cut loses nothing; costs milliseconds a file.
+        path: the file to create or replace.
+        write: writes the content to an open binary file.
+        sync: wait for the disk, so that the file survives a power cut; costs milliseconds per file.
 
     Raises:
-        OSError: the disk is full, say; the old file is still there.
+        OSError: the file cannot be written, for example because the disk is full; the old file is unchanged.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -74,10 +74,10 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], sync: bool
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A block that writes a file, and whose failure the user can mend.
+    """A block that writes a file and turns an OSError into a UserError.
 
     Raises:
-        UserError: the system refuses; the message names the file.
+        UserError: the file cannot be written; the message names it.
     """
     try:
         yield
@@ -86,26 +86,26 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object], sync: bool = True) -> None:
-    """`write_atomically`, whose failure the user can mend.
+    """`write_atomically` with a UserError instead of an OSError.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     with writing(path):
         write_atomically(path, write, sync)
 
 
 def read_tensors(path: Path, expected: str) -> Any:
-    """What `torch.save` or safetensors put into a file: tensors and built-in types alone, on the CPU.
+    """Return the content of a `torch.save` or safetensors file on the CPU: only tensors and built-in types.
 
-    Nothing in the file is executed: a pickle that names any other class or function is refused as it is read.
+    Nothing in the file is executed: a pickle that names any other class or function is refused while it is read.
 
     Args:
         path: the file.
-        expected: what it should hold, for the message.
+        expected: the expected kind of file, for the message.
 
     Raises:
-        UserError: it is missing, truncated, or holds something else; the message says what, where that shows.
+        UserError: the file is missing, truncated, or of another kind, which the message names if it is known.
     """
     if path.is_dir():
         kind, way_out = describe_folder(path)
@@ -119,18 +119,18 @@ def read_tensors(path: Path, expected: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
-    except Exception as error:  # what a damaged pickle or archive raises has no end: struct.error, IndexError, ...
-        found = describe_file(path)
-        if found:
-            raise UserError(f"{path}: not a file of tensors but {found[0]}; {found[1]}") from error
+    except Exception as error:  # a damaged pickle or archive raises many types: struct.error, IndexError, ...
+        description = describe_file(path)
+        if description:
+            raise UserError(f"{path}: not a file of tensors but {description[0]}; {description[1]}") from error
         raise UserError(f"{path}: {describe(error)}; expected {expected}") from error
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors in a file of safetensors' format.
+    """Return the tensors in a safetensors file.
 
     Raises:
-        UserError: the package is not installed.
+        UserError: the package safetensors is not installed.
     """
     try:
         from safetensors.torch import load_file
@@ -140,17 +140,17 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def check_reader(path: Path) -> None:
-    """Refuse the two kinds of files that PyTorch before 2.6 gives to readers which execute code, whatever
-    `weights_only` says (CVE-2025-32434): TorchScript, and the tar archives of PyTorch's first releases.
+    """Refuse the two kinds of files for which PyTorch before 2.6 executes code even with `weights_only`
+    (CVE-2025-32434): TorchScript, and the tar archives of PyTorch's first releases.
 
     Raises:
-        ValueError: it is of one of these kinds.
-        RuntimeError: it begins like a zip archive, but is none.
+        ValueError: the file is of one of these kinds.
+        RuntimeError: the file starts like a zip archive, but is not one.
     """
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
     if zipped:
-        # The reader that torch.load asks: another one could be shown another archive.
+        # torch.load's reader, because another reader could see another archive in a crafted file.
         if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
             raise ValueError("it is a TorchScript archive, and was not executed")
     elif tarfile.is_tarfile(path):
@@ -158,13 +158,13 @@ def check_reader(path: Path) -> None:
 
 
 def describe(error: Exception) -> str:
-    """What an error of `torch.load` comes down to. Its own text tells how to load the file all the same."""
+    """Return the reason of a `torch.load` error, without PyTorch's advice on how to load the unsafe file."""
     text = str(error)
-    found = NOT_LET_IN.search(text)
-    if found:
-        reason = f"it holds {found[1]}, which is neither a tensor nor a built-in type, and was not executed"
+    refused = REFUSED_GLOBAL.search(text)
+    if refused:
+        reason = f"it holds {refused[1]}, which is neither a tensor nor a built-in type, and was not executed"
     elif isinstance(error, KeyError):
-        # Of a text, say, whose letters are taken for orders of a pickle: the key alone tells nobody anything.
+        # For example a text whose letters were read as pickle opcodes; the bare key would not help.
         reason = "its content is of another kind"
     else:
         text = text.rpartition("WeightsUnpickler error:")[2].partition(" In PyTorch 2.6")[0]

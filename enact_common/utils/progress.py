@@ -14,14 +14,14 @@ logger = logging.getLogger("enact")
 
 
 class Progress:
-    """Iterate with a bar on a terminal, or with a line every few steps elsewhere; the main process alone prints.
+    """An iterator with a progress bar on a terminal, or a line every few steps elsewhere; only the main process prints.
 
     Args:
-        batches: what to iterate over; has a length.
-        title: stands at the start of each line.
+        batches: the batches to iterate over; must have a length.
+        title: start of each line.
         images_per_step: images of all processes, for the rate.
         print_freq: steps between two lines.
-        first: steps that were done before; the batches are those that are left.
+        first: steps that were done before a resume; the batches are the remaining ones.
     """
 
     def __init__(self, batches: Iterable, title: str, images_per_step: int, print_freq: int, first: int = 0):
@@ -32,7 +32,7 @@ class Progress:
         self.first = first
 
     def __iter__(self) -> Iterator[tuple[int, object]]:
-        """Step numbers, from `first` on, and batches."""
+        """Yield (step, batch), with steps counted from `first`."""
         self._start = time.perf_counter()
         terminal = sys.stdout.isatty()
         self._bar = tqdm(
@@ -50,7 +50,7 @@ class Progress:
                 self._bar.update()
 
     def due(self, step: int) -> bool:
-        """Whether `show` would print now; ask before computing what costs a wait for the device."""
+        """Whether `show` should print in this step. Ask first, because computing the values may wait for the device."""
         return (step + 1) % self.print_freq == 0 or step + 1 == len(self.batches)
 
     def show(self, step: int, values: dict[str, float]) -> None:

@@ -1,8 +1,8 @@
-"""Signals that ask a process to end: what a training does then, and what every other command does.
+"""Signals that ask a process to end, in trainings and in all other commands.
 
-Schedulers announce a preemption or the end of the time by a signal, and kill the process some time later. In between, a
+Schedulers announce a preemption or the time limit by a signal, and kill the process some time later. In between, a
 training finishes its step and writes a checkpoint within the epoch (`listening`). Every other command ends as after
-Ctrl-C (`interruptible`): the signal raises `Interrupted`, and each block on the way out cleans up.
+Ctrl-C (`interruptible`): the signal raises `Interrupted`, and enclosing blocks clean up.
 """
 
 import multiprocessing
@@ -15,32 +15,32 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from types import FrameType
 
-# Of a training that a signal stopped, and that goes on with --auto_resume. In sysexits.h: try again later.
+# Exit status of a training that a signal stopped and --auto_resume continues. sysexits.h: temporary failure.
 STOPPED = 75
 
-# SIGTERM comes from `docker stop`, Kubernetes, torchrun and schedulers that preempt; SIGUSR1 from whoever is asked to
-# send it before the time is up (Slurm's --signal); SIGUSR2 from submitit.
+# SIGTERM comes from `docker stop`, Kubernetes, torchrun and preempting schedulers; SIGUSR1 from Slurm before the time
+# limit, if asked by --signal; SIGUSR2 from submitit.
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
-)  # Windows has the first alone
+)  # Windows has only SIGTERM
 
 _received: signal.Signals | None = None
 
 
 class Stopped(Exception):
-    """A signal stopped the run. The message says what was saved and how to go on."""
+    """A signal stopped the run. The message says what was saved and how to continue."""
 
 
 def stop_requested() -> signal.Signals | None:
-    """The signal that asked this process to stop, since `listening` began the last time; None where none came."""
+    """Return the signal that asked this process to stop since the last start of `listening`; None without one."""
     return _received
 
 
 @contextmanager
 def listening() -> Iterator[None]:
-    """A block in which the signals that ask a process to stop are remembered and do nothing else.
+    """A block in which signals that ask the process to stop are only recorded, for `stop_requested`.
 
-    Outside the main thread, where Python installs no handlers, the signals do what they did before.
+    Outside the main thread, where Python cannot install handlers, signals keep their previous handlers.
     """
     global _received
     _received = None
@@ -58,25 +58,25 @@ def listening() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            # None stands for a handler that was not installed from Python.
+            # None means a handler that was not installed from Python.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
-# Signals that end other commands than a training. SIGHUP comes when the terminal or the ssh connection is closed.
+# Signals that end commands other than a training. SIGHUP comes when the terminal or the ssh connection closes.
 ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
-# `timeout` and launchers send a signal to the process and to its group: within so many seconds it is the same request.
+# `timeout` and launchers send a signal to the process and to its group; signals within so many seconds count as one.
 SAME_REQUEST = 1.0
 
-# Seconds that child processes get to clean up before they are killed.
+# Seconds that child processes have to clean up before they are killed.
 CHILDREN_MAY_TAKE = 5.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asks the command to end. A KeyboardInterrupt, so that all that handles Ctrl-C handles it.
+    """A signal asked the command to end. A KeyboardInterrupt, so that code that handles Ctrl-C handles it too.
 
     Args:
-        number: of the signal.
+        number: number of the signal.
     """
 
     def __init__(self, number: int):
@@ -85,11 +85,11 @@ class Interrupted(KeyboardInterrupt):
 
 
 def interruption(error: KeyboardInterrupt) -> tuple[int, str]:
-    """The exit status after an interruption, 128 and the signal's number as in a shell, and what happened in words."""
+    """Return the exit status after an interruption (128 plus the signal's number, as in a shell) and its message."""
     return 128 + getattr(error, "number", signal.SIGINT), str(error) or "interrupted by Ctrl-C"
 
 
-# The first signal since `interruptible` began: its number, when it came, and whether it has been raised.
+# The first signal since the start of `interruptible`: its number, its time, and whether it has been raised.
 _first: int | None = None
 _since = 0.0
 _raised = False
@@ -99,10 +99,10 @@ _blocks = 0
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """A block that SIGTERM and SIGHUP end as Ctrl-C does, by an exception; a second signal ends the process at once.
+    """A block that SIGTERM and SIGHUP end by an exception, as Ctrl-C does; a second signal ends the process at once.
 
-    Signals that are ignored stay ignored (`nohup`). Outside the main thread, where Python installs no handlers, the
-    signals do what they did before.
+    Ignored signals stay ignored (`nohup`). Outside the main thread, where Python cannot install handlers, signals keep
+    their previous handlers.
 
     Raises:
         Interrupted: a signal came.
@@ -115,11 +115,11 @@ def interruptible() -> Iterator[None]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         global _first, _since
-        # A forked process has inherited this handler, but none of the blocks that clean up are its own.
+        # A forked child inherits this handler but has nothing to clean up, so the signal ends it at once.
         if os.getpid() != owner or (_first is not None and time.monotonic() - _since > SAME_REQUEST):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-            # The first process of a container outlives that.
+            # Process 1 of a container ignores signals with default handlers, so exit.
             os._exit(128 + number)
         elif _first is None:
             _first, _since = number, time.monotonic()
@@ -127,7 +127,7 @@ def interruptible() -> Iterator[None]:
                 raise_pending()
 
     before = {number: signal.getsignal(number) for number in ENDING}
-    # None stands for a handler that was not installed from Python, and could not be put back.
+    # None means a handler that was not installed from Python, which could not be restored.
     before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     try:
         for number in before:
@@ -136,7 +136,7 @@ def interruptible() -> Iterator[None]:
     except Exception as error:
         if _first is None:
             raise
-        # C++ code that calls Python, as PyTorch's exporter does, passes an interruption on as an error of its own.
+        # C++ code that calls Python, as in PyTorch's exporter, turns an interruption into another exception.
         raise Interrupted(_first) from error
     finally:
         for number, handler in before.items():
@@ -145,7 +145,7 @@ def interruptible() -> Iterator[None]:
 
 
 def raise_pending() -> None:
-    """Raise the signal that came, if there is one that has not been raised."""
+    """Raise a received signal that has not been raised yet."""
     global _raised
     if _first is not None and not _raised:
         _raised = True
@@ -154,7 +154,7 @@ def raise_pending() -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """A short block within `interruptible` that a signal does not cut in two: it is raised at the block's end."""
+    """A short block within `interruptible` that signals do not interrupt; they are raised at its end."""
     global _blocks
     _blocks += 1
     try:
@@ -166,9 +166,9 @@ def uninterrupted() -> Iterator[None]:
 
 
 def end_children() -> None:
-    """End the processes that `multiprocessing` started for this one, by SIGTERM or, after 5 s, by SIGKILL.
+    """End the child processes that `multiprocessing` started, by SIGTERM and after 5 s by SIGKILL.
 
-    The workers of PyTorch's loaders are left to their loaders, which would take their deaths for failures.
+    Workers of PyTorch's loaders are left out: the loaders end them, and would report their deaths as failures.
     """
     children = [child for child in multiprocessing.active_children() if not child.daemon]
     for child in children:
@@ -182,7 +182,7 @@ def end_children() -> None:
 
 @contextmanager
 def cancelling(pool: Executor) -> Iterator[None]:
-    """A block within a pool's own, which after an interruption would wait until all that was submitted is done."""
+    """A block inside a pool's `with` that cancels submitted tasks on an interruption, which the pool would wait for."""
     try:
         yield
     except KeyboardInterrupt:
