@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # A checkout whose dependencies alone are installed works too.
+    # Makes a checkout importable when only the dependencies are installed.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from enact_common.cli.arguments import VariantParser, add_focal_flags, common_parser  # noqa: E402
@@ -16,31 +16,31 @@ from enact_common.utils.errors import UserError  # noqa: E402
 
 
 def get_args_parser() -> VariantParser:
-    """Anchor DETR's command line: the shared flags and its own, at the defaults of the published training."""
+    """Return Anchor DETR's parser: shared and own flags, with the defaults of the published training."""
     parser = common_parser("Anchor DETR with ENACT (default) or plain (--encoder_attention mhsa)")
     group = parser.group(MODEL)
     group.add_argument(
         "--attention_type", choices=("RCDA", "nn.MultiheadAttention"), default="RCDA",
-        help="attention to the feature map: row-column decoupled, or cell by cell",
+        help="attention to the feature map: row-column decoupled (RCDA), or to single cells",
     )  # fmt: skip
     group.add_argument(
         "--num_feature_levels", type=int, choices=(1, 3), default=1,
-        help="feature maps: the backbone's last, or its last three (with --dilation, which gives them one size)",
+        help="feature maps: the backbone's last one, or its last three (only with --dilation, which makes sizes equal)",
     )  # fmt: skip
     group.add_argument(
         "--separate_images", action="store_true",
-        help="with --num_feature_levels 3: keep the images of a batch, which the reference mixes among levels, apart "
-        "in all but ENACT's window length",
+        help="with --num_feature_levels 3: keep the images of a batch apart, except in ENACT's window length; the "
+        "reference mixes images between levels",
     )  # fmt: skip
     group.add_argument(
-        "--spatial_prior", choices=("learned", "grid"), default="learned", help="where the anchor points are"
+        "--spatial_prior", choices=("learned", "grid"), default="learned", help="positions of the anchor points"
     )
     group.add_argument(
         "--num_query_position", type=positive_int, default=300, metavar="N",
-        help="anchor points; a grid takes the nearest square number",
+        help="anchor points; a grid uses the nearest square number",
     )  # fmt: skip
     group.add_argument(
-        "--num_query_pattern", type=positive_int, default=3, metavar="N", help="objects that one anchor point can hold"
+        "--num_query_pattern", type=positive_int, default=3, metavar="N", help="objects per anchor point"
     )
     add_focal_flags(parser)
     parser.set_defaults(
@@ -53,22 +53,22 @@ def get_args_parser() -> VariantParser:
 
 
 def check_arguments(args) -> None:
-    """Refuse what Anchor DETR cannot be built with.
+    """Check Anchor DETR's flags for conflicts.
 
     Raises:
-        UserError: naming the flag and the way out.
+        UserError: naming the flag and what to do.
     """
     if args.num_feature_levels > 1 and not args.dilation:
         raise UserError(
-            f"--num_feature_levels {args.num_feature_levels} needs --dilation: without it the maps differ in size"
+            f"--num_feature_levels {args.num_feature_levels} needs --dilation: without it the maps have different sizes"
         )
     if args.enact_scale_logits and args.attention_type == "RCDA":
         raise UserError(
-            "--enact_scale_logits: row-column attention scales its logits with ENACT too, so it has no effect: leave "
-            "it out, or pass --attention_type nn.MultiheadAttention"
+            "--enact_scale_logits: row-column attention scales its logits anyway, so the flag has no effect: leave it "
+            "out, or pass --attention_type nn.MultiheadAttention"
         )
     if args.separate_images and args.num_feature_levels == 1:
-        raise UserError("--separate_images has no effect on one feature level: leave it out")
+        raise UserError("--separate_images has no effect with --num_feature_levels 1: leave it out")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    # A checkout whose dependencies alone are installed works too.
+    # Makes a checkout importable when only the dependencies are installed.
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from enact_common.cli.arguments import VariantParser, add_focal_flags, add_query_flags, common_parser  # noqa: E402
@@ -13,7 +13,7 @@ from enact_common.training.run import main  # noqa: E402
 
 
 def get_args_parser() -> VariantParser:
-    """Conditional DETR's command line: the shared flags, at the defaults of the published training."""
+    """Return Conditional DETR's parser: the shared flags, with the defaults of the published training."""
     parser = common_parser("Conditional DETR with ENACT (default) or plain (--encoder_attention mhsa)")
     add_query_flags(parser, num_queries=300)
     add_focal_flags(parser)

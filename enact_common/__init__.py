@@ -1,6 +1,6 @@
-"""ENACT and the three detectors of this project; the names here are for users' own code.
+"""ENACT and the three detectors of this project. This module exports the public names.
 
-They are imported when they are asked for: `import enact_common` alone loads no PyTorch.
+Each name is imported on first use: `import enact_common` does not load PyTorch.
 """
 
 import importlib
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from enact_common.utils.errors import UserError
     from enact_common.variants import load_variant
 
-# name: the module that it comes from
+# name: its module
 _MODULES = {
     "Detections": "inference",
     "EnactSelfAttention": "attention",

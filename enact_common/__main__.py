@@ -1,9 +1,9 @@
-"""The command `enact`: one command for everything that the project does.
+"""The command `enact`, which runs all of the project's commands.
 
     enact train detr --coco_path DATA --output_dir OUT
     enact predict IMAGES --checkpoint OUT/checkpoint.pth --output_dir PICTURES
 
-`enact COMMAND --help` lists a command's flags. `python -m enact_common` is the same.
+`enact COMMAND --help` lists a command's flags. `python -m enact_common` runs the same program.
 """
 
 import argparse
@@ -15,16 +15,16 @@ from collections.abc import Sequence
 from enact_common.cli import program
 from enact_common.utils.errors import UserError, exit_status
 
-# Each command's module, below enact_common, and what it does. Modules are imported when their command is called.
+# command: (module below enact_common, description). A module is imported when its command runs.
 COMMANDS = {
     "train": ("train", "train a variant: enact train detr|conditional|anchor"),
     "eval": ("train", "evaluate a checkpoint: enact eval --resume CKPT"),
     "predict": ("predict", "detect in images and videos"),
-    "check": ("data.checks.__main__", "find what is wrong with a data set"),
-    "convert": ("convert.__main__", "make COCO's layout of Pascal VOC or YOLO data"),
+    "check": ("data.checks.__main__", "find errors in a data set"),
+    "convert": ("convert.__main__", "convert Pascal VOC or YOLO data to COCO's layout"),
     "export": ("export.__main__", "write a detector as ONNX, torch.export or TorchScript"),
     "compare": ("compare.__main__", "compare trainings, with and without ENACT, on one page"),
-    "plots": ("plots.__main__", "draw training curves and precision by recall"),
+    "plots": ("plots.__main__", "draw training curves and precision-recall curves"),
     "benchmark": ("benchmark.__main__", "measure memory, time and operations"),
     "study": ("study.__main__", "measure what ENACT costs in accuracy"),
     "slurm": ("slurm.__main__", "submit a training to a cluster"),
@@ -37,13 +37,13 @@ SHELLS = ("bash", "zsh")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one of the commands.
+    """Run a command.
 
     Args:
-        argv: the command line's words; None for the process's own.
+        argv: command-line arguments; None for those of the process.
 
     Returns:
-        the command's exit status; 2 for a command that there is not.
+        the command's exit status; 2 for an unknown command.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] not in COMMANDS:
@@ -55,13 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def without_command(words: Sequence[str]) -> int:
-    """Answer a command line that names none of `COMMANDS`.
+    """Handle a command line that starts with none of `COMMANDS`.
 
     Returns:
         the exit status.
 
     Raises:
-        UserError: the first word is no command.
+        UserError: the first word is not a command.
     """
     if not words or words[0] in ("-h", "--help"):
         print(help_text())
@@ -74,14 +74,14 @@ def without_command(words: Sequence[str]) -> int:
 
 
 def help_text() -> str:
-    """All commands, a line each."""
+    """Return the list of all commands, one per line."""
     lines = [f"  {name:<11} {what}" for name, (_, what) in COMMANDS.items()]
     lines.append(f"  {COMPLETION:<11} print a completion script for {', '.join(SHELLS)}")
     return "usage: enact COMMAND ...\n\n" + "\n".join(lines) + "\n\nenact COMMAND --help lists a command's flags."
 
 
 def print_completion(words: Sequence[str]) -> int:
-    """Print a script that completes commands, flags and choices in a shell, by shtab."""
+    """Print a shell script that completes commands, flags and choices; made by shtab."""
     parser = argparse.ArgumentParser(prog=f"enact {COMPLETION}", description=print_completion.__doc__)
     parser.add_argument("shell", choices=SHELLS)
     shell = parser.parse_args(words).shell
@@ -94,12 +94,12 @@ def print_completion(words: Sequence[str]) -> int:
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """A parser with every command's own parser below it."""
+    """Return a parser with all commands' parsers as subparsers."""
     whole = argparse.ArgumentParser(prog="enact")
     commands = whole.add_subparsers()
     for name, (module, what) in COMMANDS.items():
         commands.add_parser(name, help=what)
-        # argparse offers no way to add a parser that is made already.
+        # argparse has no public way to add an existing parser.
         commands.choices[name] = importlib.import_module(f"enact_common.{module}").build_parser()
     return whole
 

@@ -1,4 +1,4 @@
-"""Box formats and overlaps that the detectors need beside `torchvision.ops`.
+"""Box formats and overlaps that `torchvision.ops` lacks.
 
 Formats: `cxcywh` is (centre x, centre y, width, height), `xyxy` is (left, top, right, bottom). Units are the
 caller's: pixels, or fractions of the image's width and height.
@@ -15,20 +15,20 @@ __all__ = [
 
 
 def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """(..., 4) cxcywh to (..., 4) xyxy."""
+    """Convert boxes (..., 4) from cxcywh to xyxy."""
     return box_convert(boxes, "cxcywh", "xyxy")
 
 
 def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """(..., 4) xyxy to (..., 4) cxcywh."""
+    """Convert boxes (..., 4) from xyxy to cxcywh."""
     return box_convert(boxes, "xyxy", "cxcywh")
 
 
 def paired_box_giou(boxes1: Tensor, boxes2: Tensor) -> Tensor:
-    """Generalized IoU (Rezatofighi et al., CVPR 2019) of boxes paired by broadcasting.
+    """Generalized IoU (Rezatofighi et al., CVPR 2019) of paired boxes.
 
-    `torchvision.ops` has it for all pairs of two lists, and as a loss that indexes by a mask, which makes the host
-    wait for the GPU. Here leading axes broadcast and nothing waits.
+    `torchvision.ops` computes it for all pairs of two lists, or as a loss that indexes by a mask, which makes the host
+    wait for the GPU. This function does neither.
 
     Args:
         boxes1, boxes2: (..., 4) xyxy with positive width and height; leading axes broadcast.
@@ -54,7 +54,7 @@ def boxes_at_points(points: Tensor, offsets: Tensor) -> Tensor:
 
     Args:
         points: (..., 2), (x, y) in [0, 1]; broadcasts against the offsets' leading axes.
-        offsets: (..., 4): of the centre from the point, before the sigmoid; width and height before the sigmoid.
+        offsets: (..., 4), before the sigmoid: the centre's offset from the point, then width and height.
 
     Returns:
         float32 (..., 4) cxcywh in [0, 1].
@@ -65,19 +65,19 @@ def boxes_at_points(points: Tensor, offsets: Tensor) -> Tensor:
 
 
 def boxes_of_masks(masks: Tensor) -> Tensor:
-    """The smallest box around each mask's pixels, as COCO has it: of a single pixel, one of 1 x 1.
+    """The smallest box around each mask's pixels, as COCO defines it: a single pixel has a 1 x 1 box.
 
-    `torchvision.ops.masks_to_boxes` ends at the last pixel's number, one before its far edge, so that boxes are a pixel
-    too small and those of thin masks have no area.
+    `torchvision.ops.masks_to_boxes` ends at the last pixel's index instead of its far edge, so its boxes are a pixel
+    too small, and thin masks have no area.
 
     Args:
         masks: bool (n, height, width).
 
     Returns:
-        float32 (n, 4) xyxy in pixels; zeros of a mask without a pixel.
+        float32 (n, 4) xyxy in pixels; zeros for empty masks.
     """
     sides = []
-    for across in (1, 2):  # over the rows, which leaves columns; over the columns
+    for across in (1, 2):  # reduce the rows, then the columns
         line = masks.any(dim=across)  # (n, width), then (n, height)
         length = line.shape[1]
         place = torch.arange(length, device=masks.device)

@@ -1,8 +1,8 @@
-"""The detectors by name, as `torch.hub` finds them in the checkout's `hubconf.py`.
+"""The detectors by name, for `torch.hub` and the checkout's `hubconf.py`.
 
-The names are in the pattern of the original repositories' hubs: `detr_resnet50`, `detr_resnet50_dc5`, ...,
-`detr_resnet50_panoptic`, ..., `conditional_detr_resnet101`, ..., `anchor_detr_resnet50_dc5`; with `_enact` at the end,
-the encoder attends to clusters.
+Names follow the original repositories' hubs: `detr_resnet50`, `detr_resnet50_dc5`, ..., `detr_resnet50_panoptic`, ...,
+`conditional_detr_resnet101`, ..., `anchor_detr_resnet50_dc5`. With `_enact` at the end, the encoder attends to
+clusters.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from enact_common.utils.errors import UserError
 from enact_common.variants import VARIANTS, load_variant
 
 BACKBONES = ("resnet50", "resnet101")
-# Flags of the model that its name decides.
+# Model flags that the model's name sets.
 NAMED = ("backbone", "dilation", "encoder_attention")
 TITLES = {"detr": "DETR", "conditional": "Conditional DETR", "anchor": "Anchor DETR"}
 
-# Published by DETR's authors; the file's name ends with the beginning of its SHA-256.
+# Checkpoints published by DETR's authors; file names end with the first digits of their SHA-256.
 PUBLISHED = {
     f"detr_{model}": f"https://dl.fbaipublicfiles.com/detr/detr-{file}.pth"
     for model, file in {
@@ -44,13 +44,13 @@ PUBLISHED = {
 HELP = """{title}.
 
     Args:
-        pretrained: False for random weights; a checkpoint's path, or its URL with the hash in the file's name: of
-            this project, of ENACT's authors or of the original repository; {published}
+        pretrained: False for random weights; or a checkpoint's path, or its URL with the hash in the file name: from
+            this project, ENACT's authors or the original repository; {published}
         num_classes: labels; None for the checkpoint's, or COCO's {classes}.
-        return_postprocessor: return (model, post-processing) rather than the model alone.
-        backbone_weights: of a model that is not pretrained: "none" for random ones, "default" for torchvision's
-            ImageNet weights, which are downloaded, or a state dict's path.
-        flags: of the model, by the names that `python {folder}/main.py --help` lists under "model": `num_queries=300`,
+        return_postprocessor: return (model, post-processing) instead of only the model.
+        backbone_weights: for a model that is not pretrained: "none" for random ones, "default" for torchvision's
+            ImageNet weights, which are downloaded, or the path of a state dict.
+        flags: the flags that `python {folder}/main.py --help` lists under "model", by name: `num_queries=300`,
             `enact_max_clusters=256`; and `aux_loss=True` for the predictions of all decoder layers{threshold}.
 
     Returns:
@@ -58,27 +58,27 @@ HELP = """{title}.
         uint8, or floating point and normalised. It returns `pred_logits` and `pred_boxes`{masks}.
 
     Raises:
-        UserError: the checkpoint cannot be had, or is of another model; or a flag is not of this model.
+        UserError: the checkpoint cannot be loaded or is of another model, or a flag is not one of this model.
     """
 
-# What is said of panoptic models beside that.
+# Additional help of panoptic models.
 THRESHOLD_HELP = """;
-            `threshold=0.85`, of the post-processing, is the least probability of a segment's class, in [0, 1]"""
+            `threshold=0.85`, of the post-processing, is the lowest probability of a segment's class, in [0, 1]"""
 MASKS_HELP = """, and in
-        evaluation mode `pred_masks`. `postprocess(outputs, sizes)`, with (height, width) of each image as the model
-        saw it, makes segments of them, as `PostProcessPanoptic` of `enact_common.models.segmentation` says"""
+        evaluation mode `pred_masks`. `postprocess(outputs, sizes)`, with (height, width) of each image at the model's
+        input, turns them into segments (see `enact_common.models.segmentation.PostProcessPanoptic`)"""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What a name stands for.
+    """The configuration of a named model.
 
     Attributes:
         variant: a key of `VARIANTS`.
-        backbone: its name.
-        dilation: stride 16 in place of 32 (DC5).
+        backbone: one of `BACKBONES`.
+        dilation: stride 16 instead of 32 (DC5).
         encoder_attention: "enact" or "mhsa".
-        panoptic: with a mask head, for things and stuff.
+        panoptic: has a mask head, for things and stuff.
     """
 
     variant: str
@@ -89,7 +89,7 @@ class Model:
 
     @property
     def name(self) -> str:
-        """As the hub has it."""
+        """The name in the hub."""
         prefix = "" if self.variant == "detr" else f"{self.variant}_"
         clustered = self.encoder_attention == "enact"
         suffixes = "_dc5" * self.dilation + "_panoptic" * self.panoptic + "_enact" * clustered
@@ -97,7 +97,7 @@ class Model:
 
     @property
     def title(self) -> str:
-        """In words."""
+        """A readable description."""
         attention = "with ENACT" if self.encoder_attention == "enact" else "plain"
         stride = ", its last stage dilated (DC5)" if self.dilation else ""
         kind = ", panoptic" if self.panoptic else ""
@@ -112,7 +112,7 @@ def build(
     backbone_weights: str = "none",
     **flags: Any,
 ) -> nn.Module | tuple[nn.Module, nn.Module]:
-    """The model that a name stands for; arguments, result and errors as in `HELP`."""
+    """Build a named model; see `HELP` for arguments, result and errors."""
     threshold = flags.pop("threshold", PostProcessPanoptic.THRESHOLD) if model.panoptic else None
     check_flags(model, flags)
     state, source, label_map = None, None, None
@@ -145,7 +145,7 @@ def build(
 
 
 def check_flags(model: Model, flags: dict[str, Any]) -> None:
-    """Refuse flags that a model does not have, or that its name decides.
+    """Check that all flags belong to the model and are not set by its name.
 
     Raises:
         UserError: naming the flag.
@@ -162,12 +162,12 @@ def check_flags(model: Model, flags: dict[str, Any]) -> None:
 
 
 def check_arguments(model: Model, args: argparse.Namespace) -> None:
-    """Refuse values that do not go together, as a training would.
+    """Check the flags for conflicts, as a training does.
 
     Raises:
-        UserError: naming the flag and the way out.
+        UserError: naming the flag and what to do.
     """
-    # There is no data to ask for.
+    # Placeholders: building a model needs no data.
     args = with_flags(args, coco_path=".", coco_panoptic_path="." if model.panoptic else None)
     try:
         load_variant(model.variant).main.get_args_parser().check(args)
@@ -176,18 +176,18 @@ def check_arguments(model: Model, args: argparse.Namespace) -> None:
 
 
 def checkpoint_of(model: Model, pretrained: bool | str | PathLike) -> str:
-    """The path or URL that `pretrained` asks for.
+    """Return the path or URL of the checkpoint for `pretrained`.
 
     Raises:
-        UserError: it is True, and there is none.
+        UserError: it is True, and no file is published.
     """
     if pretrained is not True:
         return str(pretrained)
     if model.name not in PUBLISHED:
         raise UserError(
-            f"{model.name}: pretrained=True: no published file of this model is known here with its hash. Pass a file "
-            "that you have, pretrained='path/to/checkpoint.pth', or an https URL whose file name ends with the "
-            "beginning of its SHA-256"
+            f"{model.name}: pretrained=True: no published file of this model with a known hash. Pass your own file, "
+            "pretrained='path/to/checkpoint.pth', or an https URL whose file name ends with the first digits of its "
+            "SHA-256"
         )
     return PUBLISHED[model.name]
 
@@ -195,16 +195,16 @@ def checkpoint_of(model: Model, pretrained: bool | str | PathLike) -> str:
 def pretrained_arguments(
     model: Model, state: dict[str, Any], source: str, num_classes: int | None
 ) -> tuple[argparse.Namespace, LabelMap]:
-    """The arguments that build a checkpoint's model, which must be the one that is asked for, and its labels.
+    """Return the arguments that build a checkpoint's model, and its labels; check that it is the requested model.
 
     Args:
-        model: what is asked for.
-        state: of `load_checkpoint`.
-        source: where it is from, for messages.
-        num_classes: labels that are asked for; None for its own.
+        model: the requested model.
+        state: the result of `load_checkpoint`.
+        source: the checkpoint's path or URL, for messages.
+        num_classes: requested number of labels; None for the checkpoint's.
 
     Raises:
-        UserError: naming the model that it is of.
+        UserError: the checkpoint is of another model, which the message names, or has another number of labels.
     """
     variant = known_variant(state, source)
     dilation = state["args"].get("dilation", model.dilation)
@@ -212,29 +212,29 @@ def pretrained_arguments(
     found = Model(variant, args.backbone, args.dilation, args.encoder_attention, args.dataset_file == PANOPTIC)
     if args.masks and not found.panoptic:
         raise UserError(
-            f"{source}: is a checkpoint of {found.title}, with a mask head for instances, not of {model.title}: there "
-            "is no name for it: enact_common.load_detector"
+            f"{source}: is a checkpoint of {found.title}, with a mask head for instances, not of {model.title}: the "
+            "hub has no name for it; use enact_common.load_detector"
         )
     if found != model:
-        other = f"load {found.name}" if found.name in ENTRIES else "there is no name for it: enact_common.load_detector"
+        other = f"load {found.name}" if found.name in ENTRIES else "use enact_common.load_detector"
         raise UserError(f"{source}: is a checkpoint of {found.title}, not of {model.title}: {other}")
     if num_classes not in (None, label_map.num_classes):
         raise UserError(
-            f"{source}: has {label_map.num_classes} labels, num_classes={num_classes} asks for others: leave it out; "
-            f"to train on other classes, pass the file to {VARIANTS[variant][0]}/main.py as --pretrained"
+            f"{source}: has {label_map.num_classes} labels, num_classes={num_classes} does not fit: leave it out. "
+            f"To train on other classes, pass the file to {VARIANTS[variant][0]}/main.py as --pretrained"
         )
     return args, label_map
 
 
 def entry(model: Model) -> Callable[..., nn.Module | tuple[nn.Module, nn.Module]]:
-    """The function that `torch.hub` calls for a model."""
+    """Return the function that `torch.hub` calls for a model."""
 
     def hub_entry(pretrained=False, num_classes=None, return_postprocessor=False, backbone_weights="none", **flags):
         return build(model, pretrained, num_classes, return_postprocessor, backbone_weights, **flags)
 
-    published = "True for the one that its authors published."
+    published = "True for its authors' checkpoint."
     if model.name not in PUBLISHED:
-        published = "True is an error: no published one is known with its hash."
+        published = "True is an error: no published checkpoint with a known hash."
     hub_entry.__name__ = hub_entry.__qualname__ = model.name
     hub_entry.__doc__ = HELP.format(
         title=model.title, published=published, folder=VARIANTS[model.variant][0],
@@ -257,5 +257,5 @@ MODELS = [
     for attention in ("mhsa", "enact")
 ]
 
-# Name to function, which is what `hubconf.py` offers.
+# name: function; `hubconf.py` exports these.
 ENTRIES = {model.name: entry(model) for model in MODELS}

@@ -1,6 +1,6 @@
-"""Images of different sizes in one padded batch, with a mask of what is padding.
+"""A padded batch of images of different sizes, with its padding mask.
 
-`torch.jit.script` compiles what is here when it finds it in a user's model.
+`torch.jit.script` compiles this code when a user's model contains it.
 """
 
 from dataclasses import dataclass
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 
-# TorchScript cannot read the methods that `dataclass` writes: none are asked for.
+# TorchScript cannot read the methods that `dataclass` generates, so none are generated.
 @dataclass(init=False, repr=False, eq=False)
 class NestedTensor:
-    """A padded batch.
+    """A padded batch of images.
 
     Attributes:
         tensors: (batch, channels, H, W), zero where padded.
@@ -27,30 +27,30 @@ class NestedTensor:
         self.mask = mask
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "NestedTensor":
-        """The same batch on another device."""
+        """Return the batch on another device."""
         tensors = self.tensors.to(device, non_blocking=non_blocking)
         return NestedTensor(tensors, self.mask.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "NestedTensor":
-        """The same batch in page-locked memory; `DataLoader(pin_memory=True)` calls this."""
+        """Return the batch in page-locked memory; `DataLoader(pin_memory=True)` calls this."""
         return NestedTensor(self.tensors.pin_memory(), self.mask.pin_memory())
 
     def decompose(self) -> tuple[Tensor, Tensor]:
-        """(tensors, mask)."""
+        """Return (tensors, mask)."""
         return self.tensors, self.mask
 
 
 def nested_tensor_from_tensor_list(images: list[Tensor]) -> NestedTensor:
-    """Pad images at the right and bottom to the largest height and the largest width among them.
+    """Pad images at the right and bottom to the largest height and the largest width of the batch.
 
     Args:
-        images: each (channels, h, w), one dtype and one number of channels; or one tensor (batch, channels, h, w).
+        images: each (channels, h, w), of the same dtype and channels; or a tensor (batch, channels, h, w).
 
     Returns:
-        NestedTensor of (batch, channels, H, W). That of one tensor is the tensor itself, not a copy.
+        NestedTensor with tensors (batch, channels, H, W). A tensor as input is used without a copy.
 
     Raises:
-        ValueError: there is no image, or one is not (channels, h, w) like the first.
+        ValueError: there are no images, or an image is not (channels, h, w) with the first one's channels.
     """
     if len(images) == 0:
         raise ValueError("a batch needs at least one image")
@@ -62,7 +62,7 @@ def nested_tensor_from_tensor_list(images: list[Tensor]) -> NestedTensor:
     for image in images:
         if image.ndim != 3 or image.shape[0] != images[0].shape[0]:
             shapes = [list(image.shape) for image in images]
-            raise ValueError(f"expected images (channels, height, width) of one number of channels, got {shapes}")
+            raise ValueError(f"expected images (channels, height, width) with equal channels, got {shapes}")
         height, width = max(height, image.shape[1]), max(width, image.shape[2])
     tensors = images[0].new_zeros([len(images), images[0].shape[0], height, width])
     mask = torch.ones([len(images), height, width], dtype=torch.bool, device=images[0].device)
@@ -73,5 +73,5 @@ def nested_tensor_from_tensor_list(images: list[Tensor]) -> NestedTensor:
 
 
 def as_nested_tensor(samples: NestedTensor | list[Tensor] | Tensor) -> NestedTensor:
-    """A padded batch as it is; images as a list of (channels, h, w) or a tensor (batch, channels, H, W) padded."""
+    """Return a NestedTensor unchanged; pad images, a list of (channels, h, w) or a tensor (batch, channels, H, W)."""
     return samples if isinstance(samples, NestedTensor) else nested_tensor_from_tensor_list(samples)

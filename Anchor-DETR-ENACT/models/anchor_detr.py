@@ -16,18 +16,18 @@ from .backbone import build_backbone
 from .matcher import build_matcher
 from .transformer import build_transformer
 
-# Of the group norm behind each map's projection, where the channels are a multiple.
+# Groups of the group norm after each map's projection; fewer if the channels are not divisible.
 GROUPS = 32
 
 
 class AnchorDETR(Scriptable):
-    """Detects objects near anchor points, several patterns of them at each point.
+    """Detects objects near anchor points, several at each point (one per pattern).
 
     Args:
-        backbone: gives feature maps.
-        transformer: from maps of one size to logits and boxes.
-        num_feature_levels: the last so many of the backbone's maps are used. Three of them have one size only behind a
-            dilated backbone, where the first is the only one with a smaller stride.
+        backbone: returns feature maps.
+        transformer: maps feature maps of one size to logits and boxes.
+        num_feature_levels: how many of the backbone's last maps to use. Three maps have the same size only with a
+            dilated backbone, where just the first of them has a smaller stride (which its projection doubles).
         aux_loss: return the predictions of all decoder layers.
     """
 
@@ -35,7 +35,7 @@ class AnchorDETR(Scriptable):
         super().__init__()
         self.num_queries = transformer.num_queries
         self.transformer = transformer
-        # A ResNet's channels double from stage to stage.
+        # A ResNet's channels double at each stage.
         channels = [backbone.num_channels >> level for level in reversed(range(num_feature_levels))]
         self.input_proj = nn.ModuleList(
             nn.Sequential(
@@ -54,7 +54,7 @@ class AnchorDETR(Scriptable):
         self.aux_loss = aux_loss
 
     def forward(self, samples: NestedTensor | list[Tensor] | Tensor) -> dict:
-        """Detect: images in and predictions out as in `Detector.forward`, with Q = patterns * points queries.
+        """Detect objects, with the arguments and results of `Detector.forward` and Q = patterns * points queries.
 
         Images are uint8, 0 to 255, or floating point and normalised.
         """
@@ -64,20 +64,20 @@ class AnchorDETR(Scriptable):
             project(level.tensors).permute(0, 2, 3, 1)  # (batch, d, h, w) -> (batch, h, w, d)
             for project, level in zip(self.input_proj, features, strict=True)
         ]
-        # Under autocast, the stream that layers add to stays in the weights' precision.
+        # Under autocast, the residual stream keeps the weights' precision.
         srcs = torch.stack(maps, dim=1).to(self.input_proj[0][0].weight.dtype)  # (batch, levels, h, w, d)
         logits, boxes = self.transformer(srcs, features[-1].mask)
         return detector_outputs(logits, boxes, self.aux_loss)
 
 
 def build(args) -> tuple[AnchorDETR, SetCriterion, dict[str, nn.Module]]:
-    """(model, criterion, postprocessors) that the arguments ask for."""
+    """Return (model, criterion, postprocessors), built from the arguments."""
     num_classes = num_classes_of(args)
     transformer = build_transformer(args, num_classes)
     model = AnchorDETR(build_backbone(args), transformer, args.num_feature_levels, args.aux_loss)
     weights = build_weights(args, args.cls_loss_coef)
     if args.aux_loss:
-        # The original's list has weights for an encoder's losses, which no part of it computes.
+        # The original also lists weights for an encoder's losses, which it never computes.
         weights |= {f"{name}_enc": weights[name] for name in ("loss_ce", "loss_bbox", "loss_giou")}
     class_loss = FocalClassLoss(args.focal_alpha)
     criterion = SetCriterion(num_classes, build_matcher(args), weights, class_loss, losses=("labels", "boxes"))

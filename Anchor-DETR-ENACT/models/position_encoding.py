@@ -1,4 +1,4 @@
-"""Where cells and queries are, and how that is encoded (Wang et al., "Anchor DETR", AAAI 2022, section 3.2)."""
+"""Positions of cells and queries, and their encodings (Wang et al., "Anchor DETR", AAAI 2022, section 3.2)."""
 
 import math
 
@@ -12,15 +12,15 @@ __all__ = ["cell_centres", "encode_coordinates", "encode_points", "grid_cells"]
 
 
 def encode_coordinates(coordinates: Tensor, channels: int) -> Tensor:
-    """Coordinates (...) in [0, 1] along one side of the image to (..., channels), in [-1, 1], float32 or wider."""
+    """Encode coordinates (...) in [0, 1] along one side of the image: (..., channels), in [-1, 1], at least float32."""
     return sine_encoding(coordinates.to(at_least_float32(coordinates.dtype)) * (2 * math.pi), channels)
 
 
 def cell_centres(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The centres of a map's columns and rows as fractions of the image, which begins at the top left of the map.
+    """The centres of a map's columns and rows, as fractions of the image at the map's top left.
 
     Args:
-        mask: bool (batch, H, W), True where padded. Each image is a rectangle.
+        mask: bool (batch, H, W), True where padded. The unpadded part is a rectangle.
 
     Returns:
         x (batch, W) and y (batch, H), float32: in (0, 1) inside the image, near 1 in its padding.
@@ -34,6 +34,6 @@ def cell_centres(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def grid_cells(count: int) -> Tensor:
-    """The cells of a square grid of about so many: int64 (n * n, 2), (x, y) in 0..n - 1, n = round(sqrt(count))."""
+    """The cells of a square grid of about count cells: int64 (n * n, 2), (x, y) in 0..n - 1, n = round(sqrt(count))."""
     cells = torch.arange(round(math.sqrt(count)))
     return torch.cartesian_prod(cells, cells)  # (n n, 2)

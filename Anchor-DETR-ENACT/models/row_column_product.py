@@ -1,10 +1,10 @@
-"""The sums of row-column decoupled attention, without the large products that they are defined by.
+"""The sums of row-column decoupled attention, without the large products in their definition.
 
-Weights over a map's cells, or of its cells over clusters, are products of a column's and a row's weights (Wang et al.,
-"Anchor DETR", AAAI 2022, section 3.4; over clusters: Savathrakis and Argyros, arXiv:2409.07541). Only one of the two
-need multiply the values, and the other follows as a matrix product. What arises between them, one side of the map times
-the clusters or the queries times the channels, is made in slices, which the backward pass makes anew: it keeps the
-inputs alone.
+Attention weights over a map's cells, or from its cells over clusters, are products of a column's and a row's weights
+(Wang et al., "Anchor DETR", AAAI 2022, section 3.4; over clusters: Savathrakis and Argyros, arXiv:2409.07541). One of
+the two factors scales or sums the values, and the other is then a matrix product. The intermediate between them (one
+side of the map times clusters or queries times channels) is computed in slices and recomputed in the backward pass,
+which stores only the inputs.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,19 +15,19 @@ from torch.autograd.function import once_differentiable
 
 from enact_common.attention.tracing import is_tracing
 
-# Elements of a slice's largest intermediate, of which up to three live at a time.
-# On a CPU they are to stay in the cache: of 2^16, 2^17, ..., 2^23 this was the fastest on two cores with 32 MiB of
-# third-level cache, by little (`python -m enact_common.benchmark rowcol` shows what another gives). Elsewhere
-# intermediates go through the memory whatever their size, and each slice costs about a dozen launches: few slices, of
-# 256 MiB an intermediate in float32.
+# Elements of a slice's largest intermediate; up to three of them exist at a time.
+# On a CPU they should fit the cache: of 2^16, 2^17, ..., 2^23 this was the fastest, by little, on two cores with a
+# 32 MiB L3 cache (`python -m enact_common.benchmark rowcol` measures other values). On other devices, intermediates
+# pass through memory at any size and each slice costs about a dozen launches. So there are few slices there, with
+# intermediates of 256 MiB in float32.
 CACHE_SLICE = 2**20
 MEMORY_SLICE = 2**26
 
 
 def clustered_row_column_product(col: Tensor, row: Tensor, value: Tensor) -> Tensor:
-    """Every cell's sum of the clusters' values: `out[h, w] = sum_m col[h, m] row[w, m] value[m]`.
+    """Each cell's sum over clusters: `out[h, w] = sum_m col[h, m] row[w, m] value[m]`.
 
-    The shorter side's weights scale the values, the longer side's multiply the result as a matrix.
+    The shorter side's weights scale the values; the longer side's weights are then a matrix product.
 
     Args:
         col: (B, H, M), B being batch times heads.
@@ -35,11 +35,11 @@ def clustered_row_column_product(col: Tensor, row: Tensor, value: Tensor) -> Ten
         value: (B, M, e).
 
     Returns:
-        (B, H, W, e) in the inputs' dtype, which autocast leaves alone; in memory, the longer side comes first. It can
-        be differentiated once.
+        (B, H, W, e) in the inputs' dtype, also under autocast; in memory, the longer side comes first. It is
+        differentiable once.
 
     Raises:
-        ValueError: shapes do not fit one another, or dtypes differ.
+        ValueError: shapes do not fit, or dtypes differ.
     """
     fits = col.ndim == row.ndim == value.ndim == 3
     fits = fits and col.shape[::2] == row.shape[::2] == value.shape[:2]
@@ -54,9 +54,9 @@ def clustered_row_column_product(col: Tensor, row: Tensor, value: Tensor) -> Ten
 
 
 def row_column_product(row: Tensor, col: Tensor, value: Tensor) -> Tensor:
-    """Every query's sum of the map's values: `out[q] = sum_h col[q, h] sum_w row[q, w] value[h, w]`.
+    """Each query's sum over the map: `out[q] = sum_h col[q, h] sum_w row[q, w] value[h, w]`.
 
-    The longer side is summed over first, as a matrix product.
+    The longer side is summed first, as a matrix product.
 
     Args:
         row: (B, Q, W), B being batch times heads.
@@ -64,10 +64,10 @@ def row_column_product(row: Tensor, col: Tensor, value: Tensor) -> Tensor:
         value: (B, H, W, e).
 
     Returns:
-        (B, Q, e), contiguous, in the inputs' dtype, which autocast leaves alone. It can be differentiated once.
+        (B, Q, e), contiguous, in the inputs' dtype, also under autocast. It is differentiable once.
 
     Raises:
-        ValueError: shapes do not fit one another, or dtypes differ.
+        ValueError: shapes do not fit, or dtypes differ.
     """
     fits = row.ndim == col.ndim == 3 and value.ndim == 4
     fits = fits and row.shape[:2] == col.shape[:2] and value.shape[:3] == (row.shape[0], col.shape[2], row.shape[2])
@@ -82,27 +82,27 @@ def row_column_product(row: Tensor, col: Tensor, value: Tensor) -> Tensor:
 
 
 def _check(fits: bool, expected: str, *tensors: Tensor) -> None:
-    """Refuse shapes that do not fit, and mixed dtypes."""
+    """Raise ValueError if shapes do not fit or dtypes differ."""
     if not fits:
         raise ValueError(f"expected {expected}, got {[tuple(tensor.shape) for tensor in tensors]}")
     if len({tensor.dtype for tensor in tensors}) > 1:
-        raise ValueError(f"expected one dtype, got {[tensor.dtype for tensor in tensors]}")
+        raise ValueError(f"expected the same dtype for all, got {[tensor.dtype for tensor in tensors]}")
 
 
 def _spans(total: int, most: int) -> list[slice]:
-    """Cut 0..total into the fewest spans of at most `most` (but at least 1), of one length but for the last."""
+    """Cut 0..total into the fewest spans of at most `most` (at least 1) elements; only the last may be shorter."""
     count = max(1, -(-total // max(1, most)))
     step = max(1, -(-total // count))
     return [slice(start, start + step) for start in range(0, total, step)]
 
 
 def _cached(device: torch.device) -> bool:
-    """Whether a slice's intermediates are worth keeping in a cache, and then cost little to go over again."""
+    """Whether slices are kept in a cache, so that going over an intermediate again costs little."""
     return device.type == "cpu"
 
 
 def _slices(device: torch.device, batch: int, length: int, elements: int) -> Iterator[tuple[slice, slice]]:
-    """Cut (batch, length) into blocks that the device's slice has room for, at so many elements a place."""
+    """Cut (batch, length) into blocks that fit the device's slice size, with `elements` elements per place."""
     most = (CACHE_SLICE if _cached(device) else MEMORY_SLICE) // max(1, elements)
     for b in _spans(batch, most // max(1, length)):
         for part in _spans(length, most):
@@ -112,7 +112,7 @@ def _slices(device: torch.device, batch: int, length: int, elements: int) -> Ite
 class _ClusteredProduct(torch.autograd.Function):
     """`clustered_row_column_product` for H <= W, as (B, W, H, e).
 
-    With U[m, (h, e)] = col[h, m] value[m, e], the result is row @ U. Sliced by B and h.
+    The result is row @ U, with U[m, (h, e)] = col[h, m] value[m, e]. Sliced by B and h.
     """
 
     @staticmethod
@@ -149,14 +149,14 @@ class _ClusteredProduct(torch.autograd.Function):
 
 
 def _scale(col: Tensor, value: Tensor) -> Tensor:
-    """Values (b, M, e) times weights (b, h, M): (b, M, h, e)."""
+    """Multiply values (b, M, e) by weights (b, h, M): (b, M, h, e)."""
     return col.transpose(1, 2).unsqueeze(3) * value.unsqueeze(2)
 
 
 class _RowColumnProduct(torch.autograd.Function):
     """`row_column_product` for H <= W.
 
-    With T[q, (h, e)] = row @ value, the result is sum_h col[q, h] T[q, h]. Sliced by B and q.
+    The result is sum_h col[q, h] T[q, h], with T[q, (h, e)] = row @ value. Sliced by B and q.
     """
 
     @staticmethod
@@ -189,20 +189,20 @@ class _RowColumnProduct(torch.autograd.Function):
                 if needs_value:
                     grad_value[b].baddbmm_(row[b, q].transpose(1, 2), grad_sums)
                 if needs_row or needs_col:
-                    # By pair is one matrix product less, by sum goes over fewer elements: the former is the faster in
-                    # a cache, and would be the slower where its elements went through the memory.
+                    # By pair saves a matrix product, by sum visits fewer elements. By pair is faster in a cache, by
+                    # sum where elements pass through memory.
                     grads = _weight_grads_by_pair(*part) if cached else _weight_grads_by_sum(*part, grad_sums)
                     grad_row[b, q], grad_col[b, q] = grads
         return _needed(ctx, (grad_row, grad_col, grad_value.unflatten(2, (height, channels)).transpose(1, 2)))
 
 
 def _by_column(value: Tensor) -> Tensor:
-    """(b, H, W, e) to (b, W, H e)."""
+    """Reorder (b, H, W, e) to (b, W, H e)."""
     return value.transpose(1, 2).flatten(2)
 
 
 def _weight_grads_by_pair(row: Tensor, col: Tensor, values: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the slices `row` and `col`, from that of their products. values: (b, H W, e)."""
+    """Return gradients of the slices `row` and `col` through the gradient of their products; values: (b, H W, e)."""
     grad_pairs = grad @ values.transpose(1, 2)
     grad_pairs = grad_pairs.unflatten(2, (col.shape[2], row.shape[2]))  # (b, q, H, W)
     grad_row = (col.unsqueeze(2) @ grad_pairs).squeeze(2)
@@ -212,7 +212,7 @@ def _weight_grads_by_pair(row: Tensor, col: Tensor, values: Tensor, grad: Tensor
 def _weight_grads_by_sum(
     row: Tensor, col: Tensor, values: Tensor, grad: Tensor, grad_sums: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the slices `row` and `col`, from the rows' sums and those sums' gradient (b, q, H e).
+    """Return gradients of the slices `row` and `col` through the rows' sums and their gradient grad_sums (b, q, H e).
 
     values: (b, W, H e).
     """
@@ -222,5 +222,5 @@ def _weight_grads_by_sum(
 
 
 def _needed(ctx, grads: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """The gradients that are asked for, None in place of the others."""
+    """Return the required gradients, None for the others."""
     return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=True))

@@ -1,8 +1,8 @@
 """Anchor DETR's transformer (Wang et al., "Anchor DETR: Query Design for Transformer-Based Object Detection", AAAI
 2022), with clustered or plain attention in its encoder.
 
-Maps stay (batch, H, W, d) from the first layer to the last. Queries are anchor points, each with every pattern.
-Positions are the same in every layer, so their embeddings are made once.
+Maps stay (batch, H, W, d) in all layers. Queries are anchor points, each repeated for every pattern. Position
+embeddings are computed only once, since all layers use the same positions.
 """
 
 import math
@@ -37,13 +37,13 @@ ROW_COLUMN, TOKENS = "RCDA", "nn.MultiheadAttention"
 
 @dataclass
 class RowColumnPositions:
-    """Embedded positions for row-column attention.
+    """Position embeddings for row-column attention.
 
     Attributes:
-        x: (batch, W, d), of a map's columns.
-        y: (batch, H, d), of its rows.
+        x: (batch, W, d), embeddings of the map's columns.
+        y: (batch, H, d), embeddings of its rows.
         mask: bool (batch, H, W), True where padded.
-        query_x, query_y: (Q, d), of the anchor points.
+        query_x, query_y: (Q, d), embeddings of the anchor points' x and y.
     """
 
     x: Tensor
@@ -53,18 +53,18 @@ class RowColumnPositions:
     query_y: Tensor
 
     def rows(self, maps: Tensor, skip_padding: bool = False) -> Tensor:
-        """Maps (batch, H, W, d) averaged over the height, with the embedding of x: (batch, W, d).
+        """Average maps (batch, H, W, d) over the height, and add the embedding of x: (batch, W, d).
 
-        Padding counts unless it is to be skipped: published weights have it so.
+        By default the mean includes padding, as in the published weights.
         """
         return self.average(maps, 1, skip_padding) + self.x
 
     def columns(self, maps: Tensor, skip_padding: bool = False) -> Tensor:
-        """Maps (batch, H, W, d) averaged over the width, with the embedding of y: (batch, H, d)."""
+        """Average maps (batch, H, W, d) over the width, and add the embedding of y: (batch, H, d)."""
         return self.average(maps, 2, skip_padding) + self.y
 
     def average(self, maps: Tensor, dim: int, skip_padding: bool) -> Tensor:
-        """The mean over one side of the maps; where all is padding that is to be skipped, zero."""
+        """The mean over one side of the maps, optionally without padding; 0 where only padding is left."""
         if not skip_padding:
             return maps.mean(dim=dim)
         present = (~self.mask).unsqueeze(-1)  # (batch, H, W, 1)
@@ -73,12 +73,12 @@ class RowColumnPositions:
 
 @dataclass
 class TokenPositions:
-    """Embedded positions for attention among single cells.
+    """Position embeddings for attention between single cells.
 
     Attributes:
-        cells: (batch, H, W, d).
+        cells: (batch, H, W, d), embeddings of the cells.
         mask: bool (batch, H, W), True where padded.
-        query: (Q, d), of the anchor points.
+        query: (Q, d), embeddings of the anchor points.
     """
 
     cells: Tensor
@@ -92,7 +92,7 @@ class FFN(nn.Module):
     Args:
         d_model: channels d.
         d_ffn: hidden channels.
-        dropout: probability, inside and after.
+        dropout: probability, between the linear maps and at the end.
     """
 
     COMPILED = ("forward",)
@@ -106,12 +106,12 @@ class FFN(nn.Module):
         self.norm2 = nn.LayerNorm(d_model)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d) to (..., d)."""
+        """Map (..., d) to (..., d)."""
         return self.norm2(x + self.dropout3(self.linear2(self.dropout2(F.relu(self.linear1(x))))))
 
 
 class TransformerEncoderLayerSpatial(Recomputed):
-    """Self-attention within each map, and a feed-forward network: a base class, its subclasses say how it attends.
+    """Self-attention within each map, and a feed-forward network: a base class, whose subclasses define `attend`.
 
     Args:
         self_attn: the attention.
@@ -128,16 +128,16 @@ class TransformerEncoderLayerSpatial(Recomputed):
         self.ffn = FFN(d_model, d_ffn, dropout)
 
     def forward(self, src: Tensor, positions: RowColumnPositions | TokenPositions) -> Tensor:
-        """Maps (batch, H, W, d) to the same shape."""
+        """Run the layer on maps (batch, H, W, d), keeping their shape."""
         return self.ffn(self.norm1(src + self.dropout1(self.attend(src, positions))))
 
     def attend(self, src: Tensor, positions) -> Tensor:
-        """Self-attention of maps (batch, H, W, d)."""
+        """Self-attention within maps (batch, H, W, d)."""
         raise NotImplementedError
 
 
 class RowColumnEncoderLayer(TransformerEncoderLayerSpatial):
-    """Cells attend to the map's rows and columns; `self_attn` is a `MultiheadRCDA`."""
+    """Encoder layer where cells attend to the map's rows and columns; `self_attn` is a `MultiheadRCDA`."""
 
     def attend(self, src: Tensor, positions: RowColumnPositions) -> Tensor:
         return self.self_attn(
@@ -155,28 +155,28 @@ class RowColumnEncoderLayer(TransformerEncoderLayerSpatial):
 class MapClustering(EntropyClustering):
     """Entropy clustering of a map for row-column attention.
 
-    Scored are the row keys; pooled are row keys, column keys and values, with the same weights. Keys are contents plus
-    positions, and scores and pooling are linear: so contents and positions are taken apart, positions at their own
-    size, and no layer builds or keeps the sums.
+    The row keys are scored; row keys, column keys and values are pooled with the same weights. Keys are contents plus
+    positions. Since scores and pooling are linear, contents and positions are pooled separately, positions at their own
+    smaller size, and no layer computes or stores the sums.
     """
 
     def forward(
         self, src: Tensor, x: Tensor, y: Tensor, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Pool.
+        """Pool a map's keys and values.
 
         Args:
             src: (batch, H, W, d), contents.
-            x: (batch, W, d), positions of the map's columns.
-            y: (batch, H, d), of its rows.
-            mask: bool (batch, H, W), True where padded; None for no padding. Without effect unless `mask_padding`.
+            x: (batch, W, d), position embeddings of the map's columns.
+            y: (batch, H, d), position embeddings of its rows.
+            mask: bool (batch, H, W), True where padded; None for no padding. Ignored unless `mask_padding`.
 
         Returns:
             row keys, column keys and values of the clusters, (batch, M, d) each, 1 <= M <= H W; and bool (batch, M),
-            True where an image has no such cluster, or None where all have as many.
+            True where an image has no such cluster, or None if all images have M clusters.
         """
         height, width = src.shape[1:3]
-        # Each cell's column and row; not by a remainder, which ONNX has for constants alone.
+        # Each cell's column and row. No modulo: ONNX supports it only for constants.
         column = torch.arange(width, device=src.device).expand(height, -1).flatten()  # (H W,)
         line = torch.arange(height, device=src.device).unsqueeze(1).expand(-1, width).flatten()
         narrow = src.to(autocast_dtype(src))
@@ -191,11 +191,11 @@ class MapClustering(EntropyClustering):
 
 
 class ClusteredEncoderLayer(TransformerEncoderLayerSpatial):
-    """Cells attend to clusters of cells; `self_attn` is a `ClusteredRCDA`.
+    """Encoder layer where cells attend to clusters of cells; `self_attn` is a `ClusteredRCDA`.
 
     Args:
-        clustering: settings of `EntropyClustering` by name. Where padding is masked, the averages of rows and columns
-            leave it out too.
+        clustering: settings of `EntropyClustering` by name. With `mask_padding`, the averages of rows and columns also
+            leave out padding.
     """
 
     def __init__(self, self_attn: nn.Module, d_model: int, d_ffn: int, dropout: float, clustering: Mapping[str, Any]):
@@ -209,7 +209,7 @@ class ClusteredEncoderLayer(TransformerEncoderLayerSpatial):
 
 
 class TokenEncoderLayer(TransformerEncoderLayerSpatial):
-    """Cells attend to cells or to clusters of them; `self_attn` is called as `nn.MultiheadAttention`, batch first."""
+    """Encoder layer where cells attend to cells or clusters, by an `nn.MultiheadAttention` or alike, batch first."""
 
     def attend(self, src: Tensor, positions: TokenPositions) -> Tensor:
         with_pos = (src + positions.cells).flatten(1, 2)  # (batch, H W, d)
@@ -220,15 +220,15 @@ class TokenEncoderLayer(TransformerEncoderLayerSpatial):
 
 
 class TransformerEncoderLayerLevel(Recomputed):
-    """Attention among the levels at each cell, and a feed-forward network.
+    """Attention between the levels at each cell, and a feed-forward network.
 
     Args:
         d_model: channels d.
         d_ffn: hidden channels of the feed-forward network.
         dropout: probability.
         n_heads: attention heads.
-        separate_images: attend to the image's own levels, rather than to those of all images of the batch as the
-            reference does.
+        separate_images: attend only to the image's own levels; the reference attends to the levels of all images in
+            the batch.
     """
 
     def __init__(self, d_model: int, d_ffn: int, dropout: float, n_heads: int, separate_images: bool):
@@ -240,11 +240,11 @@ class TransformerEncoderLayerLevel(Recomputed):
         self.ffn = FFN(d_model, d_ffn, dropout)
 
     def forward(self, src: Tensor, level_embed: Tensor) -> Tensor:
-        """Maps (batch * levels, H, W, d), an image's levels in a row, and (levels, d) to the same shape."""
+        """Run the layer on maps (batch * levels, H, W, d), image by image, with level_embed (levels, d): same shape."""
         levels = len(level_embed)
         tokens = src.flatten(1, 2).unflatten(0, (-1, levels))  # (batch, levels, H W, d)
         with_pos = tokens + level_embed.unsqueeze(1)
-        # What attends to one another comes first, then what nn.MultiheadAttention takes for a batch: the cells.
+        # Length first: the axis to attend over comes first, and the cells are nn.MultiheadAttention's batch.
         if self.separate_images:
             tokens, with_pos = (t.transpose(0, 1).flatten(1, 2) for t in (tokens, with_pos))  # (levels, batch H W, d)
         else:
@@ -256,8 +256,8 @@ class TransformerEncoderLayerLevel(Recomputed):
 
 
 class TransformerDecoderLayer(Recomputed):
-    """Self-attention among the queries, attention to the maps, and a feed-forward network: a base class, its
-    subclasses say how it attends to the maps.
+    """Self-attention between the queries, attention to the maps, and a feed-forward network: a base class, whose
+    subclasses define how to attend to the maps.
 
     Args:
         cross_attn: the attention to the maps.
@@ -265,9 +265,9 @@ class TransformerDecoderLayer(Recomputed):
         d_ffn: hidden channels of the feed-forward network.
         dropout: probability.
         n_heads: attention heads.
-        n_levels: maps an image.
-        separate_images: an image's maps meet its own queries. Otherwise, with several levels, they meet those of its
-            batch mates in turn, as in the reference, which lays out queries level by level but maps image by image.
+        n_levels: maps per image.
+        separate_images: combine each image's maps with its own queries. Otherwise, with several levels, images of a
+            batch are mixed as in the reference, which orders queries level by level but maps image by image.
     """
 
     MEMORY_ATTENTION = "cross_attn"
@@ -296,13 +296,13 @@ class TransformerDecoderLayer(Recomputed):
         self.ffn = FFN(d_model, d_ffn, dropout)
 
     def forward(self, tgt: Tensor, query_pos: Tensor, maps: tuple[Tensor, ...], positions) -> Tensor:
-        """One layer.
+        """Run the layer.
 
         Args:
             tgt: (batch, Q, d).
             query_pos: (Q, d), the anchor points' embedding.
-            maps: what `prepare` made of the encoder's maps.
-            positions: embedded positions.
+            maps: the result of `prepare` for the encoder's maps.
+            positions: position embeddings.
 
         Returns:
             (batch, Q, d).
@@ -318,27 +318,27 @@ class TransformerDecoderLayer(Recomputed):
         return self.ffn(self.norm1(tgt + self.dropout1(attended)))
 
     def for_levels(self, tgt: Tensor) -> Tensor:
-        """Queries (batch, Q, d) once for each map: (batch * levels, Q, d)."""
+        """Repeat queries (batch, Q, d) for each map: (batch * levels, Q, d)."""
         if self.separate_images:
             return tgt.repeat_interleave(self.n_levels, dim=0)
         return tgt.repeat(self.n_levels, 1, 1)
 
     @staticmethod
     def prepare(src: Tensor, positions) -> tuple[Tensor, ...]:
-        """What all layers take from the maps (batch * levels, H, W, d)."""
+        """Prepare the keys and values of maps (batch * levels, H, W, d), which all layers share."""
         raise NotImplementedError
 
     def attend_maps(self, tgt: Tensor, maps: tuple[Tensor, ...], positions) -> Tensor:
-        """Queries (batch * levels, Q, d) attend to one map each."""
+        """Attend from queries (batch * levels, Q, d) to one map each."""
         raise NotImplementedError
 
 
 class RowColumnDecoderLayer(TransformerDecoderLayer):
-    """Queries attend to rows and columns; `cross_attn` is a `MultiheadRCDA`."""
+    """Decoder layer where queries attend to rows and columns; `cross_attn` is a `MultiheadRCDA`."""
 
     @staticmethod
     def prepare(src: Tensor, positions: RowColumnPositions) -> tuple[Tensor, ...]:
-        """Row keys (batch * levels, W, d), column keys (batch * levels, H, d) and the maps."""
+        """Return row keys (batch * levels, W, d), column keys (batch * levels, H, d) and the maps."""
         return positions.rows(src), positions.columns(src), src
 
     def attend_maps(self, tgt: Tensor, maps: tuple[Tensor, ...], positions: RowColumnPositions) -> Tensor:
@@ -348,11 +348,11 @@ class RowColumnDecoderLayer(TransformerDecoderLayer):
 
 
 class TokenDecoderLayer(TransformerDecoderLayer):
-    """Queries attend to cells; `cross_attn` is an `nn.MultiheadAttention`, batch first."""
+    """Decoder layer where queries attend to cells; `cross_attn` is an `nn.MultiheadAttention`, batch first."""
 
     @staticmethod
     def prepare(src: Tensor, positions: TokenPositions) -> tuple[Tensor, ...]:
-        """Keys and values, (batch * levels, H W, d) each."""
+        """Return keys and values, (batch * levels, H W, d) each."""
         return (src + positions.cells).flatten(1, 2), src.flatten(1, 2)
 
     def attend_maps(self, tgt: Tensor, maps: tuple[Tensor, ...], positions: TokenPositions) -> Tensor:
@@ -362,29 +362,29 @@ class TokenDecoderLayer(TransformerDecoderLayer):
 
 
 class Transformer(nn.Module):
-    """From feature maps to the logits and boxes of every decoder layer.
+    """Maps feature maps to the logits and boxes of every decoder layer.
 
     Args:
         d_model: channels d.
         nhead: attention heads.
-        num_encoder_layers: with several levels, half of them attend among levels.
-        num_decoder_layers: layers.
+        num_encoder_layers: number of layers; with several levels, half of them attend between levels.
+        num_decoder_layers: number of layers.
         dim_feedforward: hidden channels of the feed-forward networks.
         dropout: probability.
         num_classes: labels, one logit each.
-        num_feature_levels: maps an image, of one size.
-        num_query_position: anchor points; the grid takes the nearest square number.
-        num_query_pattern: objects that each of them can find.
-        spatial_prior: "learned" or "grid", where the anchor points are.
-        attention_type: "RCDA" or "nn.MultiheadAttention", to the maps.
+        num_feature_levels: maps per image, all of one size.
+        num_query_position: anchor points; the grid uses the nearest square number.
+        num_query_pattern: objects per anchor point.
+        spatial_prior: "learned" or "grid", positions of the anchor points.
+        attention_type: "RCDA" or "nn.MultiheadAttention", the attention to the maps.
         encoder_attention: "enact" or "mhsa" (plain).
         clustering: settings of `EntropyClustering` by name.
-        separate_images: with several levels, keep the images of a batch apart in all but ENACT's window length,
-            which the reference does not.
+        separate_images: with several levels, keep the images of a batch apart, except in ENACT's window length; the
+            reference mixes them.
 
     Modifications:
-        - positions are embedded once, not in every layer; the prediction heads run over all decoder layers at once;
-        - with attention among cells, `adapt_pos1d` is frozen: it is in checkpoints of either kind, and nothing uses it.
+        - positions are embedded once, not in every layer; the prediction heads run once for all decoder layers;
+        - with attention between cells, `adapt_pos1d` is frozen: checkpoints contain it, but nothing uses it.
     """
 
     def __init__(
@@ -432,7 +432,7 @@ class Transformer(nn.Module):
 
         if num_feature_levels > 1:
             self.level_embed = nn.Embedding(num_feature_levels, d_model)
-            # With one encoder layer or none, no layer attends among levels.
+            # With at most one encoder layer, no layer attends between levels.
             self.level_embed.requires_grad_(level_layers > 0)
         self.pattern = nn.Embedding(num_query_pattern, d_model)
         self.spatial_prior = spatial_prior
@@ -440,7 +440,7 @@ class Transformer(nn.Module):
             self.position = nn.Embedding(num_query_position, 2)
             nn.init.uniform_(self.position.weight)
         else:
-            # Whole numbers, which `model.bfloat16()` does not round: rounded points would be off by pixels.
+            # Integers, which `model.bfloat16()` does not round: rounded points would be off by pixels.
             self.register_buffer("grid", grid_cells(num_query_position), persistent=False)
         self.num_queries = num_query_pattern * len(self.anchor_points())
 
@@ -451,22 +451,22 @@ class Transformer(nn.Module):
         class_embed = nn.Linear(d_model, num_classes)
         nn.init.constant_(class_embed.bias, PRIOR_LOGIT)
         bbox_embed = MLP(d_model, d_model, 4, 3)
-        # Boxes begin at the anchor points, and small.
+        # Initially, boxes are small and centred at the anchor points.
         nn.init.zeros_(bbox_embed.layers[-1].weight)
         nn.init.zeros_(bbox_embed.layers[-1].bias)
         nn.init.constant_(bbox_embed.layers[-1].bias[2:], -2.0)
-        # One head for all decoder layers, of which checkpoints list every one.
+        # All decoder layers share one head, but checkpoints list it for each layer.
         self.class_embed = nn.ModuleList([class_embed] * num_decoder_layers)
         self.bbox_embed = nn.ModuleList([bbox_embed] * num_decoder_layers)
 
     def anchor_points(self) -> Tensor:
-        """(points, 2), (x, y) as fractions of the image's sides."""
+        """Return the anchor points (points, 2), (x, y) as fractions of the image's sides."""
         if self.spatial_prior == "learned":
             return self.position.weight
         return (self.grid + 0.5) / math.isqrt(len(self.grid))  # float32
 
     def forward(self, srcs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode the maps, decode the queries.
+        """Encode the maps and decode the queries.
 
         Args:
             srcs: (batch, levels, H, W, d).
@@ -494,21 +494,21 @@ class Transformer(nn.Module):
             tgt = layer(tgt, query_pos, prepared, positions)
             outputs.append(tgt)
         hs = torch.stack(outputs)  # (layers, batch, Q, d)
-        # bf16 would round boxes by pixels.
+        # bf16 would shift boxes by pixels.
         with torch.autocast(hs.device.type, enabled=False):
             return self.class_embed[0](hs), boxes_at_points(points, self.bbox_embed[0](hs))
 
     def encode(self, encoding: Callable[[Tensor, int], Tensor], positions: Tensor) -> Tensor:
-        """The encoding of positions at d channels, computed in float32 and then cast to the weights' dtype."""
+        """Encode positions at d channels; computed in float32, then cast to the weights' dtype."""
         return encoding(positions, self.d_model).to(self.pattern.weight.dtype)
 
     def embed_positions(self, mask: Tensor, points: Tensor, query_pos: Tensor) -> RowColumnPositions | TokenPositions:
-        """Positions for the attention to the maps.
+        """Embed the positions of maps and queries.
 
         Args:
             mask: bool (batch * levels, H, W), True where padded.
             points: (Q, 2), anchor points.
-            query_pos: (Q, d), their embedding in two dimensions.
+            query_pos: (Q, d), the anchor points' two-dimensional embedding.
         """
         x, y = cell_centres(mask)  # (batch levels, W), (batch levels, H)
         if self.attention_type == TOKENS:
@@ -520,13 +520,13 @@ class Transformer(nn.Module):
 
 
 def build_transformer(args, num_classes: int) -> Transformer:
-    """The transformer that the arguments ask for.
+    """Build the transformer from the arguments.
 
     Raises:
-        UserError: they ask for ENACT's clusters along a curve.
+        UserError: `--enact_order hilbert` with ENACT, which Anchor DETR does not support.
     """
     if getattr(args, "enact_order", None) == HILBERT and args.encoder_attention == "enact":
-        raise UserError(f"--enact_order {HILBERT}: Anchor DETR clusters its maps row by row alone: leave it out")
+        raise UserError(f"--enact_order {HILBERT}: Anchor DETR only clusters its maps row by row: leave it out")
     return Transformer(
         d_model=args.hidden_dim,
         nhead=args.nheads,

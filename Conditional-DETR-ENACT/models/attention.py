@@ -1,4 +1,4 @@
-"""Multi-head attention whose queries, keys and values come projected, and may differ in width."""
+"""Multi-head attention for queries, keys and values that are already projected and may have different head_dims."""
 
 import torch
 from torch import Tensor, nn
@@ -6,9 +6,9 @@ from torch.nn import functional as F
 
 
 class MultiheadAttention(nn.Module):
-    """`out_proj(softmax(Q K^T / sqrt(e)) V)`, e being a query's width in one head.
+    """`out_proj(softmax(Q K^T / sqrt(head_dim)) V)`, with the head_dim of queries and keys.
 
-    The weights are never stored where `scaled_dot_product_attention` has a fused kernel.
+    Attention weights are never stored where `scaled_dot_product_attention` has a fused kernel.
 
     Args:
         embed_dim: channels of values and output.
@@ -23,11 +23,11 @@ class MultiheadAttention(nn.Module):
         self.out_proj = nn.Linear(embed_dim, embed_dim)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Attend.
+        """Attend from queries to keys.
 
         Args:
-            query: (Q, batch, heads * e), the heads' channels one after the other.
-            key: (N, batch, heads * e).
+            query: (Q, batch, heads * head_dim), head by head.
+            key: (N, batch, heads * head_dim).
             value: (N, batch, embed_dim).
             key_padding_mask: bool (batch, N), True where padded.
 
@@ -43,13 +43,13 @@ class MultiheadAttention(nn.Module):
     def with_weights(
         self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What `forward` returns, and the weights, which are formed for that: to look at, not to train with.
+        """Return the result of `forward`, and the attention weights; for inspection, not for training.
 
         Args:
             query, key, value, key_padding_mask: as in `forward`.
 
         Returns:
-            (Q, batch, embed_dim); and (batch, heads, Q, N), each query's adding up to one.
+            (Q, batch, embed_dim); and (batch, heads, Q, N), where the weights of each query add up to 1.
         """
         q, k = self.heads(query), self.heads(key)
         logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
@@ -59,9 +59,9 @@ class MultiheadAttention(nn.Module):
         return self.join_heads(weights @ self.heads(value)), weights
 
     def heads(self, x: Tensor) -> Tensor:
-        """(length, batch, channels) to (batch, heads, length, channels / heads)."""
+        """Split the heads: (length, batch, channels) to (batch, heads, length, channels / heads)."""
         return x.unflatten(-1, (self.num_heads, -1)).permute(1, 2, 0, 3)
 
     def join_heads(self, attended: Tensor) -> Tensor:
-        """(batch, heads, Q, e) to (Q, batch, embed_dim), projected."""
+        """Join the heads and project: (batch, heads, Q, head_dim) to (Q, batch, embed_dim)."""
         return self.out_proj(attended.permute(2, 0, 1, 3).flatten(2))

@@ -17,8 +17,8 @@ class ConditionalDETR(Detector):
     """Detects a fixed number of objects in parallel, each near a reference point of its query.
 
     Args:
-        transformer: gives the decoded queries and their reference points.
-        num_classes: labels, one logit each: no object is a low probability of all.
+        transformer: returns the decoded queries and their reference points.
+        num_classes: labels, one logit each; "no object" is a low probability of all labels.
         backbone, num_queries, aux_loss: as in `Detector`.
     """
 
@@ -27,18 +27,18 @@ class ConditionalDETR(Detector):
     ):
         super().__init__(backbone, transformer, num_classes, num_queries, aux_loss)
         nn.init.constant_(self.class_embed.bias, PRIOR_LOGIT)
-        # Boxes begin at the reference points.
+        # Initially, boxes are centred at the reference points.
         nn.init.zeros_(self.bbox_embed.layers[-1].weight)
         nn.init.zeros_(self.bbox_embed.layers[-1].bias)
 
     def predict(self, decoded: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Queries (layers, batch, Q, d) and points (batch, Q, 2) to logits (..., num_classes) and boxes (..., 4)."""
+        """Map queries (layers, batch, Q, d) and points (batch, Q, 2) to logits (..., num_classes), boxes (..., 4)."""
         queries, points = decoded
         return self.class_embed(queries), boxes_at_points(points, self.bbox_embed(queries))
 
 
 def build(args) -> tuple[ConditionalDETR, SetCriterion, dict[str, nn.Module]]:
-    """(model, criterion, postprocessors) that the arguments ask for."""
+    """Return (model, criterion, postprocessors), built from the arguments."""
     num_classes = num_classes_of(args)
     backbone, transformer = build_backbone(args), build_transformer(args)
     model = ConditionalDETR(backbone, transformer, num_classes, args.num_queries, args.aux_loss)

@@ -1,4 +1,4 @@
-"""Conditional DETR's position encodings: the shared ones, of the feature map and of reference points."""
+"""Conditional DETR's position encodings, which are the shared ones, for feature maps and for reference points."""
 
 from enact_common.models.position_encoding import (
     PositionEmbeddingLearned,

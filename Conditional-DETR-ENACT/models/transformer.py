@@ -1,11 +1,11 @@
 """Conditional DETR's transformer (Meng et al., "Conditional DETR for Fast Training Convergence", ICCV 2021).
 
-The encoder is DETR's, clustered or plain. In the decoder's attention to the memory, a query is content and position
-side by side: contents are compared with contents and positions with positions, and the content of the layer before says
-how the position is to be read (the paper's conditional spatial query, section 3.3).
+The encoder is DETR's, clustered or plain. In the decoder's attention to the memory, content and position of a query are
+concatenated, so contents are compared with contents and positions with positions. The previous layer's content scales
+the position's encoding (the paper's conditional spatial query, section 3.3).
 
 Modifications:
-    - pre-norm works, in the decoder and in the encoder, with ENACT too; the reference cannot run with it.
+    - pre-norm works in the decoder and the encoder, also with ENACT; the reference fails with it.
 """
 
 import torch
@@ -25,8 +25,8 @@ class TransformerDecoderLayer(DecoderLayer):
 
     Args:
         d_model, nhead: channels d and attention heads.
-        dim_feedforward, dropout, normalize_before: as in `DecoderLayer`; the dropout is the attention weights' too.
-        first: the first layer, which has no content to go by yet: there the learned query takes part in the content.
+        dim_feedforward, dropout, normalize_before: as in `DecoderLayer`; dropout also applies to attention weights.
+        first: this is the first layer, which has no content yet: it adds the learned query to the content.
     """
 
     COMPILED = ("forward",)
@@ -61,7 +61,7 @@ class TransformerDecoderLayer(DecoderLayer):
         query_pos: Tensor,
         query_sine_embed: Tensor,
     ) -> Tensor:
-        """One layer.
+        """Run the layer.
 
         Args:
             tgt: (Q, batch, d).
@@ -92,19 +92,20 @@ class TransformerDecoderLayer(DecoderLayer):
         return self.run_blocks(tgt, attend_queries, attend_memory)
 
     def side_by_side(self, content: Tensor, pos: Tensor) -> Tensor:
-        """Each head's content and position next to each other: two (L, batch, d) to (L, batch, 2 d)."""
-        heads = (tensor.unflatten(-1, (self.nhead, -1)) for tensor in (content, pos))  # (L, batch, heads, d / heads)
+        """Concatenate content and position of each head: two (L, batch, d) to (L, batch, 2 d)."""
+        # (L, batch, heads, head_dim)
+        heads = (tensor.unflatten(-1, (self.nhead, -1)) for tensor in (content, pos))
         return torch.cat(tuple(heads), dim=-1).flatten(-2)
 
 
 class TransformerDecoder(nn.Module):
-    """A stack of decoder layers over reference points that the queries learn; returns what each layer gives.
+    """A stack of decoder layers with learned reference points; returns the output of each layer.
 
     Args:
         d_model: channels d.
         nhead: attention heads.
-        num_layers: at least one.
-        dim_feedforward, dropout, normalize_before: of the layers.
+        num_layers: number of layers, at least 1.
+        dim_feedforward, dropout, normalize_before: as in `TransformerDecoderLayer`.
     """
 
     def __init__(
@@ -117,14 +118,14 @@ class TransformerDecoder(nn.Module):
         )
         self.norm = nn.LayerNorm(d_model)
         self.query_scale = MLP(d_model, d_model, d_model, 2)
-        # The first layer does without it: alone, it leaves nothing to train here.
+        # The first layer does not use it, so a single layer would leave it without gradients.
         self.query_scale.requires_grad_(num_layers > 1)
         self.ref_point_head = MLP(d_model, d_model, 2, 2)
 
     def forward(
         self, tgt: Tensor, memory: Tensor, key_padding_mask: Tensor | None, pos: Tensor, query_pos: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Decode.
+        """Decode the queries.
 
         Args:
             tgt, query_pos: (Q, batch, d).
@@ -145,7 +146,7 @@ class TransformerDecoder(nn.Module):
 
 
 def build_transformer(args) -> Transformer:
-    """The transformer that the arguments ask for."""
+    """Build the transformer from the arguments."""
     decoder = TransformerDecoder(
         args.hidden_dim, args.nheads, args.dec_layers, args.dim_feedforward, args.dropout, args.pre_norm
     )

@@ -20,7 +20,7 @@ class DETR(Detector):
     """Detects a fixed number of objects in parallel.
 
     Args:
-        num_classes: labels; one more logit stands for no object.
+        num_classes: labels; one more logit is for "no object".
         backbone, transformer, num_queries, aux_loss: as in `Detector`.
     """
 
@@ -30,12 +30,12 @@ class DETR(Detector):
         super().__init__(backbone, transformer, num_classes + 1, num_queries, aux_loss)
 
     def predict(self, decoded: Tensor) -> tuple[Tensor, Tensor]:
-        """Decoded queries (layers, batch, Q, d) to logits (..., num_classes + 1) and boxes (..., 4) cxcywh."""
+        """Map decoded queries (layers, batch, Q, d) to logits (..., num_classes + 1) and boxes (..., 4) cxcywh."""
         return self.class_embed(decoded), self.bbox_embed(decoded).float().sigmoid()
 
 
 def build(args) -> tuple[DETR | DETRsegm, SetCriterion, dict[str, nn.Module]]:
-    """(model, criterion, postprocessors) that the arguments ask for; with `--masks`, those of a mask head too."""
+    """Return (model, criterion, postprocessors), built from the arguments; with a mask head if `--masks`."""
     num_classes = num_classes_of(args)
     transformer = build_transformer(args)
     model = DETR(build_backbone(args), transformer, num_classes, args.num_queries, args.aux_loss)
@@ -48,7 +48,7 @@ def build(args) -> tuple[DETR | DETRsegm, SetCriterion, dict[str, nn.Module]]:
     weights = build_weights(args, class_weight=1, loss_mask=args.mask_loss_coef, loss_dice=args.dice_loss_coef)
     criterion = MaskCriterion(num_classes, build_matcher(args), weights, class_loss)
     if args.dataset_file == PANOPTIC:
-        # COCO's things; a run on other data sets those that its annotations state.
+        # COCO's things; for other data sets, the run sets the things that the annotations name.
         things = range(len(coco_names()))
         postprocessors["panoptic"] = PostProcessPanoptic(things, args.panoptic_threshold)
     else:

@@ -1,4 +1,4 @@
-"""DETR's position encodings: the shared ones."""
+"""DETR's position encodings, which are the shared ones."""
 
 from enact_common.models.position_encoding import (
     PositionEmbeddingLearned,

@@ -19,8 +19,8 @@ class TransformerDecoderLayer(DecoderLayer):
         d_model: channels d.
         nhead: attention heads.
         dim_feedforward: hidden channels of the feed-forward network.
-        dropout: probability, in and after every block.
-        normalize_before: pre-norm in place of post-norm.
+        dropout: probability, after every block, inside the feed-forward network and for attention weights.
+        normalize_before: use pre-norm instead of post-norm.
     """
 
     COMPILED = ("forward",)
@@ -41,11 +41,11 @@ class TransformerDecoderLayer(DecoderLayer):
     def forward(
         self, tgt: Tensor, memory: Tensor, memory_key: Tensor, key_padding_mask: Tensor | None, query_pos: Tensor
     ) -> Tensor:
-        """One layer.
+        """Run the layer.
 
         Args:
             tgt: (Q, batch, d).
-            memory: (N, batch, d), the values to attend to.
+            memory: (N, batch, d), used as values.
             memory_key: (N, batch, d), the memory with its positions added.
             key_padding_mask: bool (batch, N), True where padded.
             query_pos: (Q, batch, d).
@@ -67,11 +67,11 @@ class TransformerDecoderLayer(DecoderLayer):
 
 
 class TransformerDecoder(nn.Module):
-    """A stack of decoder layers that returns what each of them gives.
+    """A stack of decoder layers that returns the output of each layer.
 
     Args:
-        decoder_layer: the layer, copied.
-        num_layers: how many.
+        decoder_layer: the layer, which is copied.
+        num_layers: the number of layers.
         norm: applied to the output of every layer.
     """
 
@@ -83,7 +83,7 @@ class TransformerDecoder(nn.Module):
     def forward(
         self, tgt: Tensor, memory: Tensor, key_padding_mask: Tensor | None, pos: Tensor, query_pos: Tensor
     ) -> Tensor:
-        """tgt and query_pos (Q, batch, d), memory and pos (N, batch, d) give (layers, batch, Q, d)."""
+        """Decode tgt and query_pos (Q, batch, d) with memory and pos (N, batch, d): (layers, batch, Q, d)."""
         memory_key = memory + pos
         outputs = []
         for layer in self.layers:
@@ -93,11 +93,11 @@ class TransformerDecoder(nn.Module):
 
 
 def build_transformer(args) -> Transformer:
-    """The transformer that the arguments ask for.
+    """Build the transformer from the arguments.
 
     Modifications:
-        - with ENACT, the encoder layers are post-norm even where `--pre_norm` asks for pre-norm; the norm after the
-          encoder, which pre-norm brings, is still there. The reference computes it so.
+        - with ENACT, the encoder layers are post-norm even with `--pre_norm`, but the final norm that pre-norm adds
+          after the encoder stays, as in the reference.
     """
     encoder = build_encoder(args, normalize_before=args.pre_norm and args.encoder_attention == "mhsa")
     layer = TransformerDecoderLayer(args.hidden_dim, args.nheads, args.dim_feedforward, args.dropout, args.pre_norm)

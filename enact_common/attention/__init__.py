@@ -1,6 +1,6 @@
 """ENACT: self-attention over keys and values that are clustered by their learned entropy (arXiv:2409.07541).
 
-This folder imports PyTorch alone, so it can be copied into another project.
+This folder imports nothing but PyTorch, so it can be copied into another project.
 """
 
 from .clustering import EntropyClustering

@@ -1,4 +1,4 @@
-"""The forms of clusters, windows of one length or ragged clusters of any lengths: each pools tokens."""
+"""Clusters that pool tokens: windows of one length, or ragged clusters of any lengths."""
 
 from typing import Protocol
 
@@ -9,33 +9,33 @@ from torch.nn import functional as F
 
 from .tracing import is_tracing, size_from_data
 
-# Elements of an intermediate in the gradient of segments: small against the tokens, large against a kernel's launch.
+# Elements of an intermediate in `_RaggedSum`'s backward pass: far fewer than the tokens', enough per kernel launch.
 GRADIENT_PART = 2**20
 
 
 def cut_windows(tokens: Tensor, length: int) -> Tensor:
-    """Cut the sequence into whole windows; what is left over is dropped, half at the front, the rest at the back.
+    """Cut the sequence into whole windows. Drop the remainder: half at the front, the rest at the back.
 
     Args:
         tokens: (batch, N, ...).
-        length: tokens a window, in 1..N.
+        length: tokens per window, in 1..N.
 
     Returns:
         (batch, M, length, ...) with M = N // length: a view.
     """
     num_windows = tokens.shape[1] // length
     left_over = tokens.shape[1] - num_windows * length
-    kept = tokens.narrow(1, left_over // 2, num_windows * length)
-    return kept.unflatten(1, (num_windows, length))  # (batch, M, length, ...)
+    whole = tokens.narrow(1, left_over // 2, num_windows * length)
+    return whole.unflatten(1, (num_windows, length))  # (batch, M, length, ...)
 
 
 class Clusters(Protocol):
-    """A batch's clusters, of whatever form.
+    """The clusters of a batch.
 
     Attributes:
         shape: (batch, M), M the largest number of clusters of an image.
-        weights: the pooling weights, each cluster's adding up to one.
-        padding_mask: bool (batch, M), True where an image has no such cluster; None where all have M.
+        weights: the pooling weights; those of a cluster add up to one.
+        padding_mask: bool (batch, M), True where an image has no such cluster; None if all images have M clusters.
     """
 
     shape: tuple[int, int]
@@ -43,31 +43,31 @@ class Clusters(Protocol):
     padding_mask: Tensor | None
 
     def pool(self, tokens: Tensor) -> Tensor:
-        """The weighted sums of tokens (batch, N, d): (batch, M, d), in their dtype; zero where an image has fewer."""
+        """Return the weighted sums (batch, M, d) of tokens (batch, N, d), same dtype; zero at missing clusters."""
 
     def pool_shared(self, values: Tensor, index: Tensor) -> Tensor:
-        """`pool` of tokens that share their values.
+        """`pool`, for tokens that share their values.
 
         Args:
             values: (batch, S, d).
-            index: int64 (N,), which of the S values each token has.
+            index: int64 (N,), each token's index into the S values.
 
         Returns:
             (batch, M, d), in the values' dtype.
         """
 
     def sizes(self) -> Tensor:
-        """Tokens of each cluster: int64 (batch, M), 0 where an image has no such cluster."""
+        """Return the tokens in each cluster: int64 (batch, M), 0 at missing clusters."""
 
     def assignment(self, num_tokens: int) -> Tensor:
-        """The cluster of each of an image's N tokens: int64 (batch, N), in 0..M - 1, or -1 where it is in none."""
+        """Return the cluster of each of an image's N tokens: int64 (batch, N), in 0..M - 1, or -1 for no cluster."""
 
 
 class Windows:
-    """Clusters of one length in all images of a batch.
+    """Windows: clusters of the same length in all images of a batch.
 
     Args:
-        weights: (batch, M, length), of each window's tokens.
+        weights: (batch, M, length), the pooling weights of each window's tokens.
     """
 
     padding_mask: Tensor | None = None
@@ -80,20 +80,20 @@ class Windows:
         """As in `Clusters`."""
         windows = cut_windows(tokens, self.weights.shape[-1])  # (batch, M, length, d)
         if tokens.device.type == "cpu" and tokens.dtype == self.weights.dtype and not is_tracing():
-            # Matrix products are faster on CPUs; one for the whole batch would copy the windows and keep the copy.
+            # Matrix products are faster on CPUs. One product for the whole batch would copy and keep the windows.
             pooled = [w.unsqueeze(1) @ image for w, image in zip(self.weights, windows, strict=True)]  # (M, 1, d) each
             return torch.stack(pooled).squeeze(2)
-        # The multiplication converts narrower tokens as it reads them, so the backward pass keeps no wide copy.
+        # The multiplication converts low-precision tokens as it reads them: backward keeps no float32 copy.
         return (self.weights.unsqueeze(-1) * windows).sum(dim=2).to(tokens.dtype)
 
     def pool_shared(self, values: Tensor, index: Tensor) -> Tensor:
-        """As in `Clusters`, without laying the values out for every token."""
+        """As in `Clusters`, without a copy of the values for every token."""
         if is_tracing():
             return self.pool(values.index_select(1, index))
         (windows,) = cut_windows(index.unsqueeze(0), self.weights.shape[-1])  # (M, length)
         member = F.one_hot(windows, values.shape[1]).to(self.weights.dtype)  # (M, length, S)
-        shares = torch.einsum("bml,mls->bms", self.weights, member)
-        return (shares @ values.to(self.weights.dtype)).to(values.dtype)
+        weights = torch.einsum("bml,mls->bms", self.weights, member)
+        return (weights @ values.to(self.weights.dtype)).to(values.dtype)
 
     def sizes(self) -> Tensor:
         """As in `Clusters`."""
@@ -103,46 +103,45 @@ class Windows:
         """As in `Clusters`."""
         batch, num_windows, length = self.weights.shape
         clusters = torch.full((batch, num_tokens), -1, device=self.weights.device)
-        # Cut as tokens are, which gives a view: what is left over keeps its -1.
+        # `cut_windows` returns a view; the remainder keeps its -1.
         cut_windows(clusters, length).copy_(torch.arange(num_windows, device=clusters.device).unsqueeze(1))
         return clusters
 
 
 class RaggedClusters:
-    """Clusters of any lengths, and of any number in each image. The longest list of them sets M; others are padded.
+    """Clusters of any lengths, and any number of them per image. M is the largest number; other images are padded.
 
-    Tokens that belong to a cluster are listed image by image, cluster by cluster, K in all; tokens in no cluster are
-    not listed.
+    The K tokens that belong to a cluster are listed by image, then by cluster.
 
     Args:
-        logits: (batch, N), at most `GREATEST_LOGIT`; each cluster's softmax of them makes the weights of its tokens.
-        token: int64 (batch, N), which token each place is about: its index in the image.
-        cluster: int64 (batch, N), the cluster of each place, not falling along the places that are kept.
-        kept: bool (batch, N), whether the place's token is in a cluster.
-        num_clusters: int64 (batch,), of each image, at least 1.
+        logits: (batch, N), at most `GREATEST_LOGIT`; their softmax over a cluster gives the pooling weights.
+        token: int64 (batch, N), the token at each place: its index in the image.
+        cluster: int64 (batch, N), the cluster of each place, in ascending order over the places in clusters.
+        in_cluster: bool (batch, N), whether the place's token is in a cluster.
+        num_clusters: int64 (batch,), clusters of each image, at least 1.
 
     Attributes:
-        weights: (K,), of the listed tokens, each cluster's adding up to one.
-        padding_mask: bool (batch, M), True where an image has no such cluster; None where all have M.
+        weights: (K,), the pooling weights of the listed tokens; those of a cluster add up to one.
+        padding_mask: bool (batch, M), True where an image has no such cluster; None if all images have M clusters.
     """
 
-    def __init__(self, logits: Tensor, token: Tensor, cluster: Tensor, kept: Tensor, num_clusters: Tensor):
+    def __init__(self, logits: Tensor, token: Tensor, cluster: Tensor, in_cluster: Tensor, num_clusters: Tensor):
         batch, num_tokens = logits.shape
-        # The one read-back: shapes depend on it.
-        counts, listed = torch.stack((num_clusters, kept.sum(dim=1))).tolist()
+        # The only host read-back: shapes depend on it.
+        counts, lengths = torch.stack((num_clusters, in_cluster.sum(dim=1))).tolist()
         self.shape = batch, max(counts)
         image = torch.arange(batch, device=token.device).unsqueeze(1)
-        place = move_to_front(kept.flatten().unsqueeze(0)).squeeze(0)[: sum(listed)]  # (K,)
+        place = move_to_front(in_cluster.flatten().unsqueeze(0)).squeeze(0)[: sum(lengths)]  # (K,)
         self.image = image.expand(-1, num_tokens).flatten()[place]  # (K,)
         self.token = token.flatten()[place]  # (K,), into the image's tokens
         self.cluster = (image * self.shape[1] + cluster).flatten()[place]  # (K,), into all images' clusters
         every = torch.arange(batch * self.shape[1], device=token.device)
-        self.first = torch.searchsorted(self.cluster, every)  # (batch M,), where each cluster begins in the list
+        self.first = torch.searchsorted(self.cluster, every)  # (batch M,), where each cluster starts in the list
 
-        # So small that their exponentials need no shift.
-        share = logits.flatten()[place].exp()
-        total = share.new_zeros(len(every)).index_add(0, self.cluster, share)
-        self.weights = share / total[self.cluster]
+        # Logits are at most GREATEST_LOGIT, so the exponentials need no shift.
+        exponentials = logits.flatten()[place].exp()
+        total = exponentials.new_zeros(len(every)).index_add(0, self.cluster, exponentials)
+        self.weights = exponentials / total[self.cluster]
         self.padding_mask: Tensor | None = None
         if min(counts) < self.shape[1]:
             self.padding_mask = torch.arange(self.shape[1], device=token.device) >= num_clusters.unsqueeze(1)
@@ -151,7 +150,7 @@ class RaggedClusters:
         """As in `Clusters`."""
         batch, num_tokens = tokens.shape[:2]
         if batch > 1 and tokens.transpose(0, 1).is_contiguous():
-            # Length first in memory: listed so, they need no copy.
+            # These tokens are length first in memory, so indexing them in that order needs no copy.
             flat, token = tokens.transpose(0, 1).flatten(0, 1), self.token * batch + self.image
         else:
             flat, token = tokens.flatten(0, 1), self.image * num_tokens + self.token
@@ -159,12 +158,12 @@ class RaggedClusters:
         return pooled.unflatten(0, self.shape).to(tokens.dtype)
 
     def pool_shared(self, values: Tensor, index: Tensor) -> Tensor:
-        """As in `Clusters`, without laying the values out for every token."""
+        """As in `Clusters`, without a copy of the values for every token."""
         num_values = values.shape[1]
         slot = self.cluster * num_values + index[self.token]  # (K,)
-        shares = self.weights.new_zeros(self.shape[0] * self.shape[1] * num_values).index_add(0, slot, self.weights)
-        shares = shares.view(*self.shape, num_values)
-        return (shares @ values.to(shares.dtype)).to(values.dtype)
+        weights = self.weights.new_zeros(self.shape[0] * self.shape[1] * num_values).index_add(0, slot, self.weights)
+        weights = weights.view(*self.shape, num_values)
+        return (weights @ values.to(weights.dtype)).to(values.dtype)
 
     def sizes(self) -> Tensor:
         """As in `Clusters`."""
@@ -178,32 +177,32 @@ class RaggedClusters:
 
 
 class TracedRaggedClusters:
-    """`RaggedClusters` in a traced graph: one entry a token, with one more cluster for tokens that are in none.
+    """`RaggedClusters` for traced graphs: one entry per token, and an extra cluster for tokens outside all clusters.
 
     Args:
-        logits, token, cluster, kept, num_clusters: as in `RaggedClusters`.
+        logits, token, cluster, in_cluster, num_clusters: as in `RaggedClusters`.
 
     Attributes:
         padding_mask: bool (batch, M), True where an image has no such cluster.
     """
 
-    def __init__(self, logits: Tensor, token: Tensor, cluster: Tensor, kept: Tensor, num_clusters: Tensor):
+    def __init__(self, logits: Tensor, token: Tensor, cluster: Tensor, in_cluster: Tensor, num_clusters: Tensor):
         batch, num_tokens = logits.shape
-        most = size_from_data(num_clusters.max(), num_tokens)
-        self.shape = batch, most
+        max_count = size_from_data(num_clusters.max(), num_tokens)
+        self.shape = batch, max_count
         image = torch.arange(batch, device=token.device).unsqueeze(1)
-        # Those in none go behind all images' clusters.
-        cluster = (image * most + cluster).where(kept, batch * most)
+        # Index batch * M collects the tokens outside all clusters.
+        cluster = (image * max_count + cluster).where(in_cluster, batch * max_count)
         self.cluster = torch.zeros_like(token).scatter(1, token, cluster).flatten()  # (batch N,)
-        share = torch.zeros_like(logits).scatter(1, token, logits).exp()  # (batch, N)
-        total = self.add_up(share.flatten())  # (batch M + 1,)
-        self.weights = share / total.index_select(0, self.cluster).view_as(share)  # (batch, N)
-        self.padding_mask = torch.arange(most, device=token.device) >= num_clusters.unsqueeze(1)
+        exponentials = torch.zeros_like(logits).scatter(1, token, logits).exp()  # (batch, N)
+        total = self.add_up(exponentials.flatten())  # (batch M + 1,)
+        self.weights = exponentials / total.index_select(0, self.cluster).view_as(exponentials)  # (batch, N)
+        self.padding_mask = torch.arange(max_count, device=token.device) >= num_clusters.unsqueeze(1)
 
-    def add_up(self, listed: Tensor) -> Tensor:
-        """The sums over each cluster's part of all images' tokens (batch N, ...): (batch M + 1, ...)."""
-        batch, most = self.shape
-        return listed.new_zeros(batch * most + 1, *listed.shape[1:]).index_add(0, self.cluster, listed)
+    def add_up(self, values: Tensor) -> Tensor:
+        """Sum values (batch N, ...) of all images' tokens over each cluster: (batch M + 1, ...)."""
+        batch, max_count = self.shape
+        return values.new_zeros(batch * max_count + 1, *values.shape[1:]).index_add(0, self.cluster, values)
 
     def pool(self, tokens: Tensor) -> Tensor:
         """As in `Clusters`."""
@@ -211,7 +210,7 @@ class TracedRaggedClusters:
         return self.add_up(weighted.flatten(0, 1))[:-1].unflatten(0, self.shape).to(tokens.dtype)
 
     def pool_shared(self, values: Tensor, index: Tensor) -> Tensor:
-        """As in `Clusters`, but laid out for every token."""
+        """As in `Clusters`, with a copy of the values for every token."""
         return self.pool(values.index_select(1, index))
 
     def sizes(self) -> Tensor:
@@ -220,15 +219,15 @@ class TracedRaggedClusters:
 
     def assignment(self, num_tokens: int) -> Tensor:
         """As in `Clusters`."""
-        batch, most = self.shape
+        batch, max_count = self.shape
         cluster = self.cluster.view(batch, num_tokens)
-        return torch.where(cluster == batch * most, -1, cluster % most)
+        return torch.where(cluster == batch * max_count, -1, cluster % max_count)
 
 
 class _RaggedSum(torch.autograd.Function):
-    """`out[cluster[i]] += weights[i] tokens[token[i]]`, for clusters that are listed in order.
+    """`out[cluster[i]] += weights[i] tokens[token[i]]`, for clusters listed in order.
 
-    An embedding bag, which holds no product of weights and tokens; its own backward pass would sort the list again.
+    `F.embedding_bag` stores no product of weights and tokens, but its own backward pass would sort the list again.
     """
 
     @staticmethod
@@ -243,7 +242,7 @@ class _RaggedSum(torch.autograd.Function):
         needs_tokens, needs_weights = ctx.needs_input_grad[:2]
         grad_tokens = torch.zeros_like(tokens) if needs_tokens else None
         grad_weights = torch.empty_like(weights) if needs_weights else None
-        # In parts, so that no intermediate has the size of the tokens.
+        # In parts, so that no intermediate is as large as the tokens.
         length = max(GRADIENT_PART // tokens.shape[1], 1)
         for start in range(0, len(token), length):
             part = slice(start, start + length)
@@ -256,10 +255,10 @@ class _RaggedSum(torch.autograd.Function):
         return grad_tokens, grad_weights, None, None, None
 
 
-def move_to_front(wanted: Tensor) -> Tensor:
-    """An order (batch, N) of the places in which the wanted ones, bool (batch, N), come first, else as they were."""
-    front = wanted.cumsum(dim=1)
-    behind = front[:, -1:] + wanted.logical_not().cumsum(dim=1)
-    target = front.where(wanted, behind) - 1  # (batch, N), where each place goes
-    place = torch.arange(wanted.shape[1], device=wanted.device).expand_as(target)
+def move_to_front(mask: Tensor) -> Tensor:
+    """Return the stable order, int64 (batch, N), that puts the places in mask, bool (batch, N), first."""
+    front = mask.cumsum(dim=1)
+    behind = front[:, -1:] + mask.logical_not().cumsum(dim=1)
+    target = front.where(mask, behind) - 1  # (batch, N), where each place goes
+    place = torch.arange(mask.shape[1], device=mask.device).expand_as(target)
     return torch.zeros_like(target).scatter(1, target, place)

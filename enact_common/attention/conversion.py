@@ -1,33 +1,33 @@
-"""Multi-head attention's weights in the form that ENACT's layer takes them."""
+"""Conversion of multi-head attention weights to ENACT's layer."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-# What `clustered_weights` reads, of `torch.nn.MultiheadAttention`'s state dict.
+# The tensors of `torch.nn.MultiheadAttention`'s state dict that `clustered_weights` reads.
 PACKED = ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
 
 
 def clustered_weights(weights: Mapping[str, Tensor], num_heads: int, scale_logits: bool = False) -> dict[str, Tensor]:
-    """The projections of an `EnactSelfAttention` that computes what a plain multi-head attention does.
+    """Projections with which `EnactSelfAttention` computes the same as a plain multi-head attention.
 
-    Exactly so while each cluster is one token; from there on, clusters stand for their tokens. As published, ENACT's
-    layer neither scales its logits by e^-0.5 nor leaves the attended values as they are (it divides them by e), e being
-    the width of a head: the first goes into `W_q`, the second into `W_o`.
+    The result is exact while each cluster is one token; longer clusters approximate. The published layer does not scale
+    its logits by head_dim^-0.5, and divides the attended values by head_dim. `W_q` takes up the first difference, `W_o`
+    the second.
 
-    What scores the tokens, `W_prob`, has no counterpart. Leave it at its small random values, with which a cluster is
-    about the mean of some six neighbours. At zero all tokens would score alike, and a sequence without inflection
-    points, of thousands of tokens too, falls into three clusters.
+    `W_prob`, which scores the tokens, has no counterpart. Leave it at its small random values: a cluster is then about
+    the mean of six neighbours. At zero all tokens score alike, so a sequence has no inflection points and makes only
+    three clusters, even with thousands of tokens.
 
     Args:
         weights: `in_proj_weight` (3 d, d), `in_proj_bias` (3 d,), `out_proj.weight` (d, d), `out_proj.bias` (d,), as in
-            the state dict of `torch.nn.MultiheadAttention`; an attention without biases leaves those out.
+            the state dict of `torch.nn.MultiheadAttention`. Biases may be missing.
         num_heads: attention heads.
-        scale_logits: the layer does scale them, and leaves the values as they are: the weights stay what they are too.
+        scale_logits: the layer scales its logits as plain attention does, so the weights stay the same.
 
     Returns:
-        `W_q.weight`, `W_q.bias`, ..., `W_o.bias`, in the dtype and on the device of what was given.
+        `W_q.weight`, `W_q.bias`, ..., `W_o.bias`, with the dtype and device of the given weights.
     """
     packed = weights["in_proj_weight"]
     embed_dim = packed.shape[1]

@@ -1,9 +1,9 @@
-"""The order of a map's cells along a Hilbert curve, for rectangles of any sides.
+"""The order of a feature map's cells along a Hilbert curve, for rectangles of any sides.
 
-Along rows, neighbours in a sequence are neighbours in the image sideways alone, and a window of them is a thin strip;
-along Hilbert's curve (Math. Ann. 38, 1891), a stretch of any length is a compact patch. For rectangles, after Jakub
-Červený's generalised curve (https://github.com/jakubcerveny/gilbert): what is much longer than wide is halved, all
-else is cut into three parts, of which the curve runs up the first, across the second and down the third.
+In row order, neighbours in the sequence are only horizontal neighbours in the image, and a window is a thin strip. A
+stretch of Hilbert's curve (Math. Ann. 38, 1891) is a compact patch at any length. Rectangles follow Jakub Červený's
+generalised curve (https://github.com/jakubcerveny/gilbert): a rectangle much longer than wide is halved; any other is
+cut into three parts, and the curve runs up the first, across the second and down the third.
 """
 
 from collections.abc import Iterator
@@ -12,23 +12,23 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-# How a map's cells follow each other where they are clustered: row by row, or along the curve.
+# Orders in which a map's cells are clustered: row by row, or along the curve.
 ORDERS = ROWS, HILBERT = ("rows", "hilbert")
 
 
 @lru_cache(maxsize=256)
 def hilbert_permutations(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`hilbert_order` on a device, kept for the next map of that size, and what puts cells back row by row."""
-    # What is kept serves training too, whoever asks first.
+    """Return `hilbert_order` on a device and its inverse, which restores row order. Cached per map size."""
+    # The cached tensors must serve training too, even if inference asks first.
     with torch.inference_mode(False):
         order = hilbert_order(height, width).to(device)
         return order, order.argsort()
 
 
 def hilbert_order(height: int, width: int) -> Tensor:
-    """The cells of a map in the curve's order: int64 (height * width,), each cell's index row by row.
+    """The cells of a map in the curve's order: int64 (height * width,), each cell's index in row order.
 
-    Cells that follow each other touch at a side; where a part's sides are odd, a few touch at a corner.
+    Successive cells share a side; at parts with odd sides a few share only a corner.
 
     Args:
         height, width: at least 1.
@@ -43,11 +43,11 @@ def _indices(height: int, width: int) -> tuple[int, ...]:
 
 
 def _walk(start: tuple[int, int], along: tuple[int, int], across: tuple[int, int]) -> Iterator[tuple[int, int]]:
-    """The cells (x, y) of the rectangle that two vectors span from a start, ending at the far end of the first one.
+    """Yield the cells (x, y) of the rectangle that two vectors span, ending at the far end of the first one.
 
     Args:
         start: the first cell.
-        along, across: parallel to the axes, one to each.
+        along, across: the two vectors, each parallel to another axis.
     """
     length, breadth = abs(sum(along)), abs(sum(across))
     step, side = _unit(along), _unit(across)
@@ -57,7 +57,7 @@ def _walk(start: tuple[int, int], along: tuple[int, int], across: tuple[int, int
         return
     half, rise = length // 2, breadth // 2
     if 2 * length > 3 * breadth:
-        # An even half lets the curve end where the other half begins.
+        # With an even half, the curve ends where the other half starts.
         half += half % 2 == 1 and length > 2
         yield from _walk(start, _scaled(step, half), across)
         yield from _walk(_add(start, step, half), _scaled(step, length - half), across)

@@ -1,4 +1,4 @@
-"""ENACT's self-attention layer, called as `torch.nn.MultiheadAttention` is.
+"""ENACT's self-attention layer, with the call signature of `torch.nn.MultiheadAttention`.
 
 Source: Savathrakis and Argyros, "ENACT: Entropy-based Clustering of Attention Input for Reducing the Computational
 Needs of Object Detection Transformers", arXiv:2409.07541.
@@ -13,36 +13,34 @@ from .clustering import EntropyClustering, autocast_dtype
 class EnactSelfAttention(EntropyClustering):
     """Multi-head attention whose keys and values are clustered by entropy before they are projected.
 
-    `W_o(softmax(Q K^T) V / e)` over M clusters in place of N keys, e = embed_dim / num_heads. The (queries x
-    clusters) matrix is never stored where `scaled_dot_product_attention` has a fused kernel, which a dropout above 0
-    rules out on CPUs.
+    `W_o(softmax(Q K^T) V / head_dim)` over M clusters instead of N keys. The (queries x clusters) matrix is never
+    stored where `scaled_dot_product_attention` has a fused kernel; on CPUs it has none for a dropout above 0.
 
     Modifications of multi-head attention, as in the reference:
-        - the logits are not scaled; the division by e comes after the softmax (unless `scale_logits`);
-        - projections are four `nn.Linear`, so checkpoints have `W_q, W_k, W_v, W_o` in place of `in_proj`;
-        - neither attention weights nor attention masks exist, since the keys are no longer the tokens.
+        - the logits are not scaled; the result is divided by head_dim after the softmax (unless `scale_logits`);
+        - projections are four `nn.Linear`, so checkpoints have `W_q, W_k, W_v, W_o` instead of `in_proj`;
+        - there are no attention weights or attention masks per token, since the keys are clusters.
 
     Args:
         embed_dim: channels d of queries, keys, values and output; a multiple of num_heads.
         num_heads: attention heads.
         dropout: probability of dropping an attention weight in training. The reference has none.
         sigma: standard deviation of the information's smoothing, tokens.
-        batch_first: tensors are (batch, N, d) rather than (N, batch, d).
+        batch_first: tensors are (batch, N, d) instead of (N, batch, d).
         clusters, per_image, mask_padding, max_clusters, temperature: as in `EntropyClustering`.
-        scale_logits: scale the logits by e^-0.5 and leave the attended values as they are, as plain attention does. No
-            weights of the reference's were trained so; trained anew, it learns better (docs/results/accuracy.md).
+        scale_logits: scale the logits by head_dim^-0.5 and do not divide the values, as in plain attention. The
+            published weights were trained without it; new trainings learn better with it (docs/accuracy.md).
 
     Attributes:
-        weigh_by_size: a cluster counts as often as it has tokens; `enact_common.study` tries it.
+        weigh_by_size: multiply a cluster's attention by its number of tokens; an ablation in `enact_common.study`.
 
     Raises:
-        ValueError: embed_dim is not a multiple of num_heads, or a setting of the clustering is wrong.
+        ValueError: embed_dim is not a multiple of num_heads, or a clustering setting is invalid.
     """
 
     weigh_by_size = False
 
-    # Read by nn.TransformerEncoder and its layer, which take fused paths of their own only where they find packed
-    # projections.
+    # Keeps `nn.TransformerEncoder` and its layer off their fused paths, which need packed projections.
     in_proj_bias = None
     _qkv_same_embed_dim = False
 
@@ -89,31 +87,31 @@ class EnactSelfAttention(EntropyClustering):
         Args:
             query: (L, batch, d), or (batch, L, d) if batch_first.
             key, value: (N, batch, d), or (batch, N, d) if batch_first; N in row-major order of the feature map.
-            key_padding_mask: bool (batch, N), True where padded; or floating point, minus infinity where padded, which
-                is what `nn.TransformerEncoder` makes of it. Without `mask_padding` it has no effect: as in the
-                reference, padded tokens are clustered and attended to like any other.
-            need_weights, attn_mask, is_causal: those of `nn.MultiheadAttention`, at values that ask for nothing.
-            average_attn_weights: likewise; without weights, either value asks for nothing.
+            key_padding_mask: bool (batch, N), True where padded; or floating point, minus infinity where padded, as
+                `nn.TransformerEncoder` passes it. It has no effect without `mask_padding`: as in the reference, padded
+                tokens are then clustered and attended to like any other.
+            need_weights, attn_mask, is_causal: as in `nn.MultiheadAttention`; only these defaults are supported.
+            average_attn_weights: ignored, since no weights are returned.
 
         Returns:
             (output, None); output has the query's shape.
 
         Raises:
-            ValueError: weights or an attention mask are asked for, or shapes do not fit.
+            ValueError: weights or an attention mask are requested, or shapes do not fit.
         """
         if need_weights or attn_mask is not None or is_causal:
             raise ValueError(
-                "EnactSelfAttention attends to clusters, not to tokens: it has no weights to return and takes no "
+                "EnactSelfAttention attends to clusters instead of tokens, so it returns no weights and takes no "
                 "attention mask. Call it with need_weights=False, attn_mask=None, is_causal=False."
             )
         if query.ndim != 3 or query.is_nested:
             kind = "a nested tensor" if query.is_nested else tuple(query.shape)
-            raise ValueError(f"EnactSelfAttention takes tensors of three axes, with a batch among them, got {kind}")
+            raise ValueError(f"EnactSelfAttention takes tensors of three axes, one of them the batch, got {kind}")
         if key_padding_mask is not None and key_padding_mask.is_floating_point():
             key_padding_mask = key_padding_mask.isneginf()
         head_dim = self.embed_dim // self.num_heads
 
-        # Cast here rather than by autocast, so that the queries' projection and the pooling keep the same tensor.
+        # Cast here instead of under autocast, so that the query projection and the pooling save the same tensor.
         cast = {id(tensor): tensor.to(autocast_dtype(tensor)) for tensor in (query, key, value)}
         scored, query, key, value = key, cast[id(query)], cast[id(key)], cast[id(value)]
         if not self.batch_first:
@@ -125,20 +123,21 @@ class EnactSelfAttention(EntropyClustering):
             projection(tensor).unflatten(-1, (self.num_heads, head_dim))
             for projection, tensor in ((self.W_q, query), (self.W_k, key), (self.W_v, value))
         )
-        # Projected as they lie in memory: turned round before, they would be copied, and the copy kept.
-        q = q.transpose(1, 2) if self.batch_first else q.permute(1, 2, 0, 3)  # (batch, heads, L, e)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (batch, heads, M, e)
-        # The division by e is linear in V: cheapest where there are M rows rather than L.
+        # Transpose after the projection: transposed before it, the inputs would be copied, and the copies kept.
+        q = q.transpose(1, 2) if self.batch_first else q.permute(1, 2, 0, 3)  # (batch, heads, L, head_dim)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (batch, heads, M, head_dim)
+        # The division by head_dim is linear in V, and V has M rows where the output has L.
         bias = None if padding_mask is None else ~padding_mask[:, None, None]  # (batch, 1, 1, M)
         if sizes is not None:
-            # The logarithm of nothing is minus infinity: as where there is no cluster.
+            # log(0) is minus infinity, which masks missing clusters.
             bias = sizes.to(q.dtype).log()[:, None, None]
         v, scale = (v, head_dim**-0.5) if self.scale_logits else (v / head_dim, 1.0)
         attended = F.scaled_dot_product_attention(
             q, k, v, bias, dropout_p=self.dropout if self.training else 0.0, scale=scale
         )
         attended = attended.transpose(1, 2) if self.batch_first else attended.permute(2, 0, 1, 3)
-        return self.W_o(attended.flatten(2)), None  # (batch, L, heads, e) or (L, batch, heads, e) -> the query's shape
+        # (batch, L, heads, head_dim) or (L, batch, heads, head_dim) -> the query's shape
+        return self.W_o(attended.flatten(2)), None
 
     def extra_repr(self) -> str:
         own = f"num_heads={self.num_heads}, dropout={self.dropout}" + ", scale_logits" * self.scale_logits

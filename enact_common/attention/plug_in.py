@@ -1,7 +1,7 @@
-"""ENACT's attention in somebody else's detector, with the weights that it has.
+"""Replace the attention in a third-party detector by ENACT's, keeping its weights.
 
-Two kinds of attention can be replaced: `torch.nn.MultiheadAttention`, wherever it stands, and the self-attention of
-Hugging Face's DETR and Conditional DETR. Classes of `transformers` are known by name, so nothing here imports it.
+Two kinds can be replaced: `torch.nn.MultiheadAttention` anywhere, and the self-attention of Hugging Face's DETR and
+Conditional DETR. Classes of `transformers` are recognised by name, so this file does not import it.
 """
 
 import re
@@ -15,7 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from .conversion import PACKED, clustered_weights
 from .layer import EnactSelfAttention
 
-# By module and class: `DetrAttention` up to transformers 4, the others in 5.
+# Full class names: `DetrAttention` up to transformers 4, the others in 5.
 HUGGING_FACE = {
     f"transformers.models.{model}.modeling_{model}.{name}"
     for model, names in {
@@ -29,9 +29,9 @@ Where = str | re.Pattern | Callable[[str, nn.Module], bool]
 
 
 class HuggingFaceSelfAttention(EnactSelfAttention):
-    """`EnactSelfAttention`, called as the self-attention of Hugging Face's DETR and Conditional DETR is.
+    """`EnactSelfAttention` with the call signature of the self-attention in Hugging Face's DETR and Conditional DETR.
 
-    Batch first always. Arguments, parameters and buffers are those of `EnactSelfAttention`.
+    Always batch first. Arguments, parameters and buffers are those of `EnactSelfAttention`.
     """
 
     def forward(
@@ -42,35 +42,37 @@ class HuggingFaceSelfAttention(EnactSelfAttention):
         object_queries: Tensor | None = None,
         **others,
     ) -> tuple[Tensor, None]:
-        """Attend from every token to the clusters of all.
+        """Attend from every token to the clusters of all tokens.
 
         Args:
             hidden_states: (batch, N, d), N in row-major order of the feature map.
-            attention_mask: of padded keys, as `padded_keys` takes it.
+            attention_mask: the padding mask, in a form that `padded_keys` accepts.
             position_embeddings: (batch, N, d), added to queries and keys but not to values.
-            object_queries: what transformers 4 calls the position embeddings.
-            others: what else the original takes, such as `output_attentions`; without effect.
+            object_queries: the name of the position embeddings in transformers 4.
+            others: the original's other arguments, such as `output_attentions`; ignored.
 
         Returns:
             (output (batch, N, d), None): no weights, whatever `output_attentions` says.
 
         Raises:
-            ValueError: it is called as a cross-attention, or with a mask of a form that is not known.
+            ValueError: it is called as a cross-attention, or the mask's form is unknown.
         """
         if others.get("key_value_states") is not None:
-            raise ValueError("HuggingFaceSelfAttention stands for a self-attention: it takes no key_value_states")
+            raise ValueError("HuggingFaceSelfAttention is a self-attention: call it without key_value_states")
         positions = object_queries if position_embeddings is None else position_embeddings
-        placed = hidden_states if positions is None else hidden_states + positions
-        return super().forward(placed, placed, hidden_states, key_padding_mask=padded_keys(attention_mask))
+        with_positions = hidden_states if positions is None else hidden_states + positions
+        return super().forward(
+            with_positions, with_positions, hidden_states, key_padding_mask=padded_keys(attention_mask)
+        )
 
 
 def padded_keys(attention_mask: Tensor | None) -> Tensor | None:
-    """Where keys are padded, bool (batch, N), in a mask as the encoders of `transformers` hand it to their layers.
+    """The padding mask, bool (batch, N), from a mask that an encoder of `transformers` passes to its layers.
 
     Args:
-        attention_mask: (batch, 1, N, N), the same for every query: boolean, True where attended to ("sdpa"), or added
-            to the logits, negative where padded ("eager"). (batch, N), 0 where padded (flash attention). None: no
-            padding.
+        attention_mask: (batch, 1, N, N), equal for all queries: either boolean, True where attended to ("sdpa"), or
+            added to the logits, negative where padded ("eager"). Or (batch, N), 0 where padded (flash attention). Or
+            None: no padding.
 
     Raises:
         ValueError: the mask has another form.
@@ -101,41 +103,40 @@ def plug_in(
     temperature: float | None = None,
     scale_logits: bool = False,
 ) -> list[str]:
-    """Replace the encoder self-attention of any model by ENACT's, in place, with the weights that it has.
+    """Replace the encoder self-attention of any model by ENACT's, in place, keeping its weights.
 
-    While each cluster is one token, the model computes what it did; from there on, clusters stand for their tokens.
-    What scores the tokens, `W_prob`, starts untrained, so the model wants fine-tuning; it computes in float32, also
-    where the model has a narrower type. All else is kept: weights, heads, dropout, device and dtype, what is trained
-    and what is frozen, training or evaluation mode. Optimizers that hold the old weights know nothing of the new ones.
+    The result is exact while each cluster is one token; longer clusters approximate. `W_prob`, which scores the tokens,
+    starts untrained, so fine-tune the model. `W_prob` computes in float32 even in a model of lower precision.
+    Everything else is kept: weights, heads, dropout, device and dtype, `requires_grad`, training or evaluation mode.
+    Make the optimizer afterwards: an existing one would still hold the old weights.
 
     The tokens must be the cells of a feature map in row-major order, in batches.
 
     Args:
-        module: holds the attention somewhere below; an encoder or a whole model, so that PyTorch's `TransformerEncoder`
-            can be told to pass no nested tensors.
+        module: the model, or an encoder that holds the attention. In a PyTorch `TransformerEncoder` below it, nested
+            tensors are switched off.
         sigma: standard deviation of the information's smoothing, tokens.
-        where: which attention modules to replace: a regular expression that the whole dotted name matches, or a
-            function (name, module) -> bool. None for those which `in_encoder` finds and that can be replaced.
+        where: which attention modules to replace: a regular expression that must match the whole dotted name, or a
+            function (name, module) -> bool. None: the encoder self-attention (see `in_encoder`) of supported classes.
         clusters, per_image, mask_padding, max_clusters, temperature: as in `EntropyClustering`.
-        scale_logits: as in `EnactSelfAttention`. It does not change what the model computes, but how it trains on.
-
+        scale_logits: as in `EnactSelfAttention`. It does not change the model's output, but how it trains.
     Returns:
-        the names of the modules that were replaced, in the model's order.
+        the names of the replaced modules, in the model's order.
 
     Raises:
-        ValueError: there is nothing to replace, an attention cannot be replaced, or a setting is wrong. The model is
-            then as it was.
+        ValueError: nothing matches, an attention cannot be replaced, or a setting is invalid. The model is then
+            unchanged.
     """
-    found = attention_modules(module)
-    chosen = choose(module, found, where)
-    if not chosen:
-        raise ValueError(nothing_chosen(module, found, where))
-    reasons = {name: reason_against(attention, found, chosen) for name, attention in chosen.items()}
-    refused = [f"{name} ({type(chosen[name]).__name__}): {reason}" for name, reason in reasons.items() if reason]
+    candidates = attention_modules(module)
+    targets = select(module, candidates, where)
+    if not targets:
+        raise ValueError(no_match_message(module, candidates, where))
+    reasons = {name: reason_against(attention, candidates, targets) for name, attention in targets.items()}
+    refused = [f"{name} ({type(targets[name]).__name__}): {reason}" for name, reason in reasons.items() if reason]
     if refused:
         raise ValueError(
-            "\n  ".join(["cannot be replaced by ENACT's attention:", *refused])
-            + "\nNothing was replaced. Name others with where, or leave these out."
+            "\n  ".join(["ENACT's attention cannot replace:", *refused])
+            + "\nNothing was replaced. Exclude these, or choose others, with where."
         )
 
     settings = {
@@ -147,25 +148,25 @@ def plug_in(
         "temperature": temperature,
         "scale_logits": scale_logits,
     }
-    # All are made before the first takes its place; an attention that layers share stays shared.
-    unique = {id(attention): attention for attention in chosen.values()}
-    made = {key: clustered(attention, settings) for key, attention in unique.items()}
-    for name, attention in chosen.items():
+    # Make all before replacing any, so that an error leaves the model unchanged. Shared attention stays shared.
+    unique = {id(attention): attention for attention in targets.values()}
+    replacements = {key: clustered(attention, settings) for key, attention in unique.items()}
+    for name, attention in targets.items():
         parent, _, attribute = name.rpartition(".")
-        setattr(module.get_submodule(parent), attribute, made[id(attention)])
+        setattr(module.get_submodule(parent), attribute, replacements[id(attention)])
     for encoder in module.modules():
-        # It decided at construction, by the attention that it then had, to pass padded batches as nested tensors.
+        # At construction it chose, for the old attention, to pass padded batches as nested tensors.
         if isinstance(encoder, nn.TransformerEncoder) and any(
             isinstance(m, EnactSelfAttention) for m in encoder.modules()
         ):
             encoder.use_nested_tensor = False
-    return list(chosen)
+    return list(targets)
 
 
 def attention_modules(module: nn.Module) -> dict[str, nn.Module]:
-    """What is attention below a module, by its dotted name: what can be replaced, and what is named after attention.
+    """Attention modules below a module, by dotted name: replaceable ones, and any with attention in the class name.
 
-    A module that stands in several places has several names.
+    A shared module is listed under each of its names.
     """
     return {
         name: part
@@ -174,29 +175,29 @@ def attention_modules(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def choose(module: nn.Module, found: Mapping[str, nn.Module], where: Where | None) -> dict[str, nn.Module]:
-    """Those of the attention modules found that `where`, as in `plug_in`, means."""
+def select(module: nn.Module, candidates: Mapping[str, nn.Module], where: Where | None) -> dict[str, nn.Module]:
+    """Return the attention modules that `where` selects, as in `plug_in`."""
     if where is None:
         return {
             name: attention
-            for name, attention in found.items()
+            for name, attention in candidates.items()
             if (isinstance(attention, nn.MultiheadAttention) or is_hugging_face(attention)) and in_encoder(module, name)
         }
     if callable(where):
-        return {name: attention for name, attention in found.items() if where(name, attention)}
+        return {name: attention for name, attention in candidates.items() if where(name, attention)}
     try:
         pattern = re.compile(where)
     except re.error as error:
-        raise ValueError(f"where={where!r} is no regular expression: {error}") from error
-    return {name: attention for name, attention in found.items() if pattern.fullmatch(name)}
+        raise ValueError(f"where={where!r} is not a valid regular expression: {error}") from error
+    return {name: attention for name, attention in candidates.items() if pattern.fullmatch(name)}
 
 
 def in_encoder(module: nn.Module, name: str) -> bool:
-    """Whether the attention of that name is, by all names, the self-attention of an encoder.
+    """Whether the attention of that name is the self-attention of an encoder, judged by names.
 
-    Of the modules around it, from the given one down, at least one is an encoder or a layer of one, and none is a
-    decoder or a layer of one, by its attribute's name or its class's (base classes included); one that says both says
-    nothing. The attention itself is not named after a cross-attention.
+    At least one module on the path to it must be an encoder or encoder layer, and none a decoder or decoder layer. The
+    attribute's name and its class's (base classes included) count; a module whose names contain both words is ignored.
+    The attention itself must not have "cross" in its name.
     """
     *path, last = name.split(".")
     encoder, around = False, module
@@ -214,48 +215,48 @@ def is_hugging_face(attention: nn.Module) -> bool:
     return f"{type(attention).__module__}.{type(attention).__qualname__}" in HUGGING_FACE
 
 
-def nothing_chosen(module: nn.Module, found: Mapping[str, nn.Module], where: Where | None) -> str:
-    """The error where nothing is there to replace: what there is, and how to name it."""
+def no_match_message(module: nn.Module, candidates: Mapping[str, nn.Module], where: Where | None) -> str:
+    """Return the error message when nothing matches: which attention there is, and how to select it."""
     owner = type(module).__name__
     if isinstance(module, nn.MultiheadAttention) or is_hugging_face(module):
-        return f"{owner} is an attention itself, which nothing can replace in place: pass the module that holds it"
-    if not found:
-        return f"{owner} has no attention: none of its modules is an nn.MultiheadAttention or named after attention"
+        return f"{owner} is an attention itself and cannot be replaced in place: pass the module that holds it"
+    if not candidates:
+        return f"{owner} has no attention: no submodule is an nn.MultiheadAttention or has attention in its class name"
     if where is None:
-        what = f"{owner} has no encoder self-attention that is known as one"
+        problem = f"{owner} has no encoder self-attention that can be recognised by name"
     else:
-        what = f"where={where!r} means none of the attention modules of {owner}"
-    # Layers that differ in their numbers alone make one pattern, which can be passed as it stands.
+        problem = f"where={where!r} matches none of the attention modules of {owner}"
+    # Names that differ only in their numbers make one pattern, which works as a value of where.
     patterns = {
         (r"\d+".join(re.split(r"(?<![^.])\d+(?![^.])", name)), type(attention).__name__): None
-        for name, attention in found.items()
+        for name, attention in candidates.items()
     }
-    listed = [f"{pattern} ({kind})" for pattern, kind in patterns]
-    way_out = (
-        "Say which to replace with where: a regular expression for the whole name, or a function of name and module."
-    )
-    if any(isinstance(attention, EnactSelfAttention) for attention in found.values()):
-        way_out += " ENACT's own attention is in place already."
-    return "\n  ".join([f"{what}. There are:", *listed]) + f"\n{way_out}"
+    lines = [f"{pattern} ({kind})" for pattern, kind in patterns]
+    advice = "Select modules with where: a regular expression for the whole name, or a function of name and module."
+    if any(isinstance(attention, EnactSelfAttention) for attention in candidates.values()):
+        advice += " Some are ENACT's attention already."
+    return "\n  ".join([f"{problem}. There are:", *lines]) + f"\n{advice}"
 
 
-def reason_against(attention: nn.Module, found: Mapping[str, nn.Module], chosen: Mapping[str, nn.Module]) -> str | None:
-    """Why an attention cannot be replaced; None where it can.
+def reason_against(
+    attention: nn.Module, candidates: Mapping[str, nn.Module], targets: Mapping[str, nn.Module]
+) -> str | None:
+    """Return why an attention cannot be replaced; None if it can.
 
     Args:
-        attention: one of those chosen.
-        found, chosen: all attention modules, and those that are to be replaced, by name.
+        attention: one of the targets.
+        candidates, targets: all attention modules, and those to replace, by name.
     """
     if isinstance(attention, EnactSelfAttention):
-        return "it is ENACT's already"
+        return "it is ENACT's attention already"
     if attention._forward_hooks or attention._forward_pre_hooks or "forward" in vars(attention):
-        return "it has hooks, or a forward of its own, that would be lost"
-    elsewhere = [other for other, same in found.items() if same is attention and other not in chosen]
+        return "it has hooks or a forward on the instance, which would be lost"
+    elsewhere = [other for other, same in candidates.items() if same is attention and other not in targets]
     if elsewhere:
-        return f"it is the same module as {elsewhere[0]}, which is not to be replaced"
+        return f"it is the same module as {elsewhere[0]}, which is not selected"
     if is_hugging_face(attention):
         plain = all(type(layer) is nn.Linear for layer in projections(attention).values())
-        return None if plain else "its projections are no plain nn.Linear (adapters, or quantised weights)"
+        return None if plain else "its projections are not plain nn.Linear (adapters, or quantised weights)"
     if type(attention) is not nn.MultiheadAttention:
         if isinstance(attention, nn.MultiheadAttention):
             return "a subclass of nn.MultiheadAttention may compute something else"
@@ -264,7 +265,7 @@ def reason_against(attention: nn.Module, found: Mapping[str, nn.Module], chosen:
         return "its keys or values have other channels than its queries (kdim, vdim)"
     out = attention.out_proj
     if type(out) not in (NonDynamicallyQuantizableLinear, nn.Linear) or out._forward_hooks or out._forward_pre_hooks:
-        return "its output projection is no plain nn.Linear, or has hooks"
+        return "its output projection is not a plain nn.Linear, or has hooks"
     if attention.bias_k is not None or attention.bias_v is not None:
         return "it appends learned tokens to keys and values (add_bias_kv)"
     if attention.add_zero_attn:
@@ -273,17 +274,17 @@ def reason_against(attention: nn.Module, found: Mapping[str, nn.Module], chosen:
 
 
 def projections(attention: nn.Module) -> dict[str, nn.Module]:
-    """The four projections of a Hugging Face self-attention, under the names that ENACT gives them."""
+    """Return the four projections of a Hugging Face self-attention, by ENACT's names."""
     out = attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
     return {"W_q": attention.q_proj, "W_k": attention.k_proj, "W_v": attention.v_proj, "W_o": out}
 
 
 def clustered(attention: nn.Module, settings: Mapping[str, Any]) -> EnactSelfAttention:
-    """ENACT's attention with the weights of a plain one, which `reason_against` has nothing against.
+    """ENACT's attention with the weights of a plain one that `reason_against` accepts.
 
     Args:
-        attention: stays as it is.
-        settings: of `EnactSelfAttention`, by name.
+        attention: is not changed.
+        settings: arguments of `EnactSelfAttention`, by name.
     """
     if is_hugging_face(attention):
         layers = projections(attention)
@@ -307,11 +308,11 @@ def clustered(attention: nn.Module, settings: Mapping[str, Any]) -> EnactSelfAtt
     for name, tensor in clustered_weights(packed, new.num_heads, new.scale_logits).items():
         layer, kind = name.split(".")
         source = sources[layer][kind == "bias"]
-        # A bias that was not there is zero, and stays so.
+        # A missing bias becomes zeros that stay frozen.
         trained = source is not None and source.requires_grad
         setattr(new.get_submodule(layer), kind, nn.Parameter(tensor, requires_grad=trained))
     weight = new.W_q.weight
-    precise = torch.promote_types(weight.dtype, torch.float32)
-    new.W_prob.to(weight.device, precise)
-    new.kernel = new.kernel.to(weight.device, precise)
+    wide_dtype = torch.promote_types(weight.dtype, torch.float32)
+    new.W_prob.to(weight.device, wide_dtype)
+    new.kernel = new.kernel.to(weight.device, wide_dtype)
     return new.train(attention.training)

@@ -1,8 +1,8 @@
-"""Whether a graph is being traced, and sizes that such a graph may depend on.
+"""Whether a graph is being traced, and sizes for use in traced graphs.
 
-`torch.export`, `torch.onnx.export` and `torch.jit.trace` call a model once and record what it does. Reading a number
-back to Python, looping over a size or branching on one would fix that number in the graph, so the layers take a form
-that does none of that while `is_tracing()`.
+`torch.export`, `torch.onnx.export` and `torch.jit.trace` call a model once and record its operations. Reading a number
+back to Python, looping over a size or branching on one would fix that number in the graph. While `is_tracing()`, the
+layers use code paths that do none of these.
 """
 
 import torch
@@ -10,32 +10,32 @@ from torch import Tensor
 
 
 def is_tracing() -> bool:
-    """Whether a graph is being recorded: not while `torch.compile` traces, which compiles anew for other inputs."""
-    # PyTorch 2.4 cannot say that it is exporting: it has the form for any other call then.
+    """Whether a graph is being traced. False under `torch.compile`, which compiles anew for other inputs."""
+    # PyTorch 2.4 has no is_exporting; there the layers use their ordinary path.
     exporting = getattr(torch.compiler, "is_exporting", None)
     return torch.jit.is_tracing() or (exporting is not None and exporting())
 
 
-def size_from_data(value: Tensor, most) -> int:
-    """A size that tensors' values decide, for use in a graph that is being recorded.
+def size_from_data(value: Tensor, upper_bound) -> int:
+    """Return a size that depends on tensor values, for use in a traced graph.
 
     Args:
         value: int64 (), at least 1.
-        most: a size of the graph's; the value does not pass it.
+        upper_bound: a size of the graph.
     """
     if torch.jit.is_tracing():
-        return value  # recorded as a tensor wherever a size is expected
+        return value  # traced as a tensor, which works as a size
     size = value.item()
     torch._check(size >= 1)
-    torch._check(size <= most)
+    torch._check(size <= upper_bound)
     return size
 
 
 def smaller_size(number: int, size):
-    """The smaller of a number and a size, which may be a graph's."""
+    """Return the smaller of a number and a size, which may belong to a traced graph."""
     if isinstance(size, int):
         return min(number, size)
     if torch.jit.is_tracing():
         return size.clamp(max=number)
-    # By way of a tensor: what follows from a comparison of sizes would hold for those of the example alone.
+    # Through a tensor: a comparison of sizes would be resolved for the example input and fixed in the graph.
     return size_from_data(torch.full((), number).clamp(max=size), size)

@@ -1,1 +1,1 @@
-"""Parts that the three detectors share, from the backbone to the losses and post-processing."""
+"""Modules that the three detectors share, from the backbone to the losses and post-processing."""

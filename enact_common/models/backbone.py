@@ -1,4 +1,4 @@
-"""ResNet backbones from torchvision, with frozen or trained batch norm, and where their weights come from."""
+"""ResNet backbones from torchvision, with frozen or trained batch norm, and their pretrained weights."""
 
 from pathlib import Path
 
@@ -18,32 +18,32 @@ from enact_common.utils.download import download
 from enact_common.utils.errors import UserError
 from enact_common.utils.files import read_tensors
 
-# Blocks in each stage.
+# Blocks per stage.
 STAGES = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 BACKBONES = tuple(STAGES)
-# As torchvision names them.
+# torchvision's names.
 ALL_STAGES = ("layer1", "layer2", "layer3", "layer4")
-# Without bottlenecks: 512 channels in place of 2048, and no dilated form.
+# Basic blocks instead of bottlenecks: 512 channels instead of 2048, and no dilated form.
 SHALLOW_BACKBONES = ("resnet18", "resnet34")
 
 WEIGHTS_WAYS_OUT = (
-    "pass --backbone_weights PATH for a state dict of a torchvision ResNet that you have as a file, or train from "
-    "scratch with --backbone_weights none --backbone_norm batch"
+    "pass --backbone_weights PATH with the state dict of a torchvision ResNet, or train from scratch with "
+    "--backbone_weights none --backbone_norm batch"
 )
 
 
 def versions(*tensors: Tensor) -> list[tuple[int, int]]:
-    """Which tensors these are, and how often each was changed in place."""
-    # PyTorch does not count the changes of tensors that were made in inference mode.
+    """Return each tensor's id and the number of its in-place changes."""
+    # PyTorch does not count changes to inference-mode tensors.
     return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
 
 class FrozenNorm(FrozenBatchNorm2d):
-    """Frozen batch norm that holds its factor and offset for each channel, rather than compute them in every pass.
+    """Frozen batch norm that stores each channel's scale and offset instead of computing them in every pass.
 
     Attributes:
-        scale, offset: (channels,), `norm(x) = x * scale + offset`; buffers that no state dict has.
-        keeps_folded: keep the convolution's weight with the scale in it from one pass without gradients to the next.
+        scale, offset: (channels,), `norm(x) = x * scale + offset`; buffers outside the state dict.
+        keeps_folded: reuse the convolution's folded weight between passes without gradients.
     """
 
     keeps_folded = False
@@ -56,7 +56,7 @@ class FrozenNorm(FrozenBatchNorm2d):
 
     def refresh(self) -> None:
         """Compute `scale` and `offset` from the statistics and parameters."""
-        # Normal tensors even where a model is first called in inference mode: it may train afterwards.
+        # Make normal tensors even if the first call is in inference mode: the model may train afterwards.
         with torch.inference_mode(False), torch.no_grad():
             self.scale = self.weight * (self.running_var + self.eps).rsqrt()
             self.offset = self.bias - self.running_mean * self.scale
@@ -64,11 +64,11 @@ class FrozenNorm(FrozenBatchNorm2d):
         self.folded = None, None
 
     def fold_into(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """A convolution's weight (channels, ...) with the norm in it, and its bias."""
+        """Return a convolution's weight (channels, ...) with the norm folded in, and its bias (channels,)."""
         if torch.compiler.is_compiling():
             return weight * self.scale.view(-1, 1, 1, 1), self.offset
         if self.versions != versions(self.weight, self.bias, self.running_mean, self.running_var):
-            self.refresh()  # they were changed in place
+            self.refresh()  # a tensor was changed in place
         if not self.keeps_folded or torch.is_grad_enabled():
             return weight * self.scale.view(-1, 1, 1, 1), self.offset
         if self.folded[0] != versions(weight):
@@ -92,11 +92,11 @@ NORMS = {"frozen": FrozenNorm, "batch": nn.BatchNorm2d}
 
 
 def convolve_and_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
-    """A convolution and its norm; frozen batch norm goes into the convolution's weights.
+    """Apply a convolution and its norm; fold frozen batch norm into the convolution's weights.
 
-    A norm that is frozen is a factor and an offset for each channel. Given to the convolution, they cost no pass over
-    the feature map, forward or backward, and mixed precision stays in its lower precision, which the norm's float32
-    factors would leave.
+    A frozen norm is a scale and an offset for each channel. Folded into the convolution, they need no pass over the
+    feature map, forward or backward. Mixed precision also stays in the lower precision, which the norm's float32
+    buffers would leave.
     """
     if not isinstance(norm, FrozenNorm):
         return norm(conv(x))
@@ -105,23 +105,23 @@ def convolve_and_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
 
 
 def keep_folded(model: nn.Module) -> None:
-    """Fold frozen batch norms into their convolutions once, for a model whose weights stay as they are."""
+    """Fold frozen batch norms into their convolutions only once, for a model whose weights do not change."""
     for module in model.modules():
         if isinstance(module, FrozenNorm):
             module.keeps_folded = True
 
 
 class ResidualBlock(Recomputed):
-    """What a ResNet's blocks have in common once convolutions and norms go together."""
+    """Base class of the ResNet blocks, which run each convolution together with its norm."""
 
     def add_shortcut(self, out: Tensor, x: Tensor) -> Tensor:
-        """The block's end: its input, or the input's projection, is added to what came out."""
+        """End the block: add its input, or the projection of the input, and apply ReLU."""
         out += x if self.downsample is None else convolve_and_norm(x, *self.downsample)
         return F.relu_(out)
 
 
 class FoldedBasicBlock(ResidualBlock, BasicBlock):
-    """The block of ResNet-18 and 34, frozen norms folded."""
+    """The block of ResNet-18 and 34, with frozen norms folded."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu_(convolve_and_norm(x, self.conv1, self.bn1))
@@ -129,7 +129,7 @@ class FoldedBasicBlock(ResidualBlock, BasicBlock):
 
 
 class FoldedBottleneck(ResidualBlock, Bottleneck):
-    """The block of ResNet-50 and 101, frozen norms folded."""
+    """The block of ResNet-50 and 101, with frozen norms folded."""
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu_(convolve_and_norm(x, self.conv1, self.bn1))
@@ -138,7 +138,7 @@ class FoldedBottleneck(ResidualBlock, Bottleneck):
 
 
 class ResNetBody(IntermediateLayerGetter):
-    """A ResNet up to the last stage that is asked for, frozen norms folded; gives the maps of those asked for."""
+    """A ResNet up to the last stage in `return_layers`, with frozen norms folded; returns the maps of these stages."""
 
     COMPILED = ("forward",)
 
@@ -160,9 +160,9 @@ class BackboneBase(nn.Module):
         backbone: a torchvision ResNet.
         train_backbone: train it; otherwise all its parameters are frozen.
         num_channels: channels of the last feature map.
-        return_interm_layers: return the maps of all stages rather than the last one alone.
-        train_stem: with train_backbone, train the stem and the first stage too, which are frozen otherwise.
-        stages: those in use, the first so many; 1 to 4.
+        return_interm_layers: return the maps of all stages instead of only the last one.
+        train_stem: with train_backbone, also train the stem and the first stage, which are frozen otherwise.
+        stages: how many stages to use, 1 to 4.
     """
 
     def __init__(
@@ -185,10 +185,10 @@ class BackboneBase(nn.Module):
         self.num_channels = num_channels
 
     def forward(self, images: NestedTensor) -> dict[str, NestedTensor]:
-        """Images (batch, 3, H, W) give feature maps (batch, channels, h, w) by name, masks scaled along.
+        """Map images (batch, 3, H, W) to feature maps (batch, channels, h, w) by name, with masks of the same size.
 
-        Strides are 4, 8, 16 and 32 pixels (16 for the last with dilation); that of the last stage in use is
-        `stride_of` the arguments.
+        Strides of the stages are 4, 8, 16 and 32 pixels (16 for the last with dilation). `stride_of` gives the stride
+        of the last stage in use.
         """
         features: dict[str, NestedTensor] = {}
         for name, map_ in self.body(images.tensors).items():
@@ -196,13 +196,13 @@ class BackboneBase(nn.Module):
         return features
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Called by `torch.jit.script`: a ResNet whose frozen norms are folded comes as its graph."""
+        """Called by `torch.jit.script`: return a backbone whose ResNet is a traced graph, which holds folded norms."""
         example = torch.zeros(2, 3, *EXAMPLE_SIZE, device=next(self.parameters()).device)
         return with_parts(self, body=traced(self.body, example))
 
 
 def resize_mask(mask: Tensor, features: Tensor) -> Tensor:
-    """A padding mask (batch, H, W) sampled at the cells of features (batch, channels, h, w): bool (batch, h, w)."""
+    """Sample a padding mask (batch, H, W) at the cells of features (batch, channels, h, w): bool (batch, h, w)."""
     return F.interpolate(mask.unsqueeze(1).float(), size=features.shape[-2:]).squeeze(1).to(torch.bool)
 
 
@@ -211,16 +211,16 @@ class Backbone(BackboneBase):
 
     Args:
         name: one of `BACKBONES`.
-        train_backbone: train it from the second stage on; otherwise it is frozen.
-        return_interm_layers: return all stages.
-        dilation: stride 16 in place of 32 by dilating the last stage (DC5). ResNet-50 and 101 only.
-        weights: "default" for torchvision's ImageNet weights, "none" for random ones, or a state dict's path.
-        norm: "frozen" for batch norm whose statistics and affine parameters stay as loaded; "batch" for one that
-            trains, and then the stem and the first stage train too.
-        stages: those in use, 1 to 4.
+        train_backbone: train from the second stage on; otherwise everything is frozen.
+        return_interm_layers: return the maps of all stages.
+        dilation: dilate the last stage, for stride 16 instead of 32 (DC5). ResNet-50 and 101 only.
+        weights: "default" for torchvision's ImageNet weights, "none" for random ones, or the path of a state dict.
+        norm: "frozen" keeps the loaded statistics and affine parameters; "batch" trains batch norm, and with it the
+            stem and the first stage.
+        stages: how many stages to use, 1 to 4.
 
     Raises:
-        UserError: the weights cannot be had, or the ResNet cannot be dilated.
+        UserError: the weights cannot be loaded, or the ResNet cannot be dilated.
     """
 
     def __init__(
@@ -251,19 +251,19 @@ class Backbone(BackboneBase):
                     f"--backbone_weights {weights}: not a {name} state dict, {len(missing)} tensors are missing, "
                     f"{missing[0]} first"
                 )
-        # They double from stage to stage.
+        # Channels double at each stage.
         channels = (64 if shallow else 256) << (stages - 1)
         super().__init__(resnet, train_backbone, channels, return_interm_layers, norm == "batch", stages)
 
 
 def load_backbone_weights(name: str, weights: str) -> dict[str, Tensor] | None:
-    """The state dict that `--backbone_weights` names, None for "none".
+    """Load the state dict for `--backbone_weights`; None for "none".
 
-    "default" are torchvision's IMAGENET1K_V1 weights, with which the published detectors were trained, from where
-    torchvision has them, checked by their hash, and in the cache that torchvision uses.
+    "default" downloads torchvision's IMAGENET1K_V1 weights, from which the published detectors were trained. The file
+    is checked by its hash and kept in torchvision's cache.
 
     Raises:
-        UserError: the download fails, or the file is missing or is no state dict.
+        UserError: the download fails, or the file is missing or is not a state dict.
     """
     if weights == "none":
         return None
@@ -286,11 +286,11 @@ def load_backbone_weights(name: str, weights: str) -> dict[str, Tensor] | None:
 
 
 class Joiner(nn.Sequential):
-    """A backbone followed by the position encoding of its deepest feature map, the one that a transformer gets.
+    """A backbone and the position encoding of its deepest feature map, which the transformer gets.
 
     Args:
-        backbone: gives a dict of NestedTensor.
-        position_embedding: gives a position encoding for a NestedTensor.
+        backbone: returns a dict of NestedTensor.
+        position_embedding: returns the position encoding of a NestedTensor.
     """
 
     def __init__(self, backbone: BackboneBase, position_embedding: nn.Module):
@@ -298,25 +298,25 @@ class Joiner(nn.Sequential):
         self.num_channels = backbone.num_channels
 
     def forward(self, images: NestedTensor) -> tuple[list[NestedTensor], list[Tensor]]:
-        """The feature maps, deepest last, and in a list the position encoding (batch, d, h, w) of that."""
+        """Return the feature maps, deepest last, and a list with the last one's position encoding (batch, d, h, w)."""
         features = list(self[0](images).values())
         return features, [self[1](features[-1])]
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Called by `torch.jit.script`, which changes the parts of what it is given."""
+        """Called by `torch.jit.script`: return a copy, because scripting replaces submodules in place."""
         return with_parts(self)
 
 
 def stride_of(args) -> int:
-    """Pixels a cell of the map that goes into the transformer, each way."""
+    """Return the stride of the feature map that the transformer gets, pixels per cell."""
     return 16 if args.dilation else 2 ** (args.backbone_stages + 1)
 
 
 def build_resnet(args, return_interm_layers: bool = False) -> Backbone:
-    """The backbone that the arguments ask for, without position encoding.
+    """Build the backbone from the arguments, without position encoding.
 
-    With `--resume`, `--pretrained`, `--frozen_weights` or `--eval` nothing is fetched: the checkpoint has the
-    backbone's weights.
+    With `--resume`, `--pretrained`, `--frozen_weights` or `--eval`, the checkpoint has the backbone's weights, so
+    nothing is downloaded.
     """
     from_checkpoint = args.resume or args.pretrained or args.frozen_weights or args.eval
     return Backbone(
@@ -331,5 +331,5 @@ def build_resnet(args, return_interm_layers: bool = False) -> Backbone:
 
 
 def build_backbone(args) -> Joiner:
-    """The backbone and position encoding that the arguments ask for; `--masks` needs the maps of all stages."""
+    """Build backbone and position encoding from the arguments; `--masks` needs the maps of all stages."""
     return Joiner(build_resnet(args, return_interm_layers=args.masks), build_position_encoding(args))

@@ -1,7 +1,6 @@
-"""The set prediction loss (Carion et al., ECCV 2020, section 3.1), of all decoder layers in one pass.
+"""The set prediction loss (Carion et al., ECCV 2020, section 3.1), for all decoder layers in one pass.
 
-What a class is to a model comes from outside: `SoftmaxClassLoss` (DETR) or `FocalClassLoss` (Conditional and Anchor
-DETR).
+The classification loss is passed in: `SoftmaxClassLoss` (DETR) or `FocalClassLoss` (Conditional and Anchor DETR).
 """
 
 import torch
@@ -15,12 +14,12 @@ from enact_common.utils.distributed import all_reduce_mean
 
 
 def build_weights(args, class_weight: float, **others: float) -> dict[str, float]:
-    """The weights of the losses in the total, by the losses' names, earlier decoder layers' included where supervised.
+    """Return the weight of each loss in the total, by name, including earlier decoder layers with `aux_loss`.
 
     Args:
         args: parsed arguments.
-        class_weight: of the classification loss.
-        others: of losses that a model adds.
+        class_weight: weight of the classification loss.
+        others: weights of a model's additional losses.
     """
     weights = {"loss_ce": class_weight, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
     weights |= others
@@ -29,11 +28,11 @@ def build_weights(args, class_weight: float, **others: float) -> dict[str, float
 
 
 class SoftmaxClassLoss(nn.Module):
-    """Cross-entropy over the classes and one more, the last, for no object (DETR).
+    """Cross-entropy over the classes and a last class for "no object" (DETR).
 
     Args:
         num_classes: labels.
-        eos_coef: weight of no object, against 1 for every other class.
+        eos_coef: weight of "no object"; every other class has weight 1.
     """
 
     def __init__(self, num_classes: int, eos_coef: float):
@@ -43,30 +42,30 @@ class SoftmaxClassLoss(nn.Module):
         self.register_buffer("class_weight", class_weight, persistent=False)
 
     def forward(self, logits: Tensor, classes: Tensor, objects: Tensor) -> Tensor:
-        """The weighted mean over a layer's queries, (layers,).
+        """The weighted mean over each layer's queries: (layers,).
 
         Args:
             logits: (layers, batch, Q, num_classes + 1).
             classes: int64 (layers, batch, Q), num_classes for no object.
-            objects: (), in the batch; without effect here.
+            objects: (), objects in the batch; ignored here.
         """
         loss = F.cross_entropy(logits.flatten(0, 2), classes.flatten(), self.class_weight, reduction="none")
         return loss.view_as(classes).sum(dim=(1, 2)) / self.class_weight[classes].sum(dim=(1, 2))
 
     def predicts_object(self, logits: Tensor) -> Tensor:
-        """Which queries find an object likelier than none: (layers, batch, Q, classes) to bool (layers, batch, Q)."""
+        """Whether a query's likeliest class is an object: (layers, batch, Q, classes) to bool (layers, batch, Q)."""
         return logits.argmax(dim=-1) != logits.shape[-1] - 1
 
 
 class FocalClassLoss(nn.Module):
-    """The focal loss of independent classes (Lin et al., ICCV 2017): no object is a low probability of each.
+    """The focal loss of independent classes (Lin et al., ICCV 2017): "no object" is a low probability of every class.
 
     Modifications:
-        - what the log counts as an object for `cardinality_error`: the originals took over DETR's rule, in which every
-          query whose likeliest class is not the last one counts.
+        - `cardinality_error`, which is only logged, counts queries with a class of probability above 0.5. The originals
+          use DETR's rule, which counts every query whose likeliest class is not the last one.
 
     Args:
-        alpha: weight of a class that is present, 1 - alpha of one that is not.
+        alpha: weight of classes that are present; absent classes have weight 1 - alpha.
     """
 
     GAMMA = 2.0
@@ -76,12 +75,12 @@ class FocalClassLoss(nn.Module):
         self.alpha = alpha
 
     def forward(self, logits: Tensor, classes: Tensor, objects: Tensor) -> Tensor:
-        """The sum over a layer's queries and classes, divided by the number of objects, (layers,).
+        """The sum over each layer's queries and classes, divided by the number of objects: (layers,).
 
         Args:
             logits: (layers, batch, Q, num_classes).
             classes: int64 (layers, batch, Q), num_classes for no object.
-            objects: (), in the batch, at least 1.
+            objects: (), objects in the batch, at least 1.
         """
         present = logits.new_zeros(*logits.shape[:3], logits.shape[3] + 1)
         present.scatter_(-1, classes.unsqueeze(-1), 1)  # (layers, batch, Q, num_classes + 1)
@@ -89,19 +88,19 @@ class FocalClassLoss(nn.Module):
         return loss.sum(dim=(1, 2, 3)) / objects
 
     def predicts_object(self, logits: Tensor) -> Tensor:
-        """Which queries hold some class likelier than not: (layers, batch, Q, classes) to bool (layers, batch, Q)."""
+        """Whether a query has a class above 0.5: (layers, batch, Q, classes) to bool (layers, batch, Q)."""
         return logits.amax(dim=-1) > 0
 
 
 class SetCriterion(nn.Module):
-    """Matches predictions to objects, then supervises the class of every query and the box of the matched ones.
+    """Matches predictions to objects, then supervises the class of every query and the box of each matched one.
 
     Args:
         num_classes: labels.
         matcher: assigns queries to objects.
-        weight_dict: name of a loss to its weight in the total. Losses that are not in it are for the log.
-        class_loss: from (logits, classes, objects) to the classification loss of each layer.
-        losses: some of "labels", "boxes", "cardinality".
+        weight_dict: weight of each loss in the total, by name. Losses without a weight are only logged.
+        class_loss: maps (logits, classes, objects) to the classification loss of each layer.
+        losses: any of "labels", "boxes", "cardinality".
     """
 
     def __init__(
@@ -120,17 +119,17 @@ class SetCriterion(nn.Module):
         self.losses = losses
 
     def forward(self, outputs: dict, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """All losses, unweighted.
+        """Compute all losses, unweighted.
 
         Args:
-            outputs: `pred_logits` (batch, Q, logits), `pred_boxes` (batch, Q, 4) cxcywh in [0, 1], and where there
-                are auxiliary losses `aux_outputs`, a list of the same for each earlier decoder layer.
+            outputs: `pred_logits` (batch, Q, logits), `pred_boxes` (batch, Q, 4) cxcywh in [0, 1], and optionally
+                `aux_outputs`, a list with the same keys for each earlier decoder layer.
             targets: for each image `labels` int64 (n,) in 0..num_classes - 1, `boxes` (n, 4) cxcywh in [0, 1].
 
         Returns:
-            scalars by name: `loss_ce, loss_bbox, loss_giou`, and, without gradient, `class_error` (percent) and
-            `cardinality_error` (objects), as far as `losses` asks for them. Earlier layers' have the layer's number
-            as suffix (`loss_ce_0`), and no `class_error`.
+            scalars by name, as selected by `losses`: `loss_ce, loss_bbox, loss_giou`, and, without gradient,
+            `class_error` (percent) and `cardinality_error` (objects). Losses of earlier layers have the layer's number
+            as suffix (`loss_ce_0`); `class_error` is only of the last layer.
         """
         layers = [*outputs.get("aux_outputs", []), outputs]
         logits = torch.stack([layer["pred_logits"] for layer in layers]).float()  # (layers, batch, Q, logits)
@@ -143,7 +142,7 @@ class SetCriterion(nn.Module):
                 per_layer |= getattr(self, f"loss_{loss}")(logits, boxes, targets, matches, objects)
             last_layer = self.last_layer_losses(outputs, targets, matches, objects)
 
-        # Cut in one piece, which makes one kernel of their backward pass.
+        # One unbind for all layers, so that their backward pass is one kernel.
         scalars = {name: values.unbind() for name, values in per_layer.items()}
         result = {name: values[-1] for name, values in scalars.items()}
         for i in range(len(layers) - 1):
@@ -153,51 +152,51 @@ class SetCriterion(nn.Module):
     def last_layer_losses(
         self, outputs: dict, targets: list[dict[str, Tensor]], matches: Matches, objects: Tensor
     ) -> dict[str, Tensor]:
-        """What a subclass adds for the last decoder layer alone: scalars by name, none here."""
+        """Return a subclass's additional losses of the last decoder layer: scalars by name, none here."""
         return {}
 
     def count_objects(self, targets: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """What losses are divided by, float32 (), at least 1.
+        """Return the number of objects that losses are divided by: float32 (), at least 1.
 
-        In training the mean over all processes' batches, so that their losses add up as one batch's would. In an
-        evaluation this batch's own: processes may have different numbers of batches.
+        In training it is the mean over all processes, so that their mean gradient is that of one large batch. In
+        evaluation it is this batch's number: an all-reduce would hang if processes had different numbers of batches.
         """
         count = sum(len(target["labels"]) for target in targets)
         objects = all_reduce_mean(count, device) if self.training else torch.full((), float(count), device=device)
         return objects.clamp(min=1)
 
     def total(self, losses: dict[str, Tensor]) -> Tensor:
-        """The weighted sum of the losses: what is minimised."""
+        """Return the weighted sum of the losses, which training minimises."""
         weighted = [name for name in losses if name in self.weight_dict]
         weights = torch.tensor([float(self.weight_dict[name]) for name in weighted])
         values = torch.stack([losses[name] for name in weighted])
         return values @ weights.to(values.device, non_blocking=True)
 
     def loss_labels(self, logits, boxes, targets, matches: Matches, objects) -> dict[str, Tensor]:
-        """The classification loss of all queries, and the last layer's error on matched ones."""
+        """The classification loss of all queries, and the last layer's class error on matched queries."""
         layer = torch.arange(len(logits), device=logits.device).unsqueeze(1)  # (layers, 1)
         labels = torch.cat([target["labels"] for target in targets])[matches.target]  # (layers, P)
         classes = logits.new_full(logits.shape[:3], self.num_classes, dtype=torch.int64)  # (layers, batch, Q)
         classes[layer, matches.image, matches.query] = labels
         loss = self.class_loss(logits, classes, objects)  # (layers,)
 
-        # An image set without objects counts as all wrong, as in the original.
+        # A batch without objects has an error of 100 percent, as in the original.
         predicted = logits[-1, matches.image, matches.query[-1]].argmax(dim=-1)  # (P,)
         hits = (predicted == labels[-1]).sum() / max(labels.shape[1], 1)
         return {"loss_ce": loss, "class_error": (100 - 100 * hits).unsqueeze(0)}
 
     def loss_boxes(self, logits, boxes, targets, matches: Matches, objects) -> dict[str, Tensor]:
-        """L1 distance (cxcywh) and 1 - generalized IoU of the matched boxes, over the objects of the batch."""
+        """L1 distance (cxcywh) and 1 - generalized IoU of matched boxes, divided by the number of objects."""
         layer = torch.arange(len(boxes), device=boxes.device).unsqueeze(1)  # (layers, 1)
         predicted = boxes[layer, matches.image, matches.query]  # (layers, P, 4)
-        wanted = torch.cat([target["boxes"] for target in targets])[matches.target]  # (layers, P, 4)
-        distance = (predicted - wanted).abs().sum(dim=(1, 2))
-        giou = paired_box_giou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(wanted))  # (layers, P)
+        target_boxes = torch.cat([target["boxes"] for target in targets])[matches.target]  # (layers, P, 4)
+        distance = (predicted - target_boxes).abs().sum(dim=(1, 2))
+        giou = paired_box_giou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(target_boxes))  # (layers, P)
         return {"loss_bbox": distance / objects, "loss_giou": (1 - giou).sum(dim=1) / objects}
 
     @torch.no_grad()
     def loss_cardinality(self, logits, boxes, targets, matches: Matches, objects) -> dict[str, Tensor]:
-        """How far the number of queries that predict an object is from the number of objects: for the log."""
+        """The mean difference between the number of predicted and actual objects of an image, for the log."""
         counts = torch.tensor([len(target["labels"]) for target in targets])
         counts = counts.to(logits.device, non_blocking=True)  # (batch,)
         predicted = self.class_loss.predicts_object(logits).sum(dim=-1)  # (layers, batch)

@@ -1,4 +1,4 @@
-"""What the detectors have in common around their transformers."""
+"""The base class of the detectors: everything around their transformers."""
 
 from dataclasses import dataclass
 
@@ -10,22 +10,22 @@ from enact_common.models.normalization import PixelNormalization
 from enact_common.models.scripting import Scriptable
 from enact_common.nested_tensor import NestedTensor, as_nested_tensor
 
-# Labels of the published models: COCO's category ids, 1 to 90, and the unused 0.
+# Labels of the published models: COCO's category ids 1 to 90, and the unused 0.
 COCO_CLASSES = 91
 
 
 def num_classes_of(args) -> int:
-    """The number of labels that `--num_classes` asks for; without it, the published models' `COCO_CLASSES`."""
+    """Return the value of `--num_classes`; by default the published models' `COCO_CLASSES`."""
     return COCO_CLASSES if args.num_classes is None else args.num_classes
 
 
 def detector_outputs(logits: Tensor, boxes: Tensor, aux_loss: bool) -> dict:
-    """The predictions of all decoder layers in the form that criteria and post-processing take.
+    """Put the predictions of all decoder layers into the form that criteria and post-processing take.
 
     Args:
         logits: (layers, batch, Q, classes).
         boxes: (layers, batch, Q, 4).
-        aux_loss: keep the earlier layers.
+        aux_loss: keep the predictions of earlier layers.
     """
     layers = [{"pred_logits": c, "pred_boxes": b} for c, b in zip(logits, boxes, strict=True)]
     outputs = layers.pop()
@@ -36,13 +36,13 @@ def detector_outputs(logits: Tensor, boxes: Tensor, aux_loss: bool) -> dict:
 
 @dataclass
 class Intermediates:
-    """What a detector made of a batch on the way to its predictions, for heads that look at it.
+    """A detector's intermediate tensors of a batch, for heads that use them.
 
     Attributes:
-        features: the backbone's maps, from fine to coarse.
-        src: (batch, d, h, w), the last of them as it went into the transformer.
-        memory: (batch, d, h, w), what the encoder made of it.
-        decoded: what the decoder returned.
+        features: the backbone's feature maps, from fine to coarse.
+        src: (batch, d, h, w), the transformer's input, projected from the coarsest map.
+        memory: (batch, d, h, w), the encoder's output.
+        decoded: the decoder's output.
     """
 
     features: list[NestedTensor]
@@ -52,13 +52,13 @@ class Intermediates:
 
 
 class Detector(Scriptable):
-    """Finds a fixed number of objects in parallel: a base class, to which a model adds how its heads predict.
+    """Base class of detectors that predict a fixed number of objects in parallel; subclasses define `predict`.
 
     Args:
-        backbone: gives feature maps and their position encodings.
+        backbone: returns feature maps and their position encodings.
         transformer: encodes the last map and decodes the queries.
-        num_logits: of each query.
-        num_queries: objects that can be found in one image.
+        num_logits: class logits per query.
+        num_queries: the largest number of objects in an image.
         aux_loss: return the predictions of all decoder layers.
     """
 
@@ -78,32 +78,32 @@ class Detector(Scriptable):
         self.aux_loss = aux_loss
 
     def forward(self, samples: NestedTensor | list[Tensor] | Tensor) -> dict:
-        """Detect.
+        """Detect objects.
 
         Args:
-            samples: a padded batch; or images, each (3, h, w), or a tensor (batch, 3, H, W). Red, green, blue: uint8,
-                0 to 255; or floating point, normalised by ImageNet's mean and standard deviation.
+            samples: a padded batch; or a list of images (3, h, w); or a tensor (batch, 3, H, W). RGB: uint8, 0 to 255;
+                or floating point, normalised by ImageNet's mean and standard deviation.
 
         Returns:
             `pred_logits` (batch, Q, num_logits), before softmax or sigmoid; `pred_boxes` (batch, Q, 4): centre x,
-            centre y, width, height as fractions of the image's width and height, in [0, 1] (padding counts as
-            outside); with aux_loss `aux_outputs`, a list of the same for each earlier decoder layer.
+            centre y, width, height as fractions of the image's width and height without padding, in [0, 1]; with
+            aux_loss also `aux_outputs`, a list with the same keys for each earlier decoder layer.
         """
         return self.detect(samples)[0]
 
     def detect(self, samples: NestedTensor | list[Tensor] | Tensor) -> tuple[dict, Intermediates]:
-        """Detect, and show what was seen: the outputs of `forward`, and what they come from."""
+        """Return the outputs of `forward`, and the tensors that they were computed from."""
         features, pos = self.backbone(self.normalize(as_nested_tensor(samples)))
         src, mask = features[-1].decompose()
-        # Under autocast, the stream that layers add to stays in the weights' precision, and so do positions: rounded to
-        # bf16, neighbouring cells' could not be told apart.
+        # Under autocast, the residual stream and the positions keep the weights' precision: bf16 would round
+        # neighbouring positions to the same value.
         src = self.input_proj(src).to(self.input_proj.weight.dtype)
         decoded, memory = self.transformer(src, mask, self.query_embed.weight, pos[-1].to(src.dtype))
-        # bf16 would round boxes by pixels.
+        # bf16 would shift boxes by pixels.
         with torch.autocast(src.device.type, enabled=False):
             outputs = detector_outputs(*self.predict(decoded), self.aux_loss)
         return outputs, Intermediates(features, src, memory, decoded)
 
     def predict(self, decoded) -> tuple[Tensor, Tensor]:
-        """From what the decoder returned to logits (layers, batch, Q, num_logits) and boxes (layers, batch, Q, 4)."""
+        """Map the decoder's output to logits (layers, batch, Q, num_logits) and boxes (layers, batch, Q, 4)."""
         raise NotImplementedError

@@ -14,8 +14,8 @@ from enact_common.utils.acceleration import Recomputed
 
 ENCODER_ATTENTIONS = ("enact", "mhsa")
 
-# What a classifier of rare objects says before it has learned (Lin et al., "Focal Loss for Dense Object Detection",
-# ICCV 2017, section 3.3): with a probability of 0.01, the many empty queries do not swamp the first steps.
+# Initial bias of a classifier of rare objects (Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, section
+# 3.3): at a probability of 0.01, the many empty queries do not dominate the first steps.
 PRIOR_LOGIT = math.log(0.01 / 0.99)
 
 
@@ -23,9 +23,9 @@ class MLP(nn.Module):
     """Linear layers with ReLU between them.
 
     Args:
-        input_dim: channels in.
-        hidden_dim: channels between.
-        output_dim: channels out.
+        input_dim: input channels.
+        hidden_dim: channels between the layers.
+        output_dim: output channels.
         num_layers: linear layers, at least one.
     """
 
@@ -35,7 +35,7 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(n, m) for n, m in zip(widths, widths[1:], strict=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., input_dim) to (..., output_dim)."""
+        """Map (..., input_dim) to (..., output_dim)."""
         *hidden, last = self.layers
         for layer in hidden:
             x = F.relu(layer(x))
@@ -43,14 +43,14 @@ class MLP(nn.Module):
 
 
 def clone_layers(layer: nn.Module, count: int) -> nn.ModuleList:
-    """Copies of a layer: their weights begin equal, and train apart."""
+    """Return independent copies of a layer, with equal initial weights."""
     return nn.ModuleList(copy.deepcopy(layer) for _ in range(count))
 
 
 def clustering_settings(args) -> dict:
-    """The settings of `EntropyClustering` that the arguments ask for; flags that are not given are off.
+    """Return the `EntropyClustering` settings from the arguments; missing flags are off.
 
-    Arguments of earlier versions, which did not know the flags, serve as well.
+    Checkpoints of earlier versions have arguments without these flags.
     """
     return {
         "sigma": args.smoothing_sigma,
@@ -63,12 +63,12 @@ def clustering_settings(args) -> dict:
 
 
 def attention_settings(args) -> dict:
-    """The settings of `EnactSelfAttention` that the arguments ask for: those of its clustering, and its own."""
+    """Return the `EnactSelfAttention` settings from the arguments, including those of the clustering."""
     return {**clustering_settings(args), "scale_logits": bool(getattr(args, "enact_scale_logits", False))}
 
 
 def encoder_settings(args) -> dict:
-    """All of the encoder's settings of ENACT that the arguments ask for, to be told."""
+    """Return all ENACT settings of the encoder from the arguments, for reports."""
     return {**attention_settings(args), "order": getattr(args, "enact_order", None)}
 
 
@@ -80,14 +80,14 @@ def encoder_self_attention(
     settings: Mapping[str, Any],
     batch_first: bool = False,
 ) -> EnactSelfAttention | nn.MultiheadAttention:
-    """The encoder's self-attention, on tokens.
+    """Build the encoder's self-attention.
 
     Args:
         kind: "enact", or "mhsa" for `nn.MultiheadAttention`.
         embed_dim, num_heads: channels and heads.
-        dropout: of the attention weights, for "mhsa" alone: ENACT's reference encoder has none.
-        settings: of `EnactSelfAttention` by name, for "enact" alone.
-        batch_first: tokens are (batch, N, d) rather than (N, batch, d).
+        dropout: dropout of the attention weights, only for "mhsa": ENACT's reference encoder has none.
+        settings: settings of `EnactSelfAttention` by name, only for "enact".
+        batch_first: tokens are (batch, N, d) instead of (N, batch, d).
     """
     if kind == "enact":
         return EnactSelfAttention(embed_dim, num_heads, batch_first=batch_first, **settings)
@@ -95,7 +95,7 @@ def encoder_self_attention(
 
 
 class FeedForwardLayer(Recomputed):
-    """A layer's feed-forward network: a base class, to which layers add attention and norms.
+    """Base class of transformer layers, with their feed-forward network; subclasses add attention and norms.
 
     Args:
         d_model: channels d.
@@ -112,21 +112,21 @@ class FeedForwardLayer(Recomputed):
     COMPILED = ("feed_forward",)
 
     def feed_forward(self, x: Tensor) -> Tensor:
-        """Two linear maps of (..., d) with ReLU and dropout between them."""
+        """Apply two linear maps to (..., d), with ReLU and dropout between them."""
         return self.linear2(self.dropout(F.relu(self.linear1(x))))
 
 
 class TransformerEncoderLayer(FeedForwardLayer):
     """Self-attention and a feed-forward network, each with a residual connection and a layer norm.
 
-    The attention comes from outside, so that clustered and plain attention share this one code path.
+    The attention is passed in, so that clustered and plain attention share this code.
 
     Args:
-        self_attn: called as `nn.MultiheadAttention` is, on (N, batch, d).
+        self_attn: has the call signature of `nn.MultiheadAttention`, on (N, batch, d).
         d_model: channels d.
         dim_feedforward: hidden channels of the feed-forward network.
         dropout: probability, after the attention, inside and after the feed-forward network.
-        normalize_before: normalise what goes into a block rather than what comes out of it (pre-norm).
+        normalize_before: normalise the input of each block instead of its output (pre-norm).
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class TransformerEncoderLayer(FeedForwardLayer):
         self.normalize_before = normalize_before
 
     def forward(self, src: Tensor, key_padding_mask: Tensor | None = None, pos: Tensor | None = None) -> Tensor:
-        """One layer.
+        """Run the layer.
 
         Args:
             src: (N, batch, d).
@@ -163,7 +163,7 @@ class TransformerEncoderLayer(FeedForwardLayer):
         return self.norm2(src + self.dropout2(self.feed_forward(src)))
 
     def attend(self, x: Tensor, key_padding_mask: Tensor | None, pos: Tensor | None) -> Tensor:
-        """Self-attention of (N, batch, d)."""
+        """Self-attention over tokens (N, batch, d)."""
         placed = x if pos is None else x + pos
         return self.self_attn(placed, placed, value=x, key_padding_mask=key_padding_mask, need_weights=False)[0]
 
@@ -171,13 +171,13 @@ class TransformerEncoderLayer(FeedForwardLayer):
 class DecoderLayer(FeedForwardLayer):
     """Three residual blocks: attention among the queries, attention to the memory, a feed-forward network.
 
-    A base class: how a layer attends is its subclass's own.
+    This is a base class: subclasses define how to attend.
 
     Args:
         d_model: channels d.
         dim_feedforward: hidden channels of the feed-forward network.
         dropout: probability, after every block and inside the feed-forward network.
-        normalize_before: normalise what goes into a block rather than what comes out of it (pre-norm).
+        normalize_before: normalise the input of each block instead of its output (pre-norm).
     """
 
     def __init__(self, d_model: int, dim_feedforward: int, dropout: float, normalize_before: bool):
@@ -193,7 +193,7 @@ class DecoderLayer(FeedForwardLayer):
     def run_blocks(
         self, tgt: Tensor, attend_queries: Callable[[Tensor], Tensor], attend_memory: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """The queries tgt (Q, batch, d) after all three blocks; each of the two functions keeps that shape."""
+        """Return the queries tgt (Q, batch, d) after all three blocks. Both functions keep their shape."""
         blocks = (
             (attend_queries, self.norm1, self.dropout1),
             (attend_memory, self.norm2, self.dropout2),

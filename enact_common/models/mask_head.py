@@ -1,4 +1,4 @@
-"""DETR's mask head (Carion et al., "End-to-End Object Detection with Transformers", section 4.4): one mask a query."""
+"""DETR's mask head (Carion et al., "End-to-End Object Detection with Transformers", section 4.4): a mask per query."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,18 +14,17 @@ from enact_common.models.scripting import Scriptable
 from enact_common.nested_tensor import NestedTensor
 from enact_common.utils.acceleration import Recomputed, recompute_in_backward
 
-# Queries whose masks are computed at a time: what bounds the head's memory, at 800 x 1333 pixels about 40 MB a query.
+# Queries whose masks are computed at a time. This bounds the memory: about 40 MB per query at 800 x 1333 pixels.
 HEAD_CHUNK = 16
 
-# Group norm makes so many groups, where the channels can be divided by it.
+# Groups of a group norm; fewer if the channels are not divisible by it.
 GROUPS = 8
 
 
 class AttentionMaps(nn.Module):
     """Multi-head attention without values: how much each query attends to each cell.
 
-    The weights of all heads and cells of a query together are one softmax: a head whose query finds nothing can be
-    dark.
+    One softmax spans all heads and cells of a query, so the map of a single head can be near zero everywhere.
 
     Args:
         d_model: channels d of queries and memory.
@@ -42,35 +41,36 @@ class AttentionMaps(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, queries: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-        """The attention's weights.
+        """Compute the attention weights.
 
         Args:
             queries: (batch, Q, d).
             memory: (batch, d, h, w).
-            mask: bool (batch, h, w), True where padded: no query attends there.
+            mask: bool (batch, h, w), True where padded; padded cells get weight 0.
 
         Returns:
-            float32 (batch, Q, heads, h, w), in [0, 1]; those of a query add up to 1.
+            float32 (batch, Q, heads, h, w), in [0, 1]; the weights of a query add up to 1.
         """
-        q = self.q_linear(queries).unflatten(-1, (self.nhead, -1))  # (batch, Q, heads, e)
-        k = self.k_linear(memory.flatten(2).transpose(1, 2)).unflatten(-1, (self.nhead, -1))  # (batch, h w, heads, e)
+        # (batch, Q, heads, head_dim) and (batch, h w, heads, head_dim)
+        q = self.q_linear(queries).unflatten(-1, (self.nhead, -1))
+        k = self.k_linear(memory.flatten(2).transpose(1, 2)).unflatten(-1, (self.nhead, -1))
         logits = torch.einsum("bqne,btne->bqnt", q * q.shape[-1] ** -0.5, k).float()
         logits = logits.masked_fill(mask.flatten(1)[:, None, None], -torch.inf)
         return logits.flatten(2).softmax(dim=-1).view(*logits.shape[:3], *mask.shape[1:])
 
 
 class MaskHead(Recomputed):
-    """Convolutions from a query's attention maps to its mask, up along the backbone's maps.
+    """Convolutions from a query's attention maps to its mask, upsampled step by step with the backbone's maps.
 
     Modifications:
-        - convolutions add up, so what the first one makes of the image's own channels is computed once an image, not
-          once a query: of 264 channels, 256;
-        - group norms have fewer than eight groups where eight do not divide the channels, as in small models.
+        - convolution is linear, so the first one is computed once per image, not per query, for the channels that come
+          from the image: 256 of 264;
+        - group norms have fewer than eight groups if the channels are not divisible by eight, as in small models.
 
     Args:
         d_model: channels d of the map that went into the transformer.
-        nhead: attention maps of a query.
-        fpn_channels: of the backbone's maps that are added, from coarse to fine.
+        nhead: attention maps per query.
+        fpn_channels: channels of the backbone's maps that are added, from coarse to fine.
     """
 
     def __init__(self, d_model: int, nhead: int, fpn_channels: Sequence[int]):
@@ -90,24 +90,24 @@ class MaskHead(Recomputed):
                 nn.init.zeros_(module.bias)
 
     def share(self, src: Tensor, fpns: Sequence[Tensor]) -> list[Tensor]:
-        """What all queries of an image have in common: the first layer's part for src (batch, d, h, w), and the
+        """Compute what all queries of an image share: the first layer's part for src (batch, d, h, w), and the
         adapted maps, from coarse to fine."""
         first = F.conv2d(src, self.lay1.weight[:, : self.d_model], self.lay1.bias, padding=1)
         adapters = (self.adapter1, self.adapter2, self.adapter3)
         return [first, *(adapter(map_) for adapter, map_ in zip(adapters, fpns, strict=True))]
 
     def forward(self, maps: Tensor, image: Tensor, first: Tensor, *adapted: Tensor) -> Tensor:
-        """Masks of some queries.
+        """Compute the masks of n queries.
 
         Args:
-            maps: (n, heads, h, w), the queries' attention.
-            image: int64 (n,), the image of each.
-            first, adapted: of `share`.
+            maps: (n, heads, h, w), the queries' attention maps.
+            image: int64 (n,), each query's index into the batch.
+            first, adapted: the result of `share`.
 
         Returns:
-            logits (n, h', w'), of the size of the finest map.
+            logits (n, h', w'), at the finest map's size.
         """
-        # Attention maps are float32, whatever dtype the model was cast to.
+        # Attention maps are float32 even if the model was cast to another dtype.
         x = first[image] + F.conv2d(maps.to(first.dtype), self.lay1.weight[:, self.d_model :], padding=1)
         x = F.relu_(self.gn1(x))
         x = F.relu_(self.gn2(self.lay2(x)))
@@ -120,13 +120,13 @@ class MaskHead(Recomputed):
 
 @dataclass
 class QueryMasks:
-    """The masks of all queries of a batch, computed for those that are asked for: in training, a few of them are.
+    """The masks of a batch's queries, computed on demand: training needs only those of matched queries.
 
     Attributes:
-        head: makes masks.
+        head: computes the masks.
         maps: (batch, Q, heads, h, w), attention maps.
-        shared: of `MaskHead.share`.
-        autocast: the lower precision that the model ran in; None for none.
+        shared: the result of `MaskHead.share`.
+        autocast: the model's autocast dtype; None without autocast.
     """
 
     head: MaskHead
@@ -135,10 +135,9 @@ class QueryMasks:
     autocast: torch.dtype | None
 
     def select(self, image: Tensor, query: Tensor) -> Tensor:
-        """Logits of some queries' masks: int64 (n,) and (n,) to float32 (n, h', w').
+        """Return logits of the masks at image, query (both int64 (n,)): float32 (n, h', w').
 
-        Of more than `HEAD_CHUNK` queries, the inside of the head is computed again in the backward pass, chunk by
-        chunk.
+        For more than `HEAD_CHUNK` queries, the head is recomputed chunk by chunk in the backward pass.
         """
         chunks = list(zip(image.split(HEAD_CHUNK), query.split(HEAD_CHUNK), strict=True))
         run: Callable = self.head
@@ -149,10 +148,10 @@ class QueryMasks:
         return torch.cat(masks).float()
 
     def all(self) -> Tensor:
-        """Logits of all queries' masks: float32 (batch, Q, h', w')."""
+        """Return the logits of all queries' masks: float32 (batch, Q, h', w')."""
         batch, queries = self.maps.shape[:2]
         if is_tracing():
-            # As many steps for any batch: some queries of all images at a time.
+            # Split by queries, so that the number of steps does not depend on the batch.
             parts = [self.of_batch(maps) for maps in self.maps.split(HEAD_CHUNK, dim=1)]
             return torch.cat(parts, dim=1)
         image, query = (
@@ -164,7 +163,7 @@ class QueryMasks:
         return self.select(image, query).unflatten(0, (batch, queries))
 
     def of_batch(self, maps: Tensor) -> Tensor:
-        """Logits float32 (batch, n, h', w') of n queries of each image, from their maps (batch, n, heads, h, w)."""
+        """Return logits float32 (batch, n, h', w') for maps (batch, n, heads, h, w) of n queries of each image."""
         batch, count = maps.shape[:2]
         image = torch.arange(batch, device=maps.device).unsqueeze(1).expand(batch, count).flatten()
         return self.head(maps.flatten(0, 1), image, *self.shared).unflatten(0, (batch, count)).float()
@@ -174,13 +173,13 @@ class DETRsegm(Scriptable):
     """A DETR with a mask head.
 
     Modifications:
-        - in training, the masks of the matched queries alone are computed: the criterion asks for them;
-        - a frozen detector is in evaluation mode, without dropout, so that the head learns from what it will get.
+        - in training, only the masks of matched queries are computed, when the criterion asks for them;
+        - a frozen detector stays in evaluation mode, so that the head trains on the same inputs as at inference.
 
     Args:
-        detr: the detector, whose backbone returns the maps of all four stages.
-        nhead: heads of the attention that masks are made from.
-        frozen: let the detector's weights be.
+        detr: the detector; its backbone returns the maps of all four stages.
+        nhead: heads of the attention that the masks are made from.
+        frozen: do not train the detector.
     """
 
     def __init__(self, detr: Detector, nhead: int, frozen: bool = False):
@@ -195,12 +194,12 @@ class DETRsegm(Scriptable):
 
     @property
     def num_queries(self) -> int:
-        """Objects that can be found in one image."""
+        """The largest number of objects in an image."""
         return self.detr.num_queries
 
     @property
     def transformer(self) -> nn.Module:
-        """The detector's."""
+        """The detector's transformer."""
         return self.detr.transformer
 
     def train(self, mode: bool = True) -> "DETRsegm":
@@ -210,20 +209,20 @@ class DETRsegm(Scriptable):
         return self
 
     def forward(self, samples: NestedTensor | list[Tensor] | Tensor) -> dict:
-        """Detect.
+        """Detect objects and their masks.
 
         Args:
-            samples: as a `Detector` takes them.
+            samples: as in `Detector`.
 
         Returns:
-            what the detector returns, and of each query a mask of the padded batch's extent, on about a quarter of its
-            height and width (h', w'): in evaluation mode `pred_masks` float32 (batch, Q, h', w'), before the sigmoid;
-            in training `query_masks`, a `QueryMasks`, which computes those that it is asked for.
+            the detector's outputs and a mask per query, which covers the padded batch at about a quarter of its height
+            and width (h', w'). In evaluation mode `pred_masks`, float32 (batch, Q, h', w'), before the sigmoid. In
+            training `query_masks`, a `QueryMasks`, which computes masks on demand.
         """
-        outputs, seen = self.detr.detect(samples)
-        *finer, last = seen.features
-        maps = self.bbox_attention(seen.decoded[-1], seen.memory, last.mask)
-        shared = self.mask_head.share(seen.src, [map_.tensors for map_ in reversed(finer)])
+        outputs, intermediates = self.detr.detect(samples)
+        *finer, last = intermediates.features
+        maps = self.bbox_attention(intermediates.decoded[-1], intermediates.memory, last.mask)
+        shared = self.mask_head.share(intermediates.src, [map_.tensors for map_ in reversed(finer)])
         device = maps.device.type
         autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         masks = QueryMasks(self.mask_head, maps, shared, autocast)

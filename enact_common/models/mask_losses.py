@@ -1,4 +1,4 @@
-"""Losses of masks: focal and dice, as in DETR's segmentation."""
+"""Mask losses: focal and dice, as in DETR's segmentation."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ ALPHA, GAMMA = 0.25, 2.0
 
 
 class MaskCriterion(SetCriterion):
-    """DETR's losses, and on the masks of matched queries a focal loss and a dice loss.
+    """DETR's losses, plus a focal loss and a dice loss on the masks of matched queries.
 
     Arguments are those of `SetCriterion`.
     """
@@ -25,26 +25,26 @@ class MaskCriterion(SetCriterion):
     def last_layer_losses(
         self, outputs: dict, targets: list[dict[str, Tensor]], matches: Matches, objects: Tensor
     ) -> dict[str, Tensor]:
-        """`loss_mask` and `loss_dice`, over the objects of the batch.
+        """Return `loss_mask` and `loss_dice`, divided by the number of objects in the batch.
 
         Args:
-            outputs: of `DETRsegm`.
-            targets: for each image, beside the rest, `masks` bool (n, h, w), of the image without its padding.
-            matches: the last layer's are taken.
-            objects: (), to divide by.
+            outputs: outputs of `DETRsegm`.
+            targets: each image's targets, with `masks` bool (n, h, w) at the image's size without padding.
+            matches: only those of the last layer are used.
+            objects: (), the number to divide by.
         """
         query = matches.query[-1]
         if "query_masks" in outputs:
             logits = outputs["query_masks"].select(matches.image, query)
         else:
             logits = outputs["pred_masks"][matches.image, query]
-        wanted = padded_masks([target["masks"] for target in targets]).to(logits.device)[matches.target[-1]]
-        losses = mask_losses(logits, wanted)
+        target_masks = padded_masks([target["masks"] for target in targets]).to(logits.device)[matches.target[-1]]
+        losses = mask_losses(logits, target_masks)
         return {name: values.sum() / objects for name, values in losses.items()}
 
 
 def padded_masks(masks: Sequence[Tensor]) -> Tensor:
-    """The masks of a batch's images, bool (n, h, w) each, laid end to end and padded: bool (objects, H, W)."""
+    """Concatenate and pad the masks of a batch's images, bool (n, h, w) each: bool (objects, H, W)."""
     height, width = (max(mask.shape[axis] for mask in masks) for axis in (1, 2))
     padded = masks[0].new_zeros(sum(len(mask) for mask in masks), height, width)
     for part, mask in zip(padded.split([len(mask) for mask in masks]), masks, strict=True):
@@ -53,21 +53,21 @@ def padded_masks(masks: Sequence[Tensor]) -> Tensor:
 
 
 def mask_losses(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
-    """The losses of single masks, brought to the size of what they shall be.
+    """Return per-mask losses; logits are resized to the targets.
 
-    A few masks are at that size at a time, and are brought there again in the backward pass.
+    A few masks are resized at a time, and again in the backward pass, to save memory.
 
     Args:
         logits: float32 (n, h', w').
         masks: bool (n, h, w).
 
     Returns:
-        `loss_mask`, the mean over the pixels of the focal loss, and `loss_dice`, in [0, 1]: (n,) each.
+        `loss_mask`, the focal loss's mean over the pixels, and `loss_dice`, in [0, 1]: (n,) each.
     """
-    of_chunk = recompute_in_backward(full_size_losses) if torch.is_grad_enabled() else full_size_losses
-    # Without objects, one empty chunk: the losses are then empty, too.
+    chunk_losses = recompute_in_backward(full_size_losses) if torch.is_grad_enabled() else full_size_losses
+    # Without objects there is one empty chunk, so the losses are empty tensors.
     chunks = zip(logits.split(FULL_SIZE_CHUNK), masks.split(FULL_SIZE_CHUNK), strict=True)
-    parts = [of_chunk(part, wanted) for part, wanted in chunks]
+    parts = [chunk_losses(part, target) for part, target in chunks]
     focal, dice = (torch.cat(values) for values in zip(*parts, strict=True))
     return {"loss_mask": focal, "loss_dice": dice}
 
@@ -84,7 +84,7 @@ def full_size_losses(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """1 - Dice's coefficient of probability and truth (Milletari et al., "V-Net", 3DV 2016), smoothed by one pixel.
+    """1 - Dice coefficient of probability and target (Milletari et al., "V-Net", 3DV 2016), smoothed by one pixel.
 
     Args:
         logits: (n, pixels), before the sigmoid.

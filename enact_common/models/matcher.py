@@ -14,20 +14,20 @@ from enact_common.boxes import box_cxcywh_to_xyxy, paired_box_giou
 
 logger = logging.getLogger("enact")
 
-# What a cost that is not finite counts as: more than any other.
+# Replaces costs that are not finite; larger than any real cost.
 LARGE_COST = 1e6
 
 
 def softmax_class_cost(logits: Tensor) -> Tensor:
-    """Logits (..., classes) to the cost of each class: minus its probability, in [-1, 0]."""
+    """Return the cost of each class for logits (..., classes): minus its probability, in [-1, 0]."""
     return -logits.softmax(dim=-1)
 
 
 def focal_class_cost(logits: Tensor) -> Tensor:
-    """Logits (..., classes) to the cost of each class: its focal loss as present, less that as absent.
+    """Return the cost of each class for logits (..., classes): its focal loss if present, minus that if absent.
 
-    Source: Zhu et al., "Deformable DETR", ICLR 2021, from which Conditional and Anchor DETR took it; alpha is 0.25
-    and gamma 2, whatever the loss has.
+    Source: Zhu et al., "Deformable DETR", ICLR 2021, as used by Conditional and Anchor DETR. Alpha is 0.25 and gamma 2,
+    independent of the loss's settings.
     """
     alpha, gamma, floor = 0.25, 2, 1e-8
     p = logits.sigmoid()
@@ -38,15 +38,15 @@ def focal_class_cost(logits: Tensor) -> Tensor:
 
 @dataclass
 class Matches:
-    """The matching of a batch, for several decoder layers at once.
+    """The matching of a batch, for several decoder layers.
 
-    P is the number of matched pairs of one layer: min(queries, objects) of each image, summed over the images. It
-    is the same in every layer, and so is the image that a pair belongs to.
+    P is the number of matched pairs per layer: min(queries, objects) of each image, summed over the images. P and the
+    image of each pair are equal in all layers.
 
     Attributes:
-        image: int64 (P,), index into the batch, ascending.
-        query: int64 (layers, P), the query of each pair.
-        target: int64 (layers, P), its object, as index into the batch's objects laid end to end.
+        image: int64 (P,), each pair's index into the batch, ascending.
+        query: int64 (layers, P), each pair's query.
+        target: int64 (layers, P), each pair's object: its index into the concatenated objects of the batch.
     """
 
     image: Tensor
@@ -55,16 +55,15 @@ class Matches:
 
 
 class HungarianMatcher(nn.Module):
-    """Assigns to each object one query of its image, so that the summed cost is least.
+    """Assigns one query to each object of an image, at the least total cost.
 
-    Queries that are left over are no object. Where an image has more objects than queries, the objects that cost
-    most are left over.
+    Remaining queries are "no object". If an image has more objects than queries, the costliest objects stay unmatched.
 
     Args:
         cost_class: weight of the class cost.
         cost_bbox: weight of the L1 distance of the boxes (cxcywh, fractions of the image).
         cost_giou: weight of minus their generalized IoU.
-        class_cost: logits (..., classes) to the cost of each class.
+        class_cost: maps logits (..., classes) to the cost of each class.
 
     Raises:
         ValueError: all weights are 0.
@@ -79,27 +78,27 @@ class HungarianMatcher(nn.Module):
     ):
         super().__init__()
         if cost_class == cost_bbox == cost_giou == 0:
-            raise ValueError("at least one matching cost must not be 0 (--set_cost_class, _bbox, _giou)")
+            raise ValueError("all matching costs are 0: set one of --set_cost_class, --set_cost_bbox, --set_cost_giou")
         self.cost_class = cost_class
         self.cost_bbox = cost_bbox
         self.cost_giou = cost_giou
         self.class_cost = class_cost
 
     def forward(self, outputs: dict[str, Tensor], targets: list[dict[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """Match one layer's predictions.
+        """Match the predictions of one layer.
 
         Args:
             outputs: `pred_logits` (batch, Q, classes), `pred_boxes` (batch, Q, 4) cxcywh in [0, 1].
             targets: for each image `labels` int64 (n,) and `boxes` (n, 4) cxcywh in [0, 1].
 
         Returns:
-            for each image the indices of queries and of objects, int64 (min(Q, n),) each, on the CPU.
+            for each image the matched queries and objects, int64 (min(Q, n),) each, on the CPU.
         """
         assigned = self.assign(outputs["pred_logits"].unsqueeze(0), outputs["pred_boxes"].unsqueeze(0), targets)
         return [tuple(torch.as_tensor(side, dtype=torch.int64) for side in pair) for pair in assigned[0]]
 
     def match_layers(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Matches:
-        """Match the predictions of all decoder layers with one transfer from the device and one to it.
+        """Match the predictions of all decoder layers, with one transfer from the device and one back.
 
         Args:
             logits: (layers, batch, Q, classes).
@@ -118,11 +117,11 @@ class HungarianMatcher(nn.Module):
         return Matches(packed[0], *packed[1:].chunk(2))
 
     def assign(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> list[list[tuple]]:
-        """For each layer, for each image: matched queries and objects as integer arrays (min(Q, n),)."""
+        """Return, for each layer and image, matched queries and objects: integer arrays (min(Q, n),)."""
         cost = self.costs(logits, boxes, targets).cpu().numpy()  # (objects of the batch, layers, Q)
         finite = np.isfinite(cost)
         if not finite.all():
-            # It must not end the program here: the loss check reports it with its cause.
+            # Continue: the loss check reports the error together with its cause.
             warn_of_costs()
             cost = np.where(finite, cost, LARGE_COST)
         splits = np.cumsum([len(target["labels"]) for target in targets])[:-1]
@@ -131,7 +130,7 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def costs(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Tensor:
-        """The cost of every query of an object's own image: float32 (objects of the batch, layers, Q)."""
+        """Return the cost of each object for every query of its image: float32 (objects of the batch, layers, Q)."""
         counts = torch.tensor([len(target["labels"]) for target in targets])
         image = torch.repeat_interleave(torch.arange(len(targets)), counts)
         image = image.to(logits.device, non_blocking=True)  # (objects,)
@@ -148,18 +147,18 @@ class HungarianMatcher(nn.Module):
 
 @cache
 def warn_of_costs() -> None:
-    """Say that costs were not finite: once in a process, as the next batches would only repeat it."""
+    """Warn that costs were not finite, once per process."""
     logger.warning(
-        "matching: costs are not finite and count as %g; where the loss is not finite either, training stops and names "
-        "the tensor at fault", LARGE_COST,
+        "matching: costs are not finite and are replaced by %g; if the loss is not finite either, training stops and "
+        "names the faulty tensor", LARGE_COST,
     )  # fmt: skip
 
 
 def build_matcher(args, class_cost: Callable[[Tensor], Tensor] = softmax_class_cost) -> HungarianMatcher:
-    """The matcher with the weights of `--set_cost_class`, `--set_cost_bbox` and `--set_cost_giou`."""
+    """Build the matcher from `--set_cost_class`, `--set_cost_bbox` and `--set_cost_giou`."""
     return HungarianMatcher(args.set_cost_class, args.set_cost_bbox, args.set_cost_giou, class_cost)
 
 
 def build_focal_matcher(args) -> HungarianMatcher:
-    """The matcher of the models with a focal loss."""
+    """Build the matcher for models with a focal loss."""
     return build_matcher(args, focal_class_cost)

@@ -12,7 +12,7 @@ from enact_common.nested_tensor import NestedTensor
 
 
 def sine_encoding(position: Tensor, channels: int, temperature: float = 10000.0) -> Tensor:
-    """Sines (even channels) and cosines (odd ones) of a position at falling frequencies (Vaswani et al., 2017).
+    """Encode a position by sines (even channels) and cosines (odd ones) of falling frequency (Vaswani et al., 2017).
 
     Args:
         position: (...), radians at the highest frequency.
@@ -29,9 +29,9 @@ def sine_encoding(position: Tensor, channels: int, temperature: float = 10000.0)
 
 
 def encode_points(points: Tensor, channels: int) -> Tensor:
-    """Points (..., 2), (x, y) as fractions of the image's sides, to (..., channels): first y's encoding, then x's.
+    """Encode points (..., 2), (x, y) as fractions of the image's sides: (..., channels), y's encoding before x's.
 
-    The encoding is computed and returned in float32 or wider.
+    The result is float32 or wider.
     """
     points = points.to(at_least_float32(points.dtype))  # bf16 cannot tell neighbouring cells apart
     encoding = sine_encoding(points.flip(-1) * (2 * math.pi), channels // 2)  # (..., 2, channels / 2)
@@ -39,13 +39,13 @@ def encode_points(points: Tensor, channels: int) -> Tensor:
 
 
 class PositionEmbeddingSine(nn.Module):
-    """Sines and cosines of the pixel's row and column (Vaswani et al., 2017, in two dimensions).
+    """Sines and cosines of the cell's row and column (Vaswani et al., 2017, in two dimensions).
 
     Args:
-        num_pos_feats: channels for each of the two axes.
+        num_pos_feats: channels per axis.
         temperature: ratio of the longest to the shortest wavelength.
-        normalize: count rows and columns so that those that are not padding span (0, scale].
-        scale: radians; meaningful with normalize only.
+        normalize: scale positions so that the cells without padding span (0, scale].
+        scale: radians; only used with normalize.
     """
 
     def __init__(
@@ -62,15 +62,15 @@ class PositionEmbeddingSine(nn.Module):
         self.scale = scale
 
     def forward(self, features: NestedTensor) -> Tensor:
-        """Features (batch, channels, h, w) with a mask give float32 (batch, 2 num_pos_feats, h, w), in [-1, 1].
+        """Encode features (batch, channels, h, w) with a mask: float32 (batch, 2 num_pos_feats, h, w), in [-1, 1].
 
-        The first half of the channels encodes the row, the second the column; in each, sines stand at even
-        channels and cosines at odd ones.
+        The first half of the channels encodes the row, the second half the column. In each half, even channels are
+        sines and odd ones cosines.
         """
         present = ~features.mask  # (batch, h, w)
         axes = []
         for axis in (1, 2):
-            # Whole numbers are summed: GPUs have no deterministic sum of fractions.
+            # Sum booleans: GPUs have no deterministic cumulative sum of floats.
             position = present.cumsum(axis).float()  # (batch, h, w)
             if self.normalize:
                 last = position.narrow(axis, position.shape[axis] - 1, 1)
@@ -80,13 +80,13 @@ class PositionEmbeddingSine(nn.Module):
 
 
 class PositionEmbeddingLearned(nn.Module):
-    """A learned vector for each row and each column of the feature map.
+    """A learned vector for each row and column of the feature map.
 
     Args:
-        num_pos_feats: channels for each of the two axes.
+        num_pos_feats: channels per axis.
     """
 
-    # Rows and columns that exist; the released weights' size.
+    # Rows and columns, as in the released weights.
     MAX_CELLS: Final = 50
 
     def __init__(self, num_pos_feats: int = 256):
@@ -97,7 +97,7 @@ class PositionEmbeddingLearned(nn.Module):
         nn.init.uniform_(self.col_embed.weight)
 
     def forward(self, features: NestedTensor) -> Tensor:
-        """Features (batch, channels, h, w) give (batch, 2 num_pos_feats, h, w): columns first, then rows.
+        """Encode features (batch, channels, h, w): (batch, 2 num_pos_feats, h, w), columns first, then rows.
 
         Raises:
             ValueError: the map is larger than 50 x 50.
@@ -105,7 +105,7 @@ class PositionEmbeddingLearned(nn.Module):
         batch, _, h, w = features.tensors.shape
         if max(h, w) > self.MAX_CELLS:
             raise ValueError(
-                f"learned position embeddings know {self.MAX_CELLS} rows and columns, the feature map has {h} x {w}: "
+                f"learned position embeddings have {self.MAX_CELLS} rows and columns, the feature map is {h} x {w}: "
                 "use --position_embedding sine, smaller images (--max_size), or no --dilation"
             )
         columns = self.col_embed.weight[:w].expand(h, w, -1)
@@ -115,7 +115,7 @@ class PositionEmbeddingLearned(nn.Module):
 
 
 def build_position_encoding(args) -> nn.Module:
-    """The position encoding that `--position_embedding` and `--hidden_dim` ask for."""
+    """Build the position encoding from `--position_embedding` and `--hidden_dim`."""
     num_pos_feats = args.hidden_dim // 2
     if args.position_embedding == "learned":
         return PositionEmbeddingLearned(num_pos_feats)

@@ -1,4 +1,4 @@
-"""From a model's outputs to boxes in pixels, in the form that evaluation wants."""
+"""Post-processing of a model's outputs to boxes in pixels, for evaluation."""
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from enact_common.boxes import box_cxcywh_to_xyxy
 
 
 def boxes_in_pixels(boxes: Tensor, target_sizes: Tensor) -> Tensor:
-    """Boxes (batch, n, 4), cxcywh in [0, 1], to xyxy in pixels of images of target_sizes (batch, 2), (height, width).
+    """Convert boxes (batch, n, 4) from cxcywh in [0, 1] to xyxy pixels; target_sizes (batch, 2) are (height, width).
 
     Raises:
         ValueError: target_sizes is not (batch, 2).
@@ -20,47 +20,47 @@ def boxes_in_pixels(boxes: Tensor, target_sizes: Tensor) -> Tensor:
 
 
 def detections(**tensors: Tensor) -> list[dict[str, Tensor]]:
-    """Tensors (batch, n, ...) by name as a dict for each image."""
+    """Split tensors (batch, n, ...) by name into a dict per image."""
     return [dict(zip(tensors, image, strict=True)) for image in zip(*tensors.values(), strict=True)]
 
 
 class PostProcess(nn.Module):
-    """Each query's best class that is an object, its probability, and its box in pixels (DETR)."""
+    """Returns each query's best object class, its probability, and its box in pixels (DETR)."""
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, Tensor], target_sizes: Tensor) -> list[dict[str, Tensor]]:
         """Decode a batch.
 
         Args:
-            outputs: `pred_logits` (batch, Q, classes + 1), the last being no object; `pred_boxes` (batch, Q, 4)
-                cxcywh in [0, 1].
-            target_sizes: int (batch, 2), the (height, width) in pixels that boxes shall refer to: for evaluation
-                the image's size before any resizing.
+            outputs: `pred_logits` (batch, Q, classes + 1), "no object" last; `pred_boxes` (batch, Q, 4) cxcywh in
+                [0, 1].
+            target_sizes: int (batch, 2), (height, width) in pixels to scale boxes to; for evaluation the image's size
+                before any resizing.
 
         Returns:
             for each image `scores` (Q,) in [0, 1], `labels` int64 (Q,), `boxes` (Q, 4) xyxy in pixels, and `queries`
-            int64 (Q,), which query each is of: here, their order.
+            int64 (Q,), each detection's query, here 0 to Q - 1.
 
         Raises:
             ValueError: target_sizes is not (batch, 2).
         """
-        found = self.select(outputs)
-        return detections(**found | {"boxes": boxes_in_pixels(found["boxes"], target_sizes)})
+        batch = self.select(outputs)
+        return detections(**batch | {"boxes": boxes_in_pixels(batch["boxes"], target_sizes)})
 
     def select(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What `forward` returns, of a whole batch (batch, Q, ...), with boxes as the model gives them."""
+        """Return the detections as batched tensors (batch, Q, ...), with boxes still as the model predicts them."""
         scores, labels = outputs["pred_logits"].float().softmax(dim=-1)[..., :-1].max(dim=-1)  # (batch, Q) each
         queries = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
         return {"scores": scores, "labels": labels, "boxes": outputs["pred_boxes"].float(), "queries": queries}
 
 
 class TopKPostProcess(nn.Module):
-    """The likeliest pairs of a query and a class, where classes are independent (Conditional and Anchor DETR).
+    """Returns the likeliest pairs of query and class, for independent classes (Conditional and Anchor DETR).
 
-    A query may be found several times, with different labels.
+    A query can be detected several times, with different labels.
 
     Args:
-        count: detections kept of an image: COCO's evaluation takes 100.
+        count: detections per image; COCO's evaluation uses 100.
     """
 
     def __init__(self, count: int = 100):
@@ -73,25 +73,25 @@ class TopKPostProcess(nn.Module):
 
         Args:
             outputs: `pred_logits` (batch, Q, classes), before the sigmoid; `pred_boxes` (batch, Q, 4) cxcywh in [0, 1].
-            target_sizes: as for `PostProcess`.
+            target_sizes: as in `PostProcess`.
 
         Returns:
-            for each image, with n = min(count, Q classes): `scores` (n,) in [0, 1], falling, `labels` int64 (n,),
-            `boxes` (n, 4) xyxy in pixels, `queries` int64 (n,), which query each is of.
+            for each image, with n = min(count, Q classes): `scores` (n,) in [0, 1], descending, `labels` int64 (n,),
+            `boxes` (n, 4) xyxy in pixels, `queries` int64 (n,), each detection's query.
 
         Raises:
             ValueError: target_sizes is not (batch, 2).
         """
-        found = self.select(outputs)
-        return detections(**found | {"boxes": boxes_in_pixels(found["boxes"], target_sizes)})
+        batch = self.select(outputs)
+        return detections(**batch | {"boxes": boxes_in_pixels(batch["boxes"], target_sizes)})
 
     def select(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What `forward` returns, of a whole batch (batch, n, ...), with boxes as the model gives them."""
+        """Return the detections as batched tensors (batch, n, ...), with boxes still as the model predicts them."""
         boxes = outputs["pred_boxes"].float()  # (batch, Q, 4)
         probability = outputs["pred_logits"].float().sigmoid()
         num_classes = probability.shape[-1]
         pairs = probability.flatten(1)  # (batch, Q classes)
         scores, index = pairs.topk(min(self.count, pairs.shape[1]), dim=1)  # (batch, n) each
         queries = index // num_classes  # (batch, n)
-        chosen = boxes.gather(1, queries.unsqueeze(-1).expand(-1, -1, 4))  # (batch, n, 4)
-        return {"scores": scores, "labels": index % num_classes, "boxes": chosen, "queries": queries}
+        query_boxes = boxes.gather(1, queries.unsqueeze(-1).expand(-1, -1, 4))  # (batch, n, 4)
+        return {"scores": scores, "labels": index % num_classes, "boxes": query_boxes, "queries": queries}

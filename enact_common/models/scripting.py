@@ -1,8 +1,7 @@
-"""Graphs that are recorded of a model, for other inputs than the one they are recorded with.
+"""TorchScript graphs of detectors, valid for other input sizes than the example's.
 
-`torch.export`, `torch.onnx.export` and `torch.jit.trace` call a model once and note what it does. What would read a
-number back to Python, loop over a size, or choose by one, would fix it in the graph: where `recording` says so, models
-take a form that does none of that.
+A trace records a model's operations for one input (see `enact_common.attention.tracing`). While `is_tracing()`, models
+use code paths that do not fix numbers of the example in the graph.
 """
 
 import copy
@@ -13,13 +12,13 @@ from torch import Tensor, nn
 
 from enact_common.nested_tensor import NestedTensor
 
-# Height and width, pixels, of what a graph is recorded with: feature maps of more than one cell each way, which would
-# pass for constants, and not as high as wide.
+# Height and width of the example, pixels. Feature maps have more than one cell per side, since a size of 1 would be
+# taken for a constant, and are not square.
 EXAMPLE_SIZE = (96, 128)
 
 
 class TensorDetector(nn.Module):
-    """A detector from tensors to tensors, which is what graphs have to do with.
+    """A detector with tensors as inputs and outputs, as graphs need.
 
     Args:
         model: a detector.
@@ -30,15 +29,15 @@ class TensorDetector(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Detect.
+        """Detect objects.
 
         Args:
-            images: (batch, 3, H, W), as a detector takes them.
+            images: (batch, 3, H, W), as in `Detector`.
             mask: bool (batch, H, W), True where padded; None for no padding.
 
         Returns:
-            `pred_logits` and `pred_boxes` of the last decoder layer, and with a mask head in evaluation mode
-            `pred_masks`, as the detector says.
+            `pred_logits` and `pred_boxes` of the last decoder layer, and `pred_masks` from a mask head in evaluation
+            mode; as the detector returns them.
         """
         if mask is None:
             mask = torch.zeros_like(images[:, 0], dtype=torch.bool)
@@ -47,33 +46,33 @@ class TensorDetector(nn.Module):
 
 
 def traced(module: nn.Module, *examples: Tensor) -> torch.jit.ScriptModule:
-    """A TorchScript module of a module's graph, for tensors of any size; it shares the parameters.
+    """Trace a module into a TorchScript module that takes tensors of any size and shares the parameters.
 
-    Dropout and batch norms stay in the mode, training or evaluation, that they are in now.
+    Dropout and batch norms keep the mode, training or evaluation, that they have now.
 
     Args:
         module: takes and returns tensors, or returns a dict of them.
-        examples: to record it with.
+        examples: the inputs to trace with.
     """
     with warnings.catch_warnings():
-        # Of checks of sizes, which hold for the graph as well, and that TorchScript goes out of use.
+        # Warnings about size checks, which also hold for the graph, and about TorchScript's deprecation.
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", FutureWarning)
         return torch.jit.trace(module, examples, strict=False, check_trace=False)
 
 
 def with_parts(module: nn.Module, **parts: nn.Module) -> nn.Module:
-    """A module that is another one but for some of its parts; the other one stays as it is."""
+    """Return a shallow copy of a module with some submodules replaced."""
     twin = copy.copy(module)
     twin.__dict__["_modules"] = module._modules | parts
     return twin
 
 
 class ScriptableDetector(nn.Module):
-    """What `torch.jit.script` makes of a detector: its graph, behind the detector's own signature.
+    """A detector for `torch.jit.script`: its traced graph behind the detector's own signature.
 
     Args:
-        model: a detector, in the mode, training or evaluation, that the graph shall keep.
+        model: a detector, in the mode, training or evaluation, that the graph keeps.
     """
 
     def __init__(self, model: nn.Module):
@@ -83,17 +82,17 @@ class ScriptableDetector(nn.Module):
         self.graph = traced(TensorDetector(model), images, torch.zeros_like(images[:, 0], dtype=torch.bool))
 
     def forward(self, samples: NestedTensor) -> dict[str, Tensor]:
-        """The predictions of the last decoder layer, as the detector returns them."""
+        """Return the predictions of the last decoder layer, as the detector returns them."""
         return self.graph(samples.tensors, samples.mask)
 
 
 class Scriptable(nn.Module):
-    """A detector that `torch.jit.script` can take, by itself or as a part of another module.
+    """A detector that `torch.jit.script` accepts, directly or as a submodule.
 
-    Its Python is not compiled: closures, attention that is handed in and modules as arguments have no counterpart in
-    TorchScript. Its graph is recorded, for floating point images, and takes the detector's place there.
+    TorchScript cannot compile its Python: closures, attention passed as an argument, modules as arguments. So a traced
+    graph for floating-point images takes its place.
     """
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Called by `torch.jit.script`."""
+        """Called by `torch.jit.script`: return the traced graph."""
         return ScriptableDetector(self)

@@ -1,4 +1,4 @@
-"""The frame of DETR's transformer (Carion et al., ECCV 2020), in which DETR and Conditional DETR put their decoders.
+"""The transformer that DETR (Carion et al., ECCV 2020) and Conditional DETR share; each adds its own decoder.
 
 Positional encodings are added to queries and keys in every attention of the encoder.
 """
@@ -14,10 +14,10 @@ class TransformerEncoder(nn.Module):
     """A stack of encoder layers.
 
     Args:
-        encoder_layer: the layer, copied.
-        num_layers: how many.
+        encoder_layer: the layer, which is copied.
+        num_layers: the number of layers.
         norm: applied to the result; None for none.
-        order: one of `ORDERS`, in which the layers get the tokens: what their clusters are stretches of.
+        order: one of `ORDERS`, the order of the tokens in the layers; clusters are stretches of it.
     """
 
     def __init__(self, encoder_layer: nn.Module, num_layers: int, norm: nn.Module | None = None, order: str = ROWS):
@@ -27,16 +27,16 @@ class TransformerEncoder(nn.Module):
         self.norm = norm
 
     def forward(self, src: Tensor, key_padding_mask: Tensor, pos: Tensor, size: tuple[int, int]) -> Tensor:
-        """Encode a map's tokens.
+        """Encode the tokens of a feature map.
 
         Args:
-            src: (N, batch, d), row by row.
+            src: (N, batch, d), in row order.
             key_padding_mask: bool (batch, N), True where padded.
             pos: (N, batch, d).
-            size: height and width of the map, N cells.
+            size: height and width of the map, which has N cells.
 
         Returns:
-            (N, batch, d), row by row.
+            (N, batch, d), in row order.
         """
         if self.order == HILBERT:
             order, back = hilbert_permutations(*size, src.device)
@@ -53,9 +53,9 @@ class Transformer(nn.Module):
     """Encodes a feature map and decodes object queries from it.
 
     Args:
-        encoder: called as `TransformerEncoder`.
-        decoder: called with the queries' content and the memory (both length first), the padding mask (batch, N), and
-            the memory's and the queries' positions.
+        encoder: has the call signature of `TransformerEncoder`.
+        decoder: takes the queries' content and the memory (both length first), the padding mask (batch, N), and the
+            positions of the memory and of the queries.
         d_model: channels d.
     """
 
@@ -78,7 +78,7 @@ class Transformer(nn.Module):
             pos_embed: (batch, d, h, w).
 
         Returns:
-            what the decoder returns, and, for heads that look at the map, the memory (batch, d, h, w).
+            the decoder's output and, for heads that use the map, the memory (batch, d, h, w).
         """
         batch, _, h, w = src.shape
         tokens = src.flatten(2).permute(2, 0, 1)  # (batch, d, h, w) -> (h w, batch, d)
@@ -92,11 +92,11 @@ class Transformer(nn.Module):
 
 
 def build_encoder(args, normalize_before: bool) -> TransformerEncoder:
-    """The encoder that the arguments ask for.
+    """Build the encoder from the arguments.
 
     Args:
-        args: parsed arguments; `--pre_norm` brings a norm after the last layer.
-        normalize_before: pre-norm in the layers.
+        args: parsed arguments; `--pre_norm` adds a norm after the last layer.
+        normalize_before: use pre-norm in the layers.
     """
     layer = TransformerEncoderLayer(
         encoder_self_attention(
@@ -107,6 +107,6 @@ def build_encoder(args, normalize_before: bool) -> TransformerEncoder:
         args.dropout,
         normalize_before,
     )
-    # Plain attention does not care.
+    # Plain attention does not depend on the order of tokens.
     order = (getattr(args, "enact_order", None) or ROWS) if args.encoder_attention == "enact" else ROWS
     return TransformerEncoder(layer, args.enc_layers, nn.LayerNorm(args.hidden_dim) if args.pre_norm else None, order)

@@ -1,10 +1,9 @@
 """The variant folders as importable packages.
 
-`DETR-ENACT` is no Python identifier, and all variants call their packages `models` and `datasets`. Each folder is the
-package `enact_common.variants.NAME`, so that the variants can be used side by side, and so that any process finds their
-classes by name: pickled models import what they need. A wheel holds the folders under these names; in a checkout,
-`register_folders` points to them. Code in a variant's `models` and `datasets` imports relatively or from
-`enact_common`.
+`DETR-ENACT` is not a Python identifier, and all variants call their packages `models` and `datasets`. So each folder is
+the package `enact_common.variants.NAME`: variants can be used side by side, and pickled models find their classes in
+any process. A wheel holds the folders under these names; in a checkout, `register_folders` points to them. Code in a
+variant's `models` and `datasets` imports relatively or from `enact_common`.
 """
 
 import importlib
@@ -16,7 +15,7 @@ from types import ModuleType
 
 from enact_common.utils.errors import UserError
 
-# name: folder in the checkout, and the package
+# name: (folder in the checkout, package)
 VARIANTS = {
     name: (folder, f"{__name__}.{name}")
     for name, folder in {
@@ -28,7 +27,7 @@ VARIANTS = {
 
 
 def register_folders() -> None:
-    """Make the checkout's folders packages, without importing what is in them."""
+    """Register the checkout's folders as packages, without importing their modules."""
     checkout = Path(__file__).resolve().parents[2]
     for name, (folder, package) in VARIANTS.items():
         if package not in sys.modules and (checkout / folder).is_dir():
@@ -41,20 +40,20 @@ register_folders()
 
 
 def load_variant(name: str) -> ModuleType:
-    """A variant as a package with the submodules `main`, `models` and `datasets`.
+    """Return a variant as a package with the submodules `main`, `models` and `datasets`.
 
     Args:
         name: a key of `VARIANTS`.
 
     Raises:
-        UserError: there is no such variant, or its folder is not beside the package.
+        UserError: the variant is unknown, or its folder is missing next to `enact_common`.
     """
     if name not in VARIANTS:
         raise UserError(f"no variant {name!r}: choose from {', '.join(VARIANTS)}")
     folder, package = VARIANTS[name]
     if importlib.util.find_spec(package) is None:
         path = Path(__file__).resolve().parents[2] / folder
-        raise UserError(f"variant {name!r}: no folder {path}: the installation is damaged; install the package anew")
+        raise UserError(f"variant {name!r}: no folder {path}: the installation is damaged; install the package again")
     for part in ("models", "datasets", "main"):
         importlib.import_module(f"{package}.{part}")
     return importlib.import_module(package)
