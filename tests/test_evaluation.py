@@ -257,7 +257,7 @@ def test_the_log_says_which_package_computed_the_figures(package, caplog):
     evaluator = CocoBoxEvaluator(LABELS)
     with caplog.at_level("INFO"):
         figures(evaluator)
-    assert f"figures are computed by {package}" in caplog.text and "does not work" not in caplog.text
+    assert f"COCO metrics are computed by {package}" in caplog.text and "does not work" not in caplog.text
 
 
 def test_a_package_that_cannot_be_imported_does_not_matter(tmp_path, monkeypatch, caplog):
@@ -270,7 +270,7 @@ def test_a_package_that_cannot_be_imported_does_not_matter(tmp_path, monkeypatch
     with caplog.at_level("INFO"):
         assert figures(evaluator)["AP50"] == pytest.approx(51 / 101)
     assert "faster-coco-eval is installed but does not work: built for another NumPy" in caplog.text
-    assert "figures are computed by pycocotools" in caplog.text
+    assert "COCO metrics are computed by pycocotools" in caplog.text
 
 
 @pytest.mark.parametrize("fault", ["scores", "boxes"])

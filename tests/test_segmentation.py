@@ -943,7 +943,7 @@ def test_what_a_panoptic_prediction_needs_is_found_before_any_work(sure, shapes,
     kept.parent.mkdir(parents=True)
     kept.write_text("mine")
     assert predicted(sure, tmp_path / "out", shapes / "val2017") == 2
-    assert "panoptic_results: holds something else than panoptic results" in capsys.readouterr().err
+    assert "panoptic_results: contains other files than panoptic results" in capsys.readouterr().err
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [kept]
     inputs = tmp_path / "in" / "panoptic_results"
     inputs.mkdir(parents=True)
