@@ -158,20 +158,20 @@ def trial_text(preset: Preset, trial: Trial, results: Results, costs: Mapping[st
     run = next(iter(next(iter(by_arm.values())).values()))
     size = " x ".join(map(str, run["map_size"]))
     start = next((results.read(start_of(task)) for task in tasks_of(replace(preset, trials=(trial,)))), None)
-    began = "All arms start from random weights."
+    start_text = "All arms start from random weights."
     if start is not None:
-        began = (
+        start_text = (
             f"All arms start from the weights of one training without encoder attention, on {start['images']:,} images "
             f"(AP {100 * start['figures']['AP']:.1f} on its own data set). The encoder attention is initialised at "
             "random by the seed, with its output projection at zero."
         )
     if trial.encoder_alone:
-        began += " Only the encoder is trained."
+        start_text += " Only the encoder is trained."
     trained = {name: runs for name, runs in by_arm.items() if not ARMS[name].begins_with}
     converted = {name: runs for name, runs in by_arm.items() if name not in trained}
     parts = [
         title,
-        f"Feature maps have {size} cells. Each arm is trained on {run['images']:,} images. {began}",
+        f"Feature maps have {size} cells. Each arm is trained on {run['images']:,} images. {start_text}",
         accuracy_table(trained, by_arm, (PLAIN, UNIFORM)),
     ]
     if converted:
