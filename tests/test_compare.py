@@ -240,7 +240,7 @@ def test_costs_are_medians_with_ratios_and_dashes(tmp_path):
     ]
     table = costs_table([read_run(folder, folder.name) for folder in folders])
     found = {row[0].text: [cell.plain() for cell in row[1:]] for row in table.rows}
-    assert found["training, seconds an epoch"] == ["60.0", "-", "**30.0** (x 0.50)"]
+    assert found["training, seconds per epoch"] == ["60.0", "-", "**30.0** (x 0.50)"]
     assert found["evaluation, seconds"] == ["5.0", "-", "5.0 (x 1.00)"]
     assert found["peak memory, GiB"] == ["1.00", "-", "1.00 (x 1.00)"]
     assert found["parameters"] == ["41,302,368", "41,302,368 (x 1.00)", "41,302,368 (x 1.00)"]
@@ -304,7 +304,7 @@ def test_incomplete_runs_are_compared(trained, tmp_path, capsys):
     torch.save({"model": {"some.weight": torch.zeros(3)}}, broken / "checkpoint.pth")
     runs = [log, record, broken, trained["enact"]]
     assert compare(*runs, "--output_dir", tmp_path / "out", "--pictures", 1) == 0
-    assert "Without a checkpoint the terms of original, record are not known" in capsys.readouterr().out
+    assert "The settings of original, record are unknown" in capsys.readouterr().out
     texts = "\n".join(Page((tmp_path / "out" / "compare.html").read_text()).texts)
     assert "No detections: no checkpoint" in texts and "is a checkpoint of none of the variants" in texts
 
@@ -312,8 +312,8 @@ def test_incomplete_runs_are_compared(trained, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, moved, reason",
     [
-        ("--pictures 0", False, "none were asked for"),
-        ("", True, "gone: no such folder. --images takes others"),
+        ("--pictures 0", False, "--pictures is 0"),
+        ("", True, "gone: no such folder. Pass other images with --images"),
     ],
 )
 def test_the_page_explains_missing_pictures(trained, tmp_path, capsys, flags, moved, reason):
@@ -332,7 +332,7 @@ def test_the_page_explains_missing_pictures(trained, tmp_path, capsys, flags, mo
     "words, message",
     [
         ("{tmp}/nothing", "nothing: no such run"),
-        ("{tmp}/empty", "empty: holds nothing of a run"),
+        ("{tmp}/empty", "empty: not the folder of a run"),
         ("{tmp}/torn", "checkpoint.pth: truncated, or not a file of tensors"),
         ("{run} --names a b", "2 names for 1 runs"),
         ("{run} --images {tmp}/nothing.png", "--images {tmp}/nothing.png: no such file or folder"),

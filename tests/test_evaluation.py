@@ -259,7 +259,7 @@ def test_the_log_names_the_evaluation_package(package, caplog):
     evaluator = CocoBoxEvaluator(LABELS)
     with caplog.at_level("INFO"):
         figures(evaluator)
-    assert f"figures are computed by {package}" in caplog.text and "does not work" not in caplog.text
+    assert f"COCO metrics are computed by {package}" in caplog.text and "does not work" not in caplog.text
 
 
 def test_pycocotools_replaces_a_package_that_fails_to_import(tmp_path, monkeypatch, caplog):
@@ -272,7 +272,7 @@ def test_pycocotools_replaces_a_package_that_fails_to_import(tmp_path, monkeypat
     with caplog.at_level("INFO"):
         assert figures(evaluator)["AP50"] == pytest.approx(51 / 101)
     assert "faster-coco-eval is installed but does not work: built for another NumPy" in caplog.text
-    assert "figures are computed by pycocotools" in caplog.text
+    assert "COCO metrics are computed by pycocotools" in caplog.text
 
 
 @pytest.mark.parametrize("fault", ["scores", "boxes"])

@@ -571,11 +571,11 @@ def test_an_image_with_unreadable_ground_truth_is_left_out(tmp_path, caplog):
 @pytest.mark.parametrize(
     "bad, message",
     [
-        (result(np.ones(SIZE, int), {}), r"the map has segments \[1\], listed are \[\]"),
-        (result(np.zeros(SIZE, int), {1: 1}), r"segments \[\], listed are \[1\]"),
+        (result(np.ones(SIZE, int), {}), r"the map has segments \[1\], but the list has \[\]"),
+        (result(np.zeros(SIZE, int), {1: 1}), r"segments \[\], but the list has \[1\]"),
         (result(np.full(SIZE, 2**24), {2**24: 1}), "from 1 to 2"),
         (result(np.full(SIZE, -1), {-1: 1}), "from 1 to 2"),
-        ({"id_map": np.ones(SIZE, int), "segments": [{"id": 1, "category_id": 1}] * 2}, r"listed are \[1, 1\]"),
+        ({"id_map": np.ones(SIZE, int), "segments": [{"id": 1, "category_id": 1}] * 2}, r"but the list has \[1, 1\]"),
     ],
 )
 def test_results_whose_map_and_segments_differ_are_refused(bad, message):
@@ -614,7 +614,7 @@ def test_results_replace_only_results_and_stay_complete(tmp_path, monkeypatch):
     evaluator.update([5], [perfect(5)])
     evaluator.write_results(out, truth.images, truth.categories)
     (out / "checkpoint.pth").touch()
-    with pytest.raises(UserError, match=f"{out}: holds something else than panoptic results"):
+    with pytest.raises(UserError, match=f"{out}: contains other files than panoptic results"):
         evaluator.write_results(out, truth.images, truth.categories)
     (out / "checkpoint.pth").unlink()
     before = (out / "panoptic.json").read_bytes()

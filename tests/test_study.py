@@ -146,11 +146,11 @@ def test_damaged_images_are_named(tmp_path):
     load_images(SOURCE, tmp_path)
     path = tmp_path / "shapes.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="shapes.pt: .*expected drawn images: remove it"):
+    with pytest.raises(UserError, match="shapes.pt: .*expected drawn images: remove the file"):
         load_images(SOURCE, tmp_path)
     path.unlink()
     load_images(SOURCE, tmp_path)
-    with pytest.raises(UserError, match="holds images of another preset"):
+    with pytest.raises(UserError, match="contains images of another preset"):
         load_images(replace(SOURCE, objects=(3, 3)), tmp_path)
 
 
@@ -387,14 +387,14 @@ def test_differences_compare_the_same_seeds():
 def test_wrong_flags_and_damaged_results_are_refused(tmp_path, capsys):
     argv = ["--preset", "cpu", "--output_dir", str(tmp_path)]
     assert command.main([*argv, "--bccd", str(tmp_path)]) == 2
-    assert f"--bccd {tmp_path}: holds no annotations/" in capsys.readouterr().err
+    assert f"--bccd {tmp_path}: has no annotations/ folder" in capsys.readouterr().err
     assert command.main([*argv, "--variants", "detr"]) == 2
     assert "this preset has none of these; choose from conditional, anchor" in capsys.readouterr().err
     results, task = Results(tmp_path), task_of("plain")
     results.write(task, {})
     assert results.read(task)["settings"] == task.settings
     results.path(task).write_text("{")
-    with pytest.raises(UserError, match="plain-0.json: is no result of a training .* remove it"):
+    with pytest.raises(UserError, match="plain-0.json: not the result of a training .* remove the file"):
         results.read(task)
 
 
@@ -404,7 +404,7 @@ def test_without_time_nothing_is_trained_or_measured(tmp_path, capsys, monkeypat
     argv = ["--preset", "cpu", "--output_dir", str(tmp_path), "--fraction", "0.002", "--variants", "conditional"]
     assert command.main([*argv, "--arms", "plain", "--seeds", "1"]) == 0
     assert "out of time: 2 trainings are left" in capsys.readouterr().out
-    assert not (tmp_path / "costs.json").exists() and "Nothing is done yet" in (tmp_path / "accuracy.md").read_text()
+    assert not (tmp_path / "costs.json").exists() and "No results yet" in (tmp_path / "accuracy.md").read_text()
 
 
 @pytest.mark.slow

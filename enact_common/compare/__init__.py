@@ -1,1 +1,1 @@
-"""Runs side by side: what differs between them, what they reach, what they cost and what they find, as one page."""
+"""Comparison of runs on one page: settings, metrics, costs and detections."""

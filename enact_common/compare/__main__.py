@@ -21,48 +21,48 @@ PAGE, TABLES = "compare.html", "compare.md"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command-line parser."""
     parser = argparse.ArgumentParser(
         prog=program("enact_common.compare"),
         description=compare.__doc__,
-        epilog=f"The tables go to the terminal and to {TABLES}; {PAGE} has them too, with curves and detections, and "
-        "can be sent to others: it needs no other file and no network.",
+        epilog=f"The tables go to the terminal and to {TABLES}. {PAGE} adds curves and detections; it needs no other "
+        "file and no network.",
     )
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN",
-        help="a run's folder, or a log.txt alone; differences are to the first",
+        help="folder of a run, or its log.txt; differences are relative to the first run",
     )  # fmt: skip
-    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help=f"for {PAGE} and {TABLES}")
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help=f"folder for {PAGE} and {TABLES}")
     parser.add_argument(
-        "--names", nargs="+", metavar="NAME", help="what to call the runs, in order (default: their folders' names)"
+        "--names", nargs="+", metavar="NAME", help="names of the runs, in order (default: folder names)"
     )
     parser.add_argument(
         "--images", nargs="+", type=Path, default=[], metavar="PATH",
-        help="image files, or folders of them, to detect in (default: the first that the runs were evaluated on)",
+        help="image files or folders of images to detect in (default: the first evaluation images)",
     )  # fmt: skip
     parser.add_argument(
         "--pictures", type=natural_int, default=6, metavar="N",
-        help="images at most of the data set, or of each folder of --images; 0 for none (default: %(default)s)",
+        help="maximum number of images, of the data set or of each --images folder; 0 for none (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--threshold", type=fraction, default=0.5, metavar="SCORE",
-        help="least score of a detection that is drawn, 0 to 1 (default: %(default)s)",
+        help="minimum score of a drawn detection, 0 to 1 (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--device", metavar="DEVICE", help="cuda, cuda:1, cpu, to detect on (default: a GPU where there is one)"
+        "--device", metavar="DEVICE", help="device for detection: cuda, cuda:1, cpu (default: a GPU if available)"
     )
     return parser
 
 
 def find_scenes(args: argparse.Namespace, runs: list[RecordedRun]) -> tuple[list[Scene], str]:
-    """The images to detect in, and the reason where there are none.
+    """Return the images to detect in, and the reason if there are none.
 
     Raises:
-        UserError: images that the user named are at fault.
+        UserError: an image of `--images` is missing or unreadable.
     """
     scenes = given_scenes(args.images, args.pictures)
     if args.pictures == 0 and not scenes:
-        return [], "none were asked for (--pictures 0)"
+        return [], "--pictures is 0"
     if not any(run.checkpoint for run in runs):
         return [], "no run has a checkpoint to detect with"
     if scenes:
@@ -70,11 +70,11 @@ def find_scenes(args: argparse.Namespace, runs: list[RecordedRun]) -> tuple[list
     try:
         return validation_scenes(runs, args.pictures), ""
     except UserError as error:
-        return [], f"{error}. --images takes others."
+        return [], f"{error}. Pass other images with --images."
 
 
 def enumeration(names: list[str]) -> str:
-    """The runs' names in a row."""
+    """Join names as in "A, B and C"."""
     *others, last = names
     return f"{', '.join(others)} and {last}" if others else last
 
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
         the exit status.
 
     Raises:
-        UserError: something in the arguments or the runs' files is wrong; nothing has been written then.
+        UserError: an argument or a file of a run is invalid. Nothing has been written then.
     """
     names = run_names(args.runs, args.names)
     for file_name in (TABLES, PAGE):
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     page = build_page(title, runs, unequal, settings, figures, classes, shown, reason, args.threshold)
     for file_name, content in ((TABLES, text + "\n"), (PAGE, page)):
         write_file(args.output_dir / file_name, lambda file, content=content: file.write(content.encode()))
-    # After the files: who reads no further than the first lines shall have them all the same.
+    # Print after writing: a reader such as `head` may close the pipe early.
     print(text)
     if reason:
         print(f"\nno pictures: {reason}")
@@ -119,10 +119,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Compare what the command line names.
+    """Run the comparison.
 
     Returns:
-        the exit status: 0; 2 for what the user can mend.
+        the exit status: 0, or 2 for a user error.
     """
     parser = build_parser()
     args = parser.parse_args(argv)

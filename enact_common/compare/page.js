@@ -2,7 +2,7 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 const MARGIN = { top: 10, right: 10, bottom: 34, left: 52 };
-// Of a panel's first quantity and of its second.
+// Dash patterns of a panel's first and second quantity.
 const DASHES = ["", "6 4"];
 
 function element(name, attributes, parent) {
@@ -12,7 +12,7 @@ function element(name, attributes, parent) {
   return made;
 }
 
-// Round numbers from 0 to `most`, about `count` of them.
+// Return about `count` round numbers from 0 to `most`.
 function ticks(most, count) {
   const rough = most / count;
   const power = 10 ** Math.floor(Math.log10(rough));
@@ -25,7 +25,7 @@ function text(value) {
   return Math.abs(value) < 0.001 ? value.toExponential(1) : String(Number(value.toPrecision(3)));
 }
 
-// One panel: draws itself anew for each width, so that its text never shrinks, and for each choice of runs.
+// A chart. It is redrawn for each width, to keep its text size, and for each choice of runs.
 class Chart {
   constructor(place, chart, runs) {
     this.plot = place.querySelector(".plot");
@@ -96,7 +96,7 @@ class Chart {
     this.show(Math.min(Math.max(start + by, 1), this.last));
   }
 
-  // The values after an epoch; null for none.
+  // Show the values after an epoch; null hides them.
   show(epoch) {
     this.epoch = epoch;
     this.cursor.style.display = epoch === null ? "none" : "";
@@ -127,7 +127,7 @@ function startCharts() {
   }
 }
 
-// Columns are sorted by a click on their heads: figures fall first, names rise first, what has no figure comes last.
+// A click on a column head sorts the rows: numbers descending first, names ascending first, missing numbers last.
 function startSorting(table) {
   const heads = [...table.querySelectorAll("thead th")];
   const body = table.tBodies[0];

@@ -1,4 +1,4 @@
-"""The comparison as one HTML page that needs nothing else: style, script, charts' data and pictures are inside."""
+"""The comparison as one self-contained HTML page, with style, script, chart data and pictures inside."""
 
 import json
 from collections.abc import Sequence
@@ -13,45 +13,45 @@ from enact_common.compare.tables import Cell, Table
 from enact_common.compare.terms import EQUAL
 from enact_common.training.run_logs import CURVES, series
 
-# How many colours page.css has for runs.
+# Number of run colours in page.css.
 RUN_COLOURS = 8
 
 
 def part(name: str) -> str:
-    """A file of the page, which lies beside this module."""
+    """Return the text of a page file next to this module."""
     return (files(__package__) / name).read_text(encoding="utf-8")
 
 
 def swatch(run: int) -> str:
-    """A patch of a run's colour."""
+    """Return a patch of a run's colour."""
     return f'<span class="swatch" style="--run: var(--run-{run % RUN_COLOURS})"></span>'
 
 
 def cell_html(cell: Cell, room: bool) -> str:
-    """A cell of a table's body.
+    """Return a body cell of a table.
 
     Args:
-        cell: what stands in it.
-        room: leave room for a difference.
+        cell: its content.
+        room: whether to reserve width for a difference.
     """
     text = f"<b>{escape(cell.text)}</b>" if cell.best else escape(cell.text)
-    # The empty one keeps the figures of a column below one another.
+    # An empty span keeps the numbers of a column aligned.
     difference = f' <span class="difference">{escape(cell.difference)}</span>' if room else ""
     return f'<td data-value="{escape(cell.text)}">{text}{difference}</td>'
 
 
 def table_html(table: Table, runs: Sequence[RecordedRun], sortable: bool = False) -> str:
-    """A table with its title, and its runs' names with their colours.
+    """Return a table with its title and a colour patch at each run's name.
 
     Args:
         table: the table.
         runs: all runs, in order.
-        sortable: by a click on its columns' heads.
+        sortable: whether a click on a column head sorts the rows.
     """
     places = {run.name: i for i, run in enumerate(runs)}
     heads = []
     for name in table.header:
-        # "AP50 ENACT" is of the run ENACT.
+        # "AP50 ENACT" belongs to the run ENACT.
         own = name if name in places else name.partition(" ")[2]
         heads.append(f'<th scope="col">{swatch(places[own]) if own in places else ""}{escape(name)}</th>')
     rooms = [any(cell.difference for cell in column) for column in list(zip(*table.rows, strict=True))[1:]]
@@ -64,7 +64,7 @@ def table_html(table: Table, runs: Sequence[RecordedRun], sortable: bool = False
     return "\n".join(
         [
             f"<section><h2>{escape(table.title)}</h2>",
-            # A part that scrolls must be reachable by keys.
+            # A scrolling region must be reachable by keyboard.
             f'<div class="wide" tabindex="0" role="region" aria-label="{escape(table.title)}">',
             f'<table class="{kinds}"><caption>{escape(table.title)}</caption>',
             f"<thead><tr>{''.join(heads)}</tr></thead>",
@@ -77,7 +77,7 @@ def table_html(table: Table, runs: Sequence[RecordedRun], sortable: bool = False
 
 
 def terms_html(inequalities: Sequence[str]) -> str:
-    """On which terms the runs are compared."""
+    """Return the section on whether the runs are on equal terms."""
     if not inequalities:
         return f'<section class="terms equal">{escape(EQUAL)}</section>'
     items = "".join(f"<li>{escape(text)}</li>" for text in inequalities)
@@ -85,7 +85,7 @@ def terms_html(inequalities: Sequence[str]) -> str:
 
 
 def curves(runs: Sequence[RecordedRun]) -> dict:
-    """What page.js draws: the runs' names and colours, and of each chart its lines."""
+    """Return the data for page.js: names and colours of the runs, and the lines of each chart."""
     charts = []
     for title, quantities in CURVES.items():
         lines = [
@@ -103,7 +103,7 @@ def curves(runs: Sequence[RecordedRun]) -> dict:
 
 
 def curves_html(data: dict) -> str:
-    """The places of the charts, with what they show in words."""
+    """Return the chart containers, with their content in words for screen readers."""
     if not data["charts"]:
         return '<h2>Learning curves</h2><p class="missing">No run has a log.</p>'
     boxes = "".join(
@@ -112,7 +112,7 @@ def curves_html(data: dict) -> str:
     )
     figures = []
     for chart in data["charts"]:
-        said = "; ".join(
+        description = "; ".join(
             f"{data['runs'][line['run']]['name']} {line['kind']} from {line['points'][0][1]:.4g} to "
             f"{line['points'][-1][1]:.4g} at epoch {line['points'][-1][0]}"
             for line in chart["series"]
@@ -125,7 +125,7 @@ def curves_html(data: dict) -> str:
         figures.append(
             f'<figure class="chart"><h3>{escape(chart["title"])}</h3>'
             f'<p class="key">{key}</p><div class="plot" tabindex="0" role="img" '
-            f'aria-label="{escape(chart["title"])} by epochs: {escape(said)}"></div>'
+            f'aria-label="{escape(chart["title"])} by epochs: {escape(description)}"></div>'
             '<output class="readout"></output></figure>'
         )
     return (
@@ -136,7 +136,7 @@ def curves_html(data: dict) -> str:
 
 
 def panel_html(image: str, panel: Panel) -> str:
-    """One picture of an image."""
+    """Return a panel of an image."""
     caption = f"<figcaption>{escape(panel.caption)}</figcaption>"
     if panel.source is None:
         return f'<figure><div class="missing">No detections: {escape(panel.reason)}</div>{caption}</figure>'
@@ -146,7 +146,7 @@ def panel_html(image: str, panel: Panel) -> str:
 
 
 def detections_html(scenes: Sequence[tuple[str, Sequence[Panel]]], reason: str, threshold: float) -> str:
-    """The images, side by side; the reason where there are none."""
+    """Return the section with the images side by side, or the reason why there are none."""
     if not scenes:
         return f'<h2>Detections</h2><p class="missing">No pictures: {escape(reason)}</p>'
     rows = "".join(
@@ -167,18 +167,18 @@ def build_page(
     reason: str,
     threshold: float,
 ) -> str:
-    """The page.
+    """Return the page.
 
     Args:
-        title: of the page.
-        runs: that are compared.
-        inequalities: sentences on what keeps them from equal terms.
-        settings: tables of what the runs are.
-        figures: tables of what they reach and cost.
-        classes: the table of classes, where there is one.
-        scenes: of each image its name and its pictures.
-        reason: why there are none, where there are none.
-        threshold: least score of the detections in them.
+        title: the page's title.
+        runs: the compared runs.
+        inequalities: sentences on why the runs are not on equal terms.
+        settings: tables of the runs' settings.
+        figures: tables of metrics and costs.
+        classes: the table of classes, or None.
+        scenes: name and panels of each image.
+        reason: why there are no scenes.
+        threshold: minimum score of the drawn detections.
     """
     data = curves(runs)
     sections = [
@@ -191,7 +191,7 @@ def build_page(
         table_html(classes, runs, sortable=True) if classes else "",
         detections_html(scenes, reason, threshold),
     ]
-    # A name may hold "</script>".
+    # A run name may contain "</script>".
     embedded = json.dumps(data).replace("<", "\\u003c")
     return Template(part("page.html")).substitute(
         title=escape(title),

@@ -1,4 +1,4 @@
-"""Images with what each run's detector finds in them, beside the truth where it is known."""
+"""Images with each run's detections, next to the ground truth if there is one."""
 
 import base64
 import io
@@ -21,13 +21,13 @@ from enact_common.drawing.detections import draw_detections
 from enact_common.inference.detector import as_pixels, load_detector
 from enact_common.utils.errors import UserError
 
-# Larger pictures are scaled down to this longer side, in pixels: a page is looked at, and sent to others.
+# Larger pictures are scaled down to this longer side, in pixels, to keep the page small.
 LONGEST_SIDE = 800
 
 
 @dataclass
 class Objects:
-    """Objects in an image: boxes float (n, 4), xyxy in its pixels; their names; their scores, None for the truth."""
+    """Objects in an image: boxes float (n, 4), xyxy in pixels; class names; scores, None for the ground truth."""
 
     boxes: np.ndarray
     names: list[str]
@@ -36,8 +36,8 @@ class Objects:
 
 @dataclass
 class Scene:
-    """An image to detect in: its file; what is in it, None where that is not known; and whether it is turned as EXIF
-    says, which a data set's is not."""
+    """An image to detect in: its file; its ground truth, None if unknown; and whether to apply its EXIF orientation,
+    which is not done for data sets."""
 
     path: Path
     truth: Objects | None = None
@@ -46,7 +46,7 @@ class Scene:
 
 @dataclass
 class Panel:
-    """A picture on the page: its caption and its source, a data URI; in place of that the reason why there is none."""
+    """A picture on the page: its caption, and its source, a data URI, or the reason why there is none."""
 
     caption: str
     source: str | None = None
@@ -54,10 +54,10 @@ class Panel:
 
 
 def given_scenes(sources: Sequence[Path], most: int) -> list[Scene]:
-    """The images that the user named: files, and of each folder the first so many.
+    """Return the images of `--images`: each file, and the first `most` images of each folder.
 
     Raises:
-        UserError: one is missing, a folder has none, or a file cannot be read as an image.
+        UserError: a path is missing, a folder has no image, or a file cannot be read as an image.
     """
     paths = []
     for source in sources:
@@ -73,10 +73,10 @@ def given_scenes(sources: Sequence[Path], most: int) -> list[Scene]:
 
 
 def validation_scenes(runs: Sequence[RecordedRun], most: int) -> list[Scene]:
-    """The first images that the runs were evaluated on, of the first run whose data are still there.
+    """Return the first evaluation images of the first run whose data set still exists.
 
     Raises:
-        UserError: there are none any more; the message says why.
+        UserError: no run's data set exists any more; the message says why.
     """
     reasons = []
     for run in runs:
@@ -88,19 +88,19 @@ def validation_scenes(runs: Sequence[RecordedRun], most: int) -> list[Scene]:
 
 
 def evaluated_data(run: RecordedRun) -> tuple[Path, Path]:
-    """The image folder and the annotation file that a run was evaluated on.
+    """Return the image folder and the annotation file that a run was evaluated on.
 
     Raises:
-        UserError: they are not known, or not there any more.
+        UserError: they are unknown or missing.
     """
     split = str(run.args.get("eval_set") or "val")
     if not (run.args.get("coco_path") or run.args.get(f"{split}_images")):
-        raise UserError("no checkpoint says which data it was evaluated on")
+        raise UserError("no checkpoint records its evaluation data")
     return data_files(SimpleNamespace(**run.args), split)
 
 
 def read_scenes(folder: Path, annotations: Path, most: int) -> list[Scene]:
-    """The first images of a data set, in the order of their ids, with their annotations; crowds are left out.
+    """Return the first images of a data set, ordered by id, with their annotations except crowds.
 
     Raises:
         UserError: annotations or images cannot be read.
@@ -122,13 +122,13 @@ def read_scenes(folder: Path, annotations: Path, most: int) -> list[Scene]:
 
 
 def detect(run: RecordedRun, scenes: Sequence[Scene], threshold: float, device: str | None) -> list[Objects] | str:
-    """What a run's detector finds in each image; the reason where it cannot be asked.
+    """Return a run's detections in each image, or the reason why there are none.
 
     Args:
         run: the run.
         scenes: the images.
-        threshold: least score, in [0, 1].
-        device: "cuda", "cpu"; None for a GPU where there is one.
+        threshold: minimum score, in [0, 1].
+        device: "cuda", "cpu"; None for a GPU if available.
     """
     if run.checkpoint is None:
         return "no checkpoint"
@@ -136,26 +136,26 @@ def detect(run: RecordedRun, scenes: Sequence[Scene], threshold: float, device: 
         detector = load_detector(run.checkpoint, device, threshold)
     except UserError as error:
         return str(error)
-    found = []
+    objects = []
     for scene in tqdm(scenes, desc=run.name, unit="image"):
         detections = detector(scene.path, exif=scene.exif)
-        found.append(Objects(detections.boxes.numpy(), detections.names, detections.scores.tolist()))
-    return found
+        objects.append(Objects(detections.boxes.numpy(), detections.names, detections.scores.tolist()))
+    return objects
 
 
 def draw(scene: Scene, objects: Objects, colours: dict[str, int]) -> str:
-    """An image with objects drawn into it, as a data URI.
+    """Draw objects into an image and return it as a data URI.
 
     Args:
         scene: the image.
-        objects: in it.
-        colours: class name to number of its colour.
+        objects: the objects to draw.
+        colours: class name to colour number.
     """
     pixels = as_pixels(scene.path, scene.exif).permute(1, 2, 0).numpy()
     height, width = pixels.shape[:2]
     scale = min(1.0, LONGEST_SIDE / max(height, width))
     if scale < 1:
-        # Before boxes and names are drawn, so that these stay legible.
+        # Scale before drawing, so that boxes and names stay legible.
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         pixels = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
     labels = torch.tensor([colours[name] for name in objects.names], dtype=torch.int64)
@@ -170,12 +170,12 @@ def draw(scene: Scene, objects: Objects, colours: dict[str, int]) -> str:
 def side_by_side(
     runs: Sequence[RecordedRun], scenes: Sequence[Scene], threshold: float, device: str | None
 ) -> Iterator[tuple[str, list[Panel]]]:
-    """Each image's name and its panels: the truth where it is known, then each run's detections."""
-    found = {run.name: detect(run, scenes, threshold, device) for run in runs}
-    everything = [scene.truth for scene in scenes if scene.truth]
-    everything += [objects for outcome in found.values() if not isinstance(outcome, str) for objects in outcome]
-    # A class has one colour, whichever run finds it.
-    names = sorted({name for objects in everything for name in objects.names})
+    """Yield each image's name and its panels: the ground truth if known, then each run's detections."""
+    outcomes = {run.name: detect(run, scenes, threshold, device) for run in runs}
+    all_objects = [scene.truth for scene in scenes if scene.truth]
+    all_objects += [objects for outcome in outcomes.values() if not isinstance(outcome, str) for objects in outcome]
+    # A class has the same colour in all panels.
+    names = sorted({name for objects in all_objects for name in objects.names})
     colours = {name: i for i, name in enumerate(names)}
     for i, scene in enumerate(scenes):
         panels = []
@@ -183,7 +183,7 @@ def side_by_side(
             caption = f"annotated: {len(scene.truth.names)}"
             panels.append(Panel(caption, draw(scene, scene.truth, colours)))
         for run in runs:
-            outcome = found[run.name]
+            outcome = outcomes[run.name]
             if isinstance(outcome, str):
                 panels.append(Panel(run.name, reason=outcome))
             else:

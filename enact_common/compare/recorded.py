@@ -1,4 +1,4 @@
-"""What is known of a finished or running training: its log, its evaluation, its checkpoint's arguments."""
+"""A finished or running training, read from its folder: log, evaluation and checkpoint arguments."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,16 +15,16 @@ from enact_common.utils.errors import UserError
 
 @dataclass
 class RecordedRun:
-    """A run as its folder tells it. Whatever is not there is empty or None.
+    """A run, read from its folder. Missing parts are empty or None.
 
     Attributes:
-        name: to be shown.
-        epochs: of `read_epochs`.
-        evaluation: of `read_evaluation`.
-        checkpoint: to detect with: the best where there is one, else the latest.
+        name: display name.
+        epochs: the log's rows, from `read_epochs`.
+        evaluation: the record from `read_evaluation`.
+        checkpoint: the checkpoint to detect with: the best one if it exists, else the latest.
         variant: a key of `VARIANTS`.
-        args: the command line that the checkpoint was trained with, flag to value.
-        trained: epochs that the checkpoint was trained for.
+        args: the checkpoint's training arguments, flag to value.
+        trained: number of epochs that the checkpoint was trained for.
     """
 
     name: str
@@ -37,17 +37,17 @@ class RecordedRun:
 
     @property
     def epochs_done(self) -> int | None:
-        """Epochs that the run has been trained for, as its log or else its checkpoint says."""
+        """Number of trained epochs, from the log or else the checkpoint."""
         return self.epochs[-1]["epoch"] + 1 if self.epochs else self.trained
 
     @property
     def parameters(self) -> int | None:
-        """Trained parameters."""
+        """Number of trained parameters."""
         return next((row["n_parameters"] for row in reversed(self.epochs) if is_finite(row.get("n_parameters"))), None)
 
     @property
     def evaluated_epoch(self) -> int | None:
-        """How many epochs had been done when `figures` were measured."""
+        """Number of epochs done when `figures` was measured."""
         if self.evaluation is not None:
             epoch = self.evaluation.get("epoch")
             return epoch + 1 if is_finite(epoch) else None
@@ -56,37 +56,37 @@ class RecordedRun:
 
     @property
     def figures(self) -> dict[str, float]:
-        """COCO's twelve figures of the latest evaluation; those of sizes that do not exist are left out."""
+        """The twelve COCO metrics of the latest evaluation, without those of sizes that do not occur."""
         if self.evaluation is not None:
-            found = self.evaluation["figures"]
+            metrics = self.evaluation["figures"]
         else:
             lists = [row[METRICS_KEY] for row in self.epochs if series([row], METRICS_KEY, 0)]
-            found = dict(zip(METRICS, lists[-1], strict=False)) if lists else {}
-        return {name: found[name] for name in METRICS if is_measured(found.get(name))}
+            metrics = dict(zip(METRICS, lists[-1], strict=False)) if lists else {}
+        return {name: metrics[name] for name in METRICS if is_measured(metrics.get(name))}
 
     @property
     def best(self) -> tuple[int, float] | None:
-        """The epochs done and the AP where the log's AP was highest."""
+        """(epochs done, AP) of the highest AP in the log."""
         return max(series(self.epochs, METRICS_KEY, 0), key=lambda point: point[1], default=None)
 
     def logged(self, key: str) -> list[float]:
-        """The values of a quantity in all epochs that have it."""
+        """Return the values of a logged quantity in all epochs that have it."""
         return [value for _, value in series(self.epochs, key)]
 
     def median(self, key: str) -> float | None:
-        """The median of a quantity over the epochs."""
+        """Return the median of a logged quantity over the epochs, or None."""
         values = self.logged(key)
         return median(values) if values else None
 
 
 def read_run(source: Path, name: str) -> RecordedRun:
-    """A run from its folder, or from its `log.txt` alone.
+    """Read a run from its folder, or from its `log.txt` only.
 
     Raises:
-        UserError: there is nothing of a run, or a file of it cannot be read.
+        UserError: there is no run, or one of its files cannot be read.
     """
     if not source.exists():
-        raise UserError(f"{source}: no such run; expected a folder that training wrote to, or a {LOG}")
+        raise UserError(f"{source}: no such run; pass the output folder of a training, or its {LOG}")
     if not source.is_dir():
         return RecordedRun(name, read_epochs(source))
     run = RecordedRun(name)
@@ -96,26 +96,26 @@ def read_run(source: Path, name: str) -> RecordedRun:
         run.evaluation = read_evaluation(source)
     run.checkpoint = next((source / file for file in (BEST, LATEST) if (source / file).is_file()), None)
     if run.checkpoint is None and run.evaluation and run.evaluation.get("checkpoint"):
-        # The folder of an --eval: the checkpoint is elsewhere, and may have gone.
+        # The output folder of --eval: its checkpoint is elsewhere, and may no longer exist.
         evaluated = Path(str(run.evaluation["checkpoint"]))
         run.checkpoint = evaluated if evaluated.is_file() else None
     if run.checkpoint:
         read_arguments(run)
     if not (run.epochs or run.evaluation or run.checkpoint):
-        raise UserError(f"{source}: holds nothing of a run; expected {LOG}, {EVALUATION} or {LATEST}")
+        raise UserError(f"{source}: not the folder of a run; expected {LOG}, {EVALUATION} or {LATEST} in it")
     return run
 
 
 def read_arguments(run: RecordedRun) -> None:
-    """Fill in what a run's checkpoint says of it.
+    """Fill in a run's variant, arguments and epochs from its checkpoint.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the checkpoint cannot be read.
     """
     state = load_checkpoint(str(run.checkpoint))
     run.variant = variant_of(state)
     run.args = state["args"]
-    # Projects without ENACT do not have the flag, but the tensors tell.
+    # Checkpoints of the original repositories lack the flag, but their tensor names show the attention.
     clustered = any(name.endswith("W_prob.weight") for name in state["model"])
     run.args.setdefault("encoder_attention", "enact" if clustered else "mhsa")
     run.trained = state["epoch"] + 1 if is_finite(state.get("epoch")) else None

@@ -1,4 +1,4 @@
-"""Tables of the runs' figures, costs and classes, and tables as text."""
+"""Tables of the runs' metrics, costs and classes, and their form in Markdown."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,18 +7,18 @@ from enact_common.compare.recorded import RecordedRun
 from enact_common.evaluation.coco import METRICS
 from enact_common.training.run_logs import classes_by_name
 
-# Where there is no figure.
+# Shown for a missing value.
 DASH = "-"
 
 
 @dataclass
 class Cell:
-    """What stands in one place of a table.
+    """A cell of a table.
 
     Attributes:
-        text: the figure or word.
-        difference: to the first run; empty for none.
-        best: of its row.
+        text: the value.
+        difference: difference to the first run; empty for none.
+        best: whether the value is the best of its row.
     """
 
     text: str
@@ -26,7 +26,7 @@ class Cell:
     best: bool = False
 
     def plain(self) -> str:
-        """As Markdown."""
+        """Return the cell as Markdown."""
         text = f"**{self.text}**" if self.best else self.text
         # A bar would end the cell, a line break the table.
         return " ".join(f"{text} ({self.difference})".split() if self.difference else text.split()).replace("|", "\\|")
@@ -34,15 +34,15 @@ class Cell:
 
 @dataclass
 class Table:
-    """A table; the first column holds the rows' names.
+    """A table whose first column holds the row names.
 
     Attributes:
-        title: above it.
-        header: names of the columns.
-        rows: as many cells as there are columns, each.
-        note: how to read it.
-        marked: of each row whether it is to be marked; none are where this is empty.
-        numeric: whether all columns but the first hold numbers.
+        title: heading of the table.
+        header: column names.
+        rows: for each row, one cell per column.
+        note: how to read the table.
+        marked: for each row, whether to highlight it; empty for none.
+        numeric: whether all columns except the first hold numbers.
     """
 
     title: str
@@ -53,7 +53,7 @@ class Table:
     numeric: bool = False
 
     def markdown(self) -> str:
-        """The table as Markdown whose columns are aligned, so that it is read on a terminal as well."""
+        """Return the table as Markdown, with aligned columns to be readable on a terminal."""
         cells = [[Cell(name).plain() for name in self.header], *([cell.plain() for cell in row] for row in self.rows)]
         for row, marked in zip(cells[1:], self.marked, strict=False):
             row[0] = f"**{row[0]}**" if marked else row[0]
@@ -77,18 +77,18 @@ def compared(
     difference: Callable[[float, float], str],
     best: Callable[[Sequence[float]], float] | None = None,
 ) -> list[Cell]:
-    """A row of figures, with what they are against the first.
+    """Return a row of values with their differences to the first run.
 
     Args:
-        name: the row's.
-        values: of each run; None where it has none.
-        form: a figure's text.
-        difference: from a run's figure and the first run's to a text.
-        best: `max` or `min`; None where no figure is better than another.
+        name: the row's name.
+        values: one value per run; None if missing.
+        form: formats a value.
+        difference: formats the difference between a run's value and the first run's.
+        best: `max` or `min`; None if no value is better than another.
     """
     texts = [DASH if value is None else form(value) for value in values]
     known = [value for value in values if value is not None]
-    # Where all read the same, none is the best.
+    # No value is the best if all print alike.
     top = form(best(known)) if best and len({form(value) for value in known}) > 1 else None
     row = [Cell(name)]
     for i, (value, text) in enumerate(zip(values, texts, strict=True)):
@@ -98,43 +98,43 @@ def compared(
 
 
 def ap_row(name: str, values: Sequence[float | None]) -> list[Cell]:
-    """A row of APs or recalls, in [0, 1]."""
-    # Adding 0 makes what rounds to -0 a 0.
+    """Return a row of APs or recalls, in [0, 1]."""
+    # Adding 0 turns -0 into 0.
     return compared(name, values, "{:.3f}".format, lambda own, first: f"{round(own - first, 3) + 0:+.3f}", max)
 
 
 def cost_row(name: str, values: Sequence[float | None], form: str) -> list[Cell]:
-    """A row of what should be small, with ratios to the first."""
+    """Return a row of costs, of which the smallest is best, with ratios to the first run."""
     return compared(name, values, form.format, ratio_text, min)
 
 
 def ratio_text(own: float, first: float) -> str:
-    """How many times the first run's figure a run's own is."""
+    """Return the ratio of a run's value to the first run's, as text."""
     return f"x {own / first:.2f}" if first else ""
 
 
 def figures_table(runs: Sequence[RecordedRun]) -> Table:
-    """COCO's twelve figures, and the best AP on the way."""
+    """Return the twelve COCO metrics, and the best AP in the log."""
     rows = [ap_row(name, [run.figures.get(name) for run in runs]) for name in METRICS]
     rows.append(ap_row("highest AP", [run.best and run.best[1] for run in runs]))
     rows.append([Cell("at epoch"), *(Cell(str(run.best[0]) if run.best else DASH) for run in runs)])
     return Table(
-        "COCO's figures",
-        ["figure", *(run.name for run in runs)],
+        "COCO metrics",
+        ["metric", *(run.name for run in runs)],
         rows,
-        note=f"Of the latest evaluation; the last two rows are the log's best epoch. The best of a row is bold, "
-        f"differences are to {runs[0].name}.",
+        note="From the latest evaluation; the last two rows show the best epoch in the log. The best value of a row is "
+        f"bold, differences are to {runs[0].name}.",
         numeric=True,
     )
 
 
 def costs_table(runs: Sequence[RecordedRun]) -> Table:
-    """Time and memory, as far as the logs have them."""
+    """Return time and memory, as far as they are logged."""
     whole = [sum(seconds) / 3600 if (seconds := run.logged("train_seconds")) else None for run in runs]
     rows = [
-        cost_row("training, seconds an epoch", [run.median("train_seconds") for run in runs], "{:,.1f}"),
+        cost_row("training, seconds per epoch", [run.median("train_seconds") for run in runs], "{:,.1f}"),
         cost_row("evaluation, seconds", [run.median("test_seconds") for run in runs], "{:,.1f}"),
-        cost_row("training in all, hours", whole, "{:,.2f}"),
+        cost_row("training in total, hours", whole, "{:,.2f}"),
         cost_row("peak memory, GiB", [max(run.logged("peak_memory_gib"), default=None) for run in runs], "{:.2f}"),
         compared("parameters", [run.parameters for run in runs], "{:,.0f}".format, ratio_text),
     ]
@@ -142,14 +142,14 @@ def costs_table(runs: Sequence[RecordedRun]) -> Table:
         "Time and memory",
         ["", *(run.name for run in runs)],
         rows,
-        note="Medians over the epochs. Figures of different machines, or of machines that did other work too, cannot "
-        "be compared. Logs of earlier versions and of the original repositories have none.",
+        note="Medians over the epochs, comparable only between runs on the same machine without other load. Logs of "
+        "earlier versions and of the original repositories lack these values.",
         numeric=True,
     )
 
 
 def classes_table(runs: Sequence[RecordedRun]) -> Table | None:
-    """AP and AP50 of each class that a run was evaluated on; None where no run has a record of it."""
+    """Return AP and AP50 of each evaluated class, or None if no run has an evaluation record."""
     by_run = classes_by_name([run.evaluation or {"classes": []} for run in runs])
     names = list(dict.fromkeys(name for rows in by_run for name in rows))
     if not names:

@@ -1,4 +1,4 @@
-"""On which terms runs were made: their settings, what differs between them, and whether that is the attention alone."""
+"""Terms of a comparison: the runs' settings, their differences, and whether only the encoder attention differs."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +10,16 @@ from enact_common.compare.recorded import RecordedRun
 from enact_common.compare.tables import DASH, Cell, Table
 from enact_common.models.layers import encoder_settings
 
-# Said where nothing speaks against a comparison.
-EQUAL = "Equal terms: as far as is recorded, these runs differ in the encoder attention at most."
+# Shown if the runs are comparable.
+EQUAL = "Equal terms: according to their records, these runs differ at most in the encoder attention."
 
-# What the comparison is about.
+# Flags under comparison.
 SUBJECT = ("encoder_attention", *ENACT_FLAGS, *CLUSTERING_FLAGS)
 
-# What changes time and memory, but not what is learned.
+# Flags that change time and memory, but not the trained weights.
 COSTS = ("device", "compile", "checkpoint_activations", "cache_mode", "num_workers")
 
-# What changes neither; the originals' names for the processes of a run are among them.
+# Flags that change neither, including the original repositories' flags for distributed runs.
 IDLE = (
     "output_dir", "auto_resume", "start_epoch", "eval", "eval_every", "print_freq", "dist_url", "dist_backend", "rank",
     "gpu", "local_rank", "distributed",
@@ -27,7 +27,7 @@ IDLE = (
 
 
 def value_text(value: Any) -> str:
-    """A flag's value as a person would write it."""
+    """Return a flag's value as readable text."""
     if value is None or value == "":
         return "none"
     if isinstance(value, bool):
@@ -38,37 +38,37 @@ def value_text(value: Any) -> str:
 
 
 def flag_value(run: RecordedRun, flag: str) -> str | None:
-    """A flag's value as text; None where the run does not know the flag."""
+    """Return a flag's value as text, or None if the run lacks the flag."""
     if flag not in run.args:
         return None
     value = run.args[flag]
-    # Going on from one's own checkpoint is no other start.
+    # Resuming from its own folder does not set a run apart.
     if flag == "resume" and value and Path(value).parent == Path(run.args.get("output_dir") or "."):
         value = ""
     return value_text(value)
 
 
 def differing_flags(runs: Sequence[RecordedRun]) -> dict[str, list[str | None]]:
-    """The flags that the runs do not agree on, with each run's value; None where it does not know the flag.
+    """Return the flags that differ, with each run's value, or None if the run lacks the flag.
 
-    Flags of ENACT are left out, and those that change nothing.
+    ENACT's flags and flags without effect are left out.
     """
-    found = {}
+    differing = {}
     for flag in sorted({flag for run in runs for flag in run.args} - {*SUBJECT, *IDLE}):
         values = [flag_value(run, flag) for run in runs]
         if len({value for value in values if value is not None}) > 1:
-            found[flag] = values
-    return found
+            differing[flag] = values
+    return differing
 
 
 def attention_text(run: RecordedRun) -> str | None:
-    """A run's encoder attention in words; None where it is not known."""
+    """Return a run's encoder attention in words, or None if unknown."""
     kinds = {"enact": "ENACT", "mhsa": "plain (mhsa)"}
     return kinds.get(run.args.get("encoder_attention"), run.args.get("encoder_attention"))
 
 
 def enact_text(run: RecordedRun) -> str | None:
-    """ENACT's settings in words; None where the run has none."""
+    """Return a run's ENACT settings in words, or None without ENACT."""
     if run.args.get("encoder_attention") != "enact" or "smoothing_sigma" not in run.args:
         return None
     settings = encoder_settings(SimpleNamespace(**run.args))
@@ -77,7 +77,7 @@ def enact_text(run: RecordedRun) -> str | None:
 
 
 def batch(run: RecordedRun) -> str | None:
-    """Images of one step, and what they are made of."""
+    """Return the number of images per step, with its factors."""
     if "batch_size" not in run.args:
         return None
     parts = [run.args["batch_size"], run.args.get("accumulate") or 1, run.args.get("world_size") or 1]
@@ -86,13 +86,13 @@ def batch(run: RecordedRun) -> str | None:
 
 
 def joined(run: RecordedRun, form: str, *flags: str) -> str | None:
-    """Flags' values in a sentence; None where the run does not know them all."""
+    """Return the flags' values formatted by `form`, or None if the run lacks any of the flags."""
     values = [flag_value(run, flag) for flag in flags]
     return None if None in values else form.format(*values)
 
 
 def settings_table(runs: Sequence[RecordedRun]) -> Table:
-    """What each run is. Rows in which the runs differ are marked."""
+    """Return the table of the runs' settings. Rows in which the runs differ are marked."""
 
     def epochs(run: RecordedRun) -> str | None:
         asked = run.args.get("epochs")
@@ -121,7 +121,7 @@ def settings_table(runs: Sequence[RecordedRun]) -> Table:
         "backbone": backbone,
         "parameters": lambda run: run.parameters and f"{run.parameters:,}",
         "epochs": epochs,
-        "images a step": batch,
+        "images per step": batch,
         "learning rate": lambda run: joined(run, "{}, backbone {}", "lr", "lr_backbone"),
         "image size": lambda run: joined(run, "{} (longer side at most {})", "eval_size", "max_size"),
         "precision": lambda run: joined(run, "{}", "amp") and run.args["amp"].replace("none", "float32"),
@@ -136,31 +136,31 @@ def settings_table(runs: Sequence[RecordedRun]) -> Table:
         ["", *(run.name for run in runs)],
         [[Cell(name), *(Cell(text or DASH) for text in row)] for name, row in texts.items() if any(row)],
         note="Marked rows differ.",
-        # What is not known of a run is no difference.
+        # An unknown value does not count as a difference.
         marked=[len(set(row) - {None}) > 1 for row in texts.values() if any(row)],
     )
 
 
 def flags_table(runs: Sequence[RecordedRun]) -> Table | None:
-    """The flags beyond the attention's that differ; None where none does."""
+    """Return the table of the differing flags of `differing_flags`, or None if no flag differs."""
     rows = [[Cell(f"--{flag}"), *(Cell(value or DASH) for value in row)] for flag, row in differing_flags(runs).items()]
     return Table("Flags that differ", ["flag", *(run.name for run in runs)], rows) if rows else None
 
 
 def inequalities(runs: Sequence[RecordedRun]) -> list[str]:
-    """What keeps the runs from being compared on equal terms, a sentence each; none where they can be."""
-    found = []
+    """Return why the runs are not on equal terms, one sentence per reason; empty if they are."""
+    reasons = []
     unknown = [run.name for run in runs if not run.args]
     if unknown:
-        found.append(f"Without a checkpoint the terms of {', '.join(unknown)} are not known.")
+        reasons.append(f"The settings of {', '.join(unknown)} are unknown, since there is no checkpoint.")
     variants = [run.variant for run in runs if run.variant]
     if len(set(variants)) > 1:
-        found.append(f"These are different detectors: {', '.join(variants)}.")
+        reasons.append(f"These are different detectors: {', '.join(variants)}.")
     flags = differing_flags(runs)
     terms = [f"--{flag} ({versus(values)})" for flag, values in flags.items() if flag not in COSTS]
     if terms:
-        found.append(f"These runs differ in more than the encoder attention: {', '.join(terms)}.")
-    for what, values in (
+        reasons.append(f"These runs differ in more than the encoder attention: {', '.join(terms)}.")
+    for predicate, values in (
         ("were trained for different numbers of epochs", [run.epochs_done for run in runs]),
         ("were evaluated after different numbers of epochs", [run.evaluated_epoch for run in runs]),
         ("were evaluated on different sets", [(run.evaluation or {}).get("set") for run in runs]),
@@ -170,20 +170,20 @@ def inequalities(runs: Sequence[RecordedRun]) -> list[str]:
         known = [value for value in values if value is not None]
         if len(set(known)) > 1:
             listed = "" if isinstance(known[0], tuple) else f" ({versus(values)})"
-            found.append(f"These runs {what}{listed}.")
+            reasons.append(f"These runs {predicate}{listed}.")
     costs = [f"--{flag} ({versus(values)})" for flag, values in flags.items() if flag in COSTS]
     if costs:
-        found.append(f"Time and memory are not on equal terms: {', '.join(costs)}.")
-    return found
+        reasons.append(f"Time and memory are not on equal terms: {', '.join(costs)}.")
+    return reasons
 
 
 def versus(values: Sequence[Any]) -> str:
-    """The runs' values in a row."""
+    """Join the runs' values by "against"."""
     return " against ".join(DASH if value is None else str(value) for value in values)
 
 
 def objects(run: RecordedRun) -> tuple | None:
-    """What there was to find in a run's evaluation."""
+    """Return (class name, number of objects) for each class of a run's evaluation, or None."""
     if run.evaluation is None:
         return None
     return tuple((row["name"], row["objects"]) for row in run.evaluation["classes"])

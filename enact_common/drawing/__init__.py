@@ -1,1 +1,1 @@
-"""Detections, segments and figures drawn, with fonts that have the texts' characters."""
+"""Drawing of detections, segments and plots, with fonts that cover the texts' characters."""

@@ -1,7 +1,7 @@
-"""Boxes, masks, class names and scores drawn into an image, legible whatever its size. Needs nothing but Pillow.
+"""Drawing of boxes, masks, class names and scores into an image, legible at any image size. Needs only Pillow.
 
-Pillow rather than `torchvision.utils.draw_bounding_boxes`, which draws by Pillow too: there, every name stands at the
-box's upper left corner, over its neighbours' names and beyond the picture's edge.
+`torchvision.utils.draw_bounding_boxes` also draws by Pillow, but puts every name at the box's upper left corner, even
+over other names or beyond the picture's edge.
 """
 
 import logging
@@ -19,34 +19,34 @@ logger = logging.getLogger("enact")
 
 Colour = tuple[int, int, int]
 
-# Okabe and Ito's colours, which the colour-blind tell apart too (without black, which many images are full of).
+# Okabe and Ito's palette, which colour-blind readers can tell apart, without black, which is common in images.
 PALETTE: tuple[Colour, ...] = (
     (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167),
 )  # fmt: skip
-# Where there are more labels, each next round of the palette is mixed with so much white (above 0) or black.
+# For more labels, each next round of the palette is mixed with this fraction of white (above 0) or black (below).
 SHADES = (0.0, 0.5, -0.4)
 
-# Pictures are enlarged until their longer side, width and height have so many pixels, but not beyond the last of these.
+# Pictures are enlarged to at least this longer side, width and height in pixels, but not beyond LARGE.
 SMALL_LONGER, SMALL_WIDTH, SMALL_HEIGHT, LARGE = 480, 120, 48, 16384
-# Where labels would cover more than this part of the picture, they are smaller, but not below that part of their size.
+# Labels shrink, to at least FONT_CROWDED of their size, if they would cover more than CROWDED of the picture.
 CROWDED, FONT_CROWDED = 0.15, 0.75
 
-# Part of a mask's colour in what is drawn over its object.
+# Opacity of a mask's colour over its object.
 FILM = 0.4
 
-# A label's place costs, per part of it that lies over another label, over another box, and per part of its own box that
-# it hides. Each next place that is tried costs a little more, so that the first is taken where nothing is in the way.
+# Costs of a label's place: per fraction of the label over other labels, over other boxes, and per fraction of its own
+# box that it hides. Each next candidate costs a little more, so the first free one wins.
 OVER_LABEL, OVER_BOX, OVER_OWN, NEXT_PLACE = 100.0, 0.25, 1.0, 0.02
 
 
 @dataclass
 class Label:
-    """What is written at a box.
+    """The text at a box.
 
     Attributes:
-        text: in one line.
-        font: has all of its characters.
-        width, height: pixels that it takes, with its background.
+        text: one line.
+        font: a font that has all characters of the text.
+        width, height: size in pixels, including the background.
     """
 
     text: str
@@ -66,24 +66,24 @@ def draw_detections(
 ) -> np.ndarray:
     """Draw boxes with their names and scores into a copy of an image.
 
-    The likeliest are drawn over the others, all labels over all boxes. Labels keep within the picture, and out of each
-    other's way where there is room; one that has no room in the picture at all is left out. Lines and text grow with
-    the picture.
+    Boxes with higher scores are drawn over those with lower ones, and labels over all boxes. Labels stay inside the
+    picture and avoid each other if there is room. A label too large for the picture is left out. Line width and text
+    size grow with the picture.
 
     Args:
         pixels: RGB uint8, a tensor (3, height, width) or an array (height, width, 3).
         boxes: (n, 4), left, top, right, bottom in pixels of the image.
-        names: of each box.
-        scores: of each box; None, for annotations say, writes none and draws small boxes over large ones.
-        labels: of each box, from 0: they decide the colours.
-        enlarge: repeat the pixels of a small image, a whole number of times, so that the text has room.
-        masks: bool (n, height, width), each box's object, drawn as a film of its colour with an outline; None for none.
+        names: class name of each box.
+        scores: score of each box; None, e.g. for annotations, draws no scores, and small boxes over large ones.
+        labels: label of each box, from 0, which sets its colour.
+        enlarge: whether to repeat the pixels of a small image a whole number of times, to make room for text.
+        masks: bool (n, height, width), the mask of each box, drawn as a film with an outline; None for none.
 
     Returns:
-        RGB uint8 (height, width, 3), of the image's size, or a whole multiple of it.
+        RGB uint8 (height, width, 3), of the image's size or a whole multiple of it.
 
     Raises:
-        ValueError: `pixels` is no such image, or the lengths differ.
+        ValueError: `pixels` has another shape or type, or the lengths differ.
     """
     image = as_array(pixels).transpose(1, 2, 0) if isinstance(pixels, Tensor) else pixels
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or 0 in image.shape:
@@ -95,48 +95,48 @@ def draw_detections(
     corners = corners.clip(0, [width, height, width, height])
     numbers = as_array(labels).astype(np.int64).tolist()
     if scores is None:
-        # Small boxes stand in the place of likely ones.
+        # Without scores, draw small boxes last.
         rank = -(corners[:, 2:] - corners[:, :2]).prod(axis=1)
         texts = [(name, "") for name in names]
     else:
         rank = as_array(scores).astype(np.float64)
         texts = [(name, f"{score:.2f}") for name, score in zip(names, rank, strict=True)]
     if not len(corners) == len(texts) == len(numbers):
-        raise ValueError(f"as many boxes, names and labels: got {len(corners)}, {len(texts)} and {len(numbers)}")
+        raise ValueError(f"need as many names and labels as boxes: got {len(texts)}, {len(numbers)} and {len(corners)}")
 
     order = np.argsort(-rank, kind="stable")
     corners, numbers, texts = corners[order], [numbers[i] for i in order], [texts[i] for i in order]
-    written, size = fit_labels(texts, numbers, width, height)
-    places = place_labels(corners, written, width, height)
+    fitted_labels, size = fit_labels(texts, numbers, width, height)
+    places = place_labels(corners, fitted_labels, width, height)
     if masks is not None:
-        filmed = np.array(canvas)
+        masked_pixels = np.array(canvas)
         for i in reversed(order.tolist()):
             mask = as_array(masks[i]).repeat(factor, axis=0).repeat(factor, axis=1)
-            draw_mask(filmed, mask, colour_of(int(as_array(labels)[i])), max(round(size / 10), 1))
-        canvas = Image.fromarray(filmed)
+            draw_mask(masked_pixels, mask, colour_of(int(as_array(labels)[i])), max(round(size / 10), 1))
+        canvas = Image.fromarray(masked_pixels)
     draw = ImageDraw.Draw(canvas)
     for box, number in reversed(list(zip(corners, numbers, strict=True))):
         draw_box(draw, box, colour_of(number), max(round(size / 5), 2))
-    for place, label, number in reversed(list(zip(places, written, numbers, strict=True))):
+    for place, label, number in reversed(list(zip(places, fitted_labels, numbers, strict=True))):
         if label is not None:
             draw_label(draw, place, label, colour_of(number))
     return np.array(canvas)
 
 
 def as_array(values: Tensor | np.ndarray | Sequence) -> np.ndarray:
-    """An array of what a tensor, on any device, an array or a sequence holds."""
+    """Return a tensor on any device, an array or a sequence as an array."""
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
 def enlargement(height: int, width: int) -> int:
-    """How many times each pixel of an image is repeated in both directions, so that a label has room in it."""
+    """Return how often to repeat each pixel of an image in both directions to make room for labels."""
     longer = max(height, width)
     wanted = max(SMALL_LONGER / longer, SMALL_WIDTH / width, SMALL_HEIGHT / height)
     return max(min(math.ceil(wanted), LARGE // longer), 1)
 
 
 def colour_of(label: int) -> Colour:
-    """The colour of a label; 21 labels have different ones."""
+    """Return the colour of a label; the first 21 labels have different ones."""
     shade = SHADES[label // len(PALETTE) % len(SHADES)]
     towards = 255 if shade > 0 else 0
     red, green, blue = (round(part + (towards - part) * abs(shade)) for part in PALETTE[label % len(PALETTE)])
@@ -144,7 +144,7 @@ def colour_of(label: int) -> Colour:
 
 
 def ink_on(colour: Colour) -> Colour:
-    """Black or white, whichever has more contrast to a colour (relative luminance, WCAG 2.1)."""
+    """Return black or white, whichever contrasts more with a colour (relative luminance, WCAG 2.1)."""
     linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (part / 255 for part in colour)]
     luminance = float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
     return (0, 0, 0) if (luminance + 0.05) ** 2 > 0.05 * 1.05 else (255, 255, 255)
@@ -153,35 +153,35 @@ def ink_on(colour: Colour) -> Colour:
 def fit_labels(
     texts: Sequence[tuple[str, str]], numbers: Sequence[int], width: int, height: int
 ) -> tuple[list[Label | None], int]:
-    """Labels that fit into a picture, smaller where they are many; None for one that has no room.
+    """Return labels that fit into a picture, smaller if there are many; None for a label that does not fit.
 
     Args:
-        texts: name and score of each.
-        numbers: the class of each, for names that cannot be written.
-        width, height: of the picture, in pixels.
+        texts: name and score of each label.
+        numbers: class of each label, for names that no font can draw.
+        width, height: size of the picture in pixels.
 
     Returns:
         the labels, and the font's height in pixels.
     """
     size = max(min(FONT_OF_AREA * math.sqrt(width * height), FONT_OF_SHORTER * min(width, height)), FONT_MIN)
     readable = [(*readable_name(name, number), score) for (name, score), number in zip(texts, numbers, strict=True)]
-    written = [fit_label(*text, round(size), width, height) for text in readable]
-    area = sum(label.width * label.height for label in written if label is not None)
+    labels = [fit_label(*text, round(size), width, height) for text in readable]
+    area = sum(label.width * label.height for label in labels if label is not None)
     crowded = area / (CROWDED * width * height)
     if crowded > 1:
         size *= max(crowded**-0.5, FONT_CROWDED)
-        written = [fit_label(*text, round(size), width, height) for text in readable]
-    return written, round(size)
+        labels = [fit_label(*text, round(size), width, height) for text in readable]
+    return labels, round(size)
 
 
 def fit_label(name: str, source: str, score: str, size: int, width: int, height: int) -> Label | None:
-    """The longest form of a label that fits into a picture: the name is cut first, then left out; None if none does.
+    """Return the longest form of a label that fits into a picture: the name is cut first, then left out; else None.
 
     Args:
-        name, source: of `readable_name`.
-        score: as written; may be empty.
+        name, source: from `readable_name`.
+        score: formatted score; may be empty.
         size: the font's height in pixels.
-        width, height: of the picture, in pixels.
+        width, height: size of the picture in pixels.
     """
     font = open_font(source, size)
     margin = max(round(size * 0.3), 3)
@@ -196,17 +196,17 @@ def fit_label(name: str, source: str, score: str, size: int, width: int, height:
 
 
 def place_labels(boxes: np.ndarray, labels: Sequence[Label | None], width: int, height: int) -> np.ndarray:
-    """Where each label stands: at its box, inside the picture, and as little as possible over what matters.
+    """Return the place of each label: at its box, inside the picture, hiding as little as possible.
 
-    Those that come first choose first.
+    Earlier labels choose first.
 
     Args:
         boxes: (n, 4) xyxy, in pixels of the picture.
-        labels: of each box.
-        width, height: of the picture, in pixels.
+        labels: label of each box, or None.
+        width, height: size of the picture in pixels.
 
     Returns:
-        float64 (n, 4) xyxy, in pixels; without meaning where there is no label.
+        float64 (n, 4) xyxy, in pixels; undefined for a missing label.
     """
     places = np.zeros((len(boxes), 4))
     taken = np.zeros((0, 4))
@@ -214,37 +214,37 @@ def place_labels(boxes: np.ndarray, labels: Sequence[Label | None], width: int, 
         if label is None:
             continue
         (left, top, right, bottom), (w, h) = box, (label.width, label.height)
-        # Above and below the box, then inside it from the top: at its left, its right, its middle. Last, beside it.
+        # Above, below, then inside the box from the top, each at the left, right and middle. Last, next to the box.
         rows = [top - h, bottom, top, bottom - h, *(top + h * step for step in range(1, 5) if top + h * step < bottom)]
         columns = (left, right - w, (left + right - w) / 2)
-        tried = np.array([(x, y) for y in rows for x in columns] + [(x, y) for y in rows for x in (right, left - w)])
-        tried = tried.clip(0, [width - w, height - h]).round()
-        tried = np.concatenate((tried, tried + [w, h]), axis=1)  # (places, 4) xyxy
+        options = np.array([(x, y) for y in rows for x in columns] + [(x, y) for y in rows for x in (right, left - w)])
+        options = options.clip(0, [width - w, height - h]).round()
+        options = np.concatenate((options, options + [w, h]), axis=1)  # (places, 4) xyxy
         area, own_area = w * h, max((right - left) * (bottom - top), 1)
-        own = overlaps(tried, box[None])[:, 0]
-        cost = OVER_LABEL * overlaps(tried, taken).sum(axis=1) / area
-        cost += OVER_BOX * (overlaps(tried, boxes).sum(axis=1) - own) / area
-        cost += OVER_OWN * own / own_area + NEXT_PLACE * np.arange(len(tried))
-        places[i] = tried[cost.argmin()]
+        own = overlaps(options, box[None])[:, 0]
+        cost = OVER_LABEL * overlaps(options, taken).sum(axis=1) / area
+        cost += OVER_BOX * (overlaps(options, boxes).sum(axis=1) - own) / area
+        cost += OVER_OWN * own / own_area + NEXT_PLACE * np.arange(len(options))
+        places[i] = options[cost.argmin()]
         taken = np.concatenate((taken, places[i : i + 1]))
     return places
 
 
 def overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Areas that boxes (n, 4) and (m, 4), xyxy, have in common: (n, m), in square pixels."""
+    """Return the intersection areas of boxes (n, 4) and (m, 4), xyxy: (n, m), in square pixels."""
     low = np.maximum(first[:, None, :2], second[None, :, :2])
     high = np.minimum(first[:, None, 2:], second[None, :, 2:])
     return (high - low).clip(min=0).prod(axis=-1)
 
 
 def draw_box(draw: ImageDraw.ImageDraw, box: np.ndarray, colour: Colour, line: int) -> None:
-    """A box's outline, between two thin lines that set it off from an image of the same colour.
+    """Draw a box's outline between two thin lines that set it off from an image of the same colour.
 
     Args:
-        draw: into the picture.
+        draw: drawing context of the picture.
         box: (4,) xyxy, in pixels of the picture.
-        colour: of the line.
-        line: its width in pixels.
+        colour: colour of the line.
+        line: width of the line in pixels.
     """
     left, top = np.floor(box[:2]).astype(int).tolist()
     right, bottom = (np.ceil(box[2:]).astype(int) - 1).tolist()
@@ -258,17 +258,17 @@ def draw_box(draw: ImageDraw.ImageDraw, box: np.ndarray, colour: Colour, line: i
 
 
 def draw_mask(picture: np.ndarray, mask: np.ndarray, colour: Colour, line: int) -> None:
-    """An object's pixels under a film of a colour, with an outline inside of them.
+    """Draw a translucent film over an object's pixels, with an outline along their inside.
 
     Args:
         picture: uint8 (height, width, 3), changed in place.
         mask: bool (height, width).
-        colour: of both.
+        colour: colour of film and outline.
         line: width of the outline in pixels.
     """
     inside = mask
     for _ in range(line):
-        # What has all four neighbours; the picture's edge is no outline.
+        # Keep pixels with all four neighbours; edge padding avoids an outline at the picture's edge.
         padded = np.pad(inside, 1, mode="edge")
         inside = inside & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     picture[inside] = (picture[inside] * (1 - FILM) + np.array(colour) * FILM).round().astype(np.uint8)
@@ -276,13 +276,13 @@ def draw_mask(picture: np.ndarray, mask: np.ndarray, colour: Colour, line: int) 
 
 
 def draw_label(draw: ImageDraw.ImageDraw, place: np.ndarray, label: Label, colour: Colour) -> None:
-    """A label on a background of its box's colour, with an edge that keeps it apart from its neighbours.
+    """Draw a label on a background of its box's colour, with an edge that separates it from its neighbours.
 
     Args:
-        draw: into the picture.
+        draw: drawing context of the picture.
         place: (4,) xyxy, in pixels of the picture.
-        label: what to write.
-        colour: of the background.
+        label: the label.
+        colour: colour of the background.
     """
     left, top, right, bottom = place.astype(int).tolist()
     ink = ink_on(colour)

@@ -1,4 +1,4 @@
-"""What the plots have in common: colours, and files that are written whole. Needs matplotlib (extra `plots`)."""
+"""Shared parts of the plots: colours, fonts and atomic saving. Needs matplotlib (extra `plots`)."""
 
 from functools import cache
 from pathlib import Path
@@ -14,31 +14,31 @@ from enact_common.utils.files import write_file
 # Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C4B00")
 
-# Of what stands behind the lines that matter.
+# Colour of background lines.
 GREY = "#BBBBBB"
 
 
 def colour(number: int) -> str:
-    """The colour of the line with this number, from 0; they come again after the last."""
+    """Return the colour of the line with this number, from 0; colours repeat after the last."""
     return COLOURS[number % len(COLOURS)]
 
 
 def literal(text: str) -> str:
-    """A text that matplotlib writes as it stands: dollar signs in names of classes and runs enclose no formulas."""
+    """Escape dollar signs, which matplotlib would take for formulas in names of classes and runs."""
     return text.replace("$", r"\$")
 
 
 @cache
 def family_of(source: str) -> str:
-    """The name that matplotlib, which may not have known it, has for the font of this path from now on."""
+    """Register the font file of this path with matplotlib and return its family name."""
     fontManager.addfont(source)
     return FontProperties(fname=source).get_name()
 
 
 def choose_fonts(figure: Figure) -> None:
-    """Let fonts draw the texts of a figure that have their characters; a character that none has becomes its number.
+    """Set fonts that have the characters of a figure's texts; a character without a font becomes an escape.
 
-    matplotlib's own font lacks Chinese, Japanese and Korean, for example: it would draw boxes, and warn of each.
+    matplotlib's own font lacks, for example, Chinese, Japanese and Korean: it would draw boxes and warn of each.
     """
     for text in figure.findobj(Text):
         own, families, content = findfont(text.get_fontproperties()), list(text.get_fontfamily()), text.get_text()
@@ -46,7 +46,7 @@ def choose_fonts(figure: Figure) -> None:
             source = next((s for s in font_sources() if s != OWN_FONT and has_glyph(s, character)), None)
             if source is None:
                 say_which_font(content)
-                # As a terminal that cannot show it has it: backslash, u, digits.
+                # The escape of Python's ascii(): backslash, u, digits.
                 text.set_text(text.get_text().replace(character, ascii(character)[1:-1]))
             else:
                 families.append(family_of(source))
@@ -54,15 +54,15 @@ def choose_fonts(figure: Figure) -> None:
 
 
 def picture_kinds() -> list[str]:
-    """The suffixes, without dots, of the pictures that can be written here."""
+    """Return the supported picture suffixes, without dots."""
     return sorted(FigureCanvasBase.get_supported_filetypes())
 
 
 def save(figure: Figure, picture: Path) -> None:
-    """Write a figure, whole or not at all, as the kind of picture that the suffix says.
+    """Write a figure atomically, in the format that the suffix sets.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the picture cannot be written.
     """
     choose_fonts(figure)
     kind = picture.suffix[1:].lower()

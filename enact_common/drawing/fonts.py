@@ -1,4 +1,4 @@
-"""Fonts: which there are, and which have a text's characters."""
+"""Search for installed fonts that have a text's characters."""
 
 import importlib.util
 import logging
@@ -13,27 +13,27 @@ from PIL import ImageFont
 
 logger = logging.getLogger("enact")
 
-# Height of the font in pixels: at least this, else so much of the root of the picture's area and of its shorter side.
+# Font height: minimum in pixels, and fractions of the square root of the picture's area and of its shorter side.
 FONT_MIN, FONT_OF_AREA, FONT_OF_SHORTER = 13, 0.022, 0.06
 
-# Pillow's own font, and a code point that no font has.
+# Source of Pillow's own font, and a code point that no font has.
 OWN_FONT, NO_CHARACTER = "", "\U0010ffff"
-# Written beside every name.
+# Drawn next to every name.
 SCORE_CHARACTERS = "0123456789."
-# Files that hold fonts; faces that are tried last; and fonts whose glyphs of all characters show none of them.
+# Suffixes of font files, names of faces to try last, and fonts that only have placeholder glyphs.
 FONT_SUFFIXES = frozenset(".otf .ttc .ttf".split())
 STYLED = re.compile("Bold|Italic|Oblique|Light|Thin|Black|Mono|Serif")
 EMPTY_FONTS = re.compile("lastresort|adobeblank", re.IGNORECASE)
-# How Unicode's names of characters begin that Debian's package fonts-noto-cjk has glyphs of.
+# Prefixes of the Unicode names of characters in Debian's package fonts-noto-cjk.
 CJK = ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "IDEOGRAPHIC", "FULLWIDTH", "BOPOMOFO")
 
 
 @cache
 def readable_name(name: str, label: int) -> tuple[str, str]:
-    """A class name as it can be written here, and a font for `open_font` that has all its characters.
+    """Return a class name that can be drawn here, and the source for `open_font` of a font that has its characters.
 
-    Where no font has them all, accents are left off and characters that remain unknown left out; where nothing remains,
-    the label's number takes the name's place.
+    If no font has them all, accents and unknown characters are dropped. If nothing remains, the label's number replaces
+    the name.
     """
     name = " ".join(name.split())
     for source in font_sources():
@@ -45,27 +45,27 @@ def readable_name(name: str, label: int) -> tuple[str, str]:
     return known or f"class {label}", OWN_FONT
 
 
-# The packages that `say_which_font` has named.
+# Packages that `say_which_font` has already named.
 _said: set[str] = set()
 
 
 def say_which_font(text: str) -> None:
-    """Warn, once for a package, that no font here has all characters of a text, and say what to install."""
+    """Warn once per package that no font here has all characters of a text, and say what to install."""
     cjk = any(unicodedata.name(character, "").startswith(CJK) for character in text)
     package = "fonts-noto-cjk" if cjk else "fonts-noto-core"
     if package not in _said:
         _said.add(package)
         logger.warning(
-            "no font here has all characters of %r: such names are drawn without them; install a font that has them "
+            "no font here has all characters of %r, so missing ones are not drawn; install a font that has them "
             "(on Debian and Ubuntu: apt install %s)", text, package,
         )  # fmt: skip
 
 
 @cache
 def font_sources() -> tuple[str, ...]:
-    """The fonts that there are, for `open_font`: Pillow's own, matplotlib's where it is installed, then the system's.
+    """Return the available sources for `open_font`: Pillow's own, matplotlib's if installed, then the system's.
 
-    Pillow's own has ASCII alone, matplotlib's (DejaVu Sans) European scripts, Arabic and Hebrew too.
+    Pillow's own font has only ASCII; matplotlib's (DejaVu Sans) also has European scripts, Arabic and Hebrew.
     """
     matplotlib = importlib.util.find_spec("matplotlib")
     bundled = Path(matplotlib.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf" if matplotlib else None
@@ -74,7 +74,7 @@ def font_sources() -> tuple[str, ...]:
 
 
 def installed_fonts() -> list[Path]:
-    """The font files in the system's folders and the user's, plain faces before bold and slanted ones."""
+    """Return the font files of the system and the user, plain faces before bold and slanted ones."""
     environment = os.environ.get
     if sys.platform == "win32":
         folders = [environment("WINDIR", "C:/Windows") + "/Fonts"]
@@ -90,9 +90,9 @@ def installed_fonts() -> list[Path]:
     return sorted(paths, key=lambda path: (bool(STYLED.search(path.name)), path.name))
 
 
-@lru_cache(maxsize=32)  # each holds its file open
+@lru_cache(maxsize=32)  # each keeps its file open
 def open_font(source: str, size: int) -> ImageFont.FreeTypeFont | None:
-    """A font by its path, or Pillow's own; None where it cannot be read.
+    """Return a font by its path, or Pillow's own; None if it cannot be read.
 
     Args:
         source: `OWN_FONT` or a path.
@@ -108,7 +108,7 @@ def open_font(source: str, size: int) -> ImageFont.FreeTypeFont | None:
 
 @cache
 def has_glyph(source: str, character: str) -> bool:
-    """Whether a font can draw a character: not as the box that it draws for those it has not."""
+    """Return whether a font can draw a character, other than as the box for missing characters."""
     if character.isspace():
         return True
     font = open_font(source, FONT_MIN * 2)

@@ -1,4 +1,4 @@
-"""A panoptic segmentation drawn over its image: every segment tinted, outlined and named."""
+"""Drawing of a panoptic segmentation over its image: each segment tinted, outlined and named."""
 
 from collections.abc import Sequence
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from enact_common.drawing.detections import as_array, colour_of, draw_label, enlargement, fit_labels, ink_on, overlaps
 
-# How much of a segment's colour its pixels get, and how wide its outline is, as a part of the font's height.
+# Opacity of a segment's colour, and width of its outline as a fraction of the font's height.
 TINT, OUTLINE = 0.5, 0.12
 
-# How many places are tried for a name.
+# Number of places to try for a name.
 PLACES = 24
 
 
@@ -25,28 +25,28 @@ def draw_panoptic(
 ) -> np.ndarray:
     """Tint the segments of a copy of an image in their categories' colours, and write their names into them.
 
-    Instances of a category have the same colour, and an outline that keeps them apart. Names stand where a segment is
-    widest; large segments choose first, and a name that would cover another is left out.
+    Instances of a category share a colour and are separated by outlines. Names are placed where a segment is widest.
+    Large segments choose first, and a name that would cover another is left out.
 
     Args:
         pixels: RGB uint8, a tensor (3, height, width) or an array (height, width, 3).
-        id_map: int (height, width), each pixel's segment; what is no segment stays as it is.
-        segments: dicts with `id` and `category_id`, and a `score` where there is one.
-        names: by label, which is the category id.
-        enlarge: repeat the pixels of a small image, a whole number of times, so that the text has room.
+        id_map: int (height, width), each pixel's segment id; pixels outside all segments are not changed.
+        segments: dicts with `id`, `category_id` and optionally `score`.
+        names: names by label, which is the category id.
+        enlarge: whether to repeat the pixels of a small image a whole number of times, to make room for text.
 
     Returns:
-        RGB uint8 (height, width, 3), of the image's size, or a whole multiple of it.
+        RGB uint8 (height, width, 3), of the image's size or a whole multiple of it.
 
     Raises:
-        ValueError: `pixels` is no such image, or the map is of another size.
+        ValueError: `pixels` has another shape or type, or the map has another size.
     """
     image = as_array(pixels).transpose(1, 2, 0) if isinstance(pixels, Tensor) else pixels
     if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or 0 in image.shape:
         raise ValueError(f"expected RGB uint8, (height, width, 3) or a tensor (3, height, width), got {pixels.shape}")
     ids = as_array(id_map)
     if ids.shape != image.shape[:2]:
-        raise ValueError(f"the map has {ids.shape} pixels, the image {image.shape[:2]}")
+        raise ValueError(f"the map has {ids.shape} pixels, the image {image.shape[:2]}; pass a map of the image's size")
     factor = enlargement(*image.shape[:2]) if enlarge else 1
     image, ids = (array.repeat(factor, axis=0).repeat(factor, axis=1) for array in (image, ids))
     height, width = ids.shape
@@ -82,18 +82,18 @@ def draw_panoptic(
 
 
 def free_place(mask: np.ndarray, label_width: int, label_height: int, taken: np.ndarray) -> np.ndarray | None:
-    """Where a segment's name can stand: around the deepest of its pixels, and over no other name.
+    """Return a place for a segment's name: around its deepest pixel, without covering another name.
 
     Args:
-        mask: bool (height, width), with a pixel.
-        label_width, label_height: in pixels.
-        taken: (n, 4) xyxy, where names stand.
+        mask: bool (height, width), with at least one pixel.
+        label_width, label_height: size of the name in pixels.
+        taken: (n, 4) xyxy, places of other names.
 
     Returns:
-        float64 (4,) xyxy inside the picture; None where no place that was tried is free.
+        float64 (4,) xyxy inside the picture; None if no free place is found.
     """
     height, width = mask.shape
-    # A border, so that the picture's edge is one of the segment's.
+    # Pad, so that the picture's edge is an edge of the segment.
     depth = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 3)[1:-1, 1:-1]
     for _ in range(PLACES):
         deepest = np.argwhere(depth == depth.max())
@@ -105,7 +105,7 @@ def free_place(mask: np.ndarray, label_width: int, label_height: int, taken: np.
         place = np.array([left, top, left + label_width, top + label_height], dtype=np.float64)
         if overlaps(place[None], taken).sum() == 0:
             return place
-        # Nor is there room near by.
+        # Pixels near by have no room either.
         depth[max(y - label_height // 2, 0) : y + label_height // 2 + 1,
               max(x - label_width // 2, 0) : x + label_width // 2 + 1] = 0  # fmt: skip
     return None

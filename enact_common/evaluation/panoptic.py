@@ -1,12 +1,12 @@
-"""Panoptic quality as COCO computes it, merged over processes, and results in COCO's panoptic format.
+"""Panoptic quality as COCO computes it, merged over ranks, and results in COCO's panoptic format.
 
-Kirillov et al., "Panoptic Segmentation", CVPR 2019: of each category, PQ = SQ x RQ, the mean IoU of what was matched
+Kirillov et al., "Panoptic Segmentation", CVPR 2019: for each category, PQ = SQ x RQ, the mean IoU of matched segments
 times the F1 score of matching. The rules on void and crowds are those of COCO's evaluation (panopticapi), which is not
-on PyPI. torchmetrics, which is, has others: it knows no crowds, and forgives segments that are missed where the
+on PyPI. torchmetrics is on PyPI but has other rules: it ignores crowds, and forgives missed segments where the
 prediction is void. The tests compare with hotcoco, which was checked against COCO's evaluation.
 
-One rule differs where an image has several crowds of one category, which COCO's images have not: all of them excuse a
-segment that lies in them, not the last alone.
+One rule differs for images with several crowds of one category, which COCO does not have: all of these crowds excuse a
+segment that lies in them, not only the last one.
 """
 
 import io
@@ -30,32 +30,33 @@ from enact_common.utils.files import write_atomically, writing
 
 logger = logging.getLogger(__name__)
 
-# Of all categories, of things (_th) and of stuff (_st), as DETR's log has them.
+# Means over all categories, things (_th) and stuff (_st), named as in DETR's log.
 METRICS = ("PQ", "SQ", "RQ", "PQ_th", "SQ_th", "RQ_th", "PQ_st", "SQ_st", "RQ_st")
 
-# More than this part of two segments together, or of what is void or a crowd: only one can have more than a half.
+# Segments match above this IoU, which gives each at most one match. Predicted segments are excused above this fraction
+# of their area in void or crowds.
 HALF = 0.5
 
-# Images are compared in parallel: sorting and decoding let other threads run.
+# Images are compared in threads, since sorting and decoding release the GIL.
 MAX_THREADS = 8
 
-# A folder of results, in a run's, and what is in it.
+# The results folder in a run's folder, and its content.
 FOLDER, RESULTS, MASKS = "panoptic_results", "panoptic.json", "panoptic"
 
 
 def check_results_folder(folder: Path) -> None:
-    """Refuse to replace a folder that holds something else than panoptic results.
+    """Refuse to replace a folder that contains anything except panoptic results.
 
     Raises:
-        UserError: it does, or there is a file of this name.
+        UserError: the folder contains anything else, or the path is a file.
     """
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {RESULTS, MASKS}):
-        raise UserError(f"{folder}: holds something else than panoptic results; choose another folder for them")
+        raise UserError(f"{folder}: contains other files than panoptic results; choose another folder")
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What was matched, by category.
+    """Counts of matched and unmatched segments, by category.
 
     Attributes:
         iou: float64 (categories,), the sum of the matches' IoU.
@@ -71,7 +72,7 @@ class Counts:
 
     @classmethod
     def zeros(cls, categories: int) -> "Counts":
-        """Of nothing."""
+        """Return counts of zero."""
         return cls(np.zeros(categories), *(np.zeros(categories, dtype=np.int64) for _ in range(3)))
 
     def __add__(self, other: "Counts") -> "Counts":
@@ -83,22 +84,22 @@ class Counts:
 def compare(
     truth: np.ndarray,
     true_segments: Sequence[dict],
-    found: np.ndarray,
-    found_segments: Sequence[dict],
+    predicted: np.ndarray,
+    predicted_segments: Sequence[dict],
     category_ids: Sequence[int],
 ) -> Counts:
     """Match the segments of one image.
 
-    A true and a predicted segment of the same category match where their IoU is above 0.5, pixels that are void in the
-    truth left out of the union. Crowds match nothing and are not missed. A predicted segment without a match is not
-    wrong where more than half of it lies in void or in crowds of its category.
+    A true and a predicted segment of the same category match if their IoU is above 0.5; the union excludes pixels that
+    are void in the truth. Crowds match nothing and do not count as missed. An unmatched predicted segment does not
+    count as wrong if more than half of it lies in void or in crowds of its category.
 
     Args:
-        truth: int (height, width), each pixel's true segment; what is no id of a segment is void.
+        truth: int (height, width), each pixel's true segment id; ids without a segment are void.
         true_segments: dicts with `id`, `category_id` and `iscrowd`.
-        found: int (height, width), likewise predicted.
-        found_segments: dicts with `id` and `category_id`.
-        category_ids: in the order of the result. Predicted segments of other categories are void.
+        predicted: int (height, width), each pixel's predicted segment id; ids without a segment are void.
+        predicted_segments: dicts with `id` and `category_id`.
+        category_ids: ids in the order of the result. Predicted segments of other categories are void.
 
     Returns:
         the counts, by category.
@@ -106,27 +107,30 @@ def compare(
     Raises:
         ValueError: the maps' sizes differ.
     """
-    if truth.shape != found.shape:
-        raise ValueError(f"the truth has {truth.shape} pixels, the prediction {found.shape}")
+    if truth.shape != predicted.shape:
+        raise ValueError(f"the truth has {truth.shape} pixels, the prediction {predicted.shape}")
     place = {category: i for i, category in enumerate(category_ids)}
     true_segments = [segment for segment in true_segments if segment["category_id"] in place]
-    found_segments = [segment for segment in found_segments if segment["category_id"] in place]
-    # Rows are true segments, columns predicted ones; the last of both is void.
+    predicted_segments = [segment for segment in predicted_segments if segment["category_id"] in place]
+    # Rows are true segments, columns are predicted segments; the last row and column are void.
     overlap = joint_areas(
-        truth, [segment["id"] for segment in true_segments], found, [segment["id"] for segment in found_segments]
+        truth,
+        [segment["id"] for segment in true_segments],
+        predicted,
+        [segment["id"] for segment in predicted_segments],
     )
     true_category = np.array([place[segment["category_id"]] for segment in true_segments], dtype=np.int64)
-    found_category = np.array([place[segment["category_id"]] for segment in found_segments], dtype=np.int64)
+    predicted_category = np.array([place[segment["category_id"]] for segment in predicted_segments], dtype=np.int64)
     crowd = np.array([bool(segment["iscrowd"]) for segment in true_segments], dtype=bool)
 
-    true_area, found_area = overlap[:-1].sum(axis=1), overlap[:, :-1].sum(axis=0)
+    true_area, predicted_area = overlap[:-1].sum(axis=1), overlap[:, :-1].sum(axis=0)
     inside, in_void = overlap[:-1, :-1], overlap[-1, :-1]
-    same = true_category[:, None] == found_category[None, :]  # (true, found)
-    union = true_area[:, None] + found_area[None, :] - inside - in_void[None, :]
+    same = true_category[:, None] == predicted_category[None, :]  # (true, predicted)
+    union = true_area[:, None] + predicted_area[None, :] - inside - in_void[None, :]
     iou = np.where(same & ~crowd[:, None], inside / np.maximum(union, 1), 0)
     match = iou > HALF
     excused = in_void + (inside * (same & crowd[:, None])).sum(axis=0)
-    wrong = ~match.any(axis=0) & ~(excused > HALF * found_area)
+    wrong = ~match.any(axis=0) & ~(excused > HALF * predicted_area)
     missed = ~match.any(axis=1) & ~crowd
 
     rows, columns = match.nonzero()
@@ -134,20 +138,20 @@ def compare(
     return Counts(
         np.bincount(true_category[rows], weights=iou[rows, columns], minlength=number),
         np.bincount(true_category[rows], minlength=number),
-        np.bincount(found_category[wrong], minlength=number),
+        np.bincount(predicted_category[wrong], minlength=number),
         np.bincount(true_category[missed], minlength=number),
     )
 
 
 def joint_areas(first: np.ndarray, first_ids: Sequence[int], second: np.ndarray, second_ids: Sequence[int]):
-    """How many pixels each segment of one map shares with each of another.
+    """Return the number of pixels that each segment of one map shares with each segment of another map.
 
     Args:
         first, second: int (height, width), ids below 2^24.
-        first_ids, second_ids: which ids are looked at; all others are taken together.
+        first_ids, second_ids: ids to count separately; all other ids count as one.
 
     Returns:
-        int64 (first ids + 1, second ids + 1), in their order; the last row and column are of all others.
+        int64 (first ids + 1, second ids + 1), in their order; the last row and column are for all other ids.
     """
     pairs, areas = np.unique(first.astype(np.int64) * ID_LIMIT + second, return_counts=True)
     rows = {number: i for i, number in enumerate(first_ids)}
@@ -160,12 +164,12 @@ def joint_areas(first: np.ndarray, first_ids: Sequence[int], second: np.ndarray,
 
 @dataclass(frozen=True)
 class PanopticQuality:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
         categories: dicts with `id`, `name` and `isthing`, in the order of the counts.
-        counts: by category, over all images.
-        images: how many were evaluated.
+        counts: counts by category, over all images.
+        images: number of evaluated images.
     """
 
     categories: list[dict]
@@ -173,15 +177,15 @@ class PanopticQuality:
     images: int
 
     def by_category(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """PQ, SQ and RQ of each category, float64 (categories,) each, in [0, 1]; 0 where nothing is counted."""
+        """Return PQ, SQ and RQ by category, float64 (categories,) each, in [0, 1]; 0 if all counts are 0."""
         counts = self.counts
         half = counts.matched + (counts.wrong + counts.missed) / 2
         quality = counts.iou / np.maximum(half, HALF)
         return quality, counts.iou / np.maximum(counts.matched, 1), counts.matched / np.maximum(half, HALF)
 
     def figures(self) -> dict[str, float]:
-        """The nine `METRICS` by name, in [0, 1]: means over the categories in which anything was matched, wrong or
-        missed; -1 where there is none."""
+        """Return the nine `METRICS` by name, in [0, 1]: means over the categories with matched, wrong or missed
+        segments; -1 if there is no such category."""
         counts = self.counts
         occurs = counts.matched + counts.wrong + counts.missed > 0
         thing = np.array([bool(category["isthing"]) for category in self.categories], dtype=bool)
@@ -195,9 +199,9 @@ class PanopticQuality:
 
 
 class PanopticEvaluator:
-    """Collects predicted segments image by image and computes COCO's panoptic figures.
+    """A collector of predicted segments that computes COCO's panoptic metrics.
 
-    Maps are kept as PNG files on the host, some 10 kB each of images like COCO's.
+    Maps are kept on the host as PNG files, about 10 kB each for images of COCO's size.
     """
 
     def __init__(self):
@@ -207,14 +211,14 @@ class PanopticEvaluator:
         """Add a batch.
 
         Args:
-            image_ids: of each image. An image that is given again (distributed samplers repeat some) replaces
-                itself.
-            results: of each image a dict with `id_map`, int (h, w), a tensor or an array, each pixel's segment, 0 for
-                none, of the size that the image is stored in; and `segments`, dicts with `id`, from 1 to 2^24 - 1, and
-                `category_id`, and a `score` where there is one.
+            image_ids: id of each image. A repeated image (distributed samplers repeat some) replaces its earlier
+                results.
+            results: for each image a dict with `id_map`, int (h, w), a tensor or an array in the image's stored size,
+                each pixel's segment id, 0 for none; and `segments`, dicts with `id`, from 1 to 2^24 - 1, `category_id`
+                and optionally `score`.
 
         Raises:
-            ValueError: map and segments do not have the same ids, or an id stands twice or is out of range.
+            ValueError: map and segments have different ids, or an id is repeated or out of range.
         """
         for image_id, result in zip(image_ids, results, strict=True):
             id_map = result["id_map"]
@@ -225,7 +229,7 @@ class PanopticEvaluator:
             listed = [int(segment["id"]) for segment in result["segments"]]
             if sorted(areas) != sorted(listed):
                 raise ValueError(
-                    f"image {image_id}: the map has segments {sorted(areas)[:20]}, listed are {listed[:20]}"
+                    f"image {image_id}: the map has segments {sorted(areas)[:20]}, but the list has {listed[:20]}"
                 )
             if listed and not (min(listed) > VOID and max(listed) < ID_LIMIT):
                 raise ValueError(f"image {image_id}: segment ids must be from 1 to 2^24 - 1, got {listed[:20]}")
@@ -242,7 +246,7 @@ class PanopticEvaluator:
             self._by_image[int(image_id)] = (encode_id_map(id_map), segments)
 
     def synchronize(self) -> None:
-        """Bring the segments of all processes together in each."""
+        """Merge the segments of all ranks on every rank."""
         merged: dict[int, tuple[bytes, list[dict]]] = {}
         for part in gather_objects(self._by_image):
             merged |= part
@@ -251,58 +255,58 @@ class PanopticEvaluator:
     def evaluate(self, truth: PanopticTruth) -> PanopticQuality:
         """Match predicted to true segments.
 
-        Images whose true PNG cannot be read are left out, with a warning.
+        Images whose true PNG cannot be read are skipped with a warning.
 
         Args:
-            truth: its images are what is evaluated; of those without a result, all segments are missed.
+            truth: the ground truth. All its images are evaluated; without a result, an image's segments are missed.
 
         Raises:
-            UserError: no image's true PNG can be read.
-            ValueError: a result has another size than its image.
+            UserError: no true PNG can be read.
+            ValueError: a result differs in size from its image.
         """
         category_ids = [category["id"] for category in truth.categories]
 
-        def of_image(image_id: int) -> Counts | None:
+        def count_image(image_id: int) -> Counts | None:
             try:
                 true_map = truth.id_map(image_id)
             except UserError as error:
-                logger.warning("left out of the panoptic figures: %s", error)
+                logger.warning("skipped in the panoptic metrics: %s", error)
                 return None
             segments = truth.segments[image_id]
             if image_id not in self._by_image:
                 return compare(true_map, segments, np.zeros_like(true_map), [], category_ids)
-            found_map, found_segments = self._result(image_id)
-            if found_map.shape != true_map.shape:
-                raise ValueError(f"image {image_id}: the result has {found_map.shape} pixels, not {true_map.shape}")
-            return compare(true_map, segments, found_map, found_segments, category_ids)
+            predicted_map, predicted_segments = self._result(image_id)
+            if predicted_map.shape != true_map.shape:
+                raise ValueError(f"image {image_id}: the result has {predicted_map.shape} pixels, not {true_map.shape}")
+            return compare(true_map, segments, predicted_map, predicted_segments, category_ids)
 
         with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-            counts = [count for count in pool.map(of_image, truth.image_ids) if count is not None]
+            counts = [count for count in pool.map(count_image, truth.image_ids) if count is not None]
         if not counts:
             raise UserError(f"{truth.mask_folder}: no PNG file can be evaluated; the log says why")
         return PanopticQuality(truth.categories, sum(counts, Counts.zeros(len(category_ids))), len(counts))
 
     def _result(self, image_id: int) -> tuple[np.ndarray, list[dict]]:
-        """An image's map, int32 (h, w), and its segments."""
+        """Return an image's map, int32 (h, w), and its segments."""
         encoded, segments = self._by_image[image_id]
         return read_id_map(io.BytesIO(encoded), Path(f"{image_id}.png")), segments
 
     def write_results(self, folder: Path, images: Iterable[dict], categories: Sequence[dict]) -> int:
-        """Write the segments in COCO's panoptic format, whole or not at all.
+        """Write the segments in COCO's panoptic format atomically.
 
-        The folder gets `panoptic.json` and PNG files in `panoptic/`. An earlier one is replaced. Segments of other
-        categories become void.
+        The folder gets `panoptic.json` and PNG files in `panoptic/`. An earlier results folder is replaced. Segments of
+        other categories become void.
 
         Args:
-            folder: to make or to replace.
+            folder: folder to create or replace.
             images: dicts with `id` and `file_name`; results of other images are not written.
             categories: dicts with `id`, `name` and `isthing`.
 
         Returns:
-            how many images there are.
+            the number of images.
 
         Raises:
-            UserError: it cannot be written, or there is something else of this name.
+            UserError: the folder cannot be written, or contains anything except panoptic results.
         """
         check_results_folder(folder)
         images = [image for image in images if image["id"] in self._by_image]
@@ -316,7 +320,7 @@ class PanopticEvaluator:
                 annotations = [self._write_image(partial / MASKS, image["id"], known) for image in images]
                 content = {"images": images, "annotations": annotations, "categories": categories}
                 write_atomically(partial / RESULTS, lambda file: file.write(json.dumps(content).encode()))
-                # A folder that holds something cannot be replaced in one step.
+                # A non-empty folder cannot be replaced in one step.
                 if folder.exists():
                     os.replace(folder, replaced)
                 os.replace(partial, folder)
@@ -328,7 +332,7 @@ class PanopticEvaluator:
         return len(images)
 
     def _write_image(self, folder: Path, image_id: int, known: set[int]) -> dict:
-        """Write an image's PNG; its entry of `annotations`."""
+        """Write an image's PNG and return its entry of `annotations`."""
         encoded, segments = self._by_image[image_id]
         kept = [segment for segment in segments if segment["category_id"] in known]
         id_map, _ = self._result(image_id)
@@ -343,14 +347,14 @@ class PanopticEvaluator:
 
 
 def bounding_box(mask: np.ndarray) -> list[int]:
-    """[x, y, width, height] in pixels of a mask, bool (height, width), that has some."""
+    """Return [x, y, width, height] in pixels of a mask, bool (height, width), with at least one pixel."""
     rows, columns = (mask.any(axis=axis).nonzero()[0] for axis in (1, 0))
     top, left = int(rows[0]), int(columns[0])
     return [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
 
 
 def panoptic_text(quality: PanopticQuality) -> str:
-    """PQ, SQ and RQ of all categories, of things and of stuff, a line each; -1 where there is none."""
+    """Return PQ, SQ and RQ of all categories, things and stuff, one line each; -1 without categories."""
     figures, lines = quality.figures(), [f"{'':<8} {'PQ':>7} {'SQ':>7} {'RQ':>7}"]
     for title, suffix in (("all", ""), ("things", "_th"), ("stuff", "_st")):
         values = (figures[name + suffix] for name in ("PQ", "SQ", "RQ"))
@@ -359,12 +363,12 @@ def panoptic_text(quality: PanopticQuality) -> str:
 
 
 def panoptic_record(quality: PanopticQuality) -> dict[str, Any]:
-    """What an evaluation found, in built-in types alone.
+    """Return the results of an evaluation in built-in types.
 
     Returns:
-        a dict with `figures`, the nine `METRICS` by name; `images`, how many were evaluated; and `classes`, of each
-        category in which anything was matched, wrong or missed, a dict with `category_id`, `name`, `isthing`, `PQ`,
-        `SQ`, `RQ`, `matched`, `wrong` and `missed`.
+        a dict with `figures`, the nine `METRICS` by name; `images`, the number of evaluated images; and `classes`, a
+        dict for each category with matched, wrong or missed segments: `category_id`, `name`, `isthing`, `PQ`, `SQ`,
+        `RQ`, `matched`, `wrong` and `missed`.
     """
     counts, classes = quality.counts, []
     columns = (*quality.by_category(), counts.matched, counts.wrong, counts.missed)
@@ -377,8 +381,8 @@ def panoptic_record(quality: PanopticQuality) -> dict[str, Any]:
 
 
 def panoptic_metrics(record: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """A `panoptic_record` under the names of DETR's log: `test_PQ_all`, `test_PQ_th` and `test_PQ_st`, each a dict of
-    `pq`, `sq`, `rq`, in [0, 1], -1 where there is no category, and `n`, how many categories they are means over."""
+    """Return a `panoptic_record` under the names of DETR's log: `test_PQ_all`, `test_PQ_th` and `test_PQ_st`, each with
+    `pq`, `sq`, `rq`, in [0, 1], -1 without categories, and `n`, the number of categories in these means."""
     figures, classes = record["figures"], record["classes"]
     groups = {
         "all": classes,

@@ -12,31 +12,31 @@ from enact_common.training.run_logs import read_epochs, read_evaluation, run_nam
 from enact_common.utils.errors import UserError, exit_status
 from enact_common.utils.files import check_no_folder
 
-# What is drawn where the command line begins with no command.
+# The command if none is given.
 DEFAULT = "curves"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command-line parser."""
     parser = argparse.ArgumentParser(
         prog=program("enact_common.plots"),
         description=plots.__doc__,
-        epilog=f"Without a command, {DEFAULT} is meant: python -m enact_common.plots RUN...",
+        epilog=f"The default command is {DEFAULT}: python -m enact_common.plots RUN...",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, run, what, source, output in (
         (
             "curves",
             run_curves,
-            "loss, AP and learning rate of one or several runs, epoch by epoch",
-            "a run's folder, or its log.txt; the original repositories' too",
+            "loss, AP and learning rate of one or several runs by epoch",
+            "folder of a run, or its log.txt; logs of the original repositories work too",
             "curves.png",
         ),
         (
             "precision-recall",
             run_precision_recall,
-            "precision by recall: of one run at several IoU thresholds, of several runs class by class",
-            "a run's folder, or the evaluation.json that training and --eval write to it",
+            "precision by recall: of one run at several IoU thresholds, of several runs per class",
+            "folder of a run, or its evaluation.json, which training and --eval write",
             "precision_recall.png",
         ),
     ):
@@ -44,17 +44,17 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("runs", nargs="+", type=Path, metavar="RUN", help=source)
         command.add_argument(
             "--output", type=Path, default=Path(output), metavar="FILE",
-            help="picture to write, of the kind that its suffix says: .png, .svg, .pdf (default: %(default)s)",
+            help="picture to write; its suffix sets the format: .png, .svg, .pdf (default: %(default)s)",
         )  # fmt: skip
         command.add_argument(
-            "--names", nargs="+", metavar="NAME", help="what to call the runs, in order (default: their folders' names)"
+            "--names", nargs="+", metavar="NAME", help="names of the runs, in order (default: folder names)"
         )
         command.set_defaults(run=run)
     return parser
 
 
 def drawing(module: str) -> ModuleType:
-    """A module that needs matplotlib, by its full name.
+    """Import a module that needs matplotlib, by its full name.
 
     Raises:
         UserError: matplotlib is not installed.
@@ -71,13 +71,13 @@ def check_output(path: Path) -> None:
     """Refuse a picture that cannot be written.
 
     Raises:
-        UserError: its folder is not there, there is a folder in its place, or matplotlib knows no such kind of picture.
+        UserError: its folder does not exist, the path is a folder, or matplotlib does not support the suffix.
     """
     kinds = drawing("enact_common.drawing.figures").picture_kinds()
     if path.suffix[1:].lower() not in kinds:
-        raise UserError(f"--output {path}: no such kind of picture, choose a suffix from .{', .'.join(kinds)}")
+        raise UserError(f"--output {path}: unknown picture format; choose a suffix from .{', .'.join(kinds)}")
     if not path.parent.is_dir():
-        raise UserError(f"--output {path}: there is no folder {path.parent}")
+        raise UserError(f"--output {path}: folder {path.parent} does not exist; create it first")
     check_no_folder(path)
 
 
@@ -96,14 +96,14 @@ def run_precision_recall(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw what the command line asks for.
+    """Draw the requested plot.
 
     Returns:
-        the exit status: 0; 2 for what the user can mend.
+        the exit status: 0, or 2 for a user error.
     """
     parser = build_parser()
     words = sys.argv[1:] if argv is None else argv
-    # `python -m enact_common.plots outputs/run` is what most ask for.
+    # Most calls are `python -m enact_common.plots outputs/run`, without a command.
     commands = ("curves", "precision-recall", "-h", "--help")
     args = parser.parse_args(words if not words or words[0] in commands else [DEFAULT, *words])
 

@@ -1,4 +1,4 @@
-"""Loss, AP and learning rate of runs, epoch by epoch. Needs matplotlib (extra `plots`)."""
+"""Loss, AP and learning rate of runs by epoch. Needs matplotlib (extra `plots`)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,35 +11,35 @@ from enact_common.drawing.figures import colour, literal, save
 from enact_common.training.run_logs import CURVES, METRICS_KEY, series
 from enact_common.utils.errors import UserError
 
-# Of a panel's first quantity, which readers look for, and of its second.
+# Line styles of a panel's first quantity, which matters most, and of its second.
 LINES = ("-", "--")
 
-# Up to so many epochs each has a dot: a line through two of them is no measurement.
+# Up to this many epochs, each has a dot to show that the line between epochs is not measured.
 DOTTED_EPOCHS = 30
 
 
 def plot_curves(runs: Mapping[str, Sequence[dict]], picture: Path) -> None:
-    """Draw the curves of one or several runs over one another, a panel for each kind of quantity.
+    """Draw the curves of one or several runs, with a panel for each kind of quantity.
 
-    Several runs have a colour each, and their quantities a line style each; of one run, each quantity has a colour.
+    For several runs, colours mean runs and line styles mean quantities. For one run, colours mean quantities.
 
     Args:
-        runs: name to epochs, of `read_epochs`. A quantity that a log lacks is left out, a panel without any too.
-        picture: file to write; the suffix says of which kind.
+        runs: name to epochs, from `read_epochs`. Quantities that a log lacks and empty panels are left out.
+        picture: file to write; its suffix sets the format.
 
     Raises:
         UserError: there is nothing to draw, or the picture cannot be written.
     """
-    drawn = {
+    plots = {
         title: quantities
         for title, quantities in CURVES.items()
         if any(series(epochs, key, place) for epochs in runs.values() for _, key, place in quantities)
     }
-    if not drawn:
+    if not plots:
         keys = ", ".join(key for key in dict.fromkeys(key for panel in CURVES.values() for _, key, _ in panel))
         raise UserError(f"{', '.join(runs)}: nothing to draw; expected one of the keys {keys}")
-    figure = Figure(figsize=(4.4 * len(drawn) + 0.4, 4.2), layout="constrained")
-    for axes, (title, quantities) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
+    figure = Figure(figsize=(4.4 * len(plots) + 0.4, 4.2), layout="constrained")
+    for axes, (title, quantities) in zip(figure.subplots(1, len(plots), squeeze=False)[0], plots.items(), strict=True):
         for i, epochs in enumerate(runs.values()):
             for j, (name, key, place) in enumerate(quantities):
                 style = {"color": colour(i), "linestyle": LINES[j]} if len(runs) > 1 else {"color": colour(j)}
@@ -57,7 +57,7 @@ def plot_curves(runs: Mapping[str, Sequence[dict]], picture: Path) -> None:
 
 
 def draw_line(axes, points: Sequence[tuple[int, float]], name: str, style: dict) -> None:
-    """Draw a quantity of one run; nothing where it has no points."""
+    """Draw a quantity of one run if it has points."""
     if points:
         dots = {"marker": "o", "markersize": 3.5} if len(points) <= DOTTED_EPOCHS else {}
         axes.plot(*zip(*points, strict=True), label=name, linewidth=1.8, **dots, **style)
@@ -67,9 +67,9 @@ def finish(axes, title: str, styles: Sequence[str] | None) -> None:
     """Give a panel its title, its axes and its legend.
 
     Args:
-        axes: the panel, drawn.
-        title: above it.
-        styles: what each line style means, where colours mean runs; None where they mean quantities.
+        axes: the panel, already drawn.
+        title: the panel's title.
+        styles: meaning of each line style if colours mean runs; None if colours mean quantities.
     """
     axes.set(title=title, xlabel="epochs done")
     axes.set_ylim(bottom=0)
@@ -89,6 +89,6 @@ def finish(axes, title: str, styles: Sequence[str] | None) -> None:
 
 
 def run_text(name: str, epochs: Sequence[dict]) -> str:
-    """A run's name, with its last AP where it has one, for matplotlib."""
+    """Return a run's name with its last AP, if any, escaped for matplotlib."""
     ap = series(epochs, METRICS_KEY, 0)
     return literal(f"{name} (AP {ap[-1][1]:.3f} after {ap[-1][0]} epochs)" if ap else name)

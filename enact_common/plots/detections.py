@@ -1,4 +1,4 @@
-"""Detections beside the truth. Needs matplotlib (extra `plots`)."""
+"""Detections next to the ground truth. Needs matplotlib (extra `plots`)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +17,8 @@ def draw_boxes(axes, image: np.ndarray, boxes: Sequence[Sequence[float]], texts:
         axes: where to draw.
         image: uint8 (height, width, 3), RGB.
         boxes: xywh in pixels.
-        texts: written at each box.
-        labels: decide the colours.
+        texts: text at each box.
+        labels: label of each box, which sets its colour.
     """
     axes.imshow(image)
     axes.set_xticks([])
@@ -26,7 +26,7 @@ def draw_boxes(axes, image: np.ndarray, boxes: Sequence[Sequence[float]], texts:
     for (x, y, width, height), text, label in zip(boxes, texts, labels, strict=True):
         axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor="white", linewidth=3))
         axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour(label), linewidth=1.5))
-        # Inside the image, whatever the box: below its top edge where there is no room above it.
+        # Keep the text inside the image: below the image's top edge if there is no room above the box.
         above = y > 0.08 * image.shape[0]
         axes.text(
             np.clip(x, 0, 0.75 * image.shape[1]),
@@ -46,17 +46,17 @@ def plot_detections(
     names: dict[int, str],
     picture: Path,
 ) -> None:
-    """Draw images in two rows: above with their annotations, below with what was detected.
+    """Draw images in two rows: ground truth above, detections below.
 
     Args:
         images: each uint8 (height, width, 3), RGB.
-        truths: of each image, COCO annotations.
-        detections: of each image, COCO results.
+        truths: COCO annotations of each image.
+        detections: COCO results of each image.
         names: category id to name.
-        picture: file to write; the suffix says of which kind.
+        picture: file to write; its suffix sets the format.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the picture cannot be written.
     """
     label = {category: i for i, category in enumerate(names)}
     figure = Figure(figsize=(2.6 * len(images), 5.6), layout="constrained")

@@ -12,13 +12,13 @@ from enact_common.drawing.figures import GREY, colour, literal, save
 from enact_common.training.run_logs import classes_by_name
 from enact_common.utils.errors import UserError
 
-# Keys of a class's `precision`, and what they are.
+# Keys of a class's `precision`, with their titles.
 OVERLAPS = {"0.5": "IoU 0.5", "0.75": "IoU 0.75", "mean": "mean over IoU 0.5 to 0.95"}
 
-# The two that several runs are compared at, each with a line style.
+# Keys at which several runs are compared, with their line styles.
 COMPARED = {"0.5": "-", "0.75": "--"}
 
-# More classes than these are not told apart by colours, nor shown in panels, but by the extremes among them.
+# Beyond this many classes, only the extremes get a colour or a panel.
 MOST_COLOURS = 8
 MOST_PANELS = 9
 EXTREMES = 3
@@ -29,29 +29,29 @@ MEAN = "mean of all classes"
 def plot_precision_recall(records: Mapping[str, dict], picture: Path) -> None:
     """Draw precision by recall.
 
-    Of one run there is a panel for each of `OVERLAPS`, with a line for each class, or, where there are too many, for
-    the best and the worst before all others in grey. Of several runs there is a panel for each class and one for their
-    mean, or, where there are too many, for those that differ most between the first run and the last.
+    One run has a panel for each of `OVERLAPS`, with a line for each class. With too many classes, only the best and the
+    worst have a colour, and the others are grey. Several runs have a panel for each class and one for their mean. With
+    too many classes, only those that differ most between the first and the last run have a panel.
 
     Args:
-        records: run's name to record, of `read_evaluation`.
-        picture: file to write; the suffix says of which kind.
+        records: run name to record, from `read_evaluation`.
+        picture: file to write; its suffix sets the format.
 
     Raises:
         UserError: there is nothing to draw, or the picture cannot be written.
     """
     if not any(record["classes"] for record in records.values()):
-        raise UserError(f"{', '.join(records)}: nothing to draw, no class has ground truth")
+        raise UserError(f"{', '.join(records)}: nothing to draw: no class has ground truth")
     if not any(row["precision"].keys() & OVERLAPS for record in records.values() for row in record["classes"]):
-        raise UserError(f"{', '.join(records)}: nothing to draw, no class has a precision that is a number")
+        raise UserError(f"{', '.join(records)}: nothing to draw: no class has a finite precision")
     figure = one_run(*next(iter(records.items()))) if len(records) == 1 else several_runs(records)
     save(figure, picture)
 
 
 def one_run(name: str, record: dict) -> Figure:
-    """One run: a panel for each overlap, a line for each class."""
+    """Draw one run: a panel for each IoU threshold, a line for each class."""
     (classes,) = classes_by_name([record])
-    # The same classes, in the same colours, in all panels.
+    # All panels show the same classes in the same colours.
     ranked = sorted(
         (key for key, row in classes.items() if row["precision"]), key=lambda key: -(classes[key]["AP"] or 0)
     )
@@ -69,7 +69,7 @@ def one_run(name: str, record: dict) -> Figure:
             mean = np.mean(list(curves.values()), axis=0)
             draw_curve(axes, record["recall"], mean, MEAN, color="black", linewidth=2.6)
         finish(axes, title)
-        below(axes)
+        legend_below(axes)
         axes.set_xlabel("recall")
     figure.axes[0].set_ylabel("precision")
     figure.suptitle(literal(name) + (f", the {EXTREMES} best and worst of {len(ranked)} classes" if many else ""))
@@ -77,7 +77,7 @@ def one_run(name: str, record: dict) -> Figure:
 
 
 def several_runs(records: Mapping[str, dict]) -> Figure:
-    """Several runs: a panel for each class, a colour for each run."""
+    """Draw several runs: a panel for each class, a colour for each run."""
     by_run = classes_by_name(list(records.values()))
     panels = chosen_classes(by_run)
     columns = min(len(panels), 3 if len(panels) > 4 else 4 if len(panels) == 4 else len(panels))
@@ -113,10 +113,10 @@ def several_runs(records: Mapping[str, dict]) -> Figure:
 
 
 def chosen_classes(by_run: Sequence[Mapping[str, dict]]) -> list[str]:
-    """The panels of several runs: the classes, those that gain or lose most where there are many, and their mean.
+    """Return the panels of several runs: the mean and the classes, or those that gain or lose most if there are many.
 
     Args:
-        by_run: of `classes_by_name`.
+        by_run: the classes of each run, from `classes_by_name`.
     """
     names = list(dict.fromkeys(name for classes in by_run for name in classes))
     if len(names) == 1:
@@ -133,13 +133,13 @@ def chosen_classes(by_run: Sequence[Mapping[str, dict]]) -> list[str]:
 
 
 def curves_of(classes: Mapping[str, dict], panel: str, overlap: str) -> list[Sequence[float]]:
-    """The curves whose mean a panel shows: a class's own, or those of all."""
+    """Return the curves whose mean a panel shows: one class's, or those of all classes."""
     rows = [row for name, row in classes.items() if panel in (MEAN, name)]
     return [row["precision"][overlap] for row in rows if overlap in row["precision"]]
 
 
 def draw_curve(axes, recall: Sequence[float], precision: Sequence[float], name: str, **style) -> None:
-    """Draw one curve, with the area below it, which is the AP, in the legend."""
+    """Draw one curve, with its AP, the area below it, in the legend."""
     axes.plot(recall, precision, label=f"{np.mean(precision):.3f}  {literal(name)}", **{"linewidth": 1.6, **style})
 
 
@@ -150,8 +150,8 @@ def finish(axes, title: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def below(axes) -> None:
-    """A legend below a panel, where it covers no curve."""
+def legend_below(axes) -> None:
+    """Put a legend below a panel, where it covers no curve."""
     axes.legend(
         title="AP", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=8,
         title_fontsize=8,
@@ -159,9 +159,9 @@ def below(axes) -> None:
 
 
 def legend_of_runs(axes) -> None:
-    """The APs of a panel's lines, a column for each overlap."""
+    """Add a legend with the APs of a panel's lines, one column per IoU threshold."""
     handles, labels = axes.get_legend_handles_labels()
-    # Legends are filled column by column: first all at the one overlap, then at the other.
+    # matplotlib fills legends column by column, so sort the lines by IoU threshold.
     order = [i for start in range(len(COMPARED)) for i in range(start, len(handles), len(COMPARED))]
     axes.legend(
         [handles[i] for i in order], [labels[i] for i in order], ncols=len(COMPARED), title="AP", fontsize=8,

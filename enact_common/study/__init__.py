@@ -1,7 +1,7 @@
-"""A controlled study of what ENACT costs in accuracy: trainings that differ in the encoder's attention alone.
+"""A controlled study of ENACT's accuracy: trainings that differ only in the encoder attention.
 
     python -m enact_common.study --preset cpu --output_dir study
 
-`arms` lists what is compared, `presets` how long and on what, `images` makes the data, `training` trains one arm,
-`costs` measures time and memory, `page` writes what came out.
+`arms` defines the arms and their changes of the model, `presets` the arms' list and the study's sizes, `images` makes
+the data, `training` trains one arm, `costs` measures time and memory, `page` writes the results.
 """

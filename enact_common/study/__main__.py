@@ -31,65 +31,66 @@ from enact_common.utils.files import make_folder, write_atomically
 # Timed runs of each encoder.
 REPEAT = 5
 
-# What `--fraction` leaves of a data set at least, images.
+# Minimum number of images that `--fraction` leaves of a data set.
 FEWEST = 16
 
-# Real images are fitted into so many pixels: as many cells as the drawn ones have, or more.
+# Height and width in pixels that real images are fitted into: at least as many cells as drawn images have.
 PHOTOGRAPHS = {"cpu": (120, 160), "gpu": (480, 640)}
 PHOTOGRAPH_ARMS = (PLAIN, NONE, WINDOWS, UNIFORM, CONVERTED)
-# Of the training that these begin with, and of each arm: there are few real ones.
+# Images of the start training and of each arm; fewer than for drawn images, since real data sets are small.
 PHOTOGRAPH_START, PHOTOGRAPH_IMAGES = 8000, 2000
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the command-line parser."""
     parser = argparse.ArgumentParser(
         prog=program("enact_common.study"),
         description=study.__doc__.splitlines()[0],
         formatter_class=HelpFormatter,
     )
-    parser.add_argument("--preset", choices=tuple(PRESETS), required=True, default=argparse.SUPPRESS, help="how large")
+    parser.add_argument("--preset", choices=tuple(PRESETS), required=True, default=argparse.SUPPRESS, help="study size")
     parser.add_argument(
         "--output_dir", required=True, metavar="DIR", default=argparse.SUPPRESS,
-        help="results, a small JSON file of each training, and the page. What is done is not done again: on a machine "
-        "that keeps nothing, put results/ there first and fetch it afterwards, and weights/ too, or what others begin "
-        "with is trained again",
+        help="folder for the page and the results, a small JSON file per training. Finished trainings are kept. "
+        "On a machine without permanent storage, copy results/ and weights/ there first and back afterwards; without "
+        "weights/, the trainings that others start from are repeated",
     )  # fmt: skip
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="of the preset's, these alone")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="variants to study (default: the preset's)")
     parser.add_argument(
         "--arms", nargs="+", choices=tuple(ARMS), metavar="NAME",
-        help=f"these alone, and those that they begin with: {', '.join(ARMS)}",
+        help=f"arms to train, with the arms they start from (default: those of the preset): {', '.join(ARMS)}",
     )  # fmt: skip
-    parser.add_argument("--seeds", type=positive_int, metavar="N", help="so many in place of the preset's")
+    parser.add_argument("--seeds", type=positive_int, metavar="N", help="number of seeds (default: the preset's)")
     parser.add_argument(
-        "--bccd", metavar="DIR", help="a real data set in COCO's layout, to be tried in place of the drawn images"
+        "--bccd", metavar="DIR", help="folder of a real data set in COCO's layout, to use instead of the drawn images"
     )
-    parser.add_argument("--device", help="in place of the preset's")
-    parser.add_argument("--jobs", type=positive_int, metavar="N", help="trainings side by side")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the preset's)")
+    parser.add_argument("--jobs", type=positive_int, metavar="N", help="parallel trainings (default: the preset's)")
     parser.add_argument(
-        "--seconds", type=positive_int, metavar="S", help="begin no training after so many seconds; all begun end"
-    )
+        "--seconds", type=positive_int, metavar="S",
+        help="start no training after this many seconds; running ones finish (default: the preset's)",
+    )  # fmt: skip
     parser.add_argument(
         "--fraction", type=fraction, default=1.0, metavar="F",
-        help="of the preset's images: to try whether it runs, its figures mean nothing",
+        help="fraction of the preset's images, 0 to 1; below 1 only for a dry run, whose metrics are meaningless",
     )  # fmt: skip
     parser.add_argument(
-        "--skip_costs", action="store_true", help="measure no time and memory: where other work is going on"
+        "--skip_costs", action="store_true", help="do not measure time and memory, e.g. on a busy machine"
     )
     return parser
 
 
 def chosen_preset(args: argparse.Namespace) -> Preset:
-    """The preset with what the command line changes.
+    """Return the preset with the changes of the command line.
 
     Raises:
-        UserError: nothing is left of it.
+        UserError: `--bccd` is not a data set, or the preset has none of the `--variants`.
     """
     preset = PRESETS[args.preset]
     made = list(preset.trials)
     if args.bccd:
         if not (Path(args.bccd) / "annotations").is_dir():
-            raise UserError(f"--bccd {args.bccd}: holds no annotations/; pass a data set in COCO's layout")
+            raise UserError(f"--bccd {args.bccd}: has no annotations/ folder; pass a data set in COCO's layout")
         model, (height, width) = {"cpu": CPU_MODEL, "gpu": GPU_MODEL}[args.preset], PHOTOGRAPHS[args.preset]
         source = Photographs("bccd", args.bccd, height, width)
         first = made[0]
@@ -116,7 +117,7 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
 
 
 def shrunk(trial: Trial, part: float) -> Trial:
-    """A part of a trial."""
+    """Return a trial with a fraction of its images."""
     if part == 1:
         return trial
     few = {name: max(round(getattr(trial, name) * part), FEWEST) for name in ("images", "start_images")}
@@ -128,7 +129,7 @@ def shrunk(trial: Trial, part: float) -> Trial:
 
 
 def shrunk_source(source: Shapes | Photographs | None, part: float) -> Shapes | Photographs | None:
-    """A part of what is drawn, `FEWEST` images at least; real images all stay."""
+    """Return a source with a fraction of its drawn images, at least `FEWEST`; real images are all kept."""
     if not isinstance(source, Shapes):
         return source
     return replace(source, **{name: max(round(getattr(source, name) * part), FEWEST) for name in ("train", "val")})
@@ -166,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
     """Train, measure, and write the page.
 
     Raises:
-        UserError: something is wrong that the user can mend.
+        UserError: the command line or the data is invalid.
     """
     begin = time.perf_counter()
     preset = chosen_preset(args)
@@ -174,10 +175,10 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.output_dir)
     make_folder(folder)
     for source in sources_of(preset):
-        # Before any work, and once: the processes find what is drawn.
+        # Draw once, before any training, so that the processes find the images in the cache.
         load_images(source, folder / "data")
     left = run_trainings(preset, folder, begin + preset.seconds)
-    # Once, at the end: measuring would take up a slice of its own.
+    # Measure once, at the end: it would take up a time slice.
     if not left and not args.skip_costs:
         measure_costs(preset, folder)
     about = {
@@ -187,7 +188,7 @@ def run(args: argparse.Namespace) -> int:
         "seconds": time.perf_counter() - begin,
         "fraction": args.fraction,
     }
-    print(f"written: {write_page(preset, folder, about)}")
+    print(f"written to {write_page(preset, folder, about)}")
     return 0
 
 
@@ -195,10 +196,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the study.
 
     Args:
-        argv: the command line's words; None for the process's own.
+        argv: the command line's words; None for `sys.argv[1:]`.
 
     Returns:
-        the exit status: 0; 2 for what the user can mend.
+        the exit status: 0, or 2 for a user error.
     """
     parser = build_parser()
     args = parser.parse_args(argv)

@@ -1,4 +1,4 @@
-"""The study's pictures. Needs matplotlib (extra `plots`)."""
+"""The study's charts. Needs matplotlib (extra `plots`)."""
 
 import itertools
 import statistics
@@ -12,17 +12,18 @@ from enact_common.drawing.figures import COLOURS, colour, save
 from enact_common.study.arms import PLAIN
 from enact_common.study.images import VAL, Shapes, draw_one
 
-Found = Mapping[str, Mapping[str, Mapping[int, dict]]]
+# Results by trial, arm and seed.
+TrialResults = Mapping[str, Mapping[str, Mapping[int, dict]]]
 
-# Images of each kind that are shown.
+# Images shown of each data set.
 EXAMPLES = 5
 
 
 def draw_examples(sources: Sequence[Shapes], picture: Path) -> None:
-    """Images as the models see them, a row for each data set, with the boxes and classes of their objects.
+    """Draw images as the models see them, a row for each data set, with the boxes and classes of their objects.
 
     Args:
-        sources: what is drawn.
+        sources: the data sets.
         picture: file to write.
     """
     figure = Figure(figsize=(2 * EXAMPLES, 2.1 * len(sources)), layout="constrained")
@@ -33,24 +34,24 @@ def draw_examples(sources: Sequence[Shapes], picture: Path) -> None:
             axes.imshow(image)
             axes.set_xticks([])
             axes.set_yticks([])
-            for found, label in zip(objects, labels, strict=True):
-                x, y, width, height = (source.scale * side for side in found.bbox)
+            for scene_object, label in zip(objects, labels, strict=True):
+                x, y, width, height = (source.scale * side for side in scene_object.bbox)
                 axes.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=colour(label)))
                 frame = {"facecolor": colour(label), "edgecolor": "none", "pad": 1}
                 axes.text(x + 1, y, source.classes[label], fontsize=5, color="white", bbox=frame)
     save(figure, picture)
 
 
-def draw_precision(found: Found, picture: Path) -> None:
-    """The AP of each arm, a dot for each seed and a bar for their mean; a panel for each trial.
+def draw_precision(results: TrialResults, picture: Path) -> None:
+    """Draw the AP of each arm, a dot for each seed and a bar for their mean, a panel for each trial.
 
     Args:
-        found: by trial, by arm, by seed.
+        results: results by trial, arm and seed.
         picture: file to write.
     """
-    most = max(len(arms) for arms in found.values())
-    figure = Figure(figsize=(4.6 * len(found), 0.34 * most + 1.4), layout="constrained")
-    for axes, (title, arms) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+    most = max(len(arms) for arms in results.values())
+    figure = Figure(figsize=(4.6 * len(results), 0.34 * most + 1.4), layout="constrained")
+    for axes, (title, arms) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
         names = list(arms)
         for place, name in enumerate(names):
             values = [100 * run["figures"]["AP"] for run in arms[name].values()]
@@ -67,16 +68,16 @@ def draw_precision(found: Found, picture: Path) -> None:
     save(figure, picture)
 
 
-def draw_clusters(found: Found, picture: Path) -> None:
-    """How many clusters an image has in the first and the last encoder layer while training, the mean over seeds, of as
-    many arms as there are colours.
+def draw_clusters(results: TrialResults, picture: Path) -> None:
+    """Draw the clusters per image in the first and last encoder layer during training, averaged over seeds, for as many
+    arms as there are colours.
 
     Args:
-        found: as in `draw_precision`, those arms alone whose clusters follow scores that train.
+        results: as in `draw_precision`, only for arms whose clusters follow trained scores.
         picture: file to write.
     """
-    figure = Figure(figsize=(5.2 * len(found), 4.2), layout="constrained")
-    for axes, (title, arms) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+    figure = Figure(figsize=(5.2 * len(results), 4.2), layout="constrained")
+    for axes, (title, arms) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
         for i, (name, runs) in enumerate(itertools.islice(arms.items(), len(COLOURS))):
             rows = list(zip(*(run["clusters"] for run in runs.values()), strict=False))
             steps = [row[0]["step"] for row in rows]
@@ -86,7 +87,7 @@ def draw_clusters(found: Found, picture: Path) -> None:
                 axes.plot(steps, counts, style, color=colour(i), linewidth=1.2, label=label)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("step")
-        axes.set_ylabel("clusters an image")
+        axes.set_ylabel("clusters per image")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7, ncols=2)

@@ -1,4 +1,4 @@
-"""What an arm costs: a training step at the study's size, and the encoder at a size that matters."""
+"""Costs of an arm: a training step at the study's size, and an encoder layer at the published size."""
 
 import statistics
 from collections.abc import Callable
@@ -19,19 +19,19 @@ from enact_common.utils.acceleration import prepare
 from enact_common.utils.device import autocast
 from enact_common.variants import load_variant
 
-# Of a training step: to warm up, and timed.
+# Number of warm-up and of timed training steps.
 WARMUP, STEPS = 2, 5
 
-# Standard deviation of the blur that makes random maps as smooth as those of images, cells.
+# Standard deviation, in cells, of the blur that makes random maps as smooth as feature maps of images.
 SMOOTH = 2.0
 
-# An encoder layer of the published models.
+# Flags for one encoder layer of the published models.
 ENCODER = "--backbone resnet18 --backbone_weights none --enc_layers 1 --dec_layers 1 --dropout 0"
 
 
 def measure_step(task: Task, folder: Path, threads: int) -> dict[str, float]:
-    """`seconds` of a training step, the median, and `memory`, bytes by which it raises the peak. For a process of its
-    own."""
+    """Return the median `seconds` of a training step, and `memory`, the bytes by which it raises the peak. Needs a
+    separate process."""
     torch.set_num_threads(threads)
     device, results = torch.device(task.device), Results(folder)
     data = load_images(task.source, folder / "data")[TRAIN].to(device)
@@ -59,19 +59,21 @@ def measure_encoders(
     threads: int,
     repeat: int,
 ) -> dict[str, dict]:
-    """One encoder layer of the published width, forward and backward, on a random smooth map, the arms in turns.
+    """Time forward and backward of one encoder layer of the published width on a random smooth map.
+
+    The arms take turns. Needs a separate process.
 
     Args:
         variant: a key of `VARIANTS`.
-        arms: those to time.
-        length: of the windows where the arm does not find it itself, tokens.
+        arms: the arms to time.
+        length: window length, in tokens, for arms that do not compute it.
         shape: height and width of the map.
-        batch: images.
-        device_name, amp, threads: what it runs with.
-        repeat: timed runs.
+        batch: number of images.
+        device_name, amp, threads: device, precision and number of CPU threads.
+        repeat: number of timed runs.
 
     Returns:
-        of each arm `seconds`, a list, and `clusters`, None without. For a process of its own.
+        for each arm `seconds`, a list, and `clusters`, None for an arm without clusters.
     """
     torch.set_num_threads(threads)
     device = torch.device(device_name)
@@ -88,10 +90,10 @@ def measure_encoders(
 
 
 class EncoderStep:
-    """Forward and backward of an encoder; called without arguments.
+    """A callable without arguments that runs forward and backward of an encoder.
 
     Args:
-        as of `measure_encoders`.
+        as in `measure_encoders`.
     """
 
     def __init__(self, variant, arm, length, shape, batch, device, amp):
@@ -110,7 +112,7 @@ class EncoderStep:
         transformer = self.model.transformer
         if variant == "anchor":
             query = torch.zeros(1, d, device=device)
-            with torch.no_grad():  # once for all layers: no part of what one of them costs
+            with torch.no_grad():  # shared by all layers, so not a cost of one layer
                 placed = transformer.embed_positions(mask, torch.zeros(1, 2, device=device), query)
             (layer,) = transformer.encoder_layers
             self.encode = lambda maps: layer(maps, placed)

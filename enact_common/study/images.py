@@ -29,34 +29,34 @@ from enact_common.utils.signals import cancelling
 
 TRAIN, VAL = "train", "val"
 
-# An image, its width in its original size, and what it shows.
-Drawn = tuple[np.ndarray, int, list[SceneObject], list[int]]
+# An image, its original width, its objects and their labels.
+DrawnImage = tuple[np.ndarray, int, list[SceneObject], list[int]]
 
-# From so many images on, several processes draw.
-DRAWN_SIDE_BY_SIDE = 1000
+# From this many images on, several processes draw.
+PARALLEL_DRAWING_FROM = 1000
 
 SHAPES = ("circle", "triangle", "cross")
 
-# Grey levels of dots, by the class that they stand for, from one to the next so many pixels, and their radius.
+# Grey level of the dots of each class; spacing and radius of the dots in pixels.
 DOTS = {"dark": 5, "light": 250}
 DOT_SPACING, DOT_RADIUS = 7, 2
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What drawn images look like.
+    """Settings of a data set of drawn images.
 
     Attributes:
-        train, val: images.
+        train, val: number of images.
         height: pixels.
-        widths: pixels, from which each image's is drawn, so that batches have padding.
-        scale: of what the model sees, against what is drawn and measured in: a half shows it half as many pixels a
-            side, as resizing does to photographs.
-        objects: the least and the most in an image.
-        object_size: the least and the greatest extent, fractions of the height, log-uniform: many small, some large.
-        name: for results.
-        dotted: what an object's class is. None: its shape. "some": its own, and every second object bears the dots
-            that tell it. "one": that of the dots on the image's smallest object, which speaks for all.
+        widths: pixels; each image's width is chosen from these at random, so that batches have padding.
+        scale: size of the model's input relative to the drawn image, in which boxes are measured; 0.5 halves each side,
+            as resizing does for photographs.
+        objects: minimum and maximum number in an image.
+        object_size: minimum and maximum extent as fractions of the height, log-uniform: many small, some large.
+        name: name in results.
+        dotted: source of an object's class. None: its shape. "some": random for each object; every second object shows
+            it by dots. "one": the same for all objects; only the smallest object shows it by dots.
     """
 
     train: int
@@ -71,7 +71,7 @@ class Shapes:
 
     @property
     def classes(self) -> list[str]:
-        """Their names."""
+        """Class names."""
         return list(DOTS if self.dotted else SHAPES)
 
 
@@ -80,9 +80,9 @@ class Photographs:
     """A data set in COCO's layout.
 
     Attributes:
-        name: for results.
-        folder: holds `train2017/`, `val2017/` and `annotations/`.
-        height, width: pixels, into which every image is made to fit.
+        name: name in results.
+        folder: contains `train2017/`, `val2017/` and `annotations/`.
+        height, width: pixels; every image is resized to fit into these.
     """
 
     name: str
@@ -93,16 +93,16 @@ class Photographs:
 
 @dataclass
 class Images:
-    """One part of a data set.
+    """One split of a data set.
 
     Attributes:
         pixels: uint8 (n, 3, H, W), padded with zeros at the right and the bottom.
-        sizes: int64 (n, 2), each image's own height and width in it.
+        sizes: int64 (n, 2), each image's height and width in `pixels`, without padding.
         original: int64 (n, 2), height and width that boxes are measured in.
         labels: int64 (objects,) of each image, from 0.
-        boxes: float (objects, 4) of each image, centre x, centre y, width, height as fractions of its own sides.
-        areas: float (objects,) of each image, square pixels of the original: what COCO calls small or large.
-        classes: names.
+        boxes: float (objects, 4) of each image, centre x, centre y, width, height as fractions of the image's sides.
+        areas: float (objects,) of each image, in square pixels of the original, which set COCO's size of an object.
+        classes: class names.
     """
 
     pixels: Tensor
@@ -117,12 +117,12 @@ class Images:
         return len(self.pixels)
 
     def to(self, device: torch.device) -> "Images":
-        """All that training reads, on a device."""
+        """Return a copy with all training data on a device."""
         boxes, labels = ([part.to(device) for part in parts] for parts in (self.boxes, self.labels))
         return Images(self.pixels.to(device), self.sizes, self.original, labels, boxes, self.areas, self.classes)
 
     def batch(self, indices: Tensor) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
-        """Some images, int64 (batch,), on the CPU, in the form that detectors and criteria take."""
+        """Return images by their indices, int64 (batch,) on the CPU, in the form that detectors and criteria take."""
         device = self.pixels.device
         height, width = self.pixels.shape[-2:]
         sizes = self.sizes[indices].to(device)
@@ -132,11 +132,11 @@ class Images:
         return NestedTensor(self.pixels[indices.to(device)], mask), targets
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """The indices of all images, batch by batch."""
+        """Yield the indices of all images in batches."""
         yield from torch.arange(len(self)).split(size)
 
     def truth(self) -> COCO:
-        """The ground truth as pycocotools takes it; image ids count from 0, category ids from 1."""
+        """Return the ground truth for pycocotools. Image ids start at 0, category ids at 1."""
         annotations = []
         for i, (labels, boxes, areas) in enumerate(zip(self.labels, self.boxes, self.areas, strict=True)):
             height, width = self.original[i].tolist()
@@ -164,7 +164,7 @@ class Images:
         return coco
 
     def on_object(self, indices: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Which cells of a map have their centre in an object's box, and which are padding: bool (batch, h, w) each."""
+        """Return two masks bool (batch, h, w) of a map's cells: centre in an object's box, and padding."""
         samples, targets = self.batch(indices)
         height, width = samples.mask.shape[1:]
         mask = F.interpolate(samples.mask.unsqueeze(1).float(), size=size).squeeze(1).bool().cpu()
@@ -179,14 +179,14 @@ class Images:
 
 
 def load_images(source: Shapes | Photographs, cache: Path) -> dict[str, Images]:
-    """Both parts of a data set, by `TRAIN` and `VAL`; drawn ones are kept in a file, so that they are drawn once.
+    """Return both splits of a data set, by `TRAIN` and `VAL`. Drawn images are cached in a file.
 
     Args:
-        source: what to make or read.
+        source: the data set to draw or read.
         cache: folder for that file.
 
     Raises:
-        UserError: a real data set is not there.
+        UserError: a real data set is missing, or the cached file is damaged or of another preset.
     """
     if isinstance(source, Photographs):
         return {part: read_photographs(source, part) for part in (TRAIN, VAL)}
@@ -195,40 +195,40 @@ def load_images(source: Shapes | Photographs, cache: Path) -> dict[str, Images]:
         drawn = {part: vars(draw_images(source, part)) for part in (TRAIN, VAL)}
         cache.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: torch.save((str(source), drawn), file), sync=False)
-    made_from, drawn = read_tensors(path, "drawn images: remove it, and they are drawn again")
+    made_from, drawn = read_tensors(path, "drawn images: remove the file to draw them again")
     if made_from != str(source):
-        raise UserError(f"{path}: holds images of another preset; remove it, or choose another --output_dir")
+        raise UserError(f"{path}: contains images of another preset; remove it, or choose another --output_dir")
     return {part: Images(**content) for part, content in drawn.items()}
 
 
 def draw_images(source: Shapes, part: str) -> Images:
-    """Draw one part; image i depends on the part and i alone."""
+    """Draw one split. Image i depends only on the split and i."""
     count = getattr(source, part)
     rows = round(source.height * source.scale)
     pixels = torch.zeros(count, 3, rows, round(max(source.widths) * source.scale), dtype=torch.uint8)
     images = Images(pixels, *torch.zeros(2, count, 2, dtype=torch.int64), [], [], [], source.classes)
     with contextlib.ExitStack() as stack:
-        drawn: Iterator[Drawn] = map(partial(draw_one, source, part), range(count))
-        if count >= DRAWN_SIDE_BY_SIDE:
+        drawn: Iterator[DrawnImage] = map(partial(draw_one, source, part), range(count))
+        if count >= PARALLEL_DRAWING_FROM:
             pool = stack.enter_context(ProcessPoolExecutor(os.cpu_count(), get_context("spawn")))
             stack.enter_context(cancelling(pool))
             drawn = pool.map(partial(draw_one, source, part), range(count), chunksize=32)
-        for i, (seen, width, objects, labels) in enumerate(drawn):
-            own = seen.shape[:2]
-            pixels[i, :, : own[0], : own[1]] = torch.from_numpy(seen).permute(2, 0, 1)
+        for i, (image, width, objects, labels) in enumerate(drawn):
+            own = image.shape[:2]
+            pixels[i, :, : own[0], : own[1]] = torch.from_numpy(image).permute(2, 0, 1)
             images.sizes[i] = torch.tensor(own)
             images.original[i] = torch.tensor((source.height, width))
             add_objects(images, i, labels, [o.bbox for o in objects], [o.area for o in objects])
     return images
 
 
-def draw_one(source: Shapes, part: str, index: int) -> Drawn:
-    """One image as the model sees it, uint8 (height, width, 3), the width that it was drawn with, its objects, and
-    their classes, from 0."""
+def draw_one(source: Shapes, part: str, index: int) -> DrawnImage:
+    """Draw an image and return it as the model sees it, uint8 (height, width, 3), with its original width, its objects
+    and their labels, from 0."""
     rng = np.random.default_rng([(TRAIN, VAL).index(part), index])
     width = int(rng.choice(source.widths))
     image, objects = draw_scene(rng, source.height, width, source.objects, source.object_size, SHAPES)
-    labels = [found.class_index for found in objects]
+    labels = [scene_object.class_index for scene_object in objects]
     if source.dotted and objects:
         labels = rng.integers(len(DOTS), size=len(objects)).tolist()
         bearers = rng.permutation(len(objects))[::2].tolist()
@@ -241,21 +241,21 @@ def draw_one(source: Shapes, part: str, index: int) -> Drawn:
     return cv2.resize(image, own, interpolation=cv2.INTER_AREA), width, objects, labels
 
 
-def add_dots(rng: np.random.Generator, image: np.ndarray, found: SceneObject, level: int) -> None:
-    """Draw dots all over what is visible of an object, into an image uint8 (height, width, 3), in a grey level."""
+def add_dots(rng: np.random.Generator, image: np.ndarray, scene_object: SceneObject, level: int) -> None:
+    """Draw dots of a grey level over the visible part of an object, into an image uint8 (height, width, 3)."""
     visible = np.zeros(image.shape[:2], np.uint8)
-    for polygon in found.polygons:
+    for polygon in scene_object.polygons:
         cv2.fillPoly(visible, [np.rint(np.reshape(polygon, (-1, 2)) - 0.5).astype(np.int32)], 1)
-    # From the middle of its cell in a grid that begins anywhere, both ways.
+    # Distance of each row and column from the nearest dot centre, on a grid with a random origin.
     y, x = ((np.arange(side) + rng.integers(DOT_SPACING)) % DOT_SPACING - DOT_SPACING // 2 for side in image.shape[:2])
     image[(visible > 0) & (y[:, None] ** 2 + x**2 <= DOT_RADIUS**2)] = level
 
 
 def read_photographs(source: Photographs, part: str) -> Images:
-    """Read one part, crowds left out.
+    """Read one split without crowds.
 
     Raises:
-        UserError: it is not there, or has no objects.
+        UserError: the split is missing, or has no objects.
     """
     folder = Path(source.folder)
     content = load_annotations(folder / "annotations" / f"instances_{part}2017.json")
@@ -267,7 +267,7 @@ def read_photographs(source: Photographs, part: str) -> Images:
         if not annotation.get("iscrowd") and w > 0 and h > 0:
             by_image[annotation["image_id"]].append(annotation)
     if not any(by_image.values()):
-        raise UserError(f"--bccd {source.folder}: {part} has no objects (crowds do not count): nothing can be measured")
+        raise UserError(f"--bccd {source.folder}: {part} has no objects (crowds do not count); pass another data set")
     count = len(content["images"])
     pixels = torch.zeros(count, 3, source.height, source.width, dtype=torch.uint8)
     names = [category["name"] for category in categories]
@@ -279,15 +279,19 @@ def read_photographs(source: Photographs, part: str) -> Images:
         pixels[i, :, : own[0], : own[1]] = transforms.resize(whole, own, antialias=True)
         images.sizes[i] = torch.tensor(own)
         images.original[i] = torch.tensor(whole.shape[1:])
-        found = by_image[image["id"]]
+        objects = by_image[image["id"]]
         add_objects(
-            images, i, [label[a["category_id"]] for a in found], [a["bbox"] for a in found], [a["area"] for a in found]
+            images,
+            i,
+            [label[a["category_id"]] for a in objects],
+            [a["bbox"] for a in objects],
+            [a["area"] for a in objects],
         )
     return images
 
 
 def add_objects(images: Images, index: int, labels: list[int], boxes: list, areas: list[float]) -> None:
-    """Add what an image shows: boxes left, top, width, height in pixels of the original."""
+    """Add an image's objects. Boxes are left, top, width, height in pixels of the original."""
     height, width = images.original[index].tolist()
     corners = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
     images.labels.append(torch.tensor(labels, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""What the study found: tables in Markdown and charts, from the trainings' files. Charts need matplotlib (extra
+"""The study's results as tables in Markdown and charts, from the trainings' files. Charts need matplotlib (extra
 `plots`)."""
 
 import importlib.util
@@ -21,22 +21,22 @@ from enact_common.utils.files import write_atomically
 
 METRICS = ("AP", "AP50", "APS", "APM", "APL")
 
-# Changes that leave nothing to the scores.
+# Changes that make clusters independent of the scores.
 FIXED = {fix_lengths, join_all}
 
 
 def results_of(preset: Preset, trial: Trial, results: Results) -> dict[str, dict[int, dict[str, Any]]]:
-    """The trainings of a trial that are done: by arm, by seed."""
-    found: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in trial.arms}
+    """Return the results of a trial's finished trainings, by arm and seed."""
+    by_arm: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in trial.arms}
     for task in tasks_of(replace(preset, trials=(trial,))):
         result = results.read(task)
         if result is not None:
-            found[task.arm.name][task.seed] = result
-    return {name: by_seed for name, by_seed in found.items() if by_seed}
+            by_arm[task.arm.name][task.seed] = result
+    return {name: by_seed for name, by_seed in by_arm.items() if by_seed}
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """The mean of percentages, and their standard deviation where there are several; a dash where there are none."""
+    """Return the mean of fractions in percent, with the standard deviation of several; a dash without values."""
     known = [100 * value for value in values if value is not None and value >= 0]
     if not known:
         return "-"
@@ -45,8 +45,8 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 
 def difference(ours: Mapping[int, dict], theirs: Mapping[int, dict]) -> tuple[float, float | None] | None:
-    """Points of AP between two arms, the mean over the seeds that both have, and its standard error, None of one
-    seed; None without a common seed."""
+    """Return the mean difference in AP of two arms over their common seeds, in points, and its standard error, None for
+    one seed. Return None without a common seed."""
     both = sorted(set(ours) & set(theirs))
     if not both:
         return None
@@ -56,51 +56,51 @@ def difference(ours: Mapping[int, dict], theirs: Mapping[int, dict]) -> tuple[fl
 
 
 def difference_text(value: tuple[float, float | None] | None) -> str:
-    """A difference with its standard error; a dash where there is none."""
+    """Return a difference with its standard error as text; a dash for None."""
     if value is None:
         return "-"
     return f"{value[0]:+.1f}" + ("" if value[1] is None else f" ± {value[1]:.1f}")
 
 
 def accuracy_table(
-    shown: Mapping[str, Mapping[int, dict]], found: Mapping[str, Mapping[int, dict]], references: tuple[str, str]
+    arms: Mapping[str, Mapping[int, dict]], by_arm: Mapping[str, Mapping[int, dict]], references: tuple[str, str]
 ) -> str:
-    """COCO's figures of some arms, and how far their AP is from that of others among all that were found."""
+    """Return COCO metrics of `arms`, and their differences in AP to reference arms among `by_arm`."""
     columns = {"arm": LEFT, "encoder attention": LEFT, "seeds": RIGHT, **dict.fromkeys((*METRICS, "class"), RIGHT)}
     columns |= {f"to `{name}`": RIGHT for name in references}
     rows = []
-    for name, by_seed in shown.items():
+    for name, by_seed in arms.items():
         cells = [mean_and_spread([run["figures"][key] for run in by_seed.values()]) for key in METRICS]
         cells.append(mean_and_spread([run["right"] for run in by_seed.values()]))
         against = [
-            "" if name == other else difference_text(difference(by_seed, found.get(other, {}))) for other in references
+            "" if name == other else difference_text(difference(by_seed, by_arm.get(other, {}))) for other in references
         ]
         rows.append([f"`{name}`", ARMS[name].title, str(len(by_seed)), *cells, *against])
     return markdown_table(columns, rows)
 
 
 def follows_scores(name: str) -> bool:
-    """Whether an arm's clusters follow learned scores, its windows' lengths at least."""
+    """Return whether an arm's clusters, or at least its window lengths, follow learned scores."""
     return name not in (PLAIN, NONE, LONGER) and not FIXED & set(ARMS[name].changes)
 
 
 def layers_text(values: Sequence[float | None], form: str) -> str:
-    """A figure of each layer, side by side."""
+    """Return a value of each layer as text, side by side."""
     return " / ".join(figure(value, form) for value in values) or "-"
 
 
 def mean_layers(rows: Sequence[Sequence[float | None]]) -> list[float | None]:
-    """The mean of each layer over the seeds."""
+    """Return the mean of each layer over the seeds."""
     columns = ([value for value in column if value is not None] for column in zip(*rows, strict=True))
     return [statistics.mean(column) if column else None for column in columns]
 
 
-def inside_table(found: Mapping[str, Mapping[int, dict]]) -> str:
-    """Clusters at the beginning and at the end of the training, and what the information has to do with objects."""
+def introspection_table(by_arm: Mapping[str, Mapping[int, dict]]) -> str:
+    """Return the clusters at the start and end of training, and how the information relates to objects."""
     columns = {"arm": LEFT, "clusters, first step": RIGHT, "last": RIGHT}
-    columns |= {"largest share, before": RIGHT, "after": RIGHT, "r with objects, before": RIGHT, "after ": RIGHT}
+    columns |= {"largest weight, before": RIGHT, "after": RIGHT, "r with objects, before": RIGHT, "after ": RIGHT}
     rows = []
-    for name, by_seed in found.items():
+    for name, by_seed in by_arm.items():
         runs = list(by_seed.values()) if follows_scores(name) else []
         if not runs:
             continue
@@ -114,16 +114,16 @@ def inside_table(found: Mapping[str, Mapping[int, dict]]) -> str:
     return markdown_table(columns, rows)
 
 
-def costs_table(found: Mapping[str, Mapping[int, dict]], trial: Trial, costs: Mapping[str, Any]) -> str:
-    """Time and memory of each arm, and over plain attention's."""
+def costs_table(by_arm: Mapping[str, Mapping[int, dict]], trial: Trial, costs: Mapping[str, Any]) -> str:
+    """Return time and memory of each arm, and their ratios to plain attention's."""
     encoders = costs["encoders"].get(trial.variant, {})
-    steps = {name: costs["steps"].get(f"{trial.name}-{name}") for name in found}
+    steps = {name: costs["steps"].get(f"{trial.name}-{name}") for name in by_arm}
     columns = {
         "arm": LEFT, "step ms": RIGHT, "ratio": RIGHT, "peak MiB": RIGHT, "ratio ": RIGHT, "layer ms": RIGHT,
         "ratio  ": RIGHT, "clusters": RIGHT, "trained s": RIGHT,
     }  # fmt: skip
     rows = []
-    for name, by_seed in found.items():
+    for name, by_seed in by_arm.items():
         step, base = steps[name], steps.get(PLAIN)
         encoder, plain = (
             statistics.median(encoders[key]["seconds"]) if key in encoders else None for key in (name, PLAIN)
@@ -145,66 +145,66 @@ def costs_table(found: Mapping[str, Mapping[int, dict]], trial: Trial, costs: Ma
 
 
 def title_of(trial: Trial) -> str:
-    """What a trial is about."""
+    """Return a trial's title."""
     return f"{trial.variant} on {trial.source.name}"
 
 
 def trial_text(preset: Preset, trial: Trial, results: Results, costs: Mapping[str, Any]) -> str:
-    """One trial's section."""
-    found = results_of(preset, trial, results)
+    """Return a trial's section of the page."""
+    by_arm = results_of(preset, trial, results)
     title = f"## {title_of(trial)}"
-    if not found:
-        return f"{title}\n\nNothing is done yet."
-    run = next(iter(next(iter(found.values())).values()))
+    if not by_arm:
+        return f"{title}\n\nNo results yet."
+    run = next(iter(next(iter(by_arm.values())).values()))
     size = " x ".join(map(str, run["map_size"]))
     start = next((results.read(start_of(task)) for task in tasks_of(replace(preset, trials=(trial,)))), None)
-    began = "All begin with random weights."
+    start_text = "All arms start from random weights."
     if start is not None:
-        began = (
-            f"All begin with the weights of one training without attention in the encoder, on {start['images']:,} "
-            f"images (AP {100 * start['figures']['AP']:.1f} on images of its own kind); the encoder's attention is "
-            "random, and the seed's, but for its last projection, which is zero."
+        start_text = (
+            f"All arms start from the weights of one training without encoder attention, on {start['images']:,} images "
+            f"(AP {100 * start['figures']['AP']:.1f} on its own data set). The encoder attention is initialised at "
+            "random by the seed, with its output projection at zero."
         )
     if trial.encoder_alone:
-        began += " The encoder alone is trained."
-    trained = {name: runs for name, runs in found.items() if not ARMS[name].begins_with}
-    converted = {name: runs for name, runs in found.items() if name not in trained}
+        start_text += " Only the encoder is trained."
+    trained = {name: runs for name, runs in by_arm.items() if not ARMS[name].begins_with}
+    converted = {name: runs for name, runs in by_arm.items() if name not in trained}
     parts = [
         title,
-        f"Feature maps of {size} cells; each arm is trained on {run['images']:,} images. {began}",
-        accuracy_table(trained, found, (PLAIN, UNIFORM)),
+        f"Feature maps have {size} cells. Each arm is trained on {run['images']:,} images. {start_text}",
+        accuracy_table(trained, by_arm, (PLAIN, UNIFORM)),
     ]
     if converted:
         parts += [
-            "Plain attention as it came out of that, converted: as it is then, and after a tenth of the images more.",
-            accuracy_table(converted, found, (PLAIN, LONGER)),
+            "The trained plain attention, converted: without further training, and after a tenth more images.",
+            accuracy_table(converted, by_arm, (PLAIN, LONGER)),
         ]
     parts += [
-        "Mean ± standard deviation over the seeds, in percent. Class: of the objects that a query's box covers (an IoU "
-        "of 0.5 or more), those whose class is right. To another arm: points of AP, the mean difference of the same "
-        "seeds ± its standard error.",
-        inside_table(found),
-        "Clusters of an image in each encoder layer; largest share: of a window's tokens, over what each would have in "
-        "an average (1: all alike); r: of a cell's information with being in an object's box. Before and after the "
-        "training.",
+        "Mean ± standard deviation over the seeds, in percent. Class: fraction of objects with the right class, among "
+        "those that a query's box covers (IoU of 0.5 or more). To another arm: mean difference in AP over common seeds "
+        "± its standard error, in points.",
+        introspection_table(by_arm),
+        "Clusters: number per image in each encoder layer. Largest weight: the largest pooling weight in a window, "
+        "relative to equal weights (1: all equal). r: correlation of a cell's information with being in an object's "
+        "box. Before and after training.",
     ]
     if costs:
         parts += [
             costs_table(trained, trial, costs),
-            f"Step: of the training here, batch and all, alone on the machine, and by how much it raises the peak. "
-            f"Layer: forward and backward of one encoder layer of the published width on a map of "
-            f"{' x '.join(map(str, preset.cost_map))} cells, batch {preset.cost_batch}, the median of the runs. "
-            "Trained: the whole training, beside another one.",
+            f"Step: one training step of this study, including its batch, without other load, and its rise in peak "
+            f"memory. Layer: forward and backward of one encoder layer of the published width on a map of "
+            f"{' x '.join(map(str, preset.cost_map))} cells, batch {preset.cost_batch}, median of the runs. "
+            "Trained: the whole training, in parallel with another one.",
         ]
     return "\n\n".join(parts)
 
 
 def write_page(preset: Preset, folder: Path, about: Mapping[str, Any]) -> Path:
-    """Write the tables and, where matplotlib is there, the charts.
+    """Write the tables and, if matplotlib is installed, the charts.
 
     Args:
-        preset: what was studied.
-        folder: with the results; the page goes there.
+        preset: the study.
+        folder: folder of the results, where the page is written.
         about: `command`, `date`, `machine`, `seconds` and `fraction`.
 
     Returns:
@@ -214,33 +214,33 @@ def write_page(preset: Preset, folder: Path, about: Mapping[str, Any]) -> Path:
     costs_file = folder / "costs.json"
     costs = json.loads(costs_file.read_text()) if costs_file.is_file() else {}
     head = [
-        "# Figures of the study",
+        "# Results of the study",
         f"Machine: {about['machine']}; {about['date']}; {about['seconds'] / 60:.0f} minutes",
         f"`{about['command']}`",
     ]
     if about["fraction"] < 1:
-        head.append(f"With {about['fraction']:g} of the images: a trial run, whose figures mean nothing.")
+        head.append(f"A dry run with {about['fraction']:g} of the images, whose metrics are meaningless.")
     sections = [trial_text(preset, trial, results, costs) for trial in preset.trials]
     pictures = []
     if importlib.util.find_spec("matplotlib"):
         from enact_common.study.charts import draw_clusters, draw_examples, draw_precision
 
-        found = {title_of(trial): results_of(preset, trial, results) for trial in preset.trials}
-        found = {name: arms for name, arms in found.items() if arms}
-        moving = {
+        by_trial = {title_of(trial): results_of(preset, trial, results) for trial in preset.trials}
+        by_trial = {name: arms for name, arms in by_trial.items() if arms}
+        with_scores = {
             title: {name: runs for name, runs in arms.items() if follows_scores(name) and ARMS[name].rate}
-            for title, arms in found.items()
+            for title, arms in by_trial.items()
         }
-        drawn = {source.name: source for source in sources_of(preset) if isinstance(source, Shapes)}
+        shapes = {source.name: source for source in sources_of(preset) if isinstance(source, Shapes)}
         draw: dict[str, tuple[Callable, Any]] = {
-            "images.png": (draw_examples, list(drawn.values())),
-            "precision.png": (draw_precision, found),
-            "clusters.png": (draw_clusters, {title: arms for title, arms in moving.items() if arms}),
+            "images.png": (draw_examples, list(shapes.values())),
+            "precision.png": (draw_precision, by_trial),
+            "clusters.png": (draw_clusters, {title: arms for title, arms in with_scores.items() if arms}),
         }
-        for name, (picture, shown) in draw.items():
-            if not shown:
+        for name, (chart, content) in draw.items():
+            if not content:
                 continue
-            picture(shown, folder / name)
+            chart(content, folder / name)
             pictures.append(f"![{name.removesuffix('.png').capitalize()}]({name})")
     path = folder / "accuracy.md"
     text = "\n\n".join([*head, *pictures, *sections]) + "\n"

@@ -1,4 +1,4 @@
-"""How large the study is: on two CPU cores at most an hour a call, or on a GPU in slices of ten minutes."""
+"""Presets of the study: at most an hour per call on two CPU cores, or slices of ten minutes on a GPU."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,20 +26,20 @@ from enact_common.study.arms import (
 )
 from enact_common.study.images import Photographs, Shapes
 
-# What goes on from a training that has come to its end does so for a tenth of its images, and at a tenth of its rates:
-# the full ones would undo what was learned, with any attention.
+# Arms that continue a finished training use a tenth of its images and learning rates, since the full learning rates
+# would undo the training with any attention.
 TENTH = 0.1
 
 
 def conversions(
     kind: str, title: str, flags: tuple[str, ...] = (), changes: tuple[Change, ...] = (), trained: bool = True
 ) -> list[Arm]:
-    """Plain attention that has learned, converted: as it is then, and trained on.
+    """Return the arms of trained plain attention, converted: without further training, and trained further.
 
     Args:
-        kind: of clusters, for the arms' names; "" for ENACT's windows.
+        kind: kind of clusters, for the arms' names; "" for ENACT's windows.
         title, flags, changes: as in `Arm`.
-        trained: the second too.
+        trained: whether to include the arm that is trained further.
     """
     suffix = f"_{kind}" * bool(kind)
     made = []
@@ -51,7 +51,7 @@ def conversions(
     return made
 
 
-# Attention as everybody else computes it: logits over the root of a head's width, values as they are.
+# Standard attention: logits divided by the square root of head_dim, values unscaled.
 SCALED = ("--enact_scale_logits",)
 CURVE = ("--enact_order", "hilbert")
 SHORTER = ("--smoothing_sigma", "1")
@@ -61,7 +61,7 @@ LIST = (
     Arm(PLAIN, "plain attention", ("--encoder_attention", "mhsa")),
     Arm(
         NONE,
-        "none: the encoder's feed-forward networks alone",
+        "none: only the encoder's feed-forward networks",
         ("--encoder_attention", "mhsa"),
         (attend_to_nothing,),
     ),
@@ -69,7 +69,7 @@ LIST = (
     Arm("regions", "ENACT: regions", ("--enact_clusters", "regions")),
     Arm(
         "per_image",
-        "ENACT: windows of each image, padding left out",
+        "ENACT: windows of each image, without padding",
         ("--enact_per_image", "--enact_mask_padding"),
     ),
     Arm(
@@ -84,9 +84,9 @@ LIST = (
         changes=(fix_lengths, ChangeShares(MiddleAlone)),
         lengths_of=WINDOWS,
     ),
-    Arm("sigma_1", "windows of less smoothed information: shorter", SHORTER),
+    Arm("sigma_1", "shorter windows, from less smoothed information", SHORTER),
     Arm("hilbert", "windows along a Hilbert curve", CURVE),
-    Arm("temperature", "windows, shares that differ", DIFFERING),
+    Arm("temperature", "windows, unequal pooling weights", DIFFERING),
     Arm("scaled", "windows, logits scaled", SCALED),
     Arm("scaled_hilbert", "windows along a Hilbert curve, logits scaled", (*SCALED, *CURVE)),
     Arm(
@@ -96,23 +96,23 @@ LIST = (
     ),
     Arm(
         "scaled_hilbert_temperature",
-        "windows along a Hilbert curve, logits scaled, shares that differ",
+        "windows along a Hilbert curve, logits scaled, unequal pooling weights",
         (*SCALED, *CURVE, *DIFFERING),
     ),
     Arm(
         "scaled_hilbert_random",
-        "windows along a Hilbert curve, logits scaled, shares that differ by random scores",
+        "windows along a Hilbert curve, logits scaled, unequal pooling weights by random scores",
         (*SCALED, *CURVE, *DIFFERING),
         (keep_scores,),
     ),
     Arm(
         "scaled_hilbert_sharp",
-        "windows along a Hilbert curve, logits scaled, shares that differ more",
+        "windows along a Hilbert curve, logits scaled, more unequal pooling weights",
         (*SCALED, *CURVE, "--enact_temperature", "0.25"),
     ),
     Arm(
         "scaled_hilbert_sigma_1_temperature",
-        "shorter windows along a Hilbert curve, logits scaled, shares that differ",
+        "shorter windows along a Hilbert curve, logits scaled, unequal pooling weights",
         (*SCALED, *CURVE, *SHORTER, *DIFFERING),
     ),
     Arm(
@@ -123,11 +123,13 @@ LIST = (
         lengths_of="scaled",
     ),
     Arm(
-        "learned", "windows, shares that differ, by a learned temperature", changes=(ChangeShares(LearnedTemperature),)
+        "learned",
+        "windows, unequal pooling weights by a learned temperature",
+        changes=(ChangeShares(LearnedTemperature),),
     ),
     Arm(
         "regions_by_size",
-        "regions that count by their size",
+        "regions weighted by their size",
         ("--enact_clusters", "regions"),
         changes=(weigh_by_size,),
     ),
@@ -135,11 +137,11 @@ LIST = (
     Arm(LONGER, "plain, a tenth longer", ("--encoder_attention", "mhsa"), begins_with=PLAIN, budget=TENTH, rate=TENTH),
     *conversions("sigma_1", "shorter windows", SHORTER),
     *conversions("hilbert", "windows along a Hilbert curve", CURVE),
-    *conversions("temperature", "windows, shares that differ", DIFFERING, trained=False),
-    *conversions("hilbert_temperature", "windows along a Hilbert curve, shares that differ", (*CURVE, *DIFFERING)),
+    *conversions("temperature", "windows, unequal pooling weights", DIFFERING, trained=False),
+    *conversions("hilbert_temperature", "windows along a Hilbert curve, unequal pooling weights", (*CURVE, *DIFFERING)),
     *conversions(
         "hilbert_sigma_1_temperature",
-        "shorter windows along a Hilbert curve, shares that differ",
+        "shorter windows along a Hilbert curve, unequal pooling weights",
         (*CURVE, *SHORTER, *DIFFERING),
     ),
     *conversions("regions", "regions", ("--enact_clusters", "regions"), trained=False),
@@ -159,14 +161,13 @@ class Trial:
     Attributes:
         source: the data set.
         variant: a key of `VARIANTS`.
-        arms: names in `ARMS`, the first one plain attention.
-        flags: of the variant's command line, for all arms.
-        images: that each is trained on, one counted as often as it is seen.
-        start_images: of the training without attention in the encoder that all begin with; 0 to begin with random
-            weights.
-        seeds: how many.
+        arms: names in `ARMS`, plain attention first.
+        flags: flags for the variant's command line, for all arms.
+        images: number of training images of each arm, counting repeats.
+        start_images: number of images of the start training without encoder attention; 0 to start from random weights.
+        seeds: number of seeds.
         start_source, encoder_alone: as in `Task`.
-        backbone_of: the trial whose training without attention gives this one's its backbone; None for random weights.
+        backbone_of: trial whose start training provides the backbone for this trial's; None for random weights.
     """
 
     source: Shapes | Photographs
@@ -182,23 +183,23 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """In files."""
+        """Name in files."""
         return f"{self.source.name}-{self.variant}"
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A study.
+    """The settings of a study.
 
     Attributes:
-        trials: what is compared.
-        device: a device's name.
-        jobs: trainings side by side.
-        threads: of each.
-        seconds: after which no training begins any more, though all that were begun end.
+        trials: the trials.
+        device: name of the device.
+        jobs: number of parallel trainings.
+        threads: CPU threads of each training.
+        seconds: time after which no training starts; running ones finish.
         cost_map: height and width of the feature map that encoders are timed on.
-        cost_batch: images in that.
-        amp: their precision, a key of `AMP_DTYPE`.
+        cost_batch: number of images when encoders are timed.
+        amp: precision when encoders are timed, a key of `AMP_DTYPE`.
     """
 
     trials: tuple[Trial, ...]
@@ -212,18 +213,18 @@ class Preset:
 
 
 def sources_of(preset: Preset) -> tuple[Shapes | Photographs, ...]:
-    """The data sets of a preset, each once; what its trials begin with comes first."""
+    """Return the data sets of a preset, each once, with a trial's start source before its own."""
     both = (source for trial in preset.trials for source in (trial.start_source, trial.source))
     return tuple(dict.fromkeys(source for source in both if source is not None))
 
 
-# Cells of 4 pixels, 32 x 32 to 32 x 36 of them: on two CPU cores, a deeper backbone would leave no time for the rest.
+# 32 x 32 to 32 x 36 cells of 4 pixels: a deeper backbone would take too long on two CPU cores.
 CPU_MODEL = (
     "--backbone resnet18 --backbone_stages 1 --backbone_weights none --backbone_norm batch --enc_layers 1 "
     "--dec_layers 2 --hidden_dim 64 --nheads 4 --dim_feedforward 256 --dropout 0 --batch_size 4 --epochs 1 --lr 1e-3 "
     "--lr_backbone 1e-3 --lr_schedule cosine --warmup_steps 20 --bbox_loss_coef 1.25 --giou_loss_coef 0.5"
 )
-# Cells of 16 pixels, 32 x 32 to 32 x 36.
+# 32 x 32 to 32 x 36 cells of 16 pixels.
 GPU_MODEL = (
     "--backbone resnet18 --backbone_stages 3 --backbone_weights none --backbone_norm batch --enc_layers 4 "
     "--dec_layers 4 --hidden_dim 256 --nheads 8 --dim_feedforward 1024 --dropout 0 --batch_size 16 --epochs 1 "
@@ -236,7 +237,7 @@ QUERIES = {
     "anchor": "--num_query_position 36 --num_query_pattern 1 --no-dilation --spatial_prior grid",
 }
 
-# Row-column attention over clusters: what is tried is what clusters are.
+# Anchor DETR has row-column attention, so only the kinds of clusters are compared.
 ANCHOR_ARMS = (PLAIN, NONE, WINDOWS, "regions", "per_image", UNIFORM, "strided", "temperature", UNTRAINED, CONVERTED)
 
 
@@ -248,13 +249,13 @@ def trials(
     start_source: Shapes | None = None,
     encoder_alone: bool = False,
 ) -> tuple[Trial, ...]:
-    """The trials of some variants on one data set.
+    """Return the trials of several variants on one data set.
 
     Args:
         source, images, start_source, encoder_alone: as in `Trial`.
-        model: flags of all variants.
-        variants: which, each with its `start_images` and `seeds`; where there are such images, the first one's training
-            gives the others their backbone.
+        model: flags for all variants.
+        variants: `start_images` and `seeds` of each variant. With start images, the start training of the first variant
+            provides the backbone for the others.
     """
     made: list[Trial] = []
     for variant, (start_images, seeds) in variants.items():
@@ -276,11 +277,11 @@ GPU_SHAPES = Shapes(
 
 
 def in_context(shapes: Shapes) -> dict[str, Any]:
-    """The problem that takes attention: the smallest object's dots speak for all objects of the image.
+    """Return settings for the problem that needs attention: the smallest object's dots set the class of all objects.
 
-    What the detectors begin with is to find objects, with and without dots, and to read an object's own dots. All of
-    them but the encoder stays as it is: to the decoder, an object must look as if it bore dots itself. So all that is
-    to be learned is what the encoder's attention brings.
+    In the start training, detectors learn to find objects, with and without dots, and to read an object's own dots. The
+    arms then train only the encoder: to the frozen decoder, each object must look as if it had the dots. So accuracy
+    shows the encoder attention's contribution.
     """
     own, others = replace(shapes, name="dots", dotted="some"), replace(shapes, name="context", dotted="one")
     return {"source": others, "start_source": own, "encoder_alone": True}

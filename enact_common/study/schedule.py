@@ -1,4 +1,4 @@
-"""Which trainings there are, and their turns: several side by side, each after those that it begins with."""
+"""The study's trainings and their order: several in parallel, each after those that it starts from."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from enact_common.utils.signals import cancelling
 
 
 def tasks_of(preset: Preset) -> list[Task]:
-    """All trainings, seed by seed, so that a study that is cut short has all arms of some seeds."""
+    """Return all trainings, seed by seed, so that an unfinished study has all arms of some seeds."""
     made = []
     for seed in range(max(trial.seeds for trial in preset.trials)):
         for trial in preset.trials:
@@ -26,7 +26,7 @@ def tasks_of(preset: Preset) -> list[Task]:
 
 
 def task_of(trial: Trial, arm: str, seed: int, device: str) -> Task:
-    """One training of a trial."""
+    """Return one training of a trial."""
     first = trial.backbone_of
     before = None if first is None else start_of(task_of(first, arm, 0, device))
     return Task(
@@ -36,8 +36,8 @@ def task_of(trial: Trial, arm: str, seed: int, device: str) -> Task:
 
 
 def end_with_parent() -> None:
-    """Let a process of the pool end when the study is killed, rather than wait for work for ever; and after Ctrl-C,
-    which goes to all processes, without a traceback."""
+    """Make a pool process end when the study is killed, instead of waiting for work forever. After Ctrl-C, which all
+    processes receive, it ends without a traceback."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def watch() -> None:
@@ -48,7 +48,7 @@ def end_with_parent() -> None:
 
 
 def run_task(task: Task, folder: Path, threads: int) -> tuple[str, float, float]:
-    """Train in a process of the pool: its name, the AP, and seconds."""
+    """Train in a pool process and return the training's name, AP and seconds."""
     torch.set_num_threads(threads)
     begin = time.perf_counter()
     result = train(task, Results(folder))
@@ -56,10 +56,10 @@ def run_task(task: Task, folder: Path, threads: int) -> tuple[str, float, float]
 
 
 def run_trainings(preset: Preset, folder: Path, until: float) -> int:
-    """Do what is not done, as many side by side as the preset says, until a time on `time.perf_counter`.
+    """Run the unfinished trainings, in parallel as the preset says, until a time of `time.perf_counter`.
 
     Returns:
-        how many trainings are left.
+        the number of trainings left.
     """
     results = Results(folder)
     tasks = tasks_of(preset)
@@ -73,7 +73,7 @@ def run_trainings(preset: Preset, folder: Path, until: float) -> int:
         while waiting or running:
             undone = {task.name for task in (*running.values(), *waiting)}
             ready = [task for task in waiting if not undone & set(needed(task))]
-            # What all others wait for has the machine to itself.
+            # A training that all others wait for gets all threads.
             threads = preset.threads * (preset.jobs if not running and len(ready) == 1 else 1)
             for task in ready[: preset.jobs - len(running)]:
                 if time.perf_counter() < until:
@@ -85,20 +85,20 @@ def run_trainings(preset: Preset, folder: Path, until: float) -> int:
             for future in done:
                 del running[future]
                 name, precision, seconds = future.result()
-                print(f"{name}: AP {precision:.3f}, {seconds:.0f} s; {len(waiting)} to begin", flush=True)
+                print(f"{name}: AP {precision:.3f}, {seconds:.0f} s; {len(waiting)} waiting", flush=True)
     if waiting:
-        print(f"out of time: {len(waiting)} trainings are left; the same command goes on with them")
+        print(f"out of time: {len(waiting)} trainings are left; run the same command to continue")
     return len(waiting)
 
 
 def missing_weights(task: Task, tasks: list[Task], results: Results) -> bool:
-    """Whether a training that is done is to be done again, since another one that is not needs its weights."""
+    """Return whether a finished training must be repeated, since an unfinished one needs its missing weights."""
     wanted = any(task.name in needed(other) and results.read(other) is None for other in tasks)
     return wanted and task.arm.name == START.name and not results.weights(task).is_file()
 
 
 def needed(task: Task) -> list[str]:
-    """The names of the trainings that come before one."""
+    """Return the names of the trainings that a training depends on."""
     if task.arm.name == START.name:
         return [task.backbone_of.name] if task.backbone_of else []
     names = [start_of(task).name] if task.start_images else []

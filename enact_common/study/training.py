@@ -1,4 +1,4 @@
-"""One arm's training: from weights that all arms share, on the same images in the same order, to COCO's figures."""
+"""Training and evaluation of one arm, from weights that all arms share, on the same images in the same order."""
 
 import contextlib
 import itertools
@@ -23,7 +23,7 @@ from enact_common.cli.flags import with_flags
 from enact_common.data.categories import LabelMap
 from enact_common.evaluation.coco import METRICS, CocoBoxEvaluator
 from enact_common.models.backbone import stride_of
-from enact_common.study.arms import PLAIN, Arm, Setting, attend_to_nothing, begin_silently, encoder_layers
+from enact_common.study.arms import PLAIN, Arm, Setting, attend_to_nothing, encoder_layers, zero_output_projections
 from enact_common.study.images import TRAIN, VAL, Images, Photographs, Shapes, load_images
 from enact_common.study.presets import ARMS
 from enact_common.training.engine import TrainStep
@@ -34,19 +34,19 @@ from enact_common.utils.errors import UserError
 from enact_common.utils.files import write_atomically
 from enact_common.variants import load_variant
 
-# The training without attention in the encoder, whose weights all arms begin with.
+# The training without encoder attention, from whose weights all arms start.
 START = Arm("start", "no attention", ("--encoder_attention", "mhsa"), (attend_to_nothing,))
 
-# Steps between two notes of the clusters.
-NOTE_EVERY = 20
+# Steps between two entries of the cluster trace.
+TRACE_EVERY = 20
 
 EVALUATION_BATCH = 10
 
-# IoU from which a box covers an object.
+# Minimum IoU at which a box covers an object.
 COVERED = 0.5
 
-# Batches of that size whose information is looked at.
-LOOKED_AT = 10
+# Number of evaluation batches for introspection.
+INTROSPECTION_BATCHES = 10
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,16 @@ class Task:
     Attributes:
         source: the data set.
         variant: a key of `VARIANTS`.
-        flags: of the variant's command line, for all arms.
-        arm: what is tried.
-        seed: of the weights and of the images' order.
-        images: that an arm of budget 1 is trained on, one counted as often as it is seen.
-        start_images: those of the training that all begin with; 0 for random weights.
-        device: a device's name.
-        start_source: that training's data set, where it is another one.
-        encoder_alone: arms train their encoder, and leave the rest as it is.
-        backbone_of: another variant's such training, whose backbone this variant's begins with; None for random
-            weights.
+        flags: flags for the variant's command line, for all arms.
+        arm: the arm to train.
+        seed: seed of the weights and of the image order.
+        images: number of training images of an arm with budget 1, counting repeats.
+        start_images: number of images of the start training without encoder attention; 0 for random weights.
+        device: name of the device.
+        start_source: data set of the start training, if it differs.
+        encoder_alone: whether arms train only their encoder.
+        backbone_of: start training of another variant, from whose backbone this variant's start training starts; None
+            for random weights.
     """
 
     source: Shapes | Photographs
@@ -82,59 +82,59 @@ class Task:
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Name in files."""
         return f"{self.source.name}-{self.variant}-{self.arm.name}-{self.seed}"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What its result depends on, as JSON holds it."""
+        """Settings that the result depends on, in JSON types."""
         arm = {
             "name": self.arm.name, "flags": list(self.arm.flags), "budget": self.arm.budget,
             "rate": self.arm.rate, "begins_with": self.arm.begins_with,
             "changes": [change.__name__ for change in self.arm.changes],
         }  # fmt: skip
-        before = self.backbone_of and self.backbone_of.settings
-        seen = {"source": asdict(self.source), "start_source": self.start_source and asdict(self.start_source)}
-        return json.loads(json.dumps({**vars(self), **seen, "arm": arm, "backbone_of": before}))
+        backbone = self.backbone_of and self.backbone_of.settings
+        sources = {"source": asdict(self.source), "start_source": self.start_source and asdict(self.start_source)}
+        return json.loads(json.dumps({**vars(self), **sources, "arm": arm, "backbone_of": backbone}))
 
     def other(self, arm: Arm) -> "Task":
-        """The same with another arm."""
+        """Return this training with another arm."""
         return replace(self, arm=arm)
 
 
 class Results:
-    """What is done: a small JSON file of each training, and the weights that others begin with.
+    """The files of finished trainings: a small JSON file of each, and the weights that others start from.
 
     Args:
-        folder: of the study.
+        folder: the study's folder.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def path(self, task: Task) -> Path:
-        """The result's file."""
+        """Return the file of a training's result."""
         return self.folder / "results" / f"{task.name}.json"
 
     def weights(self, task: Task) -> Path:
-        """The file of the weights, where they are kept."""
+        """Return the file of a training's weights, which exists only if they are kept."""
         return self.folder / "weights" / f"{task.name}.pt"
 
     def read(self, task: Task) -> dict[str, Any] | None:
-        """A training's result; None where it is not done, or was done with other settings.
+        """Return a training's result, or None if it is missing or has other settings.
 
         Raises:
-            UserError: the file is broken.
+            UserError: the file is damaged.
         """
         path = self.path(task)
         try:
             result = json.loads(path.read_text()) if path.is_file() else {}
             return result if result.get("settings") == task.settings else None
         except (ValueError, AttributeError) as error:
-            raise UserError(f"{path}: is no result of a training ({error}); remove it, and it is done again") from error
+            raise UserError(f"{path}: not the result of a training ({error}); remove the file to repeat it") from error
 
     def write(self, task: Task, result: Mapping[str, Any]) -> None:
-        """Write a training's result, whole or not at all."""
+        """Write a training's result atomically."""
         path = self.path(task)
         path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"settings": task.settings, **result}, indent=1).encode()
@@ -142,9 +142,9 @@ class Results:
 
 
 def arguments(task: Task):
-    """A variant's arguments for a training."""
+    """Return a variant's arguments for a training."""
     parser = load_variant(task.variant).main.get_args_parser()
-    size = str(2**12)  # images come at their sizes
+    size = str(2**12)  # images already have their final size
     args = parser.parse_args(
         ["--coco_path", "-", "--max_size", size, "--device", task.device, *task.flags, *task.arm.flags]
     )
@@ -153,16 +153,16 @@ def arguments(task: Task):
 
 
 def build(task: Task, classes: int, seed: int):
-    """(model, criterion, postprocessors) and their arguments, with random weights of a seed."""
+    """Return (model, criterion, postprocessors, arguments) with random weights from a seed."""
     args = with_flags(arguments(task), num_classes=classes)
     torch.manual_seed(seed)
     return (*load_variant(task.variant).models.build_model(args), args)
 
 
 def initial_weights(task: Task, classes: int, results: Results) -> dict[str, Tensor]:
-    """The weights that all arms of a seed begin with, as a plain model has them.
+    """Return the weights that all arms of a seed start from, as a plain model's state dict.
 
-    Where there is a training without attention to begin with, all but the encoder's attention is its.
+    If there is a start training, all weights except the encoder attention's come from it.
     """
     model, *_ = build(task.other(Arm(PLAIN, "", ("--encoder_attention", "mhsa"))), classes, task.seed)
     weights = model.state_dict()
@@ -177,7 +177,7 @@ def initial_weights(task: Task, classes: int, results: Results) -> dict[str, Ten
 
 
 def saved_weights(task: Task, results: Results) -> dict[str, Tensor]:
-    """The weights that a training ended with; where they are not kept, it is done again."""
+    """Return the final weights of a training; if they were not kept, repeat it."""
     path = results.weights(task)
     if not path.is_file():
         train(task, results)
@@ -185,7 +185,7 @@ def saved_weights(task: Task, results: Results) -> dict[str, Tensor]:
 
 
 def start_of(task: Task) -> Task:
-    """The training that a training begins with: of seed 0 for all seeds."""
+    """Return the start training of a training; all seeds share that of seed 0."""
     source = task.start_source or task.source
     return replace(
         task, arm=START, seed=0, images=task.start_images, source=source, start_source=None, encoder_alone=False
@@ -193,7 +193,7 @@ def start_of(task: Task) -> Task:
 
 
 def prepared_model(task: Task, data: Images, map_size: tuple[int, int], results: Results):
-    """The model of an arm with the weights that it begins with, its criterion, post-processing and arguments."""
+    """Return an arm's model with its initial weights, and its criterion, postprocessors and arguments."""
     model, criterion, postprocessors, args = build(task, len(data.classes), task.seed)
     layers = encoder_layers(model)
     weights = initial_weights(task, len(data.classes), results)
@@ -206,7 +206,7 @@ def prepared_model(task: Task, data: Images, map_size: tuple[int, int], results:
         strict=False,
     )
     if task.start_images and task.arm.name != START.name and not task.arm.begins_with:
-        begin_silently(model)
+        zero_output_projections(model)
     lengths: tuple[int, ...] = ()
     if task.arm.lengths_of:
         lengths = tuple(results.read(task.other(ARMS[task.arm.lengths_of]))["mean_lengths"])
@@ -219,29 +219,29 @@ def prepared_model(task: Task, data: Images, map_size: tuple[int, int], results:
 
 
 def set_training(model: nn.Module, task: Task) -> None:
-    """Put a model into training mode, but batch norms that are left as they are."""
+    """Put a model into training mode, except batch norms if only the encoder is trained."""
     model.train()
     for module in model.modules():
         if task.encoder_alone and isinstance(module, BATCH_NORMS):
             module.eval()
 
 
-class ClusterNotes:
-    """Notes how many clusters a model's encoder layers make, while it trains.
+class ClusterTrace:
+    """A trace of the number of clusters in a model's encoder layers during training.
 
     Args:
-        model: a detector; its clusterings are looked at where `step` is a multiple of `NOTE_EVERY`.
+        model: a detector; its clusters are counted when `step` is a multiple of `TRACE_EVERY`.
     """
 
     def __init__(self, model: nn.Module):
         self.layers = clusterings(model)
         self.rows: list[tuple[int, list[float], list[float]]] = []
         self.step = 0
-        self.handles = [layer.register_cluster_hook(self.note) for layer in self.layers]
+        self.handles = [layer.register_cluster_hook(self.trace) for layer in self.layers]
 
-    def note(self, information: Tensor, clusters: Clusters) -> None:
-        """Called by each layer in turn."""
-        if self.step % NOTE_EVERY:
+    def trace(self, information: Tensor, clusters: Clusters) -> None:
+        """Count the clusters of a layer; each layer calls this in turn."""
+        if self.step % TRACE_EVERY:
             return
         if not self.rows or self.rows[-1][0] != self.step:
             self.rows.append((self.step, [], []))
@@ -252,20 +252,20 @@ class ClusterNotes:
         self.rows[-1][2].append(information.shape[1] / float(count))
 
     def as_json(self) -> list[dict]:
-        """A row for each step that was looked at: `step`, and `clusters` an image in each layer."""
+        """Return a row for each traced step: `step`, and `clusters` per image in each layer."""
         return [{"step": step, "clusters": counts} for step, counts, _ in self.rows]
 
     def mean_lengths(self) -> list[int]:
-        """Tokens a cluster in each layer, in the mean over the training."""
+        """Return the mean number of tokens per cluster in each layer over the training."""
         if not self.rows or not self.layers:
             return []
         return [max(round(float(np.mean(lengths))), 1) for lengths in zip(*(row[2] for row in self.rows), strict=True)]
 
 
 def train(task: Task, results: Results) -> dict[str, Any]:
-    """Train an arm and evaluate it; its result is written and returned.
+    """Train and evaluate an arm, write its result and return it.
 
-    Where it begins with the weights of another training that is not there, that one comes first.
+    If it starts from missing weights of another training, that one runs first.
     """
     device = torch.device(task.device)
     parts = {name: part.to(device) for name, part in load_images(task.source, results.folder / "data").items()}
@@ -276,7 +276,7 @@ def train(task: Task, results: Results) -> dict[str, Any]:
     criterion.to(device)
     before = look(model, parts[VAL], map_size, args.amp)
     set_training(model, task)
-    notes = ClusterNotes(model)
+    trace = ClusterTrace(model)
 
     optimization = build_optimization(model, args, device)
     step = TrainStep(model, criterion, optimization, device)
@@ -285,14 +285,14 @@ def train(task: Task, results: Results) -> dict[str, Any]:
     begin = time.perf_counter()
     for number, indices in zip(range(count), order_of(len(data), args.batch_size, task.seed), strict=False):
         optimization.learning_rate(0, number, count)
-        notes.step = number
+        trace.step = number
         losses[number] = criterion.total(step(*data.batch(indices), where=f"step {number} of {task.name}"))
     step.check()
     losses = losses.tolist()
     seconds = time.perf_counter() - begin
 
-    rows, lengths = notes.as_json(), notes.mean_lengths()
-    for handle in notes.handles:
+    rows, lengths = trace.as_json(), trace.mean_lengths()
+    for handle in trace.handles:
         handle.remove()
     result = {
         **evaluate(model, postprocessors, parts[VAL], device, args),
@@ -315,13 +315,13 @@ def train(task: Task, results: Results) -> dict[str, Any]:
 
 
 def feature_map_size(task: Task, data: Images) -> tuple[int, int]:
-    """Height and width of the feature map that the transformer gets."""
+    """Return height and width of the transformer's feature map."""
     stride = stride_of(arguments(task))
     return tuple(math.ceil(side / stride) for side in data.pixels.shape[-2:])
 
 
 def order_of(count: int, batch: int, seed: int) -> Iterator[Tensor]:
-    """Batches of indices int64 (batch,), pass after pass, each in an order of its own, without end."""
+    """Yield batches of indices int64 (batch,) without end, shuffled anew in each pass."""
     number = 0
     while True:
         generator = np.random.default_rng([seed, number])
@@ -334,12 +334,12 @@ def order_of(count: int, batch: int, seed: int) -> Iterator[Tensor]:
 def evaluate(
     model: nn.Module, postprocessors: Mapping[str, nn.Module], data: Images, device: torch.device, args
 ) -> dict[str, Any]:
-    """Evaluate a model on some images; it is left in evaluation mode.
+    """Evaluate a model on images and leave it in evaluation mode.
 
     Returns:
-        `figures`, pycocotools' by name; `right`, of the objects that some query's box covers (an IoU of 0.5 or more),
-        the fraction of which the best such query says the right class: what a detector knows of classes, whatever it
-        knows of boxes. None where none is covered.
+        `figures`, the COCO metrics by name; `right`, the fraction of objects whose best query has the right class,
+        among those that a query's box covers (IoU of 0.5 or more), which measures classification apart from
+        localisation. `right` is None if no object is covered.
     """
     model.eval()
     ids = [i + 1 for i in range(len(data.classes))]
@@ -357,104 +357,104 @@ def evaluate(
 
 
 def right_classes(outputs: Mapping[str, Tensor], targets: list[dict[str, Tensor]], classes: int) -> list[bool]:
-    """Of each object that a query's box covers with an IoU of 0.5 or more, whether the best such query's class is
-    right.
+    """Return whether the best query's class is right, for each object that a query's box covers with an IoU of 0.5 or
+    more.
 
     Args:
         outputs: `pred_logits` (batch, Q, classes or more), `pred_boxes` (batch, Q, 4), centre x, centre y, width,
             height as fractions of the image.
         targets: `labels` and `boxes` of each image's objects.
-        classes: how many there are.
+        classes: number of classes.
     """
-    found: list[bool] = []
+    correct: list[bool] = []
     for logits, boxes, target in zip(outputs["pred_logits"], outputs["pred_boxes"], targets, strict=True):
         if len(target["labels"]) == 0:
             continue
         corners = (box_convert(part.float(), "cxcywh", "xyxy") for part in (boxes, target["boxes"]))
         overlap, query = box_iou(*corners).max(dim=0)  # (objects,)
         right = logits[query, :classes].argmax(dim=1) == target["labels"]
-        found += right[overlap >= COVERED].tolist()
-    return found
+        correct += right[overlap >= COVERED].tolist()
+    return correct
 
 
-class Watch:
-    """Keeps what a clustering finds in each batch.
+class InformationTrace:
+    """A hook that keeps a clustering's information and inequality of pooling weights in each batch.
 
     Args:
-        back: int64 (N,), what puts the tokens row by row; None where they come so.
+        to_rows: int64 (N,), permutation of the tokens to row order; None if they are in row order.
 
     Attributes:
-        information: (batch, N) of each batch, row by row, on the CPU.
-        inequality: of each batch, the largest share in a window over what each token has in an average, the mean over
-            the windows; empty where clusters are no windows.
+        information: (batch, N) of each batch, in row order, on the CPU.
+        inequality: for each batch, the largest pooling weight in a window relative to equal weights, averaged over
+            windows; empty if clusters are not windows.
     """
 
-    def __init__(self, back: Tensor | None):
-        self.back = back
+    def __init__(self, to_rows: Tensor | None):
+        self.to_rows = to_rows
         self.information: list[Tensor] = []
         self.inequality: list[float] = []
 
     def __call__(self, information: Tensor, clusters: Clusters) -> None:
         information = information.cpu()
-        self.information.append(information if self.back is None else information[:, self.back])
+        self.information.append(information if self.to_rows is None else information[:, self.to_rows])
         if isinstance(clusters, Windows):
             weights = clusters.weights
             self.inequality.append(float((weights.amax(dim=-1) * weights.shape[-1]).mean()))
 
 
 @contextlib.contextmanager
-def watched(model: nn.Module, map_size: tuple[int, int]) -> Iterator[list[Watch]]:
-    """Within it, each clustering of a model has a `Watch`."""
+def information_traces(model: nn.Module, map_size: tuple[int, int]) -> Iterator[list[InformationTrace]]:
+    """Attach an `InformationTrace` to each clustering of a model within the context."""
     layers = clusterings(model)
     curved = getattr(getattr(model.transformer, "encoder", None), "order", ROWS) == HILBERT
-    back = hilbert_permutations(*map_size, torch.device("cpu"))[1] if curved else None
-    watches = [Watch(back) for _ in layers]
+    to_rows = hilbert_permutations(*map_size, torch.device("cpu"))[1] if curved else None
+    traces = [InformationTrace(to_rows) for _ in layers]
     with contextlib.ExitStack() as handles:
-        for layer, watch in zip(layers, watches, strict=True):
-            handles.enter_context(layer.register_cluster_hook(watch))
-        yield watches
+        for layer, trace in zip(layers, traces, strict=True):
+            handles.enter_context(layer.register_cluster_hook(trace))
+        yield traces
 
 
 @torch.no_grad()
 def look(model: nn.Module, data: Images, map_size: tuple[int, int], amp: str) -> dict[str, list[float | None]]:
-    """What the encoder's layers take for informative, on some images. The model is left in evaluation mode.
+    """Return how the information of the encoder layers relates to objects. The model is left in evaluation mode.
 
     Args:
         model: a detector.
-        data: the first `LOOKED_AT` batches are looked at.
+        data: the images; only the first `INTROSPECTION_BATCHES` batches are used.
         map_size: height and width of the feature map.
         amp: a key of `AMP_DTYPE`.
 
     Returns:
-        by layer: `correlation`, of a cell's information with being in an object's box, Pearson's r over the cells of
-        an image that are not padding, the mean over images; `inequality`, the mean over batches of `Watch`'s. None
-        where there is none.
+        for each layer `correlation`, Pearson's r of a cell's information with being in an object's box, over an image's
+        cells without padding, averaged over images; and `inequality` of `InformationTrace`, averaged over batches. None
+        if undefined.
     """
     model.eval()
     cells: list[tuple[Tensor, Tensor]] = []
-    with watched(model, map_size) as watches:
-        for indices in itertools.islice(data.batches(EVALUATION_BATCH), LOOKED_AT):
+    with information_traces(model, map_size) as traces:
+        for indices in itertools.islice(data.batches(EVALUATION_BATCH), INTROSPECTION_BATCHES):
             samples, _ = data.batch(indices)
             with autocast(samples.tensors.device, amp):
                 model(samples)
             cells.append(tuple(part.flatten(1) for part in data.on_object(indices, map_size)))
     inside, padding = (torch.cat(parts) for parts in zip(*cells, strict=True))
     return {
-        "correlation": [correlation(torch.cat(watch.information), inside, padding) for watch in watches],
-        "inequality": [float(np.mean(watch.inequality)) if watch.inequality else None for watch in watches],
+        "correlation": [correlation(torch.cat(trace.information), inside, padding) for trace in traces],
+        "inequality": [float(np.mean(trace.inequality)) if trace.inequality else None for trace in traces],
     }
 
 
 def correlation(information: Tensor, inside: Tensor, padding: Tensor) -> float | None:
-    """Pearson's r of the information with being inside an object, the mean over images; None where it has none.
+    """Return Pearson's r of the information with being inside an object, averaged over images; None if undefined.
 
     Args:
         information: (n, N).
         inside, padding: bool (n, N).
     """
-    found = []
+    coefficients = []
     for values, marks, skipped in zip(information.double(), inside.double(), padding, strict=True):
         r = float(torch.corrcoef(torch.stack((values[~skipped], marks[~skipped])))[0, 1])
-        # An image without objects has none.
-        found += [r] if math.isfinite(r) else []
-    return float(np.mean(found)) if found else None
+        # r is undefined for an image without objects.
+        coefficients += [r] if math.isfinite(r) else []
+    return float(np.mean(coefficients)) if coefficients else None
