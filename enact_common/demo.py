@@ -34,7 +34,7 @@ SHAPES = {
     "classes": ("circle", "square", "triangle", "star"),
 }
 
-# Flags with which a small detector of any variant learns in minutes on two CPU cores; docs/results/demo.md explains them.
+# A small detector of any variant learns in minutes on two CPU cores; docs/results/demo.md explains the flags.
 TRAINING = (
     "--device cpu --backbone resnet18 --backbone_weights none --backbone_norm batch --enc_layers 2 --dec_layers 3 "
     "--dim_feedforward 512 --dropout 0 --no_augmentation --train_sizes 112 --eval_size 112 "

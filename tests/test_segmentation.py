@@ -942,7 +942,7 @@ def test_a_panoptic_prediction_is_refused_before_any_work_if_impossible(sure, sh
     kept = tmp_path / "out" / "panoptic_results" / "notes.txt"
     kept.parent.mkdir(parents=True)
     kept.write_text("mine")
-    assert predicted(sure, tmp_path / "out", shapes / "val2017") == 2
+    assert run_predict(sure, tmp_path / "out", shapes / "val2017") == 2
     assert "panoptic_results: contains other files than panoptic results" in capsys.readouterr().err
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == [kept]
     inputs = tmp_path / "in" / "panoptic_results"

@@ -90,7 +90,7 @@ class Svg:
 def shade(value: float) -> str:
     """A colour between white (0) and a deep orange (1)."""
     low, high = (255, 247, 237), (196, 84, 10)
-    return "#" + "".join(f"{round(a + (b - a) * value):02x}" for a, b in zip(low, high))
+    return "#" + "".join(f"{round(a + (b - a) * value):02x}" for a, b in zip(low, high, strict=True))
 
 
 def draw_cells(svg: Svg, x: float, y: float, cell: float, fills: list[str], width: int = WIDTH):
@@ -149,7 +149,8 @@ def draw_method(folder: Path):
             x = left + (i - first + 1) * step
             svg.line([(x, base), (x, base + 7)], INK, 1.2)
     svg.text(left, base + 22, "ticks: curvature changes its sign; colours: windows", 12, GREY)
-    svg.text(left, base + 39, f"{len(borders) + 1} cells in {sum(borders) + 1} regions: windows of {length} cells", 12, GREY)
+    regions = sum(borders) + 1
+    svg.text(left, base + 39, f"{len(borders) + 1} cells in {regions} regions: windows of {length} cells", 12, GREY)
 
     draw_cells(svg, 640, top, cell, cluster_fills(cluster))
     svg.text(640, base + 20, "each window pools its keys and", 12, GREY)

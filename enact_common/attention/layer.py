@@ -29,7 +29,7 @@ class EnactSelfAttention(EntropyClustering):
         batch_first: tensors are (batch, N, d) instead of (N, batch, d).
         clusters, per_image, mask_padding, max_clusters, temperature: as in `EntropyClustering`.
         scale_logits: scale the logits by head_dim^-0.5 and do not divide the values, as in plain attention. The
-            published weights were trained without it; new trainings learn better with it (docs/accuracy.md).
+            published weights were trained without it; new trainings learn better with it (docs/results/accuracy.md).
 
     Attributes:
         weigh_by_size: multiply a cluster's attention by its number of tokens; an ablation in `enact_common.study`.
