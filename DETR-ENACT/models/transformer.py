@@ -55,8 +55,8 @@ class TransformerDecoderLayer(DecoderLayer):
         """
 
         def attend_queries(x):
-            placed = x + query_pos
-            return self.self_attn(placed, placed, value=x, need_weights=False)[0]
+            with_pos = x + query_pos
+            return self.self_attn(with_pos, with_pos, value=x, need_weights=False)[0]
 
         def attend_memory(x):
             return self.multihead_attn(

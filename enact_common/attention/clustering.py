@@ -43,7 +43,7 @@ def gaussian_kernel(sigma: float) -> Tensor:
         sigma: standard deviation in tokens, above 1/3.
 
     Returns:
-        float32 (taps,): 17 taps for sigma = 3. The number of taps is even unless sigma is a multiple of 1/2.
+        float32 (taps,): floor(6 sigma - 1) taps, 17 for sigma = 3.
 
     Raises:
         ValueError: sigma is too small for a single tap.
@@ -51,7 +51,7 @@ def gaussian_kernel(sigma: float) -> Tensor:
     reach = 3 * sigma - 1
     if not reach > 0:
         raise ValueError(f"sigma must be above 1/3 token, got {sigma}")
-    # The epsilon keeps the right end when 3 * sigma is rounded down (at 1.4, for example).
+    # The epsilon includes the right end, even if 3 * sigma is rounded down.
     taps = torch.arange(-reach, reach + 1e-6, 1.0, dtype=torch.float64)
     density = torch.exp(-(taps**2) / (2 * sigma**2)) / (sigma * math.sqrt(2 * math.pi))
     return density.to(torch.float32)
@@ -221,7 +221,6 @@ class EntropyClustering(nn.Module):
     Attributes:
         pooling_logits: the submodule that makes the logits of the pooling weights, by default `InformationLogits`. Any
             module with the same signature can replace it, and is trained with the rest.
-            with its signature may take its place, and trains along.
 
     Raises:
         ValueError: `clusters` is unknown, `max_clusters` is below 1, or the temperature is not above 0.

@@ -57,7 +57,7 @@ class Clusters(Protocol):
         """
 
     def sizes(self) -> Tensor:
-        """Return the tokens in each cluster: int64 (batch, M), 0 at missing clusters."""
+        """Return the number of tokens in each cluster: int64 (batch, M), 0 at missing clusters."""
 
     def assignment(self, num_tokens: int) -> Tensor:
         """Return the cluster of each of an image's N tokens: int64 (batch, N), in 0..M - 1, or -1 for no cluster."""

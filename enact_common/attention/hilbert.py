@@ -47,7 +47,7 @@ def _walk(start: tuple[int, int], along: tuple[int, int], across: tuple[int, int
 
     Args:
         start: the first cell.
-        along, across: the two vectors, each parallel to another axis.
+        along, across: the two vectors, one parallel to each axis.
     """
     length, breadth = abs(sum(along)), abs(sum(across))
     step, side = _unit(along), _unit(across)

@@ -32,7 +32,7 @@ class EnactSelfAttention(EntropyClustering):
             published weights were trained without it; new trainings learn better with it (docs/results/accuracy.md).
 
     Attributes:
-        weigh_by_size: multiply a cluster's attention by its number of tokens; an ablation in `enact_common.study`.
+        weigh_by_size: weight each cluster in the softmax by its number of tokens; an ablation in `enact_common.study`.
 
     Raises:
         ValueError: embed_dim is not a multiple of num_heads, or a clustering setting is invalid.

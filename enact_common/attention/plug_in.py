@@ -120,6 +120,7 @@ def plug_in(
             function (name, module) -> bool. None: the encoder self-attention (see `in_encoder`) of supported classes.
         clusters, per_image, mask_padding, max_clusters, temperature: as in `EntropyClustering`.
         scale_logits: as in `EnactSelfAttention`. It does not change the model's output, but how it trains.
+
     Returns:
         the names of the replaced modules, in the model's order.
 

@@ -58,7 +58,7 @@ class Detector(Scriptable):
         backbone: returns feature maps and their position encodings.
         transformer: encodes the last map and decodes the queries.
         num_logits: class logits per query.
-        num_queries: the largest number of objects in an image.
+        num_queries: objects that can be detected in one image.
         aux_loss: return the predictions of all decoder layers.
     """
 

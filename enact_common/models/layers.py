@@ -164,8 +164,8 @@ class TransformerEncoderLayer(FeedForwardLayer):
 
     def attend(self, x: Tensor, key_padding_mask: Tensor | None, pos: Tensor | None) -> Tensor:
         """Self-attention over tokens (N, batch, d)."""
-        placed = x if pos is None else x + pos
-        return self.self_attn(placed, placed, value=x, key_padding_mask=key_padding_mask, need_weights=False)[0]
+        with_pos = x if pos is None else x + pos
+        return self.self_attn(with_pos, with_pos, value=x, key_padding_mask=key_padding_mask, need_weights=False)[0]
 
 
 class DecoderLayer(FeedForwardLayer):

@@ -194,7 +194,7 @@ class DETRsegm(Scriptable):
 
     @property
     def num_queries(self) -> int:
-        """The largest number of objects in an image."""
+        """Objects that can be detected in one image."""
         return self.detr.num_queries
 
     @property

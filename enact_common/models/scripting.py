@@ -1,4 +1,4 @@
-"""TorchScript graphs of detectors, valid for other input sizes than the example's.
+"""Traced graphs of detectors, valid for other input sizes than the example's.
 
 A trace records a model's operations for one input (see `enact_common.attention.tracing`). While `is_tracing()`, models
 use code paths that do not fix numbers of the example in the graph.
