@@ -306,7 +306,7 @@ def test_runs_without_this_or_that_are_compared_all_the_same(trained, tmp_path, 
     assert compare(*runs, "--output_dir", tmp_path / "out", "--pictures", 1) == 0
     assert "Without a checkpoint the terms of original, record are not known" in capsys.readouterr().out
     texts = "\n".join(Page((tmp_path / "out" / "compare.html").read_text()).texts)
-    assert "No detections: no checkpoint" in texts and "is a checkpoint of none of the variants" in texts
+    assert "No detections: no checkpoint" in texts and "fits none of the variants" in texts
 
 
 @pytest.mark.parametrize(

@@ -689,7 +689,7 @@ def test_weights_go_from_boxes_to_masks_and_back(trained, shapes, tmp_path, caps
     box_model = tmp_path / "boxes"
     words = (*ALL_STAGES, "--pretrained", trained["enact"] / "checkpoint.pth", "--epochs", 1)
     assert train("detr", shapes, box_model, *words) == 0
-    assert "skipped, the model has none: bbox_attention" in capsys.readouterr().out
+    assert "skipped, not in the model: bbox_attention" in capsys.readouterr().out
     words = (*MASKS, "--pretrained", box_model / "checkpoint.pth", "--epochs", 0)
     assert train("detr", shapes, tmp_path / "masks", *words) == 0
     said = capsys.readouterr().out

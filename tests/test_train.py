@@ -396,10 +396,10 @@ def test_differing_model_flags_are_written_as_they_are_typed(saved, asked):
     args = Namespace(
         encoder_attention="enact", dilation=True, pre_norm=False, num_query_pattern=1, spatial_prior="learned", nheads=8
     )
-    with pytest.raises(UserError, match=f"x.pth: was made .* Pass, as then: {asked}; or begin"):
+    with pytest.raises(UserError, match=f"x.pth: was trained .* Pass the flags of that run: {asked}; or use"):
         check_model_flags("x.pth", saved, args)
     args.pre_norm = True
-    with pytest.raises(UserError, match="no --pre_norm; or begin"):
+    with pytest.raises(UserError, match="no --pre_norm; or use"):
         check_model_flags("x.pth", {"pre_norm": False}, args)
     # What one of the two does not know is passed over.
     check_model_flags("x.pth", {"num_feature_levels": 3, "num_query_position": None, "lr": 1}, args)
