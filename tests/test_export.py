@@ -519,7 +519,7 @@ def test_a_file_that_disagrees_is_reported(checkpoint_of, tmp_path, monkeypatch,
     monkeypatch.setattr(command, "TOLERANCE", -1.0)
     assert export(checkpoint_of("detr", "enact"), tmp_path / "model.pt") == 1
     captured = capsys.readouterr()
-    assert "warning: more than -1" in captured.err and "scores and boxes" in captured.out
+    assert "warning: the difference is more than -1" in captured.err and "scores and boxes" in captured.out
 
 
 def test_detections_are_compared_whatever_their_order():

@@ -320,7 +320,7 @@ def without(checkpoint: Path, name: str) -> dict:
         (lambda path, checkpoint: altered(checkpoint, path, variant="detr"), "does not fit this model"),
         (
             lambda path, checkpoint: altered(checkpoint, path, args={"backbone": "swin_t"}),
-            "made with --backbone swin_t; the variant conditional has resnet18",
+            "trained with --backbone swin_t; the variant conditional supports resnet18",
         ),
     ],
     ids=["missing", "text", "cut", "list", "other keys", "other model", "tensor lost", "other variant", "backbone"],

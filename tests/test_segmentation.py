@@ -700,7 +700,7 @@ def test_weights_go_from_boxes_to_masks_and_back(trained, shapes, tmp_path, caps
 def test_a_checkpoint_says_whether_it_has_masks(trained, shapes, tmp_path, capsys):
     checkpoint = trained["enact"] / "checkpoint.pth"
     assert train("detr", shapes, tmp_path / "out", *ALL_STAGES, "--resume", checkpoint) == 2
-    assert "Pass, as then: --masks" in capsys.readouterr().err
+    assert "Pass the flags of that run: --masks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variant", ["conditional", "anchor"])

@@ -424,7 +424,7 @@ def test_anchor_detrs_word_for_dilation_is_true_whatever_it_is(tmp_path, word):
         (lambda path, state: torch.save({**state, "variant": "other"}, path), "is a checkpoint of the variant other"),
         (
             lambda path, state: torch.save({**state, "args": {**state["args"], "nheads": 2}}, path),
-            "Pass, as then: --nheads 2",
+            "Pass the flags of that run: --nheads 2",
         ),
         (
             lambda path, state: torch.save({"model": without(state["model"], "class_embed.bias")}, path),

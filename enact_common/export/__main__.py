@@ -82,16 +82,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--clusters", metavar="N|PATH",
-        help="ENACT: fixed windows, for runtimes without data-dependent sizes: N tokens, or each layer's median over the "
-        "images at PATH (an image or a folder); default: window lengths from each image",
+        help="ENACT: fixed windows, for runtimes without data-dependent sizes: N tokens, or each layer's median over "
+        "the images at PATH (an image or a folder); default: window lengths from each image",
     )  # fmt: skip
     parser.add_argument(
         "--quantize", action="store_true", help="8-bit weights in the transformer's matrix products; only for onnx"
     )
     parser.add_argument(
         "--dilation", action=argparse.BooleanOptionalAction, default=None,
-        help="dilated backbone (DC5), for files with only weights; default: the checkpoint's setting, else the setting of "
-        "the variant's published model",
+        help="dilated backbone (DC5), for files with only weights; default: the checkpoint's setting, else the "
+        "variant's",
     )  # fmt: skip
     add_clustering_flags(parser)
     return parser

@@ -164,8 +164,8 @@ def check_interface(detector: LoadedDetector, interface: Interface, lengths: Seq
         )
     if detector.args.encoder_attention == "enact" and detector.args.enact_order == HILBERT:
         raise UserError(
-            f"--enact_order {HILBERT}: exported files only cluster row by row; pass --enact_order {ROWS}. The weights work "
-            "with both orders; measure the change with --eval"
+            f"--enact_order {HILBERT}: exported files only cluster row by row; pass --enact_order {ROWS}. The weights "
+            "work with both orders; measure the change with --eval"
         )
     if lengths is None:
         return
@@ -179,8 +179,8 @@ def check_interface(detector: LoadedDetector, interface: Interface, lengths: Seq
         )
     if interface.mask and detector.args.enact_mask_padding:
         raise UserError(
-            "--clusters with --mask: fixed windows cannot leave padding out of the clusters, as this model does; drop one "
-            "of the flags, or pass --no-enact_mask_padding"
+            "--clusters with --mask: fixed windows cannot leave padding out of the clusters, as this model does; drop "
+            "one of the flags, or pass --no-enact_mask_padding"
         )
 
 
