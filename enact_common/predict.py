@@ -181,8 +181,8 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"output folder for the pictures, in sub-folders like the inputs, and {PREDICTIONS}: COCO's results "
         "format (boxes x, y, width, height in pixels of the upright image; masks as run-length codes), with the "
         "upright image's width and height, file_name and, for videos, frame, from 0; image_id numbers the images and "
-        "frames in input order, from 1, including unreadable ones and those without detections; panoptic models also write "
-        f"{FOLDER}: COCO's panoptic format, JSON and PNG files, with the same image_id",
+        "frames in input order, from 1, including unreadable ones and those without detections; panoptic models also "
+        f"write {FOLDER}: COCO's panoptic format, JSON and PNG files, with the same image_id",
     )  # fmt: skip
     parser.add_argument(
         "--threshold", type=fraction, metavar="SCORE",
@@ -198,7 +198,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dilation", action=argparse.BooleanOptionalAction, default=None,
         help="dilated backbone (DC5), for files with only weights; default: the checkpoint's setting, else the "
-        "variant's",
+        "variant's default",
     )  # fmt: skip
     parser.add_argument(
         "--show", nargs="+", choices=SHOWN, default=(), metavar="KIND",

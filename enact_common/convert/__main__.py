@@ -340,7 +340,7 @@ def build_parser() -> argparse.ArgumentParser:
             help="fraction of the images to draw for val if the data have no splits, in (0, 1) (default: %(default)s)",
         )  # fmt: skip
         command.add_argument(
-            "--seed", type=int, default=0, metavar="N", help="seed of the random split (default: %(default)s)"
+            "--seed", type=int, default=0, metavar="N", help="random split's seed, 0 or more (default: %(default)s)"
         )
         command.add_argument(
             "--classes", nargs="+", metavar="NAME",

@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dilation", action=argparse.BooleanOptionalAction, default=None,
         help="dilated backbone (DC5), for files with only weights; default: the checkpoint's setting, else the "
-        "variant's",
+        "variant's default",
     )  # fmt: skip
     add_clustering_flags(parser)
     return parser
@@ -246,16 +246,16 @@ def check(graph: DetectorGraph, exported: ExportedDetector, quantized: bool) -> 
         with torch.inference_mode():
             expected = dict(zip(graph.interface.outputs, graph(images, *masks), strict=True))
         greatest = max(greatest, difference(expected, exported(images, *masks)))
-    what = ("logits" if graph.interface.raw else "scores") + (
+    outputs = ("logits" if graph.interface.raw else "scores") + (
         ", boxes and masks" if graph.interface.masks else " and boxes"
     )
-    print(f"greatest difference from PyTorch's {what}, on blurred noise: {greatest:.1e}")
+    print(f"greatest difference from PyTorch's {outputs}, on blurred noise: {greatest:.1e}")
     if greatest <= (INT8_TOLERANCE if quantized else TOLERANCE):
         return 0
     if quantized:
         print(
-            f"warning: 8-bit weights change {what} by up to {greatest:.2g} on this machine. Measure the agreement on "
-            "your images (python -m enact_common.benchmark agreement), or export without --quantize",
+            f"warning: 8-bit weights change {outputs} by up to {greatest:.2g} on this machine. Measure the agreement "
+            "on your images (python -m enact_common.benchmark agreement), or export without --quantize",
             file=sys.stderr,
         )
         return 0

@@ -243,7 +243,7 @@ def quantize(source: Path, path: Path) -> None:
     """Rewrite an ONNX file with 8-bit weights in its matrix products. Activations are quantized at run time.
 
     Weights are unsigned, like activations. For signed weights, ONNX Runtime uses an instruction that adds two products
-    in 16 bits (vpmaddubsw) and saturates, so that on a CPU without VNNI the same file gives other boxes. Its kernel for
+    in 16 bits (vpmaddubsw) and saturates: on a CPU without VNNI, the same file gives other boxes. Its kernel for
     unsigned weights widens to 16 bits and adds in 32 bits on every CPU.
 
     ENACT's scores are not a matrix product and stay float32: rounded scores would move the clusters' borders.

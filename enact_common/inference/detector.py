@@ -82,7 +82,7 @@ class LoadedDetector:
 
     It can be pickled, deep-copied and sent to other processes. `detector.model` can be moved and cast to another dtype.
 
-    Each image is a batch of one: with ENACT's default settings, a result depends on the other images in the batch.
+    Each image is a batch of one: with ENACT's default settings, a result would depend on the other images in the batch.
 
     Attributes:
         variant: a key of `VARIANTS`.

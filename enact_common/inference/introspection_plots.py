@@ -270,7 +270,7 @@ def tints(clusters: np.ndarray) -> np.ndarray:
     colour_indices: list[int] = []
     for i, adjacent in enumerate(neighbours_of):
         used = {colour_indices[j] for j in adjacent if j >= 0}
-        # Rotate the palette, so that all colours are used.
+        # Rotate the palette, to use all colours.
         palette = [(i + k) % len(PALETTE) for k in range(len(PALETTE))]
         colour_indices.append(next((colour for colour in palette if colour not in used), palette[0]))
     colours = [to_rgba(PALETTE[colour], 0.45) for colour in colour_indices]
