@@ -280,7 +280,7 @@ def yolo_folders(root: Path, args: argparse.Namespace, issues: Issues) -> dict[s
             raise UserError(f"--{split}_set {names[0]}: neither {folders[0]} nor {folders[1]} is a folder")
     if "train" not in splits:
         if splits:
-            raise UserError(f"{root}: no training images in images/train or train/images; pass --train_set NAME")
+            raise UserError(f"{root}: no folder images/train or train/images; pass --train_set and --val_set")
         splits = {"train": image_files(root / "images" if (root / "images").is_dir() else root, issues)}
     return splits
 
