@@ -700,7 +700,7 @@ def test_an_xml_file_only_gets_an_image_of_its_folder(filename, tmp_path, secret
         out = tmp_path / f"out{count}"
         named = there and "secret" in filename
         assert convert_command.main(["voc", str(root), "--output_dir", str(out)]) == (0 if named else 1)
-        assert ("XML files without an image of their own" in capsys.readouterr().out) == (not named)
+        assert ("XML files without an image: left out" in capsys.readouterr().out) == (not named)
         images = sorted(out.rglob("*.png"))
         assert len(images) == (3 if named else 2)
         assert not any(os.path.samefile(image, secret) for image in images)

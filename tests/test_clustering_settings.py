@@ -322,7 +322,7 @@ def test_scale_logits_must_match_the_checkpoint(shapes, tmp_path, capfd):
     checkpoint = tmp_path / "run" / "checkpoint.pth"
     capfd.readouterr()
     assert run("detr", *argv, "--resume", checkpoint, "--eval") == 2
-    assert "Pass, as then: --enact_scale_logits" in capfd.readouterr().err
+    assert "Pass the flags of that run: --enact_scale_logits" in capfd.readouterr().err
     assert run("detr", *scaled, "--resume", checkpoint, "--eval") == 0
     assert "scale_logits True" in capfd.readouterr().out
     assert load_detector(checkpoint, "cpu").model.transformer.encoder.layers[0].self_attn.scale_logits
@@ -332,7 +332,7 @@ def test_scale_logits_must_match_the_checkpoint(shapes, tmp_path, capfd):
     args = dict(state["args"] if isinstance(state["args"], dict) else vars(state["args"]))
     torch.save({**state, "args": {k: v for k, v in args.items() if k != "enact_scale_logits"}}, checkpoint)
     assert run("detr", *scaled, "--resume", checkpoint, "--eval") == 2
-    assert "Pass, as then: no --enact_scale_logits" in capfd.readouterr().err
+    assert "Pass the flags of that run: no --enact_scale_logits" in capfd.readouterr().err
 
 
 def test_clustering_settings_are_off_by_default():

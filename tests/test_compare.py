@@ -306,7 +306,7 @@ def test_incomplete_runs_are_compared(trained, tmp_path, capsys):
     assert compare(*runs, "--output_dir", tmp_path / "out", "--pictures", 1) == 0
     assert "The settings of original, record are unknown" in capsys.readouterr().out
     texts = "\n".join(Page((tmp_path / "out" / "compare.html").read_text()).texts)
-    assert "No detections: no checkpoint" in texts and "is a checkpoint of none of the variants" in texts
+    assert "No detections: no checkpoint" in texts and "fits none of the variants" in texts
 
 
 @pytest.mark.parametrize(

@@ -494,13 +494,13 @@ def test_polygons_become_boxes_and_segmentations(yolo, tmp_path):
     [
         ("2 0.5 0.5 0.1 0.1", "class number that has no name"),
         ("-1 0.5 0.5 0.1 0.1", "class number that has no name"),
-        ("0 30 20 10 10", "no fractions of the image"),
-        ("0 0.5 0.5 -0.1 0.1", "no fractions of the image"),
-        ("0 0.5 0.5 0.1", "no box and no outline"),
-        ("0 0.5 0.5 0.1 0.1 0.9", "a sixth number"),
-        ("cell 0.5 0.5 0.1 0.1", "no box and no outline"),
-        ("0.5 0.5 0.5 0.1 0.1", "no box and no outline"),
-        ("0 0.5 0.5 nan 0.1", "no box and no outline"),
+        ("0 30 20 10 10", "coordinates outside 0 to 1"),
+        ("0 0.5 0.5 -0.1 0.1", "coordinates outside 0 to 1"),
+        ("0 0.5 0.5 0.1", "neither a box nor an outline"),
+        ("0 0.5 0.5 0.1 0.1 0.9", "the sixth number"),
+        ("cell 0.5 0.5 0.1 0.1", "neither a box nor an outline"),
+        ("0.5 0.5 0.5 0.1 0.1", "neither a box nor an outline"),
+        ("0 0.5 0.5 nan 0.1", "neither a box nor an outline"),
     ],
 )
 def test_invalid_lines_are_named_by_file_and_line(yolo, tmp_path, capsys, line, text):
@@ -533,7 +533,10 @@ def test_pose_lines_of_another_length_are_named(yolo, tmp_path, capsys, line):
     assert convert_to(tmp_path / "out", "yolo", yolo) == 1
     assert annotations_of(tmp_path / "out", "a") == []
     text = capsys.readouterr().out
-    assert "kpt_shape" in text and f"{file}:1: {line} ({len(line.split())} numbers, for 5 and 6 of keypoints)" in text
+    assert (
+        "kpt_shape" in text
+        and f"{file}:1: {line} ({len(line.split())} numbers instead of 5 and 6 of keypoints)" in text
+    )
 
 
 def test_yolo_boxes_beyond_the_image_are_clipped_or_dropped_and_named(yolo, tmp_path, capsys):
@@ -658,7 +661,7 @@ def test_without_cvats_validation_list_the_split_is_drawn_at_random(yolo, tmp_pa
     assert convert_to(tmp_path / "out", "yolo", yolo) == 0
     assert [len(boxes_of(tmp_path / "out", split)) for split in ("train", "val")] == [1, 1]
     text = " ".join(capsys.readouterr().out.split())
-    assert "lists to validate on that are not there" in text and "valid = data/valid.txt" in text
+    assert "validation lists that do not exist" in text and "valid = data/valid.txt" in text
     assert "drawn at random" in text and "--val_fraction 0.2" in text
 
 
@@ -728,7 +731,7 @@ def test_images_in_both_splits_are_named(yolo, tmp_path, capsys):
         ("train: " + "[" * 3000, "not a YAML file"),
         ("train: images/train\nnames: [cell]\nkpt_shape: 17", "like [17, 3]"),
         ("train: images/train\nnames: [cell]\nkpt_shape: [17, x]", "like [17, 3]"),
-        ("train: images/train\nnames: [a, a]", "class name a stands twice"),
+        ("train: images/train\nnames: [a, a]", "class name a is listed twice"),
         ("train: images/train", "pass --classes"),
     ],
 )
@@ -826,7 +829,7 @@ def test_hidden_files_and_folders_are_skipped_and_counted(kind, request, tmp_pat
     for split in ("train", "val"):
         assert boxes_of(tmp_path / "after", split) == boxes_of(tmp_path / "before", split)
     report = (tmp_path / "after" / "conversion.txt").read_text()
-    assert "hidden files and folders: passed over: " in report and "cannot be read" not in report
+    assert "hidden files and folders: ignored: " in report and "cannot be read" not in report
 
 
 def test_a_data_set_below_a_hidden_folder_is_read(yolo, tmp_path):
@@ -849,7 +852,7 @@ def test_readable_formats_are_converted_and_others_counted_by_suffix(yolo, tmp_p
     assert convert_to(tmp_path / "out", "yolo", yolo) == 1
     assert set(boxes_of(tmp_path / "out", "train")) == {"a.jpg", "b.jfif", "c.j2k", "d.tga"}
     text = " ".join(capsys.readouterr().out.split())
-    assert "fault 2 images of formats that nothing here reads: left out; save such images as JPEG or PNG" in text
+    assert "fault 2 images in unsupported formats: left out; save such images as JPEG or PNG" in text
     assert f"{folder}: 2 .heic" in text and f"{folder}: 1 .pdf" in text and ".txt:" not in text
     assert "label files without an image" not in text
 
@@ -969,7 +972,7 @@ def leave_one_image(root: Path, out: Path) -> None:
         (leave_one_image, (), "too few to draw train and val from"),
         (None, ("--train_set", "train", "--val_set", "val"), "no list ImageSets/Main/train.txt and no folder train"),
         (None, ("--train_set", "train"), "--train_set and --val_set go together"),
-        (None, ("--classes", "a", "a"), "--classes: a stands twice"),
+        (None, ("--classes", "a", "a"), "--classes: a is listed twice"),
         (None, ("--classes", "other"), "no objects are left to train on"),
         (None, ("--classes", "other"), "objects of classes that --classes does not list"),
         (None, ("--seed", "-1"), "--seed -1: must be 0 or more"),

@@ -239,7 +239,7 @@ def test_invalid_flags_are_refused(name, flags, message):
 
 def test_a_checkpoint_that_fits_no_variant_is_refused(tmp_path):
     torch.save({"model": {"weight": torch.zeros(1)}}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="of none of the variants"):
+    with pytest.raises(UserError, match="fits none of the variants"):
         load("detr_resnet50", pretrained=tmp_path / "other.pth")
 
 

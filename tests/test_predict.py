@@ -320,7 +320,7 @@ def without(checkpoint: Path, name: str) -> dict:
         (lambda path, checkpoint: altered(checkpoint, path, variant="detr"), "does not fit this model"),
         (
             lambda path, checkpoint: altered(checkpoint, path, args={"backbone": "swin_t"}),
-            "made with --backbone swin_t; the variant conditional has resnet18",
+            "trained with --backbone swin_t; the variant conditional supports resnet18",
         ),
     ],
     ids=["missing", "text", "cut off", "list", "other keys", "other model", "tensor lost", "other variant", "backbone"],
@@ -738,7 +738,7 @@ def test_truncated_and_unreadable_videos_are_named_and_counted(checkpoint, photo
     frames = len(read_video(tmp_path / "out" / "cut.mp4")[1])
     assert 0 < frames < 12
     assert f"incomplete: {tmp_path / 'cut.avi'}: ends after {frames} of its 12 frames" in said.err
-    assert f"skipped: {tmp_path / 'none.mp4'}: not a video that can be read" in said.err
+    assert f"skipped: {tmp_path / 'none.mp4'}: not a readable video" in said.err
     assert f"1 image, 1 video ({frames} frames)" in said.out and "1 skipped, 1 incomplete;" in said.out
     assert files_in(tmp_path / "out") == sorted(["cut.mp4", photo.name, "predictions.json"])
     # The unreadable video uses up the image id after the last frame.
@@ -906,7 +906,7 @@ def test_a_folder_with_the_name_of_an_output_is_refused_before_any_work(name, ch
         ({"inputs": ["nowhere.jpg"]}, "nowhere.jpg: no such file or folder"),
         ({"inputs": ["photo.jpg", "empty"]}, "empty: no image or video in this folder"),
         ({"inputs": ["alone"], "output_dir": "alone"}, "alone: no image or video in this folder"),
-        ({"inputs": ["photo.jpg"], "output_dir": "."}, "photo.jpg is an input and would be lost"),
+        ({"inputs": ["photo.jpg"], "output_dir": "."}, "photo.jpg is an input and would be overwritten"),
         ({"output_dir": "photo.jpg"}, "photo.jpg: cannot be created"),
         ({"checkpoint": "nowhere.pth"}, "nowhere.pth: no such file"),
         ({"checkpoint": "photo.jpg"}, "photo.jpg: not a file of tensors but a JPEG image"),
@@ -943,9 +943,9 @@ def test_help_states_units_and_defaults(capsys):
         predict.main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     for said in (
-        "0 to 1 (default: 0.5; of panoptic models 0.85)",
-        "a GPU where there is one",
-        "image_id counts",
+        "0 to 1 (default: 0.5; 0.85 for panoptic models)",
+        "a GPU if there is one",
+        "image_id numbers",
         "in pixels",
         "sub-folders",
     ):
@@ -1026,7 +1026,7 @@ def refuse(detector, kinds):
 
 
 @pytest.mark.parametrize(
-    "fault, said", [("kinds", "a plain model has none"), ("videos", "only videos"), ("matplotlib", "plots")]
+    "fault, said", [("kinds", "a plain model has none"), ("videos", "only for images"), ("matplotlib", "plots")]
 )
 def test_show_is_refused_before_any_work_if_impossible(
     fault, said, inside, checkpoint, photo, tmp_path, capsys, monkeypatch

@@ -689,7 +689,7 @@ def test_pretrained_weights_load_with_and_without_a_mask_head(trained, shapes, t
     box_model = tmp_path / "boxes"
     words = (*ALL_STAGES, "--pretrained", trained["enact"] / "checkpoint.pth", "--epochs", 1)
     assert train("detr", shapes, box_model, *words) == 0
-    assert "skipped, the model has none: bbox_attention" in capsys.readouterr().out
+    assert "skipped, not in the model: bbox_attention" in capsys.readouterr().out
     words = (*MASKS, "--pretrained", box_model / "checkpoint.pth", "--epochs", 0)
     assert train("detr", shapes, tmp_path / "masks", *words) == 0
     said = capsys.readouterr().out
@@ -700,7 +700,7 @@ def test_pretrained_weights_load_with_and_without_a_mask_head(trained, shapes, t
 def test_resuming_a_model_with_masks_needs_the_flag(trained, shapes, tmp_path, capsys):
     checkpoint = trained["enact"] / "checkpoint.pth"
     assert train("detr", shapes, tmp_path / "out", *ALL_STAGES, "--resume", checkpoint) == 2
-    assert "Pass, as then: --masks" in capsys.readouterr().err
+    assert "Pass the flags of that run: --masks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("variant", ["conditional", "anchor"])

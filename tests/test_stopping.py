@@ -241,7 +241,7 @@ def test_a_full_disk_is_reported_and_the_old_checkpoint_stays(shapes, tmp_path, 
     running = start(processes, "detr", shapes, tmp_path, *argv, fresh=processes > 1)
     assert end(running) == [2] * processes
     complaints = "".join(process.complained for process in running)
-    assert complaints.count(f"{latest}: cannot be written (No space left on device); what it held before") == 1
+    assert complaints.count(f"{latest}: cannot be written (No space left on device); its previous content is kept") == 1
     assert "Traceback" not in complaints and latest.read_bytes() == before
     # A remaining gloo thread of the process group could abort the process.
     if processes > 1:

@@ -396,10 +396,10 @@ def test_differing_model_flags_are_reported_as_command_line_flags(saved, asked):
     args = Namespace(
         encoder_attention="enact", dilation=True, pre_norm=False, num_query_pattern=1, spatial_prior="learned", nheads=8
     )
-    with pytest.raises(UserError, match=f"x.pth: was made .* Pass, as then: {asked}; or begin"):
+    with pytest.raises(UserError, match=f"x.pth: was trained .* Pass the flags of that run: {asked}; or use"):
         check_model_flags("x.pth", saved, args)
     args.pre_norm = True
-    with pytest.raises(UserError, match="no --pre_norm; or begin"):
+    with pytest.raises(UserError, match="no --pre_norm; or use"):
         check_model_flags("x.pth", {"pre_norm": False}, args)
     # Flags that only one side has are ignored.
     check_model_flags("x.pth", {"num_feature_levels": 3, "num_query_position": None, "lr": 1}, args)
@@ -424,7 +424,7 @@ def test_dilation_in_anchor_detrs_checkpoints_is_always_true(tmp_path, word):
         (lambda path, state: torch.save({**state, "variant": "other"}, path), "is a checkpoint of the variant other"),
         (
             lambda path, state: torch.save({**state, "args": {**state["args"], "nheads": 2}}, path),
-            "Pass, as then: --nheads 2",
+            "Pass the flags of that run: --nheads 2",
         ),
         (
             lambda path, state: torch.save({"model": without(state["model"], "class_embed.bias")}, path),

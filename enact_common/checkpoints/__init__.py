@@ -1,1 +1,1 @@
-"""Files of weights: written, read, fitted to a model, and what they say of themselves."""
+"""Read and write checkpoints, fit weights to a model, and infer its flags."""

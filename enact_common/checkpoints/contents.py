@@ -1,4 +1,4 @@
-"""The variant, flags, labels and sizes of a checkpoint, as it states them or as its tensors show them."""
+"""The variant, flags, labels and sizes of a checkpoint, from its metadata or its tensors."""
 
 import argparse
 import logging
@@ -19,25 +19,25 @@ from enact_common.variants import VARIANTS, load_variant
 
 logger = logging.getLogger("enact")
 
-# A parameter that one variant alone has.
+# A parameter that only this variant has.
 SIGNATURES = {
     "anchor": "transformer.pattern.weight",
     "conditional": "transformer.decoder.layers.0.sa_qcontent_proj.weight",
     "detr": "transformer.decoder.layers.0.multihead_attn.in_proj_weight",
 }
 
-# Flags of the model that its tensors do not show.
-UNSEEN = ("dilation", "nheads")
+# Model flags that the tensors do not show.
+UNRECORDED = ("dilation", "nheads")
 
-# A tensor of an encoder or decoder layer, and which one.
+# The module list and index of an encoder or decoder layer in a tensor's name.
 LAYER = re.compile(r"transformer\.((?:en|de)coder(?:\.layers|_layers|_layers_level))\.(\d+)\.")
 
-# Flags beside the model's own that decide what a checkpoint's detector sees.
+# Flags that set the size of the model's input.
 IMAGE_FLAGS = ("eval_size", "max_size")
 
 
 def variant_of(checkpoint: dict[str, Any]) -> str | None:
-    """The variant that a checkpoint is of, by its own word or by the names of its tensors; None for none."""
+    """The variant of a checkpoint, from its metadata or its tensors' names; None if unknown."""
     if checkpoint.get("variant") in VARIANTS:
         return checkpoint["variant"]
     weights = detector_weights(checkpoint["model"])
@@ -45,52 +45,52 @@ def variant_of(checkpoint: dict[str, Any]) -> str | None:
 
 
 def known_variant(checkpoint: dict[str, Any], source: str) -> str:
-    """The variant that a checkpoint is of.
+    """The variant of a checkpoint.
 
     Raises:
-        UserError: it is of none; the message says whose model it is, where the tensors' names show it.
+        UserError: the variant is unknown. The message names the model's kind if the tensors' names show it.
     """
     variant = variant_of(checkpoint)
     if variant is None:
         kind = describe_names(checkpoint["model"])
-        named = f"it is {kind}" if kind else f"its tensors are named {', '.join(list(checkpoint['model'])[:3])}, ..."
+        reason = f"it is {kind}" if kind else f"its tensors are named {', '.join(list(checkpoint['model'])[:3])}, ..."
         raise UserError(
-            f"{source}: is a checkpoint of none of the variants ({', '.join(VARIANTS)}): {named}. Pass one of this "
-            "project, or of DETR, Conditional DETR or Anchor DETR"
+            f"{source}: fits none of the variants ({', '.join(VARIANTS)}): {reason}. Pass a checkpoint of this "
+            "project, DETR, Conditional DETR or Anchor DETR"
         )
     return variant
 
 
 def averaged_weights(checkpoint: dict[str, Any], source: str) -> dict[str, Tensor]:
-    """A checkpoint's averaged weights, which the log then says, or else its only ones."""
+    """A checkpoint's EMA weights, with a line in the log, or else its model weights."""
     if not checkpoint.get("model_ema"):
         return checkpoint["model"]
-    logger.info("%s: its averaged weights (--ema) are taken", source)
+    logger.info("%s: using the EMA weights (--ema)", source)
     return checkpoint["model_ema"]
 
 
 def arguments_of(
     checkpoint: dict[str, Any], variant: str, flags: Mapping[str, Any] | None = None
 ) -> tuple[argparse.Namespace, LabelMap]:
-    """The arguments that build a checkpoint's model, and what its labels mean.
+    """The arguments that build a checkpoint's model, and its label map.
 
-    What the checkpoint's own arguments do not say is read off its tensors. What these do not show (`UNSEEN`) is the
-    variant's default, which a warning says.
+    Arguments missing from the checkpoint are inferred from its tensors. Flags that the tensors do not show
+    (`UNRECORDED`) get the variant's defaults, with a warning.
 
     Args:
-        checkpoint: of `load_checkpoint`.
+        checkpoint: from `load_checkpoint`.
         variant: a key of `VARIANTS`.
-        flags: values of the model's flags that are known otherwise.
+        flags: values of the model's flags that override the checkpoint's.
 
     Raises:
-        UserError: it was made with a value that a flag of ours does not have.
+        UserError: the checkpoint has a flag value that this project does not support, or `flags` has an unknown flag.
     """
     weights, saved = detector_weights(checkpoint["model"]), checkpoint["args"]
     parser = load_variant(variant).main.get_args_parser()
     values = vars(parser.parse_args([]))
     choices = {action.dest: action.choices for action in parser._actions if action.choices}
-    clustered = any(name.endswith("W_prob.weight") for name in weights)
-    values["encoder_attention"] = "enact" if clustered else "mhsa"
+    has_clusters = any(name.endswith("W_prob.weight") for name in weights)
+    values["encoder_attention"] = "enact" if has_clusters else "mhsa"
     values["masks"] = has_masks(checkpoint["model"])
     values["backbone"] = backbone_of(weights) or values["backbone"]
     for flag, value in sizes_of(weights).items():
@@ -100,35 +100,34 @@ def arguments_of(
         if saved.get(flag) is not None and flag in values:
             if saved[flag] not in choices.get(flag, (saved[flag],)):
                 known = ", ".join(map(str, choices[flag]))
-                raise UserError(f"was made with --{flag} {saved[flag]}; the variant {variant} has {known}")
+                raise UserError(f"was trained with --{flag} {saved[flag]}; the variant {variant} supports {known}")
             values[flag] = saved[flag]
     values["dilation"] &= values["backbone"] not in SHALLOW_BACKBONES
     for flag, value in (flags or {}).items():
         if flag not in (*MODEL_FLAGS, *CLUSTERING_FLAGS, *IMAGE_FLAGS) or flag not in values:
-            raise UserError(f"no flag {flag} of the variant {variant}'s models")
+            raise UserError(f"no flag {flag} for models of the variant {variant}")
         values[flag] = value
-    unseen = {flag: values[flag] for flag in UNSEEN if flag not in (*saved, *(flags or ()))}
-    if unseen:
+    defaults = {flag: values[flag] for flag in UNRECORDED if flag not in (*saved, *(flags or ()))}
+    if defaults:
         logger.warning(
-            "the checkpoint does not say with which flags its model was made; beside what its tensors show, taken are: "
-            "%s", ", ".join(f"{flag} {value}" for flag, value in unseen.items()),
+            "the checkpoint does not store all model flags, and its tensors do not show these; using the defaults: %s",
+            ", ".join(f"{flag} {value}" for flag, value in defaults.items()),
         )  # fmt: skip
-    # Nothing is fetched, and nothing trains.
+    # Inference needs no pretrained backbone and no auxiliary losses.
     values.update(backbone_weights="none", aux_loss=False)
     label_map = labels_of(checkpoint, variant)
     values["num_classes"] = label_map.num_classes
-    # The published panoptic models do not say that they are.
-    silent = PANOPTIC if "label_map" not in checkpoint and values["num_classes"] == NUM_CLASSES else COCO
-    values["dataset_file"] = PANOPTIC if values["masks"] and saved.get("dataset_file", silent) == PANOPTIC else COCO
+    # The published panoptic checkpoints do not store `dataset_file`.
+    default = PANOPTIC if "label_map" not in checkpoint and values["num_classes"] == NUM_CLASSES else COCO
+    values["dataset_file"] = PANOPTIC if values["masks"] and saved.get("dataset_file", default) == PANOPTIC else COCO
     return argparse.Namespace(**values), label_map
 
 
 def labels_of(checkpoint: dict[str, Any], variant: str) -> LabelMap:
-    """What a checkpoint's labels mean; where it does not say: COCO's classes, or those of its panoptic data, if there
-    are as many, else numbers.
+    """The stored label map; else the one of COCO or COCO panoptic if the number of classes matches; else numbers.
 
     Args:
-        checkpoint: of `load_checkpoint`.
+        checkpoint: from `load_checkpoint`.
         variant: a key of `VARIANTS`.
     """
     if "label_map" in checkpoint:
@@ -136,7 +135,7 @@ def labels_of(checkpoint: dict[str, Any], variant: str) -> LabelMap:
     names = coco_names()
     heads = (t for name, t in checkpoint["model"].items() if name.endswith(("class_embed.bias", "class_embed.0.bias")))
     head = next(heads, None)
-    # DETR's last logit is no object.
+    # DETR's last logit is the "no object" class.
     count = len(names) if head is None else len(head) - (variant == "detr")
     if count == len(names):
         ids = tuple(None if name == "N/A" else i for i, name in enumerate(names))
@@ -147,8 +146,8 @@ def labels_of(checkpoint: dict[str, Any], variant: str) -> LabelMap:
 
 
 def sizes_of(weights: dict[str, Tensor]) -> dict[str, Any]:
-    """The model's flags that show in the names and shapes of a state dict of any variant."""
-    found: dict[str, Any] = {}
+    """The model flags that the names and shapes of a state dict show, for any variant."""
+    flags: dict[str, Any] = {}
     for flag, endings, axis in (
         ("hidden_dim", ("class_embed.weight", "class_embed.0.weight"), 1),
         ("dim_feedforward", ("linear1.weight",), 0),
@@ -158,35 +157,35 @@ def sizes_of(weights: dict[str, Tensor]) -> dict[str, Any]:
     ):
         tensor = next((tensor for name, tensor in weights.items() if name.endswith(endings)), None)
         if tensor is not None:
-            found[flag] = tensor.shape[axis]
-    found["backbone_stages"] = stages_of(weights) or len(ALL_STAGES)
+            flags[flag] = tensor.shape[axis]
+    flags["backbone_stages"] = stages_of(weights) or len(ALL_STAGES)
     layers = {(match[1], match[2]) for match in map(LAYER.match, weights) if match}
     for flag, part in (("enc_layers", "encoder"), ("dec_layers", "decoder")):
-        found[flag] = sum(name.startswith(part) for name, _ in layers)
+        flags[flag] = sum(name.startswith(part) for name, _ in layers)
     if "transformer.pattern.weight" in weights:
         tokens = any("encoder_layers.0.self_attn.W_q" in name for name in weights)
         packed = weights.get("transformer.encoder_layers.0.self_attn.in_proj_weight")
         tokens |= packed is not None and packed.shape[0] == 3 * packed.shape[1]
-        found |= {
+        flags |= {
             "attention_type": "nn.MultiheadAttention" if tokens else "RCDA",
             "num_feature_levels": 3 if "transformer.level_embed.weight" in weights else 1,
             "spatial_prior": "learned" if "transformer.position.weight" in weights else "grid",
         }
     else:
-        found |= {
+        flags |= {
             "pre_norm": "transformer.encoder.norm.weight" in weights,
             "position_embedding": "learned" if "backbone.1.row_embed.weight" in weights else "sine",
         }
-    return found
+    return flags
 
 
 def stages_of(weights: dict[str, Tensor]) -> int:
-    """How many of a ResNet's stages a state dict has."""
+    """The number of ResNet stages in a state dict."""
     return sum(any(f"{name}." in key for key in weights) for name in ALL_STAGES)
 
 
 def backbone_of(weights: dict[str, Tensor]) -> str | None:
-    """The name of the ResNet whose blocks, up to some stage, a state dict has; None where it has none that we know."""
+    """The name of the ResNet whose first stages are in a state dict; None for an unknown backbone."""
     first = [name for name in weights if name.endswith("conv1.weight")]
     blocks = [count for name in ALL_STAGES if (count := sum(f"{name}." in key for key in first))]
     shallow = not any("layer1.0.conv3.weight" in name for name in weights)

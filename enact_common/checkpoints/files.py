@@ -1,4 +1,4 @@
-"""Checkpoints: plain tensors and built-in types, written whole or not at all."""
+"""Read and write checkpoints: plain tensors and built-in types, written atomically."""
 
 import argparse
 import logging
@@ -19,33 +19,33 @@ from enact_common.utils.files import read_tensors, write_file
 
 logger = logging.getLogger("enact")
 
-# Names in a run's folder: what each epoch replaces, and its copy at the evaluation with the highest AP so far.
+# File names in a run's folder: the latest epoch, and the copy with the highest AP so far.
 LATEST, BEST = "checkpoint.pth", "best.pth"
 
-# What DETR's first versions called their position embeddings.
+# Position embedding names in DETR's first versions.
 OLD_NAMES = {"v2": "sine", "v3": "learned"}
 
-# Of a model with a mask head, what the names of the detector's tensors and of the head's begin with.
+# State-dict prefixes in `DETRsegm`.
 DETECTOR, MASK_HEAD = "detr.", "mask_head."
 
-EXPECTED = "a file that torch.save or safetensors wrote, with a state dict, by itself or under the key 'model'"
+EXPECTED = "a file from torch.save or safetensors with a state dict, at the top level or under the key 'model'"
 
-# Keys under which checkpoints keep a state dict, in the order in which they are looked for.
+# Keys under which checkpoints keep a state dict, in search order.
 WEIGHTS = ("model", "state_dict", "model_state_dict", "ema", "model_ema", "module")
 
-# Dicts in one another that are searched for a state dict.
+# Depth to which nested dicts are searched for a state dict.
 MOST_NESTED = 4
 
-# Parts of tensors' names that wrappers add, anywhere in the name: DataParallel and DistributedDataParallel,
-# torch.compile, FSDP and activation checkpointing.
+# Parts that wrappers add anywhere in a tensor's name: DataParallel and DistributedDataParallel, torch.compile, FSDP and
+# activation checkpointing.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
-# Prefixes before a detector's names, with a mask head and without: a Lightning module's attribute, say.
+# Prefixes before a detector's tensor names, such as a Lightning module's attribute: with a mask head, and without.
 PREFIXES = re.compile(r"((?:\w+\.)*?)mask_head\."), re.compile(r"((?:\w+\.)*?)transformer\.(?:en|de)coder")
 
 
 def detector_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of a state dict the detector's part, under its own names: all of it, unless the model has a mask head."""
+    """The detector's part of a state dict, without the prefix that a model with a mask head adds."""
     if not has_masks(weights):
         return weights
     return {name.removeprefix(DETECTOR): tensor for name, tensor in weights.items() if name.startswith(DETECTOR)}
@@ -57,33 +57,33 @@ def has_masks(weights: Mapping[str, Any]) -> bool:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state`, whole or not at all.
+    """Write `state` atomically.
 
     Raises:
-        UserError: it cannot be written, because the disk is full, say; the old file is still there.
+        UserError: the file cannot be written, for example because the disk is full. An older file is kept.
     """
     try:
         write_file(path, lambda file: torch.save(state, file))
     except UserError as error:
-        kept = "; what it held before is still there" if path.is_file() else ""
-        raise UserError(f"{error}{kept}. Make room or choose another --output_dir, and go on with --resume") from error
+        kept = "; its previous content is kept" if path.is_file() else ""
+        raise UserError(f"{error}{kept}. Free space or choose another --output_dir, then use --resume") from error
 
 
 def load_checkpoint(source: str, to_resume: bool = False) -> dict[str, Any]:
-    """Read a checkpoint of ours, of the original repositories, or of another training program's shape.
+    """Read a checkpoint of this project, the original repositories or another training program.
 
-    The weights are looked for under `WEIGHTS`, and the names that wrappers added are taken off; one line in the log
-    says what was done. Tensors come to the CPU.
+    The weights are searched under `WEIGHTS`, and prefixes of wrappers are removed. One line in the log lists the
+    changes. Tensors are loaded to the CPU.
 
     Args:
-        source: a path, or an https URL that says the file's hash (`enact_common.utils.download.download`).
-        to_resume: refuse another shape than ours: its optimizer's state would not belong to the renamed weights.
+        source: a path, or an https URL with the file's hash (`enact_common.utils.download.download`).
+        to_resume: refuse checkpoints in a foreign format: the optimizer state would not match the renamed weights.
 
     Returns:
-        a dict with at least `model`, from names to tensors; `args`, where there are any, as a dict.
+        a dict with at least `model`, from names to tensors, and `args`, a dict that may be empty.
 
     Raises:
-        UserError: naming the file and what was expected; nothing in the file has been executed.
+        UserError: the file is not a checkpoint. No code in the file is executed.
     """
     path = download(source) if is_url(source) else Path(source)
     state = read_tensors(path, EXPECTED)
@@ -96,19 +96,19 @@ def load_checkpoint(source: str, to_resume: bool = False) -> dict[str, Any]:
         changes.insert(0, f"weights taken from '{place}'" if place else "the whole file taken as weights")
     if changes and to_resume:
         raise UserError(
-            f"{source}: no training can go on from a checkpoint of this shape ({'; '.join(changes)}). Pass it as "
-            "--pretrained, to begin from its weights, or with --eval, to evaluate them"
+            f"{source}: cannot resume from a checkpoint in this format ({'; '.join(changes)}). Use --pretrained to "
+            "start from its weights, or --eval to evaluate them"
         )
     state = {**state, "model": weights} if place else {"model": weights}
     if place.startswith("model_ema"):
         del state["model_ema"]
     elif find_weights(state.get("model_ema"))[0]:
         state["model_ema"], _ = own_names(find_weights(state["model_ema"])[0], source)
-    # Our own averaged weights are for those who read the checkpoint to choose.
-    first = place.partition(".")[0]
-    aside = [key for key in WEIGHTS if key not in (first, "model", "model_ema") and find_weights(state.get(key))[0]]
-    if aside:
-        changes.append(f"weights taken from '{place}', not from {' or '.join(map(repr, aside))}")
+    # `model_ema` is not ignored: `averaged_weights` chooses it.
+    top = place.partition(".")[0]
+    ignored = [key for key in WEIGHTS if key not in (top, "model", "model_ema") and find_weights(state.get(key))[0]]
+    if ignored:
+        changes.append(f"weights taken from '{place}', not from {' or '.join(map(repr, ignored))}")
     if changes:
         logger.warning("%s: %s", source, "; ".join(changes))
     args = state.get("args") or {}
@@ -116,24 +116,24 @@ def load_checkpoint(source: str, to_resume: bool = False) -> dict[str, Any]:
     args = dict(args) if isinstance(args, Mapping) else {}
     if "position_embedding" in args:
         args["position_embedding"] = OLD_NAMES.get(args["position_embedding"], args["position_embedding"])
-    # Anchor DETR's parser kept the word that was typed, and built a dilated backbone for any.
+    # Anchor DETR's parser stored the flag's text, and any text meant a dilated backbone.
     if "dilation" in args:
         args["dilation"] = bool(args["dilation"])
-    # Nothing else was there to choose before the flag came.
+    # Checkpoints older than the flag were trained without it.
     if args:
         args.setdefault("enact_scale_logits", False)
     return {**state, "args": args}
 
 
 def find_weights(state: Any, nested: int = MOST_NESTED) -> tuple[dict[str, torch.Tensor] | None, str]:
-    """The state dict in what a file holds, and the keys that lead to it, joined by dots.
+    """Find the state dict in a file's content.
 
     Args:
         state: tensors and built-in types.
-        nested: how many dicts in one another are searched.
+        nested: depth to which nested dicts are searched.
 
     Returns:
-        the state dict, None where there is none; the keys are "" where it is all that the file holds.
+        the state dict, or None; and its keys joined by dots, "" for the top level.
     """
     if not isinstance(state, dict) or not nested:
         return None, ""
@@ -146,38 +146,38 @@ def find_weights(state: Any, nested: int = MOST_NESTED) -> tuple[dict[str, torch
 
 
 def own_names(weights: dict[str, Any], source: str) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """A state dict under the detector's own names, without what wrappers and training programs added.
+    """Rename a state dict to the detector's names, without the prefixes of wrappers and training programs.
 
     Args:
-        weights: from names to tensors, and to other things that are left out.
+        weights: from names to tensors. Other values are left out.
         source: the checkpoint's name, for the message.
 
     Returns:
-        the state dict, and what was done, in words.
+        the state dict, and the changes in words.
 
     Raises:
-        UserError: two tensors would have one name.
+        UserError: two tensors would get the same name.
     """
     changes = []
-    found = {part for name in weights for part in name.split(".")[:-1] if part in WRAPPERS}
-    if found:
-        changes.append(f"{', '.join(f'{part}.' for part in sorted(found))} taken off the tensors' names")
-    names = {name: ".".join(p for p in name.split(".") if p not in found) for name in weights}
+    wrappers = {part for name in weights for part in name.split(".")[:-1] if part in WRAPPERS}
+    if wrappers:
+        changes.append(f"{', '.join(f'{part}.' for part in sorted(wrappers))} removed from the tensors' names")
+    names = {name: ".".join(p for p in name.split(".") if p not in wrappers) for name in weights}
     prefixes: list[str] = []
     for pattern in PREFIXES:
         prefixes = prefixes or list(dict.fromkeys(m[1] for m in map(pattern.match, names.values()) if m))
     prefix = next((p for p in ("", "model.") if p in prefixes), prefixes[0] if prefixes else "")
-    others = tuple(p for p in prefixes if p.startswith(prefix) and p != prefix)
+    other_prefixes = tuple(p for p in prefixes if p.startswith(prefix) and p != prefix)
     if prefix:
-        changes.append(f"{prefix} taken off the tensors' names")
+        changes.append(f"{prefix} removed from the tensors' names")
     own: dict[str, torch.Tensor] = {}
     left_out = []
     for name, bare in names.items():
         short = bare.removeprefix(prefix)
-        if not bare.startswith(prefix) or bare.startswith(others) or not torch.is_tensor(weights[name]):
+        if not bare.startswith(prefix) or bare.startswith(other_prefixes) or not torch.is_tensor(weights[name]):
             left_out.append(name)
         elif short in own:
-            raise UserError(f"{source}: has two tensors {short}, one of them as {name}: save one model alone")
+            raise UserError(f"{source}: has two tensors {short}, one under the name {name}; save only one model")
         elif short != "n_averaged":  # AveragedModel's counter
             own[short] = weights[name]
     if left_out:
@@ -186,35 +186,35 @@ def own_names(weights: dict[str, Any], source: str) -> tuple[dict[str, torch.Ten
 
 
 def saved_clustering_flags(saved: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """The values in a checkpoint's arguments of ENACT's settings that this run's arguments leave open."""
+    """A checkpoint's values of the ENACT settings that this run does not set."""
     return {flag: saved.get(flag) for flag in CLUSTERING_FLAGS if getattr(args, flag, None) is None}
 
 
 def check_model_flags(source: str, saved: dict[str, Any], args: argparse.Namespace) -> None:
-    """Refuse a checkpoint whose model was built with other flags than this run's.
+    """Refuse a checkpoint whose model flags differ from this run's.
 
     Args:
         source: the checkpoint's name, for the message.
-        saved: its arguments. Flags that they do not know are passed over.
+        saved: the checkpoint's arguments. Missing flags are ignored.
         args: this run's arguments.
 
     Raises:
-        UserError: naming the flags to pass.
+        UserError: flags differ. The message lists the flags to pass.
     """
     differing = differing_flags(saved, args)
     if differing:
         asked = ", ".join(flag_text(flag, saved[flag]) for flag in differing)
         raise UserError(
-            f"{source}: was made with other flags than this run's. Pass, as then: {asked}; or begin a training with "
-            "what fits of it: --pretrained in place of --resume"
+            f"{source}: was trained with other flags. Pass the flags of that run: {asked}; or use --pretrained instead "
+            "of --resume to fine-tune from the weights that fit"
         )
 
 
 def differing_flags(saved: dict[str, Any], args: argparse.Namespace) -> list[str]:
-    """The model's flags that a checkpoint was made with other values of.
+    """The model flags whose values differ between a checkpoint and this run.
 
     Args:
-        saved: the checkpoint's arguments. Flags that they do not know are passed over.
+        saved: the checkpoint's arguments. Missing flags are ignored.
         args: this run's arguments.
     """
     flags = [flag for flag in MODEL_FLAGS if flag not in ENACT_FLAGS or args.encoder_attention == "enact"]
@@ -226,7 +226,7 @@ def differing_flags(saved: dict[str, Any], args: argparse.Namespace) -> list[str
 
 
 def flag_text(flag: str, value: Any) -> str:
-    """A flag as it is typed to have this value."""
+    """The command-line text that sets a flag to a value."""
     if isinstance(value, bool):
         off = f"--no-{flag}" if flag in NEGATABLE_FLAGS else f"no --{flag}"
         return f"--{flag}" if value else off
@@ -234,10 +234,10 @@ def flag_text(flag: str, value: Any) -> str:
 
 
 def load_model(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Load a state dict whose names and shapes must all fit.
+    """Load a state dict whose names and shapes must all match.
 
     Raises:
-        UserError: naming the file and the first tensors that do not fit.
+        UserError: tensors differ. The message lists the first ones.
     """
     own = model.state_dict()
     faults = [f"{name} is missing" for name in own if name not in state]
@@ -261,15 +261,14 @@ def optimizer_state_by_name(
 ) -> dict[str, Any]:
     """A checkpoint's optimizer state in the order of this optimizer's parameters.
 
-    Optimizers number their parameters in the order in which modules were made, and the reference made them in
-    another order than we do. The checkpoint's own state dict knows its order, so the numbers can be given names.
-    Groups without parameters, such as Anchor DETR's third, are passed over: ours has none. How a step is computed
-    (fused or not) stays this optimizer's own, and moments come to lie in memory as their parameters do: a fused step
-    goes over both as they lie.
+    Optimizers number parameters in module creation order, which differs between the reference and this project. The
+    order of the checkpoint's state dict gives each number its name. Groups without parameters, such as Anchor DETR's
+    third, are ignored, because this project has none. The implementation (fused or not) stays this optimizer's. Moments
+    get their parameter's memory format, because a fused step reads both in storage order.
 
     Args:
         checkpoint: with `model` and `optimizer`.
-        model: ours, of the same names.
+        model: this project's model, with the same tensor names.
         optimizer: over the model's parameters.
 
     Raises:
@@ -285,7 +284,7 @@ def optimizer_state_by_name(
     for group, saved_group in zip(optimizer.param_groups, saved_groups, strict=False):
         ours = [name_of[parameter] for parameter in group["params"]]
         theirs = [name for name in checkpoint["model"] if name in set(ours)]
-        # SGD's groups know a momentum, AdamW's do not.
+        # SGD's groups have a momentum, AdamW's have none.
         fits = fits and ("momentum" in saved_group) == ("momentum" in group)
         fits = fits and len(theirs) == len(ours) == len(saved_group["params"])
         if not fits:
@@ -297,25 +296,25 @@ def optimizer_state_by_name(
             if number[name] in saved["state"]:
                 moments = saved["state"][number[name]]
                 fits = fits and all(t.shape == parameter.shape for t in moments.values() if getattr(t, "ndim", 0))
-                state[i] = {key: laid_out_as(parameter, value) for key, value in moments.items()} if fits else {}
+                state[i] = {key: to_format_of(parameter, value) for key, value in moments.items()} if fits else {}
         position += len(ours)
     if not fits:
         raise UserError(
-            "the checkpoint's optimizer state does not fit this run's parameters: take the flags that it was trained "
-            "with, or remove its 'optimizer' to start from the weights alone"
+            "the checkpoint's optimizer state does not fit this run's parameters: pass the flags that it was trained "
+            "with, or remove the key 'optimizer' to start from only the weights"
         )
     return {"state": state, "param_groups": groups}
 
 
-def laid_out_as(parameter: torch.Tensor, value: Any) -> Any:
-    """A tensor of a parameter's shape in its memory format, on the CPU; anything else as it is."""
+def to_format_of(parameter: torch.Tensor, value: Any) -> Any:
+    """Return a tensor of the parameter's shape in its memory format; other values unchanged."""
     if not torch.is_tensor(value) or value.shape != parameter.shape:
         return value
     return torch.empty_like(parameter, dtype=value.dtype, device=value.device, requires_grad=False).copy_(value)
 
 
 def random_states() -> dict[str, Any]:
-    """The states of all random generators that a run uses, as tensors and built-in types."""
+    """The states of all random generators of a run, as tensors and built-in types."""
     name, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
@@ -326,7 +325,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Put back what `random_states` gave. GPUs' states are put back where their number is the same."""
+    """Restore the states of `random_states`. GPU states are restored only if the number of GPUs matches."""
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])

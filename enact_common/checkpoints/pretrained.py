@@ -1,4 +1,4 @@
-"""Fine-tuning: begin with the weights of another training, as far as they fit (`--pretrained`)."""
+"""Fine-tuning (`--pretrained`): start from the weights of another training that fit."""
 
 import argparse
 import logging
@@ -17,28 +17,28 @@ from enact_common.variants import VARIANTS
 
 logger = logging.getLogger("enact")
 
-# The classification head's part of a name: its rows mean classes.
+# Part of the classification head's tensor names. The head depends on the classes.
 CLASS_HEAD = "class_embed"
 
-# Counts batches that a norm has seen; norms that do not train have none.
+# The batch counter of a trained norm. Frozen norms have none.
 COUNTER = "num_batches_tracked"
 
-# What scores tokens for ENACT: no plain model has it.
+# ENACT's token scores, which no plain model has.
 SCORES = "W_prob."
 
-# Tensors of one kind that are named in a message.
-SHOWN = 3
+# At most this many tensors are named per reason in a message.
+MAX_NAMES = 3
 
 
 @dataclass
 class Fit:
-    """What of a checkpoint goes into a model.
+    """The tensors of a checkpoint, sorted by whether they fit a model.
 
     Attributes:
-        weights: by the model's names; what it has beside them stays as it is.
-        skipped: names in the checkpoint that are not taken, each with the reason.
-        fresh: names in the model that the checkpoint has nothing for.
-        converted: attention layers whose plain weights became ENACT's.
+        weights: the tensors to load, by the model's names.
+        skipped: the checkpoint's tensors that are not loaded, each with the reason.
+        fresh: the model's tensors that keep their initial values.
+        converted: attention layers converted from plain attention to ENACT.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -48,33 +48,33 @@ class Fit:
 
 
 def check_pretrained(checkpoint: dict[str, Any], variant: str, args: argparse.Namespace) -> None:
-    """Refuse a checkpoint that no training of this variant and backbone can begin from.
+    """Refuse a checkpoint of another variant or backbone.
 
     Args:
-        checkpoint: of `load_checkpoint`.
-        variant: this run's.
+        checkpoint: from `load_checkpoint`.
+        variant: this run's variant.
         args: this run's arguments.
 
     Raises:
-        UserError: it is of another variant or has another backbone.
+        UserError: the variant, the backbone or its number of stages differs.
     """
     source, theirs = args.pretrained, known_variant(checkpoint, f"--pretrained {args.pretrained}")
     if theirs != variant:
         raise UserError(
-            f"--pretrained {source}: is a checkpoint of the variant {theirs}, this is {variant}; run "
-            f"{VARIANTS[theirs][0]}/main.py, or pass one of {variant}"
+            f"--pretrained {source}: is a checkpoint of the variant {theirs}, but this run trains {variant}; run "
+            f"{VARIANTS[theirs][0]}/main.py, or pass a checkpoint of {variant}"
         )
     backbone = backbone_of(detector_weights(checkpoint["model"]))
     if backbone != args.backbone:
         way_out = f"pass --backbone {backbone}" if backbone else "pass a whole checkpoint"
         raise UserError(
-            f"--pretrained {source}: its backbone is {backbone or 'none that is known here'}, this run's is "
+            f"--pretrained {source}: its backbone is {backbone or 'unknown or missing'}, this run's is "
             f"{args.backbone}; {way_out}"
         )
     stages = stages_of(checkpoint["model"])
     if stages != args.backbone_stages:
         raise UserError(
-            f"--pretrained {source}: its backbone has {stages} stages, this run's {args.backbone_stages}; pass "
+            f"--pretrained {source}: its backbone has {stages} stages, this run's has {args.backbone_stages}; pass "
             f"--backbone_stages {stages}, or a whole checkpoint"
         )
 
@@ -82,21 +82,21 @@ def check_pretrained(checkpoint: dict[str, Any], variant: str, args: argparse.Na
 def load_pretrained(
     model: nn.Module, checkpoint: dict[str, Any], variant: str, args: argparse.Namespace, label_map: LabelMap
 ) -> None:
-    """Give a model the weights of a checkpoint that fit it, and log what did not.
+    """Load the weights of a checkpoint that fit the model, and log the skipped tensors.
 
-    Plain multi-head attention that the model has ENACT for is converted (`clustered_weights`): as long as each cluster
-    is one token, the layer computes what it did. Anchor DETR's row-column attention is another function with ENACT than
-    without; its weights are taken as they are, as a start.
+    Plain multi-head attention is converted to ENACT where the model has ENACT (`clustered_weights`): while each cluster
+    is one token, the layer's output is unchanged. Anchor DETR's row-column attention computes another function with
+    ENACT; its weights are loaded unchanged as a start.
 
     Args:
-        model: as it was built; changed in place.
-        checkpoint: of `load_checkpoint`: ours, an original repository's, or of ENACT's authors.
-        variant: the model's.
+        model: newly built; changed in place.
+        checkpoint: from `load_checkpoint`: of this project, an original repository or ENACT's authors.
+        variant: the model's variant.
         args: this run's arguments.
-        label_map: the model's labels. Unless the checkpoint's are the same, its classification head is left out.
+        label_map: the model's labels. If the checkpoint's labels differ, its classification head is skipped.
 
     Raises:
-        UserError: as `check_pretrained` does; or parts of the backbone are missing.
+        UserError: see `check_pretrained`; or backbone tensors are missing.
     """
     check_pretrained(checkpoint, variant, args)
     source = args.pretrained
@@ -109,27 +109,33 @@ def load_pretrained(
     fit = fit_weights(weights, model.state_dict(), args.nheads, same_labels, args.enact_scale_logits)
     missing = [name for name in fit.fresh if name.removeprefix(DETECTOR).startswith("backbone.")]
     if missing:
-        raise UserError(f"--pretrained {source}: {len(missing)} backbone tensors are missing, {missing[0]} first")
+        raise UserError(
+            f"--pretrained {source}: {len(missing)} backbone tensors are missing, such as {missing[0]}; pass a whole "
+            "checkpoint"
+        )
     model.load_state_dict(fit.weights, strict=False)
     logger.info("%s", describe(fit, source))
-    to_enact = args.encoder_attention == "enact" and not any(SCORES in name for name in weights)
-    carried = any("encoder" in name and name.endswith(f"self_attn.{PACKED[0]}") for name in fit.weights)
-    if to_enact and carried:
+    becomes_enact = args.encoder_attention == "enact" and not any(SCORES in name for name in weights)
+    has_packed_weights = any("encoder" in name and name.endswith(f"self_attn.{PACKED[0]}") for name in fit.weights)
+    if becomes_enact and has_packed_weights:
         logger.info(
-            "note: row-column attention over ENACT's clusters is another function than the plain one: the encoder "
-            "attention's weights are carried over slice by slice as a start, to be trained on"
+            "note: row-column attention over ENACT's clusters is another function than plain row-column attention; the "
+            "encoder attention's weights are copied slice by slice as a start and need further training"
         )
     if fit.converted and variant == "detr" and args.pre_norm:
-        logger.info("note: DETR's encoder layers are post-norm with ENACT, also with --pre_norm: another function")
-    if to_enact and not args.enact_mask_padding:
-        logger.info("note: plain attention leaves padding out; --enact_mask_padding does so with ENACT")
+        logger.info(
+            "note: with ENACT, DETR's encoder layers are post-norm even with --pre_norm: the converted layers compute "
+            "another function"
+        )
+    if becomes_enact and not args.enact_mask_padding:
+        logger.info("note: plain attention ignores padding; ENACT needs --enact_mask_padding for that")
     others = [
         flag_text(flag, checkpoint["args"][flag])
         for flag in differing_flags(checkpoint["args"], args)
         if flag not in ("encoder_attention", "num_classes")
     ]
     if others:
-        logger.info("note: %s was made with other flags than this run's: %s", source, ", ".join(others))
+        logger.info("note: %s was trained with other flags than this run's: %s", source, ", ".join(others))
 
 
 def fit_weights(
@@ -139,14 +145,14 @@ def fit_weights(
     same_labels: bool,
     scale_logits: bool = False,
 ) -> Fit:
-    """Sort a checkpoint's tensors into those that go into a model and those that do not.
+    """Sort a checkpoint's tensors into those that fit a model and those that do not.
 
     Args:
         weights: the checkpoint's state dict.
-        own: the model's.
-        nheads: attention heads.
-        same_labels: the labels mean the same; otherwise the classification head is skipped.
-        scale_logits: as in the model's `EnactSelfAttention`.
+        own: the model's state dict.
+        nheads: number of attention heads.
+        same_labels: whether the labels match. If not, the classification head is skipped.
+        scale_logits: see `EnactSelfAttention`.
     """
     fit = Fit()
     available = dict(weights)
@@ -154,7 +160,7 @@ def fit_weights(
         prefix = name.removesuffix("W_q.weight")
         if prefix == name or name in weights or prefix + PACKED[0] not in weights:
             continue
-        # Row-column attention packs five projections, and another width's do not fit: both are skipped as they are.
+        # Only multi-head attention of the same width can be converted: row-column attention packs five projections.
         height, width = own[name].shape
         if weights[prefix + PACKED[0]].shape == (3 * height, width):
             plain = {part: available.pop(prefix + part) for part in PACKED if prefix + part in available}
@@ -165,11 +171,11 @@ def fit_weights(
     for name, tensor in available.items():
         if name not in own:
             if not name.endswith(COUNTER):
-                fit.skipped[name] = "the model has none"
+                fit.skipped[name] = "not in the model"
         elif CLASS_HEAD in name and not same_labels:
-            fit.skipped[name] = "of other classes"
+            fit.skipped[name] = "other classes"
         elif tensor.shape != own[name].shape:
-            fit.skipped[name] = f"{shape_text(tensor)} there, {shape_text(own[name])} here"
+            fit.skipped[name] = f"{shape_text(tensor)} in the checkpoint, {shape_text(own[name])} in the model"
         else:
             fit.weights[name] = tensor
     fit.fresh = [name for name in own if name not in fit.weights and not name.endswith(COUNTER)]
@@ -177,13 +183,13 @@ def fit_weights(
 
 
 def shape_text(tensor: Tensor) -> str:
-    """A shape as 91 x 256."""
-    return " x ".join(map(str, tensor.shape)) or "a number"
+    """A tensor's shape as text, like 91 x 256."""
+    return " x ".join(map(str, tensor.shape)) or "a scalar"
 
 
 def describe(fit: Fit, source: str) -> str:
-    """What was taken, converted and skipped, a line a reason."""
-    lines = [f"--pretrained {source}: {len(fit.weights)} tensors taken"]
+    """Report the loaded, converted and skipped tensors, with one line per reason."""
+    lines = [f"--pretrained {source}: {len(fit.weights)} tensors loaded"]
     if fit.converted:
         layers = f"{len(fit.converted)} attention layers" if len(fit.converted) > 1 else "1 attention layer"
         lines.append(f"  converted to ENACT: {layers}, {shortened(fit.converted)}")
@@ -197,6 +203,6 @@ def describe(fit: Fit, source: str) -> str:
 
 
 def shortened(names: list[str]) -> str:
-    """The first few names, and how many more there are."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    """The first few names, and the number of further ones."""
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more

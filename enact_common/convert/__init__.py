@@ -1,1 +1,1 @@
-"""Pascal VOC and YOLO data sets in COCO's layout: `python -m enact_common.convert --help`."""
+"""Convert Pascal VOC and YOLO data sets to the COCO layout: `python -m enact_common.convert --help`."""

@@ -1,11 +1,11 @@
-"""Pascal VOC and YOLO data sets in COCO's layout, as `--coco_path` takes it.
+"""Convert Pascal VOC and YOLO data sets to the COCO layout that `--coco_path` takes.
 
     python -m enact_common.convert voc DIR --output_dir OUT
     python -m enact_common.convert yolo DIR --output_dir OUT
 
-make OUT/train2017, OUT/val2017 and OUT/annotations/instances_{train,val}2017.json. Everything is read and checked
-before anything is written, the annotations are written last, and a conversion that fails leaves nothing behind. What
-was changed or left out is printed with its first cases; OUT/conversion.txt has all of them.
+write OUT/train2017, OUT/val2017 and OUT/annotations/instances_{train,val}2017.json. Everything is read and checked
+before anything is written, the annotations are written last, and a failed conversion leaves no files. Changes and
+omissions are printed with their first cases; OUT/conversion.txt lists all cases.
 
 `enact_common.convert.voc` and `enact_common.convert.yolo` read the formats.
 """
@@ -42,24 +42,22 @@ FINDERS = {"voc": find_voc, "yolo": find_yolo}
 
 SPLITS = ("train", "val")
 
-# All of what was changed or left out, in the output folder.
+# The list of all changes and omissions, in the output folder.
 REPORT = "conversion.txt"
 
-# Pixels over the image's edge that rounding explains: clipped without a word.
+# Boxes that reach at most this many pixels beyond the image are clipped without a warning, as rounding explains it.
 EDGE_SLACK = 0.5
 
-# Decimals of a pixel that are written.
+# Decimals of the written coordinates, in pixels.
 DECIMALS = 3
 
-STATUS = (
-    "Exit status: 0; 1 where images or annotations could not be read and were left out; 2 where nothing was written."
-)
+STATUS = "Exit status: 0; 1 if images or annotations could not be read and were left out; 2 if nothing was written."
 
 BEYOND = WARNING, "boxes that reach beyond the image: clipped"
 NO_AREA = WARNING, "boxes without area inside the image: dropped"
 OTHER_CLASS = WARNING, "objects of classes that --classes does not list: left out"
 UNUSED_CLASS = WARNING, "classes without objects"
-TURNED = WARNING, "images whose EXIF orientation is not upright: boxes are taken as those of the pixels as stored"
+TURNED = WARNING, "images with an EXIF orientation that is not upright: boxes are assumed to refer to the stored pixels"
 IN_BOTH = WARNING, "images that are in train and in val"
 UNREADABLE = FAULT, "images that cannot be read: left out"
 
@@ -68,12 +66,12 @@ UNREADABLE = FAULT, "images that cannot be read: left out"
 
 @dataclass
 class Conversion:
-    """A data set in COCO's format, before anything is written.
+    """A converted data set that is not yet written.
 
     Attributes:
-        annotations: of "train" and "val", the content of the annotation file.
-        images: of "train" and "val", the file behind each `file_name`.
-        issues: what was changed or left out.
+        annotations: the content of the annotation file, for "train" and "val".
+        images: the source file of each `file_name`, for "train" and "val".
+        issues: the changes and omissions.
     """
 
     annotations: dict[str, dict]
@@ -85,13 +83,13 @@ def to_coco(source: Source, issues: Issues, description: str, progress: bool = F
     """Read all annotations and the headers of all images.
 
     Args:
-        source: what to convert.
-        issues: takes what is amiss.
-        description: for the files' `info`.
-        progress: show bars on standard error, where that is a terminal.
+        source: the data set to convert.
+        issues: collects changes and omissions.
+        description: text for the files' `info`.
+        progress: show progress bars on standard error if it is a terminal.
 
     Raises:
-        UserError: a split is left without images, or there is no object in train.
+        UserError: a split has no images, or train has no objects.
     """
     read: dict[str, list[tuple[Path, tuple[int, int], list[Object]]]] = {}
     for split in SPLITS:
@@ -141,12 +139,12 @@ def to_coco(source: Source, issues: Issues, description: str, progress: bool = F
 
 
 def first_findings(issues: Issues) -> str:
-    """What may have led to an error, for the end of its message."""
+    """The first issues as likely causes, to end an error message."""
     return "".join(f"; {f.text}: {f.examples[0]}{', ...' if f.count > 1 else ''}" for f in issues.findings("")[:3])
 
 
 def read_item(item: Item, issues: Issues) -> tuple[tuple[int, int] | None, list[Object] | None]:
-    """An image's size, from its header, and its objects; None for what cannot be read."""
+    """Return an image's size, from its header, and its objects; None for an unreadable image or annotation."""
     try:
         size = image_size(item.image)
     except UserError as error:
@@ -158,14 +156,14 @@ def read_item(item: Item, issues: Issues) -> tuple[tuple[int, int] | None, list[
 
 
 def file_names(images: Sequence[Path]) -> list[str]:
-    """Names for the images of a split: their paths below the folder that they share, so that none are equal."""
+    """Unique names for the images of a split: their paths relative to their common folder."""
     absolute = [Path(os.path.abspath(image)) for image in images]
     base = os.path.commonpath([image.parent for image in absolute])
     return [image.relative_to(base).as_posix() for image in absolute]
 
 
 def to_annotation(thing: Object, width: int, height: int, issues: Issues) -> dict[str, Any] | None:
-    """The part of a COCO annotation that describes an object, clipped to its image; None where nothing is left."""
+    """Return an object's part of a COCO annotation, clipped to the image; None if no area is left."""
     bounds = (width, height) * 2
     box = [min(max(value, 0.0), bound) for value, bound in zip(thing.box, bounds, strict=True)]
     left, top, right, bottom = (round(value, DECIMALS) for value in box)
@@ -195,28 +193,28 @@ def to_annotation(thing: Object, width: int, height: int, issues: Issues) -> dic
 
 
 def check_output(output_dir: Path) -> None:
-    """Refuse an output folder that is none, or that holds something.
+    """Refuse an output folder that is a file or is not empty.
 
     Raises:
-        UserError: naming it.
+        UserError: the path is a file or a folder that is not empty.
     """
     if output_dir.is_dir() and any(output_dir.iterdir()):
-        raise UserError(f"--output_dir {output_dir}: holds something already; choose a new or an empty folder")
+        raise UserError(f"--output_dir {output_dir}: the folder is not empty; choose a new or an empty folder")
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir}: is a file; choose a new or an empty folder")
 
 
 def write_coco(conversion: Conversion, output_dir: Path, mode: str, progress: bool = False) -> None:
-    """Write a data set in COCO's layout, the annotations last; where that fails, nothing of it is left.
+    """Write a data set in the COCO layout, the annotations last. On failure, all written files are removed.
 
     Args:
-        conversion: what to write.
-        output_dir: empty, or not there yet.
+        conversion: the data set to write.
+        output_dir: an empty or missing folder.
         mode: "link", "copy" or "symlink".
-        progress: show bars on standard error, where that is a terminal.
+        progress: show progress bars on standard error if it is a terminal.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: a file cannot be written.
     """
     new_folders = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     try:
@@ -241,7 +239,7 @@ def write_coco(conversion: Conversion, output_dir: Path, mode: str, progress: bo
             shutil.rmtree(output_dir / name, ignore_errors=True)
         (output_dir / REPORT).unlink(missing_ok=True)
         for folder in new_folders:
-            # Another process may have put something there.
+            # Another process may have written to the folder.
             with contextlib.suppress(OSError):
                 folder.rmdir()
         if isinstance(error, OSError):
@@ -250,13 +248,12 @@ def write_coco(conversion: Conversion, output_dir: Path, mode: str, progress: bo
 
 
 def put_image(image: Path, place: Path, mode: str) -> None:
-    """Make an image appear at another place.
+    """Link or copy an image.
 
     Args:
-        image: the file itself, absolute, no symbolic link.
-        place: where to.
-        mode: "link" makes a second name of the file, or a copy where the disk has no such links or is another;
-            "copy" and "symlink" do what they say.
+        image: absolute path of the image, not a symbolic link.
+        place: destination path.
+        mode: "link" makes a hard link, or a copy where the file system cannot link; "copy"; or "symlink".
     """
     if mode == "symlink":
         place.symlink_to(image)
@@ -266,13 +263,13 @@ def put_image(image: Path, place: Path, mode: str) -> None:
             os.link(image, place)
             return
         except OSError:
-            # Whatever the reason, a copy either works or says what is wrong.
+            # Copy instead. If the copy fails too, its error says why.
             place.unlink(missing_ok=True)
     shutil.copyfile(image, place)
 
 
 def summary_text(conversion: Conversion, output_dir: Path) -> str:
-    """What was made, what was changed or left out, and what to do next."""
+    """The printed summary: counts, changes and omissions, and the next commands."""
     rows = [f"{'':<8}{'images':>9}{'objects':>9}"]
     counts = {}
     for split, content in conversion.annotations.items():
@@ -286,7 +283,7 @@ def summary_text(conversion: Conversion, output_dir: Path) -> str:
         rows.append(f"{category['id']:>3}  {category['name']:<{width}}{numbers}")
     findings = conversion.issues.findings("changed or left out")
     if findings:
-        rows += ["", findings_text(findings), "", f"{output_dir / REPORT} has all of these."]
+        rows += ["", findings_text(findings), "", f"{output_dir / REPORT} lists all cases."]
     folder = shlex.quote(str(output_dir))
     rows += [
         "",
@@ -301,7 +298,7 @@ def summary_text(conversion: Conversion, output_dir: Path) -> str:
 
 
 def split_fraction(text: str) -> float:
-    """A number in (0, 1)."""
+    """Parse a number in (0, 1)."""
     value = number_or_none(text)
     if value is None or not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"expected a number between 0 and 1, got {text!r}")
@@ -318,17 +315,17 @@ def build_parser() -> argparse.ArgumentParser:
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     for name, text, folder, sets in (
         (
-            "voc", "Pascal VOC: an XML file an image",
+            "voc", "Pascal VOC: one XML file per image",
             "VOC2007 or a folder like it (Annotations/, JPEGImages/, ImageSets/Main/), a folder of such folders, or "
             "any folder with XML files and images",
-            "list in ImageSets/Main, or folder (default: train and val, valid or validation; or trainval and test; or "
-            "train and test; or the rest drawn at random)",
+            "a list in ImageSets/Main, or a folder (default: train and val, valid or validation; else trainval and "
+            "test; else train and test; else a random split)",
         ),
         (
-            "yolo", "YOLO: a text file an image, with boxes or polygons",
+            "yolo", "YOLO: one text file per image, with boxes or polygons",
             "folder with data.yaml, with obj.data (Darknet, CVAT's \"YOLO 1.1\"), or with images/, labels/ and "
             "classes.txt; or the YAML or data file",
-            "key in data.yaml or obj.data, or folder in images/ (default: train and val; without val, drawn at random)",
+            "a key in data.yaml or obj.data, or a folder in images/ (default: train and val; else a random split)",
         ),
     ):  # fmt: skip
         command = formats.add_parser(name, help=text, description=text, epilog=STATUS)
@@ -336,59 +333,59 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--output_dir", required=True, metavar="OUT", help="new or empty folder, for --coco_path in training"
         )
-        command.add_argument("--train_set", metavar="NAME", help=f"what to train on: {sets}")
-        command.add_argument("--val_set", metavar="NAME", help="what to evaluate on, likewise")
+        command.add_argument("--train_set", metavar="NAME", help=f"training images: {sets}")
+        command.add_argument("--val_set", metavar="NAME", help="validation images, named like --train_set")
         command.add_argument(
             "--val_fraction", type=split_fraction, default=0.2, metavar="F",
-            help="share of the images to draw for val where the data name no splits, in (0, 1) (default: %(default)s)",
+            help="fraction of the images to draw for val if the data have no splits, in (0, 1) (default: %(default)s)",
         )  # fmt: skip
         command.add_argument(
-            "--seed", type=int, default=0, metavar="N", help="of that draw, 0 or more (default: %(default)s)"
+            "--seed", type=int, default=0, metavar="N", help="random split's seed, 0 or more (default: %(default)s)"
         )
         command.add_argument(
             "--classes", nargs="+", metavar="NAME",
             help="class names in the order of their ids, from 1 (default: "
-            + ("those that occur, sorted)" if name == "voc" else "those of data.yaml, obj.names or classes.txt)"),
+            + ("all names in the data, sorted)" if name == "voc" else "from data.yaml, obj.names or classes.txt)"),
         )  # fmt: skip
         command.add_argument(
             "--images", choices=("link", "copy", "symlink"), default="link",
-            help="hard links, which take no space (copies where that cannot be), copies, or symbolic links to where "
-            "the images are now (default: %(default)s)",
+            help="write the images as hard links, which take no space (copies where links are impossible), copies, or "
+            "symbolic links (default: %(default)s)",
         )  # fmt: skip
         if name == "voc":
             command.add_argument(
                 "--zero_based", action="store_true",
-                help="coordinates count from 0 and xmax, ymax are the edges of the box: width = xmax - xmin (default: "
-                "VOC's own, from 1 with the last pixel included: x = xmin - 1, width = xmax - xmin + 1)",
+                help="coordinates start at 0 and xmax, ymax are the box's edges: width = xmax - xmin (default: VOC's "
+                "convention, from 1 with the last pixel included: x = xmin - 1, width = xmax - xmin + 1)",
             )  # fmt: skip
     return parser
 
 
 def convert(args: argparse.Namespace) -> Conversion:
-    """Read a data set and write it in COCO's layout, as the command line's arguments ask for it.
+    """Read a data set and write it in the COCO layout.
 
     Raises:
-        UserError: something is wrong that the user can mend; nothing was written.
+        UserError: the arguments or the data are not usable, or the output cannot be written. No files are left.
     """
     root, output_dir = Path(args.data), Path(args.output_dir)
     if not (root.is_dir() or (args.format == "yolo" and root.is_file())):
         raise UserError(f"{root}: no such folder")
     check_output(output_dir)
     if root.is_dir() and output_dir.resolve().is_relative_to(root.resolve()):
-        # A second conversion would take its images for the data's own.
-        raise UserError(f"--output_dir {output_dir}: lies in {root}, which is converted; choose a folder outside")
+        # A second conversion would convert the output's images too.
+        raise UserError(f"--output_dir {output_dir}: is inside the source {root}; choose a folder outside")
     if bool(args.train_set) != bool(args.val_set):
-        raise UserError("--train_set and --val_set go together")
+        raise UserError("--train_set and --val_set go together: pass both or neither")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: must be 0 or more")
-    twice = [name for name, times in Counter(args.classes or ()).items() if times > 1]
-    if twice:
-        raise UserError(f"--classes: {twice[0]} stands twice")
+    repeated = [name for name, times in Counter(args.classes or ()).items() if times > 1]
+    if repeated:
+        raise UserError(f"--classes: {repeated[0]} is listed twice; list each class once")
     issues = Issues()
     source = FINDERS[args.format](root, args, issues)
-    twice = [name for name, times in Counter(source.classes or ()).items() if times > 1]
-    if twice:
-        raise UserError(f"{root}: the class name {twice[0]} stands twice; pass --classes NAME ...")
+    repeated = [name for name, times in Counter(source.classes or ()).items() if times > 1]
+    if repeated:
+        raise UserError(f"{root}: the class name {repeated[0]} is listed twice; pass --classes NAME ...")
     conversion = to_coco(source, issues, f"Converted from {args.format.upper()}: {root.name}", progress=True)
     write_coco(conversion, output_dir, args.images, progress=True)
     return conversion
@@ -398,10 +395,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Convert a data set.
 
     Args:
-        argv: the command line's words; None for the process's own.
+        argv: the arguments; None for `sys.argv`.
 
     Returns:
-        the exit status: 0; 1 where something could not be read and was left out; 2 for what the user can mend.
+        the exit status: 0; 1 if images or annotations could not be read and were left out; 2 for user errors.
     """
     parser = build_parser()
     args = parser.parse_args(argv)

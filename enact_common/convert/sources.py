@@ -1,6 +1,6 @@
-"""What the readers of other annotation formats have in common: what they find, and what they report.
+"""Data types and helpers that the readers of other annotation formats share.
 
-`voc` and `yolo` find a data set and read it; `__main__` makes COCO's layout of it.
+`voc` and `yolo` find and read a data set; `__main__` writes it in the COCO layout.
 """
 
 import argparse
@@ -16,32 +16,32 @@ from enact_common.data.checks.findings import FAULT, NOTE, WARNING, Finding
 from enact_common.data.images import WAY_OUT, Found, count_suffixes, image_suffixes, is_hidden, search
 from enact_common.utils.errors import UserError
 
-DRAWN = WARNING, "images drawn at random for val, as the data name none: copies of one picture may be in both splits"
-NO_READER = FAULT, f"images of formats that nothing here reads: left out; {WAY_OUT}"
+DRAWN = WARNING, "images drawn at random for val, as the data define no val: near-duplicates may be in both splits"
+NO_READER = FAULT, f"images in unsupported formats: left out; {WAY_OUT}"
 CLOSED = FAULT, "folders that cannot be read: left out"
-AGAIN = WARNING, "links to folders that are searched anyway, or that lead in a circle: not followed"
-OTHERS = NOTE, "files that are no images by their suffix: passed over"
-HIDDEN = NOTE, "hidden files and folders: passed over"
+AGAIN = WARNING, "links to folders that are already searched, or that lead in a circle: not followed"
+OTHERS = NOTE, "files without an image suffix: ignored"
+HIDDEN = NOTE, "hidden files and folders: ignored"
 
-# Files that belong to the formats, and need no mention where images are looked for.
+# Suffixes of the formats' own files, which are not reported as ignored.
 OWN_SUFFIXES = frozenset(".cache .data .names .txt .xml .yaml .yml".split())
 
 
 class Issues:
-    """What was changed or left out, by kind, in the order in which the kinds came up.
+    """The changes and omissions of a conversion, by kind, in order of first occurrence.
 
-    A kind is a severity ("warning", or "fault" for what is lost because it cannot be read) and a text.
+    A kind is a severity ("note", "warning", or "fault" for data that is lost because it cannot be read) and a text.
     """
 
     def __init__(self):
         self._cases: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
 
     def add(self, kind: tuple[str, str], case: str, count: int = 1) -> None:
-        """Note a case, once however often it is met, or a text that stands for several."""
+        """Add a case, or a text that stands for `count` cases. Repeated cases count once."""
         self._cases[kind][case] = count
 
     def findings(self, source: str) -> list[Finding]:
-        """One finding of each kind, the faults first, with all cases as examples."""
+        """Return one finding per kind, faults first, with all cases as examples."""
         kinds = sorted(self._cases.items(), key=lambda item: item[0][0] != FAULT)
         return [Finding(severity, source, text, sum(cases.values()), tuple(cases)) for (severity, text), cases in kinds]
 
@@ -51,11 +51,11 @@ class Object:
     """An annotated object.
 
     Attributes:
-        name: of its class.
-        box: left, top, right, bottom in pixels, (0, 0) being the image's top left corner; may reach beyond the image.
-        where: file and line, or file and number, for messages.
-        difficult: whether VOC marks it so.
-        polygon: x, y, x, y, ... in pixels, where it has an outline.
+        name: class name.
+        box: left, top, right, bottom in pixels from the image's top left corner; may reach beyond the image.
+        where: file and line, or file and object number, for messages.
+        difficult: VOC's flag.
+        polygon: the outline x, y, x, y, ... in pixels; empty without an outline.
     """
 
     name: str
@@ -67,12 +67,12 @@ class Object:
 
 @dataclass
 class Item:
-    """An image and how to get at its objects.
+    """An image and the function that reads its objects.
 
     Attributes:
-        image: the file.
-        read: from the image's width and height in pixels, as stored, to its objects; None where its annotations cannot
-            be read.
+        image: the image file.
+        read: takes the stored image's width and height in pixels and returns its objects; None if its annotations
+            cannot be read.
     """
 
     image: Path
@@ -81,11 +81,11 @@ class Item:
 
 @dataclass
 class Source:
-    """A data set that was found.
+    """A data set to convert.
 
     Attributes:
-        items: of "train" and "val".
-        classes: names in the order of their ids; None for those that occur, sorted.
+        items: the images of "train" and "val".
+        classes: class names in the order of their ids; None for the names in the annotations, sorted.
     """
 
     items: dict[str, list[Item]]
@@ -93,19 +93,19 @@ class Source:
 
 
 def image_files(folder: Path, issues: Issues) -> list[Path]:
-    """The image files in a folder and below it, sorted; what is passed over goes to the issues."""
-    found = search(folder, image_suffixes())
-    note_passed_over(found, issues)
-    unreadable = found.unreadable()
-    others = [p for p in found.others if p.suffix.lower() not in OWN_SUFFIXES and p not in set(unreadable)]
-    for kind, paths in ((NO_READER, unreadable), (OTHERS, others)):
+    """Return the image files in a folder and its sub-folders, sorted. Ignored files are added to the issues."""
+    search_result = search(folder, image_suffixes())
+    note_passed_over(search_result, issues)
+    unreadable = search_result.unreadable()
+    other_files = [p for p in search_result.others if p.suffix.lower() not in OWN_SUFFIXES and p not in set(unreadable)]
+    for kind, paths in ((NO_READER, unreadable), (OTHERS, other_files)):
         if paths:
             issues.add(kind, f"{folder}: {count_suffixes(paths)}", len(paths))
-    return sorted(found.files)
+    return sorted(search_result.files)
 
 
 def visible(folder: Path, pattern: str, issues: Issues) -> list[Path]:
-    """The entries of a folder that match a pattern, sorted; hidden ones go to the issues."""
+    """Return the entries of a folder that match a pattern, sorted. Hidden entries are added to the issues."""
     paths = sorted(folder.glob(pattern))
     for path in paths:
         if is_hidden(path.name):
@@ -113,41 +113,40 @@ def visible(folder: Path, pattern: str, issues: Issues) -> list[Path]:
     return [path for path in paths if not is_hidden(path.name)]
 
 
-def note_passed_over(found: Found, issues: Issues) -> None:
-    """Let the issues have the hidden files, the links that were not followed, and the folders that cannot be read."""
-    for kind, cases in ((CLOSED, found.closed), (AGAIN, found.again), (HIDDEN, found.hidden)):
+def note_passed_over(search_result: Found, issues: Issues) -> None:
+    """Add hidden files, links that were not followed and unreadable folders to the issues."""
+    for kind, cases in ((CLOSED, search_result.closed), (AGAIN, search_result.again), (HIDDEN, search_result.hidden)):
         for case in cases:
             issues.add(kind, str(case))
 
 
 def divide(items: list[Item], args: argparse.Namespace, issues: Issues) -> dict[str, list[Item]]:
-    """Items drawn at random for "train" and "val", each in its old order.
+    """Split items at random into "train" and "val", without changing their order.
 
     Args:
-        items: two or more.
-        args: of the command line: `val_fraction`, the share of "val" in (0, 1), where each split gets one item at
-            least, and `seed`, which decides the draw.
-        issues: is told of the draw.
+        items: at least two.
+        args: `val_fraction`, the fraction of "val" in (0, 1), and `seed`. Each split gets at least one item.
+        issues: collects a warning about the random split.
 
     Raises:
-        UserError: there is less than one for each.
+        UserError: there are fewer than two items.
     """
     if len(items) < 2:
-        raise UserError(f"found {len(items)} annotated images: too few to draw train and val from")
+        raise UserError(f"found {len(items)} annotated images: too few to draw train and val from; add images")
     size = min(max(round(len(items) * args.val_fraction), 1), len(items) - 1)
-    drawn = set(np.random.default_rng(args.seed).permutation(len(items))[:size].tolist())
+    val_indices = set(np.random.default_rng(args.seed).permutation(len(items))[:size].tolist())
     issues.add(DRAWN, f"{size} of {len(items)}, by --val_fraction {args.val_fraction:g} and --seed {args.seed}")
     return {
-        "train": [item for i, item in enumerate(items) if i not in drawn],
-        "val": [item for i, item in enumerate(items) if i in drawn],
+        "train": [item for i, item in enumerate(items) if i not in val_indices],
+        "val": [item for i, item in enumerate(items) if i in val_indices],
     }
 
 
 def read_text(file: Path) -> str:
-    """A text file.
+    """Read a text file.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8.
+        UserError: the file cannot be read, or is not UTF-8.
     """
     try:
         return file.read_text(encoding="utf-8-sig")
@@ -158,16 +157,16 @@ def read_text(file: Path) -> str:
 
 
 def listed_names(file: Path) -> list[str]:
-    """The lines of a list that are not empty.
+    """The lines of a text file that are not empty.
 
     Raises:
-        UserError: it is no text.
+        UserError: the file cannot be read, or is not UTF-8.
     """
     return [line.strip() for line in read_text(file).splitlines() if line.strip()]
 
 
 def number_or_none(text: str | None) -> float | None:
-    """A finite number; None for anything else."""
+    """Parse a finite number; None for anything else."""
     try:
         number = float(text or "")
     except ValueError:

@@ -1,6 +1,6 @@
-"""Data sets in the format of Pascal VOC: an XML file an image.
+"""Read data sets in the Pascal VOC format: one XML file per image.
 
-As the PASCAL VOC 2007 development kit has it: pixels are counted from 1, and a box includes its last column and row.
+As in the PASCAL VOC 2007 development kit, pixels are counted from 1, and a box includes its last column and row.
 """
 
 import argparse
@@ -25,36 +25,36 @@ from enact_common.data.checks.findings import FAULT, WARNING
 from enact_common.data.images import search
 from enact_common.utils.errors import UserError
 
-# Lists of ImageSets/Main, or else folders of images, to train and to evaluate on: the first pair that is there.
+# Names of the train and val lists in ImageSets/Main, or of image folders. The first existing pair is used.
 SETS = (("train", "val"), ("train", "valid"), ("train", "validation"), ("trainval", "test"), ("train", "test"))
 
-WRONG_SIZE = WARNING, "XML files with no image size, or with another than the image's, which counts"
-FROM_ZERO = WARNING, "boxes with a coordinate 0, where VOC counts from 1: are they --zero_based?"
+WRONG_SIZE = WARNING, "XML files whose image size is missing or wrong: the size of the image file is used"
+FROM_ZERO = WARNING, "boxes with a coordinate 0, although VOC counts from 1: are they --zero_based?"
 NO_XML = WARNING, "images without an XML file: left out"
 BAD_XML = FAULT, "XML files that cannot be read: left out with their images"
 BAD_OBJECT = FAULT, "objects without a name or four numbers: dropped"
-NO_IMAGE = FAULT, "XML files without an image of their own: left out"
+NO_IMAGE = FAULT, "XML files without an image: left out"
 AMBIGUOUS = FAULT, "XML files that fit several images: left out"
 IN_NEITHER = WARNING, "folders with images that are in neither split: left out"
 NOT_THERE = FAULT, "names in a split's list that have no image: left out"
 
 
-# Of each list the places that name an image, and the image; None for one that is not there.
+# The entries of each list: (file and name, for messages; image, or None if missing).
 Lists = dict[str, list[tuple[str, Path | None]]]
 
 
 def find_voc(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
-    """The images and XML files of VOC2007's layout, of a folder of such folders, or of any other folder.
+    """Find the images and XML files in a folder like VOC2007, a folder of such folders, or any other folder.
 
-    Lists in ImageSets/Main make the splits; or folders called train and val, at whatever depth; or a random draw.
+    The splits come from lists in ImageSets/Main, from folders named train and val at any depth, or from a random split.
 
     Args:
         root: the folder.
         args: `train_set`, `val_set`, `val_fraction`, `seed`, `classes` and `zero_based` of the command line.
-        issues: takes what is amiss.
+        issues: collects changes and omissions.
 
     Raises:
-        UserError: there are no XML files with images, or not the lists or folders that were asked for.
+        UserError: no XML file has an image, or a requested list or folder is missing.
     """
     candidates = [root] if (root / "Annotations").is_dir() else visible(root, "*", issues)
     kits = [path for path in candidates if (path / "Annotations").is_dir()]
@@ -69,20 +69,23 @@ def find_voc(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
         for name, entries in read_lists(kit / "ImageSets" / "Main", folder, images, issues).items():
             lists[name] += entries
     if not items:
-        raise UserError(f"{root}: no XML files with images, in Annotations/ and JPEGImages/ or anywhere else in it")
+        raise UserError(
+            f"{root}: no XML files with images in this folder; pass a folder like VOC2007 (Annotations/, JPEGImages/), "
+            "or any folder with XML files and images"
+        )
     return Source(choose(root, items, lists, args, issues), args.classes)
 
 
 def pair(root: Path, images: list[Path], xmls: list[Path], issues: Issues) -> dict[Path, Path]:
-    """Which XML file belongs to which image.
+    """Map each image to its XML file.
 
-    An XML file's image has its name, or else the name that the file mentions. Of several, it is the one beside it, the
-    one in a sub-folder that is called like its own, or the one that it mentions.
+    An XML file and its image have the same stem, or else the XML file contains the image's name. With several matches,
+    the image is in the XML file's folder, in a sub-folder of the same name, or has the name in the XML file.
 
     Args:
-        root: above all of them.
+        root: a folder that contains all files.
         images, xmls: the files.
-        issues: takes those that belong to nothing.
+        issues: collects files without a match.
     """
     by_stem, by_name = defaultdict(list), defaultdict(list)
     for image in images:
@@ -90,7 +93,7 @@ def pair(root: Path, images: list[Path], xmls: list[Path], issues: Issues) -> di
         by_name[image.name].append(image)
 
     def below(file: Path) -> tuple[str, ...]:
-        # Without the first folder, which is Annotations for one and JPEGImages for the other.
+        # Drop the first folder, which is Annotations for XML files and JPEGImages for images.
         return file.parent.relative_to(root).parts[1:]
 
     pairs: dict[Path, Path] = {}
@@ -117,7 +120,7 @@ def pair(root: Path, images: list[Path], xmls: list[Path], issues: Issues) -> di
 
 
 def mentioned_image(xml: Path) -> str:
-    """The file name that an XML file gives its image; empty where there is none."""
+    """The image's file name in an XML file; empty if missing or unreadable."""
     try:
         return Path((parse(xml).findtext("filename") or "").strip().replace("\\", "/")).name
     except ValueError:
@@ -125,9 +128,9 @@ def mentioned_image(xml: Path) -> str:
 
 
 def read_lists(folder: Path, image_folder: Path, images: list[Path], issues: Issues) -> Lists:
-    """The lists of a folder like ImageSets/Main, by their names.
+    """Read the lists of a folder like ImageSets/Main, by name.
 
-    They name images without the ending, with it, or with a sub-folder before it.
+    The lists name images with or without suffix and sub-folder.
     """
     by_name = {image.relative_to(image_folder).with_suffix("").as_posix(): image for image in images}
     by_name |= {image.relative_to(image_folder).as_posix(): image for image in images}
@@ -141,23 +144,23 @@ def read_lists(folder: Path, image_folder: Path, images: list[Path], issues: Iss
 def choose(
     root: Path, items: dict[Path, Item], lists: Lists, args: argparse.Namespace, issues: Issues
 ) -> dict[str, list[Item]]:
-    """The items of "train" and "val": by lists, by folders, or drawn at random where neither say.
+    """Split the items into "train" and "val" by lists, else by folders, else at random.
 
     Raises:
-        UserError: a list or folder that was asked for is not there.
+        UserError: a requested list or folder is missing.
     """
     listed = {name: [image for _, image in entries] for name, entries in lists.items()}
     folders: dict[str, list[Path | None]] = defaultdict(list)
     for image in items:
         for name in set(image.relative_to(root).parts[:-1]):
             folders[name].append(image)
-    asked, named = (args.train_set, args.val_set), folders | listed
-    missing = [name for name in asked if name and name not in named]
+    requested, all_places = (args.train_set, args.val_set), folders | listed
+    missing = [name for name in requested if name and name not in all_places]
     if missing:
-        there = f"lists: {', '.join(sorted(lists)) or 'none'}; folders: {', '.join(sorted(folders)) or 'none'}"
+        available = f"lists: {', '.join(sorted(lists)) or 'none'}; folders: {', '.join(sorted(folders)) or 'none'}"
         raise UserError(
             f"{root}: no list ImageSets/Main/{missing[0]}.txt and no folder {missing[0]} with annotated images "
-            f"(--train_set, --val_set); {there}"
+            f"(--train_set, --val_set); {available}"
         )
 
     def part(name: str, places: dict[str, list[Path | None]]) -> list[Item]:
@@ -165,10 +168,14 @@ def choose(
             for where, image in lists.get(name, ()):
                 if image is None:
                     issues.add(NOT_THERE, where)
-        # An image that is listed but has no XML file was reported before.
+        # Listed images without an XML file are already reported.
         return [items[image] for image in dict.fromkeys(places[name]) if image in items]
 
-    choices = [(asked, named)] if all(asked) else [(sets, places) for places in (listed, folders) for sets in SETS]
+    choices = (
+        [(requested, all_places)]
+        if all(requested)
+        else [(sets, places) for places in (listed, folders) for sets in SETS]
+    )
     names, places = next(
         ((names, places) for names, places in choices if all(name in places for name in names)), (None, None)
     )
@@ -177,25 +184,25 @@ def choose(
     else:
         whole = next((name for name in ("trainval", "train") if name in listed), None)
         splits = divide(part(whole, listed) if whole else list(items.values()), args, issues)
-    others = items.keys() - {item.image for own in splits.values() for item in own}
-    for folder, count in sorted(Counter(image.parent for image in others).items()):
+    unused = items.keys() - {item.image for own in splits.values() for item in own}
+    for folder, count in sorted(Counter(image.parent for image in unused).items()):
         issues.add(IN_NEITHER, f"{folder}: {count} images")
     return splits
 
 
 class NoDoctype(ElementTree.TreeBuilder):
-    """Builds a tree, and refuses a document type: there, entities are declared that may expand without end."""
+    """A tree builder that refuses document types, whose entities may expand without end."""
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
         """Called by the parser before it reads the declarations."""
-        raise ValueError("it declares a document type, which VOC's files do not have and which is not safe to read")
+        raise ValueError("it declares a document type, which is not safe to read and not part of VOC; remove it")
 
 
 def parse(path: Path) -> ElementTree.Element:
-    """A VOC file's root element.
+    """Parse a VOC file and return its root element.
 
     Raises:
-        ValueError: it cannot be read, is no XML, declares a document type, or has another root.
+        ValueError: the file cannot be read, is not XML, declares a document type, or has another root.
     """
     try:
         root = ElementTree.parse(path, ElementTree.XMLParser(target=NoDoctype())).getroot()
@@ -207,25 +214,25 @@ def parse(path: Path) -> ElementTree.Element:
 
 
 def read_voc(xml: Path, zero_based: bool, issues: Issues, width: int, height: int) -> list[Object] | None:
-    """The objects of an XML file.
+    """Read the objects of an XML file.
 
     Args:
         xml: the file.
-        zero_based: coordinates count from 0, and xmax and ymax are edges: the first pixels outside.
-        issues: takes what is amiss.
-        width, height: of the image in pixels, as stored.
+        zero_based: coordinates start at 0, and xmax and ymax are the first pixels outside the box.
+        issues: collects changes and omissions.
+        width, height: size of the stored image in pixels.
 
     Returns:
-        the objects; None where the file cannot be read.
+        the objects; None if the file cannot be read.
     """
     try:
         tree = parse(xml)
     except ValueError as error:
         issues.add(BAD_XML, f"{xml}: {error}")
         return None
-    said = [(tree.findtext(f"size/{side}") or "").strip() for side in ("width", "height")]
-    if [number_or_none(side) for side in said] != [width, height]:
-        issues.add(WRONG_SIZE, f"{xml}: {' x '.join(side or '?' for side in said)}, the image is {width} x {height}")
+    size = [(tree.findtext(f"size/{side}") or "").strip() for side in ("width", "height")]
+    if [number_or_none(side) for side in size] != [width, height]:
+        issues.add(WRONG_SIZE, f"{xml}: {' x '.join(side or '?' for side in size)}, the image is {width} x {height}")
     objects = []
     for number, element in enumerate(tree.findall("object"), start=1):
         name = (element.findtext("name") or "").strip()
@@ -239,7 +246,7 @@ def read_voc(xml: Path, zero_based: bool, issues: Issues, width: int, height: in
         if not zero_based:
             if 0 in (left, top):
                 issues.add(FROM_ZERO, where)
-            # Right and bottom stay: the last column and row, counted from 1, end there.
+            # Keep right and bottom: the edge of the last pixel, counted from 1, is at its number.
             left, top = left - 1, top - 1
         difficult = (element.findtext("difficult") or "").strip() == "1"
         objects.append(Object(name, (left, top, right, bottom), where, difficult))

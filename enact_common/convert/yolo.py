@@ -1,8 +1,8 @@
-"""Data sets in the format of YOLO: a text file an image, a line an object.
+"""Read data sets in the YOLO format of Darknet and Ultralytics: one text file per image, one line per object.
 
 A line is `class x y width height`, the centre and size of a box, or `class x y x y ...`, the outline of an object, in
-fractions of the image's width and height, as Darknet and Ultralytics YOLO have them. In pose data, of which data.yaml
-says `kpt_shape`, each box has the numbers of its keypoints behind it, which are left out.
+fractions of the image's width and height. In pose data (data.yaml has `kpt_shape`), keypoint numbers follow each box
+and are ignored.
 """
 
 import argparse
@@ -31,34 +31,34 @@ from enact_common.data.checks.findings import FAULT, NOTE, WARNING
 from enact_common.data.images import PICTURE_SUFFIXES, image_suffixes, is_hidden
 from enact_common.utils.errors import UserError
 
-# Names that the validation part goes by.
+# Names of the validation split.
 VAL_NAMES = ("val", "valid", "validation")
 
-# By how much a fraction may leave 0 to 1 and still be one that was rounded.
+# Rounded fractions may exceed 0 to 1 by this much.
 FRACTION_SLACK = 1e-3
 
-BAD_LINE = FAULT, "lines that are no box and no outline: dropped"
-BAD_POSE = FAULT, "lines that are no box with the keypoints of data.yaml's kpt_shape: dropped"
+BAD_LINE = FAULT, "lines that are neither a box nor an outline: dropped"
+BAD_POSE = FAULT, "lines that do not match a box with data.yaml's kpt_shape: dropped"
 BAD_CLASS = FAULT, "lines with a class number that has no name: dropped"
-NO_FRACTION = FAULT, "lines with numbers outside 0 to 1, no fractions of the image: dropped"
+NO_FRACTION = FAULT, "lines with coordinates outside 0 to 1: dropped"
 BAD_FILE = FAULT, "label files that cannot be read: left out with their images"
-NO_LABELS = WARNING, "images without a label file: taken as images without objects"
+NO_LABELS = WARNING, "images without a label file: kept as images without objects"
 STRAY_LABELS = WARNING, "label files without an image: left out"
-NO_LIST = WARNING, "lists to validate on that are not there: taken as not named"
-ELSEWHERE = NOTE, "paths of another machine in lists: the images here that they end like are taken"
-NAME_COUNT = WARNING, "class counts that differ from the number of names, which counts"
+NO_LIST = WARNING, "validation lists that do not exist: ignored"
+ELSEWHERE = NOTE, "paths of another machine in lists: replaced by images here with the same ending"
+NAME_COUNT = WARNING, "class counts that differ from the number of names: the names are used"
 
 
 def find_yolo(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
-    """The images and label files of a YOLO folder, by its data.yaml or obj.data, or by its folders.
+    """Find the images and label files of a YOLO data set by its data.yaml or obj.data, or by its folders.
 
     Args:
-        root: the folder, or the YAML or data file itself.
-        args: of the command line.
-        issues: takes what is amiss.
+        root: the folder, or the YAML or data file.
+        args: the command line's arguments.
+        issues: collects changes and omissions.
 
     Raises:
-        UserError: there are no images, no class names, or a file that the YAML names is missing.
+        UserError: images, class names or a file that the YAML names are missing.
     """
     config, names, keypoints = find_config(root, issues), args.classes, 0
     if config:
@@ -87,35 +87,35 @@ def find_yolo(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
 
 
 def find_config(root: Path, issues: Issues) -> Path | None:
-    """The file that describes a data set: the path itself; data.yaml, or the only YAML file in the folder; obj.data, or
-    the only file in the folder that is called so.
+    """The file that describes a data set: `root` if it is a file; data.yaml or the folder's only YAML file; obj.data or
+    the folder's only .data file.
 
     Raises:
-        UserError: there are several.
+        UserError: the folder has several such files.
     """
     if root.is_file():
         return root
     for patterns, stem, kind in ((("*.yaml", "*.yml"), "data", "YAML"), (("*.data",), "obj", "data")):
         files = [file for pattern in patterns for file in visible(root, pattern, issues)]
-        named = [file for file in files if file.stem == stem] or files
-        if len(named) > 1:
-            raise UserError(f"{root}: has several {kind} files ({', '.join(f.name for f in named)}); name one as DIR")
-        if named:
-            return named[0]
+        candidates = [file for file in files if file.stem == stem] or files
+        if len(candidates) > 1:
+            raise UserError(f"{root}: several {kind} files ({', '.join(f.name for f in candidates)}); pass one as DIR")
+        if candidates:
+            return candidates[0]
     return None
 
 
 def load_yaml(config: Path) -> dict:
-    """What a YAML file holds.
+    """Read a YAML file's mapping.
 
-    Its values are never shown as a whole: aliases can make a few lines into a value without end.
+    Values are never printed in full: aliases can expand a few lines without end.
 
     Raises:
-        UserError: it cannot be read, or is no mapping.
+        UserError: the file cannot be read, or is not a mapping.
     """
     try:
         data = yaml.safe_load(read_text(config))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2024-02-30, say, which would be a date
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an invalid date, such as 2024-02-30
         raise UserError(f"{config}: not a YAML file ({' '.join(str(error).split())})") from error
     if not isinstance(data, dict):
         raise UserError(f"{config}: does not describe a data set; expected the keys train, val and names")
@@ -123,13 +123,13 @@ def load_yaml(config: Path) -> dict:
 
 
 def load_darknet(config: Path, issues: Issues) -> dict:
-    """The content of Darknet's obj.data, in the form of `load_yaml`; CVAT's "YOLO 1.1" is such an export.
+    """Read Darknet's obj.data, as CVAT exports it ("YOLO 1.1"), in the form of `load_yaml`.
 
-    A line is `key = value`. Keys may be capitalised, as CVAT's subsets are. A list to validate on that is not there
-    counts as not named: CVAT names one whether or not it writes it.
+    A line is `key = value`. Keys may be capitalised, like CVAT's subsets. A missing validation list is ignored, because
+    CVAT names one even if it does not write it.
 
     Raises:
-        UserError: it cannot be read, or names a file of class names that is not there.
+        UserError: the file cannot be read, or the file of class names does not exist.
     """
     pairs = (line.partition("=") for line in listed_names(config) if "=" in line)
     data: dict = {}
@@ -152,14 +152,14 @@ def load_darknet(config: Path, issues: Issues) -> dict:
 
 
 def yaml_splits(config: Path, data: dict, args: argparse.Namespace, issues: Issues) -> dict[str, list[Path]]:
-    """The images of "train" and, where it is named, of "val".
+    """The images of "train", and of "val" if the file has it.
 
     Raises:
-        UserError: an entry names nothing, or what is not there.
+        UserError: an entry names no images, or its path does not exist.
     """
     path = data.get("path")
     base = config.parent / path if isinstance(path, str) else config.parent
-    # A path may be another machine's.
+    # The path may be from another machine.
     base = base if base.is_dir() else config.parent
     val_key = args.val_set or next((key for key in VAL_NAMES if data.get(key)), None)
     splits = {}
@@ -175,57 +175,59 @@ def yaml_splits(config: Path, data: dict, args: argparse.Namespace, issues: Issu
 
 
 def yaml_names(config: Path, data: dict, issues: Issues) -> list[str] | None:
-    """The class names, in a list or numbered from 0; None where there are none.
+    """The class names, from a list or a mapping numbered from 0; None if the file has none.
 
     Raises:
-        UserError: they are something else.
+        UserError: 'names' is neither a list nor a mapping numbered from 0.
     """
     names = data.get("names")
     if names is None:
         return None
     if isinstance(names, dict):
         if set(names) != set(range(len(names))):
-            raise UserError(f"{config}: 'names' must be numbered from 0 on without a gap")
+            raise UserError(f"{config}: 'names' must be numbered from 0 without gaps")
         names = [names[i] for i in range(len(names))]
     if isinstance(names, list) and any(isinstance(name, bool) for name in names):
-        raise UserError(f"{config}: 'names' has what YAML takes for true or false; quote the names: 'yes', 'no'")
+        raise UserError(f"{config}: 'names' has values that YAML reads as true or false; quote the names: 'yes', 'no'")
     if not (isinstance(names, list) and names and all(isinstance(name, str | int | float) for name in names)):
         raise UserError(f"{config}: 'names' must be class names, in a list or numbered from 0")
-    said = data.get("nc", len(names))
-    if isinstance(said, int) and said != len(names):
-        issues.add(NAME_COUNT, f"{config}: nc {said}, {len(names)} names")
+    class_count = data.get("nc", len(names))
+    if isinstance(class_count, int) and class_count != len(names):
+        issues.add(NAME_COUNT, f"{config}: nc {class_count}, {len(names)} names")
     return [str(name) for name in names]
 
 
 def yaml_keypoints(config: Path, data: dict) -> int:
-    """How many numbers the keypoints of an object take in a label line; 0 where the data are no poses.
+    """How many keypoint numbers a label line has; 0 if the data have no keypoints.
 
     Raises:
-        UserError: kpt_shape is something else than the number of keypoints and of the values of each.
+        UserError: kpt_shape is not two positive integers, the number of keypoints and of values per keypoint.
     """
     shape = data.get("kpt_shape")
     if shape is None:
         return 0
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
-        raise UserError(f"{config}: 'kpt_shape' must be the numbers of keypoints and of values of each, like [17, 3]")
+        raise UserError(
+            f"{config}: 'kpt_shape' must be the numbers of keypoints and of values per keypoint, like [17, 3]"
+        )
     return math.prod(shape)
 
 
 def yaml_images(config: Path, base: Path, entry: str, issues: Issues) -> list[Path]:
-    """The images of a folder, or in a list of paths, that an entry of a YAML file names.
+    """The images in the folder, or in the list of paths, that an entry of a YAML file names.
 
     Raises:
-        UserError: there is no such folder or file.
+        UserError: the folder or file does not exist.
     """
     place = find_named(entry, [base, config.parent], Path.exists)
     if place is None:
-        raise UserError(f"{config}: names {entry}, but there is no {base / entry}")
+        raise UserError(f"{config}: names {entry}, but there is no {base / entry}; correct the path")
     if place.is_dir():
         return image_files(place, issues)
     images = []
     for line in listed_names(place):
         image = find_named(line, [place.parent, base], Path.is_file) or Path(os.path.normpath(place.parent / line))
-        # Folders above the data set may be hidden: they are no part of it.
+        # Hidden folders above the data set do not count.
         inside = image.relative_to(base).parts if image.is_relative_to(base) else (image.name,)
         if any(map(is_hidden, inside)):
             issues.add(HIDDEN, str(image))
@@ -237,15 +239,15 @@ def yaml_images(config: Path, base: Path, entry: str, issues: Issues) -> list[Pa
 
 
 def find_named(name: str, folders: Sequence[Path], is_there: Callable[[Path], bool]) -> Path | None:
-    """The file or folder that a list or a data set's description means by a path; None where nothing fits.
+    """Resolve a path from a list or a data set's description; None if nothing matches.
 
-    It is absolute or relative to a folder, perhaps with backslashes. Else its longest tail that is there counts: what
-    another machine's path ends with, or `data/obj_train_data/a.jpg` where the export had another folder above.
+    The path is absolute or relative to one of the folders, and may have backslashes. If it does not exist, its longest
+    existing tail counts, for paths from another machine, or `data/obj_train_data/a.jpg` from another parent folder.
 
     Args:
         name: the path.
-        folders: that it may be relative to.
-        is_there: whether a place has what is looked for.
+        folders: folders that the path may be relative to.
+        is_there: whether a path exists, as a file or a folder.
     """
     plain = name.replace("\\", "/")
     parts = PurePosixPath(plain).parts
@@ -253,52 +255,52 @@ def find_named(name: str, folders: Sequence[Path], is_there: Callable[[Path], bo
     for spelling in (name, plain, *tails):
         for folder in folders:
             if is_there(folder / spelling):
-                # Not resolved: labels are looked for beside links, not where these lead.
+                # Keep symbolic links: label files are next to the link, not next to its target.
                 return Path(os.path.normpath(folder / spelling))
     return None
 
 
 def yolo_folders(root: Path, args: argparse.Namespace, issues: Issues) -> dict[str, list[Path]]:
-    """The images of each split in images/train, images/val or train/images, val/images; else all as "train".
+    """The images of each split in images/train, images/val or train/images, val/images; else all images as "train".
 
     Raises:
-        UserError: there are no such folders, or no images.
+        UserError: a requested folder or the training images are missing.
     """
-    wanted = {
+    folder_names = {
         "train": (args.train_set,) if args.train_set else ("train",),
         "val": (args.val_set,) if args.val_set else VAL_NAMES,
     }
     splits = {}
-    for split, names in wanted.items():
+    for split, names in folder_names.items():
         folders = [place for name in names for place in (root / "images" / name, root / name / "images")]
         folder = next((folder for folder in folders if folder.is_dir()), None)
         if folder:
             splits[split] = image_files(folder, issues)
         elif getattr(args, f"{split}_set"):
-            raise UserError(f"--{split}_set {names[0]}: there is neither {folders[0]} nor {folders[1]}")
+            raise UserError(f"--{split}_set {names[0]}: neither {folders[0]} nor {folders[1]} is a folder")
     if "train" not in splits:
         if splits:
-            raise UserError(f"{root}: has no training images, in images/train or train/images")
+            raise UserError(f"{root}: no folder images/train or train/images; pass --train_set and --val_set")
         splits = {"train": image_files(root / "images" if (root / "images").is_dir() else root, issues)}
     return splits
 
 
 def class_names(root: Path) -> list[str]:
-    """The lines of classes.txt, in the folder or among its labels.
+    """The class names in classes.txt, in the folder or among its labels.
 
     Raises:
-        UserError: there is no such file.
+        UserError: the file is missing or empty.
     """
     places = [root / "classes.txt", root / "labels" / "classes.txt", root / "labels" / "train" / "classes.txt"]
     file = next((place for place in places if place.is_file()), None)
     names = listed_names(file) if file else []
     if not names:
-        raise UserError(f"{root}: no class names, in data.yaml or in classes.txt; pass --classes NAME ...")
+        raise UserError(f"{root}: no class names in data.yaml or classes.txt; pass --classes NAME ...")
     return names
 
 
 def label_file(image: Path) -> Path:
-    """Where an image's label file is: under labels/ in place of the last images/, or beside the image."""
+    """The path of an image's label file: next to the image, or with labels/ instead of the last images/."""
     beside, parts = image.with_suffix(".txt"), list(image.parts)
     if "images" not in parts[:-1] or beside.is_file():
         return beside
@@ -307,11 +309,11 @@ def label_file(image: Path) -> Path:
 
 
 def stray_labels(folders: set[tuple[Path, Path]], issues: Issues) -> list[Path]:
-    """The label files that belong to no image, whether or not a split has the image.
+    """The label files without an image in their image folder, whether or not a split has the image.
 
     Args:
-        folders: pairs of a folder of labels and a folder of its images.
-        issues: takes hidden label files.
+        folders: pairs of a label folder and its image folder.
+        issues: collects hidden label files.
     """
     stems, labels, suffixes = set(), set(), image_suffixes() | PICTURE_SUFFIXES
     for label_folder, image_folder in folders:
@@ -319,25 +321,25 @@ def stray_labels(folders: set[tuple[Path, Path]], issues: Issues) -> list[Path]:
             labels |= {path for path in visible(label_folder, "*.txt", issues) if path.name != "classes.txt"}
             images = (path for path in image_folder.iterdir() if path.suffix.lower() in suffixes)
             stems |= {(label_folder, path.stem) for path in images}
-    # With labels beside images, lists of images may lie there too.
-    own = {folder for folder, image_folder in folders if folder != image_folder}
-    return sorted(path for path in labels if path.parent in own and (path.parent, path.stem) not in stems)
+    # If labels are next to images, the folder may also have lists of images.
+    label_only = {folder for folder, image_folder in folders if folder != image_folder}
+    return sorted(path for path in labels if path.parent in label_only and (path.parent, path.stem) not in stems)
 
 
 def read_yolo(
     label: Path, names: list[str], keypoints: int, issues: Issues, width: int, height: int
 ) -> list[Object] | None:
-    """The objects in a label file.
+    """Read the objects in a label file.
 
     Args:
-        label: the file; one that is missing means an image without objects.
-        names: of the classes.
-        keypoints: numbers behind each box; 0 for data that are no poses, where lines may be outlines.
-        issues: takes what is amiss.
-        width, height: of the image in pixels, as stored.
+        label: the file. A missing file means an image without objects.
+        names: class names.
+        keypoints: keypoint numbers per line; 0 for data without keypoints, whose lines may be outlines.
+        issues: collects changes and omissions.
+        width, height: size of the stored image in pixels.
 
     Returns:
-        the objects, None where the file cannot be read.
+        the objects; None if the file cannot be read.
     """
     if not label.is_file():
         return []
@@ -357,9 +359,9 @@ def read_yolo(
         if None in numbers or not (len(words) == 5 + keypoints or polygon) or numbers[0] != int(numbers[0]):
             hint = ""
             if keypoints:
-                hint = f" ({len(words)} numbers, for 5 and {keypoints} of keypoints)"
+                hint = f" ({len(words)} numbers instead of 5 and {keypoints} of keypoints)"
             elif len(words) == 6:
-                hint = " (a sixth number: a score, so a detection rather than a label?)"
+                hint = " (is the sixth number a score, and the line a detection, not a label?)"
             issues.add(BAD_POSE if keypoints else BAD_LINE, shown + hint)
             continue
         label_index, fractions = int(numbers[0]), numbers[1:] if polygon else numbers[1:5]

@@ -1,7 +1,7 @@
-"""Trained detectors as files for other runtimes: ONNX, TorchScript and PyTorch's exported programs.
+"""Export detectors to other runtimes: ONNX, TorchScript and PyTorch's exported programs.
 
-`python -m enact_common.export CHECKPOINT --format onnx` writes one; `load_exported` runs it. docs/use/export.md lists
-the inputs and outputs of such a file.
+`python -m enact_common.export CHECKPOINT --format onnx` writes a file, and `load_exported` runs it. docs/export.md
+describes the inputs and outputs.
 """
 
 from enact_common.export.formats import ExportedDetector, load_exported

@@ -1,8 +1,8 @@
-"""Write a trained detector as a file for another runtime: `python -m enact_common.export CHECKPOINT --format onnx`.
+"""Export a trained detector to another runtime: `python -m enact_common.export CHECKPOINT --format onnx`.
 
-The file takes pixels as they are stored, uint8 (batch, 3, height, width), 0 to 255, red, green, blue, and normalises
-them itself. It gives scores, labels and boxes (left, top, right, bottom as fractions of the image's width and height),
-and of models with masks these too, and says so in its metadata.
+The exported file takes RGB pixels, uint8 (batch, 3, height, width), 0 to 255, and normalises them itself. It returns
+scores, labels and boxes (left, top, right, bottom as fractions of the image's width and height), and masks if the model
+has a mask head. Its metadata describe the inputs and outputs.
 """
 
 import argparse
@@ -35,14 +35,14 @@ from enact_common.inference.detector import LoadedDetector, load_detector
 from enact_common.utils.errors import UserError, exit_status
 from enact_common.utils.files import check_no_folder, make_folder
 
-# Outputs of a file may differ from PyTorch's by this much: other runtimes sum in another order.
+# Greatest accepted difference from PyTorch's outputs: other runtimes sum in another order.
 TOLERANCE = 1e-3
 
-# An 8-bit file's scores and boxes may differ by this much before the export warns.
+# The export warns if an 8-bit file's scores or boxes differ by more.
 INT8_TOLERANCE = 0.05
 
-# Sides that a file of any size is tried at, beside the one it was recorded with.
-TRIED_SIZES = ((128, 160), (224, 192))
+# Image sizes, other than the traced one, to test a file with dynamic sizes.
+TEST_SIZES = ((128, 160), (224, 192))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -57,51 +57,53 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--format", choices=tuple(FORMATS), default="onnx", help="kind of file")
     parser.add_argument(
-        "--output", metavar="FILE", help="to write; default: the checkpoint's name with the format's suffix, here"
+        "--output",
+        metavar="FILE",
+        help="output file; default: the checkpoint's name with the format's suffix, in the current folder",
     )
     parser.add_argument(
         "--size", type=positive_int, nargs=2, metavar=("H", "W"),
-        help="pixels of the images that the file takes; default: the model's shorter side in evaluation, both ways",
+        help="height and width of the input images in pixels; default: the model's shorter side in evaluation for both",
     )  # fmt: skip
+    parser.add_argument("--batch", type=positive_int, metavar="N", help="batch size of the file; default: 1")
     parser.add_argument(
-        "--batch", type=positive_int, metavar="N", help="images that the file takes at a time; default: 1"
-    )
-    parser.add_argument(
-        "--dynamic", action="store_true", help="any number of images, of any size, in place of --batch and --size"
+        "--dynamic", action="store_true", help="accept any batch size and image size, instead of --batch and --size"
     )
     parser.add_argument(
         "--mask", action="store_true",
-        help="a second input, bool (batch, height, width), true where images are padded, for batches of several sizes",
+        help="add a padding mask as second input, bool (batch, height, width), true for padding, to batch images of "
+        "several sizes",
     )  # fmt: skip
     parser.add_argument(
         "--raw",
         action="store_true",
-        help="give pred_logits and pred_boxes, and of models with masks pred_masks, of all queries, as the model does",
+        help="return the model's raw outputs for all queries: pred_logits, pred_boxes, and pred_masks if it has a mask "
+        "head",
     )
     parser.add_argument(
         "--clusters", metavar="N|PATH",
-        help="ENACT: fixed windows, for runtimes without sizes that depend on data: of N tokens; or, of an image or a "
-        "folder of them, as long as each layer's are there, by the median; default: as long as follows from the image",
+        help="ENACT: fixed windows, for runtimes without data-dependent sizes: N tokens, or each layer's median over "
+        "the images at PATH (an image or a folder); default: window lengths from each image",
     )  # fmt: skip
     parser.add_argument(
-        "--quantize", action="store_true", help="8-bit weights in the transformer's matrix products; for onnx alone"
+        "--quantize", action="store_true", help="8-bit weights in the transformer's matrix products; only for onnx"
     )
     parser.add_argument(
         "--dilation", action=argparse.BooleanOptionalAction, default=None,
-        help="whether the backbone is dilated (DC5), for files of weights alone, which do not say; default: as the "
-        "checkpoint says, else as the variant's published model",
+        help="dilated backbone (DC5), for files with only weights; default: the checkpoint's setting, else the "
+        "variant's default",
     )  # fmt: skip
     add_clustering_flags(parser)
     return parser
 
 
 def add_clustering_flags(parser: argparse.ArgumentParser) -> None:
-    """ENACT's settings, where they shall differ from the checkpoint's."""
-    parser.add_argument("--enact_clusters", choices=CLUSTERS, help="ENACT: what is pooled; default: the checkpoint's")
-    parser.add_argument("--enact_order", choices=ORDERS, help="ENACT: in which cells follow each other; likewise")
+    """Add flags that override the checkpoint's ENACT settings."""
+    parser.add_argument("--enact_clusters", choices=CLUSTERS, help="ENACT: unit of pooling; default: the checkpoint's")
+    parser.add_argument("--enact_order", choices=ORDERS, help="ENACT: order of the cells; default: the checkpoint's")
     for flag, text in (
-        ("per_image", "each image has its own window length"),
-        ("mask_padding", "padding is not clustered"),
+        ("per_image", "compute a window length per image"),
+        ("mask_padding", "leave padding out of the clusters"),
     ):
         parser.add_argument(
             f"--enact_{flag}", action=argparse.BooleanOptionalAction, default=None,
@@ -109,11 +111,11 @@ def add_clustering_flags(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
     parser.add_argument(
         "--enact_max_clusters", type=natural_int, metavar="M",
-        help="ENACT: at most so many clusters, 0 for no limit; default: the checkpoint's",
+        help="ENACT: greatest number of clusters, 0 for no limit; default: the checkpoint's",
     )  # fmt: skip
     parser.add_argument(
         "--enact_temperature", type=non_negative_float, metavar="T",
-        help="ENACT: of the shares in a cluster, 0 for the published ones; default: the checkpoint's",
+        help="ENACT: temperature of the pooling weights, 0 for the published weights; default: the checkpoint's",
     )  # fmt: skip
 
 
@@ -121,10 +123,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: its words; None for the process's own.
+        argv: the arguments; None for `sys.argv`.
 
     Returns:
-        the exit status: 0; 1 where the file gives other results than PyTorch; 2 for what the user can mend.
+        the exit status: 0; 1 if the file's results differ from PyTorch's; 2 for user errors.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
@@ -132,13 +134,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check, export, and compare what the file gives with what PyTorch gives.
+    """Check the arguments, export, and compare the file's outputs with PyTorch's.
 
     Returns:
-        the exit status, as `main` says.
+        the exit status, see `main`.
 
     Raises:
-        UserError: something is wrong that the user can mend.
+        UserError: the arguments, the checkpoint or the environment are not usable.
     """
     output = Path(args.output or Path(args.checkpoint).with_suffix(FORMATS[args.format].suffix).name)
     check_arguments(args, output)
@@ -164,45 +166,45 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_arguments(args: argparse.Namespace, output: Path) -> None:
-    """Refuse what does not go together, before any work.
+    """Refuse conflicting arguments, before any work.
 
     Raises:
-        UserError: naming the flag and the way out.
+        UserError: arguments conflict, or a package is missing. The message says what to change.
     """
     check_no_folder(output)
     suffix = FORMATS[args.format].suffix
     if output.suffix != suffix:
-        raise UserError(f"--output {output}: files of --format {args.format} end with {suffix}")
+        raise UserError(f"--output {output}: the name must end with {suffix} for --format {args.format}")
     if args.dynamic and (args.size or args.batch):
-        raise UserError("--dynamic takes images of any number and size: leave out --size and --batch, or --dynamic")
+        raise UserError("--dynamic conflicts with --size and --batch: leave out --dynamic, or --size and --batch")
     if args.quantize and args.format != "onnx":
-        raise UserError(f"--quantize works with --format onnx alone, not with {args.format}")
+        raise UserError(f"--quantize does not work with --format {args.format}; pass --format onnx")
     if args.format == "onnx":
         for module in ("onnx", "onnxscript", "onnxruntime"):
             needed(module, "--format onnx")
 
 
 def window_lengths(detector: LoadedDetector, clusters: str | None) -> list[int] | None:
-    """The window length of each encoder layer that `--clusters` asks for, tokens; None for those of the image.
+    """The window length of each encoder layer in tokens, from `--clusters`; None for lengths from each image.
 
     Raises:
-        UserError: there is no such file or folder, or no image in it.
+        UserError: the path does not exist or has no image.
     """
     layers = len(clusterings(detector.model))
     if clusters is None:
         return None
     if clusters.isdecimal() and int(clusters) > 0:
         return [int(clusters)] * layers
-    # A plain model is refused for having none, whatever the images are.
+    # `check_interface` refuses `--clusters` for plain models, so skip looking for images.
     images = find_images(Path(clusters)) if layers else []
     return calibrated_lengths(detector.model, (detector.model_input(decode_image(path)) for path in images))
 
 
 def find_images(path: Path) -> list[Path]:
-    """An image's path, or those of a folder's images in the order of their names.
+    """The path of an image, or the paths of a folder's images, sorted by name.
 
     Raises:
-        UserError: there are none.
+        UserError: the path does not exist or has no image.
     """
     if path.is_file():
         return [path]
@@ -212,7 +214,7 @@ def find_images(path: Path) -> list[Path]:
 
 
 def write(graph: DetectorGraph, metadata: dict, form: str, quantized: bool, output: Path) -> None:
-    """Write the file, in int8 where asked for."""
+    """Write the file, with 8-bit weights if `quantized`."""
     if not quantized:
         FORMATS[form].write(graph, metadata, output)
         return
@@ -223,20 +225,20 @@ def write(graph: DetectorGraph, metadata: dict, form: str, quantized: bool, outp
 
 
 def report(output: Path, lengths: list[int] | None) -> None:
-    """Say what was written."""
+    """Print the file's size and the window lengths."""
     print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB")
     if lengths is not None:
-        print(f"windows of fixed length, tokens by encoder layer: {', '.join(map(str, lengths))}")
+        print(f"fixed window lengths, tokens by encoder layer: {', '.join(map(str, lengths))}")
 
 
 def check(graph: DetectorGraph, exported: ExportedDetector, quantized: bool) -> int:
-    """Compare a file with the model that it was made of, on blurred noise, and say how far they are apart.
+    """Compare a file's outputs with its model's on blurred noise, and print the greatest difference.
 
     Returns:
-        1 if they differ by more than rounding explains, else 0. An 8-bit file is meant to differ, so it gets a warning
-        at most.
+        1 if the difference is more than rounding explains, else 0. For an 8-bit file always 0: a large difference only
+        prints a warning.
     """
-    sizes = [graph.interface.size] if graph.interface.size else TRIED_SIZES
+    sizes = [graph.interface.size] if graph.interface.size else TEST_SIZES
     greatest = 0.0
     for i, size in enumerate(sizes):
         images = blurred_noise(graph.interface.batch or 1 + i, size)
@@ -244,48 +246,49 @@ def check(graph: DetectorGraph, exported: ExportedDetector, quantized: bool) -> 
         with torch.inference_mode():
             expected = dict(zip(graph.interface.outputs, graph(images, *masks), strict=True))
         greatest = max(greatest, difference(expected, exported(images, *masks)))
-    what = ("logits" if graph.interface.raw else "scores") + (
+    outputs = ("logits" if graph.interface.raw else "scores") + (
         ", boxes and masks" if graph.interface.masks else " and boxes"
     )
-    print(f"greatest difference from PyTorch's {what}, on blurred noise: {greatest:.1e}")
+    print(f"greatest difference from PyTorch's {outputs}, on blurred noise: {greatest:.1e}")
     if greatest <= (INT8_TOLERANCE if quantized else TOLERANCE):
         return 0
     if quantized:
         print(
-            f"warning: 8-bit weights change {what} by up to {greatest:.2g} on this machine. Measure the loss on your "
-            "own images (python -m enact_common.benchmark agreement), or export without --quantize",
+            f"warning: 8-bit weights change {outputs} by up to {greatest:.2g} on this machine. Measure the agreement "
+            "on your images (python -m enact_common.benchmark agreement), or export without --quantize",
             file=sys.stderr,
         )
         return 0
     print(
-        f"warning: more than {TOLERANCE:g}. With ENACT, a cell whose information is near an inflection point may fall "
-        "on either side of it: compare on images of yours (python -m enact_common.benchmark agreement)",
+        f"warning: the difference is more than {TOLERANCE:g}. With ENACT, rounding can move a cell near an inflection "
+        "point of the information to another cluster: compare on your images (python -m enact_common.benchmark "
+        "agreement)",
         file=sys.stderr,
     )
     return 1
 
 
-def difference(expected: dict[str, Tensor], found: dict[str, Tensor]) -> float:
-    """How far outputs of a batch are apart; infinite where they are not numbers.
+def difference(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> float:
+    """The greatest difference between outputs of a batch; infinite for NaN.
 
-    Of detections, each one's nearest of the same label counts: those of nearly equal scores may change places, or take
-    the last place in the list from one another.
+    Each detection is compared with the nearest one of the same label, because detections with nearly equal scores can
+    swap places. Detections that tie with the last score are ignored, because another one can replace them.
     """
     if "labels" not in expected:
-        return max(float((found[name] - value).abs().nan_to_num(torch.inf).max()) for name, value in expected.items())
-    scores, boxes = (found[name].unsqueeze(1) - expected[name].unsqueeze(2) for name in ("scores", "boxes"))
-    apart = torch.maximum(scores.abs(), boxes.abs().amax(dim=3)).nan_to_num(torch.inf)  # (batch, n, n)
-    apart[found["labels"].unsqueeze(1) != expected["labels"].unsqueeze(2)] = torch.inf
-    last = expected["scores"] <= expected["scores"].amin(dim=1, keepdim=True) + TOLERANCE
-    greatest = float(apart.amin(dim=2).masked_fill(last, 0).max())
+        return max(float((actual[name] - value).abs().nan_to_num(torch.inf).max()) for name, value in expected.items())
+    scores, boxes = (actual[name].unsqueeze(1) - expected[name].unsqueeze(2) for name in ("scores", "boxes"))
+    distance = torch.maximum(scores.abs(), boxes.abs().amax(dim=3)).nan_to_num(torch.inf)  # (batch, n, n)
+    distance[actual["labels"].unsqueeze(1) != expected["labels"].unsqueeze(2)] = torch.inf
+    tied = expected["scores"] <= expected["scores"].amin(dim=1, keepdim=True) + TOLERANCE
+    greatest = float(distance.amin(dim=2).masked_fill(tied, 0).max())
     if "masks" in expected:
-        # Of one order: that of the queries.
-        greatest = max(greatest, difference({"masks": expected["masks"]}, found))
+        # Models with masks return detections in query order, so no matching is needed.
+        greatest = max(greatest, difference({"masks": expected["masks"]}, actual))
     return greatest
 
 
 def blurred_noise(batch: int, size: tuple[int, int]) -> Tensor:
-    """Images uint8 (batch, 3, height, width) that look a little more like photographs than noise does."""
+    """Return smooth random images, uint8 (batch, 3, height, width), as a rough stand-in for photographs."""
     coarse = torch.rand(batch, 3, 12, 12, generator=torch.Generator().manual_seed(0))
     fine = F.interpolate(coarse, size=size, mode="bicubic", align_corners=False)
     return (fine.clamp(0, 1) * 255).round().to(torch.uint8)

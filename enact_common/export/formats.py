@@ -1,6 +1,6 @@
-"""The files: how each format is written, and how it is run again.
+"""Write and run each export format.
 
-Each holds the graph, the weights and the metadata (`enact_common.export.graph.describe`), as JSON under one name.
+Each file holds the graph, the weights and the metadata (`enact_common.export.graph.describe`) as JSON.
 """
 
 import contextlib
@@ -25,25 +25,25 @@ from enact_common.utils.device import TORCH_VERSION
 from enact_common.utils.errors import UserError
 from enact_common.utils.files import write_file
 
-# Where the metadata is, in all formats.
+# Key of the metadata in all formats.
 METADATA = "enact.json"
 
-# The release that `torch.export` was tried with: earlier ones refuse sizes that depend on data, or fix them.
+# Least tested PyTorch for `torch.export`: earlier releases refuse data-dependent sizes, or make them constant.
 EXPORTING = (2, 15)
 
-# Operations with 8-bit weights: the transformer's products. Quantized convolutions are slower than those in floating
-# point on CPUs, and the backbone's activations lose more.
+# Quantize only the transformer's matrix products: on CPUs, quantized convolutions are slower than float ones, and the
+# backbone's activations lose more accuracy.
 QUANTIZED = ["MatMul", "Gemm"]
 
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file.
+    """An export format.
 
     Attributes:
-        suffix: of its files.
-        write: (graph, metadata, path): records and writes; may raise a UserError.
-        load: from a path to (metadata, what takes the inputs and returns the outputs as tensors).
+        suffix: file suffix.
+        write: takes (graph, metadata, path), traces the graph and writes it; may raise a UserError.
+        load: takes a path and returns (metadata, function from input tensors to output tensors).
     """
 
     suffix: str
@@ -52,10 +52,10 @@ class Format:
 
 
 class ExportedDetector:
-    """A file in its runtime, on the CPU.
+    """An exported detector, loaded into its runtime on the CPU.
 
     Attributes:
-        metadata: what it says about itself.
+        metadata: the file's description of its inputs, outputs and model.
     """
 
     def __init__(self, metadata: dict, run: Callable[..., Sequence[Tensor]]):
@@ -63,16 +63,16 @@ class ExportedDetector:
         self._run = run
 
     def __call__(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """The outputs by name, for inputs as the metadata describe them; mask only where the file takes one."""
+        """Return the outputs by name. The metadata describe the inputs; pass `mask` only if the file takes one."""
         inputs = (images,) if mask is None else (images, mask)
         return dict(zip(self.metadata["outputs"], self._run(*inputs), strict=True))
 
 
 def needed(module: str, why: str) -> ModuleType:
-    """A package of the extra `export`.
+    """Import a package of the extra `export`.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the package is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -85,8 +85,8 @@ def needed(module: str, why: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def quiet(name: str | None = None) -> Iterator[None]:
-    """Within it, no warnings, and nothing below an error of the logger of this name, or of the root's."""
+def silenced(name: str | None = None) -> Iterator[None]:
+    """Silence Python warnings, and log records below ERROR from the logger `name` (default: the root logger)."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -99,40 +99,39 @@ def quiet(name: str | None = None) -> Iterator[None]:
 
 
 def export_program(graph: DetectorGraph) -> ExportedProgram:
-    """The graph as PyTorch's exported program.
+    """Trace the graph into PyTorch's exported program.
 
     Raises:
-        UserError: this PyTorch is too old.
+        UserError: PyTorch is too old.
     """
     if TORCH_VERSION < EXPORTING:
         tried = ".".join(map(str, EXPORTING))
         raise UserError(
-            f"this PyTorch is {torch.__version__}; --format onnx and exported_program were tried with {tried}: install "
-            "that, or pass --format torchscript"
+            f"PyTorch {torch.__version__} is too old for --format onnx and exported_program: install {tried} or newer, "
+            "or pass --format torchscript"
         )
     interface = graph.interface
-    free: dict[int, Dim] = {}
+    dims: dict[int, Dim] = {}
     if interface.batch is None:
-        free[0] = Dim("batch", max=GREATEST_BATCH)
+        dims[0] = Dim("batch", max=GREATEST_BATCH)
     if interface.size is None:
-        free |= {
+        dims |= {
             axis: Dim(name, min=LEAST_SIDE, max=interface.greatest_side) for axis, name in ((2, "height"), (3, "width"))
         }
     # The mask has no channels.
-    shapes = (free, {axis - (axis > 1): dim for axis, dim in free.items()})[: len(interface.inputs)]
-    # Of comparisons of sizes that hold for all it is made for, some are beyond the exporter's algebra: those are
-    # checked whenever the graph runs.
+    shapes = (dims, {axis - (axis > 1): dim for axis, dim in dims.items()})[: len(interface.inputs)]
+    # The exporter cannot prove some size comparisons, although they hold for all allowed sizes: check them at run time.
     return torch.export.export(
         graph, interface.example(), dynamic_shapes=shapes, prefer_deferred_runtime_asserts_over_guards=True
     )
 
 
 def write_onnx(graph: DetectorGraph, metadata: dict, path: Path) -> None:
-    """Write ONNX, with weights inside, after `onnx.checker`."""
+    """Write an ONNX file with its weights, after `onnx.checker`."""
     onnx = needed("onnx", "--format onnx")
     needed("onnxscript", "--format onnx")
     program = export_program(graph)
-    with quiet("onnxscript"):
+    with silenced("onnxscript"):
         exported = torch.onnx.export(
             program,
             input_names=graph.interface.inputs,
@@ -144,14 +143,14 @@ def write_onnx(graph: DetectorGraph, metadata: dict, path: Path) -> None:
 
 
 def save_onnx(onnx: ModuleType, model, metadata: dict, path: Path) -> None:
-    """Check and write a model of ONNX's."""
+    """Check and write an ONNX model."""
     onnx.helper.set_model_props(model, {METADATA: to_text(metadata)})
     onnx.checker.check_model(model)
     write_file(path, lambda file: file.write(model.SerializeToString()))
 
 
 def load_onnx(path: Path) -> tuple[dict, Callable[..., Sequence[Tensor]]]:
-    """Run by ONNX Runtime, in as many threads as PyTorch has."""
+    """Load an ONNX file into ONNX Runtime, with as many threads as PyTorch."""
     runtime = needed("onnxruntime", f"{path}: running it")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -169,12 +168,12 @@ def write_torchscript(graph: DetectorGraph, metadata: dict, path: Path) -> None:
     """Write a traced module."""
     module = traced(graph, *graph.interface.example())
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # that TorchScript goes out of use
+        warnings.simplefilter("ignore", FutureWarning)  # TorchScript's deprecation
         write_file(path, lambda file: torch.jit.save(module, file, _extra_files={METADATA: to_text(metadata)}))
 
 
 def load_torchscript(path: Path) -> tuple[dict, Callable[..., Sequence[Tensor]]]:
-    """Run by TorchScript's interpreter."""
+    """Load a file into TorchScript's interpreter."""
     extra = {METADATA: ""}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
@@ -191,20 +190,20 @@ def write_program(graph: DetectorGraph, metadata: dict, path: Path) -> None:
 
 
 def load_program(path: Path) -> tuple[dict, Callable[..., Sequence[Tensor]]]:
-    """Run by PyTorch, operation by operation."""
+    """Load an exported program, which PyTorch runs eagerly."""
     extra = {METADATA: ""}
     module = torch.export.load(path, extra_files=extra).module()
     return read_metadata(path, extra[METADATA]), torch.inference_mode()(module)
 
 
 def read_metadata(path: Path, text: str | bytes) -> dict:
-    """The metadata that a file holds.
+    """Parse a file's metadata.
 
     Raises:
-        UserError: it holds none.
+        UserError: the file has no metadata.
     """
     if not text:
-        raise UserError(f"{path}: was not made by python -m enact_common.export: it does not describe itself")
+        raise UserError(f"{path}: has no metadata of this project; export it with python -m enact_common.export")
     return json.loads(text)
 
 
@@ -216,38 +215,38 @@ FORMATS = {
 
 
 def load_exported(path: str | Path) -> ExportedDetector:
-    """A file of `python -m enact_common.export`, ready to run on the CPU. Its suffix says what it is.
+    """Load a file of `python -m enact_common.export` on the CPU. The suffix selects the format.
 
-    TorchScript files and exported programs are programs: load those alone that you trust.
+    TorchScript files and exported programs can run code: load only files that you trust.
 
     Raises:
-        UserError: there is no such file, it is of none of the formats, or its runtime is not installed.
+        UserError: the file is missing or damaged, its suffix is unknown, or its runtime is not installed.
     """
     path = Path(path)
     kind = next((form for form in FORMATS.values() if form.suffix == path.suffix), None)
     if kind is None:
         suffixes = ", ".join(form.suffix for form in FORMATS.values())
-        raise UserError(f"{path}: no exported detector by its suffix, there are {suffixes}")
+        raise UserError(f"{path}: unknown suffix for an exported detector; use one of {suffixes}")
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
         metadata, run = kind.load(path)
     except UserError:
         raise
-    except Exception as error:  # each runtime has its own, for each kind of damage
+    except Exception as error:  # each runtime raises different errors for damaged files
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path}: cannot be loaded ({first[:200]}); export it again") from error
     return ExportedDetector(metadata, run)
 
 
 def quantize(source: Path, path: Path) -> None:
-    """Write an ONNX file again with 8-bit weights in its matrix products; activations are quantized as it runs.
+    """Rewrite an ONNX file with 8-bit weights in its matrix products. Activations are quantized at run time.
 
-    Weights are unsigned, as activations are. ONNX Runtime multiplies unsigned activations by signed weights with an
-    instruction that adds two products in 16 bits (vpmaddubsw), where they saturate: on a CPU without VNNI the same file
-    then gives other boxes. Its kernel for unsigned weights widens to 16 bits first and adds in 32, on every CPU.
+    Weights are unsigned, like activations. For signed weights, ONNX Runtime uses an instruction that adds two products
+    in 16 bits (vpmaddubsw) and saturates: on a CPU without VNNI, the same file gives other boxes. Its kernel for
+    unsigned weights widens to 16 bits and adds in 32 bits on every CPU.
 
-    ENACT's scores stay float32, since they are no matrix product: a rounded score would move the clusters' borders.
+    ENACT's scores are not a matrix product and stay float32: rounded scores would move the clusters' borders.
 
     Raises:
         UserError: ONNX Runtime or ONNX is not installed.
@@ -256,14 +255,14 @@ def quantize(source: Path, path: Path) -> None:
     quantization = needed("onnxruntime.quantization", "--quantize")
     model = onnx.load(source)
     (metadata,) = (prop.value for prop in model.metadata_props if prop.key == METADATA)
-    with tempfile.TemporaryDirectory() as folder, quiet():
-        made = Path(folder) / "int8.onnx"
+    with tempfile.TemporaryDirectory() as folder, silenced():
+        quantized = Path(folder) / "int8.onnx"
         quantization.quantize_dynamic(
             model,
-            made,
+            quantized,
             weight_type=quantization.QuantType.QUInt8,
             per_channel=True,
             op_types_to_quantize=QUANTIZED,
         )
-        model = onnx.load(made)
+        model = onnx.load(quantized)
     save_onnx(onnx, model, json.loads(metadata) | {"quantized": True}, path)

@@ -1,4 +1,4 @@
-"""What is exported of a detector: one graph from pixels to detections, and words that say how it is used."""
+"""The exported graph, from pixels to detections, and the metadata that describe it."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -21,17 +21,18 @@ from enact_common.models.position_encoding import PositionEmbeddingLearned
 from enact_common.models.scripting import EXAMPLE_SIZE, TensorDetector
 from enact_common.utils.errors import UserError
 
-# Sides, in pixels, that a file of any size is made for: of the least, a feature map still has two cells each way.
+# Sides in pixels that a file with dynamic sizes takes. The least gives a feature map of two by two cells.
 LEAST_SIDE, GREATEST_SIDE = 64, 4096
 GREATEST_BATCH = 1024
 
 IMAGES = (
     "uint8 (batch, 3, height, width): pixels as they are stored, 0 to 255, red, green, blue; the file normalises them"
 )
-MASK = "bool (batch, height, width): true where an image is padded, at its right and bottom"
+MASK = "bool (batch, height, width): padding mask, true for padding, which must be at the right and bottom"
 DECODED = {
     "scores": "float32 (batch, n), 0 to 1",
-    "labels": "int64 (batch, n): places in the metadata's lists `names` and `category_ids`; one without an id is none",
+    "labels": "int64 (batch, n): indices into the metadata's lists `names` and `category_ids`; ignore detections whose "
+    "category id is null",
     "boxes": "float32 (batch, n, 4): left, top, right, bottom as fractions of the image's width and height, without "
     "its padding; clip them to 0 to 1",
 }
@@ -40,29 +41,29 @@ RAW = {
     "pred_boxes": "float32 (batch, queries, 4): centre x, centre y, width, height as fractions of the image's width "
     "and height, without its padding",
 }
-# Of models with masks, beside these, in the same order.
+# Additional output of models with a mask head, in the order of the other outputs.
 MASKS = (
-    "float32 (batch, {n}, h, w), on about a quarter of the images' height and width, padding included: enlarged "
-    "bilinearly, above 0 where the object is; sigmoid makes probabilities of them"
+    "float32 (batch, {n}, h, w), mask logits at about a quarter of the images' height and width, padding included: "
+    "resize bilinearly; the object is where they are above 0; sigmoid gives probabilities"
 )
 LOGITS = {
-    "detr": "; the last one is no object: softmax makes probabilities of them",
-    "conditional": ", one a label: sigmoid makes probabilities of them",
-    "anchor": ", one a label: sigmoid makes probabilities of them",
+    "detr": "; the last one is no object; softmax gives probabilities",
+    "conditional": ", one per label; sigmoid gives probabilities",
+    "anchor": ", one per label; sigmoid gives probabilities",
 }
 
 
 @dataclass(frozen=True)
 class Interface:
-    """What a file takes and gives.
+    """The inputs and outputs of an exported file.
 
     Attributes:
-        batch: images a call; None for any number.
+        batch: batch size; None for any.
         size: (height, width) in pixels; None for any from `LEAST_SIDE` to `greatest_side`.
-        mask: it takes a padding mask beside the images.
-        raw: it gives logits and boxes of all queries, not detections.
-        masks: it gives masks, too.
-        greatest_side: pixels.
+        mask: whether the second input is a padding mask.
+        raw: whether the outputs are the logits and boxes of all queries, not detections.
+        masks: whether the outputs include masks.
+        greatest_side: longest side of an image in pixels.
     """
 
     batch: int | None = 1
@@ -74,31 +75,31 @@ class Interface:
 
     @property
     def inputs(self) -> list[str]:
-        """Their names."""
+        """The names of the inputs."""
         return ["images", "mask"] if self.mask else ["images"]
 
     @property
     def outputs(self) -> dict[str, str]:
-        """What each one is, by its name."""
+        """The description of each output by name."""
         if self.raw:
             return RAW | ({"pred_masks": MASKS.format(n="queries")} if self.masks else {})
         return DECODED | ({"masks": MASKS.format(n="n")} if self.masks else {})
 
     def example(self) -> tuple[Tensor, ...]:
-        """Inputs to record a graph with."""
+        """Return inputs for tracing."""
         height, width = self.size or EXAMPLE_SIZE
-        # A batch of one would pass for a constant.
+        # Tracing takes a batch size of one for a constant.
         images = torch.zeros(self.batch or 2, 3, height, width, dtype=torch.uint8)
         return (images, torch.zeros_like(images[:, 0], dtype=torch.bool)) if self.mask else (images,)
 
 
 class DetectorGraph(nn.Module):
-    """From images, and where asked for their padding mask, to the outputs in the interface's order.
+    """The exported module: a detector with its post-processing, from image tensors to output tensors.
 
     Args:
         model: a detector, in evaluation mode.
-        postprocess: its post-processing.
-        interface: what the graph gives.
+        postprocess: the detector's post-processing.
+        interface: the inputs and outputs.
     """
 
     def __init__(self, model: nn.Module, postprocess: nn.Module, interface: Interface):
@@ -108,83 +109,83 @@ class DetectorGraph(nn.Module):
         self.interface = interface
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-        """As `IMAGES` and `MASK` say, to what the interface's outputs are."""
+        """Return the outputs in the interface's order. `IMAGES` and `MASK` describe the inputs."""
         outputs = self.detector(images, mask)
         if not self.interface.raw:
             decoded = self.postprocess.select(outputs)
             decoded = decoded | {"boxes": box_cxcywh_to_xyxy(decoded["boxes"])}
             if self.interface.masks:
-                # Models with masks have a detection of each query, in the queries' order.
+                # Models with masks return one detection per query, in query order.
                 decoded["masks"] = outputs["pred_masks"]
             outputs = decoded
         return tuple(outputs[name] for name in self.interface.outputs)
 
 
 def fix_window_lengths(model: nn.Module, lengths: Sequence[int] | None) -> None:
-    """Let all windows of each encoder layer have one length, tokens; with None, that which follows from the image."""
+    """Fix each encoder layer's window length, in tokens; None computes it from each image."""
     for i, clustering in enumerate(clusterings(model)):
         clustering.fixed_length = None if lengths is None else lengths[i]
 
 
 def calibrated_lengths(model: nn.Module, images: Iterable[Tensor]) -> list[int]:
-    """The median length of each encoder layer's clusters over images, tokens, at least 1.
+    """The median cluster length of each encoder layer over images, in tokens, at least 1.
 
     Args:
         model: a detector, in evaluation mode.
-        images: each as a batch of one, (1, 3, height, width), at the evaluation's size.
+        images: batches of one, (1, 3, height, width), at the evaluation size.
     """
     layers = clusterings(model)
-    seen: list[list[float]] = [[] for _ in layers]
+    layer_lengths: list[list[float]] = [[] for _ in layers]
 
-    def note(lengths: list[float], information: Tensor, clusters: Clusters) -> None:
+    def record(lengths: list[float], information: Tensor, clusters: Clusters) -> None:
         lengths.append(clusters.weights.numel() / clusters.shape[1])
 
     with ExitStack() as handles, torch.inference_mode():
-        for layer, lengths in zip(layers, seen, strict=True):
-            handles.enter_context(layer.register_cluster_hook(partial(note, lengths)))
+        for layer, lengths in zip(layers, layer_lengths, strict=True):
+            handles.enter_context(layer.register_cluster_hook(partial(record, lengths)))
         for image in images:
             model(image)
-    return [max(round(float(torch.tensor(lengths).median())), 1) for lengths in seen]
+    return [max(round(float(torch.tensor(lengths).median())), 1) for lengths in layer_lengths]
 
 
 def check_interface(detector: LoadedDetector, interface: Interface, lengths: Sequence[int] | None) -> None:
-    """Refuse what a detector cannot be exported as.
+    """Refuse interfaces and settings that cannot be exported.
 
     Raises:
-        UserError: naming the flag and the way out.
+        UserError: a setting cannot be exported. The message names the flag to change.
     """
     if interface.size is not None and not (
         LEAST_SIDE <= min(interface.size) <= max(interface.size) <= interface.greatest_side
     ):
         height, width = interface.size
         raise UserError(
-            f"--size {height} {width}: each must be from {LEAST_SIDE} to {interface.greatest_side} pixels for this "
-            "model"
+            f"--size {height} {width}: each side must be from {LEAST_SIDE} to {interface.greatest_side} pixels for "
+            "this model"
         )
     if detector.args.encoder_attention == "enact" and detector.args.enact_order == HILBERT:
         raise UserError(
-            f"--enact_order {HILBERT}: exported files cluster row by row alone, pass --enact_order {ROWS}: the weights "
-            "work with either, but see with --eval what it changes"
+            f"--enact_order {HILBERT}: exported files only cluster row by row; pass --enact_order {ROWS}. The weights "
+            "work with both orders; measure the change with --eval"
         )
     if lengths is None:
         return
     layers = clusterings(detector.model)
     if not layers:
-        raise UserError("--clusters: this is a plain model, which has none: leave it out")
+        raise UserError("--clusters: this is a plain model without clusters; leave out --clusters")
     if detector.args.enact_clusters == "regions":
         raise UserError(
-            "--clusters: the model's clusters are the regions themselves, which have no common length; leave it out, "
-            "or pass --enact_clusters windows"
+            "--clusters: the model clusters regions, which have no common length; leave out --clusters, or pass "
+            "--enact_clusters windows"
         )
     if interface.mask and detector.args.enact_mask_padding:
         raise UserError(
-            "--clusters with --mask: windows of a fixed length cannot leave padding out, as this model does; leave one "
-            "of them out, or pass --no-enact_mask_padding"
+            "--clusters with --mask: fixed windows cannot leave padding out of the clusters, as this model does; drop "
+            "one of the flags, or pass --no-enact_mask_padding"
         )
 
 
 def greatest_side(detector: LoadedDetector) -> int:
-    """The longest side, in pixels, that a model can be exported for."""
+    """The longest image side in pixels that a model can be exported for."""
     learned = any(isinstance(module, PositionEmbeddingLearned) for module in detector.model.modules())
     if not learned:
         return GREATEST_SIDE
@@ -192,12 +193,12 @@ def greatest_side(detector: LoadedDetector) -> int:
 
 
 def describe(detector: LoadedDetector, source: str, interface: Interface, lengths: Sequence[int] | None) -> dict:
-    """What a file says about itself, in JSON's types."""
+    """Return a file's metadata, in JSON types."""
     args = detector.args
     outputs = interface.outputs
     if interface.raw:
         outputs["pred_logits"] += LOGITS[detector.variant]
-    clustered = args.encoder_attention == "enact"
+    has_clusters = args.encoder_attention == "enact"
     clusters = "follow from the image" if lengths is None else "windows of fixed length"
     settings = {flag: getattr(args, flag) for flag in CLUSTERING_FLAGS if getattr(args, flag) is not None}
     return {
@@ -205,8 +206,8 @@ def describe(detector: LoadedDetector, source: str, interface: Interface, length
         "checkpoint": source,
         "variant": detector.variant,
         "encoder_attention": args.encoder_attention,
-        "settings": settings if clustered else {},
-        "clusters": clusters if clustered else None,
+        "settings": settings if has_clusters else {},
+        "clusters": clusters if has_clusters else None,
         "window_lengths": None if lengths is None else list(lengths),
         "inputs": {"images": IMAGES} | ({"mask": MASK} if interface.mask else {}),
         "outputs": outputs,
@@ -222,7 +223,7 @@ def describe(detector: LoadedDetector, source: str, interface: Interface, length
 
 
 def own_version() -> str:
-    """This project's, where it is installed."""
+    """This project's version, or "from a checkout" if it is not installed."""
     try:
         return version("enact-detection")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""A trained detector in one call, and a look inside it."""
+"""Load a trained detector in one call, and look inside it."""
 
 from enact_common.inference.detector import Detections, LoadedDetector, load_detector
 

@@ -1,4 +1,4 @@
-"""A trained detector in one call: from a checkpoint and an image to boxes with names."""
+"""Load a trained detector from a checkpoint in one call, and detect named boxes in images."""
 
 import argparse
 import logging
@@ -31,18 +31,18 @@ logger = logging.getLogger("enact")
 
 ImageLike = str | Path | Image.Image | np.ndarray | Tensor
 
-# Least score of a detection; that of a panoptic model's segments is `PostProcessPanoptic.THRESHOLD`.
+# Least score of a detection. Panoptic models use `PostProcessPanoptic.THRESHOLD`.
 THRESHOLD = 0.5
 
 
 @dataclass
 class Panoptic:
-    """What an image's pixels belong to: things, each of them a segment, and stuff, a segment of each kind.
+    """A panoptic segmentation of one image: one segment per thing, and one per category of stuff.
 
     Attributes:
-        id_map: int64 (height, width), of the image as it was given, on the CPU: each pixel's segment, 0 for none.
-        segments: dicts of `id`, from 1; `category_id`, the data set's own; `name`; `isthing`, a bool; `area` in
-            pixels, at least 1; and `score`, the likeliest query's, in [0, 1].
+        id_map: int64 (height, width) of the original image, on the CPU: each pixel's segment id, 0 for none.
+        segments: dicts with `id`, from 1; `category_id`, from the data set; `name`; `isthing`, a bool; `area` in
+            pixels, at least 1; and `score`, of the segment's likeliest query, in [0, 1].
     """
 
     id_map: Tensor
@@ -51,18 +51,17 @@ class Panoptic:
 
 @dataclass
 class Detections:
-    """What was found in one image, the likeliest first. All tensors are on the CPU.
+    """The detections in one image, sorted by falling score. All tensors are on the CPU.
 
     Attributes:
-        boxes: float32 (n, 4), left, top, right, bottom in pixels of the image as it was given.
+        boxes: float32 (n, 4), left, top, right, bottom in pixels of the original image.
         scores: float32 (n,), in [0, 1], falling.
-        labels: int64 (n,), the model's.
-        names: of the labels.
-        category_ids: the data set's own id of each label.
-        queries: int64 (n,), which of the model's queries found it.
-        masks: bool (n, height, width), each object's pixels of the image as it was given; None where the model finds
-            boxes alone.
-        panoptic: what each pixel belongs to, of panoptic models, whose detections are of stuff too; None of others.
+        labels: int64 (n,), the model's labels.
+        names: the label names.
+        category_ids: the data set's category id of each label.
+        queries: int64 (n,), the index of the query behind each detection.
+        masks: bool (n, height, width), at the original image's size; None for models without a mask head.
+        panoptic: the panoptic segmentation, from panoptic models only. Their detections include stuff.
     """
 
     boxes: Tensor
@@ -79,20 +78,20 @@ class Detections:
 
 
 class LoadedDetector:
-    """A trained detector that takes images as they come; `load_detector` makes it.
+    """A trained detector for images of any size, made by `load_detector`.
 
-    It can be pickled, deep-copied and sent to other processes; `detector.model` can be moved and cast to another dtype.
+    It can be pickled, deep-copied and sent to other processes. `detector.model` can be moved and cast to another dtype.
 
-    Images go through the model one by one: with ENACT's default settings a result would depend on its batch mates.
+    Each image is a batch of one: with ENACT's default settings, a result would depend on the other images in the batch.
 
     Attributes:
         variant: a key of `VARIANTS`.
         args: the arguments that the model was built with.
         model: in evaluation mode, on `device`.
-        label_map: what its labels mean.
+        label_map: the label names and category ids.
         threshold: least score of a detection, and of a segment, in [0, 1].
-        amp: the precision that the model runs in: "bf16" or "fp16", or None for the weights' own.
-        things: of a panoptic model, the labels of what can be counted; None of others.
+        amp: mixed precision: "bf16", "fp16", or None for the dtype of the weights.
+        things: the labels of things, for panoptic models; None for other models.
     """
 
     def __init__(
@@ -126,52 +125,52 @@ class LoadedDetector:
     def __call__(
         self, images: ImageLike | Sequence[ImageLike], threshold: float | None = None, exif: bool = True
     ) -> Detections | list[Detections]:
-        """Detect.
+        """Detect objects.
 
         Args:
             images: one image or a list of them. An image is a path; a PIL image; an array (height, width, 3) or
                 (height, width); or a tensor (3, height, width). Arrays and tensors are RGB, uint8 0 to 255 or floating
-                point 0 to 1. PIL images are taken as their pixels are stored.
-            threshold: least score; None for the detector's own.
-            exif: turn the images of paths as EXIF says and viewers do; boxes and masks then refer to the upright
-                image. False takes the pixels as they are stored, as training and COCO's evaluation do.
+                point 0 to 1. PIL images are not rotated by EXIF.
+            threshold: least score; None for the detector's threshold.
+            exif: rotate images loaded from paths by their EXIF orientation, as viewers do. Boxes and masks then refer
+                to the upright image. False keeps the stored pixels, as training and COCO's evaluation do.
 
         Returns:
             the image's detections, or a list of them for a list of images.
 
         Raises:
             UserError: a file is missing or cannot be read.
-            ValueError: an array or tensor is no image, or a PIL image has 32 bits a colour.
+            ValueError: an array or tensor is not an image, or a PIL image has 32 bits per colour.
         """
         if isinstance(images, list | tuple):
             return [self.detect(as_pixels(image, exif), threshold) for image in images]
         return self.detect(as_pixels(images, exif), threshold)
 
     def model_input(self, pixels: Tensor) -> Tensor:
-        """An image uint8 (3, height, width) at the evaluation's size: uint8 (1, 3, h, w), on the model's device."""
+        """Resize an image uint8 (3, height, width) to the evaluation size: uint8 (1, 3, h, w), on `device`."""
         no_boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=tuple(pixels.shape[-2:]))
         resized, _ = self._resize(tv_tensors.Image(pixels), {"boxes": no_boxes})
         return resized.unsqueeze(0).to(self.device)
 
     def detect(self, pixels: Tensor, threshold: float | None = None) -> Detections:
-        """The detections in an image uint8 (3, height, width)."""
+        """Return the detections in an image uint8 (3, height, width)."""
         with torch.inference_mode(), autocast(self.device, self.amp or "none"):
             outputs = self.model(self.model_input(pixels))
-        # Decoded outside of it, so that what the caller gets are ordinary tensors, which can be changed in place.
+        # Decode outside of inference mode, so the caller can change the tensors in place.
         return self.decode(outputs, tuple(pixels.shape[-2:]), threshold)
 
     def decode(self, outputs: dict[str, Any], size: tuple[int, int], threshold: float | None = None) -> Detections:
-        """The detections in the model's outputs for one image.
+        """Return the detections in the model's outputs for one image.
 
         Args:
-            outputs: of the model, for a batch of one.
-            size: (height, width) in pixels that the boxes shall refer to.
-            threshold: least score; None for the detector's own.
+            outputs: the model's outputs for a batch of one.
+            size: (height, width) of the original image, in pixels.
+            threshold: least score; None for the detector's threshold.
         """
         threshold = self.threshold if threshold is None else threshold
-        (found,) = self.postprocess(outputs, torch.tensor([size], device=self.device))
+        (results,) = self.postprocess(outputs, torch.tensor([size], device=self.device))
         height, width = size
-        scores, labels, boxes, queries = (found[key].cpu() for key in ("scores", "labels", "boxes", "queries"))
+        scores, labels, boxes, queries = (results[key].cpu() for key in ("scores", "labels", "boxes", "queries"))
         boxes = boxes.clamp(min=torch.zeros(4), max=torch.tensor([width, height, width, height]))
         known = torch.tensor([i is not None for i in self.label_map.category_ids])
         order = scores.argsort(descending=True, stable=True)
@@ -179,10 +178,10 @@ class LoadedDetector:
         kept = labels[order].tolist()
         masks = None
         # One image is a batch without padding.
-        seen = resized_shape(height, width, self.args.eval_size, self.args.max_size)
+        input_size = resized_shape(height, width, self.args.eval_size, self.args.max_size)
         if "pred_masks" in outputs:
             logits = outputs["pred_masks"][0, queries[order].to(self.device)]
-            parts = [part.cpu() for part in full_size_masks(logits, seen, seen, size)]
+            parts = [part.cpu() for part in full_size_masks(logits, input_size, input_size, size)]
             masks = torch.cat([torch.zeros(0, height, width, dtype=torch.bool), *parts])
         return Detections(
             boxes[order],
@@ -192,28 +191,28 @@ class LoadedDetector:
             [self.label_map.category_ids[label] for label in kept],
             queries[order],
             masks,
-            None if self.things is None else self.lay_out(outputs, seen, size, threshold),
+            None if self.things is None else self.lay_out(outputs, input_size, size, threshold),
         )
 
     def lay_out(
-        self, outputs: dict[str, Any], seen: tuple[int, int], size: tuple[int, int], threshold: float
+        self, outputs: dict[str, Any], input_size: tuple[int, int], size: tuple[int, int], threshold: float
     ) -> Panoptic:
-        """The segments in a panoptic model's outputs for one image.
+        """Return the panoptic segmentation in the model's outputs for one image.
 
         Args:
-            outputs: of the model, for a batch of one.
-            seen: (height, width) of the image as the model saw it.
-            size: (height, width) that the map shall have.
+            outputs: the model's outputs for a batch of one.
+            input_size: (height, width) of the resized image.
+            size: (height, width) of the original image, and of the id map.
             threshold: least score.
         """
         postprocess = PostProcessPanoptic(self.things, threshold)
-        (found,) = postprocess(outputs, torch.tensor([seen]), torch.tensor([size]))
-        id_map, segments = found["id_map"], []
-        for segment in found["segments"]:
+        (results,) = postprocess(outputs, torch.tensor([input_size]), torch.tensor([size]))
+        id_map, segments = results["id_map"], []
+        for segment in results["segments"]:
             label = segment["category_id"]
             category = self.label_map.category_ids[label]
             if category is None:
-                # As in an evaluation's results, what is of no category is no segment.
+                # The evaluation also drops segments without a category.
                 id_map[id_map == segment["id"]] = VOID
             else:
                 segments.append({**segment, "category_id": category, "name": self.label_map.names[label]})
@@ -227,27 +226,26 @@ def load_detector(
     amp: str | None = None,
     **flags,
 ) -> LoadedDetector:
-    """The detector in a checkpoint: ours, or one of the original repositories or of ENACT's authors.
+    """Load a detector from a checkpoint of this project, the original repositories or ENACT's authors.
 
-    The variant, the classes and the settings come from the checkpoint. Where it has averaged weights (`--ema`), those
-    are taken.
+    The variant, the classes and the settings come from the checkpoint. EMA weights (`--ema`) are preferred.
 
     Args:
-        checkpoint: a path, or an https URL that says the file's hash (`enact_common.utils.download.download`).
-        device: "cuda", "cuda:1", "cpu"; None for a GPU where there is one.
-        threshold: least score of a detection, in [0, 1], and of a panoptic model's segment; None for 0.5, and of
-            panoptic models for 0.85, with which they are evaluated.
-        amp: mixed precision, "bf16" or "fp16", the latter on GPUs alone; None for float32.
-        flags: of the model, where a checkpoint of weights alone does not show them: `dilation=True` for DC5.
+        checkpoint: a path, or an https URL with the file's hash (`enact_common.utils.download.download`).
+        device: "cuda", "cuda:1", "cpu"; None for a GPU if there is one.
+        threshold: least score of a detection, in [0, 1], and of a panoptic model's segment. None means 0.5, or 0.85
+            for panoptic models, as in their evaluation.
+        amp: mixed precision, "bf16" or "fp16" (GPUs only); None for float32.
+        flags: model flags that weights without arguments do not show: `dilation=True` for DC5.
 
     Raises:
-        UserError: the file is missing, is no checkpoint, or fits no variant; or there is no such device or precision;
-            or it is panoptic, and does not say which of its categories are things.
+        UserError: the file is missing, is not a checkpoint, or fits no variant; the device or precision does not
+            exist; or a panoptic checkpoint does not say which categories are things.
     """
     source = str(checkpoint)
     device = find_device(default_device() if device is None else str(device))
     if amp not in (None, *AMP_DTYPE):
-        raise UserError(f"amp={amp!r}: no such precision; pass one of {', '.join(AMP_DTYPE)}")
+        raise UserError(f"amp={amp!r}: unknown precision; pass one of {', '.join(AMP_DTYPE)}")
     check_precision(amp, device)
     state = load_checkpoint(source)
     variant = known_variant(state, source)
@@ -264,22 +262,22 @@ def load_detector(
 
 
 def as_pixels(image: ImageLike, exif: bool = True) -> Tensor:
-    """An image as uint8 (3, height, width), RGB, on the CPU.
+    """Return an image as uint8 (3, height, width), RGB, on the CPU.
 
     Args:
-        image: as `LoadedDetector` takes it.
-        exif: turn the image of a path as EXIF says.
+        image: any image that `LoadedDetector` takes.
+        exif: rotate an image loaded from a path by its EXIF orientation.
 
     Raises:
         UserError: a file is missing or cannot be read.
-        ValueError: an array or tensor is no image, or a PIL image has 32 bits a colour.
+        ValueError: an array or tensor is not an image, or a PIL image has 32 bits per colour.
     """
     if isinstance(image, str | Path):
         return (decode_upright if exif else decode_image)(Path(image))
     if isinstance(image, Image.Image):
         image = pil_to_rgb(image)
     if isinstance(image, np.ndarray):
-        # A copy: PyTorch warns of arrays that cannot be written to, as `np.asarray` of a PIL image gives.
+        # Copy: PyTorch warns about read-only arrays, such as `np.asarray` of a PIL image.
         image = torch.from_numpy(np.array(image, order="C"))
         image = image.unsqueeze(-1).expand(-1, -1, 3) if image.ndim == 2 else image
         image = image.permute(2, 0, 1) if image.ndim == 3 else image  # (height, width, 3) -> (3, height, width)
@@ -291,8 +289,8 @@ def as_pixels(image: ImageLike, exif: bool = True) -> Tensor:
         )
     if image.is_floating_point():
         if not (image.min() >= 0 and image.max() <= 1):
-            raise ValueError("pixels in floating point must be in [0, 1]; pass uint8 for 0 to 255")
+            raise ValueError("floating-point pixels must be in [0, 1]; pass uint8 for 0 to 255")
         image = (image * 255).round()
     elif image.dtype != torch.uint8:
-        raise ValueError(f"pixels must be uint8, 0 to 255, or floating point, 0 to 1, got {image.dtype}")
+        raise ValueError(f"pixels must be uint8 (0 to 255) or floating point (0 to 1), got {image.dtype}")
     return image.to("cpu", torch.uint8).contiguous()

@@ -1,9 +1,9 @@
-"""Look inside a trained detector: what its encoder takes for informative, what it clusters, where queries attend.
+"""Look inside a trained detector: the encoder's information maps, its clusters, and the queries' attention.
 
-All of it is taken from one forward pass over the image. The clusters come from a hook on the clustering. The
-decoder's attention is repeated with its recorded inputs: a decoder layer says in `MEMORY_ATTENTION` which of its parts
-attends to the feature map, and that part is an `nn.MultiheadAttention`, or has `with_weights`, which takes what its
-`forward` takes and returns the output and the weights. Nothing of this costs anything otherwise.
+Hooks collect everything in one forward pass over the image, at no cost otherwise. The clusters come from a hook on the
+clustering. The decoder's attention is recomputed from its recorded inputs: a decoder layer names the submodule that
+attends to the feature map in `MEMORY_ATTENTION`. The submodule is an `nn.MultiheadAttention`, or has `with_weights`,
+which takes the arguments of `forward` and returns the output and the weights.
 """
 
 import importlib.util
@@ -23,18 +23,19 @@ from enact_common.utils.errors import UserError
 
 SHOWN = ("entropy", "clusters", "attention")
 
-# Detections whose attention is drawn, one panel each.
+# At most this many attention panels, one per detection.
 MAX_DETECTIONS = 6
 
 
 @dataclass
 class ClusteredMaps:
-    """What one encoder layer's clustering made of an image's feature maps. Both tensors are on the CPU.
+    """The information and clusters of one encoder layer for one image. Both tensors are on the CPU.
 
     Attributes:
-        information: float (levels, h, w), bits, smoothed: what the clusters and their weights come from.
-        clusters: int64 (levels, h, w), the cluster of each cell, from 0 in the order that they are clustered in, or -1
-            where it is in none.
+        information: float (levels, h, w), smoothed self-information in bits, the source of the clusters and their
+            pooling weights.
+        clusters: int64 (levels, h, w), the cluster of each cell, numbered from 0 in clustering order; -1 for cells in
+            no cluster.
     """
 
     information: Tensor
@@ -46,9 +47,9 @@ class Introspection:
     """The result of `introspect`.
 
     Attributes:
-        layers: of the encoder, those that cluster, the first one first.
-        attention: float (n, h, w), on the CPU: of each query that was asked for, the last decoder layer's weights over
-            the feature map, the mean of the heads and, with several levels, of their maps. Each adds up to one.
+        layers: the maps of each encoder layer that clusters, in order.
+        attention: float (n, h, w), on the CPU: the last decoder layer's attention weights of each requested query over
+            the feature map, averaged over heads and levels. Each map adds up to one.
     """
 
     layers: list[ClusteredMaps]
@@ -56,13 +57,13 @@ class Introspection:
 
 
 def memory_attention(model: nn.Module) -> nn.Module:
-    """What attends to the feature map in a detector's last decoder layer."""
+    """Return the module that attends to the feature map in a detector's last decoder layer."""
     layers = [module for module in model.modules() if hasattr(module, "MEMORY_ATTENTION")]
     return getattr(layers[-1], layers[-1].MEMORY_ATTENTION)
 
 
 def output_and_weights(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
-    """The output of an attention for arguments of its `forward`, and its weights (batch, heads, Q, N)."""
+    """Return an attention's output for arguments of its `forward`, and its weights (batch, heads, Q, N)."""
     if isinstance(attention, nn.MultiheadAttention):
         return attention(*args, **{**kwargs, "need_weights": True, "average_attn_weights": False})
     return attention.with_weights(*args, **kwargs)
@@ -70,12 +71,12 @@ def output_and_weights(attention: nn.Module, args: tuple, kwargs: dict) -> tuple
 
 @torch.inference_mode()
 def introspect(detector: LoadedDetector, pixels: Tensor, queries: Tensor) -> Introspection:
-    """Detect in an image, and look on.
+    """Run the detector on an image, and record its clusters and attention.
 
     Args:
-        detector: of any variant, with or without ENACT.
+        detector: any variant, with or without ENACT.
         pixels: uint8 (3, height, width), RGB.
-        queries: int64 (n,), the model's queries whose attention is wanted.
+        queries: int64 (n,), the queries to record attention for.
     """
     attention = memory_attention(detector.model)
     maps: list[tuple[int, int]] = []
@@ -83,7 +84,7 @@ def introspect(detector: LoadedDetector, pixels: Tensor, queries: Tensor) -> Int
     clustered: list[tuple[Tensor, Tensor]] = []
 
     def note_map(_, args: tuple) -> None:
-        # Every detector hands its transformer the feature map's mask (batch, h, w) in second place.
+        # Every detector passes the feature map's padding mask (batch, h, w) as the second argument.
         maps.append(tuple(args[1].shape[-2:]))
 
     def note_call(_, args: tuple, kwargs: dict) -> None:
@@ -101,8 +102,8 @@ def introspect(detector: LoadedDetector, pixels: Tensor, queries: Tensor) -> Int
 
     (size,), (call,) = maps, calls
     if getattr(getattr(detector.model.transformer, "encoder", None), "order", ROWS) == HILBERT:
-        _, back = hilbert_permutations(*size, torch.device("cpu"))
-        clustered = [tuple(tensor[:, back] for tensor in tensors) for tensors in clustered]
+        _, inverse_order = hilbert_permutations(*size, torch.device("cpu"))
+        clustered = [tuple(tensor[:, inverse_order] for tensor in tensors) for tensors in clustered]
     layers = [ClusteredMaps(*(tensor.unflatten(1, size) for tensor in tensors)) for tensors in clustered]
     if len(queries) == 0:
         return Introspection(layers, torch.zeros(0, *size))
@@ -112,78 +113,82 @@ def introspect(detector: LoadedDetector, pixels: Tensor, queries: Tensor) -> Int
 
 
 def check_kinds(detector: LoadedDetector, kinds: Sequence[str]) -> None:
-    """Refuse pictures that cannot be made, before any work starts.
+    """Refuse pictures that cannot be drawn, before any work starts.
 
     Args:
         detector: the detector to look into.
         kinds: names in `SHOWN`.
 
     Raises:
-        UserError: there is no such kind, the model has nothing of the kind, or matplotlib is missing.
+        UserError: a kind is unknown, the model does not cluster, or matplotlib is missing.
     """
     possible = SHOWN if clusterings(detector.model) else ("attention",)
     for kind in kinds:
         if kind not in SHOWN:
-            raise UserError(f"--show {kind}: no such picture, choose from {', '.join(SHOWN)}")
+            raise UserError(f"--show {kind}: unknown picture; choose from {', '.join(SHOWN)}")
         if kind not in possible:
             raise UserError(
-                f"--show {kind}: this detector's encoder clusters nothing, its attention is plain; it can show "
+                f"--show {kind}: this detector's encoder has plain attention and no clusters; it can show "
                 f"{', '.join(possible)}. Checkpoints of models trained with --encoder_attention enact can show {kind}"
             )
     if kinds and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--show draws with matplotlib, which is not installed: pip install 'enact-detection[plots]'")
+        raise UserError("--show needs matplotlib, which is not installed: pip install 'enact-detection[plots]'")
 
 
 def write_introspection(
-    detector: LoadedDetector, pixels: Tensor, found: Detections, kinds: Sequence[str], folder: Path, stem: str
+    detector: LoadedDetector, pixels: Tensor, detections: Detections, kinds: Sequence[str], folder: Path, stem: str
 ) -> list[Path]:
-    """Draw what is inside the detector when it sees an image.
+    """Draw the detector's information, clusters or attention for an image.
 
     Args:
         detector: the detector.
         pixels: uint8 (3, height, width), RGB.
-        found: what it found in them; of these, the likeliest six queries' attention is drawn.
-        kinds: names in `SHOWN`: "entropy", the learned information of each encoder layer; "clusters", which cells each
-            layer pools; "attention", where the detections' queries attend.
-        folder: where to, made if it is missing.
-        stem: the pictures' names begin with it: `<stem>_<kind>.png`.
+        detections: the detections in the image. Attention is drawn for the six likeliest queries.
+        kinds: names in `SHOWN`: "entropy", the information of each encoder layer; "clusters", the cells that each
+            layer pools together; "attention", where the detections' queries attend.
+        folder: output folder, created if missing.
+        stem: start of the file names: `<stem>_<kind>.png`.
 
     Returns:
         the pictures' paths, in the order of `kinds`.
 
     Raises:
-        UserError: as `check_kinds`; or a picture cannot be written.
+        UserError: see `check_kinds`; or a picture cannot be written.
     """
     check_kinds(detector, kinds)
-    # Only here is matplotlib needed, an optional extra.
+    # Imported here, because matplotlib is an optional extra.
     from enact_common.drawing.figures import save
     from enact_common.inference import introspection_plots
 
-    best = best_of_each_query(found)[:MAX_DETECTIONS] if "attention" in kinds else []
-    inside = introspect(detector, pixels, found.queries[best])
+    best_indices = best_of_each_query(detections)[:MAX_DETECTIONS] if "attention" in kinds else []
+    introspection = introspect(detector, pixels, detections.queries[best_indices])
     image = pixels.permute(1, 2, 0).cpu().numpy()
     draw = {
-        "entropy": lambda: introspection_plots.draw_information(image, [layer.information for layer in inside.layers]),
-        "clusters": lambda: introspection_plots.draw_clusters(image, [layer.clusters for layer in inside.layers]),
+        "entropy": lambda: introspection_plots.draw_information(
+            image, [layer.information for layer in introspection.layers]
+        ),
+        "clusters": lambda: introspection_plots.draw_clusters(
+            image, [layer.clusters for layer in introspection.layers]
+        ),
         "attention": lambda: introspection_plots.draw_attention(
             image,
-            inside.attention,
-            found.boxes[best],
-            [found.names[i] for i in best],
-            found.scores[best],
+            introspection.attention,
+            detections.boxes[best_indices],
+            [detections.names[i] for i in best_indices],
+            detections.scores[best_indices],
         ),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    paths = []
     for kind in dict.fromkeys(kinds):
-        written.append(folder / f"{stem}_{kind}.png")
-        save(draw[kind](), written[-1])
-    return written
+        paths.append(folder / f"{stem}_{kind}.png")
+        save(draw[kind](), paths[-1])
+    return paths
 
 
-def best_of_each_query(found: Detections) -> list[int]:
-    """Which detections are their query's likeliest: a query that is found under two labels attends but once."""
-    first: dict[int, int] = {}
-    for i, query in enumerate(found.queries.tolist()):
-        first.setdefault(query, i)
-    return list(first.values())
+def best_of_each_query(detections: Detections) -> list[int]:
+    """Return the index of each query's likeliest detection: a query can have two labels, but attends only once."""
+    best_index: dict[int, int] = {}
+    for i, query in enumerate(detections.queries.tolist()):
+        best_index.setdefault(query, i)
+    return list(best_index.values())

@@ -1,6 +1,6 @@
-"""Pictures of what `enact_common.inference.introspection` saw, laid over the image. Needs matplotlib (extra `plots`).
+"""Draw the maps of `enact_common.inference.introspection` over the image. Needs matplotlib (extra `plots`).
 
-A feature map is stretched over the whole image, as position encodings have it. Panels are arranged to fill a slide.
+A feature map is stretched over the whole image, as in the position encodings. Panels are arranged to fill a slide.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,53 +20,53 @@ from torch.nn import functional as F
 
 from enact_common.drawing.figures import literal
 
-# Inches. A picture is as wide and high as the slide at most, unless that would leave its panels too small.
+# Inches. A picture fits the slide, unless its panels would get too small.
 SLIDE = (13.3, 7.5)
 DPI = 150
 MARGIN, GAP = 0.3, 0.25
 LINE = 0.24
 HEADING = 0.7
 BAR = 0.55
-# Of a panel's place, for its title and colour bar; and of an image's longer side.
+# Least width of a slot (the panel with its title and colour bar), and least length of a panel's longer side.
 LEAST_WIDTH, LEAST_SIDE = 2.6, 1.8
-# Characters of a class's name that such a place has room for.
+# Longest class name, in characters, that fits into the least width.
 LONGEST_NAME = 22
 
-# Pixels of the longer side of what is drawn: more is not seen.
+# Longer side of the drawn image, in pixels.
 DRAWN_SIDE = 1000
 
-# Okabe and Ito's colours, which colour-blind people can tell apart, without black.
+# The colour-blind safe palette of Okabe and Ito, without black.
 PALETTE = ("#e69f00", "#56b4e9", "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7")
 BOX_COLOUR = "#00e5ff"
 
 
 def translucent(name: str, opacity: Callable[[np.ndarray], np.ndarray]) -> ListedColormap:
-    """A colour map of matplotlib's that lets the image through: from shares (n,) in [0, 1] to opacities in [0, 1]."""
-    shares = np.linspace(0, 1, 256)
-    colours = colormaps[name](shares)
-    colours[:, 3] = opacity(shares)
+    """Return matplotlib's colour map `name` with an opacity in [0, 1] for each value in [0, 1]."""
+    values = np.linspace(0, 1, 256)
+    colours = colormaps[name](values)
+    colours[:, 3] = opacity(values)
     return ListedColormap(colours)
 
 
-INFORMATION = translucent("viridis", lambda shares: np.full_like(shares, 0.7))
-# Where there is hardly any attention, the image is to be seen.
-ATTENTION = translucent("inferno", lambda shares: 0.85 * np.sqrt(shares))
+INFORMATION = translucent("viridis", lambda values: np.full_like(values, 0.7))
+# Low attention is transparent, to keep the image visible.
+ATTENTION = translucent("inferno", lambda values: 0.85 * np.sqrt(values))
 
 
 def draw_information(image: np.ndarray, layers: Sequence[Tensor]) -> Figure:
-    """Draw the smoothed self-information of the cells in each encoder layer.
+    """Draw the smoothed self-information of the cells for each encoder layer.
 
     Args:
         image: uint8 (height, width, 3), RGB.
-        layers: each (levels, h, w), bits.
+        layers: one map (levels, h, w) per encoder layer, in bits.
     """
     maps = [level for layer in layers for level in layer]
-    heading = ("What the encoder takes for informative", f"smoothed self-information of {cells_of(maps[0])}")
+    heading = ("Information in the encoder", f"smoothed self-information of {cells_of(maps[0])}")
     figure, panels = lay_out(image, len(maps), heading, bar=True, columns=columns_of(layers))
     for axes, title, information in zip(panels, titles_of(layers), maps, strict=True):
         show_image(axes, image, title)
         low, high = information.min().item(), information.max().item()
-        # A map of one cell has one value: a bar needs two.
+        # A constant map has one value, but a colour bar needs two.
         scale = Normalize(low, high if high > low else low + 1)
         overlay(axes, INFORMATION(scale(upsampled(information, image)), bytes=True), image)
         colour_bar(axes, ScalarMappable(scale, INFORMATION), "bits per cell")
@@ -74,15 +74,15 @@ def draw_information(image: np.ndarray, layers: Sequence[Tensor]) -> Figure:
 
 
 def draw_clusters(image: np.ndarray, layers: Sequence[Tensor]) -> Figure:
-    """Draw which cells each encoder layer pools, with their borders.
+    """Draw the clusters of each encoder layer, with their borders.
 
     Args:
         image: uint8 (height, width, 3), RGB.
-        layers: each int64 (levels, h, w), the cluster of each cell, -1 for none.
+        layers: int64 (levels, h, w) per encoder layer: the cluster of each cell, -1 for none.
     """
     maps = [level.numpy() for layer in layers for level in layer]
-    note = "hatched cells are in none" if any((level < 0).any() for level in maps) else "no cell is left out"
-    heading = ("Which cells the encoder pools", f"one patch a cluster, along the rows of {cells_of(maps[0])}; {note}")
+    note = "hatched cells are left out" if any((level < 0).any() for level in maps) else "no cell is left out"
+    heading = ("Clusters in the encoder", f"one patch per cluster, along the rows of {cells_of(maps[0])}; {note}")
     figure, panels = lay_out(image, len(maps), heading, title_lines=2, columns=columns_of(layers))
     for axes, title, clusters in zip(panels, titles_of(layers), maps, strict=True):
         count, kept = clusters.max() + 1, (clusters >= 0).sum()
@@ -95,7 +95,7 @@ def draw_clusters(image: np.ndarray, layers: Sequence[Tensor]) -> Figure:
             axes.add_patch(
                 Rectangle(corner, width, height, facecolor="0.15", edgecolor="0.75", hatch="////", linewidth=0)
             )
-        # A cell's shorter side: lines must leave room for what they enclose.
+        # Scale the lines to a cell's shorter side, to keep the cells visible.
         side = min(points_of(axes) / clusters.shape[::-1])
         lines = LineCollection(
             borders(clusters) * (width, height), colors="white", linewidths=min(1.8, 0.12 * side), capstyle="projecting"
@@ -108,27 +108,27 @@ def draw_clusters(image: np.ndarray, layers: Sequence[Tensor]) -> Figure:
 
 
 def draw_attention(image: np.ndarray, attention: Tensor, boxes: Tensor, names: Sequence[str], scores: Tensor) -> Figure:
-    """Draw where queries attend, one panel each, or the image alone where there are none.
+    """Draw one attention panel per query, or only the image if there are no queries.
 
     Args:
         image: uint8 (height, width, 3), RGB.
-        attention: (n, h, w), the weights of each query, adding up to one.
-        boxes: (n, 4), what each query found: left, top, right, bottom in pixels of the image.
-        names: of what each query found.
+        attention: (n, h, w), the attention weights of each query, adding up to one.
+        boxes: (n, 4), the queries' boxes: left, top, right, bottom in pixels of the image.
+        names: the queries' class names.
         scores: (n,), in [0, 1].
     """
     if not names:
-        heading = ("Where queries attend", "nothing was found in this image; a lower threshold shows more")
+        heading = ("Attention of the queries", "nothing was found in this image; a lower threshold shows more")
         figure, (axes,) = lay_out(image, 1, heading)
         show_image(axes, image, "")
         return figure
     heading = (
-        "Where the queries of the likeliest detections attend",
+        "Attention of the likeliest detections",
         f"last decoder layer, mean of all heads, over {cells_of(attention[0])}",
     )
     figure, panels = lay_out(image, len(names), heading, bar=True)
-    found = zip(names, scores.tolist(), attention, boxes.tolist(), strict=True)
-    for axes, (name, score, weights, (left, top, right, bottom)) in zip(panels, found, strict=True):
+    queries = zip(names, scores.tolist(), attention, boxes.tolist(), strict=True)
+    for axes, (name, score, weights, (left, top, right, bottom)) in zip(panels, queries, strict=True):
         short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
         show_image(axes, image, f"{short} {score:.2f}")
         scale = Normalize(0, 100 * weights.max().item())
@@ -143,7 +143,7 @@ def draw_attention(image: np.ndarray, attention: Tensor, boxes: Tensor, names: S
 
 
 def titles_of(layers: Sequence[Iterable]) -> list[str]:
-    """A title for each level of each layer; the levels are named where there are several."""
+    """A title for each level of each layer. A single level is not named."""
     return [
         f"Encoder layer {i}" + (f", level {j}" if len(layer) > 1 else "")
         for i, layer in enumerate(layers, 1)
@@ -152,7 +152,7 @@ def titles_of(layers: Sequence[Iterable]) -> list[str]:
 
 
 def columns_of(layers: Sequence[Tensor]) -> int | None:
-    """One column a level where there are several; else as it fits."""
+    """One column per level; None, to choose freely, for a single level."""
     return len(layers[0]) if len(layers[0]) > 1 else None
 
 
@@ -170,15 +170,15 @@ def lay_out(
     title_lines: int = 1,
     columns: int | None = None,
 ) -> tuple[Figure, list[Axes]]:
-    """A figure with panels of the image's shape.
+    """Return a figure and its panels, which have the image's aspect ratio.
 
     Args:
         image: (height, width, 3).
-        count: panels, at least one.
-        heading: of the figure, and a line below it.
+        count: number of panels, at least one.
+        heading: the figure's title and subtitle.
         bar: leave room for a colour bar below each panel.
-        title_lines: of each panel.
-        columns: panels side by side; None for as many as make them largest.
+        title_lines: lines of each panel's title.
+        columns: panels side by side; None for the number that makes the panels largest.
     """
     aspect = image.shape[1] / image.shape[0]
     above, below = LINE * title_lines + 0.1, BAR if bar else 0.0
@@ -193,8 +193,8 @@ def lay_out(
     rows = -(-count // columns)
     width = max(panel_width(columns), LEAST_SIDE * min(1, aspect))
     height = width / aspect
-    place = max(width, LEAST_WIDTH)
-    across = columns * place + GAP * (columns - 1)
+    slot = max(width, LEAST_WIDTH)
+    across = columns * slot + GAP * (columns - 1)
     size = (
         max(across + 2 * MARGIN, 8),
         MARGIN + HEADING + rows * (above + height + below) + GAP * (rows - 1),
@@ -205,14 +205,14 @@ def lay_out(
     panels = []
     for i in range(count):
         row, column = divmod(i, columns)
-        x = (size[0] - across) / 2 + column * (place + GAP) + (place - width) / 2
+        x = (size[0] - across) / 2 + column * (slot + GAP) + (slot - width) / 2
         y = size[1] - HEADING - row * (above + height + below + GAP) - above - height
         panels.append(figure.add_axes((x / size[0], y / size[1], width / size[0], height / size[1])))
     return figure, panels
 
 
 def show_image(axes: Axes, image: np.ndarray, title: str) -> None:
-    """Show the image in grey, which leaves the colours to what is laid over it, in coordinates of its pixels."""
+    """Show the image in grey, in pixel coordinates. Colours are left to the overlay."""
     height, width = image.shape[:2]
     scale = min(1, DRAWN_SIDE / max(height, width))
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -224,18 +224,18 @@ def show_image(axes: Axes, image: np.ndarray, title: str) -> None:
 
 
 def points_of(axes: Axes) -> np.ndarray:
-    """The width and the height of a panel in points, the unit of lines."""
+    """The width and height of a panel in points, the unit of line widths."""
     return np.array(axes.bbox.size) / axes.figure.dpi * 72
 
 
 def overlay(axes: Axes, colours: np.ndarray, image: np.ndarray) -> None:
-    """Lay colours (h, w, 4), float in [0, 1] or uint8, over an image, each over its part of it."""
+    """Draw colours (h, w, 4), float in [0, 1] or uint8, over the whole image."""
     height, width = image.shape[:2]
     axes.imshow(colours, extent=(0, width, height, 0), aspect="auto", interpolation="nearest")
 
 
 def upsampled(values: Tensor, image: np.ndarray) -> np.ndarray:
-    """Values (h, w) of cells, bilinear between their centres, in the image's shape at the size at which it is drawn."""
+    """Resize cell values (h, w) to the drawn image, bilinear between the cells' centres."""
     height, width = image.shape[:2]
     scale = DRAWN_SIDE / max(height, width)
     size = (max(1, round(height * scale)), max(1, round(width * scale)))
@@ -243,7 +243,7 @@ def upsampled(values: Tensor, image: np.ndarray) -> np.ndarray:
 
 
 def colour_bar(axes: Axes, colours: ScalarMappable, label: str) -> None:
-    """A bar below a panel that says what its colours stand for."""
+    """Draw a colour bar below a panel."""
     figure = axes.figure
     panel = axes.get_position()
     width, height = figure.get_size_inches()
@@ -261,25 +261,25 @@ def colour_bar(axes: Axes, colours: ScalarMappable, label: str) -> None:
 
 
 def tints(clusters: np.ndarray) -> np.ndarray:
-    """Translucent colours (h, w, 4) for clusters (h, w), int64: neighbours differ as far as the palette goes."""
-    touching = [{i - 1} for i in range(clusters.max() + 1)]
-    for one, other in ((clusters[:, 1:], clusters[:, :-1]), (clusters[1:], clusters[:-1])):
-        for i, j in np.unique(np.stack((one, other))[:, one != other].T, axis=0):
+    """Return translucent colours (h, w, 4) for clusters (h, w), int64. Neighbours differ while the palette lasts."""
+    neighbours_of = [{i - 1} for i in range(clusters.max() + 1)]
+    for cells, neighbours in ((clusters[:, 1:], clusters[:, :-1]), (clusters[1:], clusters[:-1])):
+        for i, j in np.unique(np.stack((cells, neighbours))[:, cells != neighbours].T, axis=0):
             if min(i, j) >= 0:
-                touching[max(i, j)].add(min(i, j))
-    chosen: list[int] = []
-    for i, earlier in enumerate(touching):
-        taken = {chosen[j] for j in earlier if j >= 0}
-        # Each begins at another colour, so that all of them are used.
-        turns = [(i + k) % len(PALETTE) for k in range(len(PALETTE))]
-        chosen.append(next((colour for colour in turns if colour not in taken), turns[0]))
-    colours = [to_rgba(PALETTE[colour], 0.45) for colour in chosen]
-    # The last one is that of -1: none.
+                neighbours_of[max(i, j)].add(min(i, j))
+    colour_indices: list[int] = []
+    for i, adjacent in enumerate(neighbours_of):
+        used = {colour_indices[j] for j in adjacent if j >= 0}
+        # Rotate the palette, to use all colours.
+        palette = [(i + k) % len(PALETTE) for k in range(len(PALETTE))]
+        colour_indices.append(next((colour for colour in palette if colour not in used), palette[0]))
+    colours = [to_rgba(PALETTE[colour], 0.45) for colour in colour_indices]
+    # The last colour is transparent, for cells with cluster -1.
     return np.array([*colours, (0, 0, 0, 0)])[clusters]
 
 
 def borders(clusters: np.ndarray) -> np.ndarray:
-    """Lines between cells (h, w) of different clusters: float (n, 2, 2), each from (x, y) to (x, y), in cells."""
+    """Return the lines between different clusters (h, w): float (n, 2, 2), from (x, y) to (x, y), in cells."""
     rows, columns = np.nonzero(clusters[:, 1:] != clusters[:, :-1])
     upright = [((x + 1, y), (x + 1, y + 1)) for y, x in zip(rows, columns, strict=True)]
     rows, columns = np.nonzero(clusters[1:] != clusters[:-1])
