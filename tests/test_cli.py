@@ -129,7 +129,7 @@ def test_every_variant_accepts_the_demos_flags(variant):
         (["--set_cost_class", "0", "--set_cost_bbox", "0", "--set_cost_giou", "0"], "are all 0"),
         (["--position_embedding", "learned", "--max_size", "408"], "--position_embedding learned .* needs 51"),
         (["--world_size", "4"], "torchrun --nproc_per_node=4"),
-        (["--num_classes", "3"], "--num_classes 3: .* at least 6; pass --num_classes 6, or leave"),
+        (["--num_classes", "3"], "--num_classes 3: .* at least 6 are needed; pass --num_classes 6, or leave"),
         (["--batch_size", "64"], "--batch_size 64: .* the 12 images"),
         (["--resume", "/nowhere.pth"], "/nowhere.pth: no such file"),
         (["--backbone_weights", "/nowhere.pth"], "--backbone_weights /nowhere.pth: no such file"),
