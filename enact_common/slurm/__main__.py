@@ -160,9 +160,7 @@ def check_flags(args: argparse.Namespace) -> None:
     seconds = 60 * args.time
     longest = min(seconds - 1, max(600, seconds // 5) - 60)
     if args.signal_seconds > longest:
-        raise UserError(
-            f"--signal_seconds {args.signal_seconds}: at most {longest} with --time {args.time}; reduce it or raise --time"
-        )
+        raise UserError(f"--signal_seconds {args.signal_seconds}: at most {longest} with --time {args.time}; reduce it")
 
 
 def check_variant(args: argparse.Namespace, argv: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
