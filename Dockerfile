@@ -1,16 +1,15 @@
-# Trains and evaluates:
+# Image for training and evaluation:
 #   docker build -t enact .
 #   docker run --rm enact DETR-ENACT/main.py --help
-# docker-compose.yml adds the GPUs, the data and the folder for the results.
+# docker-compose.yml adds the GPUs, the data and the results folder.
 
-# Plain Python, because torch's wheels carry their own CUDA libraries: the host only needs the NVIDIA
-# driver and its container toolkit, and torch is the version that constraints.txt names. An image of
-# PyTorch's would hold a second torch of another version. Not pinned further: a build has the fixes that
-# Python and Debian made until then.
+# Plain Python: torch's wheels contain the CUDA libraries, so the host only needs the NVIDIA driver and
+# its container toolkit, and constraints.txt sets the version of torch. A PyTorch image would contain a
+# second torch. The tag is not pinned further, so that a build gets the latest fixes of Python and Debian.
 FROM python:3.11-slim-bookworm
 
 # opencv-python links against libGL and GLib, which the slim image leaves out.
-# Debian replaces a package's version within a release, so a pinned one would break the build one day.
+# Debian removes old package versions within a release, so pinned versions would break the build.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --no-install-recommends --yes libgl1 libglib2.0-0 \
@@ -18,9 +17,9 @@ RUN apt-get update \
 
 WORKDIR /workspace
 
-# Dependencies first: with empty packages in the place of the real ones, this layer (several GB) stays
-# in the cache until one of these three files changes. The install is editable, so that the source
-# copied further down is what gets imported.
+# Install the dependencies first, with empty packages in place of the real ones: this layer (several GB)
+# stays cached until one of these three files changes. The install is editable, so Python imports the
+# source that is copied below.
 COPY pyproject.toml constraints.txt LICENSE ./
 RUN python -c "import pathlib, tomllib; \
 tools = tomllib.loads(pathlib.Path('pyproject.toml').read_text())['tool']['setuptools']; \
@@ -32,8 +31,8 @@ places = [moved.get(name) or moved.get(name.rpartition('.')[0], '') + '/' + name
     && pip install --no-cache-dir --root-user-action=ignore \
         -c constraints.txt -e ".[logging,plots,fast-eval]"
 
-# Training runs as a user without rights. With the ids of whoever starts it (docker-compose.yml passes
-# them), the results on the host belong to that person. -o: the id may be taken already.
+# Training runs as an unprivileged user. docker-compose.yml passes the ids of the host's user, who then
+# owns the results. -o allows an id that already exists in the image.
 ARG HOST_UID=1000
 ARG HOST_GID=1000
 RUN groupadd -o --gid "${HOST_GID}" enact \
@@ -42,8 +41,8 @@ RUN groupadd -o --gid "${HOST_GID}" enact \
 
 COPY . .
 
-# The source belongs to root, so Python could not store its bytecode next to it. Output is not buffered,
-# so that `docker logs` shows an epoch when it ends.
+# The source belongs to root, so Python cannot store bytecode next to it. Unbuffered output lets
+# `docker logs` show an epoch as soon as it ends.
 ENV NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1

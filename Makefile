@@ -1,4 +1,4 @@
-# Every target does its own set-up: on a fresh checkout `make test` or `make demo` is all there is to type.
+# Each target sets up the environment itself, so `make test` and `make demo` work on a fresh checkout.
 PYTHON ?= python3
 VENV ?= .venv
 VARIANT ?= conditional
@@ -7,8 +7,8 @@ WHEELS ?= .whl
 GPU_FLAGS ?=
 
 python := $(VENV)/bin/python
-# Notes that the environment is ready, and for which checkout: an editable install points to one folder,
-# so an environment that several checkouts share has to be pointed to this one again.
+# Marks the environment as ready and records its checkout: an editable install points to one folder, so an environment
+# shared by several checkouts must be installed again when the checkout changes.
 stamp := $(VENV)/.enact-installed
 other_checkout := $(if $(filter-out "$(CURDIR)","$(shell cat $(stamp) 2>/dev/null)"),force)
 
@@ -16,10 +16,10 @@ other_checkout := $(if $(filter-out "$(CURDIR)","$(shell cat $(stamp) 2>/dev/nul
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1:/p' Makefile | awk -F: '{ printf "  make %-10s%s\n", $$1, $$2 }'
-	@echo "Settings, with their present values:"
+	@echo "Settings, with their current values:"
 	@echo "  PYTHON=$(PYTHON)  VENV=$(VENV)  VARIANT=$(VARIANT)  JOBS=$(JOBS)"
 
-install: $(stamp)  ## make the environment and install the package into it
+install: $(stamp)  ## create the environment and install the package into it
 
 test: $(stamp)  ## run the tests, in JOBS processes
 	$(python) -m pytest -n $(JOBS) --dist loadgroup
@@ -27,10 +27,10 @@ test: $(stamp)  ## run the tests, in JOBS processes
 test-fast: $(stamp)  ## run the tests without the slow ones, in about two minutes
 	$(python) -m pytest -n $(JOBS) -m "not slow"
 
-wheel: $(stamp)  ## build the wheel, install it into a clean environment, and use it there as a user would
+wheel: $(stamp)  ## build the wheel, install it into a clean environment, and test it there
 	$(python) tests/installed.py
 
-soak: $(stamp)  ## run the long loops of docs/dev/reliability.md, about half an hour, and record what comes out
+soak: $(stamp)  ## run the long loops of docs/dev/reliability.md, about half an hour, and record the results
 	$(python) tests/soak.py
 
 lint: $(stamp)  ## check the code with ruff, and the other files by schema and hadolint
@@ -39,9 +39,9 @@ lint: $(stamp)  ## check the code with ruff, and the other files by schema and h
 	$(python) -m check_jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	$(python) -m check_jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	@if [ -x $(VENV)/bin/hadolint ]; then echo "hadolint Dockerfile" && $(VENV)/bin/hadolint Dockerfile; \
-	else echo "no hadolint for this system: the Dockerfile is not checked"; fi
+	else echo "hadolint is missing on this system: the Dockerfile is not checked"; fi
 
-# Apart from the tests: it asks a service, whose answer changes without a change here.
+# Not part of the tests, since the answer of the vulnerability service changes over time.
 audit: $(stamp)  ## look up known vulnerabilities of the versions in constraints.txt
 	$(python) -m pip install -c constraints.txt pip-audit
 	$(python) -m pip_audit --strict --no-deps --disable-pip -r constraints.txt
@@ -49,28 +49,28 @@ audit: $(stamp)  ## look up known vulnerabilities of the versions in constraints
 demo: $(stamp)  ## train a small model on made-up images; the results go to demo/
 	$(python) -m enact_common.demo --variant $(VARIANT) --output_dir demo
 
-# Without `install`: a GPU server may have PyTorch of its own and reach no package index. Wheels of what it lacks
-# (pycocotools) are taken from WHEELS.
+# Does not depend on `install`, since a GPU server may bring its own PyTorch and may not reach a package index. Missing
+# packages (pycocotools) are installed from wheels in WHEELS.
 gpu_python := $(if $(wildcard $(python)),$(CURDIR)/$(python),$(PYTHON))
-gpu:  ## check and measure on a GPU, in about ten minutes; the results go to gpu_run/. Wheels in WHEELS are used
+gpu:  ## check and measure on a GPU, about ten minutes; uses wheels in WHEELS; the results go to gpu_run/
 	@if ls $(WHEELS)/*.whl >/dev/null 2>&1; then \
 	    $(gpu_python) -m pip install -q --no-index --no-deps --upgrade --target $(WHEELS)/site $(WHEELS)/*.whl; fi
 	PYTHONPATH="$(CURDIR)/$(WHEELS)/site:$(CURDIR)" $(gpu_python) -m enact_common.gpu run --output_dir gpu_run $(GPU_FLAGS)
 
-clean:  ## remove what runs leave behind (not the environment, not outputs/)
+clean:  ## remove files of earlier runs (keeps the environment and outputs/)
 	rm -rf demo gpu_run build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
-# An environment without a working pip is a half-made one and made again.
+# An environment without a working pip is incomplete, so it is created again.
 $(stamp): pyproject.toml constraints.txt $(other_checkout)
 	@if ! $(python) -m pip --version >/dev/null 2>&1; then \
 	    fail() { echo "error: $$1" >&2; exit 1; }; \
 	    command -v $(PYTHON) >/dev/null \
-	        || fail "no $(PYTHON) here; name a Python 3.10 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; \
+	        || fail "$(PYTHON) not found; name a Python 3.10 or newer: make PYTHON=python3.11 $(MAKECMDGOALS)"; \
 	    $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	        || fail "$(PYTHON) is older than Python 3.10; name another: make PYTHON=python3.11 $(MAKECMDGOALS)"; \
 	    $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null \
-	        || fail "$(PYTHON) cannot make environments; on Debian and Ubuntu: apt install python3-venv"; \
+	        || fail "$(PYTHON) cannot create environments; on Debian and Ubuntu: apt install python3-venv"; \
 	    $(PYTHON) -m venv $(VENV); \
 	fi
 	$(python) -m pip install -c constraints.txt -e ".[dev]"

@@ -556,7 +556,7 @@ def test_fewer_images_than_a_batch_are_refused(in_process, shapes, tmp_path, cap
     argv = ["--workers", "0", "--cache_mode", "off", "--images", "2", "--coco_path", str(shapes), "--device", "cpu"]
     status, figures = run_benchmark("pipeline", tmp_path, *argv, "--", *SMALL_MODEL["detr"])
     assert status == 1 and figures["rows"][0]["status"] == FAILED
-    assert "2 make no batch of 4" in capsys.readouterr().err
+    assert "2 images do not fill a batch of 4" in capsys.readouterr().err
 
 
 # masks

@@ -21,7 +21,7 @@ COMMANDS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser with one subcommand per benchmark."""
     parser = argparse.ArgumentParser(
         prog=program("enact_common.benchmark"), description=benchmark.__doc__.splitlines()[0]
     )
@@ -38,11 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run a benchmark.
 
     Returns:
-        the exit status: 0; 1 where a measurement failed; 2 for what the user can mend.
+        the exit status: 0; 1 if a measurement failed; 2 for an error that the user can fix.
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    # For the record: figures without their command say little.
+    # The reports record the command that produced the figures.
     args.argv = sys.argv[1:] if argv is None else argv
     return exit_status(parser.prog, lambda: args.run(args))
 

@@ -1,4 +1,4 @@
-"""What a trained detector loses in exported files: in AP, and in the detections that PyTorch finds."""
+"""Compare a trained detector's exported files with PyTorch: AP, and agreement of the detections."""
 
 import argparse
 import sys
@@ -32,7 +32,7 @@ from enact_common.export.formats import FORMATS, load_exported, needed, quantize
 from enact_common.export.graph import DetectorGraph, Interface, calibrated_lengths, fix_window_lengths, greatest_side
 from enact_common.inference.detector import LoadedDetector, load_detector
 
-# Files to compare, in words: whether their windows are fixed, and whether they are int8.
+# Exported files to compare: name to (fixed windows, int8).
 FILES = {
     "ONNX Runtime": (False, False),
     "ONNX Runtime, int8": (False, True),
@@ -40,79 +40,90 @@ FILES = {
     "ONNX Runtime, fixed windows, int8": (True, True),
 }
 
-# Overlap of two boxes that are one detection.
-SAME = 0.9
+# Least IoU of two boxes that count as the same detection.
+MATCH_IOU = 0.9
 
 Run = Callable[[Tensor], dict[str, Tensor]]
 
 
 class Comparison:
-    """Counts what one runtime finds of what another finds.
+    """Counts how many detections of one runtime another runtime reproduces.
 
     Args:
-        threshold: least score of a detection, in [0, 1].
+        threshold: detections with a lower score are ignored, in [0, 1].
     """
 
     def __init__(self, threshold: float):
         self.threshold = threshold
-        self.expected = self.found = self.matched = 0
-        self.apart: list[float] = []
+        self.num_expected = self.num_actual = self.num_matched = 0
+        self.differences: list[float] = []  # of the scores, by match
 
-    def add(self, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
-        """Take an image's detections: `scores`, `labels`, and `boxes` (n, 4) xyxy in pixels."""
+    def add(self, expected: dict[str, Tensor], actual: dict[str, Tensor]) -> None:
+        """Add an image's detections by both runtimes: `scores`, `labels`, and `boxes` (n, 4) xyxy in pixels."""
         ours, theirs = (
             {name: value[detections["scores"] >= self.threshold] for name, value in detections.items()}
-            for detections in (expected, found)
+            for detections in (expected, actual)
         )
-        self.expected += len(ours["scores"])
-        self.found += len(theirs["scores"])
+        self.num_expected += len(ours["scores"])
+        self.num_actual += len(theirs["scores"])
         overlap = box_iou(ours["boxes"], theirs["boxes"])
         overlap[ours["labels"].unsqueeze(1) != theirs["labels"]] = 0
-        # The best pair first, each detection once.
-        while overlap.numel() and overlap.max() >= SAME:
+        # Match greedily, best overlap first; each detection is used once.
+        while overlap.numel() and overlap.max() >= MATCH_IOU:
             i, j = divmod(int(overlap.argmax()), overlap.shape[1])
-            self.matched += 1
-            self.apart.append(float((ours["scores"][i] - theirs["scores"][j]).abs()))
+            self.num_matched += 1
+            self.differences.append(float((ours["scores"][i] - theirs["scores"][j]).abs()))
             overlap[i], overlap[:, j] = 0, 0
 
     def figures(self) -> dict[str, float | int | None]:
-        """The counts as figures.
+        """Return the agreement over all images.
 
         Returns:
-            `detections` of PyTorch; the part of them that is `kept`, and the part of the file's that is `new`, in
-            [0, 1]; and `score_difference`, the mean of those kept. None where there is nothing to count.
+            `detections`: number of detections by PyTorch; `kept`: fraction of them that the file reproduces; `new`:
+            fraction of the file's detections without a match in PyTorch; `score_difference`: mean over the matches.
+            Fractions are in [0, 1]; a value is None if nothing was counted.
         """
         return {
-            "detections": self.expected,
-            "kept": self.matched / self.expected if self.expected else None,
-            "new": 1 - self.matched / self.found if self.found else None,
-            "score_difference": sum(self.apart) / len(self.apart) if self.apart else None,
+            "detections": self.num_expected,
+            "kept": self.num_matched / self.num_expected if self.num_expected else None,
+            "new": 1 - self.num_matched / self.num_actual if self.num_actual else None,
+            "score_difference": sum(self.differences) / len(self.differences) if self.differences else None,
         }
 
 
 def in_pixels(outputs: dict[str, Tensor], size: Tensor) -> dict[str, Tensor]:
-    """An image's detections of a batch of one, with boxes in pixels of (height, width)."""
+    """Return the detections of a batch of one image, with boxes scaled to pixels of `size` (height, width)."""
     height, width = size.tolist()
-    found = {name: value[0] for name, value in outputs.items()}
-    return found | {"boxes": found["boxes"] * torch.tensor([width, height, width, height])}
+    detections = {name: value[0] for name, value in outputs.items()}
+    return detections | {"boxes": detections["boxes"] * torch.tensor([width, height, width, height])}
 
 
 def evaluate(
     run: Run, dataset: CocoDetection, expected: list[dict[str, Tensor]] | None, threshold: float
 ) -> tuple[dict, list[dict[str, Tensor]]]:
-    """COCO's figures of a runtime, and how far it agrees with what was expected; and all its detections, by image."""
-    evaluator, comparison, found = CocoBoxEvaluator(dataset.label_map), Comparison(threshold), []
+    """Evaluate one runtime on all images.
+
+    Args:
+        run: maps a batch of one image to the detector's outputs.
+        dataset: the validation images.
+        expected: PyTorch's detections by image; None compares the runtime with itself.
+        threshold: detections with a lower score are ignored in the comparison.
+
+    Returns:
+        (COCO metrics and agreement, detections by image).
+    """
+    evaluator, comparison, detections = CocoBoxEvaluator(dataset.label_map), Comparison(threshold), []
     for i in tqdm(range(len(dataset)), leave=False, disable=None):
         image, target = dataset[i]
-        found.append(in_pixels(run(image.unsqueeze(0)), target["orig_size"]))
-        evaluator.update([int(target["image_id"])], [found[-1]])
-        comparison.add(found[-1] if expected is None else expected[i], found[-1])
+        detections.append(in_pixels(run(image.unsqueeze(0)), target["orig_size"]))
+        evaluator.update([int(target["image_id"])], [detections[-1]])
+        comparison.add(detections[-1] if expected is None else expected[i], detections[-1])
     stats = evaluator.evaluate(dataset.coco_api()).stats
-    return dict(zip(METRICS, map(float, stats), strict=True)) | comparison.figures(), found
+    return dict(zip(METRICS, map(float, stats), strict=True)) | comparison.figures(), detections
 
 
 def pytorch(detector: LoadedDetector, interface: Interface) -> Run:
-    """The detector itself, as the files are called."""
+    """Return the PyTorch detector as a function with the signature of an exported file."""
     graph = DetectorGraph(detector.model, detector.postprocess, interface).eval()
 
     @torch.inference_mode()
@@ -123,7 +134,7 @@ def pytorch(detector: LoadedDetector, interface: Interface) -> Run:
 
 
 def write(detector: LoadedDetector, interface: Interface, lengths: list[int] | None, path: Path) -> None:
-    """Write the detector as ONNX, with windows of fixed lengths where there are any."""
+    """Export the detector to ONNX, with fixed window lengths if `lengths` is given."""
     fix_window_lengths(detector.model, lengths)
     graph = DetectorGraph(detector.model, detector.postprocess, interface).eval()
     FORMATS["onnx"].write(graph, {"outputs": interface.outputs}, path)
@@ -131,27 +142,29 @@ def write(detector: LoadedDetector, interface: Interface, lengths: list[int] | N
 
 
 def to_markdown(figures: dict) -> str:
-    """The figures as a table in Markdown."""
-    columns = {"runtime": LEFT, "AP": RIGHT, "AP50": RIGHT, "kept %": RIGHT, "new %": RIGHT, "scores apart": RIGHT}
+    """Return the figures as a Markdown table."""
+    columns = {"runtime": LEFT, "AP": RIGHT, "AP50": RIGHT, "kept %": RIGHT, "new %": RIGHT, "score difference": RIGHT}
     lines = []
     for row in figures["rows"]:
-        shares = [None if row[name] is None else 100 * row[name] for name in ("kept", "new")]
+        percentages = [None if row[name] is None else 100 * row[name] for name in ("kept", "new")]
         ap = [figure(row[name], ".3f") for name in ("AP", "AP50")]
-        lines.append([row["runtime"], *ap, *(figure(s, ".1f") for s in shares), figure(row["score_difference"], ".1e")])
+        lines.append(
+            [row["runtime"], *ap, *(figure(p, ".1f") for p in percentages), figure(row["score_difference"], ".1e")]
+        )
     settings = figures["settings"]
     fixed = settings["window_lengths"]
     windows = f" Fixed windows, tokens by encoder layer: {', '.join(map(str, fixed))}." if fixed else ""
     return (
         f"{heading(figures)}\n\n"
-        f"{settings['checkpoint']} on {settings['images']} images of {settings['coco_path']}. Of PyTorch's "
-        f"{figures['rows'][0]['detections']} detections with a score of at least {settings['threshold']:g}, those kept "
-        f"are found by the file with the same label and an overlap (IoU) of at least {SAME:g}; new are those of the "
-        f"file's that PyTorch does not find so.{windows}\n\n" + markdown_table(columns, lines)
+        f"{settings['checkpoint']} on {settings['images']} images of {settings['coco_path']}. PyTorch finds "
+        f"{figures['rows'][0]['detections']} detections with a score of at least {settings['threshold']:g}. Kept: "
+        f"detections that the file finds with the same label and an IoU of at least {MATCH_IOU:g}. New: detections of "
+        f"the file without such a match in PyTorch.{windows}\n\n" + markdown_table(columns, lines)
     )
 
 
 def training_lengths(detector: LoadedDetector, coco_path: str, count: int, transforms: v2.Compose) -> list[int]:
-    """The lengths of fixed windows, tokens by encoder layer, on the first training images; none for other clusters."""
+    """Return fixed window lengths (tokens, by encoder layer) from training images; [] without ENACT windows."""
     if not clusterings(detector.model) or detector.args.enact_clusters == "regions":
         return []
     images = CocoDetection(*find_split(coco_path, "train"), transforms, label_map=detector.label_map, limit=count)
@@ -159,10 +172,10 @@ def training_lengths(detector: LoadedDetector, coco_path: str, count: int, trans
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate, print and write the files; the exit status.
+    """Evaluate all runtimes, print the table and write the files; return the exit status.
 
     Raises:
-        UserError: the checkpoint or the data are at fault, or a package is missing.
+        UserError: the checkpoint or the data are invalid, or a package is missing.
     """
     for module in ("onnx", "onnxscript", "onnxruntime"):
         needed(module, "exporting")
@@ -198,20 +211,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
-    parser.add_argument("--checkpoint", required=True, metavar="CKPT", help="trained detector: a path or an https URL")
+    """Add the command's flags."""
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="CKPT", help="checkpoint of a trained detector: a path or an https URL"
+    )
     parser.add_argument(
         "--coco_path", required=True, metavar="DIR",
-        help="data set: the files are compared on its validation images; its training images say how long fixed "
-        "windows are",
+        help="data set: its validation images are used for the comparison, its training images for the lengths of "
+        "fixed windows",
     )  # fmt: skip
-    parser.add_argument("--limit", type=positive_int, metavar="N", help="the first N validation images (default: all)")
+    parser.add_argument(
+        "--limit", type=positive_int, metavar="N", help="use the first N validation images (default: all)"
+    )
     parser.add_argument(
         "--calibrate", type=positive_int, default=100, metavar="N",
-        help="training images for the windows' lengths (default: %(default)s)",
+        help="number of training images that determine the window lengths (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--threshold", type=fraction, default=0.5, metavar="SCORE",
-        help="least score of a detection that is compared, 0 to 1 (default: %(default)s)",
+        help="ignore detections with a lower score, 0 to 1 (default: %(default)s)",
     )  # fmt: skip
     add_report_arguments(parser)

@@ -1,4 +1,4 @@
-"""The benchmarks' pictures. Needs matplotlib (extra `plots`)."""
+"""Charts of the benchmarks. Needs matplotlib (extra `plots`)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +12,8 @@ from enact_common.benchmark.isolated import DONE
 from enact_common.benchmark.labels import GIB, LAYERS, MIB, PARTS, ROWS, precision_text
 from enact_common.drawing.figures import save
 
-# Of Okabe and Ito's palette, which colour-blind readers can tell apart: plain attention in cool colours, clusters in
-# warm ones, the same in all pictures.
+# The palette of Okabe and Ito is safe for colour-blind readers. Plain attention has cool colours, clustered attention
+# warm ones, in all charts.
 ROW_COLOURS = {"eager": "#999999", "efficient": "#0072B2", "enact": "#D55E00"}
 LAYER_COLOURS = {
     "mha_eager": "#999999",
@@ -38,30 +38,30 @@ def grouped_bars(
     """Draw bars side by side in groups.
 
     Args:
-        axes: where.
-        groups: their names, below the axis.
-        bars: name to what stands in each group: `median`, `least` and `most`; a word where there is no figure; None
-            for no bar.
-        colours: of each name.
-        form: format of the figures above the bars.
+        axes: the axes to draw on.
+        groups: names of the groups, printed below the axis.
+        bars: bar name to its value in each group: `median`, `least` and `most`; a status word if the measurement
+            failed; None for no bar.
+        colours: bar name to colour.
+        form: format spec of the numbers above the bars.
     """
     width = 0.8 / len(bars)
     for i, (name, values) in enumerate(bars.items()):
         places = [group + (i - (len(bars) - 1) / 2) * width for group in range(len(groups))]
-        shown = [(place, value) for place, value in zip(places, values, strict=True) if isinstance(value, dict)]
-        medians = [value["median"] for _, value in shown]
-        reach = [[abs(value["median"] - value[end]) for _, value in shown] for end in ("least", "most")]
-        axes.bar([place for place, _ in shown], medians, 0.92 * width, color=colours[name])
-        axes.errorbar([place for place, _ in shown], medians, reach, fmt="none", ecolor="black", elinewidth=0.8)
-        for place, value in shown:
-            # Upright, so that neighbours do not meet, and above the whisker.
+        points = [(place, value) for place, value in zip(places, values, strict=True) if isinstance(value, dict)]
+        medians = [value["median"] for _, value in points]
+        reach = [[abs(value["median"] - value[end]) for _, value in points] for end in ("least", "most")]
+        axes.bar([place for place, _ in points], medians, 0.92 * width, color=colours[name])
+        axes.errorbar([place for place, _ in points], medians, reach, fmt="none", ecolor="black", elinewidth=0.8)
+        for place, value in points:
+            # Rotated to keep neighbours from overlapping; placed above the whisker.
             axes.annotate(
                 format(value["median"], form), (place, value["most"]), xytext=(0, 3), textcoords="offset points",
                 rotation=90, fontsize=8, horizontalalignment="center", verticalalignment="bottom",
             )  # fmt: skip
         for place, value in zip(places, values, strict=True):
             if isinstance(value, str):
-                # Where the bar would be; in units of the axis upwards, so that it needs no scale.
+                # The y position is in axes units, because a failed bar has no data value.
                 axes.text(
                     place, 0.02, value, color=colours[name], rotation=90, fontsize=8, horizontalalignment="center",
                     verticalalignment="bottom", transform=axes.get_xaxis_transform(),
@@ -74,18 +74,18 @@ def grouped_bars(
 
 
 def finish(figure: Figure, title: str, handles: Sequence, path: Path, columns: int | None = None) -> None:
-    """Give a figure its title and one legend for all panels, in one row or in so many columns, and write it."""
+    """Add a title and one legend for all panels (one row, or `columns` columns), and save the figure."""
     figure.suptitle(title, fontsize=9)
     figure.legend(handles=handles, loc="outside lower center", ncols=columns or len(handles), frameon=False)
     save(figure, path)
 
 
 def draw_table(figures: dict, path: Path) -> None:
-    """Memory, training and inference of each model, in bars.
+    """Draw peak memory, training time and inference time of each model as bars.
 
     Args:
-        figures: of the command `table`.
-        path: PNG to write.
+        figures: results of the command `table`.
+        path: PNG file to write.
     """
     rows = {(row["variant"], row["row"]): row for row in figures["rows"]}
     variants = list(dict.fromkeys(variant for variant, _ in rows))
@@ -103,8 +103,8 @@ def draw_table(figures: dict, path: Path) -> None:
     canvas = Figure(figsize=(13, 5), layout="constrained")
     panels = (
         ("training", "memory", "peak memory in training, GiB", ".1f"),
-        ("training", "time", "training, seconds an image", ".3g"),
-        ("inference", "time", "inference, seconds an image", ".3g"),
+        ("training", "time", "training, seconds per image", ".3g"),
+        ("inference", "time", "inference, seconds per image", ".3g"),
     )
     for axes, (phase, quantity, title, form) in zip(canvas.subplots(1, 3), panels, strict=True):
         bars = {name: [value(variant, name, phase, quantity) for variant in variants] for name in names}
@@ -118,23 +118,23 @@ def draw_table(figures: dict, path: Path) -> None:
 
 
 def draw_parts(figures: dict, path: Path) -> None:
-    """Each model's training step as one bar, made of its parts.
+    """Draw each model's training step as a stacked bar of its parts.
 
     Args:
-        figures: of the command `parts`.
-        path: PNG to write.
+        figures: results of the command `parts`.
+        path: PNG file to write.
     """
     rows = [row for row in figures["rows"] if row["seconds"]]
     canvas = Figure(figsize=(9, 1.6 + 0.5 * len(rows)), layout="constrained")
     axes = canvas.subplots()
     places = [-place for place in range(len(rows))]
-    reached = [0.0] * len(rows)
+    lefts = [0.0] * len(rows)
     for part, colour in PART_COLOURS.items():
         lengths = [row["seconds"][part]["median"] for row in rows]
-        axes.barh(places, lengths, 0.75, left=reached, color=colour)
-        reached = [start + length for start, length in zip(reached, lengths, strict=True)]
+        axes.barh(places, lengths, 0.75, left=lefts, color=colour)
+        lefts = [left + length for left, length in zip(lefts, lengths, strict=True)]
     axes.set_yticks(places, [f"{row['model']}, {ROWS[row['row']][0]}" for row in rows], fontsize=8)
-    axes.set_xlabel("seconds of a batch, forward and backward")
+    axes.set_xlabel("seconds per batch, forward and backward")
     settings = figures["settings"]
     height, width = settings["size"]
     title = f"{height} x {width} pixels, {settings['precision']}, {settings['images']}\n{figures['machine']}"
@@ -142,11 +142,11 @@ def draw_parts(figures: dict, path: Path) -> None:
 
 
 def draw_scaling(figures: dict, path: Path) -> None:
-    """Time and memory of each layer by tokens, both axes logarithmic.
+    """Draw time and memory of each layer over the number of tokens, on logarithmic axes.
 
     Args:
-        figures: of the command `scaling`.
-        path: PNG to write.
+        figures: results of the command `scaling`.
+        path: PNG file to write.
     """
     canvas = Figure(figsize=(11, 6), layout="constrained")
     times, memories = canvas.subplots(1, 2)
@@ -179,11 +179,11 @@ def draw_scaling(figures: dict, path: Path) -> None:
 
 
 def draw_pipeline(figures: dict, path: Path) -> None:
-    """Images a second, and the share of training that is waiting, by number of workers.
+    """Draw images per second, and the fraction of training time spent waiting, by number of workers.
 
     Args:
-        figures: of the command `pipeline`.
-        path: PNG to write.
+        figures: results of the command `pipeline`.
+        path: PNG file to write.
     """
     rows = {(row["cache_mode"], row["workers"]): row for row in figures["rows"]}
     modes = list(dict.fromkeys(mode for mode, _ in rows))
@@ -203,8 +203,8 @@ def draw_pipeline(figures: dict, path: Path) -> None:
     grouped_bars(rates, groups, bars("images_per_second", 1), CACHE_COLOURS, ".0f")
     grouped_bars(waits, groups, bars("wait_share", 100), CACHE_COLOURS, ".2g")
     waits.yaxis.set_major_formatter(PercentFormatter())
-    rates.set(xlabel="workers", ylabel="the loader alone, images a second")
-    waits.set(xlabel="workers", ylabel="part of training that waits for the loader")
+    rates.set(xlabel="workers", ylabel="loader only, images per second")
+    waits.set(xlabel="workers", ylabel="training time spent waiting for the loader")
     settings = figures["settings"]
     title = f"{settings['model']}, batch {settings['batch']}\n{figures['machine']}"
     finish(canvas, title, [Patch(color=CACHE_COLOURS[mode], label=f"cache {mode}") for mode in modes], path)

@@ -1,4 +1,4 @@
-"""Detectors as training and evaluation have them, and batches for them: of noise, or of real images."""
+"""Detectors built as in training and evaluation, and batches of noise or real images for them."""
 
 import argparse
 import contextlib
@@ -28,50 +28,51 @@ from enact_common.utils.device import autocast, check_precision, find_device
 from enact_common.utils.errors import UserError
 from enact_common.variants import VARIANTS, load_variant
 
-# Images a batch of the published measurements.
+# Batch sizes of the published measurements.
 BATCH_SIZES = {"detr": 8, "conditional": 8, "anchor": 4}
 
 NAMES = {"detr": "DETR", "conditional": "Conditional DETR", "anchor": "Anchor DETR"}
 
-# Objects of an image of noise: COCO's mean.
+# Objects in an image of noise: COCO's mean.
 OBJECTS = 7
 
 Batch = tuple[NestedTensor, list[dict[str, Tensor]]]
 
 
-def parse_flags(variant: str, device: str, flags: Sequence[str], own: Sequence[str]) -> argparse.Namespace:
-    """A variant's arguments, checked, at its own defaults where nothing asks for anything else.
+def parse_flags(variant: str, device: str, flags: Sequence[str], overrides: Sequence[str]) -> argparse.Namespace:
+    """Parse and check a variant's flags.
 
-    But for three: the batch size is the published one, the backbone has random weights, and the device is given.
+    Three defaults differ from the variant's: the batch size is the published one, the backbone has random weights, and
+    the device is `device`.
 
     Args:
         variant: a key of `VARIANTS`.
         device: the default of `--device`.
-        flags: what the user wants of the model.
-        own: what the benchmark's own flags want; they go before the others.
+        flags: the user's model flags.
+        overrides: flags set by the benchmark; they override `flags`.
 
     Raises:
-        UserError: they do not work together, or not on this machine.
-        SystemExit: they are no flags of this variant.
+        UserError: the flags do not work together, or not on this machine.
+        SystemExit: the variant has no such flag.
     """
     parser = load_variant(variant).main.get_args_parser()
     parser.prog = f"python {VARIANTS[variant][0]}/main.py"
     parser.set_defaults(device=device, batch_size=BATCH_SIZES[variant], backbone_weights="none")
-    args = parser.parse_args([*flags, *own])
+    args = parser.parse_args([*flags, *overrides])
     parser.check(args)
     check_precision(args.amp, find_device(args.device))
     return args
 
 
 def refuse_flags(flags: Sequence[str], refused: dict[str, str]) -> None:
-    """Refuse model flags for which the benchmark has others.
+    """Reject model flags that the benchmark sets itself.
 
     Args:
-        flags: words behind `--`.
-        refused: flag to what the user should do instead.
+        flags: command-line words after `--`.
+        refused: flag to the advice for the user.
 
     Raises:
-        UserError: naming the flag and the way out.
+        UserError: a flag is in `refused`.
     """
     for word in flags:
         flag = word.partition("=")[0]
@@ -80,22 +81,20 @@ def refuse_flags(flags: Sequence[str], refused: dict[str, str]) -> None:
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
-    """Room for a variant's own flags behind `--`."""
-    parser.add_argument(
-        "flags", nargs="*", metavar="FLAG", help="after --: flags of the model, as its main.py takes them"
-    )
+    """Add a positional argument that collects the variant's flags after `--`."""
+    parser.add_argument("flags", nargs="*", metavar="FLAG", help="after --: model flags, as in the variant's main.py")
 
 
 def model_name(variant: str, args: argparse.Namespace) -> str:
-    """A model as the published table names it, such as "Anchor DETR-DC5, R50"."""
+    """Return the model's name in the published table, such as "Anchor DETR-DC5, R50"."""
     return f"{NAMES[variant]}-{'DC5' if args.dilation else 'C5'}, R{args.backbone.removeprefix('resnet')}"
 
 
 class Fit:
-    """Resize to the largest size within a rectangle that keeps the proportions.
+    """Transform that resizes an image to the largest size that fits a rectangle, keeping the aspect ratio.
 
     Args:
-        height, width: of the rectangle, pixels.
+        height, width: size of the rectangle, pixels.
     """
 
     def __init__(self, height: int, width: int):
@@ -104,21 +103,21 @@ class Fit:
     def __call__(self, image: tv_tensors.Image, target: dict) -> tuple[tv_tensors.Image, dict]:
         sides = image.shape[-2:]
         scale = min(limit / side for limit, side in zip(self.limits, sides, strict=True))
-        # Rounding must neither pass the rectangle nor lose the image.
+        # Clamp, since rounding could exceed the rectangle or give a side of 0.
         shape = [max(min(round(side * scale), limit), 1) for limit, side in zip(self.limits, sides, strict=True)]
         resize = v2.functional.resize
         return resize(image, shape, antialias=True), {**target, "boxes": resize(target["boxes"], shape)}
 
 
 def noise_batch(args: argparse.Namespace, size: tuple[int, int], objects: int = OBJECTS) -> Batch:
-    """Images of noise without padding, each with objects at random, from `args.seed`.
+    """Return a batch of unpadded noise images with random objects, seeded with `args.seed`.
 
-    They go through the last of the data sets' transforms, so they are what a loader would give.
+    The images pass through the last transform of the data sets, so the batch looks like a loader's.
 
     Args:
         args: parsed arguments.
         size: (height, width), pixels.
-        objects: of each image.
+        objects: number of objects in each image.
     """
     generator = torch.Generator().manual_seed(args.seed)
     height, width = size
@@ -138,14 +137,14 @@ def noise_batch(args: argparse.Namespace, size: tuple[int, int], objects: int = 
 
 
 def coco_batch(args: argparse.Namespace, size: tuple[int, int]) -> Batch:
-    """The first validation images of `args.coco_path` with their annotations, padded to one size.
+    """Return the first validation images of `args.coco_path` with their annotations, padded to one size.
 
     Args:
-        args: parsed arguments; `num_classes` becomes what the data set has.
-        size: (height, width), pixels: each image is resized to fit, and what is left of it is padding.
+        args: parsed arguments; `num_classes` is set to the data set's.
+        size: (height, width), pixels; each image is resized to fit and padded to this size.
 
     Raises:
-        UserError: something about the data is wrong, or there are fewer images than a batch has.
+        UserError: the data are invalid, or there are fewer images than the batch size.
     """
     transforms = v2.Compose([Fit(*size), to_model_input])
     dataset = CocoDetection(
@@ -159,20 +158,20 @@ def coco_batch(args: argparse.Namespace, size: tuple[int, int]) -> Batch:
     args.num_classes = dataset.label_map.num_classes
     samples, targets = collate([dataset[i] for i in range(args.batch_size)])
     height, width = samples.mask.shape[1:]
-    missing = (0, size[1] - width, 0, size[0] - height)  # right and bottom
-    return NestedTensor(F.pad(samples.tensors, missing), F.pad(samples.mask, missing, value=True)), targets
+    padding = (0, size[1] - width, 0, size[0] - height)  # right and bottom
+    return NestedTensor(F.pad(samples.tensors, padding), F.pad(samples.mask, padding, value=True)), targets
 
 
 def build_detector(
     variant: str, args: argparse.Namespace, samples: NestedTensor, device: torch.device
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
-    """(model, criterion, post-processing) on a device, as they are before `prepare`, from `args.seed`.
+    """Build (model, criterion, post-processing) on a device, seeded with `args.seed`; `prepare` is not called.
 
     Args:
         variant: a key of `VARIANTS`.
         args: parsed arguments.
-        samples: images; the first sets the statistics of a random backbone.
-        device: where to.
+        samples: images; the first one sets the batch-norm statistics of a random backbone.
+        device: target device.
     """
     torch.manual_seed(args.seed)
     model, criterion, postprocessors = load_variant(variant).models.build_model(args)
@@ -184,10 +183,10 @@ def build_detector(
 
 @torch.no_grad()
 def set_frozen_statistics(model: nn.Module, samples: NestedTensor) -> None:
-    """Let each frozen batch norm have the statistics of what comes to it, as it has with trained weights.
+    """Set the statistics of each frozen batch norm to those of its input, as with trained weights.
 
-    At 0 and 1, as they are before, the activations of a random ResNet-101 grow to tens of thousands. Attention and
-    clustering would see nothing but a few extreme tokens, and fp16 would overflow.
+    With the initial mean 0 and variance 1, the activations of a random ResNet-101 grow to tens of thousands. Attention
+    and clustering would be dominated by a few extreme tokens, and fp16 would overflow.
 
     Args:
         model: a detector; its frozen batch norms are changed in place.
@@ -210,7 +209,7 @@ def set_frozen_statistics(model: nn.Module, samples: NestedTensor) -> None:
 def build_train_step(
     model: nn.Module, criterion: nn.Module, args: argparse.Namespace, device: torch.device
 ) -> TrainStep:
-    """Training as a run has it, of a prepared model and its criterion."""
+    """Return the training step of a run, for a prepared model and its criterion."""
     model.train()
     criterion.train()
     return TrainStep(model, criterion, build_optimization(model, args, device), device)
@@ -218,7 +217,7 @@ def build_train_step(
 
 @contextlib.contextmanager
 def counted_clusters(model: nn.Module) -> Iterator[list[int]]:
-    """Within it, the clusters an image of each clustering layer, in the order of their calls, are added to a list."""
+    """Yield a list to which each call of a clustering layer appends its number of clusters per image."""
     counts: list[int] = []
 
     def count_keys(projection: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -230,7 +229,7 @@ def counted_clusters(model: nn.Module) -> Iterator[list[int]]:
     handles = []
     for module in model.modules():
         if isinstance(module, EnactSelfAttention):
-            # Clusters inside, tokens outside: what it projects to keys are (batch, M, d).
+            # The layer takes and returns tokens; its key projection gets the M clusters (batch, M, d).
             handles.append(module.W_k.register_forward_hook(count_keys))
         elif isinstance(module, EntropyClustering):
             handles.append(module.register_forward_hook(count_pooled))
@@ -243,7 +242,9 @@ def counted_clusters(model: nn.Module) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def inspect_forward(model: nn.Module, samples: NestedTensor, amp: str) -> dict:
-    """What a forward pass does, by counting: before `prepare`, since a compiled model cannot be watched.
+    """Count the operations, tokens and clusters of a forward pass.
+
+    Call it before `prepare`: hooks do not run in a compiled model.
 
     Args:
         model: a detector, in evaluation mode.
@@ -251,19 +252,19 @@ def inspect_forward(model: nn.Module, samples: NestedTensor, amp: str) -> dict:
         amp: a key of `AMP_DTYPE`.
 
     Returns:
-        `flops` an image, two for each multiplication and addition: matrix products, convolutions and attention,
-        which is counted in its unfused form, but no elementwise operation; `tokens`, cells of a map in the encoder;
-        `clusters`, of each ENACT layer.
+        `flops`: per image, two for each multiply-add, of matrix products, convolutions and unfused attention;
+        elementwise operations are not counted. `tokens`: cells of the encoder's feature map. `clusters`: number of
+        clusters in each ENACT layer.
     """
     tokens = []
 
     def count_tokens(projection: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
         tokens.append(output.shape[-2] * output.shape[-1])
 
-    # Anchor DETR has one for each level, all of one size.
+    # Anchor DETR has one projection per level; all levels have the same size.
     projection = model.input_proj[-1] if isinstance(model.input_proj, nn.ModuleList) else model.input_proj
     handle = projection.register_forward_hook(count_tokens)
-    # The counter looks for the gradients of whatever can have one, and gives up where nobody computes them.
+    # FlopCounterMode fails under no_grad if a parameter requires a gradient.
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(False)
     counter, precision = FlopCounterMode(display=False), autocast(samples.tensors.device, amp)

@@ -1,4 +1,4 @@
-"""Attention as the original implementations compute it: with all its weights, and all that they multiply, in memory."""
+"""Attention as in the original implementations, which keep all weights and products in memory."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,27 +11,27 @@ from enact_common.variants import load_variant
 
 
 def naive_clustered(col: Tensor, row: Tensor, value: Tensor) -> Tensor:
-    """`clustered_row_column_product` by its definition: every cell's weights over the clusters, times the values."""
+    """Compute `clustered_row_column_product` by its definition: each cell's weights over the clusters, times values."""
     weights = (col.unsqueeze(2) * row.unsqueeze(1)).flatten(1, 2)  # (B, H W, M)
     return (weights @ value).unflatten(1, (col.shape[1], row.shape[1]))
 
 
 def naive_row_column(row: Tensor, col: Tensor, value: Tensor) -> Tensor:
-    """`row_column_product` as a matrix product and a sum, all queries at once."""
-    sums = row @ value.transpose(1, 2).flatten(2)  # (B, Q, H e)
+    """Compute `row_column_product` as a matrix product and a sum, all queries at once."""
+    sums = row @ value.transpose(1, 2).flatten(2)  # (B, Q, H * head_dim)
     return (sums.unflatten(2, value.shape[1::2]) * col.unsqueeze(3)).sum(2)
 
 
-# By the names that `row_column_decoupled_attention` calls them by.
+# The keys are the names used in `row_column_decoupled_attention`.
 NAIVE_PRODUCTS = {"row_column_product": naive_row_column, "clustered_row_column_product": naive_clustered}
 
 
 @contextlib.contextmanager
 def eager_attention(variant: str) -> Iterator[None]:
-    """Within it, a variant's attention stores its matrices; behind it, all is as it was.
+    """Context in which a variant's attention keeps its matrices in memory.
 
-    `scaled_dot_product_attention` is held to its unfused form, which stores queries times keys. Anchor DETR's products
-    become those of their definitions. Weights and results are the same either way.
+    `scaled_dot_product_attention` uses its unfused backend, which stores queries times keys. Anchor DETR's products
+    are computed by their definitions. Weights and results do not change.
 
     Args:
         variant: a key of `VARIANTS`.
@@ -45,12 +45,12 @@ def eager_attention(variant: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replaced(module: ModuleType, functions: dict[str, Callable]) -> Iterator[None]:
-    """Within it, a module's functions of these names are others; behind it, they are its own again."""
-    own = {name: getattr(module, name) for name in functions}
+    """Context in which attributes of a module are replaced; `functions` maps names to replacements."""
+    originals = {name: getattr(module, name) for name in functions}
     try:
         for name, function in functions.items():
             setattr(module, name, function)
         yield
     finally:
-        for name, function in own.items():
+        for name, function in originals.items():
             setattr(module, name, function)

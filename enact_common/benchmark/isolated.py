@@ -1,4 +1,4 @@
-"""Measurements in other processes: one that runs out of memory ends alone."""
+"""Measurements in separate processes, so that running out of memory ends only that measurement."""
 
 import errno
 import gc
@@ -20,30 +20,30 @@ from enact_common.utils.signals import end_children, interruptible, interruption
 # Statuses of an `Outcome`.
 DONE, OUT_OF_MEMORY, FAILED = "done", "out of memory", "failed"
 
-# How errors without a type of their own say that there is no memory left.
+# Messages of out-of-memory errors raised as a plain RuntimeError.
 MEMORY_MESSAGES = (
     "can't allocate memory",
     "std::bad_alloc",
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
-    "is killed by signal: Killed",  # a data loader's worker
+    "is killed by signal: Killed",  # raised by a data loader whose worker was killed
 )
 
-# Bytes that a limited process leaves to all others.
+# Bytes that a memory-limited process leaves for other processes.
 RESERVE = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a measurement.
+    """The result of a measurement, or the reason why it failed.
 
     Attributes:
         status: `DONE`, `OUT_OF_MEMORY` or `FAILED`.
-        value: what the function returned; None unless it is done.
-        message: what went wrong, in one line; "" where it is done.
-        details: the traceback of an error that is neither the user's nor the memory's; else "".
-        numerics: how the process computed, as `numerics` describes it; None unless it is done.
+        value: the function's return value; None unless the status is `DONE`.
+        message: the error in one line; "" if the status is `DONE`.
+        details: the traceback of an error that is neither a `UserError` nor out of memory; else "".
+        numerics: the result of `numerics` in the process; None unless the status is `DONE`.
     """
 
     status: str
@@ -54,7 +54,7 @@ class Outcome:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory, the host's or a GPU's, did not suffice."""
+    """Whether an error means that the host or a GPU ran out of memory."""
     if isinstance(error, MemoryError | torch.cuda.OutOfMemoryError):
         return True
     if isinstance(error, OSError):
@@ -63,7 +63,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def numerics() -> dict:
-    """The settings of this process that decide which kernels compute: TF32, attention's backends, determinism."""
+    """Return the settings of this process that select kernels: TF32, attention backends, determinism."""
     cuda = torch.backends.cuda
     attention = {
         "flash": cuda.flash_sdp_enabled(),
@@ -80,10 +80,10 @@ def numerics() -> dict:
 
 
 def attempt(function: Callable, *args) -> Outcome:
-    """Call a function in this process; its errors become an outcome."""
+    """Call a function in this process and return an `Outcome`, also if it raises an error."""
     try:
         return Outcome(DONE, function(*args), numerics=numerics())
-    except Exception as error:  # whatever it is, the other measurements go on
+    except Exception as error:  # any error, so that the other measurements continue
         message = (str(error).strip() or type(error).__name__).splitlines()[0]
         if is_out_of_memory(error):
             return Outcome(OUT_OF_MEMORY, message=message)
@@ -93,15 +93,15 @@ def attempt(function: Callable, *args) -> Outcome:
 
 
 class Worker:
-    """A process that calls functions one after the other, each call with an `Outcome`.
+    """A process that runs function calls one after the other and returns an `Outcome` for each.
 
-    A call that does not succeed ends the process, and the next call starts a new one, so that no measurement finds what
-    a failed one left behind. Used as a context manager; the process ends with it.
+    A failed call ends the process, and the next call starts a new one, which inherits no state from the failure. Use
+    it as a context manager; leaving the context ends the process.
 
     Args:
-        limit: let the process have no more of the host's memory than is available, so that it fails rather than
-            the kernel ending a process, this one or another. For computations on the CPU: what is reserved but not
-            used counts too, and GPU drivers reserve much.
+        limit: limit the process to the host memory available at its start. Allocations then fail in this process,
+            before the kernel kills it or another one. Only for computations on the CPU: the limit also counts memory
+            that is reserved and unused, and GPU drivers reserve much.
         fresh: start a new process for every call.
     """
 
@@ -117,10 +117,10 @@ class Worker:
         self._end()
 
     def call(self, function: Callable, *args) -> Outcome:
-        """Call a function in the process and wait for what it returns.
+        """Call a function in the process and wait for its outcome.
 
         Args:
-            function: at the top level of a module; what it takes and returns can be pickled.
+            function: a top-level function of a module; its arguments and return value must be picklable.
             args: its arguments.
         """
         if self._process is None:
@@ -128,10 +128,10 @@ class Worker:
         try:
             self._pipe.send((function, args))
             outcome = self._pipe.recv()
-        except (EOFError, ConnectionError):  # it died
+        except (EOFError, ConnectionError):  # the process died
             outcome = died(self._end(), self.limit)
         except BaseException:
-            # Not killed at once: it may have temporary files and loaders' workers.
+            # Ask the process to end before joining it: it may own temporary files and loader workers.
             end_children()
             self._end()
             raise
@@ -144,11 +144,11 @@ class Worker:
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, self.limit))
         self._process.start()
-        # The child's end is now the only one: its death closes the pipe.
+        # Close the parent's copy of the child's end: then the child's death closes the pipe.
         theirs.close()
 
     def _end(self) -> int:
-        """Let the process end; its exit code, 0 without a process."""
+        """Wait for the process to end and return its exit code; 0 if there is no process."""
         if self._process is None:
             return 0
         self._pipe.close()
@@ -158,26 +158,27 @@ class Worker:
 
 
 def run_isolated(function: Callable, *args, limit: bool = False) -> Outcome:
-    """Call a function in a new process, as `Worker` does."""
+    """Call a function in a new process and return its `Outcome`; `limit` as in `Worker`."""
     with Worker(limit, fresh=True) as worker:
         return worker.call(function, *args)
 
 
 def worker_for(device: torch.device) -> Worker:
-    """The worker that runs measurements on a device.
+    """Return the worker that runs measurements on a device.
 
-    On a GPU they share a process: PyTorch counts a GPU's memory anew for each, and starting CUDA takes seconds. On a
-    CPU each has a new one: what the system counts is the process's whole memory.
+    On a GPU, measurements share a process: starting CUDA takes seconds, and PyTorch resets its memory count for each
+    measurement. On a CPU, each measurement gets a new process: the system only counts the memory of a whole process.
     """
     return Worker(limit=device.type == "cpu", fresh=device.type == "cpu")
 
 
 def died(exitcode: int, limit: bool) -> Outcome:
-    """The outcome of a process that ended without one.
+    """Return the outcome of a process that ended without reporting one.
 
     Args:
-        exitcode: as `multiprocessing` gives it: negative for a signal.
-        limit: its memory was limited: C++ aborts where nobody catches that an allocation fails.
+        exitcode: as given by `multiprocessing`: negative for a signal.
+        limit: whether memory was limited; if so, SIGABRT means out of memory, since C++ aborts on an uncaught
+            `std::bad_alloc`.
     """
     if exitcode >= 0:
         return Outcome(FAILED, message=f"ended with status {exitcode}")
@@ -195,19 +196,19 @@ def _serve(pipe, limit: bool) -> None:
             while True:
                 function, args = pipe.recv()
                 pipe.send(attempt(function, *args))
-                # Models hold themselves in cycles, and with them a GPU's memory; compiled code counts against a limit.
+                # Models are in reference cycles that hold GPU memory; compiled code counts against a limit.
                 gc.collect()
                 if "torch._dynamo" in sys.modules:
                     torch.compiler.reset()
-    except (EOFError, ConnectionError):  # whoever asks has ended
+    except (EOFError, ConnectionError):  # the parent has ended
         return
     except KeyboardInterrupt as error:
-        # The parent says it.
+        # The parent prints the message.
         sys.exit(interruption(error)[0])
 
 
 def limit_memory() -> None:
-    """Let allocations of this process fail beyond the memory that is available now; has an effect on Linux alone."""
+    """Make allocations of this process fail beyond the memory that is available now; Linux only."""
     available = proc_bytes("/proc/meminfo", "MemAvailable")
     used = proc_bytes("/proc/self/status", "VmData")
     if sys.platform != "linux" or available is None or used is None:
@@ -220,10 +221,10 @@ def limit_memory() -> None:
 
 
 def proc_bytes(path: str, name: str) -> int | None:
-    """A figure of a file such as `/proc/meminfo`, bytes; None where there is no such file or line."""
+    """Return an entry of a file such as `/proc/meminfo`, bytes; None if the file or the entry is missing."""
     file = Path(path)
     for line in file.read_text().splitlines() if file.exists() else ():
-        key, _, figure = line.partition(":")
+        key, _, value = line.partition(":")
         if key == name:
-            return int(figure.split()[0]) * 1024
+            return int(value.split()[0]) * 1024
     return None

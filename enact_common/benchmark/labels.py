@@ -1,14 +1,14 @@
-"""Names that tables and charts give the measured rows, layers and parts, and their units."""
+"""Names of the measured rows, layers and parts in tables and charts, and units."""
 
 MIB, GIB = 2**20, 2**30
 
 
 def precision_text(amp: str) -> str:
-    """A key of `AMP_DTYPE` in words."""
+    """Return the name of a precision, a key of `AMP_DTYPE`, for tables."""
     return "float32" if amp == "none" else amp
 
 
-# Rows of each model: name to (words, value of --encoder_attention).
+# Rows of each model: name to (label, value of --encoder_attention).
 ROWS = {
     "eager": ("plain, eager", "mhsa"),
     "efficient": ("plain, efficient", "mhsa"),
@@ -16,10 +16,10 @@ ROWS = {
 }
 
 
-# Most clusters of the layer `enact_limited`, whose clusters grow with the map.
+# Maximum number of clusters in the layer `enact_limited`; on larger maps its clusters grow.
 LIMIT = 256
 
-# Names on the command line, and in tables.
+# Layers: name on the command line to label in tables.
 LAYERS = {
     "mha_eager": "nn.MultiheadAttention, eager",
     "mha": "nn.MultiheadAttention",
@@ -31,5 +31,5 @@ LAYERS = {
 }
 
 
-# In the order in which a step passes through them.
+# Parts of a training step, in order of execution.
 PARTS = ("backbone", "encoder attention", "encoder, the rest", "decoder", "losses", "optimizer")

@@ -1,5 +1,4 @@
-"""What masks cost in training: DETR without them, with this project's mask head, and with the head written in the
-straightforward way."""
+"""Cost of masks in training: DETR without masks, with this project's mask head, and with a straightforward one."""
 
 import argparse
 import contextlib
@@ -47,9 +46,9 @@ from enact_common.utils.acceleration import prepare
 from enact_common.utils.device import AMP_DTYPE, default_device, find_device
 from enact_common.utils.errors import UserError
 
-# What is trained, in words.
+# Rows: name to label in the table.
 ROWS = {
-    "boxes": "boxes alone",
+    "boxes": "boxes only",
     "masks": "masks of matched queries, in parts",
     "straightforward": "masks of all queries at once",
 }
@@ -60,20 +59,20 @@ REFUSED = {
     "--resume": "checkpoints are not loaded, leave it out",
 }
 
-# More than there can be of anything.
+# A chunk size larger than any input, so that everything is one chunk.
 ALL_AT_ONCE = 2**31 - 1
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one process measures.
+    """The settings of one measured row.
 
     Attributes:
         row: a key of `ROWS`.
         args: DETR's parsed arguments.
         size: (height, width) of the images, pixels.
-        objects: of an image.
-        repeat, warmup: timed runs, and runs before them.
+        objects: number of objects in each image.
+        repeat, warmup: numbers of timed runs, and of untimed runs before them.
     """
 
     row: str
@@ -85,10 +84,10 @@ class Measurement:
 
 
 class AllMasks(nn.Module):
-    """A DETR with a mask head that computes the masks of all queries in training, too, as the original does.
+    """DETR that computes the masks of all queries in training too, as the original does.
 
     Args:
-        model: what it is made of.
+        model: the DETR with a mask head to wrap.
     """
 
     def __init__(self, model: DETRsegm):
@@ -96,30 +95,30 @@ class AllMasks(nn.Module):
         self.model = model
 
     def forward(self, samples: NestedTensor) -> dict:
-        """As `DETRsegm` in evaluation mode, with `pred_masks`."""
+        """Return the outputs of `DETRsegm` with `pred_masks`, as in evaluation mode."""
         outputs = self.model(samples)
         return outputs | {"pred_masks": outputs.pop("query_masks").all()}
 
 
 @contextlib.contextmanager
 def at_once() -> Iterator[None]:
-    """Within it, masks and their losses are computed in one piece, and nothing of them anew in the backward pass."""
-    kept = {"recompute_in_backward": lambda function: function}
+    """Context in which masks and their losses are computed in one chunk, without recomputation in the backward pass."""
+    no_recompute = {"recompute_in_backward": lambda function: function}
     with (
-        replaced(mask_head, {"HEAD_CHUNK": ALL_AT_ONCE} | kept),
-        replaced(mask_losses, {"FULL_SIZE_CHUNK": ALL_AT_ONCE} | kept),
+        replaced(mask_head, {"HEAD_CHUNK": ALL_AT_ONCE} | no_recompute),
+        replaced(mask_losses, {"FULL_SIZE_CHUNK": ALL_AT_ONCE} | no_recompute),
         replaced(segmentation, {"FULL_SIZE_CHUNK": ALL_AT_ONCE}),
     ):
         yield
 
 
 def masks_batch(args: argparse.Namespace, size: tuple[int, int], objects: int) -> Batch:
-    """Images of noise with objects at random, whose masks are their boxes.
+    """Return a batch of noise images with random objects, whose masks are their filled boxes.
 
     Args:
         args: parsed arguments.
         size: (height, width), pixels.
-        objects: of each image.
+        objects: number of objects in each image.
     """
     samples, targets = noise_batch(args, size, objects)
     for target in targets:
@@ -128,58 +127,60 @@ def masks_batch(args: argparse.Namespace, size: tuple[int, int], objects: int) -
 
 
 def filled_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks bool (n, height, width) of boxes (n, 4), cxcywh in [0, 1]."""
+    """Return bool masks (n, height, width) that fill boxes (n, 4), cxcywh in [0, 1]."""
     left, top, right, bottom = box_cxcywh_to_xyxy(boxes)[:, :, None, None].unbind(dim=1)  # (n, 1, 1) each
     rows, columns = ((torch.arange(side) + 0.5) / side for side in size)
     rows = rows[:, None]
     return (left <= columns) & (columns < right) & (top <= rows) & (rows < bottom)
 
 
-def measure(what: Measurement) -> dict:
-    """Time and memory of training steps; for a process of its own.
+def measure(measurement: Measurement) -> dict:
+    """Measure time and memory of training steps; run it in a new process.
 
     Returns:
-        `seconds` of each timed run, of a whole batch, and `memory` as `MemoryMeter` reads it.
+        `seconds` per batch of each timed run, and `memory` as read by `MemoryMeter`.
     """
-    args = what.args
+    args = measurement.args
     device = find_device(args.device)
-    samples, targets = masks_batch(args, what.size, what.objects)
+    samples, targets = masks_batch(args, measurement.size, measurement.objects)
     model, criterion, _ = build_detector("detr", args, samples, device)
     prepare(model, args, device)
-    with at_once() if what.row == "straightforward" else contextlib.nullcontext():
-        step = build_train_step(AllMasks(model) if what.row == "straightforward" else model, criterion, args, device)
+    with at_once() if measurement.row == "straightforward" else contextlib.nullcontext():
+        step = build_train_step(
+            AllMasks(model) if measurement.row == "straightforward" else model, criterion, args, device
+        )
         meter = MemoryMeter(device)
-        seconds = take_turns({"step": lambda: step(samples, targets)}, what.repeat, synchronizer(device), what.warmup)[
-            "step"
-        ]
+        seconds = take_turns(
+            {"step": lambda: step(samples, targets)}, measurement.repeat, synchronizer(device), measurement.warmup
+        )["step"]
         memory = meter.read()
     step.check()
     return {"seconds": seconds, "memory": memory}
 
 
-def measure_row(what: Measurement) -> dict:
-    """The figures of one row; says on standard error how it goes."""
-    outcome = run_isolated(measure, what, limit=find_device(what.args.device).type == "cpu")
-    measured = outcome.value or {}
+def measure_row(measurement: Measurement) -> dict:
+    """Measure one row and return its figures; print the progress to standard error."""
+    outcome = run_isolated(measure, measurement, limit=find_device(measurement.args.device).type == "cpu")
+    values = outcome.value or {}
     row = {
-        "row": what.row,
+        "row": measurement.row,
         "status": outcome.status,
         "message": outcome.message,
         "numerics": outcome.numerics,
-        "runs": measured.get("seconds"),
-        "seconds": measured and spread(measured["seconds"]),
-        "memory": measured.get("memory"),
+        "runs": values.get("seconds"),
+        "seconds": values and spread(values["seconds"]),
+        "memory": values.get("memory"),
     }
-    said = f"{outcome.status} ({outcome.message})"
+    summary = f"{outcome.status} ({outcome.message})"
     if outcome.status == DONE:
-        said = f"{row['seconds']['median']:.2f} s a step, peak {row['memory']['peak'] / GIB:.2f} GiB"
-    print(f"{ROWS[what.row]}: {said}", file=sys.stderr)
+        summary = f"{row['seconds']['median']:.2f} s a step, peak {row['memory']['peak'] / GIB:.2f} GiB"
+    print(f"{ROWS[measurement.row]}: {summary}", file=sys.stderr)
     print(outcome.details, end="", file=sys.stderr, flush=True)
     return row
 
 
 def over_boxes(row: dict, rows: list[dict]) -> dict[str, float | None]:
-    """`memory` and `seconds` of a row over those without masks; None where one of the two is missing."""
+    """Return a row's `memory` and `seconds` relative to the row without masks; None if either is missing."""
     base = next((other for other in rows if other["row"] == "boxes" and other["status"] == DONE), None)
     if base is None or row["status"] != DONE:
         return {"memory": None, "seconds": None}
@@ -190,7 +191,7 @@ def over_boxes(row: dict, rows: list[dict]) -> dict[str, float | None]:
 
 
 def to_markdown(figures: dict) -> str:
-    """The figures as a table in Markdown."""
+    """Return the figures as a Markdown table."""
     columns = {
         "trained": LEFT, "peak GiB": RIGHT, "s/step": RIGHT, "memory over boxes": RIGHT, "time over boxes": RIGHT,
     }  # fmt: skip
@@ -218,7 +219,7 @@ def to_markdown(figures: dict) -> str:
 
 
 def to_csv(rows: list[dict]) -> list[dict]:
-    """The figures as rows of numbers; None where there is none."""
+    """Return the figures as CSV rows; missing values are None."""
     return [
         {"row": row["row"], "status": row["status"]}
         | {f"seconds_{part}": (row["seconds"] or {}).get(part) for part in ("median", "least", "most")}
@@ -229,18 +230,19 @@ def to_csv(rows: list[dict]) -> list[dict]:
 
 
 def plan(args: argparse.Namespace) -> list[Measurement]:
-    """The rows that the command line asks for.
+    """Return the rows that the command line selects.
 
     Raises:
-        UserError: model flags do not work together, or are the benchmark's own; or there are more objects than queries.
+        UserError: model flags conflict with each other or with the benchmark's flags, or --objects is larger than the
+            number of queries.
     """
     refuse_flags(args.flags, REFUSED)
-    own = ["--amp", args.amp, "--batch_size", str(args.batch), "--coco_path", "."]
-    own += ["--device", args.device] if args.device else []
+    overrides = ["--amp", args.amp, "--batch_size", str(args.batch), "--coco_path", "."]
+    overrides += ["--device", args.device] if args.device else []
     rows = []
     for row in args.rows:
         masks = [] if row == "boxes" else ["--masks"]
-        parsed = parse_flags("detr", default_device(), args.flags, [*own, *masks])
+        parsed = parse_flags("detr", default_device(), args.flags, [*overrides, *masks])
         rows.append(Measurement(row, parsed, tuple(args.size), args.objects, args.repeat, args.warmup))
     if args.objects > parsed.num_queries:
         raise UserError(
@@ -251,10 +253,10 @@ def plan(args: argparse.Namespace) -> list[Measurement]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print and write the files.
+    """Measure all rows, print the table and write the files.
 
     Returns:
-        the exit status: 1 where a row failed for another reason than memory, else 0.
+        the exit status: 1 if a row failed for a reason other than memory, else 0.
     """
     rows = plan(args)
     model = rows[0].args
@@ -272,39 +274,43 @@ def run(args: argparse.Namespace) -> int:
         "settings": settings,
         "rows": [],
     }
-    for what in rows:
-        figures["rows"].append(measure_row(what))
+    for measurement in rows:
+        figures["rows"].append(measure_row(measurement))
         report.save_figures(figures)
     report.save(figures, to_markdown(figures), to_csv(figures["rows"]))
     return int(any(row["status"] == FAILED for row in figures["rows"]))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the command's flags."""
     parser.add_argument(
         "--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS),
-        help="what is trained: boxes alone, masks as this project computes them, masks of all queries with all that is "
-        "computed kept for the backward pass (default: all)",
+        help="rows to train: boxes only, masks as in this project, masks of all queries with every intermediate kept "
+        "for the backward pass (default: all)",
     )  # fmt: skip
     parser.add_argument(
         "--size", type=positive_int, nargs=2, default=[800, 1333], metavar=("H", "W"),
-        help="of the images, pixels (default: 800 1333)",
+        help="image size, pixels (default: 800 1333)",
     )  # fmt: skip
     parser.add_argument(
-        "--batch", type=positive_int, default=1, metavar="N", help="images a batch (default: %(default)s)"
+        "--batch", type=positive_int, default=1, metavar="N", help="images per batch (default: %(default)s)"
     )
     parser.add_argument(
-        "--objects", type=positive_int, default=OBJECTS, metavar="N", help="of each image (default: %(default)s)"
+        "--objects", type=positive_int, default=OBJECTS, metavar="N", help="objects per image (default: %(default)s)"
     )
     parser.add_argument(
         "--amp", choices=tuple(AMP_DTYPE), default="none", help="mixed precision (default: %(default)s)"
     )
-    parser.add_argument("--device", help="where to compute: cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument(
-        "--repeat", type=positive_int, default=3, metavar="N", help="timed runs of each (default: %(default)s)"
+        "--repeat", type=positive_int, default=3, metavar="N", help="timed runs of each row (default: %(default)s)"
     )
     parser.add_argument(
-        "--warmup", type=natural_int, default=1, metavar="N", help="runs before them (default: %(default)s)"
+        "--warmup",
+        type=natural_int,
+        default=1,
+        metavar="N",
+        help="untimed runs before the timed ones (default: %(default)s)",
     )
     add_report_arguments(parser)
     add_model_flags(parser)

@@ -1,4 +1,4 @@
-"""Time and memory of a computation, and the machine it ran on."""
+"""Measures time and memory of a computation, and describes the machine."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ from enact_common.utils.device import greatest_resident
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:
-    """What waits until a device has done all that it was given."""
+    """Return a function that waits until the device has finished all its work; it does nothing on a CPU."""
     if device.type == "cuda":
         return lambda: torch.cuda.synchronize(device)
     return lambda: None
@@ -28,13 +28,16 @@ def take_turns(
     synchronize: Callable[[], None] = lambda: None,
     warmup: int = 1,
 ) -> dict[str, list[float]]:
-    """Seconds of each step's runs, after some to warm up; the steps take turns, so that drift hits all alike.
+    """Time several steps, in turns so that drift of the machine affects all of them equally.
 
     Args:
-        steps: what to run, by name.
-        repeat: timed runs of each.
-        synchronize: waits until a step is really done.
-        warmup: runs of each before.
+        steps: name to the function to time.
+        repeat: timed runs of each step.
+        synchronize: waits until the device has finished.
+        warmup: untimed runs of each step before.
+
+    Returns:
+        name to the seconds of each timed run.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(warmup + repeat):
@@ -49,22 +52,22 @@ def take_turns(
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """`median`, `least` and `most` of some values, of which there is at least one."""
+    """Return `median`, `least` and `most` of at least one value."""
     return {"median": statistics.median(values), "least": min(values), "most": max(values)}
 
 
 class MemoryMeter:
-    """The greatest memory from its construction on: on a GPU what tensors take there, else the process's resident one.
+    """Meter of the peak memory since its construction: of tensors on a GPU, of the resident process on a CPU.
 
     Args:
-        device: where the computation is.
+        device: the device of the computation.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-            # What an earlier computation left in the allocator is not this one's.
+            # Exclude memory that an earlier computation left in the allocator.
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
@@ -73,8 +76,8 @@ class MemoryMeter:
             self.before = peak_resident()
 
     def read(self) -> dict[str, int | None]:
-        """Bytes: `peak`; `rise`, by how much that is above what there was before; `reserved`, the most that PyTorch's
-        allocator took from the GPU, None on a CPU."""
+        """Return bytes: `peak`; `rise`, peak minus the memory at construction; `reserved`, the peak reserved by
+        PyTorch's GPU allocator, None on a CPU."""
         on_gpu = self.device.type == "cuda"
         peak = torch.cuda.max_memory_allocated(self.device) if on_gpu else peak_resident()
         reserved = torch.cuda.max_memory_reserved(self.device) if on_gpu else None
@@ -82,8 +85,8 @@ class MemoryMeter:
 
 
 def forget_peak() -> None:
-    """Count the peak resident memory anew, where Linux lets us; elsewhere an earlier peak may hide a later one."""
-    # What is free but not yet given back would be used again unnoticed.
+    """Reset the peak resident memory if Linux allows it; elsewhere an earlier peak may hide a later one."""
+    # Otherwise the computation could reuse freed memory, which is still resident, without raising the peak.
     give_back_freed_memory()
     file = Path("/proc/self/clear_refs")
     if sys.platform == "linux" and file.exists():
@@ -91,7 +94,7 @@ def forget_peak() -> None:
 
 
 def peak_resident() -> int:
-    """This process's peak resident memory, bytes."""
+    """Return this process's peak resident memory, bytes."""
     peak = proc_bytes("/proc/self/status", "VmHWM")
     if peak is not None:
         return peak
@@ -99,7 +102,7 @@ def peak_resident() -> int:
 
 
 def machine(device: torch.device) -> str:
-    """The machine in words, with the GPU where the device is one."""
+    """Return a description of the machine: CPU, threads, PyTorch version, and the GPU if `device` is one."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():

@@ -1,4 +1,4 @@
-"""Where a training step's time goes: a model's parts, each alone, forward and backward, on what a step gives them."""
+"""Time of a training step by part: each part runs separately, forward and backward, on the inputs of a real step."""
 
 import argparse
 import contextlib
@@ -27,7 +27,7 @@ WHOLE = "whole step"
 
 @dataclasses.dataclass
 class Call:
-    """A call as it was made."""
+    """A recorded call: the function and its arguments."""
 
     function: Callable
     args: tuple
@@ -36,18 +36,18 @@ class Call:
 
 @contextlib.contextmanager
 def recorded_calls(owners: list[nn.Module], method: str) -> Iterator[list[Call]]:
-    """Within it, the modules' calls of a method are added to a list."""
+    """Yield a list to which each call of a method of the modules is appended."""
     calls: list[Call] = []
     with contextlib.ExitStack() as stack:
         for owner in owners:
-            stack.enter_context(recorded(owner, method, calls))
+            stack.enter_context(record_calls(owner, method, calls))
         yield calls
 
 
 @contextlib.contextmanager
-def recorded(owner: nn.Module, method: str, calls: list[Call]) -> Iterator[None]:
-    """Within it, one module's calls of a method are added to `calls`."""
-    function, own = getattr(owner, method), vars(owner).get(method)
+def record_calls(owner: nn.Module, method: str, calls: list[Call]) -> Iterator[None]:
+    """Context in which each call of a method of one module is appended to `calls`."""
+    function, instance_attribute = getattr(owner, method), vars(owner).get(method)
 
     def record(*args, **kwargs):
         calls.append(Call(function, args, kwargs))
@@ -57,12 +57,12 @@ def recorded(owner: nn.Module, method: str, calls: list[Call]) -> Iterator[None]
     try:
         yield
     finally:
-        # A compiled method is the instance's own, any other the class's.
-        delattr(owner, method) if own is None else setattr(owner, method, own)
+        # A compiled method is an instance attribute; other methods belong to the class.
+        delattr(owner, method) if instance_attribute is None else setattr(owner, method, instance_attribute)
 
 
 def detached(value: Any) -> Any:
-    """A value whose tensors, however deep, begin a graph of their own where they were part of one."""
+    """Return a copy of a nested value whose tensors are detached and keep `requires_grad`."""
     if isinstance(value, Tensor):
         return value.detach().requires_grad_(value.requires_grad)
     if isinstance(value, dict):
@@ -76,7 +76,7 @@ def detached(value: Any) -> Any:
 
 
 def differentiable(value: Any) -> list[Tensor]:
-    """The tensors in a value, however deep, that have a graph."""
+    """Return the tensors in a nested value that require a gradient."""
     if isinstance(value, Tensor):
         return [value] if value.requires_grad else []
     if dataclasses.is_dataclass(value):
@@ -86,18 +86,20 @@ def differentiable(value: Any) -> list[Tensor]:
 
 
 def layers_of(model: nn.Module, part: str) -> list[nn.Module]:
-    """The "encoder"'s or the "decoder"'s layers, of any variant."""
+    """Return the layers of the "encoder" or the "decoder", for any variant."""
     layers = model.transformer.named_modules()
     return [layer for name, layer in layers if isinstance(layer, Recomputed) and name.startswith(part)]
 
 
-def measure(what: Measurement) -> dict[str, list[float]]:
-    """Seconds of each part's runs on a batch, and of whole steps; for a process of its own."""
-    args = what.args
+def measure(measurement: Measurement) -> dict[str, list[float]]:
+    """Return the seconds of each run, by part and for whole steps; run it in a new process."""
+    args = measurement.args
     device = find_device(args.device)
-    with eager_attention(what.variant) if what.row == "eager" else contextlib.nullcontext():
-        samples, targets = coco_batch(args, what.size) if what.real else noise_batch(args, what.size)
-        model, criterion, _ = build_detector(what.variant, args, samples, device)
+    with eager_attention(measurement.variant) if measurement.row == "eager" else contextlib.nullcontext():
+        samples, targets = (
+            coco_batch(args, measurement.size) if measurement.real else noise_batch(args, measurement.size)
+        )
+        model, criterion, _ = build_detector(measurement.variant, args, samples, device)
         prepare(model, args, device)
         step = build_train_step(model, criterion, args, device)
 
@@ -117,9 +119,9 @@ def measure(what: Measurement) -> dict[str, list[float]]:
             def run() -> None:
                 for call in calls:
                     with autocast(device, args.amp):
-                        found = differentiable(call.function(*detached(call.args), **detached(call.kwargs)))
-                    # A gradient as large as the result, as the rest of the model would send; one from a sum is not.
-                    torch.autograd.backward(found, [torch.ones_like(tensor) for tensor in found])
+                        results = differentiable(call.function(*detached(call.args), **detached(call.kwargs)))
+                    # Dense gradients, as from the rest of the model; sum().backward() would send an expanded scalar.
+                    torch.autograd.backward(results, [torch.ones_like(tensor) for tensor in results])
                 model.zero_grad(set_to_none=True)
 
             return run
@@ -139,37 +141,37 @@ def measure(what: Measurement) -> dict[str, list[float]]:
             WHOLE: lambda: step(samples, targets),
         }
         synchronize = synchronizer(device)
-        seconds = take_turns(steps, what.repeat, synchronize, what.warmup)
+        seconds = take_turns(steps, measurement.repeat, synchronize, measurement.warmup)
         step.check()
         criterion.total(criterion(model(on_device[0]), on_device[1])).backward()
-        seconds |= take_turns({"optimizer": optimizer}, what.repeat, synchronize, what.warmup)
-    both = zip(seconds.pop("encoder"), seconds["encoder attention"], strict=True)
-    seconds["encoder, the rest"] = [whole - attention for whole, attention in both]
+        seconds |= take_turns({"optimizer": optimizer}, measurement.repeat, synchronize, measurement.warmup)
+    pairs = zip(seconds.pop("encoder"), seconds["encoder attention"], strict=True)
+    seconds["encoder, the rest"] = [whole - attention for whole, attention in pairs]
     return seconds
 
 
 def to_markdown(figures: dict) -> str:
-    """The figures as a table in Markdown: seconds a batch."""
+    """Return the seconds per batch as a Markdown table."""
     columns = {"model": LEFT, "attention": LEFT, **dict.fromkeys((*PARTS, "their sum", WHOLE), RIGHT)}
     lines = []
     for row in figures["rows"]:
         medians = {name: values["median"] for name, values in row["seconds"].items()}
         total = sum(medians[name] for name in PARTS) if medians else None
-        shown = [medians.get(name) for name in PARTS] + [total, medians.get(WHOLE)]
-        cells = [figure(value, ".3f") for value in shown] if medians else [row["status"]] * len(shown)
+        values = [medians.get(name) for name in PARTS] + [total, medians.get(WHOLE)]
+        cells = [figure(value, ".3f") for value in values] if medians else [row["status"]] * len(values)
         lines.append([row["model"], ROWS[row["row"]][0], *cells])
     settings = figures["settings"]
     height, width = settings["size"]
     return (
         f"{heading(figures)}\n\n"
-        f"{height} x {width} pixels, images: {settings['images']}; precision: {settings['precision']}. Seconds of a "
-        f"batch, forward and backward: median of {settings['repeat']} runs. Each part runs alone, all its layers one "
+        f"{height} x {width} pixels, images: {settings['images']}; precision: {settings['precision']}. Seconds per "
+        f"batch, forward and backward: median of {settings['repeat']} runs. Each part runs separately, its layers one "
         f"after the other.\n\n" + markdown_table(columns, lines)
     )
 
 
 def to_csv(rows: list[dict]) -> list[dict]:
-    """The figures as rows of numbers."""
+    """Return the median seconds as CSV rows."""
     flat = []
     for row in rows:
         line = {name: row[name] for name in ("variant", "row", "model", "batch", "status")}
@@ -178,21 +180,21 @@ def to_csv(rows: list[dict]) -> list[dict]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure all rows, print them and write the files.
+    """Measure all rows, print the table and write the files.
 
     Returns:
-        the exit status: 1 where a row failed for another reason than memory, else 0.
+        the exit status: 1 if a row failed for a reason other than memory, else 0.
     """
     measurements = table.plan(args)
     report = Report(args.output_dir, "parts")
     figures = {**table.describe(args, measurements), "benchmark": "parts", "rows": []}
-    for what in measurements:
-        outcome = run_isolated(measure, what, limit=find_device(what.args.device).type == "cpu")
+    for measurement in measurements:
+        outcome = run_isolated(measure, measurement, limit=find_device(measurement.args.device).type == "cpu")
         row = {
-            "variant": what.variant,
-            "row": what.row,
-            "model": model_name(what.variant, what.args),
-            "batch": what.args.batch_size,
+            "variant": measurement.variant,
+            "row": measurement.row,
+            "model": model_name(measurement.variant, measurement.args),
+            "batch": measurement.args.batch_size,
             "status": outcome.status,
             "message": outcome.message,
             "numerics": outcome.numerics,
@@ -200,8 +202,8 @@ def run(args: argparse.Namespace) -> int:
             "seconds": {name: spread(values) for name, values in (outcome.value or {}).items()},
         }
         figures["rows"].append(row)
-        said = f"{row['seconds'][WHOLE]['median']:.3f} s a step" if outcome.status == DONE else outcome.message
-        print(f"{row['model']}, {ROWS[what.row][0]}: {said}", file=sys.stderr, flush=True)
+        summary = f"{row['seconds'][WHOLE]['median']:.3f} s a step" if outcome.status == DONE else outcome.message
+        print(f"{row['model']}, {ROWS[measurement.row][0]}: {summary}", file=sys.stderr, flush=True)
         print(outcome.details, end="", file=sys.stderr, flush=True)
         report.save_figures(figures)
     report.save(figures, to_markdown(figures), to_csv(figures["rows"]))
@@ -209,5 +211,5 @@ def run(args: argparse.Namespace) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags: those of `table`."""
+    """Add the command's flags, the same as for `table`."""
     table.add_arguments(parser)

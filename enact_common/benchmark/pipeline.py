@@ -1,4 +1,4 @@
-"""The data loader: how many images a second it gives, and how long a training step waits for it."""
+"""Speed of the data loader: images per second, and how long a training step waits for a batch."""
 
 import argparse
 import itertools
@@ -42,17 +42,16 @@ from enact_common.utils.device import default_device, find_device
 from enact_common.utils.errors import UserError
 from enact_common.variants import VARIANTS, load_variant
 
-# Of the images that are drawn where no data set is given: height and width of most of COCO's, and about as many
-# objects.
+# Images drawn without --coco_path: the size of most COCO images, and about as many objects.
 SHAPES_SIZE = (480, 640)
 SHAPES_OBJECTS = (3, 11)
-SHAPES_EXTENTS = (0.05, 0.5)  # of the shorter side
+SHAPES_EXTENTS = (0.05, 0.5)  # fractions of the shorter side
 
-# Where the images come from, in words.
-DRAWN = f"{{}} JPEG files of drawn shapes, {SHAPES_SIZE[0]} x {SHAPES_SIZE[1]} pixels"
-SOURCE = "the first {} training images, or all there are, of {}"
+# Descriptions of the images' source.
+SHAPES_SOURCE = f"{{}} JPEG files of drawn shapes, {SHAPES_SIZE[0]} x {SHAPES_SIZE[1]} pixels"
+COCO_SOURCE = "up to {} training images of {}"
 
-# Words of --cache_mode, and the variants' flags for them.
+# Values of --cache_mode, and the variant's flags for each.
 CACHE_MODES = {"off": [], "encoded": ["--cache_mode", "encoded"], "decoded": ["--cache_mode", "decoded"]}
 
 REFUSED = {
@@ -64,7 +63,7 @@ REFUSED = {
 
 
 def epochs(loader: DataLoader) -> Iterator[int]:
-    """Epoch numbers without end; the loader and its data set know each."""
+    """Yield epoch numbers without end, after setting each in the sampler and the data set."""
     for epoch in itertools.count():
         loader.sampler.set_epoch(epoch)
         loader.dataset.set_epoch(epoch)
@@ -72,83 +71,86 @@ def epochs(loader: DataLoader) -> Iterator[int]:
 
 
 def batches(loader: DataLoader) -> Iterator[Batch]:
-    """The batches of one epoch after the other, without end."""
+    """Yield the batches of all epochs without end."""
     for _ in epochs(loader):
         yield from loader
 
 
 def loading_rates(loader: DataLoader, repeat: int) -> list[float]:
-    """Images a second of the loader alone in each of several epochs, after one in which its workers start."""
+    """Return the loader's images per second in each of `repeat` epochs, after one in which the workers start."""
     rates = []
     for epoch in itertools.islice(epochs(loader), repeat + 1):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         images = sum(len(targets) for _, targets in loader)
         if epoch:
-            rates.append(images / (time.perf_counter() - begin))
+            rates.append(images / (time.perf_counter() - start))
     return rates
 
 
 def training_waits(variant: str, args: argparse.Namespace, loader: DataLoader, repeat: int, steps: int) -> dict:
-    """How much of training is waiting for batches.
+    """Measure which fraction of training time is spent waiting for batches.
 
-    The device is waited for after each step, so that waiting for it does not count as waiting for the loader.
+    The device is synchronized after each step, so that its work does not count as waiting for the loader.
 
     Args:
-        variant, args: of the model.
-        loader: gives the batches.
-        repeat: measurements.
-        steps: of each.
+        variant, args: the model's variant and parsed arguments.
+        loader: the data loader.
+        repeat: number of measurements.
+        steps: training steps per measurement.
 
     Returns:
-        of each measurement, `wait_shares`, in 0..1, and `step_seconds`, mean of a step without its wait.
+        a list with one value per measurement each: `wait_shares`, in [0, 1], and `step_seconds`, the mean of a step
+        without its wait.
     """
     device = find_device(args.device)
     synchronize = synchronizer(device)
-    supply = batches(loader)
-    model, criterion, _ = build_detector(variant, args, next(supply)[0], device)
+    batch_iterator = batches(loader)
+    model, criterion, _ = build_detector(variant, args, next(batch_iterator)[0], device)
     prepare(model, args, device)
     step = build_train_step(model, criterion, args, device)
-    # What workers have loaded ahead while nobody took it would hide how fast they are.
+    # Use up the prefetched batches, which would hide the speed of the workers.
     for _ in range(loader.num_workers * (loader.prefetch_factor or 0) + 1):
-        step(*next(supply))
+        step(*next(batch_iterator))
         synchronize()
 
-    shares, seconds = [], []
+    wait_shares, step_seconds = [], []
     for _ in range(repeat):
-        waited = worked = 0.0
+        wait_time = step_time = 0.0
         for _ in range(steps):
-            begin = time.perf_counter()
-            samples, targets = next(supply)
+            start = time.perf_counter()
+            samples, targets = next(batch_iterator)
             loaded = time.perf_counter()
             step(samples, targets)
             synchronize()
-            waited += loaded - begin
-            worked += time.perf_counter() - loaded
-        shares.append(waited / (waited + worked))
-        seconds.append(worked / steps)
+            wait_time += loaded - start
+            step_time += time.perf_counter() - loaded
+        wait_shares.append(wait_time / (wait_time + step_time))
+        step_seconds.append(step_time / steps)
     step.check()
-    return {"wait_shares": shares, "step_seconds": seconds}
+    return {"wait_shares": wait_shares, "step_seconds": step_seconds}
 
 
 def measure(variant: str, args: argparse.Namespace, repeat: int, steps: int) -> dict:
-    """The figures of one number of workers and one cache; for a process of its own.
+    """Measure one number of workers with one cache mode; run it in a new process.
 
     Args:
-        variant, args: of the data and the model.
-        repeat: measurements.
-        steps: training steps of each; 0 leaves training out.
+        variant, args: the variant and its parsed arguments.
+        repeat: number of measurements.
+        steps: training steps per measurement; 0 skips training.
 
     Returns:
-        `images_per_second` of each measurement, and where there are steps what `training_waits` returns.
+        `images_per_second` of each measurement; with `steps` also the result of `training_waits`.
 
     Raises:
-        UserError: something about the data is wrong.
+        UserError: the data are invalid, or there are fewer images than the batch size.
     """
     dataset = load_variant(variant).datasets.build_dataset("train", args)
     args = with_flags(args, num_classes=dataset.label_map.num_classes)
     loader = make_loader(dataset, args, find_device(args.device), train=True)
     if len(loader) == 0:
-        raise UserError(f"--images: {len(dataset)} make no batch of {args.batch_size}; pass more, or a smaller --batch")
+        raise UserError(
+            f"--images: {len(dataset)} images do not fill a batch of {args.batch_size}; pass more, or reduce --batch"
+        )
     if args.cache_mode:
         cache_images([dataset], args.cache_mode)
     figures = {"images_per_second": loading_rates(loader, repeat)}
@@ -158,7 +160,7 @@ def measure(variant: str, args: argparse.Namespace, repeat: int, steps: int) -> 
 
 
 def to_markdown(figures: dict) -> str:
-    """The figures as a table in Markdown."""
+    """Return the figures as a Markdown table."""
     columns = {
         "cache": LEFT, "workers": RIGHT, "images/s": RIGHT, "training step s": RIGHT, "waiting %": RIGHT
     }  # fmt: skip
@@ -171,14 +173,14 @@ def to_markdown(figures: dict) -> str:
     return (
         f"{heading(figures)}\n\n"
         f"{settings['model']}, batch {settings['batch']}, on {figures['device']}; {settings['source']}. "
-        f"Median of {settings['repeat']} measurements (least to most): images a second of an "
-        f"epoch of the loader alone; seconds of a training step without its wait for a batch; and that wait's share of "
-        f"both, over {settings['steps']} steps.\n\n" + markdown_table(columns, lines)
+        f"Median of {settings['repeat']} measurements (least to most): images per second of the loader in an epoch "
+        f"without training, seconds of a training step without its wait for a batch, and the percentage of training "
+        f"time spent waiting, over {settings['steps']} steps.\n\n" + markdown_table(columns, lines)
     )
 
 
 def to_csv(rows: list[dict]) -> list[dict]:
-    """The figures as rows of numbers; None where there is none."""
+    """Return the figures as CSV rows; missing values are None."""
     flat = []
     for row in rows:
         line = {name: row[name] for name in ("cache_mode", "workers", "status")}
@@ -189,17 +191,17 @@ def to_csv(rows: list[dict]) -> list[dict]:
 
 
 def plan(args: argparse.Namespace, coco_path: str) -> list[tuple[str, argparse.Namespace]]:
-    """The cache's word and the variant's arguments of each row that the command line asks for.
+    """Return (cache mode, parsed arguments) of each row that the command line selects.
 
     Raises:
-        UserError: model flags do not work together, or are the benchmark's own, or the data set is not there.
+        UserError: model flags conflict with each other or with the benchmark's flags, or the data set is missing.
     """
     refuse_flags(args.flags, REFUSED)
     if args.coco_path:
         find_split(args.coco_path, "train")
-    own = ["--coco_path", coco_path, "--limit_train", str(args.images)]
-    own += ["--device", args.device] if args.device else []
-    own += ["--batch_size", str(args.batch)] if args.batch else []
+    overrides = ["--coco_path", coco_path, "--limit_train", str(args.images)]
+    overrides += ["--device", args.device] if args.device else []
+    overrides += ["--batch_size", str(args.batch)] if args.batch else []
     return [
         (
             mode,
@@ -207,7 +209,7 @@ def plan(args: argparse.Namespace, coco_path: str) -> list[tuple[str, argparse.N
                 args.variant,
                 default_device(),
                 args.flags,
-                [*own, "--num_workers", str(workers), *CACHE_MODES[mode]],
+                [*overrides, "--num_workers", str(workers), *CACHE_MODES[mode]],
             ),
         )
         for mode in args.cache_mode
@@ -216,11 +218,11 @@ def plan(args: argparse.Namespace, coco_path: str) -> list[tuple[str, argparse.N
 
 
 def measure_row(mode: str, variant: str, flags: argparse.Namespace, repeat: int, steps: int) -> dict:
-    """The figures of one row; says on standard error how it goes."""
+    """Measure one row and return its figures; print the progress to standard error."""
     limit = find_device(flags.device).type == "cpu"
     outcome = run_isolated(measure, variant, flags, repeat, steps, limit=limit)
-    measured = outcome.value or {}
-    runs = {name: measured.get(name) for name in ("images_per_second", "step_seconds", "wait_shares")}
+    values = outcome.value or {}
+    runs = {name: values.get(name) for name in ("images_per_second", "step_seconds", "wait_shares")}
     row = {
         "cache_mode": mode,
         "workers": flags.num_workers,
@@ -232,19 +234,19 @@ def measure_row(mode: str, variant: str, flags: argparse.Namespace, repeat: int,
         "step_seconds": runs["step_seconds"] and spread(runs["step_seconds"]),
         "wait_share": runs["wait_shares"] and spread(runs["wait_shares"]),
     }
-    said = f"{outcome.status} ({outcome.message})"
+    summary = f"{outcome.status} ({outcome.message})"
     if outcome.status == DONE:
-        said = f"{row['images_per_second']['median']:.1f} images/s"
-    print(f"cache {mode}, {flags.num_workers} workers: {said}", file=sys.stderr)
+        summary = f"{row['images_per_second']['median']:.1f} images/s"
+    print(f"cache {mode}, {flags.num_workers} workers: {summary}", file=sys.stderr)
     print(outcome.details, end="", file=sys.stderr, flush=True)
     return row
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print and write the files.
+    """Measure all rows, print the table and write the files.
 
     Returns:
-        the exit status: 1 where a row failed for another reason than memory, else 0.
+        the exit status: 1 if a row failed for a reason other than memory, else 0.
     """
     with tempfile.TemporaryDirectory() as folder:
         rows = plan(args, args.coco_path or folder)
@@ -262,7 +264,9 @@ def run(args: argparse.Namespace) -> int:
                 "model": model_name(args.variant, flags),
                 "batch": flags.batch_size,
                 "images": args.images,
-                "source": SOURCE.format(args.images, args.coco_path) if args.coco_path else DRAWN.format(args.images),
+                "source": COCO_SOURCE.format(args.images, args.coco_path)
+                if args.coco_path
+                else SHAPES_SOURCE.format(args.images),
                 "repeat": args.repeat,
                 "steps": args.steps,
                 "flags": args.flags,
@@ -277,9 +281,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the command's flags."""
     parser.add_argument(
-        "--variant", choices=tuple(VARIANTS), default="detr", help="whose data and model (default: %(default)s)"
+        "--variant",
+        choices=tuple(VARIANTS),
+        default="detr",
+        help="variant of the model and its data loader (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",
@@ -287,31 +294,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[0, 1, 2, 4],
         metavar="N",
-        help="processes that load images, one measurement for each number (default: 0 1 2 4)",
+        help="numbers of loader processes, one row for each (default: 0 1 2 4)",
     )
     parser.add_argument(
         "--cache_mode",
         nargs="+",
         choices=tuple(CACHE_MODES),
         default=list(CACHE_MODES),
-        help="what is held in memory, one measurement for each word (default: all)",
+        help="image caches to measure, one row for each: none, encoded files, decoded images (default: all)",
     )
-    parser.add_argument("--coco_path", metavar="DIR", help="data set (default: drawn shapes, in a temporary folder)")
+    parser.add_argument("--coco_path", metavar="DIR", help="data set (default: drawn shapes in a temporary folder)")
     parser.add_argument(
-        "--images", type=positive_int, default=256, metavar="N", help="training images (default: %(default)s)"
+        "--images", type=positive_int, default=256, metavar="N", help="number of training images (default: %(default)s)"
     )
     batches = ", ".join(f"{name} {batch}" for name, batch in BATCH_SIZES.items())
-    parser.add_argument("--batch", type=positive_int, metavar="N", help=f"images a batch (default: {batches})")
+    parser.add_argument("--batch", type=positive_int, metavar="N", help=f"images per batch (default: {batches})")
     parser.add_argument(
         "--steps",
         type=natural_int,
         default=20,
         metavar="N",
-        help="training steps of each measurement; 0 measures the loader alone (default: %(default)s)",
+        help="training steps per measurement; 0 measures only the loader (default: %(default)s)",
     )
-    parser.add_argument("--device", help="where to train: cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument("--device", help="device to train on: cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument(
-        "--repeat", type=positive_int, default=3, metavar="N", help="measurements of each (default: %(default)s)"
+        "--repeat", type=positive_int, default=3, metavar="N", help="measurements per row (default: %(default)s)"
     )
     add_report_arguments(parser)
     add_model_flags(parser)

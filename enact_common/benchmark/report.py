@@ -1,4 +1,4 @@
-"""What a benchmark leaves behind: a table on the terminal, and JSON, CSV, Markdown and a chart in a folder."""
+"""Reports of the benchmarks: a table on the terminal, and JSON, CSV, Markdown and a chart in a folder."""
 
 import argparse
 import csv
@@ -22,23 +22,23 @@ LEFT, RIGHT = "---", "---:"
 
 
 def markdown_table(columns: Mapping[str, str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown.
+    """Return a Markdown table.
 
     Args:
-        columns: headers, each with `LEFT` or `RIGHT`.
-        rows: as many cells as there are columns, each.
+        columns: header to `LEFT` or `RIGHT`.
+        rows: cells of each row, one per column.
     """
     lines = ["| " + " | ".join(columns) + " |", "|" + "|".join(columns.values()) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def figure(value: float | None, form: str) -> str:
-    """A number in a table, in a format such as ".2f"; a dash where there is none."""
+    """Format a number for a table with a format spec such as ".2f"; None becomes a dash."""
     return "-" if value is None else format(value, form)
 
 
 def figure_range(values: Mapping[str, float] | None, form: str, scale: float = 1) -> str:
-    """A median with the least and the most, as `spread` gives them, times a scale; a dash where there are none."""
+    """Format a result of `spread`, multiplied by `scale`, as "median (least to most)"; None becomes a dash."""
     if values is None:
         return "-"
     median, least, most = (format(scale * values[name], form) for name in ("median", "least", "most"))
@@ -46,18 +46,18 @@ def figure_range(values: Mapping[str, float] | None, form: str, scale: float = 1
 
 
 def quotient(numerator: float | None, denominator: float | None) -> float | None:
-    """A ratio; None where a part of it is missing or it has no meaning."""
+    """Return a ratio; None if a value is missing or the denominator is 0."""
     return None if numerator is None or not denominator else numerator / denominator
 
 
 def environment(argv: Sequence[str], device: torch.device) -> dict:
-    """What figures depend on beside the settings: `command`, `date`, `machine`, `versions` and `device`.
+    """Return the environment of a benchmark: `command`, `date`, `machine`, `versions` and `device`.
 
     Args:
         argv: the benchmark's command line.
-        device: where it computes.
+        device: the device of the computation.
     """
-    # Whoever asks a GPU for its name holds a part of its memory from then on.
+    # Asking for a GPU's name creates a CUDA context, which takes GPU memory until the process ends.
     outcome = run_isolated(machine, device) if device.type == "cuda" else attempt(machine, device)
     return {
         "command": f"python -m enact_common.benchmark {shlex.join(argv)}",
@@ -75,7 +75,7 @@ def environment(argv: Sequence[str], device: torch.device) -> dict:
 
 
 def heading(figures: dict) -> str:
-    """The machine, the date, the command and, for a GPU, how it computed; in Markdown."""
+    """Return the machine, date and command in Markdown, and on a GPU the settings that select kernels."""
     text = f"Machine: {figures['machine']}; {figures['date'][:10]}\n\n`{figures['command']}`"
     numerics = next((row["numerics"] for row in figures["rows"] if row.get("numerics")), None)
     if numerics and figures["device"].startswith("cuda"):
@@ -84,10 +84,10 @@ def heading(figures: dict) -> str:
 
 
 def numerics_text(numerics: dict) -> str:
-    """The result of `isolated.numerics` as a sentence about a GPU."""
+    """Describe the result of `isolated.numerics` in a sentence, for a GPU."""
     convolutions = "TF32" if numerics["tf32_convolutions"] else "float32"
     products = {"highest": "float32", "high": "TF32", "medium": "bf16"}[numerics["matmul_precision"]]
-    kernels = "deterministic kernels" if numerics["deterministic"] else "kernels that need not be deterministic"
+    kernels = "deterministic kernels" if numerics["deterministic"] else "kernels may be nondeterministic"
     return (
         f"Float32 tensors are convolved in {convolutions} and multiplied in {products}; attention may run as "
         f"{', '.join(numerics['attention'])}; {kernels}."
@@ -95,19 +95,23 @@ def numerics_text(numerics: dict) -> str:
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where the files go."""
-    parser.add_argument("--output_dir", metavar="DIR", help="write JSON, CSV, Markdown and a chart to this folder")
+    """Add the flag for the reports' folder."""
+    parser.add_argument(
+        "--output_dir",
+        metavar="DIR",
+        help="write JSON, CSV, Markdown and a chart to this folder (default: write no files)",
+    )
 
 
 class Report:
-    """The files of one run.
+    """The report files of one run.
 
     Args:
-        output_dir: folder, made here; None writes nothing.
-        name: of the files, without suffix.
+        output_dir: folder to create; None writes no files.
+        name: file name without suffix.
 
     Raises:
-        UserError: the folder cannot be made.
+        UserError: the folder cannot be created.
     """
 
     def __init__(self, output_dir: str | None, name: str):
@@ -118,15 +122,15 @@ class Report:
         make_folder(self.folder)
 
     def save_figures(self, figures: dict) -> None:
-        """Write the JSON: after each row, so that a run that is stopped leaves what it has."""
+        """Write the JSON file; called after each row, so that an interrupted run keeps its rows."""
         self._write("json", json.dumps(figures, indent=1))
 
     def save(self, figures: dict, text: str, flat: Sequence[dict]) -> None:
-        """Print the text, and write all files.
+        """Print the table and write all files.
 
         Args:
-            figures: all of them, for the JSON and the chart.
-            text: Markdown.
+            figures: all results, for the JSON and the chart.
+            text: the table in Markdown.
             flat: rows of the CSV, all with the same keys.
         """
         print(text)
@@ -152,7 +156,9 @@ class Report:
         except ModuleNotFoundError as error:
             if error.name != "matplotlib":
                 raise
-            print(f"\nno {self.name}.png: matplotlib is missing (pip install matplotlib, or the extra `plots`)")
+            print(
+                f"\n{self.name}.png not written: matplotlib is missing (pip install matplotlib, or the extra `plots`)"
+            )
             return
         if self.name in charts.CHARTS:
             charts.CHARTS[self.name](figures, self.folder / f"{self.name}.png")

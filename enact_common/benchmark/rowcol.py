@@ -1,5 +1,5 @@
-"""The sums of Anchor DETR's attention against the forms that they are defined by: time, and what both keep for the
-backward pass."""
+"""Row and column sums of Anchor DETR's attention against their definitions: time, and memory saved for the backward
+pass."""
 
 import argparse
 import json
@@ -18,19 +18,19 @@ from enact_common.utils.device import find_device
 from enact_common.utils.files import write_file
 from enact_common.variants import load_variant
 
-# (H, W, clusters) and (H, W, queries): maps of images of 800 x 1333 and 640 x 800 pixels at stride 16, with a cluster
-# in 15 cells, and queries from each cell (the encoder) or from 300 places in three patterns (the decoder).
+# (H, W, clusters) and (H, W, queries): feature maps of images of 800 x 1333 and 640 x 800 pixels at stride 16, with one
+# cluster per 15 cells. Queries come from each cell (encoder) or from 300 anchor points in three patterns (decoder).
 CLUSTERED_CASES = ((50, 84, 280), (40, 50, 133))
 PLAIN_CASES = ((50, 84, 50 * 84), (40, 50, 40 * 50), (50, 84, 900))
 
 
 class Product:
-    """One of the sums, with random weights and values.
+    """A row-column product with random attention weights and values.
 
     Args:
-        function: what computes it.
-        shapes: of its arguments; the last one's are the values.
-        device: where.
+        function: computes the product.
+        shapes: shapes of its arguments; the last argument holds the values.
+        device: the device of the tensors.
     """
 
     def __init__(self, function: Callable[..., Tensor], shapes: list[tuple[int, ...]], device: torch.device):
@@ -38,22 +38,22 @@ class Product:
         self.function = function
         *weights, value = (torch.randn(shape, device=device) for shape in shapes)
         self.inputs = [x.requires_grad_() for x in (*(weight.softmax(-1) for weight in weights), value)]
-        # Gradients that differ from element to element, as a loss would give.
+        # Output gradients that differ between elements, as a loss gives.
         self.loss_weights = torch.randn_like(function(*self.inputs).detach())
 
     def step(self) -> None:
-        """Forward and backward of a weighted sum of the output."""
+        """Run forward and backward of a weighted sum of the output."""
         (self.function(*self.inputs) * self.loss_weights).sum().backward()
         for tensor in self.inputs:
             tensor.grad = None
 
     def saved_bytes(self) -> int:
-        """What the forward pass keeps for the backward pass."""
+        """Return the bytes that the forward pass saves for the backward pass."""
         return self.count_saved(lambda: self.function(*self.inputs))
 
     @staticmethod
     def count_saved(forward: Callable[[], Tensor]) -> int:
-        """The bytes that a computation keeps for its backward pass, each storage counted once."""
+        """Return the bytes that `forward` saves for its backward pass; each storage counts once."""
         storages = {}
 
         def keep(tensor: Tensor) -> Tensor:
@@ -62,32 +62,32 @@ class Product:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            output = forward()  # noqa: F841, holds the storages until they are counted
+            output = forward()  # noqa: F841, keeps the storages alive until they are counted
         return sum(storages.values())
 
 
 def cases_of(args: argparse.Namespace) -> list[tuple[str, dict[str, Callable[..., Tensor]], list[tuple[int, ...]]]]:
-    """Cases in words, the functions to compare, and the shapes of their arguments."""
+    """Return (description, functions to compare by name, argument shapes) of each case."""
     ours = load_variant("anchor").models.row_column_product
-    batch, e = args.batch, args.channels
+    batch, head_dim = args.batch, args.channels
     cases = []
     for height, width, clusters in args.clustered or CLUSTERED_CASES:
-        shapes = [(batch, height, clusters), (batch, width, clusters), (batch, clusters, e)]
+        shapes = [(batch, height, clusters), (batch, width, clusters), (batch, clusters, head_dim)]
         functions = {"naive": naive_clustered, "ours": ours.clustered_row_column_product}
         cases.append((f"{height} x {width}, {clusters} clusters", functions, shapes))
     for height, width, queries in args.plain or PLAIN_CASES:
-        shapes = [(batch, queries, width), (batch, queries, height), (batch, height, width, e)]
+        shapes = [(batch, queries, width), (batch, queries, height), (batch, height, width, head_dim)]
         functions = {"naive": naive_row_column, "ours": ours.row_column_product}
         cases.append((f"{height} x {width}, {queries} queries", functions, shapes))
     return cases
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table in Markdown, and write JSON where asked to; the exit status."""
+    """Print a Markdown table, write JSON with --output, and return the exit status."""
     device = find_device(args.device)
     where = machine(device)
     print(f"Machine: {where}")
-    print(f"Forward and backward, batch times heads {args.batch}, e = {args.channels}, float32, "
+    print(f"Forward and backward, batch times heads {args.batch}, head_dim {args.channels}, float32, "
           f"median of {args.repeat} runs (least to most)\n")  # fmt: skip
     print("| map | naive ms | ours ms | ratio | naive saves MiB | ours saves MiB | ratio |")
     print("|---|---:|---:|---:|---:|---:|---:|")
@@ -116,27 +116,29 @@ def run(args: argparse.Namespace) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
-    parser.add_argument(
-        "--device", default="cpu", help="where to compute: cpu, cuda, cuda:1, ... (default: %(default)s)"
-    )
-    for flag, what, cases in (("clustered", "M", CLUSTERED_CASES), ("plain", "Q", PLAIN_CASES)):
+    """Add the command's flags."""
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    for flag, symbol, cases in (("clustered", "M", CLUSTERED_CASES), ("plain", "Q", PLAIN_CASES)):
         default = ", ".join(" ".join(map(str, case)) for case in cases)
         parser.add_argument(
             f"--{flag}",
             type=positive_int,
             nargs=3,
             action="append",
-            metavar=("H", "W", what),
-            help=f"a map and its {'clusters' if what == 'M' else 'queries'}; may be repeated (default: {default})",
+            metavar=("H", "W", symbol),
+            help=f"map size, number of {'clusters' if symbol == 'M' else 'queries'}; repeatable (default: {default})",
         )
     parser.add_argument(
-        "--batch", type=positive_int, default=32, metavar="N", help="images a batch, times heads (default: %(default)s)"
+        "--batch", type=positive_int, default=32, metavar="N", help="batch size times heads (default: %(default)s)"
     )
     parser.add_argument(
-        "--channels", type=positive_int, default=32, metavar="E", help="of each head (default: %(default)s)"
+        "--channels",
+        type=positive_int,
+        default=32,
+        metavar="D",
+        help="head_dim: channels per head (default: %(default)s)",
     )
     parser.add_argument(
-        "--repeat", type=positive_int, default=9, metavar="N", help="timed runs of each (default: %(default)s)"
+        "--repeat", type=positive_int, default=9, metavar="N", help="timed runs of each product (default: %(default)s)"
     )
-    parser.add_argument("--output", metavar="FILE", help="write the figures as JSON too")
+    parser.add_argument("--output", metavar="FILE", help="also write the figures as JSON (default: no file)")

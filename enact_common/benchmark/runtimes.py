@@ -1,4 +1,4 @@
-"""How long a detector takes for an image in PyTorch, compiled, and exported to other runtimes, on the CPU."""
+"""Inference time of a detector on the CPU: in PyTorch, compiled, and exported to other runtimes."""
 
 import argparse
 import sys
@@ -38,7 +38,7 @@ from enact_common.models.layers import ENCODER_ATTENTIONS
 from enact_common.utils.acceleration import prepare
 from enact_common.variants import VARIANTS
 
-# What runs the model, in words.
+# Runtimes: name to label in the table.
 RUNTIMES = {
     "pytorch": "PyTorch",
     "compiled": "PyTorch, compiled",
@@ -47,31 +47,31 @@ RUNTIMES = {
     "onnx_fixed": "ONNX Runtime, fixed windows",
     "onnx_int8": "ONNX Runtime, int8",
 }
-# By the runtimes' names, what the others are written as.
-WRITTEN = {"torchscript": "torchscript", "onnx": "onnx", "onnx_fixed": "onnx", "onnx_int8": "onnx"}
-# The plain models have no windows.
-OF_ENACT = ("onnx_fixed",)
+# Runtimes that load a file: name to a key of `FORMATS`.
+EXPORT_FORMATS = {"torchscript": "torchscript", "onnx": "onnx", "onnx_fixed": "onnx", "onnx_int8": "onnx"}
+# Runtimes that only exist for ENACT, since plain models have no windows.
+ENACT_RUNTIMES = ("onnx_fixed",)
 
 REFUSED = {
     "--encoder_attention": "pass --attentions before --",
     "--batch_size": "pass --batch before --",
     "--compile": "choose with --runtimes",
     "--amp": "leave it out: exported files are float32",
-    "--device": "leave it out: exported files are run on the CPU",
+    "--device": "leave it out: exported files run on the CPU",
     "--resume": "checkpoints are not loaded, leave it out",
 }
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one process measures.
+    """The settings of one measured row.
 
     Attributes:
         variant: a key of `VARIANTS`.
         runtime: a key of `RUNTIMES`.
         args: the variant's parsed arguments.
         size: (height, width) of the images, pixels.
-        repeat, warmup: timed runs, and runs before them.
+        repeat, warmup: numbers of timed runs, and of untimed runs before them.
     """
 
     variant: str
@@ -82,68 +82,68 @@ class Measurement:
     warmup: int
 
 
-def measure(what: Measurement) -> dict:
-    """Time of a batch from pixels to detections; for a process of its own.
+def measure(measurement: Measurement) -> dict:
+    """Time a batch from pixels to detections; run it in a new process.
 
     Returns:
-        `seconds` of each timed run, and `bytes` of the exported file; None where there is none.
+        `seconds` of each timed run, and `bytes` of the exported file, None without a file.
     """
-    args = what.args
-    samples, _ = noise_batch(args, what.size)
-    model, _, postprocess = build_detector(what.variant, args, samples, torch.device("cpu"))
+    args = measurement.args
+    samples, _ = noise_batch(args, measurement.size)
+    model, _, postprocess = build_detector(measurement.variant, args, samples, torch.device("cpu"))
     model.eval()
-    if what.runtime == "onnx_fixed":
+    if measurement.runtime == "onnx_fixed":
         fix_window_lengths(model, calibrated_lengths(model, samples.tensors.split(1)))
-    graph = DetectorGraph(model, postprocess, Interface(args.batch_size, what.size)).eval()
-    if what.runtime in WRITTEN:
-        form = FORMATS[WRITTEN[what.runtime]]
+    graph = DetectorGraph(model, postprocess, Interface(args.batch_size, measurement.size)).eval()
+    if measurement.runtime in EXPORT_FORMATS:
+        export_format = FORMATS[EXPORT_FORMATS[measurement.runtime]]
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"model{form.suffix}"
-            form.write(graph, {"outputs": graph.interface.outputs}, path)
-            if what.runtime == "onnx_int8":
+            path = Path(folder) / f"model{export_format.suffix}"
+            export_format.write(graph, {"outputs": graph.interface.outputs}, path)
+            if measurement.runtime == "onnx_int8":
                 quantize(path, path)
             size, run = path.stat().st_size, load_exported(path)
     else:
-        prepare(model, with_flags(args, compile=what.runtime == "compiled"), torch.device("cpu"))
+        prepare(model, with_flags(args, compile=measurement.runtime == "compiled"), torch.device("cpu"))
         size, run = None, torch.inference_mode()(graph)
-    seconds = take_turns({"run": lambda: run(samples.tensors)}, what.repeat, warmup=what.warmup)["run"]
+    seconds = take_turns({"run": lambda: run(samples.tensors)}, measurement.repeat, warmup=measurement.warmup)["run"]
     return {"seconds": seconds, "bytes": size}
 
 
-def measure_row(what: Measurement) -> dict:
-    """The figures of one row; says on standard error how it goes."""
-    outcome = run_isolated(measure, what, limit=True)
-    measured = outcome.value or {}
+def measure_row(measurement: Measurement) -> dict:
+    """Measure one row and return its figures; print the progress to standard error."""
+    outcome = run_isolated(measure, measurement, limit=True)
+    values = outcome.value or {}
     row = {
-        "variant": what.variant,
-        "model": model_name(what.variant, what.args),
-        "attention": what.args.encoder_attention,
-        "runtime": what.runtime,
+        "variant": measurement.variant,
+        "model": model_name(measurement.variant, measurement.args),
+        "attention": measurement.args.encoder_attention,
+        "runtime": measurement.runtime,
         "status": outcome.status,
         "message": outcome.message,
         "numerics": outcome.numerics,
-        "runs": measured.get("seconds"),
-        "seconds": measured and spread(measured["seconds"]),
-        "bytes": measured.get("bytes"),
+        "runs": values.get("seconds"),
+        "seconds": values and spread(values["seconds"]),
+        "bytes": values.get("bytes"),
     }
-    said = f"{row['seconds']['median']:.3f} s" if measured else f"{outcome.status} ({outcome.message})"
-    print(f"{row['model']}, {row['attention']}, {RUNTIMES[what.runtime]}: {said}", file=sys.stderr)
+    summary = f"{row['seconds']['median']:.3f} s" if values else f"{outcome.status} ({outcome.message})"
+    print(f"{row['model']}, {row['attention']}, {RUNTIMES[measurement.runtime]}: {summary}", file=sys.stderr)
     print(outcome.details, end="", file=sys.stderr, flush=True)
     return row
 
 
 def to_markdown(figures: dict) -> str:
-    """The figures as a table in Markdown."""
+    """Return the figures as a Markdown table."""
     columns = {"model": LEFT, "attention": LEFT, "runtime": LEFT, "ms": RIGHT, "over PyTorch": RIGHT, "file MiB": RIGHT}
-    base = {
+    baselines = {
         (row["variant"], row["attention"]): row["seconds"]["median"]
         for row in figures["rows"]
         if row["runtime"] == "pytorch" and row["seconds"]
     }
     lines = []
     for row in figures["rows"]:
-        own = base.get((row["variant"], row["attention"]))
-        ratio = row["seconds"]["median"] / own if own and row["seconds"] else None
+        baseline = baselines.get((row["variant"], row["attention"]))
+        ratio = row["seconds"]["median"] / baseline if baseline and row["seconds"] else None
         time = figure_range(row["seconds"], ".0f", 1000) if row["status"] == DONE else row["status"]
         attention = "ENACT" if row["attention"] == "enact" else "plain"
         size = figure(row["bytes"] and row["bytes"] / MIB, ".0f")
@@ -152,13 +152,13 @@ def to_markdown(figures: dict) -> str:
     height, width = settings["size"]
     return (
         f"{heading(figures)}\n\n"
-        f"{settings['batch']} x {height} x {width} pixels of noise, from pixels to detections; float32 but for int8; "
+        f"{settings['batch']} x {height} x {width} pixels of noise, from pixels to detections; float32 except int8; "
         f"median of {settings['repeat']} runs (least to most).\n\n" + markdown_table(columns, lines)
     )
 
 
 def to_csv(rows: list[dict]) -> list[dict]:
-    """The figures as rows of numbers; None where there is none."""
+    """Return the figures as CSV rows; missing values are None."""
     names = ("model", "attention", "runtime", "status", "bytes")
     return [
         {name: row[name] for name in names}
@@ -168,21 +168,21 @@ def to_csv(rows: list[dict]) -> list[dict]:
 
 
 def plan(args: argparse.Namespace) -> list[Measurement]:
-    """The rows that the command line asks for.
+    """Return the rows that the command line selects.
 
     Raises:
-        UserError: model flags do not work together, or are the benchmark's own, or a package is missing.
+        UserError: model flags conflict with each other or with the benchmark's flags, or a package is missing.
     """
     refuse_flags(args.flags, REFUSED)
-    if any(WRITTEN.get(runtime) == "onnx" for runtime in args.runtimes):
+    if any(EXPORT_FORMATS.get(runtime) == "onnx" for runtime in args.runtimes):
         for module in ("onnx", "onnxscript", "onnxruntime"):
             needed(module, "--runtimes onnx")
-    own = ["--batch_size", str(args.batch), "--coco_path", "."]
+    overrides = ["--batch_size", str(args.batch), "--coco_path", "."]
     return [
         Measurement(
             variant,
             runtime,
-            parse_flags(variant, "cpu", args.flags, [*own, "--encoder_attention", attention]),
+            parse_flags(variant, "cpu", args.flags, [*overrides, "--encoder_attention", attention]),
             tuple(args.size),
             args.repeat,
             args.warmup,
@@ -190,15 +190,15 @@ def plan(args: argparse.Namespace) -> list[Measurement]:
         for variant in args.variants
         for attention in args.attentions
         for runtime in args.runtimes
-        if attention == "enact" or runtime not in OF_ENACT
+        if attention == "enact" or runtime not in ENACT_RUNTIMES
     ]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print and write the files.
+    """Measure all rows, print the table and write the files.
 
     Returns:
-        the exit status: 1 where a row failed for another reason than memory, else 0.
+        the exit status: 1 if a row failed for a reason other than memory, else 0.
     """
     rows = plan(args)
     report = Report(args.output_dir, "runtimes")
@@ -206,41 +206,53 @@ def run(args: argparse.Namespace) -> int:
     versions = {
         name: needed(name, "--runtimes onnx").__version__
         for name in ("onnx", "onnxruntime")
-        if any(WRITTEN.get(runtime) == "onnx" for runtime in args.runtimes)
+        if any(EXPORT_FORMATS.get(runtime) == "onnx" for runtime in args.runtimes)
     }
     figures = {"benchmark": "runtimes", **environment(args.argv, torch.device("cpu")), "settings": settings, "rows": []}
     figures["versions"] |= versions
-    for what in rows:
-        figures["rows"].append(measure_row(what))
+    for measurement in rows:
+        figures["rows"].append(measure_row(measurement))
         report.save_figures(figures)
     report.save(figures, to_markdown(figures), to_csv(figures["rows"]))
     return int(any(row["status"] == FAILED for row in figures["rows"]))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the command's flags."""
     parser.add_argument(
-        "--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS), help="models (default: all)"
+        "--variants",
+        nargs="+",
+        choices=tuple(VARIANTS),
+        default=list(VARIANTS),
+        help="models to measure (default: all)",
     )
     parser.add_argument(
         "--attentions", nargs="+", choices=ENCODER_ATTENTIONS, default=list(ENCODER_ATTENTIONS),
-        help="of the encoder (default: both)",
+        help="encoder attention to measure (default: both)",
     )  # fmt: skip
     parser.add_argument(
-        "--runtimes", nargs="+", choices=tuple(RUNTIMES), default=list(RUNTIMES), help="what runs them (default: all)"
+        "--runtimes",
+        nargs="+",
+        choices=tuple(RUNTIMES),
+        default=list(RUNTIMES),
+        help="runtimes to measure (default: all)",
     )
     parser.add_argument(
         "--size", type=positive_int, nargs=2, default=[800, 1333], metavar=("H", "W"),
-        help="of the images, pixels (default: 800 1333)",
+        help="image size, pixels (default: 800 1333)",
     )  # fmt: skip
     parser.add_argument(
-        "--batch", type=positive_int, default=1, metavar="N", help="images at a time (default: %(default)s)"
+        "--batch", type=positive_int, default=1, metavar="N", help="images per batch (default: %(default)s)"
     )
     parser.add_argument(
-        "--repeat", type=positive_int, default=5, metavar="N", help="timed runs of each (default: %(default)s)"
+        "--repeat", type=positive_int, default=5, metavar="N", help="timed runs of each row (default: %(default)s)"
     )
     parser.add_argument(
-        "--warmup", type=natural_int, default=2, metavar="N", help="runs before them (default: %(default)s)"
+        "--warmup",
+        type=natural_int,
+        default=2,
+        metavar="N",
+        help="untimed runs before the timed ones (default: %(default)s)",
     )
     add_report_arguments(parser)
     add_model_flags(parser)

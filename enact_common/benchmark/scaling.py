@@ -1,4 +1,4 @@
-"""One layer of an encoder's self-attention by the size of the map: how time and memory grow with the tokens."""
+"""Time and memory of one encoder self-attention layer as the number of tokens grows."""
 
 import argparse
 import contextlib
@@ -34,29 +34,29 @@ from enact_common.utils.device import AMP_DTYPE, autocast, check_precision, defa
 from enact_common.utils.errors import UserError
 from enact_common.variants import load_variant
 
-# Settings of the layers that have clusters of tokens.
+# Settings of the `EnactSelfAttention` layers, by name.
 CLUSTERINGS = {"enact": {}, "enact_regions": {"clusters": "regions"}, "enact_limited": {"max_clusters": LIMIT}}
-# Ratios are over this one.
+# Layer that the ratios are relative to.
 BASELINE = "mha"
 
-# Height over width of a map: that of most photographs.
+# Height over width of a map, as of most photographs.
 ASPECT = 3 / 4
 
-# Tokens of the step before the measured one.
+# Tokens of the warm-up step before the measured one.
 WARMUP_TOKENS = 64
 
-# Exponents are fitted from here on: below, what a step costs whatever the map's size has a part in it.
+# Least number of tokens for fitting exponents: below, the fixed cost of a step distorts them.
 FIT_FROM = 1000
 
-# Of Anchor DETR's smoothing, tokens.
+# Sigma of Anchor DETR's smoothing kernel, tokens.
 ANCHOR_SIGMA = 5.0
 
 
 def map_shape(tokens: int) -> tuple[int, int]:
-    """(height, width) of a map of about 3:4 with so many cells, or nearly so many where no such map has them.
+    """Return (height, width) of a map of about 3:4 with `tokens` cells, or nearly as many if no such map exists.
 
     Args:
-        tokens: at least 1.
+        tokens: number of cells, at least 1.
     """
     heights = [h for h in range(1, math.isqrt(tokens) + 1) if tokens % h == 0 and 2 * h * h >= tokens]
     if heights:
@@ -67,11 +67,11 @@ def map_shape(tokens: int) -> tuple[int, int]:
 
 
 def blur(maps: Tensor, cells: float) -> Tensor:
-    """Smooth maps (batch, h, w, d) with a Gaussian, and scale them back to their variance.
+    """Smooth maps (batch, h, w, d) with a Gaussian, then rescale them to their original variance.
 
     Args:
-        maps: edges are continued.
-        cells: standard deviation; 0 leaves them as they are.
+        maps: the maps; their edges are replicated.
+        cells: standard deviation, cells; 0 returns `maps` unchanged.
     """
     if cells == 0:
         return maps
@@ -87,12 +87,12 @@ def blur(maps: Tensor, cells: float) -> Tensor:
 
 @dataclass
 class Problem:
-    """What all layers are measured on.
+    """The settings shared by all measured layers.
 
     Attributes:
-        batch, channels, heads: of the attention.
+        batch, channels, heads: sizes of the attention.
         smooth: standard deviation of the maps' blur, cells.
-        device: a device's name.
+        device: name of a device.
         amp: a key of `AMP_DTYPE`.
     """
 
@@ -105,12 +105,12 @@ class Problem:
 
 
 class Workload:
-    """One layer and a random map, as an encoder calls it.
+    """One layer with a random map as its input, called as in an encoder.
 
     Args:
         name: a key of `LAYERS`.
         shape: (height, width) of the map.
-        problem: the rest.
+        problem: the settings shared by all layers.
     """
 
     def __init__(self, name: str, shape: tuple[int, int], problem: Problem):
@@ -126,7 +126,7 @@ class Workload:
 
     @staticmethod
     def multi_head(name: str, src: Tensor, pos: Tensor, problem: Problem):
-        """(layer, tokens that get a gradient, function of them) for attention among tokens (N, batch, d)."""
+        """Return (layer, input tokens (N, batch, d) that require a gradient, attention as a function of the tokens)."""
         if name in CLUSTERINGS:
             layer = EnactSelfAttention(problem.channels, problem.heads, **CLUSTERINGS[name])
         else:
@@ -141,11 +141,11 @@ class Workload:
 
     @staticmethod
     def row_column(name: str, src: Tensor, pos: Tensor, problem: Problem):
-        """The same for Anchor DETR's attention within a map (batch, h, w, d), with its clustering if it has one."""
+        """Return the same as `multi_head` for Anchor DETR's attention, plain or clustered, on maps (b, h, w, d)."""
         anchor = load_variant("anchor").models
         attention = anchor.row_column_decoupled_attention
         mask = torch.zeros(src.shape[:3], dtype=torch.bool, device=src.device)
-        # The encoder's decides what is averaged and where positions go; queries of a decoder are not needed.
+        # The encoder layer averages rows and columns and adds positions; decoder queries are not needed.
         positions = anchor.transformer.RowColumnPositions(pos[:, 0], pos[:, :, 0], mask, None, None)
         sizes = (problem.channels, problem.channels, 0.0)
         if name == "rcda":
@@ -157,7 +157,7 @@ class Workload:
         return layer, src.requires_grad_(), lambda maps: layer.attend(maps, positions)
 
     def step(self) -> None:
-        """Forward and backward."""
+        """Run forward and backward once."""
         with sdpa_kernel(SDPBackend.MATH) if self.eager else contextlib.nullcontext():
             with autocast(self.device, self.amp):
                 output = self.attend(self.inputs)
@@ -166,32 +166,32 @@ class Workload:
         self.inputs.grad = None
 
     def clusters(self) -> int | None:
-        """Clusters an image; None where the layer has none."""
+        """Return the number of clusters per image; None for a layer without clusters."""
         with torch.no_grad(), counted_clusters(self.layer) as counts, autocast(self.device, self.amp):
             self.attend(self.inputs)
         return counts[0] if counts else None
 
 
 def measure_memory(name: str, shape: tuple[int, int], problem: Problem) -> dict:
-    """`memory`: bytes by which one step raises the peak; and `clusters`."""
-    # What any first backward pass allocates for itself is not the layer's.
+    """Return `memory`, the bytes by which one step raises the peak, and `clusters`."""
+    # Exclude the one-time allocations of the first backward pass.
     Workload(name, map_shape(WARMUP_TOKENS), problem).step()
     workload = Workload(name, shape, problem)
     meter = MemoryMeter(workload.device)
     workload.step()
     memory = meter.read()["rise"]
-    # Afterwards: even without gradients it could be the peak.
+    # Count clusters after reading the meter, since the extra forward pass could raise the peak.
     return {"memory": memory, "clusters": workload.clusters()}
 
 
 def measure_time(names: list[str], shape: tuple[int, int], problem: Problem, repeat: int) -> dict[str, list[float]]:
-    """Seconds of the layers' steps, which take turns."""
+    """Return the seconds of each layer's steps, timed in turns."""
     steps = {name: Workload(name, shape, problem).step for name in names}
     return take_turns(steps, repeat, synchronizer(torch.device(problem.device)))
 
 
 def measure_size(names: list[str], shape: tuple[int, int], problem: Problem, repeat: int, worker: Worker) -> list[dict]:
-    """The figures of every layer at one size, memory first: what does not fit takes no turns."""
+    """Measure all layers at one size: memory first, then the time of the layers that fit."""
     outcomes = {name: worker.call(measure_memory, name, shape, problem) for name in names}
     fitting = [name for name in names if outcomes[name].status == DONE]
     timed = Outcome(DONE, {})
@@ -225,7 +225,7 @@ def measure_size(names: list[str], shape: tuple[int, int], problem: Problem, rep
 
 
 def add_ratios(rows: list[dict]) -> None:
-    """Let each row of one size have `time_ratio` and `memory_ratio` over the baseline's; None without it."""
+    """Add `time_ratio` and `memory_ratio` over the baseline to the rows of one size; None without a baseline."""
     base = next((row for row in rows if row["layer"] == BASELINE), {"seconds": None, "memory": None})
     for row in rows:
         times = [part["seconds"] and part["seconds"]["median"] for part in (row, base)]
@@ -234,14 +234,14 @@ def add_ratios(rows: list[dict]) -> None:
 
 
 def fit_exponent(tokens: list[int], values: list[float | None]) -> float | None:
-    """The exponent b of the power law `a * tokens ** b` that is nearest, by least squares of the logarithms.
+    """Return the exponent b of the power law `a * tokens ** b`, fitted by least squares of the logarithms.
 
     Args:
-        tokens: of each point; those below `FIT_FROM` are left out.
-        values: as many; those that are missing or not positive are left out.
+        tokens: number of tokens of each point; points below `FIT_FROM` are ignored.
+        values: cost of each point; points with a missing or non-positive cost are ignored.
 
     Returns:
-        None where less than two different sizes are left.
+        the exponent; None if fewer than two different sizes remain.
     """
     points = [(n, y) for n, y in zip(tokens, values, strict=True) if n >= FIT_FROM and y is not None and y > 0]
     if len({n for n, _ in points}) < 2:
@@ -251,7 +251,7 @@ def fit_exponent(tokens: list[int], values: list[float | None]) -> float | None:
 
 
 def fits_of(rows: list[dict]) -> dict[str, dict[str, float | None]]:
-    """Each layer's exponents of `time` and `memory`."""
+    """Return the fitted exponents of `time` and `memory`, by layer."""
     fits = {}
     for name in dict.fromkeys(row["layer"] for row in rows):
         points = [row for row in rows if row["layer"] == name]
@@ -265,7 +265,7 @@ def fits_of(rows: list[dict]) -> dict[str, dict[str, float | None]]:
 
 
 def to_markdown(figures: dict) -> str:
-    """The figures as a table in Markdown, and the exponents as another."""
+    """Return the figures and the exponents as two Markdown tables."""
     columns = {
         "tokens": RIGHT, "map": LEFT, "layer": LEFT, "ms": RIGHT, "ratio": RIGHT, "peak MiB": RIGHT,
         "ratio of peaks": RIGHT, "clusters": RIGHT,
@@ -291,7 +291,7 @@ def to_markdown(figures: dict) -> str:
         f"{heading(figures)}\n\n"
         f"Forward and backward on {figures['device']}, batch {settings['batch']}, d = {settings['channels']}, "
         f"{settings['heads']} heads, {precision_text(settings['amp'])}, {maps}; median of "
-        f"{settings['repeat']} runs (least to most); peak: by how much one step raises it; ratios: over "
+        f"{settings['repeat']} runs (least to most). Peak: rise of the peak memory in one step. Ratios: relative to "
         f"{LAYERS[BASELINE]}.\n\n" + markdown_table(columns, lines)
     )
     columns = {"layer": LEFT, "exponent of time": RIGHT, "exponent of memory": RIGHT}
@@ -300,13 +300,13 @@ def to_markdown(figures: dict) -> str:
         for name, fit in figures["fits"].items()
     ]
     return (
-        f"{text}\n\nExponents b of cost = a N^b, by least squares of log cost on log N over the sizes from "
-        f"{FIT_FROM} tokens on:\n\n" + markdown_table(columns, lines)
+        f"{text}\n\nExponents b of cost = a N^b, fitted by least squares of log cost on log N for at least "
+        f"{FIT_FROM} tokens:\n\n" + markdown_table(columns, lines)
     )
 
 
 def to_csv(rows: list[dict]) -> list[dict]:
-    """The figures as rows of numbers; None where there is none."""
+    """Return the figures as CSV rows; missing values are None."""
     names = ("layer", "tokens", "status", "memory", "clusters", "time_ratio", "memory_ratio")
     return [
         {name: row[name] for name in names}
@@ -316,13 +316,13 @@ def to_csv(rows: list[dict]) -> list[dict]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, print and write the files.
+    """Measure all layers, print the tables and write the files.
 
     Returns:
-        the exit status: 1 where a layer failed for another reason than memory, else 0.
+        the exit status: 1 if a layer failed for a reason other than memory, else 0.
 
     Raises:
-        UserError: flags do not work together, or not on this machine.
+        UserError: the flags do not work together, or not on this machine.
     """
     if args.channels % args.heads:
         raise UserError(f"--channels {args.channels}: must be a multiple of --heads ({args.heads})")
@@ -340,14 +340,14 @@ def run(args: argparse.Namespace) -> int:
     layers = [name for name in LAYERS if name in args.layers]
     worker = worker_for(device)
     for shape in sorted({map_shape(tokens) for tokens in args.tokens}, key=math.prod):
-        with worker:  # a process a size
+        with worker:  # one process per size
             rows = measure_size(layers, shape, problem, args.repeat, worker)
         figures["rows"] += rows
         for row in rows:
-            said = f"{1000 * row['seconds']['median']:.1f} ms" if row["seconds"] else row["status"]
-            print(f"{row['tokens']} tokens, {LAYERS[row['layer']]}: {said} {row['message']}", file=sys.stderr)
+            summary = f"{1000 * row['seconds']['median']:.1f} ms" if row["seconds"] else row["status"]
+            print(f"{row['tokens']} tokens, {LAYERS[row['layer']]}: {summary} {row['message']}", file=sys.stderr)
             if row["status"] == OUT_OF_MEMORY:
-                # Larger maps would not fit either.
+                # Skip the layer on larger maps, which would not fit either.
                 layers.remove(row["layer"])
         figures["fits"] = fits_of(figures["rows"])
         report.save_figures(figures)
@@ -356,21 +356,23 @@ def run(args: argparse.Namespace) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the command's flags."""
     parser.add_argument(
         "--tokens",
         type=positive_int,
         nargs="+",
         default=[300, 600, 1050, 2100, 4200, 8400, 17000],
         metavar="N",
-        help="cells of the maps, which are of about 3:4 (default: %(default)s)",
-    )
-    parser.add_argument("--layers", nargs="+", choices=tuple(LAYERS), default=list(LAYERS), help="which (default: all)")
-    parser.add_argument(
-        "--batch", type=positive_int, default=1, metavar="N", help="images a batch (default: %(default)s)"
+        help="numbers of tokens to measure; the maps are about 3:4 (default: %(default)s)",
     )
     parser.add_argument(
-        "--channels", type=positive_int, default=256, metavar="D", help="of each token (default: %(default)s)"
+        "--layers", nargs="+", choices=tuple(LAYERS), default=list(LAYERS), help="layers to measure (default: all)"
+    )
+    parser.add_argument(
+        "--batch", type=positive_int, default=1, metavar="N", help="images per batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--channels", type=positive_int, default=256, metavar="D", help="channels of each token (default: %(default)s)"
     )
     parser.add_argument(
         "--heads", type=positive_int, default=8, metavar="N", help="attention heads (default: %(default)s)"
@@ -380,14 +382,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=non_negative_float,
         default=0.0,
         metavar="CELLS",
-        help="blur the random maps by this standard deviation: neighbours in real maps resemble one another, and "
-        "clusters become larger (default: 0, no blur)",
+        help="standard deviation of a blur of the random maps, cells: as in real maps, neighbours become similar and "
+        "clusters larger (default: 0, no blur)",
     )
     parser.add_argument(
         "--amp", choices=tuple(AMP_DTYPE), default="none", help="mixed precision (default: %(default)s)"
     )
-    parser.add_argument("--device", help="where to compute: cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument(
-        "--repeat", type=positive_int, default=9, metavar="N", help="timed runs of each (default: %(default)s)"
+        "--repeat", type=positive_int, default=9, metavar="N", help="timed runs of each layer (default: %(default)s)"
     )
     add_report_arguments(parser)

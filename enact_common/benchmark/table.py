@@ -1,5 +1,5 @@
-"""The models of the published table, on one machine: each plain, as the original code and as this project's runs it,
-and with ENACT."""
+"""Cost of the published table's models on this machine: plain as in the original code, plain as in this project, and
+with ENACT."""
 
 import argparse
 import contextlib
@@ -58,15 +58,15 @@ REFUSED = {
 
 @dataclass
 class Measurement:
-    """What one process measures.
+    """The settings of one measured row.
 
     Attributes:
         variant: a key of `VARIANTS`.
         row: a key of `ROWS`.
         args: the variant's parsed arguments.
         size: (height, width) of the images, pixels.
-        real: take images of `args.coco_path` rather than noise.
-        repeat, warmup: timed runs, and runs before them.
+        real: use images of `args.coco_path` instead of noise.
+        repeat, warmup: numbers of timed runs, and of untimed runs before them.
     """
 
     variant: str
@@ -78,37 +78,39 @@ class Measurement:
     warmup: int
 
 
-def measure(what: Measurement, phase: str) -> dict:
-    """Time and memory of a model's training steps or of its inference.
+def measure(measurement: Measurement, phase: str) -> dict:
+    """Measure time and memory of a model's training steps or of its inference.
 
     Returns:
-        `seconds` of each timed run, of a whole batch; `memory` as `MemoryMeter` reads it. Of inference also
-        `parameters`, and what `inspect_forward` counts, where memory suffices for that.
+        `seconds` per batch of each timed run, and `memory` as read by `MemoryMeter`. For inference also `parameters`
+        and, if memory suffices, the result of `inspect_forward`.
     """
-    args = what.args
+    args = measurement.args
     device = find_device(args.device)
-    with eager_attention(what.variant) if what.row == "eager" else contextlib.nullcontext():
-        samples, targets = coco_batch(args, what.size) if what.real else noise_batch(args, what.size)
-        model, criterion, postprocess = build_detector(what.variant, args, samples, device)
+    with eager_attention(measurement.variant) if measurement.row == "eager" else contextlib.nullcontext():
+        samples, targets = (
+            coco_batch(args, measurement.size) if measurement.real else noise_batch(args, measurement.size)
+        )
+        model, criterion, postprocess = build_detector(measurement.variant, args, samples, device)
         if phase == "training":
             prepare(model, args, device)
             if device.type == "cuda":
-                # As a loader leaves it.
+                # The data loader also returns pinned memory.
                 samples = samples.pin_memory()
             step = build_train_step(model, criterion, args, device)
-            figures = measure_step(lambda: step(samples, targets), what, device)
+            figures = measure_step(lambda: step(samples, targets), measurement, device)
             step.check()
             return figures
 
         samples = samples.to(device)
         sizes = torch.stack([target["orig_size"] for target in targets])
         try:
-            counted = inspect_forward(model, samples, args.amp)
+            counts = inspect_forward(model, samples, args.amp)
         except Exception as error:
-            # Unfused, attention may need more than what is measured.
+            # Counting uses unfused attention, which may need more memory than the measurement.
             if not is_out_of_memory(error):
                 raise
-            counted = {}
+            counts = {}
         prepare(model, args, device)
 
         @torch.no_grad()
@@ -117,62 +119,62 @@ def measure(what: Measurement, phase: str) -> dict:
                 outputs = model(samples)
             postprocess(outputs, sizes)
 
-        figures = measure_step(detect, what, device)
-    return {**figures, **counted, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+        figures = measure_step(detect, measurement, device)
+    return {**figures, **counts, "parameters": sum(parameter.numel() for parameter in model.parameters())}
 
 
-def measure_step(step: Callable[[], object], what: Measurement, device: torch.device) -> dict:
-    """`seconds` of each timed run of a step, and the `memory` of all of them."""
+def measure_step(step: Callable[[], object], measurement: Measurement, device: torch.device) -> dict:
+    """Return `seconds` of each timed run of a step, and `memory` over all runs."""
     meter = MemoryMeter(device)
-    seconds = take_turns({"step": step}, what.repeat, synchronizer(device), what.warmup)["step"]
+    seconds = take_turns({"step": step}, measurement.repeat, synchronizer(device), measurement.warmup)["step"]
     return {"seconds": seconds, "memory": meter.read()}
 
 
-def measure_row(what: Measurement, worker: Worker) -> dict:
-    """All figures of one row, measured by a worker; says on standard error how it goes."""
-    args = what.args
+def measure_row(measurement: Measurement, worker: Worker) -> dict:
+    """Measure one row with a worker and return its figures; print the progress to standard error."""
+    args = measurement.args
     row = {
-        "variant": what.variant,
-        "row": what.row,
-        "model": model_name(what.variant, args),
+        "variant": measurement.variant,
+        "row": measurement.row,
+        "model": model_name(measurement.variant, args),
         "batch": args.batch_size,
     }
-    counted = {}
+    counts = {}
     for phase in PHASES:
-        begin = time.perf_counter()
-        outcome = worker.call(measure, what, phase)
+        start = time.perf_counter()
+        outcome = worker.call(measure, measurement, phase)
         row[phase] = {"status": outcome.status, "message": outcome.message}
-        said = f"{outcome.status} ({outcome.message})"
+        summary = f"{outcome.status} ({outcome.message})"
         if outcome.status == DONE:
             row["numerics"] = outcome.numerics
             figures = outcome.value
-            counted = {name: value for name, value in figures.items() if name not in ("seconds", "memory")}
+            counts = {name: value for name, value in figures.items() if name not in ("seconds", "memory")}
             per_image = spread([seconds / args.batch_size for seconds in figures["seconds"]])
             row[phase] |= {
                 "seconds": figures["seconds"],
                 "seconds_per_image": per_image,
                 "memory": figures["memory"],
             }
-            said = f"{per_image['median']:.4f} s an image, peak {figures['memory']['peak'] / GIB:.2f} GiB"
+            summary = f"{per_image['median']:.4f} s an image, peak {figures['memory']['peak'] / GIB:.2f} GiB"
         print(
-            f"{row['model']}, {ROWS[what.row][0]}, {phase}: {said}; took {time.perf_counter() - begin:.0f} s",
+            f"{row['model']}, {ROWS[measurement.row][0]}, {phase}: {summary}; took {time.perf_counter() - start:.0f} s",
             file=sys.stderr,
             flush=True,
         )
         print(outcome.details, end="", file=sys.stderr, flush=True)
-    clusters = counted.get("clusters")
+    clusters = counts.get("clusters")
     return {
         **row,
-        "flops_per_image": counted.get("flops"),
-        "parameters": counted.get("parameters"),
-        "tokens": counted.get("tokens"),
+        "flops_per_image": counts.get("flops"),
+        "parameters": counts.get("parameters"),
+        "tokens": counts.get("tokens"),
         "clusters": clusters,
         "mean_clusters": statistics.mean(clusters) if clusters else None,
     }
 
 
 def comparable(row: dict) -> dict[str, float | None]:
-    """The figures of a row that ratios are taken of; None for those that were not measured."""
+    """Return the figures of a row that enter the ratios; missing figures are None."""
     training, inference = (row[phase] for phase in PHASES)
     return {
         "training_memory": training.get("memory", {}).get("peak"),
@@ -185,7 +187,7 @@ def comparable(row: dict) -> dict[str, float | None]:
 
 
 def ratios_of(rows: list[dict]) -> list[dict]:
-    """ENACT's figures over those of each plain row of the same variant; None where one of the two is missing."""
+    """Return ENACT's figures relative to each plain row of the same variant; None if either is missing."""
     by_name = {(row["variant"], row["row"]): row for row in rows}
     ratios = []
     for (variant, name), row in by_name.items():
@@ -199,12 +201,12 @@ def ratios_of(rows: list[dict]) -> list[dict]:
 
 
 def phase_cell(phase: dict, text: str) -> str:
-    """What stands in a table for a phase's figure: the text, or what went wrong."""
+    """Return the table cell of a phase: the text if the phase is done, else its status."""
     return text if phase["status"] == DONE else phase["status"]
 
 
 def to_markdown(figures: dict) -> str:
-    """The figures as two tables in Markdown."""
+    """Return the figures and the ratios as two Markdown tables."""
     columns = {
         "model": LEFT, "attention": LEFT, "batch": RIGHT, "training peak GiB": RIGHT, "training s/image": RIGHT,
         "inference s/image": RIGHT, "inference peak GiB": RIGHT, "GFLOP/image": RIGHT, "parameters M": RIGHT,
@@ -234,12 +236,12 @@ def to_markdown(figures: dict) -> str:
     text = (
         f"{heading(figures)}\n\n"
         f"{height} x {width} pixels, images: {settings['images']}; precision: {settings['precision']}. Seconds: median "
-        f"of {settings['repeat']} runs (least to most) of a batch, over its images. Peak memory: {memory}.\n\n"
+        f"of {settings['repeat']} runs (least to most) of a batch, divided by its size. Peak memory: {memory}.\n\n"
         + markdown_table(columns, lines)
     )
     if figures["ratios"]:
         columns = {
-            "ENACT over": LEFT, "training memory": RIGHT, "its rise": RIGHT, "training time": RIGHT,
+            "ENACT over": LEFT, "training memory": RIGHT, "memory rise": RIGHT, "training time": RIGHT,
             "inference time": RIGHT, "inference memory": RIGHT, "GFLOP": RIGHT,
         }  # fmt: skip
         keys = (
@@ -259,7 +261,7 @@ def to_markdown(figures: dict) -> str:
 
 
 def memory_text(memory: dict | None, device: str) -> str:
-    """Peak GiB, and in brackets what else says how much that is."""
+    """Return the peak in GiB, followed by the reserved memory on a GPU, or the rise on a CPU, in brackets."""
     if memory is None:
         return "-"
     other = memory["reserved" if device.startswith("cuda") else "rise"]
@@ -267,7 +269,7 @@ def memory_text(memory: dict | None, device: str) -> str:
 
 
 def to_csv(rows: list[dict]) -> list[dict]:
-    """The figures as rows of numbers; None where there is none."""
+    """Return the figures as CSV rows; missing values are None."""
     flat = []
     for row in rows:
         line = {name: row[name] for name in ("variant", "row", "model", "batch")}
@@ -283,25 +285,25 @@ def to_csv(rows: list[dict]) -> list[dict]:
 
 
 def plan(args: argparse.Namespace) -> list[Measurement]:
-    """The rows that the command line asks for, variant by variant.
+    """Return the rows that the command line selects, by variant.
 
     Raises:
-        UserError: model flags do not work together, or are the benchmark's own, or the data set is not there.
+        UserError: model flags conflict with each other or with the benchmark's flags, or the data set is missing.
     """
     refuse_flags(args.flags, REFUSED)
     if args.coco_path:
         find_split(args.coco_path, "val")
-    own = ["--amp", args.amp]
-    # Anchor DETR alone has a default for it; the parsers want one, though noise needs none.
-    own += ["--coco_path", args.coco_path or "none"]
-    own += ["--device", args.device] if args.device else []
-    own += ["--batch_size", str(args.batch)] if args.batch else []
-    own += ["--compile"] if args.compile else []
+    overrides = ["--amp", args.amp]
+    # Noise needs no data set, but the parsers of DETR and Conditional DETR require the flag.
+    overrides += ["--coco_path", args.coco_path or "none"]
+    overrides += ["--device", args.device] if args.device else []
+    overrides += ["--batch_size", str(args.batch)] if args.batch else []
+    overrides += ["--compile"] if args.compile else []
     return [
         Measurement(
             variant,
             row,
-            parse_flags(variant, default_device(), args.flags, [*own, "--encoder_attention", ROWS[row][1]]),
+            parse_flags(variant, default_device(), args.flags, [*overrides, "--encoder_attention", ROWS[row][1]]),
             tuple(args.size),
             args.coco_path is not None,
             args.repeat,
@@ -315,7 +317,7 @@ def plan(args: argparse.Namespace) -> list[Measurement]:
 
 
 def describe(args: argparse.Namespace, measurements: list[Measurement]) -> dict:
-    """What the figures depend on: `environment`, and the `settings`."""
+    """Return the `environment` and the `settings` of the measurements."""
     return {
         **environment(args.argv, find_device(measurements[0].args.device)),
         "settings": {
@@ -330,17 +332,17 @@ def describe(args: argparse.Namespace, measurements: list[Measurement]) -> dict:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure all rows, print them and write the files.
+    """Measure all rows, print the table and write the files.
 
     Returns:
-        the exit status: 1 where a row failed for another reason than memory, else 0.
+        the exit status: 1 if a row failed for a reason other than memory, else 0.
     """
     measurements = plan(args)
     report = Report(args.output_dir, "table")
     figures = {**describe(args, measurements), "benchmark": "table", "rows": []}
     with worker_for(find_device(measurements[0].args.device)) as worker:
-        for what in measurements:
-            figures["rows"].append(measure_row(what, worker))
+        for measurement in measurements:
+            figures["rows"].append(measure_row(measurement, worker))
             figures["ratios"] = ratios_of(figures["rows"])
             report.save_figures(figures)
     report.save(figures, to_markdown(figures), to_csv(figures["rows"]))
@@ -348,16 +350,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
+    """Add the command's flags."""
     parser.add_argument(
-        "--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS), help="detectors (default: all)"
+        "--variants",
+        nargs="+",
+        choices=tuple(VARIANTS),
+        default=list(VARIANTS),
+        help="detectors to measure (default: all)",
     )
     parser.add_argument(
         "--rows",
         nargs="+",
         choices=tuple(ROWS),
         default=list(ROWS),
-        help="of each: plain with attention stored, plain as this project computes it, ENACT (default: all)",
+        help="rows of each detector: plain with attention stored, plain as in this project, ENACT (default: all)",
     )
     parser.add_argument(
         "--size",
@@ -365,23 +371,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         default=[800, 1333],
         metavar=("H", "W"),
-        help="of the images, pixels (default: 800 1333)",
+        help="image size, pixels (default: 800 1333)",
     )
     batches = ", ".join(f"{name} {batch}" for name, batch in BATCH_SIZES.items())
-    parser.add_argument("--batch", type=positive_int, metavar="N", help=f"images a batch (default: {batches})")
+    parser.add_argument("--batch", type=positive_int, metavar="N", help=f"images per batch (default: {batches})")
     parser.add_argument(
         "--amp", choices=tuple(AMP_DTYPE), default="none", help="mixed precision (default: %(default)s)"
     )
     parser.add_argument("--compile", action="store_true", help="pass --compile to the models")
-    parser.add_argument("--device", help="where to compute: cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument(
-        "--coco_path", metavar="DIR", help="take the first validation images of this data set, rather than noise"
+        "--coco_path", metavar="DIR", help="use the first validation images of this data set (default: noise)"
     )
     parser.add_argument(
-        "--repeat", type=positive_int, default=10, metavar="N", help="timed runs of each (default: %(default)s)"
+        "--repeat", type=positive_int, default=10, metavar="N", help="timed runs of each row (default: %(default)s)"
     )
     parser.add_argument(
-        "--warmup", type=natural_int, default=3, metavar="N", help="runs before them (default: %(default)s)"
+        "--warmup",
+        type=natural_int,
+        default=3,
+        metavar="N",
+        help="untimed runs before the timed ones (default: %(default)s)",
     )
     add_report_arguments(parser)
     add_model_flags(parser)

@@ -1,1 +1,1 @@
-"""The run that shows what there is to know on a GPU, and the page of its results."""
+"""Checks and benchmarks of the project on a GPU, and a page of their results."""

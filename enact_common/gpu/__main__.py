@@ -1,10 +1,10 @@
-"""The run for a GPU: is it right there, what does it cost, and a page of what came out.
+"""Check and measure the project on a GPU, and write a page of the results.
 
     python -m enact_common.gpu run --output_dir gpu_run           # about ten minutes on one GPU
     python -m enact_common.gpu report gpu_run --page docs/results/gpu.md  # later, on any machine: tables and charts
 
-`run` starts one command after the other, each with a time limit, and packs what there is after each into results.tgz. A
-command that fails or takes too long leaves the others alone.
+`run` starts one command after the other, each with a time limit, and packs the results so far into results.tgz after
+each. The other commands run even if one fails or exceeds its limit.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from enact_common.utils.device import default_device, find_device
 from enact_common.utils.errors import UserError, exit_status
 from enact_common.utils.files import make_folder, write_atomically
 
-# The summary of a run, beside its steps' folders, and all of it but pictures in one file.
-SUMMARY, PACKED = "run.json", "results.tgz"
+# File names of a run's summary, and of the archive of all results except charts.
+SUMMARY, ARCHIVE = "run.json", "results.tgz"
 
 # Flags that shrink a benchmark to seconds on a CPU.
 TINY = "--size 64 96 --batch 1 --repeat 1 --warmup 0 --variants detr --rows enact".split()
@@ -44,11 +44,11 @@ class Step:
     """One command of the run.
 
     Attributes:
-        name: of its folder.
-        limit: seconds after which it is ended.
-        module: below `enact_common`.
-        words: its command line.
-        small: the command line that tries it in seconds.
+        name: name of the step and its folder.
+        limit: time limit, seconds; the command is killed after it.
+        module: module in `enact_common` to run.
+        words: the command line.
+        small: the command line of a trial that takes seconds on a CPU.
     """
 
     name: str
@@ -59,17 +59,17 @@ class Step:
 
 
 def checks(name: str, limit: int, *names: str) -> Step:
-    """A step of checks."""
+    """Return a step that runs the named checks."""
     return Step(name, limit, "gpu", ("check", *names), ("check", *names, "--small"))
 
 
 def table(name: str, limit: int, words: str, flags: str = "") -> Step:
-    """A step of the published table."""
+    """Return a step that runs `benchmark table`; `flags` go to the model."""
     small = ("table", *TINY, *(["--compile"] if "--compile" in words else []), "--", *TINY_MODEL)
     return Step(name, limit, "benchmark", ("table", *words.split(), *(["--", flags] if flags else [])), small)
 
 
-# In the order of what they tell, so that a run that is cut short has the most important ones.
+# The most important steps come first, in case a run is cut short.
 STEPS = (
     checks("right", 90, "golden", "windows", "faults"),
     checks("resume", 60, "resume"),
@@ -91,20 +91,20 @@ STEPS = (
 
 
 def command_of(step: Step, folder: Path, device: str, small: bool) -> list[str]:
-    """The command line of a step, which writes into a folder."""
+    """Return the command line of a step that writes its results to `folder`."""
     words = list(step.small if small else step.words)
-    # Words behind `--` are the model's.
-    place = words.index("--") if "--" in words else len(words)
+    # Insert flags before `--`, since the words after it go to the model.
+    position = words.index("--") if "--" in words else len(words)
     output = ["--output", str(folder / "rowcol.json")] if step.name == "rowcol" else ["--output_dir", str(folder)]
-    words[place:place] = ["--device", device, *output]
+    words[position:position] = ["--device", device, *output]
     return [sys.executable, "-m", f"enact_common.{step.module}", *words]
 
 
 def run_step(step: Step, folder: Path, device: str, small: bool) -> dict:
-    """Run a step, and say how it ended: `status`, 0 where it is done, "time limit", or another number; `seconds`."""
+    """Run a step and return its `step`, `status` (exit status or "time limit"), `seconds` and `command`."""
     folder.mkdir(parents=True, exist_ok=True)
     command = command_of(step, folder, device, small)
-    begin = time.perf_counter()
+    start = time.perf_counter()
     with open(folder / "log.txt", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -112,23 +112,23 @@ def run_step(step: Step, folder: Path, device: str, small: bool) -> dict:
         except subprocess.TimeoutExpired:
             status = "time limit"
         finally:
-            # Its children too: measurements run in processes of their own.
+            # Kill the process group, since measurements run in child processes.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    shown = shlex.join(["python", *command[1:]])
-    return {"step": step.name, "status": status, "seconds": time.perf_counter() - begin, "command": shown}
+    command_text = shlex.join(["python", *command[1:]])
+    return {"step": step.name, "status": status, "seconds": time.perf_counter() - start, "command": command_text}
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run all steps; 1 where one failed, else 0.
+    """Run the steps; return 1 if one failed, else 0.
 
     Raises:
-        UserError: the device is not here, or the folder cannot be made.
+        UserError: the device is missing, or the folder cannot be created.
     """
     device = find_device(args.device or default_device())
     if device.type == "cpu" and not args.small:
-        raise UserError("no GPU here: on a CPU this would take hours; pass --small to try the commands")
+        raise UserError("no GPU found: a full run would take hours on a CPU; pass --small to try the commands")
     output = Path(args.output_dir)
     make_folder(output)
     summary = {
@@ -149,12 +149,12 @@ def run(args: argparse.Namespace) -> int:
             last_lines = (output / step.name / "log.txt").read_text().splitlines()[-5:]
             print("\n".join(last_lines), file=sys.stderr, flush=True)
         write_atomically(output / SUMMARY, lambda file: file.write(json.dumps(summary, indent=1).encode()), sync=False)
-        write_atomically(output / PACKED, lambda file: pack(output, file), sync=False)
+        write_atomically(output / ARCHIVE, lambda file: pack(output, file), sync=False)
     return int(any(result["status"] != 0 for result in summary["steps"]))
 
 
 def pack(folder: Path, file) -> None:
-    """Write what the steps left, but for pictures, as a compressed archive."""
+    """Write all results except charts to `file`, a compressed archive."""
     with tarfile.open(fileobj=file, mode="w:gz") as archive:
         for path in sorted(folder.rglob("*")):
             if path.suffix in (".json", ".md", ".csv", ".txt"):
@@ -162,7 +162,7 @@ def pack(folder: Path, file) -> None:
 
 
 def check(args: argparse.Namespace) -> int:
-    """Run checks, and write a JSON file for each; 1 where one failed, else 0."""
+    """Run checks and write a JSON file for each; return 1 if one failed, else 0."""
     setting = Setting(find_device(args.device or default_device()), args.small)
     output = Path(args.output_dir)
     make_folder(output)
@@ -179,12 +179,12 @@ def check(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Write the page of a run.
+    """Write the page of a run's results; return 0.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: the folder has no run.json, or the page's folder cannot be created.
     """
-    # Only here is matplotlib needed, which a GPU server may lack.
+    # Imported here, since only the page needs matplotlib, which a GPU server may lack.
     from enact_common.gpu.page import write_page
 
     write_page(Path(args.folder), Path(args.page))
@@ -193,35 +193,43 @@ def report(args: argparse.Namespace) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of `run`, `check` and `report`."""
     parser = argparse.ArgumentParser(
         prog=program("enact_common.gpu"), description=" ".join(__doc__.split("\n\n")[0].split())
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    device = {"help": "cuda, cuda:1, or cpu with --small (default: a GPU where there is one)"}
-    small = {"action": "store_true", "help": "tiny sizes, which try the code in a minute or two and measure nothing"}
+    device = {"help": "cuda, cuda:1, ..., or cpu with --small (default: a GPU if there is one)"}
+    small = {"action": "store_true", "help": "tiny sizes: try the code in a minute or two, without useful timings"}
 
-    whole = commands.add_parser("run", help="all steps", formatter_class=HelpFormatter)
-    whole.add_argument("--output_dir", default="gpu_run", metavar="DIR", help="results")
-    whole.add_argument("--device", **device)
-    whole.add_argument("--small", **small)
-    whole.add_argument(
+    run_parser = commands.add_parser("run", help="run all steps: checks and benchmarks", formatter_class=HelpFormatter)
+    run_parser.add_argument("--output_dir", default="gpu_run", metavar="DIR", help="folder for the results")
+    run_parser.add_argument("--device", **device)
+    run_parser.add_argument("--small", **small)
+    run_parser.add_argument(
         "--only", nargs="+", choices=[step.name for step in STEPS], metavar="STEP",
-        help=f"these steps alone, of {', '.join(step.name for step in STEPS)}; default: all",
+        help=f"run only these steps of {', '.join(step.name for step in STEPS)}; default: all",
     )  # fmt: skip
-    whole.set_defaults(run=run)
+    run_parser.set_defaults(run=run)
 
-    part = commands.add_parser("check", help="checks alone", formatter_class=HelpFormatter)
-    part.add_argument("names", nargs="*", choices=tuple(CHECKS), metavar="CHECK", help=f"of {', '.join(CHECKS)}")
-    part.add_argument("--output_dir", default="gpu_run", metavar="DIR", help="JSON files")
-    part.add_argument("--device", **device)
-    part.add_argument("--small", **small)
-    part.set_defaults(run=check)
+    check_parser = commands.add_parser("check", help="run only checks", formatter_class=HelpFormatter)
+    check_parser.add_argument(
+        "names",
+        nargs="*",
+        choices=tuple(CHECKS),
+        metavar="CHECK",
+        help=f"checks to run, of {', '.join(CHECKS)}; default: all",
+    )
+    check_parser.add_argument("--output_dir", default="gpu_run", metavar="DIR", help="folder for the JSON files")
+    check_parser.add_argument("--device", **device)
+    check_parser.add_argument("--small", **small)
+    check_parser.set_defaults(run=check)
 
-    page = commands.add_parser("report", help="a page of a run's results", formatter_class=HelpFormatter)
-    page.add_argument("folder", metavar="DIR", help="results of `run`")
-    page.add_argument("--page", default="docs/results/gpu.md", metavar="FILE", help="to write; charts go beside it")
-    page.set_defaults(run=report)
+    report_parser = commands.add_parser("report", help="write a page of a run's results", formatter_class=HelpFormatter)
+    report_parser.add_argument("folder", metavar="DIR", help="output folder of `run`")
+    report_parser.add_argument(
+        "--page", default="docs/results/gpu.md", metavar="FILE", help="page to write; charts go to a folder next to it"
+    )
+    report_parser.set_defaults(run=report)
     return parser
 
 
@@ -229,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        the exit status: 0; 1 where a step or a check failed; 2 for what the user can mend.
+        the exit status: 0; 1 if a step or a check failed; 2 for an error that the user can fix.
     """
     parser = build_parser()
     args = parser.parse_args(argv)

@@ -1,7 +1,7 @@
-"""Is it right on this device, and where does the time go: each check gives rows of a table.
+"""Checks of correctness and speed on a device; each returns the rows of a table.
 
-A check is a function of a `Setting` in `CHECKS`. All of them also run on a CPU with `small`, which tries the code and
-measures nothing.
+A check is a function of a `Setting`, listed in `CHECKS`. All checks also run on a CPU with `small`, which tries the
+code without useful timings.
 """
 
 import contextlib
@@ -41,19 +41,19 @@ from enact_common.utils.acceleration import prepare
 from enact_common.utils.device import autocast
 from enact_common.variants import load_variant
 
-# Bound of a CPU's rounding, absolute and relative: errors are given in units of it.
+# Absolute and relative tolerance that rounding on a CPU stays within; errors are in units of it.
 UNIT = 1e-4
 
-# (batch, tokens) of an encoder layer: the published sizes of DETR-C5 and of Anchor DETR-DC5, and one to try the code.
+# (batch, tokens) of an encoder layer: the published sizes of DETR-C5 and Anchor DETR-DC5, and a small one for trials.
 PUBLISHED = ((8, 850), (4, 4200))
 SMALL = ((2, 60),)
 
-# How PyTorch says that a backend does not take such inputs, on a GPU and on a CPU.
+# PyTorch's error messages for inputs that an attention backend does not support, on a GPU and on a CPU.
 NO_BACKEND = ("No available kernel", "No viable backend")
 
 SMALL_DETECTOR = "--backbone resnet18 --enc_layers 1 --dec_layers 1".split()
 
-# Losses of a training whose resumption has to be exact.
+# Flags of the training whose resume must be exact.
 TRAINING = (
     "--backbone resnet18 --backbone_weights none --enc_layers 2 --dec_layers 2 --batch_size 8 "
     "--num_workers 2 --lr 2e-4 --lr_backbone 2e-4 --deterministic"
@@ -65,8 +65,8 @@ class Setting:
     """The device and sizes of the checks.
 
     Attributes:
-        device: where.
-        small: sizes that a CPU computes in seconds.
+        device: the device to check.
+        small: use sizes that take seconds on a CPU.
     """
 
     device: torch.device
@@ -74,23 +74,23 @@ class Setting:
 
     @property
     def cuda(self) -> bool:
-        """Whether this is a GPU."""
+        """Whether the device is a GPU."""
         return self.device.type == "cuda"
 
     @property
     def maps(self) -> tuple[tuple[int, int], ...]:
-        """(batch, tokens) of encoder layers."""
+        """The (batch, tokens) of encoder layers to check."""
         return SMALL if self.small else PUBLISHED
 
     def milliseconds(self, step: Callable[[], object]) -> float:
-        """Median time of a step that is waited for."""
+        """Return the median time of a step, milliseconds, with the device synchronized."""
         runs = 2 if self.small else 12
         return 1e3 * statistics.median(take_turns({"": step}, runs, synchronizer(self.device), warmup=3)[""])
 
 
 @contextlib.contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
-    """Within it, convolutions may run in TF32 or not; products never do."""
+    """Context in which TF32 is allowed or forbidden in convolutions, and forbidden in matrix products."""
     flags = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [flag.allow_tf32 for flag in flags]
     flags[0].allow_tf32, flags[1].allow_tf32 = allowed, False
@@ -102,14 +102,14 @@ def tf32(allowed: bool) -> Iterator[None]:
 
 
 def error_in_units(ours: Tensor | float, recorded: np.ndarray) -> float:
-    """The largest difference, in units of what a CPU's rounding stays within."""
+    """Return the largest difference, in units of `UNIT` absolute plus `UNIT` relative."""
     ours, recorded = np.asarray(ours, dtype=np.float64), np.asarray(recorded, dtype=np.float64)
     return float((np.abs(ours - recorded) / (UNIT + UNIT * np.abs(recorded))).max(initial=0))
 
 
 @contextlib.contextmanager
-def noted_lengths(model: nn.Module) -> Iterator[list[int]]:
-    """Within it, a list receives the window length of each clustering, in the order of the calls."""
+def collect_window_lengths(model: nn.Module) -> Iterator[list[int]]:
+    """Yield a list to which each call of a clustering appends its window length."""
     lengths: list[int] = []
 
     def note(information: Tensor, clusters) -> None:
@@ -123,11 +123,11 @@ def noted_lengths(model: nn.Module) -> Iterator[list[int]]:
 
 
 def check_golden(setting: Setting) -> list[dict]:
-    """The recorded reference cases: with TF32 off, at the default flags, and in bf16.
+    """The recorded reference cases, with TF32 off, at the default flags, and in bf16.
 
-    `outputs` and `losses` are errors in units of 1e-4 absolute and relative, `gradients` the largest relative error of
-    a parameter's gradient norm. `matches`: the matcher chose the recorded pairs. `lengths`: every window is as long as
-    on the CPU.
+    `outputs` and `losses`: errors in units of 1e-4 absolute and relative. `gradients`: the largest relative error of a
+    parameter's gradient norm. `matches`: the matcher chose the recorded pairs. `lengths`: all window lengths equal
+    those on the CPU.
     """
     recipe = golden.load_recipe()
     rows = []
@@ -137,7 +137,7 @@ def check_golden(setting: Setting) -> list[dict]:
         model, criterion, _ = variant.models.build_model(args)
         recipe.fill(model)
         samples, targets = golden.golden_batch(recipe, case.spec)
-        with torch.no_grad(), noted_lengths(model) as on_cpu:
+        with torch.no_grad(), collect_window_lengths(model) as on_cpu:
             model.eval()(samples)
         model.to(setting.device), criterion.to(setting.device)
         moved = to_device(samples, targets, setting.device)
@@ -148,24 +148,24 @@ def check_golden(setting: Setting) -> list[dict]:
 
 
 def compare(case: golden.Case, model: nn.Module, criterion: nn.Module, batch, amp: str, on_cpu: list[int]) -> dict:
-    """One row of `check_golden`."""
+    """Return the errors of one row of `check_golden`."""
     samples, targets = batch
     device = samples.tensors.device
-    with torch.no_grad(), noted_lengths(model) as lengths, autocast(device, amp):
+    with torch.no_grad(), collect_window_lengths(model) as lengths, autocast(device, amp):
         outputs = model.eval()(samples)
-    wanted = {name: case.recorded[f"eval/{name}"] for name in outputs if f"eval/{name}" in case.recorded}
+    expected = {name: case.recorded[f"eval/{name}"] for name in outputs if f"eval/{name}" in case.recorded}
     model.train().zero_grad()
     with autocast(device, amp):
         trained = model(samples)
     losses = criterion(trained, targets)
     criterion.total(losses).backward()
     norms = json.loads(str(case.recorded["grad_norms"]))
-    found = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    grad_norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
     pairs = criterion.matcher(trained, targets)
     return {
-        "outputs": max(error_in_units(outputs[name].float().cpu(), value) for name, value in wanted.items()),
+        "outputs": max(error_in_units(outputs[name].float().cpu(), value) for name, value in expected.items()),
         "losses": max(error_in_units(value.item(), case.recorded[f"loss/{name}"]) for name, value in losses.items()),
-        "gradients": max(abs(found[name] - norm) / (norm + 1e-5) for name, norm in norms.items()),
+        "gradients": max(abs(grad_norms[name] - norm) / (norm + 1e-5) for name, norm in norms.items()),
         "matches": all(
             np.array_equal(np.stack([np.asarray(part.cpu()) for part in pair]), case.recorded[f"match/{i}"])
             for i, pair in enumerate(pairs)
@@ -175,13 +175,13 @@ def compare(case: golden.Case, model: nn.Module, criterion: nn.Module, batch, am
 
 
 def common_window_length(tokens: int, information: torch.Tensor) -> int:
-    """The window length of a batch of images of so many tokens, for their smoothed information (batch, tokens)."""
+    """Return the window length of a batch of images with `tokens` tokens and smoothed information (batch, tokens)."""
     regions = count_regions(information)
     return int(window_length(torch.full_like(regions, tokens), regions)[0])
 
 
 def check_windows(setting: Setting) -> list[dict]:
-    """Smoothing on the device, with TF32 allowed and not, against float64: its error, and the window length."""
+    """Smoothing on the device against float64, with TF32 allowed and off: relative error and window length."""
     rows = []
     for batch, tokens in setting.maps:
         for gain in (1.0, 10.0):
@@ -204,10 +204,10 @@ def check_windows(setting: Setting) -> list[dict]:
 
 
 def check_attention(setting: Setting) -> list[dict]:
-    """Attention alone, forward and backward, milliseconds.
+    """Scaled dot-product attention only, forward and backward, milliseconds.
 
-    `all keys` and `a fifth`: with as many keys as queries, and with a fifth. `new number`: the first call with a number
-    of keys that was not seen before, as ENACT has in every step.
+    `all keys`: as many keys as queries. `a fifth`: a fifth as many keys. `new number`: the first call with a new number
+    of keys, as in every step of ENACT.
     """
     rows = []
     backends = {"chosen": None, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION}
@@ -225,7 +225,7 @@ def check_attention(setting: Setting) -> list[dict]:
 
 
 def attempt_attention(setting: Setting, batch: int, tokens: int, dtype, backend, masked: bool) -> dict | None:
-    """The times of one row of `check_attention`; None where a backend does not take such inputs."""
+    """Return the times of one row of `check_attention`; None if the backend does not support the inputs."""
 
     def step(keys: int) -> Callable[[], None]:
         def random(length: int) -> Tensor:
@@ -235,24 +235,24 @@ def attempt_attention(setting: Setting, batch: int, tokens: int, dtype, backend,
         mask = torch.zeros(batch, 1, 1, keys, device=setting.device, dtype=dtype) if masked else None
         gradient = torch.randn_like(query)
 
-        def both() -> None:
+        def forward_backward() -> None:
             with sdpa_kernel(backend) if backend else contextlib.nullcontext():
                 F.scaled_dot_product_attention(query, key, value, mask, scale=1.0).backward(gradient)
 
-        return both
+        return forward_backward
 
     try:
         step(tokens // 5)()
-        fresh = []
+        first_calls = []
         for part in (4, 6, 7, 8):
-            both = step(tokens // part)
+            forward_backward = step(tokens // part)
             synchronizer(setting.device)()
-            begin = time.perf_counter()
-            both()
+            start = time.perf_counter()
+            forward_backward()
             synchronizer(setting.device)()
-            fresh.append(1e3 * (time.perf_counter() - begin))
+            first_calls.append(1e3 * (time.perf_counter() - start))
         times = {"all keys": setting.milliseconds(step(tokens)), "a fifth": setting.milliseconds(step(tokens // 5))}
-        return {**times, "new number": statistics.median(fresh)}
+        return {**times, "new number": statistics.median(first_calls)}
     except RuntimeError as error:
         if any(words in str(error) for words in NO_BACKEND):
             return None
@@ -269,7 +269,7 @@ LAYERS = {
 
 
 def check_layers(setting: Setting) -> list[dict]:
-    """One encoder layer's self-attention: milliseconds, and on a GPU its kernels and what it keeps, MiB."""
+    """One encoder layer's self-attention: milliseconds; on a GPU also its kernels, and MiB kept for backward."""
     rows = []
     for batch, tokens in setting.maps:
         for amp in ("none", "bf16"):
@@ -287,19 +287,21 @@ def check_layers(setting: Setting) -> list[dict]:
                         placed = src + pos
                         return layer(placed, placed, src, key_padding_mask=mask, need_weights=False)[0]
 
-                def both(layer=layer, src=src, gradient=gradient, forward=forward) -> None:
+                def forward_backward(layer=layer, src=src, gradient=gradient, forward=forward) -> None:
                     forward().float().backward(gradient)
                     src.grad = None
                     layer.zero_grad(set_to_none=True)
 
                 row = {"batch": batch, "tokens": tokens, "amp": amp, "layer": name}
-                row |= {"forward": setting.milliseconds(forward), "both": setting.milliseconds(both)}
-                rows.append(row | (launches(both) | {"kept": kept_mib(forward)} if setting.cuda else {}))
+                row |= {"forward": setting.milliseconds(forward), "both": setting.milliseconds(forward_backward)}
+                rows.append(
+                    row | (kernel_stats(forward_backward) | {"kept": kept_mib(forward)} if setting.cuda else {})
+                )
     return rows
 
 
-def launches(step: Callable[[], None]) -> dict:
-    """On a GPU: `kernels` of a step, how long they run (`busy`, milliseconds), and how often the host `waits`."""
+def kernel_stats(step: Callable[[], None]) -> dict:
+    """Return a GPU step's number of `kernels`, their `busy` time (milliseconds), and the host's `waits`."""
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
@@ -315,7 +317,7 @@ def launches(step: Callable[[], None]) -> dict:
 
 
 def kept_mib(forward: Callable[[], Tensor]) -> float:
-    """The memory that a forward pass on a GPU keeps for its backward pass, its output included, MiB."""
+    """Return the MiB that a forward pass on a GPU keeps for its backward pass, including its output."""
     before = torch.cuda.memory_allocated()
     output = forward()
     kept = torch.cuda.memory_allocated() - before
@@ -324,10 +326,10 @@ def kept_mib(forward: Callable[[], Tensor]) -> float:
 
 
 def train_step(setting: Setting, flags: list[str], amp: str, size: tuple[int, int], batch: int):
-    """(arguments, model, step, samples, targets) of DETR on noise, as a run trains it."""
+    """Return (arguments, model, training step, samples, targets) of DETR on noise, prepared as in a run."""
     flags = [*flags, *(SMALL_DETECTOR if setting.small else [])]
-    own = ["--coco_path", "none", "--amp", amp, "--batch_size", str(batch)]
-    args = parse_flags("detr", str(setting.device), flags, own)
+    overrides = ["--coco_path", "none", "--amp", amp, "--batch_size", str(batch)]
+    args = parse_flags("detr", str(setting.device), flags, overrides)
     samples, targets = noise_batch(args, size)
     model, criterion, _ = build_detector("detr", args, samples, setting.device)
     prepare(model, args, setting.device)
@@ -335,9 +337,9 @@ def train_step(setting: Setting, flags: list[str], amp: str, size: tuple[int, in
 
 
 def check_sizes(setting: Setting) -> list[dict]:
-    """Training steps of DETR in bf16 on ten image sizes: milliseconds when a size is new, and when it was seen.
+    """Training steps of DETR in bf16 on ten image sizes: milliseconds on the first and on later visits of a size.
 
-    On a GPU, with cuDNN's attention too, which plans anew for every number of clusters.
+    On a GPU also with cuDNN attention, which builds a new plan for each number of clusters.
     """
     rows = []
     sizes = [(480 + 32 * (i % 11), 640 + 32 * (7 * i % 13)) for i in range(10)]
@@ -362,12 +364,12 @@ def check_sizes(setting: Setting) -> list[dict]:
 
 
 def timed(setting: Setting, step: Callable[[], object]) -> float:
-    """Milliseconds of one call."""
+    """Return the milliseconds of one call."""
     return 1e3 * take_turns({"": step}, 1, synchronizer(setting.device), warmup=0)[""][0]
 
 
 def check_faults(setting: Setting) -> list[dict]:
-    """Losses that are not finite: are they reported, and do they leave the weights alone."""
+    """NaN losses: whether they are reported, and whether the weights stay unchanged."""
     rows = []
     for amp in ("none", "bf16", *(["fp16"] if setting.cuda else [])):
         _, model, step, samples, targets = train_step(setting, SMALL_DETECTOR, amp, (96, 128), 2)
@@ -378,7 +380,7 @@ def check_faults(setting: Setting) -> list[dict]:
         bad = [{**target, "boxes": target["boxes"] * torch.nan} for target in targets]
         reported = False
         try:
-            for _ in range(40):  # fp16's scaler may blame its scale for a while
+            for _ in range(40):  # fp16's scaler first lowers its scale for some steps
                 step(samples, bad)
             step.check()
         except NonFiniteLossError:
@@ -389,7 +391,7 @@ def check_faults(setting: Setting) -> list[dict]:
 
 
 def check_resume(setting: Setting) -> list[dict]:
-    """A short training with `--deterministic`, whole and in two parts: its last loss, and whether all weights agree."""
+    """A short `--deterministic` training, uninterrupted and resumed: the last losses, and whether all weights agree."""
     rows = []
     sizes = "--train_sizes 64 --eval_size 64 --max_size 96".split()
     train, val, size = (8, 2, (64, 80)) if setting.small else (96, 16, (256, 320))
@@ -398,8 +400,8 @@ def check_resume(setting: Setting) -> list[dict]:
     for amp in ("none", "bf16"):
         with tempfile.TemporaryDirectory() as folder:
             shapes = make_shapes(Path(folder) / "shapes", train=train, val=val, size=size, seed=3)
-            own = ["--coco_path", shapes, "--device", setting.device, "--amp", amp, *sizes]
-            own += SMALL_DETECTOR if setting.small else []
+            flags = ["--coco_path", shapes, "--device", setting.device, "--amp", amp, *sizes]
+            flags += SMALL_DETECTOR if setting.small else []
             whole, parts = Path(folder) / "whole", Path(folder) / "parts"
             for output, more in (
                 (whole, ["--epochs", 2]),
@@ -407,7 +409,7 @@ def check_resume(setting: Setting) -> list[dict]:
                 (parts, ["--epochs", 2, "--resume", parts / "checkpoint.pth"]),
             ):
                 variant = load_variant("detr")
-                argv = [str(word) for word in (*TRAINING, *own, "--output_dir", output, *more)]
+                argv = [str(word) for word in (*TRAINING, *flags, "--output_dir", output, *more)]
                 build = variant.models.build_model, variant.datasets.build_dataset
                 status = run_variant("detr", variant.main.get_args_parser(), *build, argv)
                 if status:
@@ -432,10 +434,10 @@ CHECKS = {
 
 
 def run_check(name: str, setting: Setting) -> dict:
-    """A check's rows, with what it is and which kernels were allowed."""
-    begin = time.perf_counter()
+    """Run a check; return its rows, description, time, and the settings that select kernels."""
+    start = time.perf_counter()
     rows = CHECKS[name](setting)
     about = " ".join(CHECKS[name].__doc__.split())
-    seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - start
     where = {"device": str(setting.device), "numerics": numerics()}
     return {"check": name, "about": about, "rows": rows, "seconds": seconds, **where}

@@ -1,4 +1,4 @@
-"""The recorded reference cases of `tests/golden`, for whoever has a checkout."""
+"""Loads the recorded reference cases of `tests/golden`, which only a checkout has."""
 
 import importlib.util
 import json
@@ -22,11 +22,11 @@ class Case:
     """One recorded model on one batch.
 
     Attributes:
-        name: file and case.
+        name: names of the file and the case.
         variant: a key of `VARIANTS`.
-        argv: the flags with which our model is the recorded one.
+        argv: the flags that make our model equal to the recorded one.
         spec: `argv`, `sizes`, `objects` and `seed`, as `tests/golden/README.md` describes them.
-        recorded: results by name, such as `eval/pred_logits`.
+        recorded: recorded arrays by name, such as `eval/pred_logits`.
     """
 
     name: str
@@ -37,14 +37,14 @@ class Case:
 
 
 def load_recipe() -> ModuleType:
-    """The module that makes the recorded cases' weights, images and targets.
+    """Load the module that makes the weights, images and targets of the recorded cases.
 
     Raises:
-        UserError: this is no checkout.
+        UserError: there is no checkout.
     """
     path = FOLDER / "recipe.py"
     if not path.is_file():
-        raise UserError(f"{FOLDER}: no such folder; the recorded cases come with a checkout of the project")
+        raise UserError(f"{FOLDER}: no such folder; the recorded cases come with a checkout: run this in one")
     spec = importlib.util.spec_from_file_location("recipe", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -52,7 +52,7 @@ def load_recipe() -> ModuleType:
 
 
 def cases() -> Iterator[Case]:
-    """All recorded cases, file by file."""
+    """Yield all recorded cases, file by file."""
     for path in sorted(FOLDER.glob("*_*.npz")):
         variant, attention = path.stem.split("_")
         own = ["--encoder_attention", "enact" if attention == "enact" else "mhsa", "--backbone_weights", "none"]
@@ -65,7 +65,7 @@ def cases() -> Iterator[Case]:
 
 
 def golden_batch(recipe: ModuleType, spec: dict) -> tuple[NestedTensor, list[dict[str, Tensor]]]:
-    """The images of a recorded case, as a padded batch, and their targets."""
+    """Return the images of a recorded case as a padded batch, and their targets."""
     images = [torch.from_numpy(recipe.image(i + spec["seed"], *hw)) for i, hw in enumerate(spec["sizes"])]
     targets = [
         {name: torch.from_numpy(value) for name, value in recipe.targets(i + spec["seed"], count).items()}

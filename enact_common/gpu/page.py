@@ -1,4 +1,4 @@
-"""The page of a run on a GPU: every figure from the run's JSON, none typed by hand."""
+"""Page of a run on a GPU; all figures come from the run's JSON files."""
 
 import json
 from pathlib import Path
@@ -14,25 +14,25 @@ TABLES = {"table": table.to_markdown, "scaling": scaling.to_markdown}
 
 INTRODUCTION = """# On a GPU
 
-Made by `python -m enact_common.gpu report` from the JSON files of one run; no figure is typed by hand."""
+Made by `python -m enact_common.gpu report` from the JSON files of one run."""
 
 
 def write_page(folder: Path, page: Path) -> None:
-    """Write a run's tables as a page, and its charts into a folder of the page's name.
+    """Write a run's tables to a page, and its charts to a folder named after the page.
 
     Args:
-        folder: as `python -m enact_common.gpu run` left it.
+        folder: output folder of `python -m enact_common.gpu run`.
         page: Markdown file to write.
 
     Raises:
-        UserError: there is no run in the folder, or the page's folder cannot be made.
+        UserError: the folder has no run.json, or the page's folder cannot be created.
     """
     summary = read(folder / "run.json")
     if summary is None:
-        raise UserError(f"{folder}: no run.json; name the folder that python -m enact_common.gpu run wrote")
+        raise UserError(f"{folder}: no run.json; name the folder of results of python -m enact_common.gpu run")
     pictures = page.parent / page.stem
     make_folder(pictures)
-    warning = "\n\n**Tiny sizes: the code was tried, nothing was measured.**" if summary["small"] else ""
+    warning = "\n\n**Tiny sizes: a trial of the code, nothing was measured.**" if summary["small"] else ""
     about = f"Machine: {summary['machine']}; {summary['date'][:10]}\n\n`{summary['command']}`{warning}"
     columns = {"step": LEFT, "ended": LEFT, "seconds": RIGHT, "command": LEFT}
     rows = [
@@ -50,12 +50,12 @@ def write_page(folder: Path, page: Path) -> None:
 
 
 def read(path: Path) -> dict | None:
-    """A JSON file's object; None where there is no such file."""
+    """Return the object in a JSON file; None if there is no such file."""
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def section_of(path: Path, pictures: Path) -> str:
-    """The content of a step's JSON file as Markdown; a chart, if there is one, goes into the folder."""
+    """Return a step's JSON file as Markdown; a benchmark's chart is written to `pictures`."""
     result = read(path)
     if "check" in result:
         return check_text(result)
@@ -67,7 +67,7 @@ def section_of(path: Path, pictures: Path) -> str:
 
 
 def check_text(result: dict) -> str:
-    """A check's rows as a table."""
+    """Return a check's rows as Markdown: heading, description and table."""
     head = f"### {result['check']}"
     if "problem" in result:
         return f"{head}\n\nFailed: {result['problem']}"
@@ -80,7 +80,7 @@ def check_text(result: dict) -> str:
 
 
 def cell(value) -> str:
-    """A value in a table: numbers with three digits."""
+    """Format a value for a table; floats get three significant digits."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -89,7 +89,7 @@ def cell(value) -> str:
 
 
 def rowcol_text(result: dict) -> str:
-    """The sums of Anchor DETR's attention as a table."""
+    """Return the result of `benchmark rowcol` as Markdown."""
     columns = {"map": LEFT, "naive ms": RIGHT, "ours ms": RIGHT, "naive saves MiB": RIGHT, "ours saves MiB": RIGHT}
     rows = [
         [
@@ -99,5 +99,7 @@ def rowcol_text(result: dict) -> str:
         ]
         for row in result["rows"]
     ]
-    about = f"Machine: {result['machine']}\n\nBatch times heads {result['batch']}, e = {result['channels']}, float32."
+    about = (
+        f"Machine: {result['machine']}\n\nBatch times heads {result['batch']}, head_dim {result['channels']}, float32."
+    )
     return f"{about}\n\n{markdown_table(columns, rows)}"

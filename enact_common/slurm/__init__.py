@@ -1,1 +1,1 @@
-"""Trainings and evaluations as jobs of a Slurm cluster, which go on after a time-out."""
+"""Submit trainings and evaluations as Slurm jobs that resume after a time-out."""

@@ -21,8 +21,8 @@ from enact_common.variants import VARIANTS
 
 CLUSTERS = ("slurm", "local", "debug")
 
-# What --slurm_parameter must leave alone: the flag that says it, where there is one.
-TAKEN = {
+# Parameters that --slurm_parameter must not set, with the flag that sets each.
+RESERVED_PARAMETERS = {
     "nodes": "--nodes", "ntasks": "--tasks_per_node", "ntasks_per_node": "--tasks_per_node", "time": "--time",
     "signal": "--signal_seconds", "cpus_per_task": "--cpus_per_task", "mem": "--mem_gb", "partition": "--partition",
     "account": "--account", "qos": "--qos", "constraint": "--constraint", "comment": "--comment",
@@ -31,99 +31,99 @@ TAKEN = {
 
 
 def slurm_parameter(text: str) -> tuple[str, str | bool]:
-    """One of sbatch's parameters as its name, with underscores, and its value, True where it has none; for argparse."""
+    """Parse an sbatch parameter into (name with underscores, value), True without a value; for argparse."""
     name, equals, value = text.partition("=")
     name = name.strip().lstrip("-").replace("-", "_")
     if not name or (equals and not value):
-        raise argparse.ArgumentTypeError(f"must be KEY=VALUE, or KEY alone, got {text!r}")
-    if name in TAKEN:
-        raise argparse.ArgumentTypeError(f"{name} is what {TAKEN[name]} says: pass that")
+        raise argparse.ArgumentTypeError(f"must be KEY=VALUE or KEY, got {text!r}")
+    if name in RESERVED_PARAMETERS:
+        raise argparse.ArgumentTypeError(f"{name} is set by {RESERVED_PARAMETERS[name]}: pass that flag")
     return name, value if equals else True
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line, up to the `--`."""
+    """Return the parser of the command line before the `--`."""
     parser = argparse.ArgumentParser(
         prog=program("enact_common.slurm"),
         usage="%(prog)s VARIANT [flags] -- [the variant's own flags]",
-        description=f"{slurm.__doc__} What follows the -- is the command line of the variant's main.py, with "
-        "--output_dir on a file system that all nodes share; a training is given --auto_resume. It is checked here, "
-        "before anything is submitted. docs/use/clusters.md has examples.",
+        description=f"{slurm.__doc__} The flags after the -- go to the variant's main.py and must set --output_dir, "
+        "on a file system that all nodes share. Trainings get --auto_resume. The flags are checked before the job is "
+        "submitted. docs/use/clusters.md has examples.",
         formatter_class=HelpFormatter,
     )
     parser.add_argument("variant", choices=tuple(VARIANTS), help="the model: " + ", ".join(VARIANTS))
     parser.add_argument(
         "--cluster", choices=CLUSTERS,
-        help="slurm; local: processes on this machine; debug: in this process, with a debugger where it fails; "
-        "default: slurm, where there is srun",
+        help="slurm: submit a job; local: run processes on this machine; debug: run in this process, with a "
+        "debugger on an error; default: slurm, which needs srun",
     )  # fmt: skip
     parser.add_argument(
-        "--wait", action="store_true", help="wait for the job's end; exit status 0, or 1 where the job failed"
+        "--wait", action="store_true", help="wait for the job to end; exit status 0, or 1 if the job failed"
     )
 
     group = parser.add_argument_group("resources")
-    group.add_argument("--nodes", type=positive_int, default=1, metavar="N", help="machines")
+    group.add_argument("--nodes", type=positive_int, default=1, metavar="N", help="number of machines")
     group.add_argument(
         "--gpus_per_node", type=natural_int, default=1, metavar="N",
-        help="GPUs of each machine, one process for each; 0 trains on CPUs, with --device cpu behind the --",
+        help="GPUs per machine, one process for each; 0 trains on CPUs and needs --device cpu after the --",
     )  # fmt: skip
     group.add_argument(
         "--tasks_per_node", type=positive_int, metavar="N",
-        help="processes on each machine, with --gpus_per_node 0; default: 1",
+        help="processes per machine, only with --gpus_per_node 0; default: 1",
     )  # fmt: skip
     group.add_argument(
         "--time", type=positive_int, default=1440, metavar="MINUTES",
-        help="limit; a training that needs more goes on in a new turn",
+        help="time limit; a longer training is requeued and resumes",
     )  # fmt: skip
     group.add_argument(
         "--signal_seconds", type=positive_int, default=120, metavar="SECONDS",
-        help="before the limit, the training is told to stop: enough for a step and a checkpoint",
+        help="time before the limit at which the training is told to stop; allow for a step and a checkpoint",
     )  # fmt: skip
     group.add_argument(
         "--max_requeues", type=natural_int, default=3, metavar="N",
-        help="times that a job whose time was up is put into the queue again",
+        help="maximum number of requeues after a time-out",
     )  # fmt: skip
 
     group = parser.add_argument_group("job")
-    group.add_argument("--job_name", metavar="NAME", help="in the queue; default: enact_VARIANT")
+    group.add_argument("--job_name", metavar="NAME", help="name in the queue; default: enact_VARIANT")
     group.add_argument(
         "--log_dir", metavar="DIR",
-        help="for the job's script and the logs of its processes, on a file system that all nodes share; default: "
-        "OUTPUT_DIR/slurm",
+        help="folder for the job's script and the logs of its processes, on a file system that all nodes share; "
+        "default: OUTPUT_DIR/slurm",
     )  # fmt: skip
     group.add_argument(
         "--setup", action="append", default=[], metavar="COMMAND",
-        help="shell command to run before the processes start, on the first machine: module load cuda, say; may be "
-        "given several times; default: none",
+        help="shell command to run on the first machine before the processes start, such as module load cuda; "
+        "repeatable; default: none",
     )  # fmt: skip
 
-    group = parser.add_argument_group("Slurm alone (no effect with --cluster local and debug)")
+    group = parser.add_argument_group("Slurm only (no effect with --cluster local or debug)")
     group.add_argument(
         "--cpus_per_task", type=positive_int, metavar="N",
-        help="processor cores of each process; default: the variant's --num_workers, and one",
+        help="CPU cores per process; default: the variant's --num_workers plus one",
     )  # fmt: skip
     group.add_argument(
-        "--mem_gb", type=positive_int, metavar="GB", help="main memory of each machine; default: the cluster's own"
+        "--mem_gb", type=positive_int, metavar="GB", help="main memory per machine, GB; default: the cluster's"
     )
     for flag, meaning in (
-        ("partition", "queue to wait in"),
-        ("account", "whom the time is charged to"),
+        ("partition", "partition (queue) of the job"),
+        ("account", "account to charge"),
         ("qos", "quality of service"),
-        ("constraint", "features that the machines must have"),
+        ("constraint", "required features of the machines"),
     ):
-        group.add_argument(f"--{flag}", metavar="NAME", help=f"{meaning}; default: the cluster's own")
-    group.add_argument("--exclude", metavar="NODES", help="machines to leave out; default: none")
-    group.add_argument("--comment", metavar="TEXT", help="kept with the job; default: none")
+        group.add_argument(f"--{flag}", metavar="NAME", help=f"{meaning}; default: the cluster's")
+    group.add_argument("--exclude", metavar="NODES", help="machines to exclude; default: none")
+    group.add_argument("--comment", metavar="TEXT", help="comment stored with the job; default: none")
     group.add_argument(
         "--slurm_parameter", action="append", type=slurm_parameter, default=[], metavar="KEY=VALUE",
-        help="any other parameter of sbatch: gres=gpu:a100:4 in place of --gpus_per_node's number alone, exclusive, "
-        "...; may be given several times; default: none",
+        help="any other sbatch parameter, such as exclusive, or gres=gpu:a100:4 to request GPUs of a type with "
+        "--gpus_per_node 4; repeatable; default: none",
     )  # fmt: skip
     return parser
 
 
 def job_module(name: str) -> ModuleType:
-    """A module of this package that needs submitit.
+    """Import a module of this package that needs submitit.
 
     Raises:
         UserError: submitit is not installed.
@@ -137,46 +137,48 @@ def job_module(name: str) -> ModuleType:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Fill in what follows from the other flags, and refuse what cannot work.
+    """Check the flags, and set `cluster` and `tasks_per_node` if they are not given.
 
     Raises:
-        UserError: naming the flag and the way out.
+        UserError: flags do not work together, or Slurm is missing.
     """
     if args.cluster is None:
         if shutil.which("srun") is None:
-            raise UserError("there is no srun here, so no Slurm: pass --cluster local to train on this machine")
+            raise UserError("no srun here, so Slurm is missing: pass --cluster local to train on this machine")
         args.cluster = "slurm"
     if args.gpus_per_node and args.tasks_per_node:
-        raise UserError("--tasks_per_node goes with --gpus_per_node 0: with GPUs, there is one process for each")
+        raise UserError(
+            "--tasks_per_node goes with --gpus_per_node 0: with GPUs, each GPU gets one process, so leave it out"
+        )
     args.tasks_per_node = args.gpus_per_node or args.tasks_per_node or 1
     if args.cluster != "slurm" and args.nodes > 1:
-        raise UserError(f"--nodes {args.nodes}: --cluster {args.cluster} has this machine alone")
+        raise UserError(f"--nodes {args.nodes}: --cluster {args.cluster} runs on this machine only; leave --nodes out")
     if args.cluster == "debug" and args.tasks_per_node > 1:
-        raise UserError("--cluster debug is one process: pass --gpus_per_node 1, or 0 without --tasks_per_node")
-    # A signal ten minutes or a fifth of the time before the limit is a preemption for submitit, which --max_requeues
+        raise UserError("--cluster debug runs one process: pass --gpus_per_node 1, or 0 without --tasks_per_node")
+    # submitit takes a signal that comes 10 minutes or a fifth of the limit early for a preemption, which --max_requeues
     # does not count. Slurm may send it a minute early.
     seconds = 60 * args.time
-    most = min(seconds - 1, max(600, seconds // 5) - 60)
-    if args.signal_seconds > most:
-        raise UserError(f"--signal_seconds {args.signal_seconds}: at most {most} with --time {args.time}")
+    longest = min(seconds - 1, max(600, seconds // 5) - 60)
+    if args.signal_seconds > longest:
+        raise UserError(f"--signal_seconds {args.signal_seconds}: at most {longest} with --time {args.time}; reduce it")
 
 
 def check_variant(args: argparse.Namespace, argv: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
-    """Parse and check the variant's command line, as far as that goes without the data and the job's machines.
+    """Parse and check the variant's command line, without looking at the data or the job's machines.
 
     Returns:
-        the command line to run, and its arguments.
+        (command line to run, parsed arguments).
 
     Raises:
-        UserError: naming the flag and the way out.
-        SystemExit: the parser refuses a flag.
+        UserError: a flag does not work with the others or in a job.
+        SystemExit: the parser rejects a flag.
     """
     parser = job_module("task").variant_parser(args.variant)
     flags = parser.parse_args(argv)
     parser.check(flags)
     if not flags.output_dir:
         raise UserError(
-            "--output_dir is missing: pass it behind the --, with a folder on a file system that all nodes share"
+            "--output_dir is missing: pass it after the --, with a folder on a file system that all nodes share"
         )
     kind, _ = parse_device(flags.device)
     if kind not in ("cpu", "cuda"):
@@ -187,33 +189,35 @@ def check_variant(args: argparse.Namespace, argv: Sequence[str]) -> tuple[list[s
             f"--device {flags.device} would leave the GPUs idle: pass --gpus_per_node 0 before the --, or leave it out"
         )
     if kind != "cpu" and not args.gpus_per_node:
-        raise UserError("--gpus_per_node 0 asks for no GPU: pass --device cpu behind the --")
+        raise UserError("--gpus_per_node 0 asks for no GPU: pass --device cpu after the --")
     if args.cluster != "slurm" and torch.cuda.device_count() < args.gpus_per_node:
-        raise UserError(f"--gpus_per_node {args.gpus_per_node}: PyTorch sees {torch.cuda.device_count()} GPUs here")
+        raise UserError(
+            f"--gpus_per_node {args.gpus_per_node}: PyTorch sees {torch.cuda.device_count()} GPUs here; pass fewer"
+        )
     latest = Path(flags.output_dir) / LATEST
     if flags.eval:
         return list(argv), flags
     if flags.resume and Path(flags.resume).resolve() != latest.resolve():
-        # It goes before --auto_resume: each turn of the job would begin with it again.
+        # --resume overrides --auto_resume, so the job would restart from that checkpoint after each requeue.
         raise UserError(
-            f"--resume {flags.resume}: a job goes on from {latest}, in each of its turns. Copy the checkpoint there "
-            "and leave --resume out, or begin anew with --pretrained"
+            f"--resume {flags.resume}: a job resumes from {latest}, also after a requeue. Copy the checkpoint there "
+            "and leave --resume out, or start a new training with --pretrained"
         )
     return [*argv, *([] if flags.auto_resume else ["--auto_resume"])], flags
 
 
 def submit(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Check everything, then submit the job.
+    """Check all arguments, then submit the job.
 
     Args:
-        args: of the command line.
+        args: parsed flags before the `--`.
         argv: the variant's command line.
 
     Returns:
         the exit status.
 
     Raises:
-        UserError: something in the arguments is wrong, or the cluster refuses the job; nothing has been submitted.
+        UserError: an argument is invalid, or the cluster rejects the job; no job was submitted.
     """
     submission = job_module("submission")
     check_flags(args)
@@ -238,16 +242,16 @@ def submit(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Submit what the command line names.
+    """Parse the command line and submit the job.
 
     Returns:
-        the exit status: 0; with --wait 1 where the job failed; 2 for what the user can mend.
+        the exit status: 0; with --wait 1 if the job failed; 2 for an error that the user can fix.
     """
     words = sys.argv[1:] if argv is None else argv
-    split = words.index("--") if "--" in words else len(words)
+    separator = words.index("--") if "--" in words else len(words)
     parser = build_parser()
-    args = parser.parse_args(words[:split])
-    return exit_status(parser.prog, lambda: submit(args, words[split + 1 :]))
+    args = parser.parse_args(words[:separator])
+    return exit_status(parser.prog, lambda: submit(args, words[separator + 1 :]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A job's way to the cluster, and the wait for its end."""
+"""Submission of a job to a cluster, and waiting for its end."""
 
 import argparse
 import os
@@ -13,22 +13,22 @@ from submitit.core.utils import pickle_load
 
 from enact_common.utils.errors import UserError
 
-# Parameters with which --slurm_parameter asks for GPUs of a kind, or in another way.
+# Slurm parameters that request GPUs; one of them in --slurm_parameter replaces --gpus_per_node.
 GPU_PARAMETERS = ("gpus", "gpus_per_node", "gpus_per_task", "gres")
 
-# Seconds between two looks at a job that is waited for.
+# Seconds between two polls of a job's state.
 LOOK_EVERY = 1.0
 
-# Looks after which tasks that have not noticed another one's failure are ended.
-NOTICE_WITHIN = 10
+# Polls that the other tasks get to end by themselves after one has failed.
+GRACE_POLLS = 10
 
 
 def slurm_parameters(args: argparse.Namespace, num_workers: int) -> dict:
-    """What submitit's Slurm executor is told.
+    """Return the parameters of submitit's Slurm executor.
 
     Args:
-        args: of the command line, checked.
-        num_workers: processes that load images, in each task.
+        args: parsed and checked flags.
+        num_workers: number of loader processes in each task.
     """
     extra = dict(args.slurm_parameter)
     cpus = args.cpus_per_task or num_workers + 1
@@ -41,36 +41,36 @@ def slurm_parameters(args: argparse.Namespace, num_workers: int) -> dict:
         "signal_delay_s": args.signal_seconds,
         "mem": args.mem_gb and f"{args.mem_gb}G",
         "setup": args.setup or None,
-        # submitit's own is unknown to clusters that keep a list of them.
+        # Clusters with a list of permitted wckeys reject submitit's default.
         "wckey": None,
-        # A task that fails ends the others, which would wait for it; one that is done lets them go on, however long.
-        # Since 22.05, srun does not take the cores over from sbatch.
+        # A failed task ends the others, which would wait for it forever; a finished task does not (--wait=0). Since
+        # Slurm 22.05, srun does not inherit --cpus-per-task from sbatch.
         "srun_args": ["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={cpus}"],
     }
     parameters |= {name: getattr(args, name) for name in ("partition", "account", "qos", "constraint", "exclude")}
     parameters["comment"] = args.comment
     if args.gpus_per_node and not any(name in extra for name in GPU_PARAMETERS):
         parameters["gpus_per_node"] = args.gpus_per_node
-    # Where the cluster's default forbids it, a job could not be put into the queue again.
+    # A cluster's default may forbid requeueing, so allow it explicitly.
     parameters["additional_parameters"] = ({"requeue": True} if args.max_requeues else {}) | extra
     return parameters
 
 
 def make_executor(args: argparse.Namespace, folder: Path, num_workers: int) -> submitit.Executor:
-    """submitit's executor for this job.
+    """Return submitit's executor for this job.
 
     Args:
-        args: of the command line, checked.
-        folder: for its files and the logs.
-        num_workers: processes that load images, in each task.
+        args: parsed and checked flags.
+        folder: folder for submitit's files and the logs.
+        num_workers: number of loader processes in each task.
 
     Raises:
-        UserError: there is no Slurm here.
+        UserError: Slurm is missing on this machine.
     """
     if args.cluster == "debug":
         return submitit.DebugExecutor(folder)
     if args.cluster == "local":
-        # SIGINT is how submitit ends a local job. In the background of a script it is ignored, and so by the job, too.
+        # submitit ends a local job with SIGINT. A script's background processes ignore SIGINT, and the job would too.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
         gpus = [int(number) for number in chosen if number.isdecimal()] or list(range(args.gpus_per_node))
@@ -81,17 +81,17 @@ def make_executor(args: argparse.Namespace, folder: Path, num_workers: int) -> s
         )  # fmt: skip
         return executor
     if shutil.which("srun") is None:
-        raise UserError("--cluster slurm: there is no srun here; pass --cluster local to train on this machine")
+        raise UserError("--cluster slurm: no srun here; pass --cluster local to train on this machine")
     executor = submitit.SlurmExecutor(folder, max_num_timeout=args.max_requeues)
     executor.update_parameters(**slurm_parameters(args, num_workers))
     return executor
 
 
 def wait(job: submitit.Job) -> int:
-    """Wait for the end of a job, or for the first of its tasks that fails.
+    """Wait until the job ends or its first task fails.
 
     Returns:
-        0; 1 where a task failed, whose error is printed.
+        0; 1 if a task failed, after printing its error.
     """
     tasks = [job.task(number) for number in range(job.num_tasks)]
     while True:
@@ -107,23 +107,23 @@ def wait(job: submitit.Job) -> int:
 
 
 def failure(task: submitit.Job, done: bool) -> str | Exception | None:
-    """What a task failed with; None where it did not, or is not at its end.
+    """Return the error of a failed task; None if the task succeeded or is running.
 
     Args:
-        task: of a job.
-        done: the job is at its end, so that a task without a result has failed.
+        task: a task of the job.
+        done: the job has ended, so a task without a result has failed.
     """
     result = task.paths.result_pickle
     if result.is_file():
-        # Asked by its own method, a task of a local job would wait for all others.
+        # Read the file, since `task.exception()` of a local job waits for all other tasks.
         outcome, value = pickle_load(result)
         return value if outcome == "error" else None
     return task.exception() if done else None
 
 
 def end_others(job: submitit.LocalJob) -> None:
-    """End the tasks of a local job that go on although one has failed; Slurm does so by itself."""
-    for _ in range(NOTICE_WITHIN):
+    """End the tasks of a local job that still run after one has failed; Slurm does this itself."""
+    for _ in range(GRACE_POLLS):
         if job.done():
             return
         time.sleep(LOOK_EVERY)

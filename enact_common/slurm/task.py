@@ -1,8 +1,8 @@
-"""What each task of a job runs: a variant's command line, as one process of a group.
+"""A task of a job: runs a variant's command line as one process of a group.
 
-`submitit` (https://github.com/facebookincubator/submitit, MIT licence) starts the tasks and puts a job back into the
-queue. Before it calls a task it installs a handler of the signal that Slurm sends before the time is up. A training
-has its own handlers meanwhile (`enact_common.utils.signals`); when one has stopped it, submitit's is called.
+`submitit` (https://github.com/facebookincubator/submitit, MIT licence) starts the tasks and requeues a job. Before it
+calls a task, it installs a handler for the signal that Slurm sends before the time limit. A training replaces it with
+its own handlers (`enact_common.utils.signals`); after a signal stopped the training, submitit's handler is called.
 """
 
 import os
@@ -21,32 +21,32 @@ from enact_common.training import run
 from enact_common.utils.signals import STOPPED, stop_requested
 from enact_common.variants import VARIANTS, load_variant
 
-# What submitit asks Slurm to send, SIGUSR2 where the environment says nothing else.
-TIME_IS_UP = getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}")
+# Signal that submitit asks Slurm to send before the time limit; SIGUSR2 unless the environment sets another.
+TIMEOUT_SIGNAL = getattr(signal, f"SIG{submitit.JobEnvironment.USR_SIG}")
 
-# Seconds that the main process may take to write a checkpoint and put the job back into the queue.
+# Seconds that the main process may take to write a checkpoint and requeue the job.
 MAIN_PROCESS_NEEDS = 600
 
-# Seconds after which Slurm's controller is not waited for any more.
-SCONTROL_TAKES = 60
+# Seconds to wait for an answer of Slurm's controller.
+SCONTROL_TIMEOUT = 60
 
-# Seconds between a signal's arrival at the first and at the last process of a job.
-SIGNALS_DIFFER_BY = 10
+# Maximum seconds between a signal's arrival at the first and at the last process of a job.
+SIGNAL_SKEW = 10
 
 
 def variant_parser(variant: str) -> VariantParser:
-    """A variant's command line, under the name of its script."""
+    """Return a variant's parser, named after its script."""
     parser = load_variant(variant).main.get_args_parser()
     parser.prog = f"{VARIANTS[variant][0]}/main.py"
     return parser
 
 
 class Task:
-    """A variant's command line, to be called in each task of a job.
+    """A callable that runs a variant's command line, called in each task of a job.
 
     Args:
         variant: a key of `VARIANTS`.
-        argv: the command line's words.
+        argv: words of the command line.
     """
 
     def __init__(self, variant: str, argv: Sequence[str]):
@@ -54,82 +54,82 @@ class Task:
         self.argv = list(argv)
 
     def __call__(self) -> int:
-        """Run it.
+        """Run the command line.
 
         Returns:
             0.
 
         Raises:
-            RuntimeError: it ended with a status that says that it failed.
-            SystemExit: a signal stopped it. Unlike an exception, this leaves no result, for the job is not done.
+            RuntimeError: the command line failed.
+            SystemExit: a signal stopped it. Unlike an exception, this writes no result, since the job is unfinished.
         """
         join_group()
-        requeue = signal.getsignal(TIME_IS_UP)
+        requeue = signal.getsignal(TIMEOUT_SIGNAL)
         package, parser = load_variant(self.variant), variant_parser(self.variant)
         build_model, build_dataset = package.models.build_model, package.datasets.build_dataset
         status = run.main(self.variant, parser, build_model, build_dataset, self.argv)
         if status == STOPPED:
             end_stopped(requeue)
         if status:
-            raise RuntimeError(f"{parser.prog} ended with status {status}: its log says why")
+            raise RuntimeError(f"{parser.prog} ended with status {status}: see its log")
         return status
 
     def checkpoint(self) -> DelayedSubmission:
-        """What the job runs when its turn comes again: the same, since `--auto_resume` finds the checkpoint."""
+        """Return the task for the requeued job: the same one, since `--auto_resume` finds the checkpoint."""
         return DelayedSubmission(self)
 
 
 def join_group() -> None:
-    """Describe the group of processes in the environment, as torchrun does."""
+    """Set the environment variables of the process group, as torchrun does."""
     environment = submitit.JobEnvironment()
-    # Each process chooses its GPU among all of the machine's. What a shell within another job left behind is replaced.
+    # Each process selects its GPU itself. Overwrite variables that were inherited from a shell in another job.
     TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
     if environment.num_nodes == 1:
-        # Not all machines know their own name.
+        # Some machines cannot resolve their own host name.
         os.environ["MASTER_ADDR"] = "localhost"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if visible and "," not in visible:
-        # The cluster shows each task its own GPU alone, or there is one only.
+        # The task sees only one GPU, so its index is 0.
         os.environ["LOCAL_RANK"] = "0"
 
 
 def end_stopped(requeue: Callable | int | None) -> None:
     """End a task whose training was stopped by a signal.
 
-    The main process puts the job back into the queue where its time was up, or where it is preempted, but not where it
-    was cancelled. The others leave the end to the main process: the first task that ends makes Slurm end all.
+    The main process requeues the job after a time-out or a preemption, but not after a cancellation. The other tasks
+    wait for the main process to end, because Slurm ends all tasks when the first one ends.
 
     Args:
-        requeue: submitit's handler, which ends the main process; with --cluster debug there is none.
+        requeue: submitit's signal handler, which ends the main process; there is none with --cluster debug.
 
     Raises:
-        SystemExit: always, but for the next.
-        submitit.core.utils.UncompletedJobError: the job's time was up too often.
+        SystemExit: always, except in the next case.
+        submitit.core.utils.UncompletedJobError: the job timed out too often.
     """
     environment = submitit.JobEnvironment()
     if environment.global_rank == 0:
         if stop_requested() is None:
-            # Another process's signal came first; with this one's, submitit's handler takes over.
-            time.sleep(SIGNALS_DIFFER_BY)
-        elif callable(requeue) and (stop_requested() == TIME_IS_UP or is_preempted(environment)):
-            requeue(TIME_IS_UP, None)
+            # Another process got the signal first; when it arrives here, submitit's handler takes over.
+            time.sleep(SIGNAL_SKEW)
+        elif callable(requeue) and (stop_requested() == TIMEOUT_SIGNAL or is_preempted(environment)):
+            requeue(TIMEOUT_SIGNAL, None)
     elif environment.cluster == "slurm":
-        # Slurm's SIGTERM, which submitit ignores, comes when the main process has ended.
+        # Slurm sends SIGTERM when the main process has ended; replace submitit's handler, which ignores it.
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(STOPPED))
         time.sleep(MAIN_PROCESS_NEEDS)
     sys.exit(STOPPED)
 
 
 def is_preempted(environment: submitit.JobEnvironment) -> bool:
-    """Whether Slurm wants this job's machines for another job, rather than that somebody cancelled it.
+    """Whether Slurm preempted this job, as opposed to a cancellation.
 
-    SIGTERM announces both. Slurm puts a preempted job back by itself, but not one that ends within its grace time.
+    Slurm sends SIGTERM in both cases. It requeues a preempted job itself, except one that ends in its grace time.
     """
     if environment.cluster != "slurm":
         return False
     command = ["scontrol", "show", "job", environment.job_id]
     try:
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=SCONTROL_TAKES).stdout
+        job_text = subprocess.run(command, capture_output=True, text=True, timeout=SCONTROL_TIMEOUT).stdout
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return re.search(r"\bPreemptTime=\d", shown) is not None
+    return re.search(r"\bPreemptTime=\d", job_text) is not None
