@@ -12,7 +12,7 @@ python := $(VENV)/bin/python
 stamp := $(VENV)/.enact-installed
 other_checkout := $(if $(filter-out "$(CURDIR)","$(shell cat $(stamp) 2>/dev/null)"),force)
 
-.PHONY: help install test wheel soak lint audit demo gpu clean force
+.PHONY: help install test wheel docs soak lint audit demo gpu clean force
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1:/p' Makefile | awk -F: '{ printf "  make %-10s%s\n", $$1, $$2 }'
@@ -29,6 +29,9 @@ test-fast: $(stamp)  ## run the tests without the slow ones, in about two minute
 
 wheel: $(stamp)  ## build the wheel, install it into a clean environment, and test it there
 	$(python) tests/installed.py
+
+docs: $(stamp)  ## build the documentation site into site/; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(python) -m mkdocs build --strict --quiet
 
 soak: $(stamp)  ## run the long loops of docs/dev/reliability.md, about half an hour, and record the results
 	$(python) tests/soak.py
@@ -58,7 +61,7 @@ gpu:  ## check and measure on a GPU, about ten minutes; uses wheels in WHEELS; t
 	PYTHONPATH="$(CURDIR)/$(WHEELS)/site:$(CURDIR)" $(gpu_python) -m enact_common.gpu run --output_dir gpu_run $(GPU_FLAGS)
 
 clean:  ## remove files of earlier runs (keeps the environment and outputs/)
-	rm -rf demo gpu_run build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf demo gpu_run site build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +
 
 # An environment without a working pip is incomplete, so it is created again.
