@@ -41,6 +41,7 @@ lint: $(stamp)  ## check the code with ruff, and the other files by schema and h
 	$(python) -m ruff format --check .
 	$(python) -m check_jsonschema --builtin-schema vendor.compose-spec docker-compose.yml
 	$(python) -m check_jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(python) -m check_jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[bfq]*.yml
 	@if [ -x $(VENV)/bin/hadolint ]; then echo "hadolint Dockerfile" && $(VENV)/bin/hadolint Dockerfile; \
 	else echo "hadolint is missing on this system: the Dockerfile is not checked"; fi
 
