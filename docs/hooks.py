@@ -17,7 +17,7 @@ def flag_tables() -> str:
         for group in load_variant(variant).main.get_args_parser()._action_groups:
             for action in group._group_actions:
                 if action.option_strings and action.help != argparse.SUPPRESS and action.dest != "help":
-                    flag = max(action.option_strings, key=len)
+                    flag = next(name for name in action.option_strings if name.startswith("--"))
                     groups.setdefault(group.title, {}).setdefault(flag, []).append((variant, action))
     lines = []
     for title, flags in groups.items():
