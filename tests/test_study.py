@@ -430,7 +430,7 @@ def test_a_small_study_runs_resumes_and_writes_its_page(tmp_path, capsys, monkey
     measured = json.loads((tmp_path / "costs.json").read_text())
     assert set(measured["encoders"]["conditional"]) == {"plain", "windows", "uniform"}
     assert measured["steps"]["context-conditional-plain"]["seconds"] > 0
-    assert (tmp_path / "precision.png").is_file()
+    assert (tmp_path / "differences.png").is_file()
 
     before = {name: path.stat().st_mtime_ns for name, path in files.items()}
     assert command.main([*argv, "--skip_costs"]) == 0

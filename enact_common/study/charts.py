@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from enact_common.drawing.figures import COLOURS, colour, save
-from enact_common.study.arms import PLAIN
 from enact_common.study.images import VAL, Shapes, draw_one
 
 # Results by trial, arm and seed.
@@ -17,6 +16,9 @@ TrialResults = Mapping[str, Mapping[str, Mapping[int, dict]]]
 
 # Images shown of each data set.
 EXAMPLES = 5
+
+# Points of AP; larger losses are written as numbers at the chart's edge, so that small ones can be told apart.
+LEAST_SHOWN = -5.0
 
 
 def draw_examples(sources: Sequence[Shapes], picture: Path) -> None:
@@ -42,29 +44,30 @@ def draw_examples(sources: Sequence[Shapes], picture: Path) -> None:
     save(figure, picture)
 
 
-def draw_precision(results: TrialResults, picture: Path) -> None:
-    """Draw the AP of each arm, a dot for each seed and a bar for their mean, a panel for each trial.
+def draw_differences(differences: Mapping[str, Mapping[str, tuple[float, float | None]]], picture: Path) -> None:
+    """Draw each arm's difference in AP to plain attention with its standard error, best first, a panel for each trial.
 
     Args:
-        results: results by trial, arm and seed.
+        differences: (mean, standard error or None) in points of AP, by trial and arm.
         picture: file to write.
     """
-    most = max(len(arms) for arms in results.values())
-    figure = Figure(figsize=(4.6 * len(results), 0.34 * most + 1.4), layout="constrained")
-    for axes, (title, arms) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):
-        names = list(arms)
-        for place, name in enumerate(names):
-            values = [100 * run["figures"]["AP"] for run in arms[name].values()]
-            axes.barh(place, statistics.mean(values), color=colour(0 if name == PLAIN else 1), alpha=0.45)
-            axes.plot(values, [place] * len(values), "o", color="black", markersize=4)
-        if PLAIN in arms:
-            plain = statistics.mean(100 * run["figures"]["AP"] for run in arms[PLAIN].values())
-            axes.axvline(plain, color=colour(0), linestyle="--", linewidth=1)
-        axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
-        axes.set_xlabel("AP, percent")
-        axes.set_title(title, fontsize=10)
-        axes.grid(axis="x", alpha=0.3)
+    heights = [len(arms) + 2.2 for arms in differences.values()]
+    figure = Figure(figsize=(9, 0.3 * sum(heights)), layout="constrained")
+    panels = figure.subplots(len(differences), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (title, arms) in zip(panels, differences.items(), strict=True):
+        ordered = sorted(arms.items(), key=lambda item: -item[1][0])
+        for place, (_, (mean, error)) in enumerate(ordered):
+            if mean < LEAST_SHOWN:
+                axes.text(LEAST_SHOWN, place, f" \u25c0 {mean:+.1f} ± {error or 0:.1f}", va="center", color=colour(1))
+            else:
+                axes.errorbar(mean, place, xerr=error, fmt="o", color=colour(1), capsize=3, markersize=6)
+        axes.axvline(0, color=colour(0), linewidth=1.5)
+        axes.set_xlim(LEAST_SHOWN, max(1.0, *(mean + (error or 0) + 0.3 for mean, error in arms.values())))
+        axes.set_yticks(range(len(ordered)), [name for name, _ in ordered])
+        axes.set_ylim(len(ordered) - 0.4, -0.6)
+        axes.set_title(title)
+        axes.grid(alpha=0.3)
+    panels[-1].set_xlabel("AP minus plain attention's, points (mean over seeds ± standard error)")
     save(figure, picture)
 
 
@@ -73,7 +76,7 @@ def draw_clusters(results: TrialResults, picture: Path) -> None:
     arms as there are colours.
 
     Args:
-        results: as in `draw_precision`, only for arms whose clusters follow trained scores.
+        results: results by trial, arm and seed, only for arms whose clusters follow trained scores.
         picture: file to write.
     """
     figure = Figure(figsize=(5.2 * len(results), 4.2), layout="constrained")

@@ -55,6 +55,15 @@ def difference(ours: Mapping[int, dict], theirs: Mapping[int, dict]) -> tuple[fl
     return statistics.mean(points), error
 
 
+def differences_to_plain(by_trial: Mapping[str, Mapping[str, Mapping[int, dict]]]) -> dict[str, dict]:
+    """Return each arm's `difference` to plain attention, by trial and arm; results are by trial, arm and seed."""
+    differences = {}
+    for title, arms in by_trial.items():
+        to_plain = {name: difference(runs, arms.get(PLAIN, {})) for name, runs in arms.items() if name != PLAIN}
+        differences[title] = {name: value for name, value in to_plain.items() if value is not None}
+    return {title: arms for title, arms in differences.items() if arms}
+
+
 def difference_text(value: tuple[float, float | None] | None) -> str:
     """Return a difference with its standard error as text; a dash for None."""
     if value is None:
@@ -223,7 +232,7 @@ def write_page(preset: Preset, folder: Path, about: Mapping[str, Any]) -> Path:
     sections = [trial_text(preset, trial, results, costs) for trial in preset.trials]
     pictures = []
     if importlib.util.find_spec("matplotlib"):
-        from enact_common.study.charts import draw_clusters, draw_examples, draw_precision
+        from enact_common.study.charts import draw_clusters, draw_differences, draw_examples
 
         by_trial = {title_of(trial): results_of(preset, trial, results) for trial in preset.trials}
         by_trial = {name: arms for name, arms in by_trial.items() if arms}
@@ -234,7 +243,7 @@ def write_page(preset: Preset, folder: Path, about: Mapping[str, Any]) -> Path:
         shapes = {source.name: source for source in sources_of(preset) if isinstance(source, Shapes)}
         draw: dict[str, tuple[Callable, Any]] = {
             "images.png": (draw_examples, list(shapes.values())),
-            "precision.png": (draw_precision, by_trial),
+            "differences.png": (draw_differences, differences_to_plain(by_trial)),
             "clusters.png": (draw_clusters, {title: arms for title, arms in with_scores.items() if arms}),
         }
         for name, (chart, content) in draw.items():
