@@ -964,7 +964,7 @@ def leave_one_image(root: Path, out: Path) -> None:
 @pytest.mark.parametrize(
     "spoil, flags, message",
     [
-        (fill_the_output, (), "holds something already"),
+        (fill_the_output, (), "the folder is not empty"),
         (make_the_output_a_file, (), "is a file"),
         (empty_the_data, (), "no XML files with images"),
         (remove_the_data, (), "no such folder"),

@@ -250,7 +250,7 @@ def test_a_detector_runs_in_the_requested_precision(detector, checkpoint, photo)
     torch.testing.assert_close(found.scores[:3], expected.scores[:3], rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("amp, said", [("fp16", "fp16 needs a GPU"), ("int8", "no such precision; pass one of none")])
+@pytest.mark.parametrize("amp, said", [("fp16", "fp16 needs a GPU"), ("int8", "unknown precision; pass one of none")])
 def test_an_unavailable_precision_is_refused(checkpoint, amp, said):
     with pytest.raises(UserError, match=said):
         load_detector(checkpoint, "cpu", amp=amp)
