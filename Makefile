@@ -21,11 +21,13 @@ help:  ## list the targets
 
 install: $(stamp)  ## create the environment and install the package into it
 
+# A file runs in one process, so that its fixtures are made once, in the order of tests/conftest.py.
+jobs = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: $(stamp)  ## run the tests, in JOBS processes
-	$(python) -m pytest -n $(JOBS) --dist loadgroup
+	$(python) -m pytest $(jobs)
 
 test-fast: $(stamp)  ## run the tests without the slow ones, in about two minutes
-	$(python) -m pytest -n $(JOBS) -m "not slow"
+	$(python) -m pytest $(jobs) -m "not slow"
 
 wheel: $(stamp)  ## build the wheel, install it into a clean environment, and test it there
 	$(python) tests/installed.py

@@ -54,18 +54,26 @@ SMALL_MODEL = {
 }
 
 
-# Test files that mostly train, export, compile or start processes. `make test-fast` skips them, and single tests marked
-# as slow.
+# Test files that mostly train, export, compile or start processes, slowest first. `make test-fast` skips them, and
+# single tests marked as slow.
 SLOW_FILES = (
-    "acceleration architecture benchmark compare compose distributed export finetune golden gpu segmentation slurm "
-    "soak stopping study tools train unreadable upstream"
+    "export acceleration stopping compose golden slurm study segmentation gpu tools distributed benchmark upstream "
+    "train soak unreadable compare finetune architecture"
 ).split()
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.stem.removeprefix("test_") in SLOW_FILES:
+        if file_order(item) < len(SLOW_FILES):
             item.add_marker(pytest.mark.slow)
+    # A file runs in one process: starting with the slowest keeps all processes busy to the end.
+    items.sort(key=file_order)
+
+
+def file_order(item) -> int:
+    """Return the place of a test's file in `SLOW_FILES`, and their number for other files."""
+    name = item.path.stem.removeprefix("test_")
+    return SLOW_FILES.index(name) if name in SLOW_FILES else len(SLOW_FILES)
 
 
 @pytest.fixture(autouse=True)

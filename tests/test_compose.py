@@ -139,28 +139,24 @@ def trained(settings) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("compose")
 def test_the_training_service_runs(trained):
     assert len(read_log(trained)) == 1
     assert {"checkpoint.pth", "best.pth", "evaluation.json"} <= {path.name for path in trained.iterdir()}
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("compose")
 def test_the_evaluation_service_runs_on_the_trained_checkpoint(trained, settings):
     output = finish("eval", settings | {"PROCESSES": "1"})
     assert "Average Precision" in output and (trained / "results.json").is_file()
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("compose")
 def test_the_benchmark_service_runs(settings):
     finish("benchmark", settings)
     assert (Path(settings["OUTPUT_PATH"]) / "benchmarks" / "table.md").is_file()
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("compose")
 def test_tensorboard_shows_the_training(trained, settings):
     port = free_port()
     # The last flags win. A container has its own network, but here the default port may be in use.

@@ -76,7 +76,6 @@ def learned(tmp_path_factory):
     return data, root / "out" / "checkpoint.pth"
 
 
-@pytest.mark.xdist_group("learned")
 def test_metrics_do_not_depend_on_the_number_of_processes(learned, tmp_path):
     data, checkpoint = learned
     # A fixed batch size, because ENACT's windows depend on the other images of the batch: four batches for up to three
@@ -101,7 +100,6 @@ def test_metrics_do_not_depend_on_the_number_of_processes(learned, tmp_path):
             )
 
 
-@pytest.mark.xdist_group("learned")
 def test_box_losses_do_not_depend_on_the_number_of_processes(learned, tmp_path):
     data, _ = learned
     argv = ["--epochs", "1", "--dropout", "0", "--encoder_attention", "mhsa", "--backbone_norm", "frozen"]

@@ -70,7 +70,6 @@ def whole_training(request, shapes, tmp_path_factory):
     return request.param, output
 
 
-@pytest.mark.xdist_group("whole training")
 @pytest.mark.parametrize(
     "number, workers", [(signal.SIGTERM, "2"), (signal.SIGUSR1, "0")], ids=["SIGTERM to all", "SIGUSR1 to one"]
 )
@@ -98,7 +97,6 @@ def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(whole_training, s
     assert_same_training(tmp_path, theirs)
 
 
-@pytest.mark.xdist_group("whole training")
 def test_kills_at_any_moment_leave_a_checkpoint_that_resumes(whole_training, shapes, tmp_path):
     count, theirs = whole_training
     argv = [*STEPS, "--auto_resume", "--save_every_steps", "1"]
@@ -190,9 +188,9 @@ def test_ctrl_c_ends_without_a_traceback(shapes, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     assert end([process]) == [130]
     assert process.complained.splitlines()[-1] == "main.py: interrupted; earlier checkpoints are complete"
-    # A loader process may print a ConnectionResetError from one of Python's threads while it sends a batch.
+    # A loader process may print a traceback from the thread that sends its batches, whole or in part.
     assert "KeyboardInterrupt" not in process.complained
-    assert "Traceback" not in process.complained or "ConnectionResetError" in process.complained
+    assert "Traceback" not in process.complained or "resource_sharer.py" in process.complained
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["epoch"] == 0
 
 

@@ -82,7 +82,7 @@ def draw_clusters(image: np.ndarray, layers: Sequence[Tensor]) -> Figure:
     """
     maps = [level.numpy() for layer in layers for level in layer]
     note = "hatched cells are left out" if any((level < 0).any() for level in maps) else "no cell is left out"
-    heading = ("Clusters in the encoder", f"one patch per cluster, along the rows of {cells_of(maps[0])}; {note}")
+    heading = ("Clusters in the encoder", f"one patch per cluster, {cells_of(maps[0])}; {note}")
     figure, panels = lay_out(image, len(maps), heading, title_lines=2, columns=columns_of(layers))
     for axes, title, clusters in zip(panels, titles_of(layers), maps, strict=True):
         count, kept = clusters.max() + 1, (clusters >= 0).sum()
