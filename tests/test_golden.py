@@ -104,9 +104,9 @@ def test_losses_matches_and_gradients(case, norms, monkeypatch):
     assert grads.keys() == expected.keys()
     masks = "--masks" in spec["argv"]
     # The gradient of a key bias is pure rounding, so norms far below all others are compared absolutely. In the masks
-    # case the unscaled attention saturates, and the gradient of W_q is rounding too (3e-9; 2e-3 with AVX2, where
-    # rounding makes two logits of one query equal).
-    floor = 1e-4 * max(expected.values()) if masks else 1e-5
+    # case the unscaled attention saturates, and the gradient of W_q is rounding too (3e-9; 2e-3 with AVX2 and
+    # 4e-3 with neither, where rounding makes two logits of one query equal).
+    floor = 2e-4 * max(expected.values()) if masks else 1e-5
     for name, norm in grads.items():
         # With masks the backbone is ResNet-50, where activations switch between zero and positive even without folding.
         deep = "backbone" in name and masks
