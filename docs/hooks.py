@@ -34,8 +34,10 @@ def flag_tables() -> str:
 
 
 def readable(default) -> str:
-    if default is None or default is False or default == "":
-        return "none" if default in (None, "") else "off"
+    if default is None or default == "":
+        return "none"
+    if default is False:
+        return "off"
     if isinstance(default, (list, tuple)):
         return " ".join(map(str, default))
     return str(default)
