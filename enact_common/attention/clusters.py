@@ -13,6 +13,15 @@ from .tracing import is_tracing, size_from_data
 GRADIENT_PART = 2**20
 
 
+# Tokens per cluster where no budget is given.
+DEFAULT_SHARE = 16
+
+
+def default_budget(num_tokens: int) -> int:
+    """Return the default number of clusters for N tokens: a sixteenth of them, rounded up."""
+    return -(-num_tokens // DEFAULT_SHARE)
+
+
 def cut_windows(tokens: Tensor, length: int) -> Tensor:
     """Cut the sequence into whole windows. Drop the remainder: half at the front, the rest at the back.
 
