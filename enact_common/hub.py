@@ -6,6 +6,7 @@ clusters.
 """
 
 import argparse
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
@@ -14,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from enact_common.checkpoints.contents import arguments_of, averaged_weights, known_variant
-from enact_common.checkpoints.files import load_checkpoint, load_model
+from enact_common.checkpoints.files import Undrawn, load_checkpoint, load_model
 from enact_common.cli.flags import COCO, MODEL, PANOPTIC, with_flags
 from enact_common.data.categories import LabelMap, coco_names
 from enact_common.data.panoptic import NUM_CLASSES, things_of
@@ -131,7 +132,8 @@ def build(
         )  # fmt: skip
     args = with_flags(args, **flags)
     check_arguments(model, args)
-    built, _, postprocessors = load_variant(model.variant).models.build_model(args)
+    with contextlib.nullcontext() if state is None else Undrawn():
+        built, _, postprocessors = load_variant(model.variant).models.build_model(args)
     if state is not None:
         load_model(built, averaged_weights(state, source), source)
     if not return_postprocessor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import GOLDEN, assert_close, build, parse
 
+from enact_common.checkpoints.files import Undrawn
 from enact_common.gpu.golden import golden_batch, load_recipe
 from enact_common.models import backbone
 from enact_common.training.optimization import parameter_groups
@@ -49,7 +50,8 @@ def case(request):
     spec = json.loads(str(recorded["spec"]))
     argv = arguments(file, spec["argv"])
     variant = FILES[file][0]
-    model, criterion, postprocessors = build(variant, *argv)
+    with Undrawn():
+        model, criterion, postprocessors = build(variant, *argv)
     recipe.fill(model)
     return recorded, spec, parse(variant, *argv), model, criterion, postprocessors
 
@@ -114,10 +116,8 @@ def test_losses_matches_and_gradients(case, norms, monkeypatch):
 
 
 def test_five_training_steps(case):
+    """The last test of a case, since it changes the model's weights."""
     recorded, spec, args, model, criterion, _ = case
-    import recipe
-
-    recipe.fill(model)
     samples, targets = golden_batch(load_recipe(), spec)
     model.train()
     groups = parameter_groups(model, args.lr, args.lr_backbone)
@@ -144,7 +144,8 @@ def test_five_training_steps(case):
 def test_parameters_of_the_published_models(file, name):
     data = RECORDED[file]
     argv = arguments(file, json.loads(str(data[f"{name}/argv"])))
-    model, _, _ = build(FILES[file][0], *argv)
+    with Undrawn():
+        model, _, _ = build(FILES[file][0], *argv)
     expected = json.loads(str(data[f"{name}/params"]))
     assert {key: list(tensor.shape) for key, tensor in model.state_dict().items()} == expected
     if f"{name}/n_trainable" in data.files:

@@ -95,7 +95,10 @@ def altered(checkpoint: Path, path: Path, **changes) -> Path:
 def test_a_checkpoint_brings_its_variant_classes_and_settings(variant_and_attention, checkpoint_of):
     variant, attention = variant_and_attention
     path = checkpoint_of(variant, attention)
+    random_state = torch.get_rng_state()
     detector = load_detector(path, "cpu")
+    # Weights that the checkpoint fills are not drawn.
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert (detector.variant, detector.args.encoder_attention) == (variant, attention)
     assert (detector.args.eval_size, detector.args.max_size, detector.args.backbone) == (64, 96, "resnet18")
     if attention == "enact":

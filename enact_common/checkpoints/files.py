@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import init
+from torch.overrides import TorchFunctionMode
 
 from enact_common.cli.flags import CLUSTERING_FLAGS, ENACT_FLAGS, MODEL_FLAGS, NEGATABLE_FLAGS
 from enact_common.utils.download import download, is_url
@@ -231,6 +233,26 @@ def flag_text(flag: str, value: Any) -> str:
         off = f"--no-{flag}" if flag in NEGATABLE_FLAGS else f"no --{flag}"
         return f"--{flag}" if value else off
     return f"--{flag} {value}"
+
+
+class Undrawn(TorchFunctionMode):
+    """A context that leaves new weights undrawn, for a model that `load_model` fills.
+
+    Random numbers for a ResNet-50 take longer than reading it, and the caller's random state stays as it was.
+    """
+
+    DRAWING = frozenset(
+        (
+            torch.Tensor.normal_, torch.Tensor.uniform_, init.normal_, init.uniform_, init.trunc_normal_,
+            init.kaiming_normal_, init.kaiming_uniform_, init.xavier_normal_, init.xavier_uniform_,
+        )
+    )  # fmt: skip
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in self.DRAWING:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def load_model(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 
 from enact_common.checkpoints.contents import arguments_of, averaged_weights, known_variant
-from enact_common.checkpoints.files import load_checkpoint, load_model
+from enact_common.checkpoints.files import Undrawn, load_checkpoint, load_model
 from enact_common.cli.flags import PANOPTIC
 from enact_common.data.categories import LabelMap
 from enact_common.data.exif import decode_upright
@@ -253,7 +253,8 @@ def load_detector(
         args, label_map = arguments_of(state, variant, flags)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    model, _, postprocessors = load_variant(variant).models.build_model(args)
+    with Undrawn():
+        model, _, postprocessors = load_variant(variant).models.build_model(args)
     load_model(model, averaged_weights(state, source), source)
     things = things_of(label_map, source) if args.dataset_file == PANOPTIC else None
     if threshold is None:
