@@ -1,4 +1,7 @@
-"""Shared fixtures and helpers: small data sets, small models, runs of a variant's command line."""
+"""Shared fixtures and helpers: small data sets, small models, runs of a variant's command line.
+
+Functions import PyTorch, since pytest-xdist's controller loads this file too before it starts the processes that test.
+"""
 
 import functools
 import http.client
@@ -18,14 +21,9 @@ from pathlib import Path
 # wait for each other when other work shares the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import pytest
-import torch
 from processes import Forked
 
-from enact_common.data.synthetic import make_shapes
-from enact_common.drawing import fonts as drawing_fonts
-from enact_common.training.run import main
 from enact_common.variants import VARIANTS, load_variant
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,6 +77,8 @@ def file_order(item) -> int:
 @pytest.fixture(autouse=True)
 def one_seed():
     """Seed PyTorch, so that the order of tests does not matter."""
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -101,6 +101,8 @@ def heard_signals() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def shapes(tmp_path_factory) -> Path:
     """A data set of drawn shapes in COCO's layout: 12 training images, 6 validation images."""
+    from enact_common.data.synthetic import make_shapes
+
     return make_shapes(tmp_path_factory.mktemp("shapes") / "data", train=12, val=6, size=(64, 80), seed=3)
 
 
@@ -181,6 +183,8 @@ def make_font(path: Path, characters: str) -> Path:
 @pytest.fixture
 def fonts(monkeypatch, tmp_path) -> Path:
     """The user's font folder, empty; only the fonts of Pillow and matplotlib remain."""
+    from enact_common.drawing import fonts as drawing_fonts
+
     caches = (drawing_fonts.font_sources, drawing_fonts.readable_name, drawing_fonts.open_font, drawing_fonts.has_glyph)
     home = tmp_path / "share"
     monkeypatch.setattr(sys, "platform", "linux")
@@ -198,6 +202,8 @@ def fonts(monkeypatch, tmp_path) -> Path:
 @pytest.fixture
 def website(tmp_path, monkeypatch) -> Iterator[Website]:
     """https://weights.test/, with an empty download cache."""
+    import torch
+
     folder = tmp_path / "website"
     folder.mkdir()
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
@@ -233,6 +239,8 @@ def build(variant: str, *argv: str):
 
 def run(variant: str, *argv: str) -> int:
     """Run a variant's command line in this process; the exit status."""
+    from enact_common.training.run import main
+
     package = load_variant(variant)
     return main(
         variant,
@@ -301,6 +309,8 @@ def start(
 
 def equal_states(first, second) -> bool:
     """Whether two nested states hold the same tensors and values."""
+    import torch
+
     if isinstance(first, torch.Tensor):
         return torch.equal(first, second)
     if isinstance(first, dict):
@@ -322,5 +332,8 @@ def read_log(output_dir: Path) -> list[dict]:
 
 def assert_close(actual, expected, tolerance: float = 1e-4) -> None:
     """Assert equality within a relative and absolute tolerance."""
+    import numpy as np
+    import torch
+
     actual = actual.detach() if isinstance(actual, torch.Tensor) else actual
     np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=tolerance, atol=tolerance)
