@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
     settings |= {"images": len(dataset), "window_lengths": lengths}
     where = environment(args.argv, torch.device("cpu"))
     figures = {"benchmark": "agreement", **where, "settings": settings, "rows": []}
-    interface = Interface(batch=None, greatest_side=greatest_side(detector))
+    interface = Interface(batch=1, greatest_side=greatest_side(detector))
 
     row, expected = evaluate(pytorch(detector, interface), dataset, None, args.threshold)
     figures["rows"].append({"runtime": "PyTorch", **row})
