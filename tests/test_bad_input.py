@@ -546,6 +546,7 @@ FOLDER = "数据 e\u0301té 🦋"
 NAMES = ("café 1 🙂.jpg", "cafe\u0301 1 🙂.jpg", "細胞 и клетки/图 #2 %20 'x'.jpg", "a b  c .jpg")
 
 
+@pytest.mark.slow
 def test_names_in_any_script_work_from_checks_to_predictions(tmp_path, capsys):
     root = make_shapes(tmp_path / FOLDER / "data", train=4, val=4, size=(64, 80), seed=3)
     for split in ("train", "val"):

@@ -118,6 +118,7 @@ def test_drawn_shapes_only_get_notes(shapes):
     assert quick(shapes) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variable", ["ENACT_BCCD", "ENACT_COCO_MINI"])
 def test_real_data_have_no_errors_or_faults(variable):
     assert {finding.severity for finding in full(real_data(variable))} <= {"warning", "note"}

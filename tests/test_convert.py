@@ -155,7 +155,7 @@ WRITERS = {"voc": write_as_voc, "yolo": write_as_yolo}
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-@pytest.mark.parametrize("data", ["shapes", "bccd"])
+@pytest.mark.parametrize("data", ["shapes", pytest.param("bccd", marks=pytest.mark.slow)])
 def test_boxes_survive_a_round_trip(kind, data, request, tmp_path, capsys):
     coco = request.getfixturevalue("shapes") if data == "shapes" else real_data("ENACT_BCCD")
     WRITERS[kind](coco, tmp_path / "other")

@@ -301,7 +301,9 @@ def test_frozen_norm_freezes_the_stem_and_batch_norm_trains_it():
     assert not any(p.requires_grad for p in Backbone("resnet18", False, weights="none").parameters())
 
 
-@pytest.mark.parametrize("name, dilation", [("resnet18", False), ("resnet50", True)])
+@pytest.mark.parametrize(
+    "name, dilation", [("resnet18", False), pytest.param("resnet50", True, marks=pytest.mark.slow)]
+)
 def test_folded_norms_equal_separate_norms(name, dilation, monkeypatch):
     """Compares maps and gradients in float64, where rounding flips no activation."""
     model = Backbone(name, weights="none", dilation=dilation, return_interm_layers=True).double()

@@ -714,6 +714,7 @@ def test_pictures_need_an_image_and_a_map_of_its_size(image, ids):
 # Real data ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_real_panoptic_images_load_evaluate_and_draw(coco_mini, tmp_path):
     images, file, masks = find_panoptic_split(str(coco_mini), str(coco_mini / "annotations"), "val")
     dataset = CocoPanoptic(images, file, masks, eval_transforms(160, 256))
