@@ -11,14 +11,7 @@ from torch.testing import assert_close
 from torchvision import tv_tensors
 
 from enact_common import nested_tensor_from_tensor_list
-from enact_common.attention.clustering import (
-    CLUSTERS,
-    EQUAL,
-    REGIONS,
-    WINDOWS,
-    EntropyClustering,
-    equal_information,
-)
+from enact_common.attention.clustering import CLUSTERS, EQUAL, REGIONS, WINDOWS, EntropyClustering, equal_information
 from enact_common.attention.clusters import default_budget
 from enact_common.boxes import (
     box_cxcywh_to_xyxy,
