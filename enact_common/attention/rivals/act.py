@@ -56,8 +56,7 @@ class AdaptiveClusteringSelfAttention(RivalSelfAttention):
             counted: bool (batch, L), False where padded.
         """
         features = features_of(self.W_q, query)
-        own = counted.sum(dim=1).clamp(min=1)  # (batch,)
-        mean = (features * counted.unsqueeze(-1)).sum(dim=1) / own.unsqueeze(-1)  # (batch, d)
+        mean = (features * counted.unsqueeze(-1)).sum(dim=1) / counted.sum(dim=1, keepdim=True)  # (batch, d)
         powers = 2 ** torch.arange(MOST_BITS, device=query.device)
         # All used bits set gives 2 powers - 1, which must be below the budget.
         used = 2 * powers <= self.image_budgets(counted).unsqueeze(-1)  # (batch, bits)

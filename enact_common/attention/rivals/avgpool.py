@@ -21,8 +21,8 @@ class AveragePoolSelfAttention(RivalSelfAttention):
     def reduce(self, key: Tensor, value: Tensor, present: Tensor, map_size: tuple[int, int] | None) -> Reduced:
         """As in the base class."""
         maps = present.unflatten(1, map_size)  # (batch, h, w)
-        height = maps.any(dim=2).sum(dim=1).clamp(min=1)  # (batch,)
-        width = maps.any(dim=1).sum(dim=1).clamp(min=1)
+        height = maps.any(dim=2).sum(dim=1)  # (batch,)
+        width = maps.any(dim=1).sum(dim=1)
         rows, columns = grid_shape(height, width, self.image_budgets(present))
         y = torch.arange(map_size[0], device=key.device) * rows.unsqueeze(1) // height.unsqueeze(1)  # (batch, h)
         x = torch.arange(map_size[1], device=key.device) * columns.unsqueeze(1) // width.unsqueeze(1)  # (batch, w)

@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from ..clustering import at_least_float32
 from .base import RivalSelfAttention
 
-# Keeps a division finite if all features have underflowed, or all tokens are padding.
+# Keeps the division finite if all features have underflowed.
 LEAST_TOTAL = 1e-12
 
 
 class LinearSelfAttention(RivalSelfAttention):
-    """Similarity is `phi(q) phi(k)` with phi = elu + 1 instead of a softmax, so the keys reduce to (head_dim x head_dim).
+    """A query weighs a key by `phi(q) phi(k)` with phi = elu + 1, so all queries share the sums over keys.
 
     It has no number of keys to choose, hence no `token_budget`, and no attention weights to drop, so `dropout` has no
     effect.
