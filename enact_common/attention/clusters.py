@@ -19,7 +19,8 @@ DEFAULT_SHARE = 16
 
 def default_budget(num_tokens: int | Tensor) -> int | Tensor:
     """Return the default number of clusters for N tokens: a sixteenth of them, rounded up."""
-    return -(-num_tokens // DEFAULT_SHARE)
+    # Not -(-N // 16): ONNX rounds the quotient of sizes towards zero.
+    return (num_tokens + DEFAULT_SHARE - 1) // DEFAULT_SHARE
 
 
 def cut_windows(tokens: Tensor, length: int) -> Tensor:
