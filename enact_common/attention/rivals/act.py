@@ -27,6 +27,7 @@ class AdaptiveClusteringSelfAttention(RivalSelfAttention):
         - one clustering for all heads, and no distillation.
     """
 
+    title = "prototypes of queries by hashing"
     exact_at_full_budget = False
 
     def __init__(self, embed_dim: int, *args, **kwargs):

@@ -16,6 +16,7 @@ class AveragePoolSelfAttention(RivalSelfAttention):
     Each image has a grid of its own over its unpadded part, so padding changes nothing.
     """
 
+    title = "average pooling of the map"
     needs_map_size = True
 
     def reduce(self, key: Tensor, value: Tensor, present: Tensor, map_size: tuple[int, int] | None) -> Reduced:

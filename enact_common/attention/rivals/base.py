@@ -32,6 +32,7 @@ class RivalSelfAttention(nn.Module):
         map_size: height and width of the feature map, for callers that cannot pass it to `forward`.
 
     Attributes:
+        title: what the method does, for tables and charts.
         needs_map_size: whether the method needs the map's height and width.
         takes_budget: whether the method has a number of keys to choose.
         exact_at_full_budget: whether a budget of N gives plain multi-head attention.
@@ -41,6 +42,7 @@ class RivalSelfAttention(nn.Module):
         ValueError: embed_dim is not a multiple of num_heads, or the budget is below 1 or not of this method.
     """
 
+    title = ""
     needs_map_size = False
     takes_budget = True
     exact_at_full_budget = True

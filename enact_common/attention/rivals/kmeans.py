@@ -24,6 +24,8 @@ class KMeansSelfAttention(RivalSelfAttention):
     instead of on their hashes, started from tokens that are spread evenly.
     """
 
+    title = "k-means clusters of keys"
+
     def reduce(self, key: Tensor, value: Tensor, present: Tensor, map_size: tuple[int, int] | None) -> Reduced:
         """As in the base class."""
         most = self.budget(key.shape[1])

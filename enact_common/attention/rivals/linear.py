@@ -22,6 +22,7 @@ class LinearSelfAttention(RivalSelfAttention):
     effect.
     """
 
+    title = "linear attention, elu + 1"
     takes_budget = False
     exact_at_full_budget = False
 

@@ -31,6 +31,8 @@ class PollPoolSelfAttention(RivalSelfAttention):
         - the scores learn by a straight-through bias on the logits, instead of by scaling the polled tokens.
     """
 
+    title = "poll and pool"
+
     def __init__(self, embed_dim: int, *args, **kwargs):
         super().__init__(embed_dim, *args, **kwargs)
         # Biases would change all logits alike, so they would get no gradient.

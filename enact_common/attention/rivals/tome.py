@@ -23,6 +23,8 @@ class TokenMergingSelfAttention(RivalSelfAttention):
         - destinations are spread evenly over an image's own tokens instead of being every second token.
     """
 
+    title = "token merging"
+
     def reduce(self, key: Tensor, value: Tensor, present: Tensor, map_size: tuple[int, int] | None) -> Reduced:
         """As in the base class."""
         most = self.budget(key.shape[1])

@@ -20,6 +20,8 @@ class TopKSelfAttention(RivalSelfAttention):
           decoder's attention maps.
     """
 
+    title = "the highest learned scores"
+
     def __init__(self, embed_dim: int, *args, **kwargs):
         super().__init__(embed_dim, *args, **kwargs)
         # A bias would change all logits alike, so it would get no gradient.
