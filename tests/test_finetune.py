@@ -166,7 +166,7 @@ def test_an_original_checkpoint_of_coco_keeps_its_head_on_coco():
 
 def test_mismatched_tensors_are_listed_with_the_reason():
     own = {"a.weight": torch.zeros(2, 3), "b": torch.zeros(4), "new": torch.zeros(1)}
-    fit = fit_weights({"a.weight": torch.ones(5, 3), "b": torch.ones(4), "old": torch.ones(1)}, own, 1, True)
+    fit = fit_weights({"a.weight": torch.ones(5, 3), "b": torch.ones(4), "old": torch.ones(1)}, own, 1, True, False)
     assert fit.skipped == {"a.weight": "5 x 3 in the checkpoint, 2 x 3 in the model", "old": "not in the model"}
     assert fit.fresh == ["a.weight", "new"] and list(fit.weights) == ["b"]
 
