@@ -56,7 +56,8 @@ class Shapes:
         object_size: minimum and maximum extent as fractions of the height, log-uniform: many small, some large.
         name: name in results.
         dotted: source of an object's class. None: its shape. "some": random for each object; every second object shows
-            it by dots. "one": the same for all objects; only the smallest object shows it by dots.
+            it by dots. "one": the same for all objects; only the smallest object shows it by dots. "each": the same for
+            all objects of a shape; only the smallest of each shape shows it by dots.
     """
 
     train: int
@@ -232,9 +233,11 @@ def draw_one(source: Shapes, part: str, index: int) -> DrawnImage:
     if source.dotted and objects:
         labels = rng.integers(len(DOTS), size=len(objects)).tolist()
         bearers = rng.permutation(len(objects))[::2].tolist()
-        if source.dotted == "one":
-            labels = labels[:1] * len(objects)
-            bearers = [min(range(len(objects)), key=lambda i: objects[i].area)]
+        if source.dotted in ("one", "each"):
+            groups = [o.class_index * (source.dotted == "each") for o in objects]
+            by_area = sorted(range(len(objects)), key=lambda i: objects[i].area, reverse=True)
+            bearers = list({groups[i]: i for i in by_area}.values())
+            labels = [labels[groups.index(group)] for group in groups]
         for bearer in bearers:
             add_dots(rng, image, objects[bearer], list(DOTS.values())[labels[bearer]])
     own = (round(width * source.scale), round(source.height * source.scale))

@@ -24,6 +24,7 @@ from enact_common.study.arms import (
     keep_scores,
     weigh_by_size,
 )
+from enact_common.study.families import CURVE, DIFFERING, FAMILIES, SCALED, arms_of
 from enact_common.study.images import Photographs, Shapes
 
 # Arms that continue a finished training use a tenth of its images and learning rates, since the full learning rates
@@ -51,11 +52,7 @@ def conversions(
     return made
 
 
-# Standard attention: logits divided by the square root of head_dim, values unscaled.
-SCALED = ("--enact_scale_logits",)
-CURVE = ("--enact_order", "hilbert")
 SHORTER = ("--smoothing_sigma", "1")
-DIFFERING = ("--enact_temperature", "1")
 
 LIST = (
     Arm(PLAIN, "plain attention", ("--encoder_attention", "mhsa")),
@@ -65,6 +62,7 @@ LIST = (
         ("--encoder_attention", "mhsa"),
         (attend_to_nothing,),
     ),
+    *(arm for name in FAMILIES for arm in arms_of(name)),
     Arm(WINDOWS, "ENACT: windows, as published"),
     Arm("regions", "ENACT: regions", ("--enact_clusters", "regions")),
     Arm(
@@ -238,7 +236,12 @@ QUERIES = {
 }
 
 # Anchor DETR has row-column attention, so only the kinds of clusters are compared.
-ANCHOR_ARMS = (PLAIN, NONE, WINDOWS, "regions", "per_image", UNIFORM, "strided", "temperature", UNTRAINED, CONVERTED)
+ANCHOR_ARMS = (
+    PLAIN, NONE, *(name for name, arm in ARMS.items() if arm.family and FAMILIES[arm.family].rows),
+    WINDOWS, "regions", "per_image", UNIFORM, "strided", "temperature", UNTRAINED, CONVERTED,
+)  # fmt: skip
+ROWS_ALONE = ("rows_equal", "rows_temperature")
+OTHER_ARMS = tuple(name for name, arm in ARMS.items() if arm.family not in ROWS_ALONE)
 
 
 def trials(
@@ -259,7 +262,7 @@ def trials(
     """
     made: list[Trial] = []
     for variant, (start_images, seeds) in variants.items():
-        arms = ANCHOR_ARMS if variant == "anchor" else tuple(ARMS)
+        arms = ANCHOR_ARMS if variant == "anchor" else OTHER_ARMS
         flags = tuple(f"{model} {QUERIES[variant]}".split())
         first = made[0] if made and start_images else None
         made.append(
@@ -276,25 +279,40 @@ GPU_SHAPES = Shapes(
 )
 
 
-def in_context(shapes: Shapes) -> dict[str, Any]:
-    """Return settings for the problem that needs attention: the smallest object's dots set the class of all objects.
+# Many small objects: at most a third of CPU_SHAPES' objects are as small.
+CPU_SMALL = replace(CPU_SHAPES, objects=(8, 16), object_size=(0.1, 0.25))
+
+
+def in_context(shapes: Shapes, dotted: str = "one", names: tuple[str, str] = ("dots", "context")) -> dict[str, Any]:
+    """Return settings for a problem that needs attention: small objects' dots set the class of others.
 
     In the start training, detectors learn to find objects, with and without dots, and to read an object's own dots. The
     arms then train only the encoder: to the frozen decoder, each object must look as if it had the dots. So accuracy
     shows the encoder attention's contribution.
+
+    Args:
+        shapes: the images' other settings.
+        dotted: "one" or "each", as in `Shapes`.
+        names: names of the data sets of the start training and of the arms.
     """
-    own, others = replace(shapes, name="dots", dotted="some"), replace(shapes, name="context", dotted="one")
+    own, others = replace(shapes, name=names[0], dotted="some"), replace(shapes, name=names[1], dotted=dotted)
     return {"source": others, "start_source": own, "encoder_alone": True}
+
+
+MANY_SMALL = in_context(CPU_SMALL, "each", ("small_dots", "small"))
 
 
 PRESETS = {
     "cpu": Preset(
-        trials=trials(
-            model=CPU_MODEL,
-            images=2400,
-            # Without a trained backbone, Anchor DETR learns nothing in this time.
-            variants={"conditional": (32000, 3), "anchor": (12000, 3)},
-            **in_context(CPU_SHAPES),
+        trials=(
+            *trials(
+                model=CPU_MODEL,
+                images=2400,
+                # Without a trained backbone, Anchor DETR learns nothing in this time.
+                variants={"conditional": (32000, 3), "anchor": (12000, 3)},
+                **in_context(CPU_SHAPES),
+            ),
+            *trials(model=CPU_MODEL, images=2400, variants={"conditional": (32000, 3)}, **MANY_SMALL),
         ),
         device="cpu",
         jobs=2,
