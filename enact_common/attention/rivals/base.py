@@ -27,18 +27,18 @@ class RivalSelfAttention(nn.Module):
         map_size: height and width of the feature map, for callers that cannot pass it to `forward`.
 
     Attributes:
+        needs_map_size: whether the method needs the map's height and width.
         takes_budget: whether the method has a number of keys to choose.
         exact_at_full_budget: whether a budget of N gives plain multi-head attention.
-        needs_map_size: whether the method needs the map's height and width.
         export_fault: why the layer cannot be exported; None if it can.
 
     Raises:
         ValueError: embed_dim is not a multiple of num_heads, or the budget is below 1.
     """
 
+    needs_map_size = False
     takes_budget = True
     exact_at_full_budget = True
-    needs_map_size = False
     export_fault: str | None = None
 
     # Keeps `nn.TransformerEncoder` and its layer off their fused paths, which need packed projections.
