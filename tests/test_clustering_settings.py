@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from enact_common import NestedTensor
 from enact_common.attention import clusters
-from enact_common.attention.clustering import EntropyClustering, count_regions, self_information, smooth
+from enact_common.attention.clustering import CLUSTERS, EntropyClustering, count_regions, self_information, smooth
 from enact_common.attention.layer import EnactSelfAttention
 from enact_common.attention.rivals import RIVALS
 from enact_common.checkpoints.files import load_checkpoint
@@ -25,8 +25,12 @@ COMBINATIONS = [
         ("windows", "regions"), (False, True), (False, True), (None, 7)
     )
 ]
+# Clusters of equal information are always per image and without padding.
+COMBINATIONS += [
+    {"clusters": "equal", "per_image": True, "mask_padding": True, "max_clusters": most} for most in (None, 7)
+]
 # Combinations in which an image's clusters depend neither on the other images nor on its padding.
-INDEPENDENT = [c for c in COMBINATIONS if c["mask_padding"] and (c["per_image"] or c["clusters"] == "regions")]
+INDEPENDENT = [c for c in COMBINATIONS if c["mask_padding"] and (c["per_image"] or c["clusters"] != "windows")]
 
 
 def name(combination) -> str:
@@ -44,6 +48,8 @@ def expected_clusters(information, clusters, max_clusters):
         else:
             regions.append([i])
     tokens = len(curved)
+    if clusters == "equal":
+        return clusters_of_equal_information(information, min(max_clusters or -(-tokens // 16), tokens))
     if clusters == "regions":
         together = -(-len(regions) // (max_clusters or tokens))
         return [sum(regions[i : i + together], []) for i in range(0, len(regions), together)]
@@ -52,6 +58,19 @@ def expected_clusters(information, clusters, max_clusters):
         length += 1
     first = tokens % length // 2
     return [list(range(i, i + length)) for i in range(first, first + tokens // length * length, length)]
+
+
+def clusters_of_equal_information(information, count):
+    """Token by token: each goes to the cluster that the middle of its information lies in, if none stays empty."""
+    lists, passed, total = [[]], 0.0, information.sum().item()
+    for token, own in enumerate(information.tolist()):
+        wanted = int((passed + own / 2) / total * count)
+        passed += own
+        left = len(information) - token  # this token and those behind it
+        if lists[-1] and (wanted >= len(lists) or left <= count - len(lists)):
+            lists.append([])
+        lists[-1].append(token)
+    return lists
 
 
 @pytest.mark.parametrize("combination", INDEPENDENT, ids=name)
@@ -107,7 +126,7 @@ def test_temperature_spreads_the_pooling_weights():
     assert 1.05 < greatest[1.0] < greatest[0.1] <= length
 
 
-@pytest.mark.parametrize("clusters", ["windows", "regions"])
+@pytest.mark.parametrize("clusters", CLUSTERS)
 @pytest.mark.parametrize("num_tokens", [1, 3, 400])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
 def test_temperature_gives_finite_outputs_for_any_scores(clusters, num_tokens, scale):
@@ -199,7 +218,7 @@ def test_pool_shared_equals_pooling_repeated_values(combination):
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
-def test_clustering_reads_back_to_the_host_once(combination, monkeypatch):
+def test_clustering_reads_back_to_the_host_at_most_once(combination, monkeypatch):
     layer, tokens, mask = EntropyClustering(8, **combination), torch.randn(3, 50, 8), torch.rand(3, 50) > 0.8
     reads = []
     for method in ("tolist", "item", "__bool__", "__int__", "__float__", "cpu", "numpy", "nonzero"):
@@ -211,7 +230,7 @@ def test_clustering_reads_back_to_the_host_once(combination, monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, method, counted)
     layer(tokens, tokens, key_padding_mask=mask)
-    assert len(reads) == 1
+    assert len(reads) == (combination["clusters"] != "equal")
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
@@ -244,6 +263,8 @@ FLAGS = {
     "regions": "--enact_clusters regions --enact_mask_padding",
     "limited": "--enact_per_image --enact_mask_padding --enact_max_clusters 9",
     "temperature": "--enact_clusters regions --enact_mask_padding --enact_temperature 0.1",
+    "equal": "--enact_clusters equal --enact_max_clusters 9",
+    "equal_default": "--enact_clusters equal",
 }
 
 

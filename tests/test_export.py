@@ -261,6 +261,8 @@ SETTINGS = [
     {"per_image": True, "mask_padding": True, "max_clusters": 4, "temperature": 0.5},
     {"clusters": "regions"},
     {"clusters": "regions", "mask_padding": True, "max_clusters": 3},
+    {"clusters": "equal", "max_clusters": 5},
+    {"clusters": "equal"},
 ]
 
 
@@ -275,7 +277,7 @@ def test_clusters_depend_on_the_data_in_a_traced_graph(settings):
 
 
 @exporting
-@pytest.mark.parametrize("settings", [SETTINGS[i] for i in (4, 6)], ids=["per_image", "regions"])
+@pytest.mark.parametrize("settings", [SETTINGS[i] for i in (4, 6, 7)], ids=["per_image", "regions", "equal"])
 def test_clusters_depend_on_the_data_in_onnx(settings, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

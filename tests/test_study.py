@@ -342,7 +342,7 @@ POOL = """
 import os, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from enact_common.study.schedule import end_with_parent
+from enact_common.utils.signals import end_with_parent
 
 if __name__ == "__main__":
     with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as pool:

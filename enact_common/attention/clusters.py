@@ -128,8 +128,8 @@ class RaggedClusters:
         cluster: int64 (batch, N), the cluster of each place, in ascending order over the places in clusters.
         in_cluster: bool (batch, N), whether the place's token is in a cluster.
         num_clusters: int64 (batch,), clusters of each image, at least 1.
-        most: M, if it is known; then all N places of an image are listed, and those outside clusters weigh 0. None:
-            M and K are read from the device.
+        most: M, if it is known; then all N places of an image are listed, those outside clusters in an extra cluster
+            that the results leave out. None: M and K are read from the device.
         full: with `most`, whether all images are known to have M clusters.
 
     Attributes:
@@ -150,23 +150,24 @@ class RaggedClusters:
         batch, num_tokens = logits.shape
         image = torch.arange(batch, device=token.device).unsqueeze(1).expand(-1, num_tokens)
         # Logits are at most GREATEST_LOGIT, so the exponentials need no shift.
-        listed = [image, token, cluster, in_cluster, logits.exp() * in_cluster]
-        listed = [tensor.flatten() for tensor in listed]
-        if most is None:
+        listed = [tensor.flatten() for tensor in (image, token, cluster, in_cluster, logits.exp())]
+        known = most is not None
+        if not known:
             # The only host read-back: shapes depend on it.
             counts, lengths = torch.stack((num_clusters, in_cluster.sum(dim=1))).tolist()
             most, full = max(counts), min(counts) == max(counts)
-            place = move_to_front(in_cluster.flatten().unsqueeze(0)).squeeze(0)[: sum(lengths)]  # (K,)
+            place = move_to_front(listed[3].unsqueeze(0)).squeeze(0)[: sum(lengths)]  # (K,)
             listed = [tensor[place] for tensor in listed]
         self.shape = batch, most
-        self.image, self.token, cluster, self.inside, exponentials = listed  # (K,) each; token: into the image's
-        self.cluster = self.image * most + cluster  # (K,), into all images' clusters
-        every = torch.arange(batch * most, device=token.device)
-        self.first = torch.searchsorted(self.cluster, every)  # (batch M,), where each cluster starts in the list
+        self.slots = most + (known and not full)  # with the extra cluster
+        self.image, self.token, cluster, inside, exponentials = listed  # (K,) each; token: into the image's tokens
+        # (K,), into all images' clusters
+        self.cluster = self.image * self.slots + (cluster.where(inside, most) if self.slots > most else cluster)
+        every = torch.arange(batch * self.slots, device=token.device)
+        self.first = torch.searchsorted(self.cluster, every)  # (batch slots,), where each cluster starts in the list
 
         total = exponentials.new_zeros(len(every)).index_add(0, self.cluster, exponentials)
-        # Only an image of only padding has a sum of 0.
-        self.weights = exponentials / total.clamp(min=torch.finfo(total.dtype).tiny)[self.cluster]
+        self.weights = exponentials / total[self.cluster]
         self.padding_mask: Tensor | None = None
         if not full:
             self.padding_mask = torch.arange(most, device=token.device) >= num_clusters.unsqueeze(1)
@@ -180,25 +181,29 @@ class RaggedClusters:
         else:
             flat, token = tokens.flatten(0, 1), self.image * num_tokens + self.token
         pooled = _RaggedSum.apply(flat, self.weights, token, self.cluster, self.first)
-        return pooled.unflatten(0, self.shape).to(tokens.dtype)
+        return self.by_image(pooled).to(tokens.dtype)
+
+    def by_image(self, values: Tensor) -> Tensor:
+        """Return the values (batch slots, ...) of all images' clusters as (batch, M, ...)."""
+        return values.unflatten(0, (-1, self.slots))[:, : self.shape[1]]
 
     def pool_shared(self, values: Tensor, index: Tensor) -> Tensor:
         """As in `Clusters`, without a copy of the values for every token."""
         num_values = values.shape[1]
         slot = self.cluster * num_values + index[self.token]  # (K,)
-        weights = self.weights.new_zeros(self.shape[0] * self.shape[1] * num_values).index_add(0, slot, self.weights)
-        weights = weights.view(*self.shape, num_values)
+        weights = self.weights.new_zeros(len(self.first) * num_values).index_add(0, slot, self.weights)
+        weights = self.by_image(weights.view(-1, num_values))  # (batch, M, S)
         return (weights @ values.to(weights.dtype)).to(values.dtype)
 
     def sizes(self) -> Tensor:
         """As in `Clusters`."""
-        sizes = self.cluster.new_zeros(self.shape[0] * self.shape[1])
-        return sizes.index_add(0, self.cluster, self.inside.long()).view(self.shape)
+        return self.by_image(torch.zeros_like(self.first).index_add(0, self.cluster, torch.ones_like(self.cluster)))
 
     def assignment(self, num_tokens: int) -> Tensor:
         """As in `Clusters`."""
         clusters = torch.full((self.shape[0], num_tokens), -1, device=self.cluster.device)
-        clusters[self.image, self.token] = (self.cluster % self.shape[1]).where(self.inside, -1)
+        cluster = self.cluster % self.slots
+        clusters[self.image, self.token] = cluster.where(cluster < self.shape[1], -1)
         return clusters
 
 

@@ -48,6 +48,6 @@ def running_minimum(values: Tensor) -> Tensor:
         return values.cummin(dim=1).values
     # ONNX has no cumulative minimum. Each step doubles the stretch that a minimum covers.
     for step in range(20):
-        behind = F.pad(values, (2**step, 0), value=torch.iinfo(values.dtype).max)
+        behind = F.pad(values, (2**step, 0), value=2**52)
         values = values.minimum(behind[:, : values.shape[1]])
     return values

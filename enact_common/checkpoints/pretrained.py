@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from enact_common.attention.clustering import EQUAL
 from enact_common.attention.conversion import PACKED, clustered_weights
 from enact_common.checkpoints.contents import averaged_weights, backbone_of, known_variant, labels_of, stages_of
 from enact_common.checkpoints.files import DETECTOR, detector_weights, differing_flags, flag_text, has_masks
@@ -128,7 +129,7 @@ def load_pretrained(
             "note: with ENACT, DETR's encoder layers are post-norm even with --pre_norm: the converted layers compute "
             "another function"
         )
-    if becomes_enact and not args.enact_mask_padding:
+    if becomes_enact and not args.enact_mask_padding and args.enact_clusters != EQUAL:
         logger.info("note: plain attention ignores padding; ENACT needs --enact_mask_padding for that")
     others = [
         flag_text(flag, checkpoint["args"][flag])

@@ -227,8 +227,9 @@ def add_model_flags(group) -> None:
     )  # fmt: skip
     group.add_argument(
         "--enact_clusters", choices=CLUSTERS,
-        help="ENACT: pool fixed-length windows, as long as the average region of the entropy, or the regions "
-        f"themselves; default: the checkpoint's, else {CLUSTERS[0]}",
+        help="ENACT: pool fixed-length windows, as long as the average region of the entropy; or the regions "
+        "themselves; or clusters of equal information, as many as --enact_max_clusters; default: the checkpoint's, "
+        f"else {CLUSTERS[0]}",
     )  # fmt: skip
     group.add_argument(
         "--enact_order", choices=ORDERS,
@@ -246,8 +247,8 @@ def add_model_flags(group) -> None:
     )  # fmt: skip
     group.add_argument(
         "--enact_max_clusters", type=natural_int, metavar="M",
-        help="ENACT: upper limit of clusters, for images of any size; clusters grow to meet it; 0 sets no limit; "
-        "default: the checkpoint's, else 0",
+        help="ENACT: upper limit of clusters, for images of any size; clusters grow to meet it; 0 sets no limit, or a "
+        f"{DEFAULT_SHARE}th of the tokens with --enact_clusters equal; default: the checkpoint's, else 0",
     )  # fmt: skip
     group.add_argument(
         "--enact_temperature", type=non_negative_float, metavar="T",

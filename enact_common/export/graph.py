@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor, nn
 
-from enact_common.attention.clustering import clusterings
+from enact_common.attention.clustering import EQUAL, WINDOWS, clusterings
 from enact_common.attention.clusters import Clusters
 from enact_common.attention.hilbert import HILBERT, ROWS
 from enact_common.attention.rivals import RIVALS
@@ -175,10 +175,10 @@ def check_interface(detector: LoadedDetector, interface: Interface, lengths: Seq
     layers = clusterings(detector.model)
     if not layers:
         raise UserError("--clusters: this is a plain model without clusters; leave out --clusters")
-    if detector.args.enact_clusters == "regions":
+    if detector.args.enact_clusters not in (None, WINDOWS):
         raise UserError(
-            "--clusters: the model clusters regions, which have no common length; leave out --clusters, or pass "
-            "--enact_clusters windows"
+            f"--clusters: the model has --enact_clusters {detector.args.enact_clusters}, whose clusters have no common "
+            "length; leave out --clusters, or pass --enact_clusters windows"
         )
     if interface.mask and detector.args.enact_mask_padding:
         raise UserError(
@@ -228,6 +228,8 @@ def describe(detector: LoadedDetector, source: str, interface: Interface, length
         outputs["pred_logits"] += LOGITS[detector.variant]
     has_clusters = args.encoder_attention == "enact"
     clusters = "follow from the image" if lengths is None else "windows of fixed length"
+    if args.enact_clusters == EQUAL:
+        clusters = "follow from the image; their number does not"
     given = [flag for flag in CLUSTERING_FLAGS if getattr(args, flag) is not None]
     settings = {flag: getattr(args, flag) for flag in given if has_effect(flag, args.encoder_attention)}
     return {

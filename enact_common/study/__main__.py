@@ -138,11 +138,12 @@ def shrunk_source(source: Shapes | Photographs | None, part: float) -> Shapes | 
 def measure_costs(preset: Preset, folder: Path) -> None:
     """Measure time and memory of each arm, and write them to `costs.json`."""
     results = Results(folder)
-    costs: dict[str, dict] = {"machine": machine(torch.device("cpu")), "steps": {}, "encoders": {}}
+    costs: dict[str, dict] = {"machine": machine(torch.device("cpu")), "steps": {}, "encoders": {}, "points": {}}
     for trial in preset.trials:
         tasks = [task for task in tasks_of(replace(preset, trials=(trial,))) if task.seed == 0]
         tasks = [task for task in tasks if results.read(task) is not None and not task.arm.begins_with]
-        for task in tasks:
+        settings = [task for task in tasks if not task.arm.family]
+        for task in settings:
             outcome = run_isolated(measure_step, task, folder, preset.threads)
             if outcome.status == DONE:
                 costs["steps"][task.name.rsplit("-", 1)[0]] = outcome.value
@@ -152,14 +153,19 @@ def measure_costs(preset: Preset, folder: Path) -> None:
         if trial.variant in costs["encoders"] or not tasks:
             continue
         lengths = windows["mean_lengths"] if windows else [5]
-        arms = tuple(task.arm for task in tasks if task.arm.name != NONE)
-        outcome = run_isolated(
-            measure_encoders, trial.variant, arms, round(sum(lengths) / len(lengths)), preset.cost_map,
-            preset.cost_batch, preset.device, preset.amp, preset.jobs * preset.threads, REPEAT,
-        )  # fmt: skip
-        if outcome.status != DONE:
-            raise UserError(f"encoders of {trial.variant}: {outcome.message}\n{outcome.details}")
-        costs["encoders"][trial.variant] = outcome.value
+        arms = tuple(task.arm for task in settings if task.arm.name != NONE)
+        # The points of the main figure are timed on the study's own map, which their numbers of clusters belong to.
+        points = tuple(task.arm for task in tasks if task.arm.family or task.arm.name == PLAIN)
+        for kind, measured, shape in (
+            ("encoders", arms, preset.cost_map), ("points", points, results.read(tasks[0])["map_size"])
+        ):  # fmt: skip
+            outcome = run_isolated(
+                measure_encoders, trial.variant, measured, round(sum(lengths) / len(lengths)), tuple(shape),
+                preset.cost_batch, preset.device, preset.amp, preset.jobs * preset.threads, REPEAT,
+            )  # fmt: skip
+            if outcome.status != DONE:
+                raise UserError(f"encoders of {trial.variant}: {outcome.message}\n{outcome.details}")
+            costs[kind][trial.variant] = outcome.value
     write_atomically(folder / "costs.json", lambda file: file.write(json.dumps(costs, indent=1).encode()), sync=False)
 
 

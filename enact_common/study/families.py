@@ -70,7 +70,11 @@ FAMILIES = {
         "equal information, borders that pass a gradient", (*RECOMMENDED, *EQUAL), (share_tokens,), budgets=(24, 48)
     ),
     **{
-        name: Family(getattr(kind, "title", name), ("--encoder_attention", name), limit="--token_budget" * getattr(kind, "takes_budget", True))
+        name: Family(
+            kind.title,
+            ("--encoder_attention", name),
+            limit="--token_budget" * kind.takes_budget,
+        )
         for name, kind in RIVALS.items()
     },
 }

@@ -25,7 +25,7 @@ from enact_common.data.scenes import SceneObject, draw_scene
 from enact_common.nested_tensor import NestedTensor
 from enact_common.utils.errors import UserError
 from enact_common.utils.files import read_tensors, write_atomically
-from enact_common.utils.signals import cancelling
+from enact_common.utils.signals import cancelling, end_with_parent
 
 TRAIN, VAL = "train", "val"
 
@@ -211,7 +211,7 @@ def draw_images(source: Shapes, part: str) -> Images:
     with contextlib.ExitStack() as stack:
         drawn: Iterator[DrawnImage] = map(partial(draw_one, source, part), range(count))
         if count >= PARALLEL_DRAWING_FROM:
-            pool = stack.enter_context(ProcessPoolExecutor(os.cpu_count(), get_context("spawn")))
+            pool = stack.enter_context(ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), end_with_parent))
             stack.enter_context(cancelling(pool))
             drawn = pool.map(partial(draw_one, source, part), range(count), chunksize=32)
         for i, (image, width, objects, labels) in enumerate(drawn):

@@ -1,18 +1,16 @@
 """The study's trainings and their order: several in parallel, each after those that it starts from."""
 
 import os
-import signal
-import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from enact_common.study.presets import ARMS, Preset, Trial
 from enact_common.study.training import START, Results, Task, start_of, train
-from enact_common.utils.signals import cancelling
+from enact_common.utils.signals import cancelling, end_with_parent
 
 
 def tasks_of(preset: Preset) -> list[Task]:
@@ -33,18 +31,6 @@ def task_of(trial: Trial, arm: str, seed: int, device: str) -> Task:
         trial.source, trial.variant, trial.flags, ARMS[arm], seed, trial.images, trial.start_images, device,
         trial.start_source, trial.encoder_alone, before,
     )  # fmt: skip
-
-
-def end_with_parent() -> None:
-    """Make a pool process end when the study is killed, instead of waiting for work forever. After Ctrl-C, which all
-    processes receive, it ends without a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    def watch() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_task(task: Task, folder: Path, threads: int) -> tuple[str, float, float]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from enact_common.attention.clustering import WINDOWS
 from enact_common.attention.rivals import RIVALS
 from enact_common.cli.flags import CLUSTERING_FLAGS, ENACT_LR, PLAIN_LR
 from enact_common.models.layers import encoder_settings, has_effect, rival_text
@@ -30,8 +31,8 @@ def log_summary(
     attention = "row-column" if getattr(args, "attention_type", "") == "RCDA" else "multi-head"
     if args.encoder_attention == "enact":
         settings = {name: value for name, value in encoder_settings(args).items() if value}
-        if settings["clusters"] == "regions":
-            # Regions are always per image.
+        if settings["clusters"] != WINDOWS:
+            # The other kinds are always per image.
             settings.pop("per_image", None)
         attention += f" over ENACT's clusters ({', '.join(f'{name} {value}' for name, value in settings.items())})"
     elif args.encoder_attention in RIVALS:
