@@ -11,10 +11,11 @@ from enact_common import NestedTensor
 from enact_common.attention import clusters
 from enact_common.attention.clustering import CLUSTERS, EntropyClustering, count_regions, self_information, smooth
 from enact_common.attention.layer import EnactSelfAttention
+from enact_common.attention.rivals import RIVALS
 from enact_common.checkpoints.files import load_checkpoint
 from enact_common.cli.flags import CLUSTERING_FLAGS
 from enact_common.inference.detector import load_detector
-from enact_common.models.layers import clustering_settings
+from enact_common.models.layers import attention_settings, clustering_settings
 from enact_common.variants import VARIANTS
 
 # Every combination of settings. The sequences below have more than 7 clusters without the limit.
@@ -392,9 +393,26 @@ def test_arguments_of_earlier_versions_are_accepted():
     for flag in CLUSTERING_FLAGS:
         delattr(args, flag)
     assert clustering_settings(args) == clustering_settings(parse("detr"))
+    args.encoder_attention = "avgpool"
+    assert attention_settings(args) == {"token_budget": None}
 
 
-def test_settings_without_effect_are_named(shapes, tmp_path, capfd):
-    argv = [*SMALL_MODEL["detr"], "--encoder_attention", "mhsa", "--epochs", "0", "--enact_per_image"]
+@pytest.mark.parametrize("words, budget", [((), None), (("0",), None), (("7",), 7)], ids=["default", "0", "7"])
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_get_their_budget(name, words, budget):
+    args = parse("detr", "--encoder_attention", name, *(("--token_budget", *words) if words else ()))
+    assert attention_settings(args) == ({"token_budget": budget} if RIVALS[name].takes_budget else {})
+
+
+@pytest.mark.parametrize(
+    "attention, given, idle",
+    [
+        ("mhsa", "--enact_per_image", "--enact_per_image"),
+        ("enact", "--enact_per_image --token_budget 9", "--token_budget"),
+        ("avgpool", "--enact_scale_logits --token_budget 9", "--enact_scale_logits"),
+    ],
+)
+def test_settings_without_effect_are_named(attention, given, idle, shapes, capfd):
+    argv = [*SMALL_MODEL["detr"], "--encoder_attention", attention, "--epochs", "0", *given.split()]
     assert run("detr", "--coco_path", shapes, *argv) == 0
-    assert "note: --enact_per_image: no effect with --encoder_attention mhsa" in capfd.readouterr().out
+    assert f"note: {idle}: no effect with --encoder_attention {attention}" in capfd.readouterr().out

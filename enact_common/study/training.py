@@ -23,6 +23,7 @@ from enact_common.cli.flags import with_flags
 from enact_common.data.categories import LabelMap
 from enact_common.evaluation.coco import METRICS, CocoBoxEvaluator
 from enact_common.models.backbone import stride_of
+from enact_common.models.layers import scales_logits
 from enact_common.study.arms import PLAIN, Arm, Setting, attend_to_nothing, encoder_layers, zero_output_projections
 from enact_common.study.images import TRAIN, VAL, Images, Photographs, Shapes, load_images
 from enact_common.study.presets import ARMS
@@ -200,7 +201,7 @@ def prepared_model(task: Task, data: Images, map_size: tuple[int, int], results:
     own = model.state_dict()
     if task.arm.begins_with:
         trained = saved_weights(task.other(ARMS[task.arm.begins_with]), results)
-        weights = fit_weights(trained, own, args.nheads, same_labels=True).weights
+        weights = fit_weights(trained, own, args.nheads, True, scales_logits(args)).weights
     model.load_state_dict(
         {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape},
         strict=False,
