@@ -182,7 +182,7 @@ def draw_settings(folder: Path):
         "regions": (clusters_of(logits, clusters="regions")[0], "--enact_clusters regions"),
         "equal": (
             clusters_of(logits, clusters="equal", max_clusters=12)[0],
-            "--enact_clusters equal --enact_max_clusters 12",
+            "--enact_clusters equal, at most 12",
         ),
         "hilbert": (hilbert, "--enact_order hilbert"),
         "sigma": (clusters_of(logits, sigma=1.0)[0], "--smoothing_sigma 1"),
