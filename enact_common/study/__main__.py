@@ -68,7 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=positive_int, metavar="N", help="parallel trainings (default: the preset's)")
     parser.add_argument(
         "--seconds", type=positive_int, metavar="S",
-        help="start no training after this many seconds; running ones finish (default: the preset's)",
+        help="after this many seconds, save the running trainings, which the next call continues (default: the "
+        "preset's)",
     )  # fmt: skip
     parser.add_argument(
         "--fraction", type=fraction, default=1.0, metavar="F",

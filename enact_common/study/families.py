@@ -14,7 +14,7 @@ from enact_common.study.arms import (
     share_tokens,
 )
 
-# Most keys per image. The CPU preset's maps have 1,024 or 1,152 tokens, the GPU preset's as many.
+# Most keys per image. The CPU preset's maps have 1,024 or 1,152 tokens, the GPU preset's four times as many.
 BUDGETS = (12, 24, 48, 96, 192, 288)
 
 # Standard attention: logits divided by the square root of head_dim, values unscaled.
