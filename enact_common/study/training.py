@@ -24,8 +24,10 @@ from enact_common.data.categories import LabelMap
 from enact_common.evaluation.coco import METRICS, CocoBoxEvaluator
 from enact_common.models.backbone import stride_of
 from enact_common.study.arms import PLAIN, Arm, Setting, attend_to_nothing, encoder_layers, zero_output_projections
-from enact_common.study.images import TRAIN, VAL, Images, Photographs, Shapes, load_images
+from enact_common.study.features import take_features
+from enact_common.study.images import TRAIN, VAL, Images, Shapes
 from enact_common.study.presets import ARMS
+from enact_common.study.sources import Source, load_images
 from enact_common.training.engine import TrainStep
 from enact_common.training.optimization import build_optimization
 from enact_common.utils.acceleration import BATCH_NORMS, prepare
@@ -68,7 +70,7 @@ class Task:
             for random weights.
     """
 
-    source: Shapes | Photographs
+    source: Source
     variant: str
     flags: tuple[str, ...]
     arm: Arm
@@ -76,7 +78,7 @@ class Task:
     images: int
     start_images: int
     device: str
-    start_source: Shapes | Photographs | None = None
+    start_source: Source | None = None
     encoder_alone: bool = False
     backbone_of: "Task | None" = None
 
@@ -156,7 +158,10 @@ def build(task: Task, classes: int, seed: int):
     """Return (model, criterion, postprocessors, arguments) with random weights from a seed."""
     args = with_flags(arguments(task), num_classes=classes)
     torch.manual_seed(seed)
-    return (*load_variant(task.variant).models.build_model(args), args)
+    model, *others = load_variant(task.variant).models.build_model(args)
+    if not isinstance(task.source, Shapes):
+        take_features(model)
+    return (model, *others, args)
 
 
 def initial_weights(task: Task, classes: int, results: Results) -> dict[str, Tensor]:
@@ -316,7 +321,8 @@ def train(task: Task, results: Results) -> dict[str, Any]:
 
 def feature_map_size(task: Task, data: Images) -> tuple[int, int]:
     """Return height and width of the transformer's feature map."""
-    stride = stride_of(arguments(task))
+    # Photographs are given as feature maps.
+    stride = stride_of(arguments(task)) if isinstance(task.source, Shapes) else 1
     return tuple(math.ceil(side / stride) for side in data.pixels.shape[-2:])
 
 
