@@ -25,10 +25,11 @@ from enact_common.benchmark import isolated
 from enact_common.study import __main__ as command
 from enact_common.study import schedule
 from enact_common.study.arms import EqualShares, LearnedTemperature, MiddleAlone, Setting, encoder_layers
-from enact_common.study.images import DOTS, TRAIN, VAL, Photographs, Shapes, draw_one, load_images
+from enact_common.study.images import DOTS, TRAIN, VAL, Shapes, draw_one
 from enact_common.study.page import difference, difference_text, mean_and_spread
 from enact_common.study.presets import ARMS, LIST, PRESETS
 from enact_common.study.schedule import needed, tasks_of
+from enact_common.study.sources import load_images
 from enact_common.study.training import (
     Results,
     Task,
@@ -146,20 +147,12 @@ def test_damaged_images_are_named(tmp_path):
     load_images(SOURCE, tmp_path)
     path = tmp_path / "shapes.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="shapes.pt: .*expected drawn images: remove the file"):
+    with pytest.raises(UserError, match="shapes.pt: .*expected the study's images: remove the file"):
         load_images(SOURCE, tmp_path)
     path.unlink()
     load_images(SOURCE, tmp_path)
     with pytest.raises(UserError, match="contains images of another preset"):
         load_images(replace(SOURCE, objects=(3, 3)), tmp_path)
-
-
-def test_photographs_are_loaded_and_resized(shapes):
-    data = load_images(Photographs("real", str(shapes), 48, 48), shapes)[VAL]
-    assert len(data) == 6 and data.original.tolist() == [[64, 80]] * 6 and data.sizes.tolist() == [[38, 48]] * 6
-    truth = json.loads((shapes / "annotations" / "instances_val2017.json").read_text())
-    ours = sorted(data.truth().anns[1]["bbox"])
-    assert_close(ours, sorted(truth["annotations"][0]["bbox"]), atol=1e-2, rtol=0)
 
 
 def test_pooling_weights_are_equal_one_hot_or_have_a_learned_temperature():
@@ -386,8 +379,6 @@ def test_differences_compare_the_same_seeds():
 
 def test_wrong_flags_and_damaged_results_are_refused(tmp_path, capsys):
     argv = ["--preset", "cpu", "--output_dir", str(tmp_path)]
-    assert command.main([*argv, "--bccd", str(tmp_path)]) == 2
-    assert f"--bccd {tmp_path}: has no annotations/ folder" in capsys.readouterr().err
     assert command.main([*argv, "--variants", "detr"]) == 2
     assert "this preset has none of these; choose from conditional, anchor" in capsys.readouterr().err
     results, task = Results(tmp_path), task_of("plain")

@@ -17,12 +17,14 @@ from enact_common.benchmark.isolated import DONE, run_isolated
 from enact_common.benchmark.measuring import machine
 from enact_common.cli.program import program
 from enact_common.cli.types import HelpFormatter, fraction, positive_int
-from enact_common.study.arms import CONVERTED, NONE, PLAIN, UNIFORM, WINDOWS
+from enact_common.study.arms import NONE, WINDOWS
 from enact_common.study.costs import measure_encoders, measure_step
-from enact_common.study.images import Photographs, Shapes, load_images
+from enact_common.study.images import Shapes
 from enact_common.study.page import write_page
-from enact_common.study.presets import ARMS, CPU_MODEL, GPU_MODEL, PRESETS, Preset, Trial, sources_of, trials
+from enact_common.study.photographs import Pasted
+from enact_common.study.presets import ARMS, PRESETS, Preset, Trial, photograph_trials, sources_of
 from enact_common.study.schedule import run_trainings, tasks_of
+from enact_common.study.sources import Source, load_images
 from enact_common.study.training import Results
 from enact_common.utils.device import find_device
 from enact_common.utils.errors import UserError, exit_status
@@ -33,12 +35,6 @@ REPEAT = 5
 
 # Minimum number of images that `--fraction` leaves of a data set.
 FEWEST = 16
-
-# Height and width in pixels that real images are fitted into: at least as many cells as drawn images have.
-PHOTOGRAPHS = {"cpu": (120, 160), "gpu": (480, 640)}
-PHOTOGRAPH_ARMS = (PLAIN, NONE, WINDOWS, UNIFORM, CONVERTED)
-# Images of the start training and of each arm; fewer than for drawn images, since real data sets are small.
-PHOTOGRAPH_START, PHOTOGRAPH_IMAGES = 8000, 2000
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -62,8 +58,15 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--seeds", type=positive_int, metavar="N", help="number of seeds (default: the preset's)")
     parser.add_argument(
-        "--bccd", metavar="DIR", help="folder of a real data set in COCO's layout, to use instead of the drawn images"
-    )
+        "--coco_mini", metavar="DIR",
+        help="folder of COCO 2017, or of a part, whose objects are pasted into its photographs, to use instead of "
+        "the drawn images; needs the extra photographs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bccd", metavar="DIR",
+        help="folder of a real data set in COCO's layout, to use instead of the drawn images; needs the extra "
+        "photographs",
+    )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the preset's)")
     parser.add_argument("--jobs", type=positive_int, metavar="N", help="parallel trainings (default: the preset's)")
     parser.add_argument(
@@ -85,19 +88,16 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
     """Return the preset with the changes of the command line.
 
     Raises:
-        UserError: `--bccd` is not a data set, or the preset has none of the `--variants`.
+        UserError: `--coco_mini` or `--bccd` is not a data set, or the preset has none of the `--variants`.
     """
     preset = PRESETS[args.preset]
     made = list(preset.trials)
-    if args.bccd:
-        if not (Path(args.bccd) / "annotations").is_dir():
-            raise UserError(f"--bccd {args.bccd}: has no annotations/ folder; pass a data set in COCO's layout")
-        model, (height, width) = {"cpu": CPU_MODEL, "gpu": GPU_MODEL}[args.preset], PHOTOGRAPHS[args.preset]
-        source = Photographs("bccd", args.bccd, height, width)
-        first = made[0]
-        start_images = min(first.start_images, PHOTOGRAPH_START)
-        (trial,) = trials(source, model, PHOTOGRAPH_IMAGES, {first.variant: (start_images, first.seeds)})
-        made = [replace(trial, arms=PHOTOGRAPH_ARMS)]
+    folders = {"coco_mini": args.coco_mini, "bccd": args.bccd}
+    for name, folder in folders.items():
+        if folder and not (Path(folder) / "annotations").is_dir():
+            raise UserError(f"--{name} {folder}: has no annotations/ folder; pass a data set in COCO's layout")
+    if any(folders.values()):
+        made = list(photograph_trials(args.preset, **folders))
     if args.variants:
         made = [trial for trial in made if trial.variant in args.variants]
         if not made:
@@ -129,9 +129,9 @@ def shrunk(trial: Trial, part: float) -> Trial:
     return replace(trial, backbone_of=first, **fewer, **few)
 
 
-def shrunk_source(source: Shapes | Photographs | None, part: float) -> Shapes | Photographs | None:
-    """Return a source with a fraction of its drawn images, at least `FEWEST`; real images are all kept."""
-    if not isinstance(source, Shapes):
+def shrunk_source(source: Source | None, part: float) -> Source | None:
+    """Return a source with a fraction of its images, at least `FEWEST`, if they are made; real images are all kept."""
+    if not isinstance(source, Shapes | Pasted):
         return source
     return replace(source, **{name: max(round(getattr(source, name) * part), FEWEST) for name in ("train", "val")})
 

@@ -25,7 +25,9 @@ from enact_common.study.arms import (
     weigh_by_size,
 )
 from enact_common.study.families import CURVE, DIFFERING, FAMILIES, SCALED, arms_of
-from enact_common.study.images import Photographs, Shapes
+from enact_common.study.images import Shapes
+from enact_common.study.photographs import Pasted, Photographs
+from enact_common.study.sources import Source
 
 # Arms that continue a finished training use a tenth of its images and learning rates, since the full learning rates
 # would undo the training with any attention.
@@ -168,14 +170,14 @@ class Trial:
         backbone_of: trial whose start training provides the backbone for this trial's; None for random weights.
     """
 
-    source: Shapes | Photographs
+    source: Source
     variant: str
     arms: tuple[str, ...]
     flags: tuple[str, ...]
     images: int
     start_images: int
     seeds: int
-    start_source: Shapes | Photographs | None = None
+    start_source: Source | None = None
     encoder_alone: bool = False
     backbone_of: "Trial | None" = None
 
@@ -210,7 +212,7 @@ class Preset:
     amp: str = "none"
 
 
-def sources_of(preset: Preset) -> tuple[Shapes | Photographs, ...]:
+def sources_of(preset: Preset) -> tuple[Source, ...]:
     """Return the data sets of a preset, each once, with a trial's start source before its own."""
     both = (source for trial in preset.trials for source in (trial.start_source, trial.source))
     return tuple(dict.fromkeys(source for source in both if source is not None))
@@ -245,11 +247,11 @@ OTHER_ARMS = tuple(name for name, arm in ARMS.items() if arm.family not in ROWS_
 
 
 def trials(
-    source: Shapes | Photographs,
+    source: Source,
     model: str,
     images: int,
     variants: Mapping[str, tuple[int, int]],
-    start_source: Shapes | None = None,
+    start_source: Source | None = None,
     encoder_alone: bool = False,
 ) -> tuple[Trial, ...]:
     """Return the trials of several variants on one data set.
@@ -337,3 +339,45 @@ PRESETS = {
         amp="bf16",
     ),
 }
+
+# Height and width in pixels of photographs: 30 x 40 cells.
+PHOTOGRAPH_SIZE = (240, 320)
+PASTED = Pasted("pasted", "", *PHOTOGRAPH_SIZE, train=4000, val=400, objects=(3, 6), object_size=(0.2, 0.6), cue=None)
+# Images of the start training and of each arm on blood cells; fewer than for others, since the data set is small.
+CELLS_START, CELLS_IMAGES = 8000, 2000
+CELLS_ARMS = (PLAIN, NONE, WINDOWS, UNIFORM, CONVERTED)
+
+
+def in_company(folder: str) -> dict[str, Any]:
+    """Return settings for the problem that needs attention on photographs: an animal or a vehicle sets the class of all
+    people.
+
+    As `in_context`: in the start training, animals and vehicles among the people show their own class, and that of
+    people is random. To the frozen decoder, people must then look like the animal or the vehicle of their image.
+
+    Args:
+        folder: COCO, or a part of it.
+    """
+    near, company = (
+        replace(PASTED, name=name, folder=folder, cue=cue) for name, cue in (("near", "some"), ("company", "one"))
+    )
+    return {"source": company, "start_source": near, "encoder_alone": True}
+
+
+def photograph_trials(preset: str, bccd: str | None, coco_mini: str | None) -> tuple[Trial, ...]:
+    """Return the trials on photographs, of a preset's first variant.
+
+    Args:
+        preset: a key of `PRESETS`.
+        bccd, coco_mini: folders of the data sets; None to leave out their trial.
+    """
+    model, first = {"cpu": CPU_MODEL, "gpu": GPU_MODEL}[preset], PRESETS[preset].trials[0]
+    made: tuple[Trial, ...] = ()
+    if coco_mini:
+        amounts = {first.variant: (first.start_images, first.seeds)}
+        made += trials(model=model, images=first.images, variants=amounts, **in_company(coco_mini))
+    if bccd:
+        amounts = {first.variant: (min(first.start_images, CELLS_START), first.seeds)}
+        (trial,) = trials(Photographs("bccd", bccd, *PHOTOGRAPH_SIZE), model, CELLS_IMAGES, amounts)
+        made += (replace(trial, arms=CELLS_ARMS),)
+    return made

@@ -25,8 +25,10 @@ from enact_common.evaluation.coco import METRICS, CocoBoxEvaluator
 from enact_common.models.backbone import stride_of
 from enact_common.models.layers import scales_logits
 from enact_common.study.arms import PLAIN, Arm, Setting, attend_to_nothing, encoder_layers, zero_output_projections
-from enact_common.study.images import TRAIN, VAL, Images, Photographs, Shapes, load_images
+from enact_common.study.features import take_features
+from enact_common.study.images import TRAIN, VAL, Images, Shapes
 from enact_common.study.presets import ARMS
+from enact_common.study.sources import Source, load_images
 from enact_common.training.engine import TrainStep
 from enact_common.training.optimization import Optimization, build_optimization
 from enact_common.utils.acceleration import BATCH_NORMS, prepare
@@ -69,7 +71,7 @@ class Task:
             for random weights.
     """
 
-    source: Shapes | Photographs
+    source: Source
     variant: str
     flags: tuple[str, ...]
     arm: Arm
@@ -77,7 +79,7 @@ class Task:
     images: int
     start_images: int
     device: str
-    start_source: Shapes | Photographs | None = None
+    start_source: Source | None = None
     encoder_alone: bool = False
     backbone_of: "Task | None" = None
 
@@ -161,7 +163,10 @@ def build(task: Task, classes: int, seed: int):
     """Return (model, criterion, postprocessors, arguments) with random weights from a seed."""
     args = with_flags(arguments(task), num_classes=classes)
     torch.manual_seed(seed)
-    return (*load_variant(task.variant).models.build_model(args), args)
+    model, *others = load_variant(task.variant).models.build_model(args)
+    if not isinstance(task.source, Shapes):
+        take_features(model)
+    return (model, *others, args)
 
 
 def initial_weights(task: Task, classes: int, results: Results) -> dict[str, Tensor]:
@@ -380,7 +385,8 @@ class Progress:
 
 def feature_map_size(task: Task, data: Images) -> tuple[int, int]:
     """Return height and width of the transformer's feature map."""
-    stride = stride_of(arguments(task))
+    # Photographs are given as feature maps.
+    stride = stride_of(arguments(task)) if isinstance(task.source, Shapes) else 1
     return tuple(math.ceil(side / stride) for side in data.pixels.shape[-2:])
 
 
