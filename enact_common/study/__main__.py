@@ -17,7 +17,7 @@ from enact_common.benchmark.isolated import DONE, run_isolated
 from enact_common.benchmark.measuring import machine
 from enact_common.cli.program import program
 from enact_common.cli.types import HelpFormatter, fraction, positive_int
-from enact_common.study.arms import NONE, WINDOWS
+from enact_common.study.arms import NONE, PLAIN, WINDOWS
 from enact_common.study.costs import measure_encoders, measure_step
 from enact_common.study.images import Shapes
 from enact_common.study.page import write_page
