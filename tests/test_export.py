@@ -467,11 +467,17 @@ def test_bad_export_flags_are_refused(attention, settings, flags, message, check
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", [name for name, rival in RIVALS.items() if not rival.export_fault])
-def test_rivals_are_exported_at_one_size(name, checkpoint_of, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "name, suffix",
+    [
+        *((name, ".pt") for name, rival in RIVALS.items() if not rival.export_fault),
+        pytest.param("act", ".pt2", marks=[exporting, pytest.mark.slow]),
+    ],
+)
+def test_rivals_are_exported_at_one_size(name, suffix, checkpoint_of, tmp_path, capsys):
     checkpoint = checkpoint_of("detr", name)
-    assert export(checkpoint, tmp_path / "model.pt", "--size", 64, 96, "--token_budget", 5) == 0
-    settings = load_exported(tmp_path / "model.pt").metadata["settings"]
+    assert export(checkpoint, tmp_path / f"model{suffix}", "--size", 64, 96, "--token_budget", 5) == 0
+    settings = load_exported(tmp_path / f"model{suffix}").metadata["settings"]
     assert settings == ({"token_budget": 5} if RIVALS[name].takes_budget else {})
     if RIVALS[name].takes_budget:
         assert export(checkpoint, tmp_path / "any.pt", "--dynamic") == 2

@@ -56,10 +56,11 @@ class AdaptiveClusteringSelfAttention(RivalSelfAttention):
             query: (batch, L, d).
             counted: bool (batch, L), False where padded.
         """
-        features = features_of(self.W_q, query)
-        mean = (features * counted.unsqueeze(-1)).sum(dim=1) / counted.sum(dim=1, keepdim=True)  # (batch, d)
         powers = 2 ** torch.arange(MOST_BITS, device=query.device)
         # All used bits set gives 2 powers - 1, which must be below the budget.
         used = 2 * powers <= self.image_budgets(counted).unsqueeze(-1)  # (batch, bits)
+        # After these lines: exported programs cannot be loaded if autocast is switched off just before gradients are.
+        features = features_of(self.W_q, query)
+        mean = (features * counted.unsqueeze(-1)).sum(dim=1) / counted.sum(dim=1, keepdim=True)  # (batch, d)
         bits = ((features - mean.unsqueeze(1)) @ self.planes.float() > 0) & used.unsqueeze(1)  # (batch, L, bits)
         return (bits * powers).sum(dim=-1)
