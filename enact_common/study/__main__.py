@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         "weights/, the trainings that others start from are repeated",
     )  # fmt: skip
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="variants to study (default: the preset's)")
+    parser.add_argument("--problems", nargs="+", metavar="NAME", help="data sets to study (default: the preset's)")
     parser.add_argument(
         "--arms", nargs="+", choices=tuple(ARMS), metavar="NAME",
         help=f"arms to train, with the arms they start from (default: those of the preset): {', '.join(ARMS)}",
@@ -88,7 +89,7 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
     """Return the preset with the changes of the command line.
 
     Raises:
-        UserError: `--coco_mini` or `--bccd` is not a data set, or the preset has none of the `--variants`.
+        UserError: `--coco_mini` or `--bccd` is not a data set, or the preset has none of the `--variants` or `--problems`.
     """
     preset = PRESETS[args.preset]
     made = list(preset.trials)
@@ -98,11 +99,14 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
             raise UserError(f"--{name} {folder}: has no annotations/ folder; pass a data set in COCO's layout")
     if any(folders.values()):
         made = list(photograph_trials(args.preset, **folders))
-    if args.variants:
-        made = [trial for trial in made if trial.variant in args.variants]
+    for flag, chosen, name_of in (
+        ("variants", args.variants, lambda trial: trial.variant),
+        ("problems", args.problems, lambda trial: trial.source.name),
+    ):
+        known = ", ".join(dict.fromkeys(map(name_of, made)))
+        made = [trial for trial in made if not chosen or name_of(trial) in chosen]
         if not made:
-            known = ", ".join(dict.fromkeys(trial.variant for trial in preset.trials))
-            raise UserError(f"--variants {' '.join(args.variants)}: this preset has none of these; choose from {known}")
+            raise UserError(f"--{flag} {' '.join(chosen)}: this preset has none of these; choose from {known}")
     if args.arms:
         wanted = set(args.arms)
         for name in args.arms:
