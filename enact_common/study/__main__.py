@@ -89,7 +89,8 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
     """Return the preset with the changes of the command line.
 
     Raises:
-        UserError: `--coco_mini` or `--bccd` is not a data set, or the preset has none of the `--variants` or `--problems`.
+        UserError: `--coco_mini` or `--bccd` is not a data set, or the preset has none of the `--variants` or
+            `--problems`.
     """
     preset = PRESETS[args.preset]
     made = list(preset.trials)
