@@ -166,6 +166,8 @@ def share_border_tokens(clustering: EntropyClustering, logits: Tensor, key_paddi
     if key_padding_mask is not None:
         logits = logits.masked_fill(key_padding_mask, torch.finfo(logits.dtype).min)
     information = smooth(self_information(logits), clustering.kernel).clamp(min=0)  # (batch, N)
+    if key_padding_mask is not None:
+        information = information.masked_fill(key_padding_mask, 0)
     count = clustering.max_clusters
     mass = information / information.sum(dim=1, keepdim=True) * count
     end = mass.cumsum(dim=1).unsqueeze(1)  # (batch, 1, N)
