@@ -8,7 +8,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from enact_common.cli.arguments import VariantParser, add_focal_flags, common_parser  # noqa: E402
-from enact_common.cli.checks import refuse_masks  # noqa: E402
+from enact_common.cli.checks import refuse_masks, refuse_rivals_of_row_column_attention  # noqa: E402
 from enact_common.cli.flags import MODEL  # noqa: E402
 from enact_common.cli.types import positive_int  # noqa: E402
 from enact_common.training.run import main  # noqa: E402
@@ -48,7 +48,7 @@ def get_args_parser() -> VariantParser:
         coco_path="/data/coco", dilation=True, smoothing_sigma=5.0, dim_feedforward=1024, dropout=0.0, batch_size=1,
         epochs=50, lr_drop=40,
     )  # fmt: skip
-    parser.checks += [check_arguments, refuse_masks]
+    parser.checks += [check_arguments, refuse_masks, refuse_rivals_of_row_column_attention]
     return parser
 
 

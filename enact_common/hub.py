@@ -78,7 +78,7 @@ class Model:
         variant: a key of `VARIANTS`.
         backbone: one of `BACKBONES`.
         dilation: stride 16 instead of 32 (DC5).
-        encoder_attention: "enact" or "mhsa".
+        encoder_attention: one of `ENCODER_ATTENTIONS`; the hub has names for "enact" and "mhsa".
         panoptic: has a mask head, for things and stuff.
     """
 
@@ -92,14 +92,15 @@ class Model:
     def name(self) -> str:
         """The name in the hub."""
         prefix = "" if self.variant == "detr" else f"{self.variant}_"
-        clustered = self.encoder_attention == "enact"
-        suffixes = "_dc5" * self.dilation + "_panoptic" * self.panoptic + "_enact" * clustered
+        attention = "" if self.encoder_attention == "mhsa" else f"_{self.encoder_attention}"
+        suffixes = "_dc5" * self.dilation + "_panoptic" * self.panoptic + attention
         return f"{prefix}detr_{self.backbone}{suffixes}"
 
     @property
     def title(self) -> str:
         """A readable description."""
-        attention = "with ENACT" if self.encoder_attention == "enact" else "plain"
+        names = {"mhsa": "plain", "enact": "with ENACT"}
+        attention = names.get(self.encoder_attention, f"with {self.encoder_attention}")
         stride = ", its last stage dilated (DC5)" if self.dilation else ""
         kind = ", panoptic" if self.panoptic else ""
         return f"{TITLES[self.variant]}{kind}, {attention}, on a ResNet-{self.backbone.removeprefix('resnet')}{stride}"

@@ -54,6 +54,9 @@ SMALL_MODEL = {
 }
 
 
+# Flags with which a variant's encoder attends between cells, as the rivals of ENACT need.
+TOKENS = {"detr": (), "conditional": (), "anchor": ("--attention_type", "nn.MultiheadAttention")}
+
 # Test files that mostly train, export, compile or start processes, slowest first. `make test-fast` skips them, and
 # single tests marked as slow.
 SLOW_FILES = (

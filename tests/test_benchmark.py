@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from enact_common.attention.layer import EnactSelfAttention
+from enact_common.attention.rivals import RIVALS
 from enact_common.benchmark import detectors, isolated, masks, parts, pipeline, report, scaling, table
 from enact_common.benchmark.__main__ import build_parser, main
 from enact_common.benchmark.eager import NAIVE_PRODUCTS, eager_attention, replaced
@@ -440,20 +441,23 @@ def test_scaling_compares_all_layers(in_process, tmp_path, capsys):
     argv = "--tokens 1200 48 1000 --channels 8 --heads 2 --repeat 2 --device cpu".split()
     status, figures = run_benchmark("scaling", tmp_path, *argv)
     assert status == 0
-    rows = figures["rows"]
-    assert [row["tokens"] for row in rows] == [48] * 7 + [1000] * 7 + [1200] * 7
-    assert [row["layer"] for row in rows[:7]] == list(scaling.LAYERS)
+    rows, layers = figures["rows"], len(scaling.LAYERS)
+    assert [row["tokens"] for row in rows] == [48] * layers + [1000] * layers + [1200] * layers
+    assert [row["layer"] for row in rows[:layers]] == list(scaling.LAYERS)
     for row in rows:
         base = next(r for r in rows if r["layer"] == "mha" and r["tokens"] == row["tokens"])
         assert row["time_ratio"] == row["seconds"]["median"] / base["seconds"]["median"]
         assert row["memory"] >= 0 and len(row["runs"]) == 2
-        assert (row["clusters"] is not None) == ("enact" in row["layer"] or row["layer"] == "clustered_rcda")
+        budget = row["layer"] in RIVALS and RIVALS[row["layer"]].takes_budget
+        has_clusters = budget or "enact" in row["layer"] or row["layer"] == "clustered_rcda"
+        assert (row["clusters"] is not None) == has_clusters
         assert row["layer"] != "enact_limited" or row["clusters"] <= 256
+        assert not (budget or row["layer"] == "enact_equal") or row["clusters"] == min(row["tokens"], 256)
     times = {row["tokens"]: row["seconds"]["median"] for row in rows if row["layer"] == "rcda"}
     expected = scaling.fit_exponent(list(times), list(times.values()))
     assert figures["fits"]["rcda"]["time"] == pytest.approx(expected)
     text = (tmp_path / "scaling.md").read_text()
-    assert text.strip() in capsys.readouterr().out and text.count("| 1200 | 30 x 40 | ") == 7
+    assert text.strip() in capsys.readouterr().out and text.count("| 1200 | 30 x 40 | ") == layers
     assert [int(line["tokens"]) for line in read_csv(tmp_path / "scaling.csv")] == [row["tokens"] for row in rows]
     assert_is_chart(tmp_path / "scaling.png")
 

@@ -12,6 +12,7 @@ from conftest import ALL_STAGES, SMALL_MODEL, parse, run
 from processes import Forked
 
 from enact_common import UserError, demo, load_detector, predict
+from enact_common.attention.rivals import RIVALS
 from enact_common.benchmark.__main__ import main as benchmark
 from enact_common.cli.arguments import add_focal_flags, add_query_flags, common_parser
 from enact_common.compare.__main__ import main as compare
@@ -38,7 +39,7 @@ def test_help_shows_every_flag_in_a_group_with_its_default(variant):
 
 def test_the_default_learning_rate_depends_on_the_attention():
     assert parse("detr").lr == 5e-5
-    assert parse("detr", "--encoder_attention", "mhsa").lr == 1e-4
+    assert {parse("detr", "--encoder_attention", name).lr for name in ("mhsa", *RIVALS)} == {1e-4}
     assert parse("detr", "--encoder_attention", "mhsa", "--lr", "5e-5").lr == 5e-5
     assert parse("detr", "--lr", "2e-4", "--encoder_attention", "mhsa").lr == 2e-4
 
@@ -172,6 +173,8 @@ def test_a_missing_coco_path_is_reported(capsys):
         ["--lr_drop_epochs", "3", "0"],
         ["--lr_linear_proj_mult", "-1"],
         ["--eval_set", "minival"],
+        ["--token_budget", "-1"],
+        ["--encoder_attention", "none"],
     ],
     ids=" ".join,
 )

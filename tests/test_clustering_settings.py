@@ -9,12 +9,13 @@ from torch.testing import assert_close
 
 from enact_common import NestedTensor
 from enact_common.attention import clusters
-from enact_common.attention.clustering import EntropyClustering, count_regions, self_information, smooth
+from enact_common.attention.clustering import CLUSTERS, EntropyClustering, count_regions, self_information, smooth
 from enact_common.attention.layer import EnactSelfAttention
+from enact_common.attention.rivals import RIVALS
 from enact_common.checkpoints.files import load_checkpoint
 from enact_common.cli.flags import CLUSTERING_FLAGS
 from enact_common.inference.detector import load_detector
-from enact_common.models.layers import clustering_settings
+from enact_common.models.layers import attention_settings, clustering_settings
 from enact_common.variants import VARIANTS
 
 # Every combination of settings. The sequences below have more than 7 clusters without the limit.
@@ -24,8 +25,12 @@ COMBINATIONS = [
         ("windows", "regions"), (False, True), (False, True), (None, 7)
     )
 ]
+# Clusters of equal information are always per image and without padding.
+COMBINATIONS += [
+    {"clusters": "equal", "per_image": True, "mask_padding": True, "max_clusters": most} for most in (None, 7)
+]
 # Combinations in which an image's clusters depend neither on the other images nor on its padding.
-INDEPENDENT = [c for c in COMBINATIONS if c["mask_padding"] and (c["per_image"] or c["clusters"] == "regions")]
+INDEPENDENT = [c for c in COMBINATIONS if c["mask_padding"] and (c["per_image"] or c["clusters"] != "windows")]
 
 
 def name(combination) -> str:
@@ -43,6 +48,8 @@ def expected_clusters(information, clusters, max_clusters):
         else:
             regions.append([i])
     tokens = len(curved)
+    if clusters == "equal":
+        return clusters_of_equal_information(information, min(max_clusters or -(-tokens // 16), tokens))
     if clusters == "regions":
         together = -(-len(regions) // (max_clusters or tokens))
         return [sum(regions[i : i + together], []) for i in range(0, len(regions), together)]
@@ -51,6 +58,19 @@ def expected_clusters(information, clusters, max_clusters):
         length += 1
     first = tokens % length // 2
     return [list(range(i, i + length)) for i in range(first, first + tokens // length * length, length)]
+
+
+def clusters_of_equal_information(information, count):
+    """Token by token: each goes to the cluster that the middle of its information lies in, if none stays empty."""
+    lists, passed, total = [[]], 0.0, information.sum().item()
+    for token, own in enumerate(information.tolist()):
+        wanted = int((passed + own / 2) / total * count)
+        passed += own
+        left = len(information) - token  # this token and those behind it
+        if lists[-1] and (wanted >= len(lists) or left <= count - len(lists)):
+            lists.append([])
+        lists[-1].append(token)
+    return lists
 
 
 @pytest.mark.parametrize("combination", INDEPENDENT, ids=name)
@@ -106,7 +126,7 @@ def test_temperature_spreads_the_pooling_weights():
     assert 1.05 < greatest[1.0] < greatest[0.1] <= length
 
 
-@pytest.mark.parametrize("clusters", ["windows", "regions"])
+@pytest.mark.parametrize("clusters", CLUSTERS)
 @pytest.mark.parametrize("num_tokens", [1, 3, 400])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
 def test_temperature_gives_finite_outputs_for_any_scores(clusters, num_tokens, scale):
@@ -198,7 +218,7 @@ def test_pool_shared_equals_pooling_repeated_values(combination):
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
-def test_clustering_reads_back_to_the_host_once(combination, monkeypatch):
+def test_clustering_reads_back_to_the_host_at_most_once(combination, monkeypatch):
     layer, tokens, mask = EntropyClustering(8, **combination), torch.randn(3, 50, 8), torch.rand(3, 50) > 0.8
     reads = []
     for method in ("tolist", "item", "__bool__", "__int__", "__float__", "cpu", "numpy", "nonzero"):
@@ -210,7 +230,7 @@ def test_clustering_reads_back_to_the_host_once(combination, monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, method, counted)
     layer(tokens, tokens, key_padding_mask=mask)
-    assert len(reads) == 1
+    assert len(reads) == (combination["clusters"] != "equal")
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS, ids=name)
@@ -243,6 +263,8 @@ FLAGS = {
     "regions": "--enact_clusters regions --enact_mask_padding",
     "limited": "--enact_per_image --enact_mask_padding --enact_max_clusters 9",
     "temperature": "--enact_clusters regions --enact_mask_padding --enact_temperature 0.1",
+    "equal": "--enact_clusters equal --enact_max_clusters 9",
+    "equal_default": "--enact_clusters equal",
 }
 
 
@@ -371,9 +393,26 @@ def test_arguments_of_earlier_versions_are_accepted():
     for flag in CLUSTERING_FLAGS:
         delattr(args, flag)
     assert clustering_settings(args) == clustering_settings(parse("detr"))
+    args.encoder_attention = "avgpool"
+    assert attention_settings(args) == {"token_budget": None}
 
 
-def test_settings_without_effect_are_named(shapes, tmp_path, capfd):
-    argv = [*SMALL_MODEL["detr"], "--encoder_attention", "mhsa", "--epochs", "0", "--enact_per_image"]
+@pytest.mark.parametrize("words, budget", [((), None), (("0",), None), (("7",), 7)], ids=["default", "0", "7"])
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_get_their_budget(name, words, budget):
+    args = parse("detr", "--encoder_attention", name, *(("--token_budget", *words) if words else ()))
+    assert attention_settings(args) == ({"token_budget": budget} if RIVALS[name].takes_budget else {})
+
+
+@pytest.mark.parametrize(
+    "attention, given, idle",
+    [
+        ("mhsa", "--enact_per_image", "--enact_per_image"),
+        ("enact", "--enact_per_image --token_budget 9", "--token_budget"),
+        ("avgpool", "--enact_scale_logits --token_budget 9", "--enact_scale_logits"),
+    ],
+)
+def test_settings_without_effect_are_named(attention, given, idle, shapes, capfd):
+    argv = [*SMALL_MODEL["detr"], "--encoder_attention", attention, "--epochs", "0", *given.split()]
     assert run("detr", "--coco_path", shapes, *argv) == 0
-    assert "note: --enact_per_image: no effect with --encoder_attention mhsa" in capfd.readouterr().out
+    assert f"note: {idle}: no effect with --encoder_attention {attention}" in capfd.readouterr().out

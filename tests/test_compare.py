@@ -21,7 +21,7 @@ from test_plots import evaluation_of, original_log, without_figures, write_evalu
 from enact_common.checkpoints.files import load_checkpoint
 from enact_common.compare import pictures
 from enact_common.compare.__main__ import main
-from enact_common.compare.recorded import read_run
+from enact_common.compare.recorded import RecordedRun, read_run
 from enact_common.compare.tables import classes_table, costs_table, figures_table
 from enact_common.compare.terms import differing_flags, inequalities, settings_table
 from enact_common.data.annotations import load_annotations
@@ -91,6 +91,17 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if data.strip() and not {"script", "style"} & set(self._inside):
             self.texts.append(data.strip())
+
+
+@pytest.mark.parametrize(
+    "given, budget", [({}, "1/16 of the tokens"), ({"token_budget": 9}, "9")], ids=["default", "9"]
+)
+def test_rivals_are_shown_with_their_budget(given, budget):
+    attentions = ("avgpool", "enact")
+    runs = [RecordedRun(name, args={"encoder_attention": name, **given}) for name in attentions]
+    rows = [[cell.text for cell in row] for row in settings_table(runs).rows]
+    assert rows == [["encoder attention", f"avgpool, token budget {budget}", "ENACT"]]
+    assert inequalities(runs) == []
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["evaluation.json", "only log.txt"])

@@ -16,6 +16,7 @@ from enact_common import UserError, load_detector
 from enact_common.attention.clustering import clusterings
 from enact_common.attention.clusters import Windows
 from enact_common.attention.layer import EnactSelfAttention
+from enact_common.attention.rivals import RIVALS
 from enact_common.benchmark import agreement, runtimes
 from enact_common.benchmark.__main__ import main as benchmark
 from enact_common.benchmark.isolated import attempt
@@ -61,7 +62,7 @@ def checkpoint_of(tmp_path_factory):
                 elif "encoder" in name and ("self_attn" in name or "ENACT" in name):
                     parameter.data.mul_(3)
             state = {"model": model.state_dict(), "args": args}
-            if attention == "enact":
+            if attention != "mhsa":
                 state |= {"args": vars(args), "variant": variant}
             checkpoints[key] = folder / f"{key}.pth"
             torch.save(state, checkpoints[key])
@@ -260,6 +261,8 @@ SETTINGS = [
     {"per_image": True, "mask_padding": True, "max_clusters": 4, "temperature": 0.5},
     {"clusters": "regions"},
     {"clusters": "regions", "mask_padding": True, "max_clusters": 3},
+    {"clusters": "equal", "max_clusters": 5},
+    {"clusters": "equal"},
 ]
 
 
@@ -274,7 +277,7 @@ def test_clusters_depend_on_the_data_in_a_traced_graph(settings):
 
 
 @exporting
-@pytest.mark.parametrize("settings", [SETTINGS[i] for i in (4, 6)], ids=["per_image", "regions"])
+@pytest.mark.parametrize("settings", [SETTINGS[i] for i in (4, 6, 7)], ids=["per_image", "regions", "equal"])
 def test_clusters_depend_on_the_data_in_onnx(settings, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -461,6 +464,32 @@ def test_bad_export_flags_are_refused(attention, settings, flags, message, check
     assert command.main([str(checkpoint), "--format", "torchscript", *output, *flags]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name, suffix",
+    [
+        *((name, ".pt") for name, rival in RIVALS.items() if not rival.export_fault),
+        pytest.param("act", ".pt2", marks=[exporting, pytest.mark.slow]),
+    ],
+)
+def test_rivals_are_exported_at_one_size(name, suffix, checkpoint_of, tmp_path, capsys):
+    checkpoint = checkpoint_of("detr", name)
+    assert export(checkpoint, tmp_path / f"model{suffix}", "--size", 64, 96, "--token_budget", 5) == 0
+    settings = load_exported(tmp_path / f"model{suffix}").metadata["settings"]
+    assert settings == ({"token_budget": 5} if RIVALS[name].takes_budget else {})
+    if RIVALS[name].takes_budget:
+        assert export(checkpoint, tmp_path / "any.pt", "--dynamic") == 2
+        assert f"--encoder_attention {name} " in capsys.readouterr().err
+
+
+def test_a_rival_that_cannot_be_exported_is_refused(checkpoint_of, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(RIVALS["avgpool"], "export_fault", "it sorts by magic")
+    assert export(checkpoint_of("detr", "avgpool"), tmp_path / "model.pt") == 2
+    assert "--encoder_attention avgpool cannot be exported: it sorts by magic; run" in capsys.readouterr().err
+    argv = ["runtimes", "--attentions", "avgpool", "--runtimes", "torchscript", "--output_dir", str(tmp_path / "out")]
+    assert benchmark(argv) == 2 and "it sorts by magic" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -7,12 +7,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import SMALL_MODEL, assert_close, build, parse, read_log, run, train
+from conftest import SMALL_MODEL, TOKENS, assert_close, build, parse, read_log, run, train
 from torch import nn
 
 from enact_common import UserError, load_detector
 from enact_common.attention import clustering
 from enact_common.attention.conversion import clustered_weights
+from enact_common.attention.rivals import RIVALS
 from enact_common.checkpoints.files import load_checkpoint
 from enact_common.checkpoints.pretrained import fit_weights, load_pretrained
 from enact_common.data.categories import LabelMap, coco_names
@@ -23,7 +24,6 @@ from enact_common.training.averaging import WeightAverage
 from enact_common.variants import VARIANTS
 
 # Flags for attention over tokens; only Anchor DETR has a choice.
-TOKENS = {"detr": [], "conditional": [], "anchor": ["--attention_type", "nn.MultiheadAttention"]}
 LABELS = LabelMap((1, 2, 3), ("red", "green", "blue"))
 
 
@@ -83,6 +83,23 @@ def test_a_plain_model_converts_to_enact(variant, own, clusters_of_one_token, ca
     assert "converted to ENACT: 2 attention layers" in text and "skipped" not in text
     assert "W_prob.weight" in text.split("left as initialised: ")[1]
     assert ("ENACT needs --enact_mask_padding" in text) == (not padding)
+
+
+EXACT = [name for name, rival in RIVALS.items() if rival.exact_at_full_budget]
+
+
+@pytest.mark.parametrize("variant, name", [*((v, EXACT[0]) for v in VARIANTS), *(("detr", name) for name in EXACT[1:])])
+def test_a_plain_model_converts_to_a_rival(variant, name, caplog):
+    caplog.set_level(logging.INFO, "enact")
+    model, args = small(variant, "--encoder_attention", "mhsa", *TOKENS[variant])
+    checkpoint = checkpoint_of(variant, shuffle_(model), args)
+    flags = ["--encoder_attention", name, "--token_budget", "9999", "--pretrained", "plain.pth", *TOKENS[variant]]
+    converted, args = small(variant, *flags)
+    load_pretrained(converted, checkpoint, variant, args, LABELS)
+    images = nested_tensor_from_tensor_list([torch.randn(3, 64, 96), torch.randn(3, 80, 64)])
+    with torch.no_grad():
+        assert_close(converted(images)["pred_logits"], model(images)["pred_logits"], 1e-5)
+    assert f"converted to {name}: 1 attention layer" in caplog.text and "ENACT" not in caplog.text
 
 
 def test_clusters_of_several_tokens_change_the_outputs():
@@ -166,7 +183,7 @@ def test_an_original_checkpoint_of_coco_keeps_its_head_on_coco():
 
 def test_mismatched_tensors_are_listed_with_the_reason():
     own = {"a.weight": torch.zeros(2, 3), "b": torch.zeros(4), "new": torch.zeros(1)}
-    fit = fit_weights({"a.weight": torch.ones(5, 3), "b": torch.ones(4), "old": torch.ones(1)}, own, 1, True)
+    fit = fit_weights({"a.weight": torch.ones(5, 3), "b": torch.ones(4), "old": torch.ones(1)}, own, 1, True, False)
     assert fit.skipped == {"a.weight": "5 x 3 in the checkpoint, 2 x 3 in the model", "old": "not in the model"}
     assert fit.fresh == ["a.weight", "new"] and list(fit.weights) == ["b"]
 

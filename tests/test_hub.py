@@ -13,7 +13,7 @@ from conftest import GOLDEN, parse
 
 from enact_common import NestedTensor, UserError, hub
 from enact_common.data.categories import LabelMap
-from enact_common.hub import ENTRIES, MODELS, PUBLISHED
+from enact_common.hub import ENTRIES, MODELS, PUBLISHED, Model
 from enact_common.models.backbone import load_backbone_weights
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
 
@@ -100,6 +100,12 @@ def test_a_model_has_the_parts_in_its_name(name, monkeypatch):
     outputs = model.eval()([torch.rand(3, 64, 80), torch.rand(3, 70, 64)])
     assert set(outputs) == {"pred_logits", "pred_boxes"}
     assert outputs["pred_logits"].shape == (2, 4, 6 if wanted.variant == "detr" else 5)
+
+
+def test_models_with_rivals_have_no_entry():
+    # A name of the plain or the ENACT model would mislead in the refusal of such a checkpoint.
+    model = Model("detr", "resnet50", False, "avgpool")
+    assert model.name not in ENTRIES and "with avgpool" in model.title
 
 
 def test_defaults_match_the_published_training():

@@ -226,7 +226,7 @@ def test_kinds_that_a_model_cannot_show_are_refused_before_any_work(pixels, tmp_
     monkeypatch.setattr(plain.model, "forward", lambda *args: pytest.fail("the model ran before the check"))
     nothing = Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64), [], [], torch.zeros(0))
     for kind in ("entropy", "clusters"):
-        with pytest.raises(UserError, match=f"--show {kind}: .*plain.* it can show attention"):
+        with pytest.raises(UserError, match=f"--show {kind}: .*no clusters.* it can show attention"):
             write_introspection(plain, pixels, nothing, ["attention", kind], tmp_path / "new", "a")
     with pytest.raises(UserError, match="--show boxes: .*entropy, clusters, attention"):
         check_kinds(plain, ["boxes"])

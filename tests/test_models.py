@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from conftest import ALL_STAGES, ATTENTIONS, SMALL_MODEL, build, parse
+from conftest import ALL_STAGES, ATTENTIONS, SMALL_MODEL, TOKENS, build, parse
 from processes import Forked
 from torch.testing import assert_close
 from torchvision.transforms.v2 import functional as F
@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as F
 from enact_common import LoadedDetector, NestedTensor, UserError, load_variant, nested_tensor_from_tensor_list
 from enact_common.attention.clustering import EntropyClustering
 from enact_common.attention.clusters import Windows
+from enact_common.attention.rivals import RIVALS
 from enact_common.checkpoints.contents import arguments_of
 from enact_common.data.categories import LabelMap
 from enact_common.hub import ENTRIES
@@ -237,6 +238,33 @@ def test_with_separate_images_a_result_does_not_depend_on_the_batch(attention):
     assert differs == {0: True, 1: False}
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_train_in_every_variant(name, variant):
+    model, criterion, _ = small((variant, name), *TOKENS[variant])
+    outputs = model([torch.randn(3, 64, 96), torch.randn(3, 80, 64)])
+    assert outputs["pred_boxes"].shape == (2, 8, 4)
+    criterion.total(criterion(outputs, [SOME_OBJECTS] * 2)).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", [name for name, rival in RIVALS.items() if rival.takes_budget])
+def test_the_token_budget_reaches_the_layer(name):
+    model, _, _ = small(("detr", name), "--token_budget", "5", "--dropout", "0.25")
+    attention = model.transformer.encoder.layers[0].self_attn
+    assert (attention.token_budget, attention.dropout) == (5, 0.25)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_of_row_column_attention_are_refused(name):
+    args = parse("anchor", "--encoder_attention", name, "--coco_path", "x")
+    message = f"--encoder_attention {name} .* pass --attention_type nn.MultiheadAttention"
+    with pytest.raises(UserError, match=message):
+        load_variant("anchor").main.get_args_parser().check(args)
+    with pytest.raises(UserError, match=message):
+        small(("anchor", name))
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -269,7 +297,7 @@ def test_shallow_backbones_are_refused_before_any_work(variant):
 
 def test_pre_norm_leaves_enact_layers_post_norm():
     # Like the reference, whose pre-norm checkpoints were trained this way.
-    for attention, before in (("enact", False), ("mhsa", True)):
+    for attention, before in (("enact", False), ("mhsa", True), ("avgpool", True)):
         model, _, _ = small(("detr", attention), "--pre_norm")
         assert model.transformer.encoder.layers[0].normalize_before is before
         assert model.transformer.encoder.norm is not None
@@ -572,6 +600,7 @@ KINDS = [(v, "--encoder_attention", a) for v in VARIANTS for a in ATTENTIONS] + 
     ("anchor", "--spatial_prior", "grid"),
     ("anchor", "--attention_type", "nn.MultiheadAttention"),
     ("anchor", "--enact_mask_padding"),
+    *(("detr", "--encoder_attention", name) for name in RIVALS),
 ]
 
 

@@ -3,6 +3,7 @@
 import copy
 import importlib
 import os
+import pickle
 import re
 import sys
 from functools import partial
@@ -17,6 +18,7 @@ from torch.testing import assert_close
 import enact_common.clustering
 from enact_common import EnactSelfAttention, nested_tensor_from_tensor_list, plug_in
 from enact_common.attention.plug_in import padded_keys
+from enact_common.attention.rivals import RIVALS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "use" / "plug_in.md"
 
@@ -292,6 +294,66 @@ def test_the_device_is_kept():
     assert {tensor.device.type for tensor in (*attention.parameters(), *attention.buffers())} == {"meta"}
 
 
+def rival_settings(name: str, budget: int, size: tuple[int, int]) -> dict:
+    """The arguments of `plug_in` for a rival: its kind and, where it has them, budget and map size."""
+    rival = RIVALS[name]
+    settings = {"token_budget": budget} if rival.takes_budget else {}
+    return {"kind": name, **settings, **({"map_size": size} if rival.needs_map_size else {})}
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_are_plugged_in(name):
+    plain = torch_encoder().eval()
+    encoder = copy.deepcopy(plain)
+    encoder.layers[1].self_attn.in_proj_weight.requires_grad_(False)
+    assert plug_in(encoder, **rival_settings(name, 99, (3, 4))) == ["layers.0.self_attn", "layers.1.self_attn"]
+    attention = encoder.layers[1].self_attn
+    assert type(attention) is RIVALS[name] and attention.batch_first
+    assert not attention.W_q.weight.requires_grad and attention.W_o.weight.requires_grad
+    # The lower part of the second map is padding.
+    x, padding = torch.randn(2, 12, 16), torch.arange(12) >= torch.tensor([[12], [8]])
+    found, expected = (model(x, src_key_padding_mask=padding) for model in (encoder, plain))
+    assert torch.allclose(found[~padding], expected[~padding], atol=1e-5) == RIVALS[name].exact_at_full_budget
+    with pytest.raises(ValueError, match=r"(?s)ENACT cannot replace.*a rival's already"):
+        plug_in(encoder, where=".*self_attn")
+    half = torch_encoder(dtype=torch.bfloat16)
+    plug_in(half, **rival_settings(name, 5, (3, 4)))
+    assert half(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_are_plugged_into_hugging_faces_models(transformers, name):
+    plain = hugging_face(transformers, "Detr")
+    model = copy.deepcopy(plain)
+    assert plug_in(model, **rival_settings(name, 99, (3, 4))) == ENCODER_LAYERS
+    model = pickle.loads(pickle.dumps(model))
+    inputs = {"pixel_values": torch.rand(2, 3, 96, 128), "pixel_mask": PIXEL_MASK}
+    with torch.no_grad():
+        found, expected = (m(**inputs).logits for m in (model, plain))
+    assert torch.allclose(found, expected, atol=1e-5) == RIVALS[name].exact_at_full_budget
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"kind": "mhsa"}, "kind='mhsa': choose from enact, avgpool"),
+        ({"kind": "avgpool", "sigma": 1.0}, "sigma=1.0 has no effect with kind='avgpool'"),
+        ({"kind": "avgpool", "scale_logits": True}, "scale_logits=True has no effect"),
+        ({"kind": "avgpool", "token_budget": 0}, "token_budget must be at least 1"),
+        ({"token_budget": 9}, "token_budget=9 has no effect with kind='enact'"),
+        ({"map_size": (3, 4)}, "map_size=.* has no effect with kind='enact'"),
+        *(({"kind": name, "map_size": (3, 4)}, "map_size") for name in RIVALS if not RIVALS[name].needs_map_size),
+        *(({"kind": name, "token_budget": 9}, "token_budget") for name in RIVALS if not RIVALS[name].takes_budget),
+    ],
+    ids=str,
+)
+def test_settings_of_another_kind_are_refused(settings, message):
+    model = Stranger()
+    with pytest.raises(ValueError, match=message):
+        plug_in(model, **settings)
+    assert type(model.encoder[0]["attn"]) is nn.MultiheadAttention
+
+
 def test_missing_biases_become_zero_and_frozen():
     model = Stranger(bias=False)
     plug_in(model)
@@ -403,7 +465,7 @@ def normed() -> nn.Module:
         (partial(nn.MultiheadAttention, 16, 4, add_zero_attn=True), "add_zero_attn"),
         (partial(OwnAttention, 16, 4), "OwnAttention.*subclass"),
         (LinearAttention, "LinearAttention.*neither"),
-        (partial(EnactSelfAttention, 16, 4), "ENACT's attention already"),
+        (partial(EnactSelfAttention, 16, 4), "ENACT's attention or a rival's already"),
         (hooked, "hooks"),
         (partial(hooked, "out_proj"), "output projection"),
         (normed, "output projection"),

@@ -284,6 +284,15 @@ def test_variant_and_settings_are_inferred_from_weights(variant_and_attention, t
     assert label_map.names == coco_names() and label_map.category_ids[:2] == (None, 1)
 
 
+def test_a_rivals_weights_without_arguments_need_its_name():
+    model, _, _ = build("detr", *SMALL_MODEL["detr"], "--encoder_attention", "avgpool")
+    state = {"model": model.state_dict(), "args": {}}
+    with pytest.raises(UserError, match=r"one of avgpool.*: pass encoder_attention=NAME"):
+        arguments_of(state, "detr")
+    args, _ = arguments_of(state, "detr", {"encoder_attention": "avgpool", "token_budget": 3})
+    assert (args.encoder_attention, args.token_budget) == ("avgpool", 3)
+
+
 def test_weights_of_the_published_size_load_without_arguments(photo, tmp_path):
     model, _, _ = build("detr", "--backbone", "resnet18", "--backbone_weights", "none", "--encoder_attention", "mhsa")
     torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")

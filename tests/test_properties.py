@@ -11,7 +11,8 @@ from torch.testing import assert_close
 from torchvision import tv_tensors
 
 from enact_common import nested_tensor_from_tensor_list
-from enact_common.attention.clustering import CLUSTERS, EntropyClustering
+from enact_common.attention.clustering import CLUSTERS, EQUAL, REGIONS, WINDOWS, EntropyClustering, equal_information
+from enact_common.attention.clusters import default_budget
 from enact_common.boxes import (
     box_cxcywh_to_xyxy,
     box_xyxy_to_cxcywh,
@@ -314,9 +315,12 @@ def test_clusters_partition_the_tokens_and_their_weights_sum_to_one(drawn):
         # Clusters follow the order of the tokens.
         order = kept[i].to(torch.uint8).argmax(dim=0)[kept[i].any(dim=0)]
         assert (order.diff() >= 0).all() and (order.diff() <= 1).all()
-        if layer.clusters == "regions":
+        if layer.clusters in (REGIONS, EQUAL):
             assert torch.equal(kept[i].any(dim=0), present[i])
-        else:
+        if layer.clusters == EQUAL:
+            wanted = layer.max_clusters or default_budget(int(present[i].sum()))
+            assert (~absent[i]).sum() == min(wanted, int(present[i].sum()))
+        if layer.clusters == WINDOWS:
             # Windows have equal lengths; fewer tokens than one window are left over at the ends.
             lengths = kept[i].sum(dim=1)[~absent[i]]
             assert (lengths == lengths[0]).all() and present[i].sum() - lengths.sum() < lengths[0]
@@ -351,6 +355,26 @@ def test_masked_padding_never_contributes(drawn, value):
     if value == value:
         pooled.square().sum().backward()
         assert (other.grad[padded] == 0).all()
+
+
+@few
+@given(st.integers(1, 3), st.integers(1, 90), st.integers(1, 90), st.sampled_from([0.0, 1.0, 6.0]), seeds)
+def test_clusters_of_equal_information_differ_by_less_than_one_token(batch, num_tokens, count, spread, seed):
+    """As long as no token has more than a cluster's share; else clusters still have one token at least."""
+    torch.manual_seed(seed)
+    information = (spread * torch.randn(batch, num_tokens)).exp()
+    tokens = torch.randint(1, num_tokens + 1, (batch,))
+    information *= torch.arange(num_tokens) < tokens.unsqueeze(1)
+    counts = tokens.clamp(max=count)
+    clusters = equal_information(information, tokens, counts)
+    for own, cluster, length, number in zip(information, clusters, tokens, counts, strict=True):
+        sizes = torch.bincount(cluster[:length], minlength=number)
+        assert len(sizes) == number and (sizes > 0).all() and (cluster.diff() >= 0).all()
+        assert (cluster[length:] == number - 1).all()
+        share = own.sum() / number
+        if own.max() <= share:
+            masses = own.new_zeros(number).index_add(0, cluster, own)
+            assert ((masses - share).abs() <= own.max() * (1 + 1e-4)).all()
 
 
 independent = combinations.map(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from enact_common.attention.clustering import EntropyClustering
+from enact_common.attention.clustering import CLUSTERS, EntropyClustering
 from enact_common.attention.clusters import Windows, cut_windows
 from enact_common.benchmark.__main__ import main
 from enact_common.benchmark.eager import naive_clustered, naive_row_column
@@ -243,7 +243,7 @@ def test_attention_to_clusters_equals_its_definition(height, width):
     assert_close(attention(rows, columns, clusters_row, clusters_col, clusters), expected)
 
 
-@pytest.mark.parametrize("clusters", ["windows", "regions"])
+@pytest.mark.parametrize("clusters", CLUSTERS)
 def test_map_clustering_equals_clustering_of_the_explicit_keys(clusters):
     clustering = transformer.MapClustering(8, sigma=1.0, clusters=clusters).double()
     src, x, y = (torch.randn(*shape, 8).double() for shape in ((2, 5, 7), (2, 7), (2, 5)))

@@ -20,16 +20,26 @@ from torch.testing import assert_close
 from enact_common.attention.clustering import EntropyClustering, clusterings
 from enact_common.attention.hilbert import hilbert_order
 from enact_common.attention.layer import EnactSelfAttention
-from enact_common.attention.plug_in import clustered
+from enact_common.attention.plug_in import replacement
+from enact_common.attention.rivals import RivalSelfAttention
 from enact_common.benchmark import isolated
 from enact_common.study import __main__ as command
 from enact_common.study import schedule
-from enact_common.study.arms import EqualShares, LearnedTemperature, MiddleAlone, Setting, encoder_layers
-from enact_common.study.images import DOTS, TRAIN, VAL, Photographs, Shapes, draw_one, load_images
+from enact_common.study.arms import (
+    EqualShares,
+    LearnedTemperature,
+    MiddleAlone,
+    Setting,
+    encoder_layers,
+    share_border_tokens,
+)
+from enact_common.study.images import DOTS, TRAIN, VAL, Shapes, draw_one
 from enact_common.study.page import difference, difference_text, mean_and_spread
 from enact_common.study.presets import ARMS, LIST, PRESETS
 from enact_common.study.schedule import needed, tasks_of
+from enact_common.study.sources import load_images
 from enact_common.study.training import (
+    ClusterTrace,
     Results,
     Task,
     initial_weights,
@@ -39,6 +49,7 @@ from enact_common.study.training import (
     right_classes,
     set_training,
     start_of,
+    train,
 )
 from enact_common.utils.errors import UserError
 
@@ -109,7 +120,7 @@ def replace_boxes(data, boxes):
     return replace(data, boxes=[boxes, *data.boxes[1:]], labels=[torch.zeros(len(boxes)).long(), *data.labels[1:]])
 
 
-@pytest.mark.parametrize("dotted", ["some", "one"])
+@pytest.mark.parametrize("dotted", ["some", "one", "each"])
 def test_dots_show_the_class_of_their_object_or_of_all_objects(dotted):
     """Compare each scene with the same scene without dots: the grey of the difference shows the class."""
     bare = replace(SOURCE, height=192, widths=(192,), scale=1.0)
@@ -132,12 +143,16 @@ def test_dots_show_the_class_of_their_object_or_of_all_objects(dotted):
             if apart and changed[box].any():
                 assert set(after[box][changed[box]].ravel().tolist()) == {list(DOTS.values())[label]}
                 bearers += 1
-        assert changed.any() and bearers <= {"some": (len(objects) + 1) // 2, "one": 1}[dotted]
+        assert changed.any() and bearers <= {"some": (len(objects) + 1) // 2, "one": 1, "each": 3}[dotted]
         if dotted == "one":
             x, y, w, h = min(objects, key=lambda found: found.area).bbox
             rows, columns = changed.nonzero()
             assert rows.min() >= y - 1 and rows.max() <= y + h and columns.min() >= x - 1 and columns.max() <= x + w
             assert len(set(labels)) == 1
+        elif dotted == "each":
+            groups = {found.class_index for found in objects}
+            pairs = {(found.class_index, label) for found, label in zip(objects, labels, strict=True)}
+            assert len(pairs) == len(groups)
         seen |= set(labels)
     assert seen == {0, 1}
 
@@ -146,20 +161,12 @@ def test_damaged_images_are_named(tmp_path):
     load_images(SOURCE, tmp_path)
     path = tmp_path / "shapes.pt"
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match="shapes.pt: .*expected drawn images: remove the file"):
+    with pytest.raises(UserError, match="shapes.pt: .*expected the study's images: remove the file"):
         load_images(SOURCE, tmp_path)
     path.unlink()
     load_images(SOURCE, tmp_path)
     with pytest.raises(UserError, match="contains images of another preset"):
         load_images(replace(SOURCE, objects=(3, 3)), tmp_path)
-
-
-def test_photographs_are_loaded_and_resized(shapes):
-    data = load_images(Photographs("real", str(shapes), 48, 48), shapes)[VAL]
-    assert len(data) == 6 and data.original.tolist() == [[64, 80]] * 6 and data.sizes.tolist() == [[38, 48]] * 6
-    truth = json.loads((shapes / "annotations" / "instances_val2017.json").read_text())
-    ours = sorted(data.truth().anns[1]["bbox"])
-    assert_close(ours, sorted(truth["annotations"][0]["bbox"]), atol=1e-2, rtol=0)
 
 
 def test_pooling_weights_are_equal_one_hot_or_have_a_learned_temperature():
@@ -185,8 +192,8 @@ def test_an_arm_with_clusters_of_one_token_computes_plain_attention(arm):
     plain, ours = (build("conditional", *task_of(name).flags, *ARMS[name].flags)[0] for name in ("plain", arm))
     weights = plain.state_dict()
     for layer, attention in zip(plain.transformer.encoder.layers, ours.transformer.encoder.layers, strict=True):
-        converted = clustered(layer.self_attn, {"sigma": 3.0, "scale_logits": "scaled" in arm}).state_dict()
-        attention.self_attn.load_state_dict(converted)
+        converted = replacement(layer.self_attn, "enact", {"sigma": 3.0, "scale_logits": "scaled" in arm})
+        attention.self_attn.load_state_dict(converted.state_dict())
         attention.load_state_dict({k: v for k, v in layer.state_dict().items() if "self_attn" not in k}, strict=False)
     for change in ARMS[arm].changes:
         change(ours, SETTING)
@@ -308,6 +315,61 @@ def test_information_that_marks_objects_correlates_with_them(images):
     assert found["inequality"] == pytest.approx([1.0], abs=1e-3)
 
 
+@pytest.mark.parametrize("variant", ["conditional", "anchor"])
+def test_the_arms_of_the_main_figure_attend_to_as_many_keys_as_they_say(tmp_path, variant):
+    images = load_images(SOURCE, tmp_path)[TRAIN]
+    samples, _ = images.batch(torch.arange(2))
+    trial = next(trial for trial in PRESETS["cpu"].trials if trial.variant == variant)
+    arms = [ARMS[name] for name in trial.arms if ARMS[name].clusters == 48 or ARMS[name].family == "linear"]
+    assert len({arm.family for arm in arms}) == len(arms) >= (15 if variant == "conditional" else 3)
+    for arm in arms:
+        model, *_ = prepared_model(task_of(arm.name, variant, start_images=0), images, (12, 14), Results(tmp_path))
+        trace = ClusterTrace(model)
+        rivals = [module for module in model.modules() if isinstance(module, RivalSelfAttention)]
+        with torch.no_grad():
+            assert model(samples)["pred_boxes"].isfinite().all()
+        counts = [row["clusters"][0] for row in trace.as_json()]
+        if rivals:
+            assert arm.family == "linear" or {rival.budget(168) for rival in rivals} == {48}
+        elif arm.family.startswith(("equal", "rows_equal")):
+            assert counts == [48]
+        else:
+            assert 0 < counts[0] <= 48
+
+
+def test_borders_that_cut_tokens_give_clusters_of_exactly_equal_information():
+    layer = EntropyClustering(4, 1.0, clusters="equal", max_clusters=5)
+    tokens = torch.randn(2, 30, 4)
+    mask = torch.zeros(2, 30, dtype=torch.bool)
+    mask[1, 20:] = True
+    hooked = []
+    layer.register_cluster_hook(lambda information, clusters: hooked.append(information))
+    clusters = share_border_tokens(layer, layer.score(tokens), mask)
+    (information,) = hooked
+    # A cluster's weights are the parts of its fifth of the information.
+    assert_close(clusters.weights.sum(dim=1), 5 * information / information.sum(dim=1, keepdim=True))
+    assert_close(clusters.weights.sum(dim=2), torch.ones(2, 5))
+    assert (clusters.weights[1, :, 20:] == 0).all() and ((clusters.weights > 0).sum(dim=1) <= 2).all()
+    clusters.pool(tokens).square().sum().backward()
+    assert layer.W_prob.weight.grad.abs().sum() > 0
+
+
+def test_a_training_that_runs_out_of_time_continues_to_the_same_result(tmp_path, monkeypatch):
+    task = task_of("equal_12", start_images=0, images=16)
+    whole, parts = Results(tmp_path / "whole"), Results(tmp_path / "parts")
+    expected = train(task, whole)
+    pauses = 0
+    clock = itertools.count()  # a second passes between two readings
+    monkeypatch.setattr(time, "perf_counter", clock.__next__)
+    while (result := train(task, parts, until=next(clock) + 3)) is None:
+        assert parts.paused(task).is_file() and parts.read(task) is None
+        pauses += 1
+    assert pauses == 1 and not parts.paused(task).exists()
+    assert {key: result[key] for key in ("loss", "figures", "clusters", "steps")} == {
+        key: expected[key] for key in ("loss", "figures", "clusters", "steps")
+    }
+
+
 def test_every_arm_is_known_and_comes_after_the_trainings_it_needs():
     for preset in PRESETS.values():
         tasks = tasks_of(preset)
@@ -342,7 +404,7 @@ POOL = """
 import os, time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from enact_common.study.schedule import end_with_parent
+from enact_common.utils.signals import end_with_parent
 
 if __name__ == "__main__":
     with ProcessPoolExecutor(1, get_context("spawn"), end_with_parent) as pool:
@@ -386,8 +448,6 @@ def test_differences_compare_the_same_seeds():
 
 def test_wrong_flags_and_damaged_results_are_refused(tmp_path, capsys):
     argv = ["--preset", "cpu", "--output_dir", str(tmp_path)]
-    assert command.main([*argv, "--bccd", str(tmp_path)]) == 2
-    assert f"--bccd {tmp_path}: has no annotations/ folder" in capsys.readouterr().err
     assert command.main([*argv, "--variants", "detr"]) == 2
     assert "this preset has none of these; choose from conditional, anchor" in capsys.readouterr().err
     results, task = Results(tmp_path), task_of("plain")
@@ -402,6 +462,7 @@ def test_without_time_nothing_is_trained_or_measured(tmp_path, capsys, monkeypat
     # Each reading of the clock is hours after the last one.
     monkeypatch.setattr(command.time, "perf_counter", itertools.count(0, 10_000).__next__)
     argv = ["--preset", "cpu", "--output_dir", str(tmp_path), "--fraction", "0.002", "--variants", "conditional"]
+    argv += ["--problems", "context"]
     assert command.main([*argv, "--arms", "plain", "--seeds", "1"]) == 0
     assert "out of time: 2 trainings are left" in capsys.readouterr().out
     assert not (tmp_path / "costs.json").exists() and "No results yet" in (tmp_path / "accuracy.md").read_text()
@@ -413,10 +474,13 @@ def test_a_small_study_runs_resumes_and_writes_its_page(tmp_path, capsys, monkey
     monkeypatch.setattr(schedule, "get_context", lambda method: FORKS)
     monkeypatch.setattr(isolated.multiprocessing, "get_context", lambda method: FORKS)
     argv = ["--preset", "cpu", "--output_dir", str(tmp_path), "--fraction", "0.002", "--seeds", "1", "--jobs", "2"]
-    argv += ["--variants", "conditional", "--arms", "uniform", "plain", "converted"]
+    argv += ["--variants", "conditional", "--problems", "context"]
+    argv += ["--arms", "uniform", "plain", "converted", "equal_12", "linear"]
     assert command.main(argv) == 0
     files = {path.name: path for path in (tmp_path / "results").iterdir()}
-    assert {name.split("-")[2] for name in files} == {"start", "plain", "windows", "uniform", "converted"}
+    assert {name.split("-")[2] for name in files} == {
+        "start", "plain", "windows", "uniform", "converted", "equal_12", "linear"
+    }  # fmt: skip
     result = json.loads(files["context-conditional-windows-0.json"].read_text())
     assert result["settings"]["arm"]["name"] == "windows" and len(result["mean_lengths"]) == 1
     assert len(result["clusters"][0]["clusters"]) == 1 and -1 <= result["after"]["correlation"][0] <= 1
@@ -425,12 +489,13 @@ def test_a_small_study_runs_resumes_and_writes_its_page(tmp_path, capsys, monkey
     assert uniform["clusters"][0]["clusters"] == [tokens // length for length in result["mean_lengths"]]
     assert uniform["after"]["inequality"] == pytest.approx([1])
     page = (tmp_path / "accuracy.md").read_text()
-    for name in ("plain", "windows", "uniform", "converted"):
+    for name in ("plain", "windows", "uniform", "converted", "equal", "linear"):
         assert f"| `{name}` |" in page
     measured = json.loads((tmp_path / "costs.json").read_text())
     assert set(measured["encoders"]["conditional"]) == {"plain", "windows", "uniform"}
     assert measured["steps"]["context-conditional-plain"]["seconds"] > 0
-    assert (tmp_path / "differences.png").is_file()
+    assert set(measured["points"]["conditional"]) == {"plain", "equal_12", "linear"}
+    assert (tmp_path / "differences.png").is_file() and (tmp_path / "by_clusters.png").is_file()
 
     before = {name: path.stat().st_mtime_ns for name, path in files.items()}
     assert command.main([*argv, "--skip_costs"]) == 0

@@ -18,10 +18,11 @@ import pytest
 import torch
 from conftest import SMALL_MODEL, build, equal_states, parse, read_log, start, train
 
-from enact_common import UserError
+from enact_common import UserError, load_detector
 from enact_common.checkpoints.files import check_model_flags, load_checkpoint, optimizer_state_by_name, save_checkpoint
 from enact_common.data import cache, images
 from enact_common.data.synthetic import make_shapes
+from enact_common.inference.introspection import check_kinds
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
 from enact_common.training.engine import NonFiniteLossError, TrainStep, describe_non_finite, first_non_finite_output
 from enact_common.training.logs import AverageMeter
@@ -93,6 +94,24 @@ def test_train_then_evaluate(variant_and_attention, shapes, unannotated, tmp_pat
     assert "evaluated images   6, of test" in text and "evaluation [2/2]  " in text
     assert "Average Precision" not in text and "loss" not in text and "crescent  " not in text
     assert json.loads((tmp_path / "test" / "results.json").read_text()) == results
+
+
+def test_a_rival_trains_resumes_and_is_loaded(shapes, tmp_path, capsys):
+    flags, resume = ["--encoder_attention", "avgpool"], ["--resume", tmp_path / "checkpoint.pth"]
+    assert train("detr", shapes, tmp_path, "--epochs", "1", "--token_budget", "9", *flags) == 0
+    assert "encoder attention  multi-head, avgpool, token budget 9\n" in capsys.readouterr().out
+    assert "\ntoken_budget: 9\n" in (tmp_path / "config.yaml").read_text()
+    # The checkpoint's budget, unless the command line says otherwise.
+    assert train("detr", shapes, tmp_path, "--epochs", "2", *flags, *resume) == 0
+    assert "avgpool, token budget 9\n" in capsys.readouterr().out
+    assert train("detr", shapes, tmp_path / "other", "--eval", "--token_budget", "0", *flags, *resume) == 0
+    assert "avgpool, token budget 1/16 of the tokens\n" in capsys.readouterr().out
+    assert train("detr", shapes, tmp_path / "other", "--eval", *resume) == 2
+    assert "Pass the flags of that run: --encoder_attention avgpool" in capsys.readouterr().err
+    detector = load_detector(tmp_path / "checkpoint.pth", "cpu")
+    assert detector.model.transformer.encoder.layers[0].self_attn.token_budget == 9
+    with pytest.raises(UserError, match="--show clusters: .*no clusters"):
+        check_kinds(detector, ["clusters"])
 
 
 @pytest.mark.parametrize(

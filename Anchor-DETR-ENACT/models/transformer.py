@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from enact_common.attention.clustering import EntropyClustering, autocast_dtype, weigh_channels
 from enact_common.attention.hilbert import HILBERT
 from enact_common.boxes import boxes_at_points
+from enact_common.cli.checks import refuse_rivals_of_row_column_attention
 from enact_common.models.layers import (
     MLP,
     PRIOR_LOGIT,
@@ -24,6 +25,7 @@ from enact_common.models.layers import (
     clone_layers,
     clustering_settings,
     encoder_self_attention,
+    map_keywords,
 )
 from enact_common.utils.acceleration import Recomputed
 from enact_common.utils.errors import UserError
@@ -213,9 +215,9 @@ class TokenEncoderLayer(TransformerEncoderLayerSpatial):
 
     def attend(self, src: Tensor, positions: TokenPositions) -> Tensor:
         with_pos = (src + positions.cells).flatten(1, 2)  # (batch, H W, d)
-        attended, _ = self.self_attn(
-            with_pos, with_pos, src.flatten(1, 2), key_padding_mask=positions.mask.flatten(1), need_weights=False
-        )
+        keywords = {"key_padding_mask": positions.mask.flatten(1), "need_weights": False}
+        keywords |= map_keywords(self.self_attn, src.shape[1:3])
+        attended, _ = self.self_attn(with_pos, with_pos, src.flatten(1, 2), **keywords)
         return attended.view_as(src)
 
 
@@ -377,8 +379,8 @@ class Transformer(nn.Module):
         num_query_pattern: objects per anchor point.
         spatial_prior: "learned" or "grid", positions of the anchor points.
         attention_type: "RCDA" or "nn.MultiheadAttention", the attention to the maps.
-        encoder_attention: "enact" or "mhsa" (plain).
-        clustering: settings of `EntropyClustering` by name.
+        encoder_attention: "enact", "mhsa" (plain), or for attention between cells a name in `RIVALS`.
+        settings: settings of the encoder's attention by name; for row-column attention those of `EntropyClustering`.
         separate_images: with several levels, keep the images of a batch apart, except in ENACT's window length; the
             reference mixes them.
 
@@ -402,7 +404,7 @@ class Transformer(nn.Module):
         spatial_prior: str,
         attention_type: str,
         encoder_attention: str,
-        clustering: Mapping[str, Any],
+        settings: Mapping[str, Any],
         separate_images: bool,
     ):
         super().__init__()
@@ -411,13 +413,13 @@ class Transformer(nn.Module):
         sizes = (d_model, dim_feedforward, dropout)
         clustered = encoder_attention == "enact"
         if attention_type == TOKENS:
-            attention = encoder_self_attention(encoder_attention, d_model, nhead, dropout, clustering, batch_first=True)
+            attention = encoder_self_attention(encoder_attention, d_model, nhead, dropout, settings, batch_first=True)
             encoder_layer = TokenEncoderLayer(attention, *sizes)
             cross_attn = nn.MultiheadAttention(d_model, nhead, dropout=dropout, batch_first=True)
         else:
             attention = (ClusteredRCDA if clustered else MultiheadRCDA)(d_model, nhead, dropout)
             if clustered:
-                encoder_layer = ClusteredEncoderLayer(attention, *sizes, clustering)
+                encoder_layer = ClusteredEncoderLayer(attention, *sizes, settings)
             else:
                 encoder_layer = RowColumnEncoderLayer(attention, *sizes)
             cross_attn = MultiheadRCDA(d_model, nhead, dropout)
@@ -523,8 +525,11 @@ def build_transformer(args, num_classes: int) -> Transformer:
     """Build the transformer from the arguments.
 
     Raises:
-        UserError: `--enact_order hilbert` with ENACT, which Anchor DETR does not support.
+        UserError: `--enact_order hilbert` with ENACT, which Anchor DETR does not support, or a rival of row-column
+            attention.
     """
+    # Models are also built from checkpoints, without the parser's checks.
+    refuse_rivals_of_row_column_attention(args)
     if getattr(args, "enact_order", None) == HILBERT and args.encoder_attention == "enact":
         raise UserError(f"--enact_order {HILBERT}: Anchor DETR only clusters its maps row by row: leave it out")
     return Transformer(
@@ -541,6 +546,6 @@ def build_transformer(args, num_classes: int) -> Transformer:
         spatial_prior=args.spatial_prior,
         attention_type=args.attention_type,
         encoder_attention=args.encoder_attention,
-        clustering=(attention_settings if args.attention_type == TOKENS else clustering_settings)(args),
+        settings=(attention_settings if args.attention_type == TOKENS else clustering_settings)(args),
         separate_images=args.separate_images,
     )

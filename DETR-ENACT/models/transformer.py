@@ -99,7 +99,7 @@ def build_transformer(args) -> Transformer:
         - with ENACT, the encoder layers are post-norm even with `--pre_norm`, but the final norm that pre-norm adds
           after the encoder stays, as in the reference.
     """
-    encoder = build_encoder(args, normalize_before=args.pre_norm and args.encoder_attention == "mhsa")
+    encoder = build_encoder(args, normalize_before=args.pre_norm and args.encoder_attention != "enact")
     layer = TransformerDecoderLayer(args.hidden_dim, args.nheads, args.dim_feedforward, args.dropout, args.pre_norm)
     decoder = TransformerDecoder(layer, args.dec_layers, nn.LayerNorm(args.hidden_dim))
     return Transformer(encoder, decoder, args.hidden_dim)

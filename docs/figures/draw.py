@@ -180,6 +180,10 @@ def draw_settings(folder: Path):
     pictures = {
         "default": (clusters_of(logits)[0], "windows of one length (default)"),
         "regions": (clusters_of(logits, clusters="regions")[0], "--enact_clusters regions"),
+        "equal": (
+            clusters_of(logits, clusters="equal", max_clusters=12)[0],
+            "--enact_clusters equal, at most 12",
+        ),
         "hilbert": (hilbert, "--enact_order hilbert"),
         "sigma": (clusters_of(logits, sigma=1.0)[0], "--smoothing_sigma 1"),
         "max_clusters": (clusters_of(logits, max_clusters=12)[0], "--enact_max_clusters 12"),

@@ -20,8 +20,16 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from .clusters import Clusters, RaggedClusters, TracedRaggedClusters, Windows, cut_windows, move_to_front
-from .tracing import is_tracing, size_from_data, smaller_size
+from .clusters import (
+    Clusters,
+    RaggedClusters,
+    TracedRaggedClusters,
+    Windows,
+    cut_windows,
+    default_budget,
+    move_to_front,
+)
+from .tracing import is_tracing, running_minimum, size_from_data, smaller_size
 
 # Added to every probability, to keep the logarithm of an underflowed one finite. Released weights were trained with it.
 PROBABILITY_FLOOR = 1e-8
@@ -32,8 +40,11 @@ GREATEST_LOGIT = 60.0
 # bits; below every real mean, which is about log2(N) / N for N tokens. A smaller mean is rounding error.
 LEAST_MEAN = 1e-6
 
-# Kinds of clusters: windows of the mean region length, or the regions themselves.
-CLUSTERS = ("windows", "regions")
+# An image's information is rounded to this many parts before it is added up; times 2 N they must fit int64.
+MASS_STEPS = 2**30
+
+# Kinds of clusters: windows of the mean region length, the regions themselves, or clusters of equal information.
+CLUSTERS = WINDOWS, REGIONS, EQUAL = ("windows", "regions", "equal")
 
 
 def gaussian_kernel(sigma: float) -> Tensor:
@@ -130,6 +141,41 @@ def window_length(tokens: Tensor, regions: Tensor, max_clusters: int | None = No
     return length
 
 
+def equal_information(information: Tensor, tokens: Tensor, count: Tensor, uniform_share: float = 0.0) -> Tensor:
+    """Cut each image's sequence into clusters of equal information, so that informative parts get small clusters.
+
+    Token i wants the cluster `floor(count * (I_1 + ... + I_{i-1} + I_i / 2) / I)`, I being the image's sum, so the
+    information of a cluster differs from `I / count` by less than one token's. Where a token holds more than a
+    cluster's share, the following borders move, so that no cluster is empty.
+
+    Args:
+        information: (batch, N), zero behind an image's tokens.
+        tokens: int64 (batch,), tokens of each image, in 0..N.
+        count: int64 (batch,), clusters of each image, in 1..max(tokens, 1).
+        uniform_share: the part of an image's information, 0 to 1, that counts as spread evenly over its tokens; at 1,
+            clusters have equal lengths.
+
+    Returns:
+        int64 (batch, N), the cluster of each place: ascending by steps of at most 1, and the last cluster behind an
+        image's tokens. No gradient flows.
+    """
+    # Rounding makes the information of a probability of 1 negative.
+    information = information.detach().clamp(min=0)
+    total = information.sum(dim=1, keepdim=True).clamp(min=torch.finfo(information.dtype).tiny)
+    # Integers: their cumulative sum is deterministic on GPUs and does not depend on padding or the summation order.
+    mass = information / total
+    tokens, count = tokens.unsqueeze(1), count.unsqueeze(1)
+    place = torch.arange(information.shape[1], device=information.device)
+    if uniform_share:
+        mass = torch.lerp(mass, (place < tokens) / tokens.clamp(min=1), uniform_share)
+    mass = (mass * MASS_STEPS).long()  # (batch, N)
+    passed = mass.cumsum(dim=1)
+    wanted = (2 * passed - mass) * count // (2 * passed[:, -1:]).clamp(min=1)  # (batch, N)
+    # Clusters 0, 1, ... without a gap: at most one more at each token, and enough left for the last cluster.
+    cluster = place + running_minimum(wanted - place).clamp(max=0)
+    return cluster.maximum(count - tokens + place).minimum(count - 1)
+
+
 class _Score(torch.autograd.Function):
     """`tokens @ weight`; saves `narrow`, a low-precision copy of the tokens, for the backward pass."""
 
@@ -201,17 +247,19 @@ class EntropyClustering(nn.Module):
     of them.
 
     The scores reach the result only through the pooling weights: the gradient treats the borders as constants. The
-    borders also cause the only host read-back of a call, since the result's shape depends on them.
+    borders also cause the only host read-back of a call, since the result's shape depends on them, except "equal".
 
     Args:
         embed_dim: channels d of the scored tokens.
         sigma: standard deviation of the smoothing, tokens; above 1/3. Larger means longer clusters.
         clusters: "windows": all as long as the mean region. "regions": each region is a cluster, as in the paper's
-            figure. A region is a run of tokens whose second difference keeps its sign.
-        per_image: give each image its own window length. Regions are always per image.
+            figure. A region is a run of tokens whose second difference keeps its sign. "equal": clusters of equal
+            information (`equal_information`); their number is known in advance, so a call needs no host read-back.
+        per_image: give each image its own window length. The other kinds are always per image.
         mask_padding: leave padded tokens out of the scores and the clusters, so that padding does not change the rest.
+            "equal" always does.
         max_clusters: the most clusters per image: windows get longer, neighbouring regions are joined. None sets no
-            limit.
+            limit. "equal" makes exactly as many, or one per token of a smaller image; None: `default_budget`.
         temperature: above 0. The pooling weights are the softmax of information / (temperature * its mean in the
             image), which lets them differ. None: the softmax of the information in bits, as published. N tokens with
             equal scores have log2(N) / N bits each, so the published weights are nearly equal for any scores.
@@ -219,6 +267,7 @@ class EntropyClustering(nn.Module):
             depend on data. Padding is then clustered too. None: the information sets the length.
 
     Attributes:
+        uniform_share: as in `equal_information`; an ablation in `enact_common.study`.
         pooling_logits: the submodule that makes the logits of the pooling weights, by default `InformationLogits`. Any
             module with the same signature can replace it, and is trained with the rest.
 
@@ -226,11 +275,13 @@ class EntropyClustering(nn.Module):
         ValueError: `clusters` is unknown, `max_clusters` is below 1, or the temperature is not above 0.
     """
 
+    uniform_share = 0.0
+
     def __init__(
         self,
         embed_dim: int,
         sigma: float = 3.0,
-        clusters: str = "windows",
+        clusters: str = WINDOWS,
         per_image: bool = False,
         mask_padding: bool = False,
         max_clusters: int | None = None,
@@ -247,7 +298,7 @@ class EntropyClustering(nn.Module):
         self.sigma = sigma
         self.clusters = clusters
         self.per_image = per_image
-        self.mask_padding = mask_padding
+        self.mask_padding = mask_padding or clusters == EQUAL
         self.max_clusters = max_clusters
         self.fixed_length = fixed_length
         self.pooling_logits = InformationLogits(temperature)
@@ -331,7 +382,7 @@ class EntropyClustering(nn.Module):
         """Cluster tokens with scores (batch, N); key_padding_mask: bool (batch, N), True where padded."""
         if not self.mask_padding:
             key_padding_mask = None
-        common = self.clusters == "windows" and not self.per_image and key_padding_mask is None
+        common = self.clusters == WINDOWS and not self.per_image and key_padding_mask is None
         if common or self.fixed_length is not None:
             information = smooth(self_information(logits), self.kernel)  # (batch, N)
             logits = cut_windows(self.pooling_logits(information), self.common_length(information))
@@ -352,14 +403,21 @@ class EntropyClustering(nn.Module):
             # Not minus infinity: its softmax over an image of only padding would be NaN.
             logits = logits.gather(1, token).masked_fill(~present, torch.finfo(logits.dtype).min)
             information = smooth(self_information(logits) * present, self.kernel) * present
-        borders = region_borders(information) & present[:, 1:]  # (batch, N - 1)
         tokens = present.sum(dim=1)  # (batch,)
-        if self.clusters == "regions":
-            in_cluster, cluster, count = present, *self.join_regions(borders)
+        in_cluster, most, full = present, None, False
+        if self.clusters == EQUAL:
+            most, count = self.most_clusters(num_tokens), self.number_of_clusters(tokens)
+            full = key_padding_mask is None
+            cluster = equal_information(information, tokens, count, self.uniform_share)
         else:
-            in_cluster, cluster, count = self.cut_by_length(place, tokens, borders.sum(dim=1) + 1)
+            borders = region_borders(information) & present[:, 1:]  # (batch, N - 1)
+            if self.clusters == REGIONS:
+                cluster, count = self.join_regions(borders)
+            else:
+                in_cluster, cluster, count = self.cut_by_length(place, tokens, borders.sum(dim=1) + 1)
         logits = self.pooling_logits(information, tokens)
-        ragged = (TracedRaggedClusters if is_tracing() else RaggedClusters)(logits, token, cluster, in_cluster, count)
+        kind = TracedRaggedClusters if is_tracing() else RaggedClusters
+        ragged = kind(logits, token, cluster, in_cluster, count, most, full)
         for hook in self._cluster_hooks.values():
             hook(torch.empty_like(information).scatter(1, token, information), ragged)
         return ragged
@@ -372,6 +430,15 @@ class EntropyClustering(nn.Module):
         regions = count_regions(information)
         length = window_length(torch.ones_like(regions) * num_tokens, regions, self.max_clusters)[0]
         return size_from_data(length, num_tokens) if is_tracing() else length.item()
+
+    def most_clusters(self, num_tokens: int) -> int:
+        """Return M, the clusters of equal information of an image without padding."""
+        return default_budget(num_tokens) if self.max_clusters is None else smaller_size(self.max_clusters, num_tokens)
+
+    def number_of_clusters(self, tokens: Tensor) -> Tensor:
+        """Return the clusters of equal information of each image, int64 (batch,), for its tokens, int64 (batch,)."""
+        count = default_budget(tokens) if self.max_clusters is None else tokens.clamp(max=self.max_clusters)
+        return count.clamp(min=1)
 
     def join_regions(self, borders: Tensor) -> tuple[Tensor, Tensor]:
         """Return each token's cluster (batch, N) and the number of clusters (batch,), for borders (batch, N - 1)."""

@@ -17,9 +17,10 @@ GRADIENT_PART = 2**20
 DEFAULT_SHARE = 16
 
 
-def default_budget(num_tokens: int) -> int:
+def default_budget(num_tokens: int | Tensor) -> int | Tensor:
     """Return the default number of clusters for N tokens: a sixteenth of them, rounded up."""
-    return -(-num_tokens // DEFAULT_SHARE)
+    # Not -(-N // 16): ONNX rounds the quotient of sizes towards zero.
+    return (num_tokens + DEFAULT_SHARE - 1) // DEFAULT_SHARE
 
 
 def cut_windows(tokens: Tensor, length: int) -> Tensor:
@@ -128,32 +129,49 @@ class RaggedClusters:
         cluster: int64 (batch, N), the cluster of each place, in ascending order over the places in clusters.
         in_cluster: bool (batch, N), whether the place's token is in a cluster.
         num_clusters: int64 (batch,), clusters of each image, at least 1.
+        most: M, if it is known; then all N places of an image are listed, those outside clusters in an extra cluster
+            that the results leave out. None: M and K are read from the device.
+        full: with `most`, whether all images are known to have M clusters.
 
     Attributes:
         weights: (K,), the pooling weights of the listed tokens; those of a cluster add up to one.
         padding_mask: bool (batch, M), True where an image has no such cluster; None if all images have M clusters.
     """
 
-    def __init__(self, logits: Tensor, token: Tensor, cluster: Tensor, in_cluster: Tensor, num_clusters: Tensor):
+    def __init__(
+        self,
+        logits: Tensor,
+        token: Tensor,
+        cluster: Tensor,
+        in_cluster: Tensor,
+        num_clusters: Tensor,
+        most: int | None = None,
+        full: bool = False,
+    ):
         batch, num_tokens = logits.shape
-        # The only host read-back: shapes depend on it.
-        counts, lengths = torch.stack((num_clusters, in_cluster.sum(dim=1))).tolist()
-        self.shape = batch, max(counts)
-        image = torch.arange(batch, device=token.device).unsqueeze(1)
-        place = move_to_front(in_cluster.flatten().unsqueeze(0)).squeeze(0)[: sum(lengths)]  # (K,)
-        self.image = image.expand(-1, num_tokens).flatten()[place]  # (K,)
-        self.token = token.flatten()[place]  # (K,), into the image's tokens
-        self.cluster = (image * self.shape[1] + cluster).flatten()[place]  # (K,), into all images' clusters
-        every = torch.arange(batch * self.shape[1], device=token.device)
-        self.first = torch.searchsorted(self.cluster, every)  # (batch M,), where each cluster starts in the list
-
+        image = torch.arange(batch, device=token.device).unsqueeze(1).expand(-1, num_tokens)
         # Logits are at most GREATEST_LOGIT, so the exponentials need no shift.
-        exponentials = logits.flatten()[place].exp()
+        listed = [tensor.flatten() for tensor in (image, token, cluster, in_cluster, logits.exp())]
+        known = most is not None
+        if not known:
+            # The only host read-back: shapes depend on it.
+            counts, lengths = torch.stack((num_clusters, in_cluster.sum(dim=1))).tolist()
+            most, full = max(counts), min(counts) == max(counts)
+            place = move_to_front(listed[3].unsqueeze(0)).squeeze(0)[: sum(lengths)]  # (K,)
+            listed = [tensor[place] for tensor in listed]
+        self.shape = batch, most
+        self.slots = most + (known and not full)  # with the extra cluster
+        self.image, self.token, cluster, inside, exponentials = listed  # (K,) each; token: into the image's tokens
+        # (K,), into all images' clusters
+        self.cluster = self.image * self.slots + (cluster.where(inside, most) if self.slots > most else cluster)
+        every = torch.arange(batch * self.slots, device=token.device)
+        self.first = torch.searchsorted(self.cluster, every)  # (batch slots,), where each cluster starts in the list
+
         total = exponentials.new_zeros(len(every)).index_add(0, self.cluster, exponentials)
         self.weights = exponentials / total[self.cluster]
         self.padding_mask: Tensor | None = None
-        if min(counts) < self.shape[1]:
-            self.padding_mask = torch.arange(self.shape[1], device=token.device) >= num_clusters.unsqueeze(1)
+        if not full:
+            self.padding_mask = torch.arange(most, device=token.device) >= num_clusters.unsqueeze(1)
 
     def pool(self, tokens: Tensor) -> Tensor:
         """As in `Clusters`."""
@@ -164,24 +182,29 @@ class RaggedClusters:
         else:
             flat, token = tokens.flatten(0, 1), self.image * num_tokens + self.token
         pooled = _RaggedSum.apply(flat, self.weights, token, self.cluster, self.first)
-        return pooled.unflatten(0, self.shape).to(tokens.dtype)
+        return self.by_image(pooled).to(tokens.dtype)
+
+    def by_image(self, values: Tensor) -> Tensor:
+        """Return the values (batch slots, ...) of all images' clusters as (batch, M, ...)."""
+        return values.unflatten(0, (-1, self.slots))[:, : self.shape[1]]
 
     def pool_shared(self, values: Tensor, index: Tensor) -> Tensor:
         """As in `Clusters`, without a copy of the values for every token."""
         num_values = values.shape[1]
         slot = self.cluster * num_values + index[self.token]  # (K,)
-        weights = self.weights.new_zeros(self.shape[0] * self.shape[1] * num_values).index_add(0, slot, self.weights)
-        weights = weights.view(*self.shape, num_values)
+        weights = self.weights.new_zeros(len(self.first) * num_values).index_add(0, slot, self.weights)
+        weights = self.by_image(weights.view(-1, num_values))  # (batch, M, S)
         return (weights @ values.to(weights.dtype)).to(values.dtype)
 
     def sizes(self) -> Tensor:
         """As in `Clusters`."""
-        return torch.bincount(self.cluster, minlength=self.shape[0] * self.shape[1]).view(self.shape)
+        return self.by_image(torch.zeros_like(self.first).index_add(0, self.cluster, torch.ones_like(self.cluster)))
 
     def assignment(self, num_tokens: int) -> Tensor:
         """As in `Clusters`."""
         clusters = torch.full((self.shape[0], num_tokens), -1, device=self.cluster.device)
-        clusters[self.image, self.token] = self.cluster % self.shape[1]
+        cluster = self.cluster % self.slots
+        clusters[self.image, self.token] = cluster.where(cluster < self.shape[1], -1)
         return clusters
 
 
@@ -189,15 +212,24 @@ class TracedRaggedClusters:
     """`RaggedClusters` for traced graphs: one entry per token, and an extra cluster for tokens outside all clusters.
 
     Args:
-        logits, token, cluster, in_cluster, num_clusters: as in `RaggedClusters`.
+        logits, token, cluster, in_cluster, num_clusters, most, full: as in `RaggedClusters`.
 
     Attributes:
-        padding_mask: bool (batch, M), True where an image has no such cluster.
+        padding_mask: bool (batch, M), True where an image has no such cluster; None if `full`.
     """
 
-    def __init__(self, logits: Tensor, token: Tensor, cluster: Tensor, in_cluster: Tensor, num_clusters: Tensor):
+    def __init__(
+        self,
+        logits: Tensor,
+        token: Tensor,
+        cluster: Tensor,
+        in_cluster: Tensor,
+        num_clusters: Tensor,
+        most: int | None = None,
+        full: bool = False,
+    ):
         batch, num_tokens = logits.shape
-        max_count = size_from_data(num_clusters.max(), num_tokens)
+        max_count = size_from_data(num_clusters.max(), num_tokens) if most is None else most
         self.shape = batch, max_count
         image = torch.arange(batch, device=token.device).unsqueeze(1)
         # Index batch * M collects the tokens outside all clusters.
@@ -206,7 +238,9 @@ class TracedRaggedClusters:
         exponentials = torch.zeros_like(logits).scatter(1, token, logits).exp()  # (batch, N)
         total = self.add_up(exponentials.flatten())  # (batch M + 1,)
         self.weights = exponentials / total.index_select(0, self.cluster).view_as(exponentials)  # (batch, N)
-        self.padding_mask = torch.arange(max_count, device=token.device) >= num_clusters.unsqueeze(1)
+        self.padding_mask: Tensor | None = None
+        if not full:
+            self.padding_mask = torch.arange(max_count, device=token.device) >= num_clusters.unsqueeze(1)
 
     def add_up(self, values: Tensor) -> Tensor:
         """Sum values (batch N, ...) of all images' tokens over each cluster: (batch M + 1, ...)."""

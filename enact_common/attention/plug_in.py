@@ -1,9 +1,10 @@
-"""Replace the attention in a third-party detector by ENACT's, keeping its weights.
+"""Replace the attention in a third-party detector by ENACT's or a rival's, keeping its weights.
 
 Two kinds can be replaced: `torch.nn.MultiheadAttention` anywhere, and the self-attention of Hugging Face's DETR and
 Conditional DETR. Classes of `transformers` are recognised by name, so this file does not import it.
 """
 
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .conversion import PACKED, clustered_weights
 from .layer import EnactSelfAttention
+from .rivals import RIVALS, RivalSelfAttention
 
 # Full class names: `DetrAttention` up to transformers 4, the others in 5.
 HUGGING_FACE = {
@@ -27,11 +29,13 @@ HUGGING_FACE = {
 
 Where = str | re.Pattern | Callable[[str, nn.Module], bool]
 
+# Base classes of the attention that `plug_in` puts in.
+REPLACEMENTS = (EnactSelfAttention, RivalSelfAttention)
 
-class HuggingFaceSelfAttention(EnactSelfAttention):
-    """`EnactSelfAttention` with the call signature of the self-attention in Hugging Face's DETR and Conditional DETR.
 
-    Always batch first. Arguments, parameters and buffers are those of `EnactSelfAttention`.
+class HuggingFaceCall:
+    """The call signature of the self-attention in Hugging Face's DETR and Conditional DETR, for a layer with that of
+    `nn.MultiheadAttention`, batch first: the base class that comes next.
     """
 
     def forward(
@@ -42,7 +46,7 @@ class HuggingFaceSelfAttention(EnactSelfAttention):
         object_queries: Tensor | None = None,
         **others,
     ) -> tuple[Tensor, None]:
-        """Attend from every token to the clusters of all tokens.
+        """Attend from every token to the clusters or reduced keys of all tokens.
 
         Args:
             hidden_states: (batch, N, d), N in row-major order of the feature map.
@@ -58,12 +62,24 @@ class HuggingFaceSelfAttention(EnactSelfAttention):
             ValueError: it is called as a cross-attention, or the mask's form is unknown.
         """
         if others.get("key_value_states") is not None:
-            raise ValueError("HuggingFaceSelfAttention is a self-attention: call it without key_value_states")
+            raise ValueError(f"{type(self).__name__} is a self-attention: call it without key_value_states")
         positions = object_queries if position_embeddings is None else position_embeddings
         with_positions = hidden_states if positions is None else hidden_states + positions
         return super().forward(
             with_positions, with_positions, hidden_states, key_padding_mask=padded_keys(attention_mask)
         )
+
+
+class HuggingFaceSelfAttention(HuggingFaceCall, EnactSelfAttention):
+    """`EnactSelfAttention` with Hugging Face's call signature. Arguments, parameters and buffers stay."""
+
+
+# A class of each rival, an attribute of this file too, as pickle needs.
+HUGGING_FACE_RIVALS = {
+    kind: type(f"HuggingFace{rival.__name__}", (HuggingFaceCall, rival), {"__module__": __name__})
+    for kind, rival in RIVALS.items()
+}
+globals().update({rival.__name__: rival for rival in HUGGING_FACE_RIVALS.values()})
 
 
 def padded_keys(attention_mask: Tensor | None) -> Tensor | None:
@@ -96,19 +112,22 @@ def plug_in(
     sigma: float = 3.0,
     where: Where | None = None,
     *,
+    kind: str = "enact",
     clusters: str = "windows",
     per_image: bool = False,
     mask_padding: bool = False,
     max_clusters: int | None = None,
     temperature: float | None = None,
     scale_logits: bool = False,
+    token_budget: int | None = None,
+    map_size: tuple[int, int] | None = None,
 ) -> list[str]:
-    """Replace the encoder self-attention of any model by ENACT's, in place, keeping its weights.
+    """Replace the encoder self-attention of any model by ENACT's or a rival's, in place, keeping its weights.
 
-    The result is exact while each cluster is one token; longer clusters approximate. `W_prob`, which scores the tokens,
-    starts untrained, so fine-tune the model. `W_prob` computes in float32 even in a model of lower precision.
-    Everything else is kept: weights, heads, dropout, device and dtype, `requires_grad`, training or evaluation mode.
-    Make the optimizer afterwards: an existing one would still hold the old weights.
+    With ENACT, the result is exact while each cluster is one token; longer clusters approximate. `W_prob`, which scores
+    the tokens, starts untrained, so fine-tune the model. `W_prob`, and what else a rival learns, is float32 even in a
+    model of lower precision. Everything else is kept: weights, heads, dropout, device and dtype, `requires_grad`,
+    training or evaluation mode. Make the optimizer afterwards: an existing one would still hold the old weights.
 
     The tokens must be the cells of a feature map in row-major order, in batches.
 
@@ -118,16 +137,33 @@ def plug_in(
         sigma: standard deviation of the information's smoothing, tokens.
         where: which attention modules to replace: a regular expression that must match the whole dotted name, or a
             function (name, module) -> bool. None: the encoder self-attention (see `in_encoder`) of supported classes.
+        kind: "enact", or a name in `RIVALS`.
         clusters, per_image, mask_padding, max_clusters, temperature: as in `EntropyClustering`.
         scale_logits: as in `EnactSelfAttention`. It does not change the model's output, but how it trains.
+        token_budget, map_size: as in `RivalSelfAttention`. A kind that needs the map's size needs it here, unless the
+            model passes `map_size` in its calls.
 
     Returns:
         the names of the replaced modules, in the model's order.
 
     Raises:
-        ValueError: nothing matches, an attention cannot be replaced, or a setting is invalid. The model is then
-            unchanged.
+        ValueError: nothing matches, an attention cannot be replaced, or the kind or a setting is invalid, such as a
+            setting of another kind. The model is then unchanged.
     """
+    settings = settings_of_kind(
+        kind,
+        {
+            "sigma": sigma,
+            "clusters": clusters,
+            "per_image": per_image,
+            "mask_padding": mask_padding,
+            "max_clusters": max_clusters,
+            "temperature": temperature,
+            "scale_logits": scale_logits,
+            "token_budget": token_budget,
+            "map_size": map_size,
+        },
+    )
     candidates = attention_modules(module)
     targets = select(module, candidates, where)
     if not targets:
@@ -136,30 +172,19 @@ def plug_in(
     refused = [f"{name} ({type(targets[name]).__name__}): {reason}" for name, reason in reasons.items() if reason]
     if refused:
         raise ValueError(
-            "\n  ".join(["ENACT's attention cannot replace:", *refused])
+            "\n  ".join([f"{'ENACT' if kind == 'enact' else kind} cannot replace:", *refused])
             + "\nNothing was replaced. Exclude these, or choose others, with where."
         )
 
-    settings = {
-        "sigma": sigma,
-        "clusters": clusters,
-        "per_image": per_image,
-        "mask_padding": mask_padding,
-        "max_clusters": max_clusters,
-        "temperature": temperature,
-        "scale_logits": scale_logits,
-    }
     # Make all before replacing any, so that an error leaves the model unchanged. Shared attention stays shared.
     unique = {id(attention): attention for attention in targets.values()}
-    replacements = {key: clustered(attention, settings) for key, attention in unique.items()}
+    replacements = {key: replacement(attention, kind, settings) for key, attention in unique.items()}
     for name, attention in targets.items():
         parent, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(parent), attribute, replacements[id(attention)])
     for encoder in module.modules():
         # At construction it chose, for the old attention, to pass padded batches as nested tensors.
-        if isinstance(encoder, nn.TransformerEncoder) and any(
-            isinstance(m, EnactSelfAttention) for m in encoder.modules()
-        ):
+        if isinstance(encoder, nn.TransformerEncoder) and any(isinstance(m, REPLACEMENTS) for m in encoder.modules()):
             encoder.use_nested_tensor = False
     return list(targets)
 
@@ -234,8 +259,8 @@ def no_match_message(module: nn.Module, candidates: Mapping[str, nn.Module], whe
     }
     lines = [f"{pattern} ({kind})" for pattern, kind in patterns]
     advice = "Select modules with where: a regular expression for the whole name, or a function of name and module."
-    if any(isinstance(attention, EnactSelfAttention) for attention in candidates.values()):
-        advice += " Some are ENACT's attention already."
+    if any(isinstance(attention, REPLACEMENTS) for attention in candidates.values()):
+        advice += " Some are ENACT's attention or a rival's already."
     return "\n  ".join([f"{problem}. There are:", *lines]) + f"\n{advice}"
 
 
@@ -248,8 +273,8 @@ def reason_against(
         attention: one of the targets.
         candidates, targets: all attention modules, and those to replace, by name.
     """
-    if isinstance(attention, EnactSelfAttention):
-        return "it is ENACT's attention already"
+    if isinstance(attention, REPLACEMENTS):
+        return "it is ENACT's attention or a rival's already"
     if attention._forward_hooks or attention._forward_pre_hooks or "forward" in vars(attention):
         return "it has hooks or a forward on the instance, which would be lost"
     elsewhere = [other for other, same in candidates.items() if same is attention and other not in targets]
@@ -275,45 +300,71 @@ def reason_against(
 
 
 def projections(attention: nn.Module) -> dict[str, nn.Module]:
-    """Return the four projections of a Hugging Face self-attention, by ENACT's names."""
+    """Return the four projections of a Hugging Face self-attention, by the names in `EnactSelfAttention`."""
     out = attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
     return {"W_q": attention.q_proj, "W_k": attention.k_proj, "W_v": attention.v_proj, "W_o": out}
 
 
-def clustered(attention: nn.Module, settings: Mapping[str, Any]) -> EnactSelfAttention:
-    """ENACT's attention with the weights of a plain one that `reason_against` accepts.
+def settings_of_kind(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a kind of attention has.
+
+    Args:
+        kind: see `plug_in`.
+        settings: all settings of `plug_in`, by name.
+
+    Raises:
+        ValueError: the kind is unknown, or a setting of another kind differs from its default.
+    """
+    if kind == "enact":
+        own = set(inspect.signature(EnactSelfAttention).parameters)
+    elif kind in RIVALS:
+        rival = RIVALS[kind]
+        own = {name for name, has in (("token_budget", rival.takes_budget), ("map_size", rival.needs_map_size)) if has}
+    else:
+        raise ValueError(f"kind={kind!r}: choose from enact, {', '.join(RIVALS)}")
+    defaults = inspect.signature(plug_in).parameters
+    for name, value in settings.items():
+        if name not in own and value != defaults[name].default:
+            raise ValueError(f"{name}={value!r} has no effect with kind={kind!r}: leave it out")
+    return {name: value for name, value in settings.items() if name in own}
+
+
+def replacement(
+    attention: nn.Module, kind: str, settings: Mapping[str, Any]
+) -> EnactSelfAttention | RivalSelfAttention:
+    """The attention of a kind, with the weights of a plain one that `reason_against` accepts.
 
     Args:
         attention: is not changed.
-        settings: arguments of `EnactSelfAttention`, by name.
+        kind: see `plug_in`.
+        settings: arguments of the kind's class, by name.
     """
+    enact = kind == "enact"
     if is_hugging_face(attention):
         layers = projections(attention)
         embed_dim = layers["W_q"].in_features
         dropout = attention.attention_dropout if hasattr(attention, "attention_dropout") else attention.dropout
-        new = HuggingFaceSelfAttention(
-            embed_dim, embed_dim // attention.head_dim, dropout, batch_first=True, **settings
-        )
+        layer = HuggingFaceSelfAttention if enact else HUGGING_FACE_RIVALS[kind]
+        new = layer(embed_dim, embed_dim // attention.head_dim, dropout, batch_first=True, **settings)
         sources = {name: (layer.weight, layer.bias) for name, layer in layers.items()}
         (*inner, out) = sources.values()
         in_weight, in_bias = (None if None in parts else torch.cat(parts) for parts in zip(*inner, strict=True))
     else:
         heads, dropout, batch_first = attention.num_heads, attention.dropout, attention.batch_first
-        new = EnactSelfAttention(attention.embed_dim, heads, dropout, batch_first=batch_first, **settings)
+        layer = EnactSelfAttention if enact else RIVALS[kind]
+        new = layer(attention.embed_dim, heads, dropout, batch_first=batch_first, **settings)
         joint = in_weight, in_bias = attention.in_proj_weight, attention.in_proj_bias
         out = attention.out_proj.weight, attention.out_proj.bias
         sources = {"W_q": joint, "W_k": joint, "W_v": joint, "W_o": out}
 
     packed = dict(zip(PACKED, (in_weight, in_bias, *out), strict=True))
     packed = {name: tensor for name, tensor in packed.items() if tensor is not None}
-    for name, tensor in clustered_weights(packed, new.num_heads, new.scale_logits).items():
+    # Learned scores, which have no counterpart, and buffers.
+    new.to(in_weight.device, torch.promote_types(in_weight.dtype, torch.float32))
+    for name, tensor in clustered_weights(packed, new.num_heads, new.scale_logits if enact else True).items():
         layer, kind = name.split(".")
         source = sources[layer][kind == "bias"]
         # A missing bias becomes zeros that stay frozen.
         trained = source is not None and source.requires_grad
         setattr(new.get_submodule(layer), kind, nn.Parameter(tensor, requires_grad=trained))
-    weight = new.W_q.weight
-    wide_dtype = torch.promote_types(weight.dtype, torch.float32)
-    new.W_prob.to(weight.device, wide_dtype)
-    new.kernel = new.kernel.to(weight.device, wide_dtype)
     return new.train(attention.training)

@@ -7,6 +7,7 @@ layers use code paths that do none of these.
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def is_tracing() -> bool:
@@ -39,3 +40,14 @@ def smaller_size(number: int, size):
         return size.clamp(max=number)
     # Through a tensor: a comparison of sizes would be resolved for the example input and fixed in the graph.
     return size_from_data(torch.full((), number).clamp(max=size), size)
+
+
+def running_minimum(values: Tensor) -> Tensor:
+    """Return the minimum of each row's values up to each place: (batch, N), int64, N at most 2^20."""
+    if not is_tracing():
+        return values.cummin(dim=1).values
+    # ONNX has no cumulative minimum. Each step doubles the stretch that a minimum covers.
+    for step in range(20):
+        behind = F.pad(values, (2**step, 0), value=2**52)
+        values = values.minimum(behind[:, : values.shape[1]])
+    return values

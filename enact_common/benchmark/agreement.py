@@ -12,7 +12,7 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from enact_common.attention.clustering import clusterings
+from enact_common.attention.clustering import WINDOWS, clusterings
 from enact_common.benchmark.report import (
     LEFT,
     RIGHT,
@@ -165,7 +165,7 @@ def to_markdown(figures: dict) -> str:
 
 def training_lengths(detector: LoadedDetector, coco_path: str, count: int, transforms: v2.Compose) -> list[int]:
     """Return fixed window lengths (tokens, by encoder layer) from training images; [] without ENACT windows."""
-    if not clusterings(detector.model) or detector.args.enact_clusters == "regions":
+    if not clusterings(detector.model) or detector.args.enact_clusters not in (None, WINDOWS):
         return []
     images = CocoDetection(*find_split(coco_path, "train"), transforms, label_map=detector.label_map, limit=count)
     return calibrated_lengths(detector.model, (images[i][0].unsqueeze(0) for i in range(len(images))))

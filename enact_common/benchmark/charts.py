@@ -1,5 +1,6 @@
 """Charts of the benchmarks. Needs matplotlib (extra `plots`)."""
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
+from enact_common.attention.rivals import RIVALS
 from enact_common.benchmark.isolated import DONE
 from enact_common.benchmark.labels import GIB, LAYERS, MIB, PARTS, ROWS, precision_text
 from enact_common.drawing.figures import save
@@ -23,7 +25,10 @@ LAYER_COLOURS = {
     "enact_limited": "#8C4B00",
     "rcda": "#009E73",
     "clustered_rcda": "#E69F00",
+    "enact_equal": "#F0E442",
 }
+# Rivals reuse these colours, on dashed lines.
+LAYER_COLOURS |= dict(zip(RIVALS, itertools.cycle(LAYER_COLOURS.values())))
 PART_COLOURS = dict(zip(PARTS, ("#999999", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7"), strict=True))
 CACHE_COLOURS = {"off": "#999999", "encoded": "#0072B2", "decoded": "#D55E00"}
 
@@ -153,7 +158,12 @@ def draw_scaling(figures: dict, path: Path) -> None:
     handles = []
     for name in dict.fromkeys(row["layer"] for row in figures["rows"]):
         rows = [row for row in figures["rows"] if row["layer"] == name]
-        style = {"marker": "o", "markersize": 4, "color": LAYER_COLOURS[name]}
+        style = {
+            "marker": "o",
+            "markersize": 4,
+            "color": LAYER_COLOURS[name],
+            "linestyle": "--" if name in RIVALS else "-",
+        }
         fits = [f"{kind} $N^{{{fit:.2f}}}$" for kind, fit in figures["fits"][name].items() if fit is not None]
         handles.append(Line2D([], [], label=f"{LAYERS[name]}: {', '.join(fits)}" if fits else LAYERS[name], **style))
         for axes, points in (

@@ -1,11 +1,18 @@
 """Names of the measured rows, layers and parts in tables and charts, and units."""
 
+from enact_common.attention.rivals import RIVALS
+
 MIB, GIB = 2**20, 2**30
 
 
 def precision_text(amp: str) -> str:
     """Return the name of a precision, a key of `AMP_DTYPE`, for tables."""
     return "float32" if amp == "none" else amp
+
+
+def attention_text(attention: str) -> str:
+    """Return the name of an encoder attention, a value of `--encoder_attention`, for tables."""
+    return {"enact": "ENACT", "mhsa": "plain"}.get(attention, attention)
 
 
 # Rows of each model: name to (label, value of --encoder_attention).
@@ -16,7 +23,8 @@ ROWS = {
 }
 
 
-# Maximum number of clusters in the layer `enact_limited`; on larger maps its clusters grow.
+# Most clusters in the layers `enact_limited` and `enact_equal`, whose clusters grow on larger maps; token budget of the
+# rivals.
 LIMIT = 256
 
 # Layers: name on the command line to label in tables.
@@ -28,6 +36,11 @@ LAYERS = {
     "enact_limited": f"EnactSelfAttention, at most {LIMIT} clusters",
     "rcda": "MultiheadRCDA",
     "clustered_rcda": "ClusteredRCDA",
+    "enact_equal": f"EnactSelfAttention, equal information, at most {LIMIT} clusters",
+    **{
+        name: f"{rival.__name__}, budget {LIMIT}" if rival.takes_budget else rival.__name__
+        for name, rival in RIVALS.items()
+    },
 }
 
 

@@ -22,7 +22,7 @@ from enact_common.benchmark.detectors import (
 )
 from enact_common.benchmark.eager import replaced
 from enact_common.benchmark.isolated import DONE, FAILED, run_isolated
-from enact_common.benchmark.labels import GIB, precision_text
+from enact_common.benchmark.labels import GIB, attention_text, precision_text
 from enact_common.benchmark.measuring import MemoryMeter, spread, synchronizer, take_turns
 from enact_common.benchmark.report import (
     LEFT,
@@ -264,7 +264,7 @@ def run(args: argparse.Namespace) -> int:
     settings = {name: getattr(args, name) for name in ("size", "batch", "objects", "repeat", "warmup", "flags")}
     settings |= {
         "model": model_name("detr", model),
-        "attention": "ENACT" if model.encoder_attention == "enact" else "plain",
+        "attention": attention_text(model.encoder_attention),
         "queries": model.num_queries,
         "precision": precision_text(args.amp),
     }

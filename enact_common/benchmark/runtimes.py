@@ -17,7 +17,7 @@ from enact_common.benchmark.detectors import (
     refuse_flags,
 )
 from enact_common.benchmark.isolated import DONE, FAILED, run_isolated
-from enact_common.benchmark.labels import MIB
+from enact_common.benchmark.labels import MIB, attention_text
 from enact_common.benchmark.measuring import spread, take_turns
 from enact_common.benchmark.report import (
     LEFT,
@@ -33,7 +33,7 @@ from enact_common.benchmark.report import (
 from enact_common.cli.flags import with_flags
 from enact_common.cli.types import natural_int, positive_int
 from enact_common.export.formats import FORMATS, load_exported, needed, quantize
-from enact_common.export.graph import DetectorGraph, Interface, calibrated_lengths, fix_window_lengths
+from enact_common.export.graph import DetectorGraph, Interface, calibrated_lengths, fix_window_lengths, refuse_rival
 from enact_common.models.layers import ENCODER_ATTENTIONS
 from enact_common.utils.acceleration import prepare
 from enact_common.variants import VARIANTS
@@ -145,7 +145,7 @@ def to_markdown(figures: dict) -> str:
         baseline = baselines.get((row["variant"], row["attention"]))
         ratio = row["seconds"]["median"] / baseline if baseline and row["seconds"] else None
         time = figure_range(row["seconds"], ".0f", 1000) if row["status"] == DONE else row["status"]
-        attention = "ENACT" if row["attention"] == "enact" else "plain"
+        attention = attention_text(row["attention"])
         size = figure(row["bytes"] and row["bytes"] / MIB, ".0f")
         lines.append([row["model"], attention, RUNTIMES[row["runtime"]], time, figure(ratio, ".2f"), size])
     settings = figures["settings"]
@@ -177,6 +177,9 @@ def plan(args: argparse.Namespace) -> list[Measurement]:
     if any(EXPORT_FORMATS.get(runtime) == "onnx" for runtime in args.runtimes):
         for module in ("onnx", "onnxscript", "onnxruntime"):
             needed(module, "--runtimes onnx")
+    if any(runtime in EXPORT_FORMATS for runtime in args.runtimes):
+        for attention in args.attentions:
+            refuse_rival(attention, dynamic=False)
     overrides = ["--batch_size", str(args.batch), "--coco_path", "."]
     return [
         Measurement(
@@ -227,8 +230,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="models to measure (default: all)",
     )
     parser.add_argument(
-        "--attentions", nargs="+", choices=ENCODER_ATTENTIONS, default=list(ENCODER_ATTENTIONS),
-        help="encoder attention to measure (default: both)",
+        "--attentions", nargs="+", choices=ENCODER_ATTENTIONS, default=["enact", "mhsa"],
+        help="encoder attentions to measure (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--runtimes",

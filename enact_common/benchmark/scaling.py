@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from enact_common.attention.layer import EnactSelfAttention
+from enact_common.attention.rivals import RIVALS, RivalSelfAttention
 from enact_common.benchmark.detectors import counted_clusters
 from enact_common.benchmark.isolated import DONE, FAILED, OUT_OF_MEMORY, Outcome, Worker, worker_for
 from enact_common.benchmark.labels import LAYERS, LIMIT, MIB, precision_text
@@ -30,12 +31,18 @@ from enact_common.benchmark.report import (
     quotient,
 )
 from enact_common.cli.types import non_negative_float, positive_int
+from enact_common.models.layers import map_keywords
 from enact_common.utils.device import AMP_DTYPE, autocast, check_precision, default_device, find_device
 from enact_common.utils.errors import UserError
 from enact_common.variants import load_variant
 
 # Settings of the `EnactSelfAttention` layers, by name.
-CLUSTERINGS = {"enact": {}, "enact_regions": {"clusters": "regions"}, "enact_limited": {"max_clusters": LIMIT}}
+CLUSTERINGS = {
+    "enact": {},
+    "enact_regions": {"clusters": "regions"},
+    "enact_limited": {"max_clusters": LIMIT},
+    "enact_equal": {"clusters": "equal", "max_clusters": LIMIT},
+}
 # Layer that the ratios are relative to.
 BASELINE = "mha"
 
@@ -129,13 +136,17 @@ class Workload:
         """Return (layer, input tokens (N, batch, d) that require a gradient, attention as a function of the tokens)."""
         if name in CLUSTERINGS:
             layer = EnactSelfAttention(problem.channels, problem.heads, **CLUSTERINGS[name])
+        elif name in RIVALS:
+            budget = {"token_budget": LIMIT} if RIVALS[name].takes_budget else {}
+            layer = RIVALS[name](problem.channels, problem.heads, **budget)
         else:
             layer = nn.MultiheadAttention(problem.channels, problem.heads)
+        keywords = {"need_weights": False, **map_keywords(layer, tuple(src.shape[1:3]))}
         src, pos = (tensor.flatten(1, 2).transpose(0, 1).contiguous() for tensor in (src, pos))
 
         def attend(tokens: Tensor) -> Tensor:
             placed = tokens + pos
-            return layer(placed, placed, tokens, need_weights=False)[0]
+            return layer(placed, placed, tokens, **keywords)[0]
 
         return layer, src.requires_grad_(), attend
 
@@ -166,7 +177,9 @@ class Workload:
         self.inputs.grad = None
 
     def clusters(self) -> int | None:
-        """Return the number of clusters per image; None for a layer without clusters."""
+        """Return the number of clusters per image, or a rival's budget; None for a layer that has neither."""
+        if isinstance(self.layer, RivalSelfAttention):
+            return self.layer.budget(len(self.inputs)) if self.layer.takes_budget else None
         with torch.no_grad(), counted_clusters(self.layer) as counts, autocast(self.device, self.amp):
             self.attend(self.inputs)
         return counts[0] if counts else None

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from enact_common.attention.rivals import RIVALS
 from enact_common.checkpoints.files import detector_weights, has_masks
 from enact_common.cli.flags import CLUSTERING_FLAGS, COCO, MODEL_FLAGS, PANOPTIC
 from enact_common.data.categories import LabelMap, coco_names
@@ -89,8 +90,7 @@ def arguments_of(
     parser = load_variant(variant).main.get_args_parser()
     values = vars(parser.parse_args([]))
     choices = {action.dest: action.choices for action in parser._actions if action.choices}
-    has_clusters = any(name.endswith("W_prob.weight") for name in weights)
-    values["encoder_attention"] = "enact" if has_clusters else "mhsa"
+    values["encoder_attention"] = attention_of(weights)
     values["masks"] = has_masks(checkpoint["model"])
     values["backbone"] = backbone_of(weights) or values["backbone"]
     for flag, value in sizes_of(weights).items():
@@ -107,6 +107,11 @@ def arguments_of(
         if flag not in (*MODEL_FLAGS, *CLUSTERING_FLAGS, *IMAGE_FLAGS) or flag not in values:
             raise UserError(f"no flag {flag} for models of the variant {variant}")
         values[flag] = value
+    if values["encoder_attention"] == "mhsa" and any("self_attn.W_q." in name for name in weights):
+        raise UserError(
+            f"does not store its encoder attention, which is one of {', '.join(RIVALS)}: pass encoder_attention=NAME "
+            "to load_detector, or a checkpoint of this project with its arguments"
+        )
     defaults = {flag: values[flag] for flag in UNRECORDED if flag not in (*saved, *(flags or ()))}
     if defaults:
         logger.warning(
@@ -121,6 +126,11 @@ def arguments_of(
     default = PANOPTIC if "label_map" not in checkpoint and values["num_classes"] == NUM_CLASSES else COCO
     values["dataset_file"] = PANOPTIC if values["masks"] and saved.get("dataset_file", default) == PANOPTIC else COCO
     return argparse.Namespace(**values), label_map
+
+
+def attention_of(weights: Mapping[str, Tensor]) -> str:
+    """Return the encoder attention that tensor names show: ENACT or plain. Names do not tell the rivals apart."""
+    return "enact" if any(name.endswith("W_prob.weight") for name in weights) else "mhsa"
 
 
 def labels_of(checkpoint: dict[str, Any], variant: str) -> LabelMap:

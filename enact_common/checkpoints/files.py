@@ -188,7 +188,7 @@ def own_names(weights: dict[str, Any], source: str) -> tuple[dict[str, torch.Ten
 
 
 def saved_clustering_flags(saved: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
-    """A checkpoint's values of the ENACT settings that this run does not set."""
+    """A checkpoint's values of `CLUSTERING_FLAGS` that this run does not set."""
     return {flag: saved.get(flag) for flag in CLUSTERING_FLAGS if getattr(args, flag, None) is None}
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from enact_common.attention.clustering import EQUAL
 from enact_common.attention.conversion import PACKED, clustered_weights
 from enact_common.checkpoints.contents import averaged_weights, backbone_of, known_variant, labels_of, stages_of
 from enact_common.checkpoints.files import DETECTOR, detector_weights, differing_flags, flag_text, has_masks
 from enact_common.data.categories import LabelMap
+from enact_common.models.layers import scales_logits
 from enact_common.utils.errors import UserError
 from enact_common.variants import VARIANTS
 
@@ -38,7 +40,7 @@ class Fit:
         weights: the tensors to load, by the model's names.
         skipped: the checkpoint's tensors that are not loaded, each with the reason.
         fresh: the model's tensors that keep their initial values.
-        converted: attention layers converted from plain attention to ENACT.
+        converted: attention layers converted from plain attention to the model's.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -84,9 +86,9 @@ def load_pretrained(
 ) -> None:
     """Load the weights of a checkpoint that fit the model, and log the skipped tensors.
 
-    Plain multi-head attention is converted to ENACT where the model has ENACT (`clustered_weights`): while each cluster
-    is one token, the layer's output is unchanged. Anchor DETR's row-column attention computes another function with
-    ENACT; its weights are loaded unchanged as a start.
+    Plain multi-head attention is converted where the model has ENACT or a rival (`clustered_weights`): while each
+    cluster is one token, the output of ENACT's layer is unchanged. Anchor DETR's row-column attention computes another
+    function with ENACT; its weights are loaded unchanged as a start.
 
     Args:
         model: newly built; changed in place.
@@ -106,7 +108,7 @@ def load_pretrained(
     elif has_masks(weights) and not args.masks:
         weights = {name.removeprefix(DETECTOR): tensor for name, tensor in weights.items()}
     same_labels = labels_of(checkpoint, variant).names == label_map.names
-    fit = fit_weights(weights, model.state_dict(), args.nheads, same_labels, args.enact_scale_logits)
+    fit = fit_weights(weights, model.state_dict(), args.nheads, same_labels, scales_logits(args))
     missing = [name for name in fit.fresh if name.removeprefix(DETECTOR).startswith("backbone.")]
     if missing:
         raise UserError(
@@ -114,7 +116,7 @@ def load_pretrained(
             "checkpoint"
         )
     model.load_state_dict(fit.weights, strict=False)
-    logger.info("%s", describe(fit, source))
+    logger.info("%s", describe(fit, source, args.encoder_attention))
     becomes_enact = args.encoder_attention == "enact" and not any(SCORES in name for name in weights)
     has_packed_weights = any("encoder" in name and name.endswith(f"self_attn.{PACKED[0]}") for name in fit.weights)
     if becomes_enact and has_packed_weights:
@@ -122,12 +124,12 @@ def load_pretrained(
             "note: row-column attention over ENACT's clusters is another function than plain row-column attention; the "
             "encoder attention's weights are copied slice by slice as a start and need further training"
         )
-    if fit.converted and variant == "detr" and args.pre_norm:
+    if fit.converted and variant == "detr" and args.pre_norm and args.encoder_attention == "enact":
         logger.info(
             "note: with ENACT, DETR's encoder layers are post-norm even with --pre_norm: the converted layers compute "
             "another function"
         )
-    if becomes_enact and not args.enact_mask_padding:
+    if becomes_enact and not args.enact_mask_padding and args.enact_clusters != EQUAL:
         logger.info("note: plain attention ignores padding; ENACT needs --enact_mask_padding for that")
     others = [
         flag_text(flag, checkpoint["args"][flag])
@@ -143,7 +145,7 @@ def fit_weights(
     own: Mapping[str, Tensor],
     nheads: int,
     same_labels: bool,
-    scale_logits: bool = False,
+    scale_logits: bool,
 ) -> Fit:
     """Sort a checkpoint's tensors into those that fit a model and those that do not.
 
@@ -152,7 +154,7 @@ def fit_weights(
         own: the model's state dict.
         nheads: number of attention heads.
         same_labels: whether the labels match. If not, the classification head is skipped.
-        scale_logits: see `EnactSelfAttention`.
+        scale_logits: whether the model's encoder attention scales its logits.
     """
     fit = Fit()
     available = dict(weights)
@@ -187,12 +189,20 @@ def shape_text(tensor: Tensor) -> str:
     return " x ".join(map(str, tensor.shape)) or "a scalar"
 
 
-def describe(fit: Fit, source: str) -> str:
-    """Report the loaded, converted and skipped tensors, with one line per reason."""
+def describe(fit: Fit, source: str, attention: str) -> str:
+    """Report the loaded, converted and skipped tensors, with one line per reason.
+
+    Args:
+        fit: the sorted tensors.
+        source: the checkpoint's name.
+        attention: the model's encoder attention, one of `ENCODER_ATTENTIONS`.
+    """
     lines = [f"--pretrained {source}: {len(fit.weights)} tensors loaded"]
     if fit.converted:
         layers = f"{len(fit.converted)} attention layers" if len(fit.converted) > 1 else "1 attention layer"
-        lines.append(f"  converted to ENACT: {layers}, {shortened(fit.converted)}")
+        lines.append(
+            f"  converted to {'ENACT' if attention == 'enact' else attention}: {layers}, {shortened(fit.converted)}"
+        )
     by_reason: dict[str, list[str]] = {}
     for name, reason in fit.skipped.items():
         by_reason.setdefault(reason, []).append(name)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from enact_common.attention.clustering import CLUSTERS
+from enact_common.attention.clusters import DEFAULT_SHARE
 from enact_common.attention.hilbert import ORDERS, ROWS
 from enact_common.cli.checks import check_arguments, check_position_embedding
 from enact_common.cli.config import add_opposites, read_config
@@ -33,8 +34,8 @@ EMA_DECAY = 0.999
 
 
 class VariantParser(argparse.ArgumentParser):
-    """A parser with two dependent defaults: `--encoder_attention mhsa` sets the plain models' learning rate unless
-    `--lr` is given, and `--config FILE` sets flags from a file that the command line overrides.
+    """A parser with two dependent defaults: encoder attentions other than ENACT set the plain models' learning rate
+    unless `--lr` is given, and `--config FILE` sets flags from a file that the command line overrides.
 
     Attributes:
         checks: functions of the parsed arguments that raise a UserError; `check` calls them.
@@ -71,7 +72,7 @@ class VariantParser(argparse.ArgumentParser):
             # The last value of a repeated flag counts, so the command line overrides the file.
             words = [*self.config_words(parsed.config), *words]
             parsed, rest = super().parse_known_args(words, namespace)
-        if namespace is None and getattr(parsed, "encoder_attention", None) == "mhsa":
+        if namespace is None and getattr(parsed, "encoder_attention", "enact") != "enact":
             parsed, rest = super().parse_known_args(words, argparse.Namespace(lr=PLAIN_LR))
         # The other flags now hold the file's settings; checkpoints and logs need not name the file.
         vars(parsed).pop("config", None)
@@ -217,7 +218,8 @@ def add_model_flags(group) -> None:
     """Add the flags of the network."""
     group.add_argument(
         "--encoder_attention", choices=ENCODER_ATTENTIONS, default="enact",
-        help="encoder self-attention: ENACT's entropy-based clusters, or the original model's plain attention",
+        help="encoder self-attention: ENACT's entropy-based clusters, the original model's plain attention (mhsa), or "
+        "a rival of ENACT (docs/method/rivals.md)",
     )  # fmt: skip
     group.add_argument(
         "--smoothing_sigma", type=float, default=3.0, metavar="TOKENS",
@@ -225,8 +227,9 @@ def add_model_flags(group) -> None:
     )  # fmt: skip
     group.add_argument(
         "--enact_clusters", choices=CLUSTERS,
-        help="ENACT: pool fixed-length windows, as long as the average region of the entropy, or the regions "
-        f"themselves; default: the checkpoint's, else {CLUSTERS[0]}",
+        help="ENACT: pool fixed-length windows, as long as the average region of the entropy; or the regions "
+        "themselves; or clusters of equal information, as many as --enact_max_clusters; default: the checkpoint's, "
+        f"else {CLUSTERS[0]}",
     )  # fmt: skip
     group.add_argument(
         "--enact_order", choices=ORDERS,
@@ -244,8 +247,8 @@ def add_model_flags(group) -> None:
     )  # fmt: skip
     group.add_argument(
         "--enact_max_clusters", type=natural_int, metavar="M",
-        help="ENACT: upper limit of clusters, for images of any size; clusters grow to meet it; 0 sets no limit; "
-        "default: the checkpoint's, else 0",
+        help="ENACT: upper limit of clusters, for images of any size; clusters grow to meet it; 0 sets no limit, or a "
+        f"{DEFAULT_SHARE}th of the tokens with --enact_clusters equal; default: the checkpoint's, else 0",
     )  # fmt: skip
     group.add_argument(
         "--enact_temperature", type=non_negative_float, metavar="T",
@@ -257,6 +260,11 @@ def add_model_flags(group) -> None:
         "--enact_scale_logits", action="store_true",
         help="ENACT: scale the logits by head_dim^-0.5 before the softmax, as plain attention does, and do not divide "
         "the attended values by head_dim; for new trainings; leave it off for published weights",
+    )  # fmt: skip
+    group.add_argument(
+        "--token_budget", type=natural_int, metavar="M",
+        help=f"rivals of ENACT: most keys and values per image; 0 is 1/{DEFAULT_SHARE} of the tokens; default: the "
+        "checkpoint's, else 0",
     )  # fmt: skip
     group.add_argument("--backbone", type=str, choices=BACKBONES, default="resnet50", help="torchvision's ResNet")
     group.add_argument(
@@ -317,7 +325,7 @@ def add_training_flags(group) -> None:
     """Add the flags of the optimization."""
     group.add_argument(
         "--lr", type=non_negative_float, default=ENACT_LR, metavar="RATE",
-        help=f"learning rate; default: {ENACT_LR:g}, with --encoder_attention mhsa {PLAIN_LR:g}",
+        help=f"learning rate; default: {ENACT_LR:g} with --encoder_attention enact, {PLAIN_LR:g} with any other",
     )  # fmt: skip
     group.add_argument(
         "--lr_backbone", type=non_negative_float, default=1e-5, metavar="RATE",

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from enact_common.attention.rivals import RIVALS
 from enact_common.cli.flags import COCO, PANOPTIC
 from enact_common.models.backbone import ALL_STAGES, SHALLOW_BACKBONES, stride_of
 from enact_common.models.position_encoding import PositionEmbeddingLearned
@@ -113,6 +114,19 @@ def refuse_masks(args) -> None:
         raise UserError(
             f"--masks, --frozen_weights, --dataset_file {PANOPTIC}: only DETR has a mask head; this model was "
             "published for boxes only. Run DETR-ENACT/main.py, or leave the flags out"
+        )
+
+
+def refuse_rivals_of_row_column_attention(args) -> None:
+    """Refuse rivals of ENACT in Anchor DETR's row-column attention, whose keys are rows and columns.
+
+    Raises:
+        UserError: names the flag and what to do.
+    """
+    if args.encoder_attention in RIVALS and args.attention_type == "RCDA":
+        raise UserError(
+            f"--encoder_attention {args.encoder_attention} works on attention between cells, not on row-column "
+            "attention: pass --attention_type nn.MultiheadAttention"
         )
 
 

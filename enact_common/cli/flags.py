@@ -22,12 +22,13 @@ MODEL_FLAGS = (
     "attention_type", "separate_images", "masks", "enact_scale_logits",
 )  # fmt: skip
 
-# Members of `MODEL_FLAGS` that plain attention ignores.
+# Members of `MODEL_FLAGS` that only ENACT uses.
 ENACT_FLAGS = ("smoothing_sigma", "enact_scale_logits")
 
-# ENACT flags that work with any weights. Flags that are not given are taken from the checkpoint.
+# Flags of ENACT and its rivals that work with any weights. Flags that are not given are taken from the checkpoint.
 CLUSTERING_FLAGS = (
     "enact_clusters", "enact_order", "enact_per_image", "enact_mask_padding", "enact_max_clusters", "enact_temperature",
+    "token_budget",
 )  # fmt: skip
 
 # Booleans with a `--no-` form, because a variant may switch them on by default.

@@ -5,7 +5,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from enact_common.checkpoints.contents import variant_of
+from enact_common.checkpoints.contents import attention_of, variant_of
 from enact_common.checkpoints.files import BEST, LATEST, load_checkpoint
 from enact_common.evaluation.coco import EVALUATION, METRICS
 from enact_common.training.logs import is_measured
@@ -116,6 +116,5 @@ def read_arguments(run: RecordedRun) -> None:
     run.variant = variant_of(state)
     run.args = state["args"]
     # Checkpoints of the original repositories lack the flag, but their tensor names show the attention.
-    clustered = any(name.endswith("W_prob.weight") for name in state["model"])
-    run.args.setdefault("encoder_attention", "enact" if clustered else "mhsa")
+    run.args.setdefault("encoder_attention", attention_of(state["model"]))
     run.trained = state["epoch"] + 1 if is_finite(state.get("epoch")) else None

@@ -5,10 +5,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from enact_common.attention.rivals import RIVALS
 from enact_common.cli.flags import CLUSTERING_FLAGS, ENACT_FLAGS
 from enact_common.compare.recorded import RecordedRun
 from enact_common.compare.tables import DASH, Cell, Table
-from enact_common.models.layers import encoder_settings
+from enact_common.models.layers import encoder_settings, rival_text
 
 # Shown if the runs are comparable.
 EQUAL = "Equal terms: according to their records, these runs differ at most in the encoder attention."
@@ -64,7 +65,10 @@ def differing_flags(runs: Sequence[RecordedRun]) -> dict[str, list[str | None]]:
 def attention_text(run: RecordedRun) -> str | None:
     """Return a run's encoder attention in words, or None if unknown."""
     kinds = {"enact": "ENACT", "mhsa": "plain (mhsa)"}
-    return kinds.get(run.args.get("encoder_attention"), run.args.get("encoder_attention"))
+    attention = run.args.get("encoder_attention")
+    return (
+        rival_text(attention, run.args.get("token_budget")) if attention in RIVALS else kinds.get(attention, attention)
+    )
 
 
 def enact_text(run: RecordedRun) -> str | None:

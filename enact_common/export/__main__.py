@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from enact_common.attention.clustering import CLUSTERS, clusterings
+from enact_common.attention.clusters import DEFAULT_SHARE
 from enact_common.attention.hilbert import ORDERS
 from enact_common.cli.flags import CLUSTERING_FLAGS
 from enact_common.cli.program import program
@@ -98,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_clustering_flags(parser: argparse.ArgumentParser) -> None:
-    """Add flags that override the checkpoint's ENACT settings."""
+    """Add flags that override the checkpoint's settings of ENACT or of its rivals."""
     parser.add_argument("--enact_clusters", choices=CLUSTERS, help="ENACT: unit of pooling; default: the checkpoint's")
     parser.add_argument("--enact_order", choices=ORDERS, help="ENACT: order of the cells; default: the checkpoint's")
     for flag, text in (
@@ -116,6 +117,11 @@ def add_clustering_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--enact_temperature", type=non_negative_float, metavar="T",
         help="ENACT: temperature of the pooling weights, 0 for the published weights; default: the checkpoint's",
+    )  # fmt: skip
+    parser.add_argument(
+        "--token_budget", type=natural_int, metavar="M",
+        help=f"rivals of ENACT: most keys and values per image, 0 for 1/{DEFAULT_SHARE} of the tokens; default: the "
+        "checkpoint's",
     )  # fmt: skip
 
 

@@ -10,13 +10,15 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor, nn
 
-from enact_common.attention.clustering import clusterings
+from enact_common.attention.clustering import EQUAL, WINDOWS, clusterings
 from enact_common.attention.clusters import Clusters
 from enact_common.attention.hilbert import HILBERT, ROWS
+from enact_common.attention.rivals import RIVALS
 from enact_common.boxes import box_cxcywh_to_xyxy
 from enact_common.cli.flags import CLUSTERING_FLAGS
 from enact_common.inference.detector import LoadedDetector
 from enact_common.models.backbone import stride_of
+from enact_common.models.layers import has_effect
 from enact_common.models.position_encoding import PositionEmbeddingLearned
 from enact_common.models.scripting import EXAMPLE_SIZE, TensorDetector
 from enact_common.utils.errors import UserError
@@ -167,20 +169,46 @@ def check_interface(detector: LoadedDetector, interface: Interface, lengths: Seq
             f"--enact_order {HILBERT}: exported files only cluster row by row; pass --enact_order {ROWS}. The weights "
             "work with both orders; measure the change with --eval"
         )
+    refuse_rival(detector.args.encoder_attention, dynamic=interface.size is None)
     if lengths is None:
         return
     layers = clusterings(detector.model)
     if not layers:
         raise UserError("--clusters: this is a plain model without clusters; leave out --clusters")
-    if detector.args.enact_clusters == "regions":
+    if detector.args.enact_clusters not in (None, WINDOWS):
         raise UserError(
-            "--clusters: the model clusters regions, which have no common length; leave out --clusters, or pass "
-            "--enact_clusters windows"
+            f"--clusters: the model has --enact_clusters {detector.args.enact_clusters}, whose clusters have no common "
+            "length; leave out --clusters, or pass --enact_clusters windows"
         )
     if interface.mask and detector.args.enact_mask_padding:
         raise UserError(
             "--clusters with --mask: fixed windows cannot leave padding out of the clusters, as this model does; drop "
             "one of the flags, or pass --no-enact_mask_padding"
+        )
+
+
+def refuse_rival(attention: str, dynamic: bool) -> None:
+    """Refuse encoder attentions that cannot be exported.
+
+    Args:
+        attention: one of `ENCODER_ATTENTIONS`.
+        dynamic: whether the file takes images of any size.
+
+    Raises:
+        UserError: naming the attention, and what to do.
+    """
+    if attention not in RIVALS:
+        return
+    rival = RIVALS[attention]
+    if rival.export_fault:
+        raise UserError(
+            f"--encoder_attention {attention} cannot be exported: {rival.export_fault}; run the checkpoint in PyTorch "
+            "(enact_common.load_detector)"
+        )
+    if dynamic and (rival.takes_budget or rival.needs_map_size):
+        raise UserError(
+            f"--dynamic: a file with --encoder_attention {attention} holds the number of its keys, which follows from "
+            "the image size; pass --size and --batch instead"
         )
 
 
@@ -200,13 +228,16 @@ def describe(detector: LoadedDetector, source: str, interface: Interface, length
         outputs["pred_logits"] += LOGITS[detector.variant]
     has_clusters = args.encoder_attention == "enact"
     clusters = "follow from the image" if lengths is None else "windows of fixed length"
-    settings = {flag: getattr(args, flag) for flag in CLUSTERING_FLAGS if getattr(args, flag) is not None}
+    if args.enact_clusters == EQUAL:
+        clusters = "follow from the image; their number does not"
+    given = [flag for flag in CLUSTERING_FLAGS if getattr(args, flag) is not None]
+    settings = {flag: getattr(args, flag) for flag in given if has_effect(flag, args.encoder_attention)}
     return {
         "made_by": f"enact-detection {own_version()}, PyTorch {torch.__version__}",
         "checkpoint": source,
         "variant": detector.variant,
         "encoder_attention": args.encoder_attention,
-        "settings": settings if has_clusters else {},
+        "settings": settings,
         "clusters": clusters if has_clusters else None,
         "window_lengths": None if lengths is None else list(lengths),
         "inputs": {"images": IMAGES} | ({"mask": MASK} if interface.mask else {}),

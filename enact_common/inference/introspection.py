@@ -128,7 +128,7 @@ def check_kinds(detector: LoadedDetector, kinds: Sequence[str]) -> None:
             raise UserError(f"--show {kind}: unknown picture; choose from {', '.join(SHOWN)}")
         if kind not in possible:
             raise UserError(
-                f"--show {kind}: this detector's encoder has plain attention and no clusters; it can show "
+                f"--show {kind}: this detector's encoder has no clusters of ENACT; it can show "
                 f"{', '.join(possible)}. Checkpoints of models trained with --encoder_attention enact can show {kind}"
             )
     if kinds and importlib.util.find_spec("matplotlib") is None:

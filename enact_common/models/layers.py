@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from enact_common.attention.clustering import CLUSTERS
+from enact_common.attention.clusters import DEFAULT_SHARE
 from enact_common.attention.layer import EnactSelfAttention
+from enact_common.attention.rivals import RIVALS, RivalSelfAttention
 from enact_common.utils.acceleration import Recomputed
 
-ENCODER_ATTENTIONS = ("enact", "mhsa")
+ENCODER_ATTENTIONS = ("enact", "mhsa", *RIVALS)
 
 # Initial bias of a classifier of rare objects (Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017, section
 # 3.3): at a probability of 0.01, the many empty queries do not dominate the first steps.
@@ -63,12 +65,40 @@ def clustering_settings(args) -> dict:
 
 
 def attention_settings(args) -> dict:
-    """Return the `EnactSelfAttention` settings from the arguments, including those of the clustering."""
+    """Return the settings of the encoder's self-attention from the arguments, for `encoder_self_attention`."""
+    if args.encoder_attention in RIVALS:
+        # With `--token_budget 0`, and for checkpoints without the flag, the layer chooses.
+        budget = getattr(args, "token_budget", None) or None
+        return {"token_budget": budget} if has_effect("token_budget", args.encoder_attention) else {}
     return {**clustering_settings(args), "scale_logits": bool(getattr(args, "enact_scale_logits", False))}
 
 
+def has_effect(flag: str, attention: str) -> bool:
+    """Whether a flag of ENACT or of its rivals has an effect with an encoder attention.
+
+    Args:
+        flag: a name in `CLUSTERING_FLAGS` or `ENACT_FLAGS`.
+        attention: one of `ENCODER_ATTENTIONS`.
+    """
+    if flag == "token_budget":
+        return attention in RIVALS and RIVALS[attention].takes_budget
+    return attention == "enact"
+
+
+def scales_logits(args) -> bool:
+    """Whether the encoder's self-attention scales its logits by head_dim^-0.5: all except the published ENACT do."""
+    return args.encoder_attention != "enact" or bool(getattr(args, "enact_scale_logits", False))
+
+
+def rival_text(attention: str, token_budget: int | None) -> str:
+    """Return a rival's name and its budget in words; a budget of None or 0 is the default one."""
+    if not has_effect("token_budget", attention):
+        return attention
+    return f"{attention}, token budget {token_budget or f'1/{DEFAULT_SHARE} of the tokens'}"
+
+
 def encoder_settings(args) -> dict:
-    """Return all ENACT settings of the encoder from the arguments, for reports."""
+    """Return all ENACT settings of an encoder with ENACT from the arguments, for reports."""
     return {**attention_settings(args), "order": getattr(args, "enact_order", None)}
 
 
@@ -79,19 +109,26 @@ def encoder_self_attention(
     dropout: float,
     settings: Mapping[str, Any],
     batch_first: bool = False,
-) -> EnactSelfAttention | nn.MultiheadAttention:
+) -> EnactSelfAttention | RivalSelfAttention | nn.MultiheadAttention:
     """Build the encoder's self-attention.
 
     Args:
-        kind: "enact", or "mhsa" for `nn.MultiheadAttention`.
+        kind: "enact", "mhsa" for `nn.MultiheadAttention`, or a name in `RIVALS`.
         embed_dim, num_heads: channels and heads.
-        dropout: dropout of the attention weights, only for "mhsa": ENACT's reference encoder has none.
-        settings: settings of `EnactSelfAttention` by name, only for "enact".
+        dropout: dropout of the attention weights, except for "enact": ENACT's reference encoder has none.
+        settings: settings of `EnactSelfAttention` or of the rival by name; ignored for "mhsa".
         batch_first: tokens are (batch, N, d) instead of (N, batch, d).
     """
     if kind == "enact":
         return EnactSelfAttention(embed_dim, num_heads, batch_first=batch_first, **settings)
+    if kind in RIVALS:
+        return RIVALS[kind](embed_dim, num_heads, dropout=dropout, batch_first=batch_first, **settings)
     return nn.MultiheadAttention(embed_dim, num_heads, dropout=dropout, batch_first=batch_first)
+
+
+def map_keywords(attention: nn.Module, size: tuple[int, int] | None) -> dict[str, tuple[int, int] | None]:
+    """Return the keywords that pass the map's height and width to an attention; empty if it does not need them."""
+    return {"map_size": size} if getattr(attention, "needs_map_size", False) else {}
 
 
 class FeedForwardLayer(Recomputed):
@@ -122,7 +159,8 @@ class TransformerEncoderLayer(FeedForwardLayer):
     The attention is passed in, so that clustered and plain attention share this code.
 
     Args:
-        self_attn: has the call signature of `nn.MultiheadAttention`, on (N, batch, d).
+        self_attn: has the call signature of `nn.MultiheadAttention`, on (N, batch, d). If it has `needs_map_size`, it
+            also gets the map's size.
         d_model: channels d.
         dim_feedforward: hidden channels of the feed-forward network.
         dropout: probability, after the attention, inside and after the feed-forward network.
@@ -145,27 +183,37 @@ class TransformerEncoderLayer(FeedForwardLayer):
         self.dropout2 = nn.Dropout(dropout)
         self.normalize_before = normalize_before
 
-    def forward(self, src: Tensor, key_padding_mask: Tensor | None = None, pos: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        src: Tensor,
+        key_padding_mask: Tensor | None = None,
+        pos: Tensor | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
         """Run the layer.
 
         Args:
             src: (N, batch, d).
             key_padding_mask: bool (batch, N), True where padded.
             pos: (N, batch, d), added to queries and keys but not to values.
+            size: height and width of the map, for attentions that need it.
 
         Returns:
             (N, batch, d).
         """
         if self.normalize_before:
-            src = src + self.dropout1(self.attend(self.norm1(src), key_padding_mask, pos))
+            src = src + self.dropout1(self.attend(self.norm1(src), key_padding_mask, pos, size))
             return src + self.dropout2(self.feed_forward(self.norm2(src)))
-        src = self.norm1(src + self.dropout1(self.attend(src, key_padding_mask, pos)))
+        src = self.norm1(src + self.dropout1(self.attend(src, key_padding_mask, pos, size)))
         return self.norm2(src + self.dropout2(self.feed_forward(src)))
 
-    def attend(self, x: Tensor, key_padding_mask: Tensor | None, pos: Tensor | None) -> Tensor:
+    def attend(
+        self, x: Tensor, key_padding_mask: Tensor | None, pos: Tensor | None, size: tuple[int, int] | None
+    ) -> Tensor:
         """Self-attention over tokens (N, batch, d)."""
         with_pos = x if pos is None else x + pos
-        return self.self_attn(with_pos, with_pos, value=x, key_padding_mask=key_padding_mask, need_weights=False)[0]
+        keywords = {"key_padding_mask": key_padding_mask, "need_weights": False, **map_keywords(self.self_attn, size)}
+        return self.self_attn(with_pos, with_pos, value=x, **keywords)[0]
 
 
 class DecoderLayer(FeedForwardLayer):

@@ -43,7 +43,7 @@ class TransformerEncoder(nn.Module):
             src, pos = src.index_select(0, order), pos.index_select(0, order)
             key_padding_mask = key_padding_mask.index_select(1, order)
         for layer in self.layers:
-            src = layer(src, key_padding_mask=key_padding_mask, pos=pos)
+            src = layer(src, key_padding_mask=key_padding_mask, pos=pos, size=size)
         if self.norm is not None:
             src = self.norm(src)
         return src.index_select(0, back) if self.order == HILBERT else src
@@ -107,6 +107,6 @@ def build_encoder(args, normalize_before: bool) -> TransformerEncoder:
         args.dropout,
         normalize_before,
     )
-    # Plain attention does not depend on the order of tokens.
+    # Only ENACT's clusters depend on the order of tokens.
     order = (getattr(args, "enact_order", None) or ROWS) if args.encoder_attention == "enact" else ROWS
     return TransformerEncoder(layer, args.enc_layers, nn.LayerNorm(args.hidden_dim) if args.pre_norm else None, order)

@@ -17,12 +17,14 @@ from enact_common.benchmark.isolated import DONE, run_isolated
 from enact_common.benchmark.measuring import machine
 from enact_common.cli.program import program
 from enact_common.cli.types import HelpFormatter, fraction, positive_int
-from enact_common.study.arms import CONVERTED, NONE, PLAIN, UNIFORM, WINDOWS
+from enact_common.study.arms import NONE, PLAIN, WINDOWS
 from enact_common.study.costs import measure_encoders, measure_step
-from enact_common.study.images import Photographs, Shapes, load_images
+from enact_common.study.images import Shapes
 from enact_common.study.page import write_page
-from enact_common.study.presets import ARMS, CPU_MODEL, GPU_MODEL, PRESETS, Preset, Trial, sources_of, trials
+from enact_common.study.photographs import Pasted
+from enact_common.study.presets import ARMS, PRESETS, Preset, Trial, photograph_trials, sources_of
 from enact_common.study.schedule import run_trainings, tasks_of
+from enact_common.study.sources import Source, load_images
 from enact_common.study.training import Results
 from enact_common.utils.device import find_device
 from enact_common.utils.errors import UserError, exit_status
@@ -33,12 +35,6 @@ REPEAT = 5
 
 # Minimum number of images that `--fraction` leaves of a data set.
 FEWEST = 16
-
-# Height and width in pixels that real images are fitted into: at least as many cells as drawn images have.
-PHOTOGRAPHS = {"cpu": (120, 160), "gpu": (480, 640)}
-PHOTOGRAPH_ARMS = (PLAIN, NONE, WINDOWS, UNIFORM, CONVERTED)
-# Images of the start training and of each arm; fewer than for drawn images, since real data sets are small.
-PHOTOGRAPH_START, PHOTOGRAPH_IMAGES = 8000, 2000
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -56,19 +52,28 @@ def build_parser() -> argparse.ArgumentParser:
         "weights/, the trainings that others start from are repeated",
     )  # fmt: skip
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="variants to study (default: the preset's)")
+    parser.add_argument("--problems", nargs="+", metavar="NAME", help="data sets to study (default: the preset's)")
     parser.add_argument(
         "--arms", nargs="+", choices=tuple(ARMS), metavar="NAME",
         help=f"arms to train, with the arms they start from (default: those of the preset): {', '.join(ARMS)}",
     )  # fmt: skip
     parser.add_argument("--seeds", type=positive_int, metavar="N", help="number of seeds (default: the preset's)")
     parser.add_argument(
-        "--bccd", metavar="DIR", help="folder of a real data set in COCO's layout, to use instead of the drawn images"
-    )
+        "--coco_mini", metavar="DIR",
+        help="folder of COCO 2017, or of a part, whose objects are pasted into its photographs, to use instead of "
+        "the drawn images; needs the extra photographs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bccd", metavar="DIR",
+        help="folder of a real data set in COCO's layout, to use instead of the drawn images; needs the extra "
+        "photographs",
+    )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the preset's)")
     parser.add_argument("--jobs", type=positive_int, metavar="N", help="parallel trainings (default: the preset's)")
     parser.add_argument(
         "--seconds", type=positive_int, metavar="S",
-        help="start no training after this many seconds; running ones finish (default: the preset's)",
+        help="after this many seconds, save the running trainings, which the next call continues (default: the "
+        "preset's)",
     )  # fmt: skip
     parser.add_argument(
         "--fraction", type=fraction, default=1.0, metavar="F",
@@ -84,24 +89,25 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
     """Return the preset with the changes of the command line.
 
     Raises:
-        UserError: `--bccd` is not a data set, or the preset has none of the `--variants`.
+        UserError: `--coco_mini` or `--bccd` is not a data set, or the preset has none of the `--variants` or
+            `--problems`.
     """
     preset = PRESETS[args.preset]
     made = list(preset.trials)
-    if args.bccd:
-        if not (Path(args.bccd) / "annotations").is_dir():
-            raise UserError(f"--bccd {args.bccd}: has no annotations/ folder; pass a data set in COCO's layout")
-        model, (height, width) = {"cpu": CPU_MODEL, "gpu": GPU_MODEL}[args.preset], PHOTOGRAPHS[args.preset]
-        source = Photographs("bccd", args.bccd, height, width)
-        first = made[0]
-        start_images = min(first.start_images, PHOTOGRAPH_START)
-        (trial,) = trials(source, model, PHOTOGRAPH_IMAGES, {first.variant: (start_images, first.seeds)})
-        made = [replace(trial, arms=PHOTOGRAPH_ARMS)]
-    if args.variants:
-        made = [trial for trial in made if trial.variant in args.variants]
+    folders = {"coco_mini": args.coco_mini, "bccd": args.bccd}
+    for name, folder in folders.items():
+        if folder and not (Path(folder) / "annotations").is_dir():
+            raise UserError(f"--{name} {folder}: has no annotations/ folder; pass a data set in COCO's layout")
+    if any(folders.values()):
+        made = list(photograph_trials(args.preset, **folders))
+    for flag, chosen, name_of in (
+        ("variants", args.variants, lambda trial: trial.variant),
+        ("problems", args.problems, lambda trial: trial.source.name),
+    ):
+        known = ", ".join(dict.fromkeys(map(name_of, made)))
+        made = [trial for trial in made if not chosen or name_of(trial) in chosen]
         if not made:
-            known = ", ".join(dict.fromkeys(trial.variant for trial in preset.trials))
-            raise UserError(f"--variants {' '.join(args.variants)}: this preset has none of these; choose from {known}")
+            raise UserError(f"--{flag} {' '.join(chosen)}: this preset has none of these; choose from {known}")
     if args.arms:
         wanted = set(args.arms)
         for name in args.arms:
@@ -128,9 +134,9 @@ def shrunk(trial: Trial, part: float) -> Trial:
     return replace(trial, backbone_of=first, **fewer, **few)
 
 
-def shrunk_source(source: Shapes | Photographs | None, part: float) -> Shapes | Photographs | None:
-    """Return a source with a fraction of its drawn images, at least `FEWEST`; real images are all kept."""
-    if not isinstance(source, Shapes):
+def shrunk_source(source: Source | None, part: float) -> Source | None:
+    """Return a source with a fraction of its images, at least `FEWEST`, if they are made; real images are all kept."""
+    if not isinstance(source, Shapes | Pasted):
         return source
     return replace(source, **{name: max(round(getattr(source, name) * part), FEWEST) for name in ("train", "val")})
 
@@ -138,11 +144,12 @@ def shrunk_source(source: Shapes | Photographs | None, part: float) -> Shapes | 
 def measure_costs(preset: Preset, folder: Path) -> None:
     """Measure time and memory of each arm, and write them to `costs.json`."""
     results = Results(folder)
-    costs: dict[str, dict] = {"machine": machine(torch.device("cpu")), "steps": {}, "encoders": {}}
+    costs: dict[str, dict] = {"machine": machine(torch.device("cpu")), "steps": {}, "encoders": {}, "points": {}}
     for trial in preset.trials:
         tasks = [task for task in tasks_of(replace(preset, trials=(trial,))) if task.seed == 0]
         tasks = [task for task in tasks if results.read(task) is not None and not task.arm.begins_with]
-        for task in tasks:
+        settings = [task for task in tasks if not task.arm.family]
+        for task in settings:
             outcome = run_isolated(measure_step, task, folder, preset.threads)
             if outcome.status == DONE:
                 costs["steps"][task.name.rsplit("-", 1)[0]] = outcome.value
@@ -152,14 +159,19 @@ def measure_costs(preset: Preset, folder: Path) -> None:
         if trial.variant in costs["encoders"] or not tasks:
             continue
         lengths = windows["mean_lengths"] if windows else [5]
-        arms = tuple(task.arm for task in tasks if task.arm.name != NONE)
-        outcome = run_isolated(
-            measure_encoders, trial.variant, arms, round(sum(lengths) / len(lengths)), preset.cost_map,
-            preset.cost_batch, preset.device, preset.amp, preset.jobs * preset.threads, REPEAT,
-        )  # fmt: skip
-        if outcome.status != DONE:
-            raise UserError(f"encoders of {trial.variant}: {outcome.message}\n{outcome.details}")
-        costs["encoders"][trial.variant] = outcome.value
+        arms = tuple(task.arm for task in settings if task.arm.name != NONE)
+        # The points of the main figure are timed on the study's own map, which their numbers of clusters belong to.
+        points = tuple(task.arm for task in tasks if task.arm.family or task.arm.name == PLAIN)
+        for kind, measured, shape in (
+            ("encoders", arms, preset.cost_map), ("points", points, results.read(tasks[0])["map_size"])
+        ):  # fmt: skip
+            outcome = run_isolated(
+                measure_encoders, trial.variant, measured, round(sum(lengths) / len(lengths)), tuple(shape),
+                preset.cost_batch, preset.device, preset.amp, preset.jobs * preset.threads, REPEAT,
+            )  # fmt: skip
+            if outcome.status != DONE:
+                raise UserError(f"encoders of {trial.variant}: {outcome.message}\n{outcome.details}")
+            costs[kind][trial.variant] = outcome.value
     write_atomically(folder / "costs.json", lambda file: file.write(json.dumps(costs, indent=1).encode()), sync=False)
 
 

@@ -6,11 +6,19 @@ selection of tokens. Neither learns where to look.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from enact_common.attention.clustering import GREATEST_LOGIT, LEAST_MEAN, clusterings
+from enact_common.attention.clustering import (
+    GREATEST_LOGIT,
+    LEAST_MEAN,
+    EntropyClustering,
+    clusterings,
+    self_information,
+    smooth,
+)
 from enact_common.attention.clusters import cut_windows
 
 PLAIN, NONE, WINDOWS, UNIFORM = "plain", "none", "windows", "uniform"
@@ -51,6 +59,8 @@ class Arm:
             ENACT; None for the weights that all arms share.
         budget: training images, as a fraction of the other arms'; at least one step is trained.
         rate: learning rates, as a fraction of the other arms'; 0 trains only the batch norm statistics.
+        family: the line of the main figure that this arm is a point of; None for none.
+        clusters: most clusters, or keys, per image; None where the method sets their number.
     """
 
     name: str
@@ -61,6 +71,8 @@ class Arm:
     begins_with: str | None = None
     budget: float = 1.0
     rate: float = 1.0
+    family: str | None = None
+    clusters: int | None = None
 
 
 class NoAttention(nn.Module):
@@ -126,6 +138,69 @@ class LearnedTemperature(nn.Module):
         return (relative * self.log_factor.exp()).clamp(max=GREATEST_LOGIT)
 
 
+class SharedClusters:
+    """Clusters that may share a token; an ablation of `equal_information` whose borders pass a gradient.
+
+    Args:
+        weights: (batch, M, N), the pooling weights; those of a cluster add up to one.
+    """
+
+    padding_mask = None
+
+    def __init__(self, weights: Tensor):
+        self.weights = weights
+        self.shape = tuple(weights.shape[:2])
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Return the weighted sums (batch, M, d) of tokens (batch, N, d)."""
+        return (self.weights @ tokens.to(self.weights.dtype)).to(tokens.dtype)
+
+
+def share_border_tokens(clustering: EntropyClustering, logits: Tensor, key_padding_mask: Tensor | None):
+    """Cut the information exactly, through tokens; the pooling weights are the parts of the tokens' information.
+
+    Args:
+        clustering: an ENACT clustering with `max_clusters`.
+        logits, key_padding_mask: as in `EntropyClustering.cluster_scores`.
+    """
+    if key_padding_mask is not None:
+        logits = logits.masked_fill(key_padding_mask, torch.finfo(logits.dtype).min)
+    information = smooth(self_information(logits), clustering.kernel).clamp(min=0)  # (batch, N)
+    if key_padding_mask is not None:
+        information = information.masked_fill(key_padding_mask, 0)
+    count = clustering.max_clusters
+    mass = information / information.sum(dim=1, keepdim=True) * count
+    end = mass.cumsum(dim=1).unsqueeze(1)  # (batch, 1, N)
+    cluster = torch.arange(count, device=logits.device).unsqueeze(1)  # (M, 1)
+    overlap = (end.minimum(cluster + 1) - (end - mass.unsqueeze(1)).maximum(cluster)).clamp(min=0)  # (batch, M, N)
+    clusters = SharedClusters(overlap / overlap.sum(dim=2, keepdim=True))
+    for hook in clustering._cluster_hooks.values():
+        hook(information, clusters)
+    return clusters
+
+
+@dataclass(frozen=True)
+class FixedCount:
+    """A change that cuts every map into at most a number of windows of one length, regardless of the scores.
+
+    Attributes:
+        clusters: the number.
+    """
+
+    clusters: int
+
+    @property
+    def __name__(self) -> str:
+        """Name of the change in the results' settings, like the `__name__` of a function."""
+        return f"FixedCount({self.clusters})"
+
+    def __call__(self, model: nn.Module, setting: Setting) -> None:
+        """Apply the change to a model."""
+        tokens = setting.map_size[0] * setting.map_size[1]
+        for clustering in clusterings(model):
+            clustering.fixed_length = tokens // (self.clusters + 1) + 1
+
+
 @dataclass(frozen=True)
 class ChangeShares:
     """A change that gives each clustering other pooling weights.
@@ -179,6 +254,18 @@ def keep_scores(model: nn.Module, setting: Setting) -> None:
     """Freeze the random scoring projection, which still determines clusters and pooling weights."""
     for clustering in clusterings(model):
         clustering.W_prob.requires_grad_(False)
+
+
+def mix_with_lengths(model: nn.Module, setting: Setting) -> None:
+    """Let half of the information count as spread evenly, so that clusters differ less in length."""
+    for clustering in clusterings(model):
+        clustering.uniform_share = 0.5
+
+
+def share_tokens(model: nn.Module, setting: Setting) -> None:
+    """Let neighbouring clusters of equal information share the token at their border, which passes a gradient."""
+    for clustering in clusterings(model):
+        clustering.cluster_scores = partial(share_border_tokens, clustering)
 
 
 def join_all(model: nn.Module, setting: Setting) -> None:

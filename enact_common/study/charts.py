@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from enact_common.drawing.figures import COLOURS, colour, save
+from enact_common.study.families import FAMILIES
 from enact_common.study.images import VAL, Shapes, draw_one
 
 # Results by trial, arm and seed.
@@ -19,6 +20,9 @@ EXAMPLES = 5
 
 # Points of AP; larger losses are written as numbers at the chart's edge, so that small ones can be told apart.
 LEAST_SHOWN = -5.0
+
+# Points of AP; the lowest end of the axis of the main figure, so that the best methods can be told apart.
+LEAST_BY_CLUSTERS = -12.0
 
 
 def draw_examples(sources: Sequence[Shapes], picture: Path) -> None:
@@ -69,6 +73,57 @@ def draw_differences(differences: Mapping[str, Mapping[str, tuple[float, float |
         axes.grid(alpha=0.3)
     panels[-1].set_xlabel("AP minus plain attention's, points (mean over seeds ± standard error)")
     save(figure, picture)
+
+
+def draw_by_clusters(panels: Mapping[str, tuple[Mapping, Mapping]], picture: Path) -> None:
+    """Draw the AP of each family minus plain attention's, by the number of clusters and by the encoder layer's time, a
+    row for each trial.
+
+    Args:
+        panels: by trial, the results of `points_of` and `timed_points`; the second may be empty.
+        picture: file to write.
+    """
+    families = list(dict.fromkeys(name for points, _ in panels.values() for name in points))
+    styles = {name: style_of(i) for i, name in enumerate(families)}
+    figure = Figure(figsize=(12, 5 * len(panels)), layout="constrained")
+    for row, (title, (points, timed)) in zip(
+        figure.subplots(len(panels), 2, squeeze=False, sharey="row"), panels.items(), strict=True
+    ):
+        left, right = row
+        for name, values in points.items():
+            counts = sorted(count for count in values if count is not None)
+            means, errors = zip(*(values[count] for count in counts), strict=True) if counts else ((), ())
+            errors = [error or 0 for error in errors]
+            left.errorbar(counts, means, errors, label=FAMILIES[name].title, capsize=2, **styles[name])
+            if None in values:
+                left.axhline(values[None][0], label=FAMILIES[name].title, **{**styles[name], "marker": ""})
+        for name, values in timed.items():
+            ratios, means, errors = zip(*sorted(values), strict=True)
+            right.errorbar(ratios, means, [error or 0 for error in errors], capsize=2, **styles[name])
+        left.set_xscale("log")
+        budgets = sorted({count for values in points.values() for count in values if count is not None})
+        left.set_xticks(budgets, list(map(str, budgets)))
+        left.minorticks_off()
+        left.set_xlabel("most clusters or keys per image")
+        right.set_xlabel("time of an encoder layer over plain attention's")
+        left.set_ylabel("AP minus plain attention's, points")
+        left.set_title(title)
+        means = [mean for values in points.values() for mean, _ in values.values()]
+        for axes in row:
+            axes.axhline(0, color=colour(0), linewidth=1.5)
+            axes.set_ylim(max(min(means) - 0.5, LEAST_BY_CLUSTERS), max(1.0, max(means) + 0.5))
+            axes.grid(alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+    save(figure, picture)
+
+
+def style_of(index: int) -> dict[str, str]:
+    """Return the line style of the index-th family: colours first, then dashes."""
+    return {
+        "color": colour(1 + index % (len(COLOURS) - 1)),
+        "linestyle": ("-", "--", ":")[index // (len(COLOURS) - 1) % 3],
+        "marker": "os^v"[index // (len(COLOURS) - 1) % 4],
+    }
 
 
 def draw_clusters(results: TrialResults, picture: Path) -> None:

@@ -11,7 +11,8 @@ from enact_common.benchmark.detectors import counted_clusters
 from enact_common.benchmark.measuring import MemoryMeter, synchronizer, take_turns
 from enact_common.benchmark.scaling import blur
 from enact_common.study.arms import Arm, Setting
-from enact_common.study.images import TRAIN, load_images
+from enact_common.study.images import TRAIN
+from enact_common.study.sources import load_images
 from enact_common.study.training import Results, Task, feature_map_size, prepared_model, set_training
 from enact_common.training.engine import TrainStep
 from enact_common.training.optimization import build_optimization

@@ -1,14 +1,14 @@
-"""The study's images, held on the device: drawn shapes, or a real data set in COCO's layout."""
+"""The study's images, held on the device, and the drawing of shapes."""
 
 import contextlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
-from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,23 +17,22 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.ops import box_convert
-from torchvision.transforms.v2 import functional as transforms
 
-from enact_common.data.annotations import load_annotations
-from enact_common.data.images import decode_image
 from enact_common.data.scenes import SceneObject, draw_scene
 from enact_common.nested_tensor import NestedTensor
-from enact_common.utils.errors import UserError
-from enact_common.utils.files import read_tensors, write_atomically
-from enact_common.utils.signals import cancelling
+from enact_common.utils.signals import cancelling, end_with_parent
 
 TRAIN, VAL = "train", "val"
 
 # An image, its original width, its objects and their labels.
 DrawnImage = tuple[np.ndarray, int, list[SceneObject], list[int]]
 
-# From this many images on, several processes draw.
-PARALLEL_DRAWING_FROM = 1000
+# An image, uint8 (height, width, 3); the height and width that boxes are measured in; labels, from 0; boxes: left, top,
+# width, height in pixels of these; areas in square pixels of these.
+Row = tuple[np.ndarray, tuple[int, int], Sequence[int], Sequence[Sequence[float]], Sequence[float]]
+
+# From this many images on, several processes make them.
+PARALLEL_FROM = 1000
 
 SHAPES = ("circle", "triangle", "cross")
 
@@ -56,7 +55,8 @@ class Shapes:
         object_size: minimum and maximum extent as fractions of the height, log-uniform: many small, some large.
         name: name in results.
         dotted: source of an object's class. None: its shape. "some": random for each object; every second object shows
-            it by dots. "one": the same for all objects; only the smallest object shows it by dots.
+            it by dots. "one": the same for all objects; only the smallest object shows it by dots. "each": the same for
+            all objects of a shape; only the smallest of each shape shows it by dots.
     """
 
     train: int
@@ -75,29 +75,14 @@ class Shapes:
         return list(DOTS if self.dotted else SHAPES)
 
 
-@dataclass(frozen=True)
-class Photographs:
-    """A data set in COCO's layout.
-
-    Attributes:
-        name: name in results.
-        folder: contains `train2017/`, `val2017/` and `annotations/`.
-        height, width: pixels; every image is resized to fit into these.
-    """
-
-    name: str
-    folder: str
-    height: int
-    width: int
-
-
 @dataclass
 class Images:
     """One split of a data set.
 
     Attributes:
-        pixels: uint8 (n, 3, H, W), padded with zeros at the right and the bottom.
-        sizes: int64 (n, 2), each image's height and width in `pixels`, without padding.
+        pixels: uint8 (n, 3, H, W), padded with zeros at the right and the bottom; or a frozen backbone's features,
+            float16 (n, channels, h, w).
+        sizes: int64 (n, 2), each image's height and width in `pixels`, in pixels or cells, without padding.
         original: int64 (n, 2), height and width that boxes are measured in.
         labels: int64 (objects,) of each image, from 0.
         boxes: float (objects, 4) of each image, centre x, centre y, width, height as fractions of the image's sides.
@@ -178,48 +163,61 @@ class Images:
         return inside, mask
 
 
-def load_images(source: Shapes | Photographs, cache: Path) -> dict[str, Images]:
-    """Return both splits of a data set, by `TRAIN` and `VAL`. Drawn images are cached in a file.
+@contextlib.contextmanager
+def mapped(function: Callable[[Any], Any], items: Sequence[Any], parallel: bool) -> Iterator[Iterator[Any]]:
+    """A block with the iterator of a function's results for items, in order.
 
     Args:
-        source: the data set to draw or read.
-        cache: folder for that file.
-
-    Raises:
-        UserError: a real data set is missing, or the cached file is damaged or of another preset.
+        function, items: can be pickled.
+        parallel: compute in one process per CPU core, instead of this process.
     """
-    if isinstance(source, Photographs):
-        return {part: read_photographs(source, part) for part in (TRAIN, VAL)}
-    path = cache / f"{source.name}.pt"
-    if not path.is_file():
-        drawn = {part: vars(draw_images(source, part)) for part in (TRAIN, VAL)}
-        cache.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: torch.save((str(source), drawn), file), sync=False)
-    made_from, drawn = read_tensors(path, "drawn images: remove the file to draw them again")
-    if made_from != str(source):
-        raise UserError(f"{path}: contains images of another preset; remove it, or choose another --output_dir")
-    return {part: Images(**content) for part, content in drawn.items()}
+    if not parallel:
+        yield map(function, items)
+        return
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), start_process) as pool, cancelling(pool):
+        yield pool.map(function, items, chunksize=max(min(len(items) // 64, 32), 1))
+
+
+def start_process() -> None:
+    """Prepare a pool process: one thread, since there is a process for each core."""
+    torch.set_num_threads(1)
+    end_with_parent()
+
+
+def collected(rows: Iterable[Row], count: int, height: int, width: int, classes: list[str]) -> Images:
+    """Return a split of a data set.
+
+    Args:
+        rows: the images.
+        count: number of images.
+        height, width: of the largest image, in pixels.
+        classes: class names.
+    """
+    pixels = torch.zeros(count, 3, height, width, dtype=torch.uint8)
+    images = Images(pixels, *torch.zeros(2, count, 2, dtype=torch.int64), [], [], [], classes)
+    for i, (image, original, labels, boxes, areas) in enumerate(rows):
+        own = image.shape[:2]
+        pixels[i, :, : own[0], : own[1]] = torch.from_numpy(image).permute(2, 0, 1)
+        images.sizes[i] = torch.tensor(own)
+        images.original[i] = torch.tensor(original)
+        sides = torch.tensor(original).flip(0).repeat(2)  # width, height, width, height
+        corners = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
+        images.labels.append(torch.tensor(labels, dtype=torch.int64))
+        images.boxes.append(box_convert(corners, "xywh", "cxcywh") / sides)
+        images.areas.append(torch.tensor(areas, dtype=torch.float32))
+    return images
 
 
 def draw_images(source: Shapes, part: str) -> Images:
     """Draw one split. Image i depends only on the split and i."""
     count = getattr(source, part)
-    rows = round(source.height * source.scale)
-    pixels = torch.zeros(count, 3, rows, round(max(source.widths) * source.scale), dtype=torch.uint8)
-    images = Images(pixels, *torch.zeros(2, count, 2, dtype=torch.int64), [], [], [], source.classes)
-    with contextlib.ExitStack() as stack:
-        drawn: Iterator[DrawnImage] = map(partial(draw_one, source, part), range(count))
-        if count >= PARALLEL_DRAWING_FROM:
-            pool = stack.enter_context(ProcessPoolExecutor(os.cpu_count(), get_context("spawn")))
-            stack.enter_context(cancelling(pool))
-            drawn = pool.map(partial(draw_one, source, part), range(count), chunksize=32)
-        for i, (image, width, objects, labels) in enumerate(drawn):
-            own = image.shape[:2]
-            pixels[i, :, : own[0], : own[1]] = torch.from_numpy(image).permute(2, 0, 1)
-            images.sizes[i] = torch.tensor(own)
-            images.original[i] = torch.tensor((source.height, width))
-            add_objects(images, i, labels, [o.bbox for o in objects], [o.area for o in objects])
-    return images
+    height, width = round(source.height * source.scale), round(max(source.widths) * source.scale)
+    with mapped(partial(draw_one, source, part), range(count), count >= PARALLEL_FROM) as drawn:
+        rows = (
+            (image, (source.height, own), labels, [o.bbox for o in objects], [o.area for o in objects])
+            for image, own, objects, labels in drawn
+        )
+        return collected(rows, count, height, width, source.classes)
 
 
 def draw_one(source: Shapes, part: str, index: int) -> DrawnImage:
@@ -232,9 +230,11 @@ def draw_one(source: Shapes, part: str, index: int) -> DrawnImage:
     if source.dotted and objects:
         labels = rng.integers(len(DOTS), size=len(objects)).tolist()
         bearers = rng.permutation(len(objects))[::2].tolist()
-        if source.dotted == "one":
-            labels = labels[:1] * len(objects)
-            bearers = [min(range(len(objects)), key=lambda i: objects[i].area)]
+        if source.dotted in ("one", "each"):
+            groups = [o.class_index * (source.dotted == "each") for o in objects]
+            by_area = sorted(range(len(objects)), key=lambda i: objects[i].area, reverse=True)
+            bearers = list({groups[i]: i for i in by_area}.values())
+            labels = [labels[groups.index(group)] for group in groups]
         for bearer in bearers:
             add_dots(rng, image, objects[bearer], list(DOTS.values())[labels[bearer]])
     own = (round(width * source.scale), round(source.height * source.scale))
@@ -249,51 +249,3 @@ def add_dots(rng: np.random.Generator, image: np.ndarray, scene_object: SceneObj
     # Distance of each row and column from the nearest dot centre, on a grid with a random origin.
     y, x = ((np.arange(side) + rng.integers(DOT_SPACING)) % DOT_SPACING - DOT_SPACING // 2 for side in image.shape[:2])
     image[(visible > 0) & (y[:, None] ** 2 + x**2 <= DOT_RADIUS**2)] = level
-
-
-def read_photographs(source: Photographs, part: str) -> Images:
-    """Read one split without crowds.
-
-    Raises:
-        UserError: the split is missing, or has no objects.
-    """
-    folder = Path(source.folder)
-    content = load_annotations(folder / "annotations" / f"instances_{part}2017.json")
-    categories = sorted(content["categories"], key=lambda category: category["id"])
-    label = {category["id"]: i for i, category in enumerate(categories)}
-    by_image: dict[int, list[dict]] = {image["id"]: [] for image in content["images"]}
-    for annotation in content["annotations"]:
-        x, y, w, h = annotation["bbox"]
-        if not annotation.get("iscrowd") and w > 0 and h > 0:
-            by_image[annotation["image_id"]].append(annotation)
-    if not any(by_image.values()):
-        raise UserError(f"--bccd {source.folder}: {part} has no objects (crowds do not count); pass another data set")
-    count = len(content["images"])
-    pixels = torch.zeros(count, 3, source.height, source.width, dtype=torch.uint8)
-    names = [category["name"] for category in categories]
-    images = Images(pixels, *torch.zeros(2, count, 2, dtype=torch.int64), [], [], [], names)
-    for i, image in enumerate(content["images"]):
-        whole = decode_image(folder / f"{part}2017" / image["file_name"])
-        scale = min(source.height / whole.shape[1], source.width / whole.shape[2])
-        own = [max(round(side * scale), 1) for side in whole.shape[1:]]
-        pixels[i, :, : own[0], : own[1]] = transforms.resize(whole, own, antialias=True)
-        images.sizes[i] = torch.tensor(own)
-        images.original[i] = torch.tensor(whole.shape[1:])
-        objects = by_image[image["id"]]
-        add_objects(
-            images,
-            i,
-            [label[a["category_id"]] for a in objects],
-            [a["bbox"] for a in objects],
-            [a["area"] for a in objects],
-        )
-    return images
-
-
-def add_objects(images: Images, index: int, labels: list[int], boxes: list, areas: list[float]) -> None:
-    """Add an image's objects. Boxes are left, top, width, height in pixels of the original."""
-    height, width = images.original[index].tolist()
-    corners = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
-    images.labels.append(torch.tensor(labels, dtype=torch.int64))
-    images.boxes.append(box_convert(corners, "xywh", "cxcywh") / torch.tensor([width, height, width, height]))
-    images.areas.append(torch.tensor(areas, dtype=torch.float32))

@@ -13,6 +13,7 @@ from typing import Any
 from enact_common.benchmark.labels import MIB
 from enact_common.benchmark.report import LEFT, RIGHT, figure, markdown_table
 from enact_common.study.arms import LONGER, NONE, PLAIN, UNIFORM, fix_lengths, join_all
+from enact_common.study.families import FAMILIES
 from enact_common.study.images import Shapes
 from enact_common.study.presets import ARMS, Preset, Trial, sources_of
 from enact_common.study.schedule import tasks_of
@@ -86,6 +87,47 @@ def accuracy_table(
         ]
         rows.append([f"`{name}`", ARMS[name].title, str(len(by_seed)), *cells, *against])
     return markdown_table(columns, rows)
+
+
+def points_of(by_arm: Mapping[str, Mapping[int, dict]]) -> dict[str, dict[int | None, tuple[float, float | None]]]:
+    """Return the main figure's points: the difference in AP to plain attention and its standard error, by family and
+    number of clusters, None where the method sets it."""
+    points: dict[str, dict[int | None, tuple[float, float | None]]] = {}
+    for name, runs in by_arm.items():
+        arm, value = ARMS[name], difference(runs, by_arm.get(PLAIN, {}))
+        if arm.family and value is not None:
+            points.setdefault(arm.family, {})[arm.clusters] = value
+    return points
+
+
+def points_table(by_arm: Mapping[str, Mapping[int, dict]]) -> str:
+    """Return the AP lost to plain attention, by family and number of clusters; "" without such arms."""
+    points = points_of(by_arm)
+    if not points:
+        return ""
+    budgets = sorted({budget for values in points.values() for budget in values if budget is not None})
+    fixed = any(None in values for values in points.values())
+    columns = {"method": LEFT, "encoder attention": LEFT, **dict.fromkeys(map(str, budgets), RIGHT)}
+    columns |= {"none to set": RIGHT} if fixed else {}
+    rows = []
+    for family, values in points.items():
+        texts = [difference_text(values.get(budget)) for budget in (*budgets, *[None] * fixed)]
+        rows.append([f"`{family}`", FAMILIES[family].title, *texts])
+    return markdown_table(columns, rows)
+
+
+def timed_points(
+    by_arm: Mapping[str, Mapping[int, dict]], encoders: Mapping[str, dict]
+) -> dict[str, list[tuple[float, float, float | None]]]:
+    """Return (time of the encoder layer over plain attention's, difference in AP, standard error) by family."""
+    base = encoders.get(PLAIN)
+    timed: dict[str, list[tuple[float, float, float | None]]] = {}
+    for name, runs in by_arm.items():
+        arm, value = ARMS[name], difference(runs, by_arm.get(PLAIN, {}))
+        if arm.family and value is not None and base and name in encoders:
+            ratio = statistics.median(encoders[name]["seconds"]) / statistics.median(base["seconds"])
+            timed.setdefault(arm.family, []).append((ratio, *value))
+    return timed
 
 
 def follows_scores(name: str) -> bool:
@@ -176,13 +218,20 @@ def trial_text(preset: Preset, trial: Trial, results: Results, costs: Mapping[st
         )
     if trial.encoder_alone:
         start_text += " Only the encoder is trained."
-    trained = {name: runs for name, runs in by_arm.items() if not ARMS[name].begins_with}
-    converted = {name: runs for name, runs in by_arm.items() if name not in trained}
+    converted = {name: runs for name, runs in by_arm.items() if ARMS[name].begins_with}
+    trained = {name: runs for name, runs in by_arm.items() if name not in converted and not ARMS[name].family}
     parts = [
         title,
         f"Feature maps have {size} cells. Each arm is trained on {run['images']:,} images. {start_text}",
-        accuracy_table(trained, by_arm, (PLAIN, UNIFORM)),
     ]
+    by_clusters = points_table(by_arm)
+    if by_clusters:
+        parts += [
+            "AP of each method minus plain attention's, in points, by the most clusters (or keys) of an image: mean "
+            "over seeds ± standard error.",
+            by_clusters,
+        ]
+    parts.append(accuracy_table(trained, by_arm, (PLAIN, UNIFORM)))
     if converted:
         parts += [
             "The trained plain attention, converted: without further training, and after a tenth more images.",
@@ -192,7 +241,7 @@ def trial_text(preset: Preset, trial: Trial, results: Results, costs: Mapping[st
         "Mean ± standard deviation over the seeds, in percent. Class: fraction of objects with the right class, among "
         "those that a query's box covers (IoU of 0.5 or more). To another arm: mean difference in AP over common seeds "
         "± its standard error, in points.",
-        introspection_table(by_arm),
+        introspection_table({name: runs for name, runs in by_arm.items() if not ARMS[name].family}),
         "Clusters: number per image in each encoder layer. Largest weight: the largest pooling weight in a window, "
         "relative to equal weights (1: all equal). r: correlation of a cell's information with being in an object's "
         "box. Before and after training.",
@@ -232,18 +281,31 @@ def write_page(preset: Preset, folder: Path, about: Mapping[str, Any]) -> Path:
     sections = [trial_text(preset, trial, results, costs) for trial in preset.trials]
     pictures = []
     if importlib.util.find_spec("matplotlib"):
-        from enact_common.study.charts import draw_clusters, draw_differences, draw_examples
+        from enact_common.study.charts import draw_by_clusters, draw_clusters, draw_differences, draw_examples
 
         by_trial = {title_of(trial): results_of(preset, trial, results) for trial in preset.trials}
         by_trial = {name: arms for name, arms in by_trial.items() if arms}
+        others = {
+            title: {name: runs for name, runs in arms.items() if not ARMS[name].family}
+            for title, arms in by_trial.items()
+        }
         with_scores = {
             title: {name: runs for name, runs in arms.items() if follows_scores(name) and ARMS[name].rate}
-            for title, arms in by_trial.items()
+            for title, arms in others.items()
+        }
+        panels = {
+            title_of(trial): (
+                points_of(by_trial[title_of(trial)]),
+                timed_points(by_trial[title_of(trial)], costs.get("points", {}).get(trial.variant, {})),
+            )
+            for trial in preset.trials
+            if points_of(by_trial.get(title_of(trial), {}))
         }
         shapes = {source.name: source for source in sources_of(preset) if isinstance(source, Shapes)}
         draw: dict[str, tuple[Callable, Any]] = {
             "images.png": (draw_examples, list(shapes.values())),
-            "differences.png": (draw_differences, differences_to_plain(by_trial)),
+            "by_clusters.png": (draw_by_clusters, panels),
+            "differences.png": (draw_differences, differences_to_plain(others)),
             "clusters.png": (draw_clusters, {title: arms for title, arms in with_scores.items() if arms}),
         }
         for name, (chart, content) in draw.items():

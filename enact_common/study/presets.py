@@ -24,7 +24,10 @@ from enact_common.study.arms import (
     keep_scores,
     weigh_by_size,
 )
-from enact_common.study.images import Photographs, Shapes
+from enact_common.study.families import CURVE, DIFFERING, FAMILIES, SCALED, arms_of
+from enact_common.study.images import Shapes
+from enact_common.study.photographs import Pasted, Photographs
+from enact_common.study.sources import Source
 
 # Arms that continue a finished training use a tenth of its images and learning rates, since the full learning rates
 # would undo the training with any attention.
@@ -51,11 +54,7 @@ def conversions(
     return made
 
 
-# Standard attention: logits divided by the square root of head_dim, values unscaled.
-SCALED = ("--enact_scale_logits",)
-CURVE = ("--enact_order", "hilbert")
 SHORTER = ("--smoothing_sigma", "1")
-DIFFERING = ("--enact_temperature", "1")
 
 LIST = (
     Arm(PLAIN, "plain attention", ("--encoder_attention", "mhsa")),
@@ -65,6 +64,7 @@ LIST = (
         ("--encoder_attention", "mhsa"),
         (attend_to_nothing,),
     ),
+    *(arm for name in FAMILIES for arm in arms_of(name)),
     Arm(WINDOWS, "ENACT: windows, as published"),
     Arm("regions", "ENACT: regions", ("--enact_clusters", "regions")),
     Arm(
@@ -170,14 +170,14 @@ class Trial:
         backbone_of: trial whose start training provides the backbone for this trial's; None for random weights.
     """
 
-    source: Shapes | Photographs
+    source: Source
     variant: str
     arms: tuple[str, ...]
     flags: tuple[str, ...]
     images: int
     start_images: int
     seeds: int
-    start_source: Shapes | Photographs | None = None
+    start_source: Source | None = None
     encoder_alone: bool = False
     backbone_of: "Trial | None" = None
 
@@ -196,7 +196,7 @@ class Preset:
         device: name of the device.
         jobs: number of parallel trainings.
         threads: CPU threads of each training.
-        seconds: time after which no training starts; running ones finish.
+        seconds: time after which running trainings save their state, for the next call to continue.
         cost_map: height and width of the feature map that encoders are timed on.
         cost_batch: number of images when encoders are timed.
         amp: precision when encoders are timed, a key of `AMP_DTYPE`.
@@ -212,7 +212,7 @@ class Preset:
     amp: str = "none"
 
 
-def sources_of(preset: Preset) -> tuple[Shapes | Photographs, ...]:
+def sources_of(preset: Preset) -> tuple[Source, ...]:
     """Return the data sets of a preset, each once, with a trial's start source before its own."""
     both = (source for trial in preset.trials for source in (trial.start_source, trial.source))
     return tuple(dict.fromkeys(source for source in both if source is not None))
@@ -224,9 +224,9 @@ CPU_MODEL = (
     "--dec_layers 2 --hidden_dim 64 --nheads 4 --dim_feedforward 256 --dropout 0 --batch_size 4 --epochs 1 --lr 1e-3 "
     "--lr_backbone 1e-3 --lr_schedule cosine --warmup_steps 20 --bbox_loss_coef 1.25 --giou_loss_coef 0.5"
 )
-# 32 x 32 to 32 x 36 cells of 16 pixels.
+# 64 x 64 to 64 x 72 cells of 8 pixels: as many tokens as the published DC5 models have.
 GPU_MODEL = (
-    "--backbone resnet18 --backbone_stages 3 --backbone_weights none --backbone_norm batch --enc_layers 4 "
+    "--backbone resnet18 --backbone_stages 2 --backbone_weights none --backbone_norm batch --enc_layers 4 "
     "--dec_layers 4 --hidden_dim 256 --nheads 8 --dim_feedforward 1024 --dropout 0 --batch_size 16 --epochs 1 "
     "--lr 2e-4 --lr_backbone 5e-4 --lr_schedule cosine --warmup_steps 200 --bbox_loss_coef 1.25 --giou_loss_coef 0.5 "
     "--amp bf16"
@@ -238,15 +238,20 @@ QUERIES = {
 }
 
 # Anchor DETR has row-column attention, so only the kinds of clusters are compared.
-ANCHOR_ARMS = (PLAIN, NONE, WINDOWS, "regions", "per_image", UNIFORM, "strided", "temperature", UNTRAINED, CONVERTED)
+ANCHOR_ARMS = (
+    PLAIN, NONE, *(name for name, arm in ARMS.items() if arm.family and FAMILIES[arm.family].rows),
+    WINDOWS, "regions", "per_image", UNIFORM, "strided", "temperature", UNTRAINED, CONVERTED,
+)  # fmt: skip
+ROWS_ALONE = ("rows_equal", "rows_temperature")
+OTHER_ARMS = tuple(name for name, arm in ARMS.items() if arm.family not in ROWS_ALONE)
 
 
 def trials(
-    source: Shapes | Photographs,
+    source: Source,
     model: str,
     images: int,
     variants: Mapping[str, tuple[int, int]],
-    start_source: Shapes | None = None,
+    start_source: Source | None = None,
     encoder_alone: bool = False,
 ) -> tuple[Trial, ...]:
     """Return the trials of several variants on one data set.
@@ -259,7 +264,7 @@ def trials(
     """
     made: list[Trial] = []
     for variant, (start_images, seeds) in variants.items():
-        arms = ANCHOR_ARMS if variant == "anchor" else tuple(ARMS)
+        arms = ANCHOR_ARMS if variant == "anchor" else OTHER_ARMS
         flags = tuple(f"{model} {QUERIES[variant]}".split())
         first = made[0] if made and start_images else None
         made.append(
@@ -276,25 +281,40 @@ GPU_SHAPES = Shapes(
 )
 
 
-def in_context(shapes: Shapes) -> dict[str, Any]:
-    """Return settings for the problem that needs attention: the smallest object's dots set the class of all objects.
+# Many small objects: at most a third of CPU_SHAPES' objects are as small.
+CPU_SMALL = replace(CPU_SHAPES, objects=(8, 16), object_size=(0.1, 0.25))
+
+
+def in_context(shapes: Shapes, dotted: str = "one", names: tuple[str, str] = ("dots", "context")) -> dict[str, Any]:
+    """Return settings for a problem that needs attention: small objects' dots set the class of others.
 
     In the start training, detectors learn to find objects, with and without dots, and to read an object's own dots. The
     arms then train only the encoder: to the frozen decoder, each object must look as if it had the dots. So accuracy
     shows the encoder attention's contribution.
+
+    Args:
+        shapes: the images' other settings.
+        dotted: "one" or "each", as in `Shapes`.
+        names: names of the data sets of the start training and of the arms.
     """
-    own, others = replace(shapes, name="dots", dotted="some"), replace(shapes, name="context", dotted="one")
+    own, others = replace(shapes, name=names[0], dotted="some"), replace(shapes, name=names[1], dotted=dotted)
     return {"source": others, "start_source": own, "encoder_alone": True}
+
+
+MANY_SMALL = in_context(CPU_SMALL, "each", ("small_dots", "small"))
 
 
 PRESETS = {
     "cpu": Preset(
-        trials=trials(
-            model=CPU_MODEL,
-            images=2400,
-            # Without a trained backbone, Anchor DETR learns nothing in this time.
-            variants={"conditional": (32000, 3), "anchor": (12000, 3)},
-            **in_context(CPU_SHAPES),
+        trials=(
+            *trials(
+                model=CPU_MODEL,
+                images=2400,
+                # Without a trained backbone, Anchor DETR learns nothing in this time.
+                variants={"conditional": (32000, 3), "anchor": (12000, 3)},
+                **in_context(CPU_SHAPES),
+            ),
+            *trials(model=CPU_MODEL, images=2400, variants={"conditional": (32000, 3)}, **MANY_SMALL),
         ),
         device="cpu",
         jobs=2,
@@ -319,3 +339,45 @@ PRESETS = {
         amp="bf16",
     ),
 }
+
+# Height and width in pixels of photographs: 30 x 40 cells.
+PHOTOGRAPH_SIZE = (240, 320)
+PASTED = Pasted("pasted", "", *PHOTOGRAPH_SIZE, train=4000, val=400, objects=(3, 6), object_size=(0.2, 0.6), cue=None)
+# Images of the start training and of each arm on blood cells; fewer than for others, since the data set is small.
+CELLS_START, CELLS_IMAGES = 8000, 2000
+CELLS_ARMS = (PLAIN, NONE, WINDOWS, UNIFORM, CONVERTED)
+
+
+def in_company(folder: str) -> dict[str, Any]:
+    """Return settings for the problem that needs attention on photographs: an animal or a vehicle sets the class of all
+    people.
+
+    As `in_context`: in the start training, animals and vehicles among the people show their own class, and that of
+    people is random. To the frozen decoder, people must then look like the animal or the vehicle of their image.
+
+    Args:
+        folder: COCO, or a part of it.
+    """
+    near, company = (
+        replace(PASTED, name=name, folder=folder, cue=cue) for name, cue in (("near", "some"), ("company", "one"))
+    )
+    return {"source": company, "start_source": near, "encoder_alone": True}
+
+
+def photograph_trials(preset: str, bccd: str | None, coco_mini: str | None) -> tuple[Trial, ...]:
+    """Return the trials on photographs, of a preset's first variant.
+
+    Args:
+        preset: a key of `PRESETS`.
+        bccd, coco_mini: folders of the data sets; None to leave out their trial.
+    """
+    model, first = {"cpu": CPU_MODEL, "gpu": GPU_MODEL}[preset], PRESETS[preset].trials[0]
+    made: tuple[Trial, ...] = ()
+    if coco_mini:
+        amounts = {first.variant: (first.start_images, first.seeds)}
+        made += trials(model=model, images=first.images, variants=amounts, **in_company(coco_mini))
+    if bccd:
+        amounts = {first.variant: (min(first.start_images, CELLS_START), first.seeds)}
+        (trial,) = trials(Photographs("bccd", bccd, *PHOTOGRAPH_SIZE), model, CELLS_IMAGES, amounts)
+        made += (replace(trial, arms=CELLS_ARMS),)
+    return made

@@ -1,18 +1,16 @@
 """The study's trainings and their order: several in parallel, each after those that it starts from."""
 
 import os
-import signal
-import threading
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from enact_common.study.presets import ARMS, Preset, Trial
 from enact_common.study.training import START, Results, Task, start_of, train
-from enact_common.utils.signals import cancelling
+from enact_common.utils.signals import cancelling, end_with_parent
 
 
 def tasks_of(preset: Preset) -> list[Task]:
@@ -35,28 +33,18 @@ def task_of(trial: Trial, arm: str, seed: int, device: str) -> Task:
     )  # fmt: skip
 
 
-def end_with_parent() -> None:
-    """Make a pool process end when the study is killed, instead of waiting for work forever. After Ctrl-C, which all
-    processes receive, it ends without a traceback."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    def watch() -> None:
-        parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def run_task(task: Task, folder: Path, threads: int) -> tuple[str, float, float]:
-    """Train in a pool process and return the training's name, AP and seconds."""
+def run_task(task: Task, folder: Path, threads: int, seconds: float) -> tuple[float | None, float]:
+    """Train in a pool process for at most some seconds; return its AP, None if it is unfinished, and its seconds."""
     torch.set_num_threads(threads)
     begin = time.perf_counter()
-    result = train(task, Results(folder))
-    return task.name, result["figures"]["AP"], time.perf_counter() - begin
+    result = train(task, Results(folder), begin + seconds)
+    return result and result["figures"]["AP"], time.perf_counter() - begin
 
 
 def run_trainings(preset: Preset, folder: Path, until: float) -> int:
     """Run the unfinished trainings, in parallel as the preset says, until a time of `time.perf_counter`.
+
+    At that time, running ones save their state, and continue in the next call.
 
     Returns:
         the number of trainings left.
@@ -76,16 +64,19 @@ def run_trainings(preset: Preset, folder: Path, until: float) -> int:
             # A training that all others wait for gets all threads.
             threads = preset.threads * (preset.jobs if not running and len(ready) == 1 else 1)
             for task in ready[: preset.jobs - len(running)]:
-                if time.perf_counter() < until:
+                seconds = until - time.perf_counter()
+                if seconds > 0:
                     waiting.remove(task)
-                    running[pool.submit(run_task, task, folder, threads)] = task
+                    running[pool.submit(run_task, task, folder, threads, seconds)] = task
             if not running:
                 break
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
-                del running[future]
-                name, precision, seconds = future.result()
-                print(f"{name}: AP {precision:.3f}, {seconds:.0f} s; {len(waiting)} waiting", flush=True)
+                task, (precision, seconds) = running.pop(future), future.result()
+                if precision is None:
+                    waiting.append(task)
+                else:
+                    print(f"{task.name}: AP {precision:.3f}, {seconds:.0f} s; {len(waiting)} waiting", flush=True)
     if waiting:
         print(f"out of time: {len(waiting)} trainings are left; run the same command to continue")
     return len(waiting)

@@ -23,11 +23,14 @@ from enact_common.cli.flags import with_flags
 from enact_common.data.categories import LabelMap
 from enact_common.evaluation.coco import METRICS, CocoBoxEvaluator
 from enact_common.models.backbone import stride_of
+from enact_common.models.layers import scales_logits
 from enact_common.study.arms import PLAIN, Arm, Setting, attend_to_nothing, encoder_layers, zero_output_projections
-from enact_common.study.images import TRAIN, VAL, Images, Photographs, Shapes, load_images
+from enact_common.study.features import take_features
+from enact_common.study.images import TRAIN, VAL, Images, Shapes
 from enact_common.study.presets import ARMS
+from enact_common.study.sources import Source, load_images
 from enact_common.training.engine import TrainStep
-from enact_common.training.optimization import build_optimization
+from enact_common.training.optimization import Optimization, build_optimization
 from enact_common.utils.acceleration import BATCH_NORMS, prepare
 from enact_common.utils.device import autocast
 from enact_common.utils.errors import UserError
@@ -68,7 +71,7 @@ class Task:
             for random weights.
     """
 
-    source: Shapes | Photographs
+    source: Source
     variant: str
     flags: tuple[str, ...]
     arm: Arm
@@ -76,7 +79,7 @@ class Task:
     images: int
     start_images: int
     device: str
-    start_source: Shapes | Photographs | None = None
+    start_source: Source | None = None
     encoder_alone: bool = False
     backbone_of: "Task | None" = None
 
@@ -120,6 +123,10 @@ class Results:
         """Return the file of a training's weights, which exists only if they are kept."""
         return self.folder / "weights" / f"{task.name}.pt"
 
+    def paused(self, task: Task) -> Path:
+        """Return the file of a training's state, which exists only while it is interrupted."""
+        return self.folder / "paused" / f"{task.name}.pt"
+
     def read(self, task: Task) -> dict[str, Any] | None:
         """Return a training's result, or None if it is missing or has other settings.
 
@@ -156,7 +163,10 @@ def build(task: Task, classes: int, seed: int):
     """Return (model, criterion, postprocessors, arguments) with random weights from a seed."""
     args = with_flags(arguments(task), num_classes=classes)
     torch.manual_seed(seed)
-    return (*load_variant(task.variant).models.build_model(args), args)
+    model, *others = load_variant(task.variant).models.build_model(args)
+    if not isinstance(task.source, Shapes):
+        take_features(model)
+    return (model, *others, args)
 
 
 def initial_weights(task: Task, classes: int, results: Results) -> dict[str, Tensor]:
@@ -200,7 +210,7 @@ def prepared_model(task: Task, data: Images, map_size: tuple[int, int], results:
     own = model.state_dict()
     if task.arm.begins_with:
         trained = saved_weights(task.other(ARMS[task.arm.begins_with]), results)
-        weights = fit_weights(trained, own, args.nheads, same_labels=True).weights
+        weights = fit_weights(trained, own, args.nheads, True, scales_logits(args)).weights
     model.load_state_dict(
         {name: tensor for name, tensor in weights.items() if name in own and own[name].shape == tensor.shape},
         strict=False,
@@ -262,10 +272,18 @@ class ClusterTrace:
         return [max(round(float(np.mean(lengths))), 1) for lengths in zip(*(row[2] for row in self.rows), strict=True)]
 
 
-def train(task: Task, results: Results) -> dict[str, Any]:
+def train(task: Task, results: Results, until: float = math.inf) -> dict[str, Any] | None:
     """Train and evaluate an arm, write its result and return it.
 
     If it starts from missing weights of another training, that one runs first.
+
+    Args:
+        task: the training.
+        results: where its files are.
+        until: time of `time.perf_counter` at which an unfinished training is saved, to continue in the next call.
+
+    Returns:
+        the result; None for an unfinished training.
     """
     device = torch.device(task.device)
     parts = {name: part.to(device) for name, part in load_images(task.source, results.folder / "data").items()}
@@ -282,8 +300,16 @@ def train(task: Task, results: Results) -> dict[str, Any]:
     step = TrainStep(model, criterion, optimization, device)
     count = max(round(task.images * task.arm.budget) // args.batch_size, 1)
     losses = torch.zeros(count, device=device)
-    begin = time.perf_counter()
+    progress = Progress(results.paused(task), task, model, optimization, losses, trace)
+    first, before, seconds = progress.restore(before)
+    begin = time.perf_counter() - seconds
     for number, indices in zip(range(count), order_of(len(data), args.batch_size, task.seed), strict=False):
+        if number < first:
+            continue
+        if time.perf_counter() > until:
+            step.check()
+            progress.save(number, before, time.perf_counter() - begin)
+            return None
         optimization.learning_rate(0, number, count)
         trace.step = number
         losses[number] = criterion.total(step(*data.batch(indices), where=f"step {number} of {task.name}"))
@@ -311,12 +337,56 @@ def train(task: Task, results: Results) -> dict[str, Any]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: torch.save(model.state_dict(), file), sync=False)
     results.write(task, result)
+    progress.path.unlink(missing_ok=True)
     return result
+
+
+@dataclass
+class Progress:
+    """The state of a training that continues in another call.
+
+    The dropout of all presets is 0, so no random state is needed.
+
+    Attributes:
+        path: the file.
+        task, model, optimization, losses, trace: the training and its parts, which `restore` changes in place.
+    """
+
+    path: Path
+    task: Task
+    model: nn.Module
+    optimization: Optimization
+    losses: Tensor
+    trace: ClusterTrace
+
+    def save(self, number: int, before: dict, seconds: float) -> None:
+        """Save the state after a number of steps; `before` and `seconds` become part of the result."""
+        state = {
+            "settings": json.dumps(self.task.settings), "number": number, "before": before, "seconds": seconds,
+            "model": self.model.state_dict(), "optimizer": self.optimization.optimizer.state_dict(),
+            "losses": self.losses, "rows": self.trace.rows,
+        }  # fmt: skip
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, lambda file: torch.save(state, file), sync=False)
+
+    def restore(self, before: dict) -> tuple[int, dict, float]:
+        """Return the steps done, the saved `before`, and the seconds they took; (0, before, 0) without saved state."""
+        if not self.path.is_file():
+            return 0, before, 0.0
+        state = torch.load(self.path, map_location=self.losses.device, weights_only=True)
+        if state["settings"] != json.dumps(self.task.settings):
+            return 0, before, 0.0
+        self.model.load_state_dict(state["model"])
+        self.optimization.optimizer.load_state_dict(state["optimizer"])
+        self.losses.copy_(state["losses"])
+        self.trace.rows[:] = state["rows"]
+        return state["number"], state["before"], state["seconds"]
 
 
 def feature_map_size(task: Task, data: Images) -> tuple[int, int]:
     """Return height and width of the transformer's feature map."""
-    stride = stride_of(arguments(task))
+    # Photographs are given as feature maps.
+    stride = stride_of(arguments(task)) if isinstance(task.source, Shapes) else 1
     return tuple(math.ceil(side / stride) for side in data.pixels.shape[-2:])
 
 

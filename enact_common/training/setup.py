@@ -245,7 +245,7 @@ class Network:
 
 
 def resolve_model_flags(args: argparse.Namespace, sources: Sources, label_map: LabelMap) -> argparse.Namespace:
-    """Return the arguments with the number of labels, and with the ENACT settings of the checkpoint.
+    """Return the arguments with the number of labels, and with the checkpoint's values of `CLUSTERING_FLAGS`.
 
     Raises:
         UserError: the checkpoint's model was built with other flags.

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
+from enact_common.attention.clustering import WINDOWS
+from enact_common.attention.rivals import RIVALS
 from enact_common.cli.flags import CLUSTERING_FLAGS, ENACT_LR, PLAIN_LR
-from enact_common.models.layers import encoder_settings
+from enact_common.models.layers import encoder_settings, has_effect, rival_text
 from enact_common.training.setup import Data, Network
 from enact_common.utils.distributed import get_world_size
 
@@ -29,10 +31,12 @@ def log_summary(
     attention = "row-column" if getattr(args, "attention_type", "") == "RCDA" else "multi-head"
     if args.encoder_attention == "enact":
         settings = {name: value for name, value in encoder_settings(args).items() if value}
-        if settings["clusters"] == "regions":
-            # Regions are always per image.
+        if settings["clusters"] != WINDOWS:
+            # The other kinds are always per image.
             settings.pop("per_image", None)
         attention += f" over ENACT's clusters ({', '.join(f'{name} {value}' for name, value in settings.items())})"
+    elif args.encoder_attention in RIVALS:
+        attention += f", {rival_text(args.encoder_attention, args.token_budget)}"
     dilated = " DC5" if args.dilation else ""
     names = [data.label_map.names[label] for label in data.label_map.labels().values()]
     shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
@@ -68,8 +72,9 @@ def log_summary(
     rows["evaluated images"] = f"{len(data.val_set):,}{truth}, of {args.eval_set}"
     rows["output"] = str(output_dir or "none (--output_dir)")
     logger.info("\n".join(f"{name:<18} {text}" for name, text in rows.items()))
-    idle = [f"--{flag}" for flag in (*CLUSTERING_FLAGS, "enact_scale_logits") if getattr(args, flag)]
-    if idle and args.encoder_attention != "enact":
+    given = [flag for flag in (*CLUSTERING_FLAGS, "enact_scale_logits") if getattr(args, flag)]
+    idle = [f"--{flag}" for flag in given if not has_effect(flag, args.encoder_attention)]
+    if idle:
         logger.info("note: %s: no effect with --encoder_attention %s", ", ".join(idle), args.encoder_attention)
     if args.backbone_norm == "frozen" and args.backbone_weights == "none" and not checkpoint:
         logger.info("note: a random backbone hardly trains with frozen batch norm; pass --backbone_norm batch")

@@ -180,6 +180,18 @@ def end_children() -> None:
         child.join()
 
 
+def end_with_parent() -> None:
+    """Make a pool process end when its parent is killed, instead of waiting for work forever. After Ctrl-C, which all
+    processes receive, it ends without a traceback."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextmanager
 def cancelling(pool: Executor) -> Iterator[None]:
     """A block inside a pool's `with` that cancels submitted tasks on an interruption, which the pool would wait for."""
