@@ -67,6 +67,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder of a real data set in COCO's layout, to use instead of the drawn images; needs the extra "
         "photographs",
     )  # fmt: skip
+    parser.add_argument(
+        "--problems", nargs="+", metavar="NAME",
+        help="problems to study (default: all): context, drawn; company and pasted with --coco_mini, bccd with --bccd",
+    )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the preset's)")
     parser.add_argument("--jobs", type=positive_int, metavar="N", help="parallel trainings (default: the preset's)")
     parser.add_argument(
@@ -87,7 +91,8 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
     """Return the preset with the changes of the command line.
 
     Raises:
-        UserError: `--coco_mini` or `--bccd` is not a data set, or the preset has none of the `--variants`.
+        UserError: `--coco_mini` or `--bccd` is not a data set, or the preset has none of the `--problems` or
+            `--variants`.
     """
     preset = PRESETS[args.preset]
     made = list(preset.trials)
@@ -97,11 +102,8 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
             raise UserError(f"--{name} {folder}: has no annotations/ folder; pass a data set in COCO's layout")
     if any(folders.values()):
         made = list(photograph_trials(args.preset, **folders))
-    if args.variants:
-        made = [trial for trial in made if trial.variant in args.variants]
-        if not made:
-            known = ", ".join(dict.fromkeys(trial.variant for trial in preset.trials))
-            raise UserError(f"--variants {' '.join(args.variants)}: this preset has none of these; choose from {known}")
+    made = only(made, "problems", args.problems, [trial.source.name for trial in made])
+    made = only(made, "variants", args.variants, [trial.variant for trial in made])
     if args.arms:
         wanted = set(args.arms)
         for name in args.arms:
@@ -114,6 +116,19 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
     if args.fraction < 1:
         changes |= {"cost_map": (10, 16)}
     return replace(preset, trials=tuple(made), **changes)
+
+
+def only(made: list[Trial], flag: str, wanted: list[str] | None, names: list[str]) -> list[Trial]:
+    """Return the trials whose names are wanted; all if None.
+
+    Raises:
+        UserError: there is none.
+    """
+    chosen = [trial for trial, name in zip(made, names, strict=True) if wanted is None or name in wanted]
+    if not chosen:
+        known = ", ".join(dict.fromkeys(names))
+        raise UserError(f"--{flag} {' '.join(wanted or [])}: this preset has none of these; choose from {known}")
+    return chosen
 
 
 def shrunk(trial: Trial, part: float) -> Trial:
