@@ -161,7 +161,7 @@ def test_features_replace_pixels_and_padding_is_counted_in_cells(fake_network):
 
 
 def task_of(source, arm="plain", variant="conditional", **changes):
-    (trial,) = photograph_trials("cpu", None, source.folder)
+    trial, _ = photograph_trials("cpu", None, source.folder)
     return replace(Task(source, variant, trial.flags, ARMS[arm], 0, 8, 0, "cpu", encoder_alone=True), **changes)
 
 
@@ -251,17 +251,20 @@ def test_missing_packages_are_named(packages, monkeypatch, missing):
 def test_folders_of_photographs_replace_the_drawn_images(folder, preset):
     argv = ["--preset", preset, "--output_dir", "-"]
     parser = command.build_parser()
-    trials = {}
+    problems = {"--coco_mini": ["company", "pasted"], "--bccd": ["bccd"]}
     for flags in (["--coco_mini"], ["--bccd"], ["--coco_mini", "--bccd"]):
         words = [word for flag in flags for word in (flag, str(folder))]
         chosen = command.chosen_preset(parser.parse_args([*argv, *words]))
-        names = [trial.name for trial in chosen.trials]
-        assert names == [f"{ {'--coco_mini': 'company', '--bccd': 'bccd'}[flag] }-conditional" for flag in flags]
-        trials |= dict(zip(names, chosen.trials, strict=True))
-        assert tasks_of(chosen)
-    company = trials["company-conditional"]
+        assert [trial.source.name for trial in chosen.trials] == [name for flag in flags for name in problems[flag]]
+        assert all(trial.variant == "conditional" for trial in chosen.trials) and tasks_of(chosen)
+    company, pasted, cells = chosen.trials
     assert company.encoder_alone and company.source.cue == "one" and company.start_source.cue == "some"
-    assert not trials["bccd-conditional"].encoder_alone
+    assert pasted.encoder_alone and pasted.source.cue is None and pasted.start_source is None
+    assert not cells.encoder_alone and cells.start_images < company.start_images
+    (only,) = command.chosen_preset(parser.parse_args([*argv, *words, "--problems", "pasted"])).trials
+    assert only == pasted
+    with pytest.raises(UserError, match="--problems context: this preset has none .*from company, pasted, bccd"):
+        command.chosen_preset(parser.parse_args([*argv, *words, "--problems", "context"]))
     few = command.chosen_preset(parser.parse_args([*argv, "--coco_mini", str(folder), "--fraction", "0.01"]))
     assert few.trials[0].source.train == 40 and few.trials[0].start_source.val == 16
 

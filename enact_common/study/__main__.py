@@ -52,7 +52,6 @@ def build_parser() -> argparse.ArgumentParser:
         "weights/, the trainings that others start from are repeated",
     )  # fmt: skip
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="variants to study (default: the preset's)")
-    parser.add_argument("--problems", nargs="+", metavar="NAME", help="data sets to study (default: the preset's)")
     parser.add_argument(
         "--arms", nargs="+", choices=tuple(ARMS), metavar="NAME",
         help=f"arms to train, with the arms they start from (default: those of the preset): {', '.join(ARMS)}",
@@ -67,6 +66,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--bccd", metavar="DIR",
         help="folder of a real data set in COCO's layout, to use instead of the drawn images; needs the extra "
         "photographs",
+    )  # fmt: skip
+    parser.add_argument(
+        "--problems", nargs="+", metavar="NAME",
+        help="problems to study (default: all): context and small, drawn; company and pasted with --coco_mini, bccd with --bccd",
     )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the preset's)")
     parser.add_argument("--jobs", type=positive_int, metavar="N", help="parallel trainings (default: the preset's)")
@@ -89,8 +92,8 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
     """Return the preset with the changes of the command line.
 
     Raises:
-        UserError: `--coco_mini` or `--bccd` is not a data set, or the preset has none of the `--variants` or
-            `--problems`.
+        UserError: `--coco_mini` or `--bccd` is not a data set, or the preset has none of the `--problems` or
+            `--variants`.
     """
     preset = PRESETS[args.preset]
     made = list(preset.trials)
@@ -100,14 +103,8 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
             raise UserError(f"--{name} {folder}: has no annotations/ folder; pass a data set in COCO's layout")
     if any(folders.values()):
         made = list(photograph_trials(args.preset, **folders))
-    for flag, chosen, name_of in (
-        ("variants", args.variants, lambda trial: trial.variant),
-        ("problems", args.problems, lambda trial: trial.source.name),
-    ):
-        known = ", ".join(dict.fromkeys(map(name_of, made)))
-        made = [trial for trial in made if not chosen or name_of(trial) in chosen]
-        if not made:
-            raise UserError(f"--{flag} {' '.join(chosen)}: this preset has none of these; choose from {known}")
+    made = only(made, "problems", args.problems, [trial.source.name for trial in made])
+    made = only(made, "variants", args.variants, [trial.variant for trial in made])
     if args.arms:
         wanted = set(args.arms)
         for name in args.arms:
@@ -120,6 +117,19 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
     if args.fraction < 1:
         changes |= {"cost_map": (10, 16)}
     return replace(preset, trials=tuple(made), **changes)
+
+
+def only(made: list[Trial], flag: str, wanted: list[str] | None, names: list[str]) -> list[Trial]:
+    """Return the trials whose names are wanted; all if None.
+
+    Raises:
+        UserError: there is none.
+    """
+    chosen = [trial for trial, name in zip(made, names, strict=True) if wanted is None or name in wanted]
+    if not chosen:
+        known = ", ".join(dict.fromkeys(names))
+        raise UserError(f"--{flag} {' '.join(wanted or [])}: this preset has none of these; choose from {known}")
+    return chosen
 
 
 def shrunk(trial: Trial, part: float) -> Trial:

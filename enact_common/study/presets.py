@@ -345,7 +345,8 @@ PHOTOGRAPH_SIZE = (240, 320)
 PASTED = Pasted("pasted", "", *PHOTOGRAPH_SIZE, train=4000, val=400, objects=(3, 6), object_size=(0.2, 0.6), cue=None)
 # Images of the start training and of each arm on blood cells; fewer than for others, since the data set is small.
 CELLS_START, CELLS_IMAGES = 8000, 2000
-CELLS_ARMS = (PLAIN, NONE, WINDOWS, UNIFORM, CONVERTED)
+# Arms on ordinary detection, which hardly needs the encoder's attention.
+ORDINARY_ARMS = (PLAIN, NONE, WINDOWS, UNIFORM, CONVERTED)
 
 
 def in_company(folder: str) -> dict[str, Any]:
@@ -369,15 +370,18 @@ def photograph_trials(preset: str, bccd: str | None, coco_mini: str | None) -> t
 
     Args:
         preset: a key of `PRESETS`.
-        bccd, coco_mini: folders of the data sets; None to leave out their trial.
+        bccd, coco_mini: folders of the data sets; None to leave out their trials.
     """
     model, first = {"cpu": CPU_MODEL, "gpu": GPU_MODEL}[preset], PRESETS[preset].trials[0]
     made: tuple[Trial, ...] = ()
     if coco_mini:
         amounts = {first.variant: (first.start_images, first.seeds)}
         made += trials(model=model, images=first.images, variants=amounts, **in_company(coco_mini))
+        ordinary = replace(PASTED, folder=coco_mini)
+        (trial,) = trials(ordinary, model, first.images, amounts, encoder_alone=True)
+        made += (replace(trial, arms=ORDINARY_ARMS),)
     if bccd:
         amounts = {first.variant: (min(first.start_images, CELLS_START), first.seeds)}
         (trial,) = trials(Photographs("bccd", bccd, *PHOTOGRAPH_SIZE), model, CELLS_IMAGES, amounts)
-        made += (replace(trial, arms=CELLS_ARMS),)
+        made += (replace(trial, arms=ORDINARY_ARMS),)
     return made
