@@ -69,7 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--problems", nargs="+", metavar="NAME",
-        help="problems to study (default: all): context and small, drawn; company and pasted with --coco_mini, bccd with --bccd",
+        help="problems to study (default: all): context and small, drawn; company and pasted with --coco_mini; bccd "
+        "with --bccd",
     )  # fmt: skip
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the preset's)")
     parser.add_argument("--jobs", type=positive_int, metavar="N", help="parallel trainings (default: the preset's)")
