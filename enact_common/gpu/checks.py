@@ -264,6 +264,7 @@ LAYERS = {
     "plain, padded": None,
     "ENACT": {},
     "ENACT, regions": {"clusters": "regions"},
+    "ENACT, equal information": {"clusters": "equal", "max_clusters": 256},
     "ENACT, per image": {"per_image": True, "mask_padding": True},
 }
 
