@@ -55,10 +55,10 @@ FEW = tuple(budget for budget in BUDGETS if budget <= 96)
 FAMILIES = {
     "published": Family("ENACT: windows, as published", budgets=FEW, rows=True),
     "recommended": Family("ENACT: scaled windows, Hilbert, temperature 1", RECOMMENDED, budgets=FEW),
-    "recommended_random": Family("the same, random scores", RECOMMENDED, (keep_scores,), budgets=FEW),
-    "equal": Family("ENACT: clusters of equal information, scaled, Hilbert, temperature 1", (*RECOMMENDED, *EQUAL)),
-    "equal_random": Family("the same, random scores", (*RECOMMENDED, *EQUAL), (keep_scores,)),
-    "rows_equal": Family("ENACT: clusters of equal information, temperature 1", (*DIFFERING, *EQUAL), rows=True),
+    "recommended_random": Family("the same windows, random scores", RECOMMENDED, (keep_scores,), budgets=FEW),
+    "equal": Family("ENACT: equal information, scaled, Hilbert, temperature 1", (*RECOMMENDED, *EQUAL)),
+    "equal_random": Family("equal information, random scores", (*RECOMMENDED, *EQUAL), (keep_scores,)),
+    "rows_equal": Family("ENACT: equal information, temperature 1", (*DIFFERING, *EQUAL), rows=True),
     "rows_temperature": Family("ENACT: windows, temperature 1", DIFFERING, budgets=FEW, rows=True),
     "averages": Family(
         "averages of equal windows, scaled, Hilbert", (*SCALED, *CURVE), (ChangeShares(EqualShares),), "", True
