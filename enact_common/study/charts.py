@@ -22,7 +22,7 @@ EXAMPLES = 5
 LEAST_SHOWN = -5.0
 
 # Points of AP; the lowest end of the axis of the main figure, so that the best methods can be told apart.
-LEAST_BY_CLUSTERS = -12.0
+LEAST_BY_CLUSTERS = -14.0
 
 
 def draw_examples(sources: Sequence[Shapes], picture: Path) -> None:
@@ -76,8 +76,9 @@ def draw_differences(differences: Mapping[str, Mapping[str, tuple[float, float |
 
 
 def draw_by_clusters(panels: Mapping[str, tuple[Mapping, Mapping]], picture: Path) -> None:
-    """Draw the AP of each family minus plain attention's, by the number of clusters and by the encoder layer's time, a
-    row for each trial.
+    """Draw the AP of each family minus plain attention's, by the number of clusters and by the encoder layer's time.
+
+    A row for each trial; without times, a single row with a panel for each trial.
 
     Args:
         panels: by trial, the results of `points_of` and `timed_points`; the second may be empty.
@@ -85,35 +86,44 @@ def draw_by_clusters(panels: Mapping[str, tuple[Mapping, Mapping]], picture: Pat
     """
     families = list(dict.fromkeys(name for points, _ in panels.values() for name in points))
     styles = {name: style_of(i) for i, name in enumerate(families)}
-    figure = Figure(figsize=(12, 5 * len(panels)), layout="constrained")
-    for row, (title, (points, timed)) in zip(
-        figure.subplots(len(panels), 2, squeeze=False, sharey="row"), panels.items(), strict=True
-    ):
-        left, right = row
-        for name, values in points.items():
-            counts = sorted(count for count in values if count is not None)
-            means, errors = zip(*(values[count] for count in counts), strict=True) if counts else ((), ())
-            errors = [error or 0 for error in errors]
-            left.errorbar(counts, means, errors, label=FAMILIES[name].title, capsize=2, **styles[name])
-            if None in values:
-                left.axhline(values[None][0], label=FAMILIES[name].title, **{**styles[name], "marker": ""})
-        for name, values in timed.items():
-            ratios, means, errors = zip(*sorted(values), strict=True)
-            right.errorbar(ratios, means, [error or 0 for error in errors], capsize=2, **styles[name])
-        left.set_xscale("log")
+    timed = any(times for _, times in panels.values())
+    shape = (len(panels), 2) if timed else (1, len(panels))
+    figure = Figure(figsize=(6.5 * shape[1], 5 * shape[0] + 1.5), layout="constrained")
+    grid = figure.subplots(*shape, squeeze=False)
+    handles = {}
+    for i, (title, (points, times)) in enumerate(panels.items()):
+        axes = grid[i, 0] if timed else grid[0, i]
         budgets = sorted({count for values in points.values() for count in values if count is not None})
-        left.set_xticks(budgets, list(map(str, budgets)))
-        left.minorticks_off()
-        left.set_xlabel("most clusters or keys per image")
-        right.set_xlabel("time of an encoder layer over plain attention's")
-        left.set_ylabel("AP minus plain attention's, points")
-        left.set_title(title)
+        for name, values in points.items():
+            # Side by side, so that error bars at the same number do not hide each other.
+            shift = 1 + 0.012 * (families.index(name) - len(families) / 2)
+            counts = [count for count in budgets if count in values]
+            if None in values:
+                # A method without a number of clusters is a line across.
+                axes.axhline(values[None][0], color=styles[name]["color"], linestyle=styles[name]["linestyle"])
+            drawn = [values[count] for count in counts] or [values[None]]
+            means, errors = zip(*((mean, error or 0) for mean, error in drawn), strict=True)
+            places = [shift * count for count in counts] or [shift * budgets[-1]]
+            handles[name] = axes.errorbar(places, means, errors, capsize=2, **styles[name])
+        axes.set_xscale("log")
+        axes.set_xticks(budgets, list(map(str, budgets)))
+        axes.minorticks_off()
+        axes.set_xlabel("most clusters or keys per image")
+        axes.set_ylabel("AP minus plain attention's, points")
+        axes.set_title(title)
         means = [mean for values in points.values() for mean, _ in values.values()]
-        for axes in row:
-            axes.axhline(0, color=colour(0), linewidth=1.5)
-            axes.set_ylim(max(min(means) - 0.5, LEAST_BY_CLUSTERS), max(1.0, max(means) + 0.5))
-            axes.grid(alpha=0.3)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9)
+        limits = max(min(means) - 0.5, LEAST_BY_CLUSTERS), max(1.0, max(means) + 0.5)
+        shown = [axes, grid[i, 1]] if timed else [axes]
+        for name, values in times.items():
+            ratios, means, errors = zip(*sorted(values), strict=True)
+            grid[i, 1].errorbar(ratios, means, [error or 0 for error in errors], capsize=2, **styles[name])
+            grid[i, 1].set_xlabel("time of an encoder layer over plain attention's")
+        for panel in shown:
+            panel.axhline(0, color=colour(0), linewidth=1.5)
+            panel.set_ylim(limits)
+            panel.grid(alpha=0.3)
+    titles = [FAMILIES[name].title for name in handles]
+    figure.legend(list(handles.values()), titles, loc="outside lower center", ncols=2, fontsize=9)
     save(figure, picture)
 
 
