@@ -19,6 +19,7 @@ from enact_common.cli.program import program
 from enact_common.cli.types import HelpFormatter, fraction, positive_int
 from enact_common.study.arms import NONE, PLAIN, WINDOWS
 from enact_common.study.costs import measure_encoders, measure_step
+from enact_common.study.families import BUDGETS, FAMILIES
 from enact_common.study.images import Shapes
 from enact_common.study.page import write_page
 from enact_common.study.photographs import Pasted
@@ -54,7 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="variants to study (default: the preset's)")
     parser.add_argument(
         "--arms", nargs="+", choices=tuple(ARMS), metavar="NAME",
-        help=f"arms to train, with the arms they start from (default: those of the preset): {', '.join(ARMS)}",
+        help="arms to train, with the arms they start from (default: those of the preset): "
+        f"{', '.join(name for name, arm in ARMS.items() if not arm.clusters)}; and by the most clusters M, of "
+        f"{', '.join(map(str, BUDGETS))}: {', '.join(f'{name}_M' for name in FAMILIES if name not in ARMS)}",
     )  # fmt: skip
     parser.add_argument("--seeds", type=positive_int, metavar="N", help="number of seeds (default: the preset's)")
     parser.add_argument(
