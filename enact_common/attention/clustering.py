@@ -25,8 +25,9 @@ from .clusters import (
     RaggedClusters,
     TracedRaggedClusters,
     Windows,
+    clusters_of_images,
     cut_windows,
-    default_budget,
+    most_clusters,
     move_to_front,
 )
 from .tracing import is_tracing, running_minimum, size_from_data, smaller_size
@@ -406,7 +407,7 @@ class EntropyClustering(nn.Module):
         tokens = present.sum(dim=1)  # (batch,)
         in_cluster, most, full = present, None, False
         if self.clusters == EQUAL:
-            most, count = self.most_clusters(num_tokens), self.number_of_clusters(tokens)
+            most, count = most_clusters(self.max_clusters, num_tokens), clusters_of_images(self.max_clusters, tokens)
             full = key_padding_mask is None
             cluster = equal_information(information, tokens, count, self.uniform_share)
         else:
@@ -430,15 +431,6 @@ class EntropyClustering(nn.Module):
         regions = count_regions(information)
         length = window_length(torch.ones_like(regions) * num_tokens, regions, self.max_clusters)[0]
         return size_from_data(length, num_tokens) if is_tracing() else length.item()
-
-    def most_clusters(self, num_tokens: int) -> int:
-        """Return M, the clusters of equal information of an image without padding."""
-        return default_budget(num_tokens) if self.max_clusters is None else smaller_size(self.max_clusters, num_tokens)
-
-    def number_of_clusters(self, tokens: Tensor) -> Tensor:
-        """Return the clusters of equal information of each image, int64 (batch,), for its tokens, int64 (batch,)."""
-        count = default_budget(tokens) if self.max_clusters is None else tokens.clamp(max=self.max_clusters)
-        return count.clamp(min=1)
 
     def join_regions(self, borders: Tensor) -> tuple[Tensor, Tensor]:
         """Return each token's cluster (batch, N) and the number of clusters (batch,), for borders (batch, N - 1)."""

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .tracing import is_tracing, size_from_data
+from .tracing import is_tracing, size_from_data, smaller_size
 
 # Elements of an intermediate in `_RaggedSum`'s backward pass: far fewer than the tokens', enough per kernel launch.
 GRADIENT_PART = 2**20
@@ -21,6 +21,16 @@ def default_budget(num_tokens: int | Tensor) -> int | Tensor:
     """Return the default number of clusters for N tokens: a sixteenth of them, rounded up."""
     # Not -(-N // 16): ONNX rounds the quotient of sizes towards zero.
     return (num_tokens + DEFAULT_SHARE - 1) // DEFAULT_SHARE
+
+
+def most_clusters(limit: int | None, num_tokens: int) -> int:
+    """Return M, the clusters of an image with N tokens: `limit`, or `default_budget` for None; at most N."""
+    return default_budget(num_tokens) if limit is None else smaller_size(limit, num_tokens)
+
+
+def clusters_of_images(limit: int | None, tokens: Tensor) -> Tensor:
+    """Return `most_clusters`, but at least 1, for the tokens of each image: int64 (batch,) both."""
+    return (default_budget(tokens) if limit is None else tokens.clamp(max=limit)).clamp(min=1)
 
 
 def cut_windows(tokens: Tensor, length: int) -> Tensor:

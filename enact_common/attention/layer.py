@@ -88,8 +88,8 @@ class EnactSelfAttention(EntropyClustering):
             query: (L, batch, d), or (batch, L, d) if batch_first.
             key, value: (N, batch, d), or (batch, N, d) if batch_first; N in row-major order of the feature map.
             key_padding_mask: bool (batch, N), True where padded; or floating point, minus infinity where padded, as
-                `nn.TransformerEncoder` passes it. It has no effect without `mask_padding`: as in the reference, padded
-                tokens are then clustered and attended to like any other.
+                `nn.TransformerEncoder` passes it. It has no effect without `mask_padding` or equal clusters: as in the
+                reference, padded tokens are then clustered and attended to like any other.
             need_weights, attn_mask, is_causal: as in `nn.MultiheadAttention`; only these defaults are supported.
             average_attn_weights: ignored, since no weights are returned.
 

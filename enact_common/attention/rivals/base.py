@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..clusters import default_budget, move_to_front
-from ..tracing import is_tracing, smaller_size
+from ..clusters import clusters_of_images, most_clusters, move_to_front
+from ..tracing import is_tracing
 
 # Keys, values and, if logits need a bias, that bias: (batch, M, d), (batch, M, d), (batch, M) or None.
 Reduced = tuple[Tensor, Tensor, Tensor | None]
@@ -131,7 +131,7 @@ class RivalSelfAttention(nn.Module):
 
     def budget(self, num_tokens: int) -> int:
         """Return M for N tokens: the budget, or the default one; in 1..N."""
-        return smaller_size(default_budget(num_tokens) if self.token_budget is None else self.token_budget, num_tokens)
+        return most_clusters(self.token_budget, num_tokens)
 
     def image_budgets(self, present: Tensor) -> Tensor:
         """Return `budget` for each image's own tokens: int64 (batch,), in 1..M.
@@ -139,8 +139,7 @@ class RivalSelfAttention(nn.Module):
         Args:
             present: bool (batch, N), False where padded.
         """
-        own = present.sum(dim=1)  # (batch,)
-        return default_budget(own) if self.token_budget is None else own.clamp(max=self.token_budget)
+        return clusters_of_images(self.token_budget, present.sum(dim=1))
 
     def attend(
         self, query: Tensor, key: Tensor, value: Tensor, present: Tensor, map_size: tuple[int, int] | None
