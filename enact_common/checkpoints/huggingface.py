@@ -264,10 +264,15 @@ def facts_of_config(config: Mapping[str, Any], folder: Path, weights: Mapping[st
     Raises:
         UserError: a setting that our models do not have.
     """
-    heads = config.get("encoder_attention_heads", 8)
-    for key, expected in (("decoder_attention_heads", heads), ("activation_function", "relu")):
-        if config.get(key, expected) != expected:
-            raise UserError(f"{folder / CONFIG}: {key} is {config[key]}, but our models only have {expected}")
+    heads, channels = config.get("encoder_attention_heads", 8), config.get("encoder_ffn_dim", 2048)
+    for key, default, expected in (
+        ("decoder_attention_heads", 8, heads),
+        ("decoder_ffn_dim", 2048, channels),
+        ("activation_function", "relu", "relu"),
+    ):
+        found = config.get(key, default)
+        if found != expected:
+            raise UserError(f"{folder / CONFIG}: {key} is {found}, but our models of this kind only have {expected}")
     backbone = config.get("backbone_config") or {}
     strides = (config.get("backbone_kwargs") or {}).get("output_stride"), backbone.get("output_stride")
     args: dict[str, Any] = {
