@@ -159,7 +159,10 @@ def report(source: Path, capsys) -> str:
 def test_a_file_with_the_tensors_of_published_ones_is_recognized(tmp_path, capsys, monkeypatch):
     path = recorded("detr_mhsa", "table_r50", tmp_path / "detr file.pth")
     text = report(path, capsys)
-    assert "DETR, plain, on a ResNet-50\n" in text and "91 labels, 11 unused: person, bicycle, car, motorcycle, ..." in text
+    assert (
+        "DETR, plain, on a ResNet-50\n" in text
+        and "91 labels, 11 unused: person, bicycle, car, motorcycle, ..." in text
+    )
     assert "fit the published detr_resnet50 (AP 42.0) or detr_resnet50_dc5 (AP 43.3)" in text
     command = f"enact eval detr --coco_path DIR --resume '{path}' --encoder_attention mhsa"
     assert f"evaluate    {command}\n" in text and f"evaluate    {command} --dilation\n" in text
@@ -171,7 +174,9 @@ def test_a_file_with_the_tensors_of_published_ones_is_recognized(tmp_path, capsy
 
 
 def test_enacts_files_and_arguments_are_recognized(tmp_path, capsys):
-    text = report(recorded("detr_enact", "table_r50", tmp_path / "enact.pth", args={"dilation": False, "nheads": 8}), capsys)
+    text = report(
+        recorded("detr_enact", "table_r50", tmp_path / "enact.pth", args={"dilation": False, "nheads": 8}), capsys
+    )
     assert "fit the published detr_resnet50_enact (AP 39.0), or a training of the same model" in text
     assert text.count("evaluate") == 1 and text.rstrip().endswith("/enact.pth")
 
@@ -253,7 +258,9 @@ def test_learned_positions_are_converted(transformers, tmp_path):
 @pytest.mark.parametrize("variant, name", [("detr", "Detr"), ("conditional", "ConditionalDetr")])
 @pytest.mark.parametrize("layout", ["transformers", "timm"])
 def test_full_size_names_and_shapes_match_both_ways(transformers, variant, name, layout):
-    shapes = json.loads(str(np.load(GOLDEN / f"{variant}_mhsa.npz")["table_r50/params" if variant == "detr" else "table_r101/params"]))
+    shapes = json.loads(
+        str(np.load(GOLDEN / f"{variant}_mhsa.npz")["table_r50/params" if variant == "detr" else "table_r101/params"])
+    )
     backbone = "resnet50" if variant == "detr" else "resnet101"
     own = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     if layout == "timm":
@@ -351,7 +358,8 @@ def checkpoint_of(path: Path, variant: str, *flags: str, **more) -> Path:
     label_map = {"category_ids": [1, 2, 3], "names": ["cat", "dog", "owl"]}
     args = vars(parse(variant, *words))
     torch.save(
-        {"model": randomized(model).state_dict(), "args": args, "variant": variant, "label_map": label_map, **more}, path
+        {"model": randomized(model).state_dict(), "args": args, "variant": variant, "label_map": label_map, **more},
+        path,
     )
     return path
 

@@ -111,11 +111,13 @@ def load_checkpoint(source: str, to_resume: bool = False) -> dict[str, Any]:
         keys = f"keys {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{path}: not a checkpoint ({keys}); expected {EXPECTED}")
     weights, changes = own_names(weights, source)
-    if place != "model":
-        changes.insert(0, f"weights taken from '{place}'" if place else "the whole file taken as weights")
     if is_hugging_face(weights):
         weights = from_hugging_face(weights, source)
         changes.append("converted from Hugging Face's names")
+    elif not place:
+        changes.insert(0, "the whole file taken as weights")
+    if place not in ("", "model"):
+        changes.insert(0, f"weights taken from '{place}'")
     if changes and to_resume:
         raise UserError(
             f"{source}: cannot resume from a checkpoint in this format ({'; '.join(changes)}). Use --pretrained to "

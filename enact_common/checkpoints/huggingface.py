@@ -147,8 +147,8 @@ def from_hugging_face(weights: Mapping[str, Tensor], source: str) -> dict[str, T
             own[ours] = tensor
     if unknown:
         raise UserError(
-            f"{source}: {len(unknown)} tensors of this Hugging Face model have no counterpart, {unknown[0]} first; pass "
-            "a DETR or Conditional DETR with a ResNet of Hugging Face's or timm's"
+            f"{source}: {len(unknown)} tensors of this Hugging Face model have no counterpart, {unknown[0]} first; "
+            "pass a DETR or Conditional DETR with a ResNet of Hugging Face's or timm's"
         )
     return own
 

@@ -1,9 +1,9 @@
 """Export a trained detector to another runtime: `python -m enact_common.export CHECKPOINT --format onnx`.
 
-With --format huggingface, a plain DETR or Conditional DETR becomes a folder for Hugging Face's transformers. Of the
-other formats, the exported file takes RGB pixels, uint8 (batch, 3, height, width), 0 to 255, and normalises them itself. It returns
+The exported file takes RGB pixels, uint8 (batch, 3, height, width), 0 to 255, and normalises them itself. It returns
 scores, labels and boxes (left, top, right, bottom as fractions of the image's width and height), and masks if the model
-has a mask head. Its metadata describe the inputs and outputs.
+has a mask head. Its metadata describe the inputs and outputs. With --format huggingface, a plain DETR or Conditional
+DETR becomes a folder for Hugging Face's transformers instead.
 """
 
 import argparse

@@ -39,7 +39,9 @@ def check_folder(args: argparse.Namespace, output: Path) -> None:
     """
     given = next((flag for flag in GRAPH_FLAGS if getattr(args, flag)), None)
     if given:
-        raise UserError(f"--{given} does not work with --format {FORMAT}, which writes weights and no graph; leave it out")
+        raise UserError(
+            f"--{given} does not work with --format {FORMAT}, which writes weights and no graph; leave it out"
+        )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output}: already exists; choose another folder")
     needed("transformers", f"--format {FORMAT}", "huggingface")
@@ -91,18 +93,19 @@ def write_folder(detector: LoadedDetector, output: Path) -> float:
     timm_backbone = bool(args.dilation) and args.backbone_stages == len(ALL_STAGES)
     if timm_backbone:
         needed("timm", f"--format {FORMAT} with a dilated backbone", "huggingface")
-    save_file = needed("safetensors.torch", f"--format {FORMAT}", "huggingface").save_file
+    save = needed("safetensors.torch", f"--format {FORMAT}", "huggingface").save
     weights = to_hugging_face(detector.model.state_dict(), variant, timm_backbone)
     make_folder(output.parent, "--output")
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
         folder = Path(temporary) / "model"
         folder.mkdir()
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / SAFETENSORS, {"format": "pt"})
-        for name, content in (
+        content = save({name: tensor.contiguous() for name, tensor in weights.items()}, {"format": "pt"})
+        (folder / SAFETENSORS).write_bytes(content)
+        for name, settings in (
             (CONFIG, config_of(args, variant, detector.label_map.names, timm_backbone)),
             (PREPROCESSOR, preprocessor_of(args, variant)),
         ):
-            (folder / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+            (folder / name).write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")
         difference = compare(detector, folder)
         os.replace(folder, output)
     return difference

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from enact_common.checkpoints.contents import arguments_of, default_arguments, known_variant, model_words
+from enact_common.checkpoints.contents import IMAGE_FLAGS, arguments_of, default_arguments, known_variant, model_words
 from enact_common.checkpoints.files import load_checkpoint
 from enact_common.checkpoints.published import FILES, HUGGING_FACE, Model, PublishedFile
 from enact_common.cli.flags import COCO, PANOPTIC, with_flags
@@ -89,7 +89,17 @@ def published_arguments(model: Model) -> argparse.Namespace:
 def evaluation(source: str, args: argparse.Namespace, variant: str) -> str:
     """Return the command that evaluates a checkpoint."""
     words = ["enact", "eval", variant, "--coco_path", "DIR", "--resume", shlex.quote(source)]
-    return " ".join(words + model_words(args, variant))
+    return " ".join([*words, *model_words(args, variant), *size_words(args, variant)])
+
+
+def size_words(args: argparse.Namespace, variant: str) -> list[str]:
+    """Return the command-line words for a model's image sizes, if they are not the defaults."""
+    defaults = default_arguments(variant)
+    words = [
+        f"--{flag} {getattr(args, flag)}" for flag in IMAGE_FLAGS if getattr(args, flag) != getattr(defaults, flag)
+    ]
+    # The parser compares --max_size with the training's sizes too.
+    return words + ([f"--train_sizes {args.eval_size}"] if args.max_size < max(defaults.train_sizes) else [])
 
 
 def check(source: str) -> int:
@@ -171,7 +181,11 @@ def origin(
     fitting: list[tuple[PublishedFile, argparse.Namespace]] = []
     for args in candidates:
         model = model_of(args, variant)
-        other = [words for words in model_words(args, variant) if words not in model_words(published_arguments(model), variant)]
+        other = [
+            words
+            for words in model_words(args, variant)
+            if words not in model_words(published_arguments(model), variant)
+        ]
         if model in published and label_map.num_classes == expected and not other:
             fitting.append((published[model], args))
     if not fitting:

@@ -101,6 +101,7 @@ def card(
     num_queries: int,
     eval_size: int,
     license: str | None,
+    name: str,
 ) -> str:
     """Return the card as Markdown, with the metadata that Hugging Face reads.
 
@@ -113,6 +114,7 @@ def card(
         num_queries: the most objects of an image.
         eval_size: shorter side of an image at the model, in pixels.
         license: the weights' licence, an identifier such as "apache-2.0"; None if unknown.
+        name: the folder, or the name on the hub, from which the example loads.
     """
     names = [name for name, i in zip(label_map.names, label_map.category_ids, strict=True) if i is not None]
     listed = ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "")
@@ -125,7 +127,7 @@ def card(
         f"A detector for {len(names)} classes, trained {trained}.", "",
         "## Use", "",
         "```python", "from enact_common import EnactDetector", "",
-        'detector = EnactDetector.from_pretrained("path/to/this/folder")', 'detections = detector("photo.jpg")', "```",
+        f'detector = EnactDetector.from_pretrained("{name}")', 'detections = detector("photo.jpg")', "```",
         "", "## Data", "",
         f"- Data set: {about.get('data') or UNKNOWN}.",
         f"- Classes: {listed}.",
@@ -138,7 +140,7 @@ def card(
         f"- Weights: {license or 'unknown: whoever shares them has to say'}.",
         "- Code (enact-detection): Apache-2.0.",
         "", "## Limits", "",
-        f"- It finds at most {num_queries} objects in an image, and only those of its classes.",
+        f"- It has {num_queries} queries, so it finds at most {num_queries} boxes in an image, of its classes alone.",
         f"- Images are resized to a shorter side of {eval_size} pixels.",
         "- The metrics hold for the images named above. Other images were not measured.",
         "",

@@ -22,6 +22,9 @@ from enact_common.weights.card import about_run, card
 
 CARD = "README.md"
 
+# The name in a card's example, before the folder has a name on the hub.
+THIS_FOLDER = "path/to/this/folder"
+
 # A name on the hub: the owner and the model.
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -69,7 +72,7 @@ class EnactDetector(LoadedDetector):
         detector.about = state.get("about") or about_run(state, Path(source))
         return detector
 
-    def save_pretrained(self, folder: str | Path, license: str | None = None) -> None:
+    def save_pretrained(self, folder: str | Path, license: str | None = None, name: str = THIS_FOLDER) -> None:
         """Write the weights (`model.safetensors`), the settings (`config.json`) and a model card (`README.md`).
 
         The card and the settings come from the checkpoint and the files in its run's folder; they hold no paths.
@@ -77,6 +80,7 @@ class EnactDetector(LoadedDetector):
         Args:
             folder: created if it is missing. Files of an earlier call are replaced.
             license: the weights' licence for the card, such as "apache-2.0"; None if unknown.
+            name: the name from which the card's example loads the detector.
 
         Raises:
             UserError: the folder holds another model or cannot be written, or safetensors is not installed.
@@ -91,7 +95,7 @@ class EnactDetector(LoadedDetector):
         settings = json.dumps(self.settings(), indent=2, ensure_ascii=False)
         for file, content in (
             (SAFETENSORS, save(weights, {"format": "pt"})),
-            (CARD, self.card(license).encode()),
+            (CARD, self.card(license, name).encode()),
             (CONFIG, settings.encode()),
         ):
             write_file(folder / file, lambda opened, content=content: opened.write(content))
@@ -115,7 +119,7 @@ class EnactDetector(LoadedDetector):
         """
         hub = needed("huggingface_hub", "push_to_hub", "huggingface").HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, license)
+            self.save_pretrained(folder, license, name)
             address = hub.create_repo(name, private=private, exist_ok=True)
             hub.upload_folder(repo_id=name, folder_path=folder)
         return str(address)
@@ -132,11 +136,11 @@ class EnactDetector(LoadedDetector):
             "about": self.about,
         }
 
-    def card(self, license: str | None = None) -> str:
+    def card(self, license: str | None = None, name: str = THIS_FOLDER) -> str:
         """Return the model card.
 
         Args:
-            license: the weights' licence, such as "apache-2.0"; None if unknown.
+            license, name: as in `save_pretrained`.
         """
         args = self.args
         panoptic = args.dataset_file == PANOPTIC
@@ -144,7 +148,7 @@ class EnactDetector(LoadedDetector):
         core = getattr(self.model, "detr", self.model)
         return card(
             model.title, self.variant, self.label_map, self.about, " ".join(model_words(args, self.variant)),
-            core.num_queries, args.eval_size, license,
+            core.num_queries, args.eval_size, license, name,
         )  # fmt: skip
 
 
