@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from enact_common.checkpoints.contents import IMAGE_FLAGS, arguments_of, default_arguments, known_variant, model_words
-from enact_common.checkpoints.files import load_checkpoint
+from enact_common.checkpoints.files import flag_text, load_checkpoint
 from enact_common.checkpoints.published import FILES, HUGGING_FACE, Model, PublishedFile
 from enact_common.cli.flags import COCO, PANOPTIC, with_flags
 from enact_common.cli.program import program
@@ -81,8 +81,9 @@ def list_files() -> int:
 def published_arguments(model: Model) -> argparse.Namespace:
     """Return the arguments that build a published model."""
     return with_flags(
-        default_arguments(model.variant), backbone=model.backbone, dilation=model.dilation, encoder_attention=model.encoder_attention,
-        masks=model.panoptic, dataset_file=PANOPTIC if model.panoptic else COCO,
+        default_arguments(model.variant), backbone=model.backbone, dilation=model.dilation,
+        encoder_attention=model.encoder_attention, masks=model.panoptic,
+        dataset_file=PANOPTIC if model.panoptic else COCO,
     )  # fmt: skip
 
 
@@ -95,9 +96,8 @@ def evaluation(source: str, args: argparse.Namespace, variant: str) -> str:
 def size_words(args: argparse.Namespace, variant: str) -> list[str]:
     """Return the command-line words for a model's image sizes, if they are not the defaults."""
     defaults = default_arguments(variant)
-    words = [
-        f"--{flag} {getattr(args, flag)}" for flag in IMAGE_FLAGS if getattr(args, flag) != getattr(defaults, flag)
-    ]
+    differing = [flag for flag in IMAGE_FLAGS if getattr(args, flag) != getattr(defaults, flag)]
+    words = [flag_text(flag, getattr(args, flag)) for flag in differing]
     # The parser compares --max_size with the training's sizes too.
     return words + ([f"--train_sizes {args.eval_size}"] if args.max_size < max(defaults.train_sizes) else [])
 
@@ -143,9 +143,7 @@ def model_of(args: argparse.Namespace, variant: str) -> Model:
 
 def classes_text(label_map: LabelMap) -> str:
     """Return the number of labels and the first names in words."""
-    known = [
-        name for name, i in zip(label_map.names, label_map.category_ids, strict=True) if i is not None
-    ]  # fmt: skip
+    known = label_map.known_names()
     more = ", ..." if len(known) > MOST_NAMES else ""
     unused = label_map.num_classes - len(known)
     return f"{label_map.num_classes} labels{f', {unused} unused' * bool(unused)}: {', '.join(known[:MOST_NAMES])}{more}"
@@ -181,12 +179,8 @@ def origin(
     fitting: list[tuple[PublishedFile, argparse.Namespace]] = []
     for args in candidates:
         model = model_of(args, variant)
-        other = [
-            words
-            for words in model_words(args, variant)
-            if words not in model_words(published_arguments(model), variant)
-        ]
-        if model in published and label_map.num_classes == expected and not other:
+        same_sizes = model_words(args, variant) == model_words(published_arguments(model), variant)
+        if model in published and label_map.num_classes == expected and same_sizes:
             fitting.append((published[model], args))
     if not fitting:
         return "not a published file: other parts, sizes or classes than all of these", candidates

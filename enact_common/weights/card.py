@@ -11,8 +11,8 @@ from enact_common.utils.errors import UserError
 
 # Flags of a training that a card lists, if the checkpoint has them.
 TRAINING_FLAGS = (
-    "epochs", "batch_size", "accumulate", "lr", "lr_backbone", "lr_schedule", "lr_drop", "weight_decay", "clip_max_norm",
-    "dropout", "ema", "amp", "seed", "backbone_weights", "pretrained", "train_sizes", "augmentation",
+    "epochs", "batch_size", "accumulate", "lr", "lr_backbone", "lr_schedule", "lr_drop", "weight_decay",
+    "clip_max_norm", "dropout", "ema", "amp", "seed", "backbone_weights", "pretrained", "train_sizes", "augmentation",
 )  # fmt: skip
 
 # Flags that name the data, the first that is given.
@@ -116,7 +116,7 @@ def card(
         license: the weights' licence, an identifier such as "apache-2.0"; None if unknown.
         name: the folder, or the name on the hub, from which the example loads.
     """
-    names = [name for name, i in zip(label_map.names, label_map.category_ids, strict=True) if i is not None]
+    names = label_map.known_names()
     listed = ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "")
     epoch = about.get("epoch")
     trained = "for an unknown number of epochs" if epoch is None else f"for {epoch + 1} epochs"
