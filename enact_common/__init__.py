@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from enact_common.nested_tensor import NestedTensor, nested_tensor_from_tensor_list
     from enact_common.utils.errors import UserError
     from enact_common.variants import load_variant
+    from enact_common.weights.sharing import EnactDetector
 
 # name: its module
 _MODULES = {
     "Detections": "inference",
+    "EnactDetector": "weights.sharing",
     "EnactSelfAttention": "attention",
     "EntropyClustering": "attention",
     "LoadedDetector": "inference",

@@ -23,6 +23,7 @@ COMMANDS = {
     "check": ("data.checks.__main__", "find errors in a data set"),
     "convert": ("convert.__main__", "convert Pascal VOC or YOLO data to COCO's layout"),
     "export": ("export.__main__", "write a detector as ONNX, torch.export or TorchScript"),
+    "weights": ("weights.__main__", "list the published weights; say what a checkpoint is"),
     "compare": ("compare.__main__", "compare trainings, with and without ENACT, on one page"),
     "plots": ("plots.__main__", "draw training curves and precision-recall curves"),
     "benchmark": ("benchmark.__main__", "measure memory, time and operations"),
