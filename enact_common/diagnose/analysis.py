@@ -263,14 +263,18 @@ def label_errors(truth: dict[str, Any], detections: np.ndarray, diagnostics: dic
 
     Returns:
         dicts with `kind`; `file_name` and `image_id`; `annotated` and `detected`, class names or None; `score` or None;
-        `bbox` xywh of the annotation, or of the detection if nothing is annotated there; and `detected_bbox` or None.
+        `bbox` xywh of the annotation, or of the detection if nothing is annotated there; and `other_bbox` of the
+        detection or of the other annotation.
     """
     files = {image["id"]: image["file_name"] for image in truth["images"]}
     names = {category["id"]: str(category["name"]) for category in truth["categories"]}
     objects = {a["id"]: a for a in truth["annotations"] if not a["iscrowd"]}
     likely: list[dict[str, Any]] = []
 
-    def add(kind: str, image: int, annotation: dict | None, row: np.ndarray | None, class_name: str | None) -> None:
+    def add(
+        kind: str, image: int, annotation: dict | None, row: np.ndarray | None, class_name: str | None,
+        other: Sequence[float],
+    ) -> None:  # fmt: skip
         likely.append(
             {
                 "kind": kind,
@@ -280,7 +284,7 @@ def label_errors(truth: dict[str, Any], detections: np.ndarray, diagnostics: dic
                 "detected": class_name,
                 "score": None if row is None else float(row[5]),
                 "bbox": list(annotation["bbox"]) if annotation else row[1:5].tolist(),
-                "detected_bbox": None if row is None else row[1:5].tolist(),
+                "other_bbox": list(other),
             }
         )
 
@@ -289,8 +293,8 @@ def label_errors(truth: dict[str, Any], detections: np.ndarray, diagnostics: dic
         same = np.equal.outer(*[[a["category_id"] for a in own]] * 2)
         iou = overlaps(*[[a["bbox"] for a in own]] * 2) * same
         for j in range(1, len(own)):
-            if (iou[:j, j] >= SAME_OBJECT).any():
-                add(ANNOTATED_TWICE, image, own[j], None, None)
+            if iou[:j, j].max() >= SAME_OBJECT:
+                add(ANNOTATED_TWICE, image, own[j], None, None, own[iou[:j, j].argmax()]["bbox"])
 
     taken: set[int] = set()
     unannotated: dict[int, list[np.ndarray]] = {}
@@ -301,10 +305,10 @@ def label_errors(truth: dict[str, Any], detections: np.ndarray, diagnostics: dic
             agreed = diagnostics["gt_status"].get(case["gt_id"]) == "matched"
             if annotation is not None and not agreed and case["gt_id"] not in taken:
                 taken.add(case["gt_id"])
-                add(WRONG_CLASS, case["image_id"], annotation, row, case["dt_category"])
+                add(WRONG_CLASS, case["image_id"], annotation, row, case["dt_category"], row[1:5].tolist())
         else:
             known = unannotated.setdefault(case["image_id"], [])
             if overlaps([row[1:5]], known).max(initial=0) < MATCH:
                 known.append(row[1:5])
-                add(NOT_ANNOTATED, case["image_id"], None, row, case["dt_category"])
+                add(NOT_ANNOTATED, case["image_id"], None, row, case["dt_category"], row[1:5].tolist())
     return likely

@@ -44,17 +44,17 @@ def summary(diagnosis: dict[str, Any]) -> list[str]:
     if costly:
         listed = ", ".join(f"{row['error']} {row['costs']:.3f}" for row in costly[:3])
         sentences.append(f"The costliest kinds of errors, in AP50: {listed}.")
-    for key, noun, rows in (
-        ("size", "size", diagnosis["sizes"]),
-        ("objects_per_image", "number of objects in an image", diagnosis["crowding"]),
-        ("name", "class", diagnosis["classes"]),
+    for key, form, rows in (
+        ("size", "{} objects", diagnosis["sizes"]),
+        ("objects_per_image", "images with {} objects", diagnosis["crowding"]),
+        ("name", "class {}", diagnosis["classes"]),
     ):
         known = [row for row in rows if row["AP"] is not None]
         if len(known) > 1:
             weakest, best = (choose(known, key=lambda row: row["AP"]) for choose in (min, max))
             sentences.append(
-                f"Weakest {noun}: {weakest[key]} (AP {weakest['AP']:.3f}, {weakest['objects']:,} objects); best: "
-                f"{best[key]} (AP {best['AP']:.3f}, {best['objects']:,})."
+                f"Weakest: {form.format(weakest[key])}, AP {weakest['AP']:.3f} over {weakest['objects']:,} objects. "
+                f"Best: {form.format(best[key])}, AP {best['AP']:.3f} over {best['objects']:,}."
             )
     pairs = confused_pairs(diagnosis)
     if pairs:
@@ -288,9 +288,10 @@ def label_panels(case: dict[str, Any], pixels: np.ndarray) -> list[Panel]:
     annotated = [(moved(case["bbox"]), case["annotated"], DOUBTED, None)] if case["annotated"] else []
     panels = [panel(f"annotated: {case['annotated'] or 'nothing'}", cut, annotated)]
     if case["detected"]:
-        box = [(moved(case["detected_bbox"]), case["detected"], RIGHT, case["score"])]
-        panels.append(panel(f"detected: {case['detected']}, score {case['score']:.2f}", cut, box))
-    return panels
+        box = [(moved(case["other_bbox"]), case["detected"], RIGHT, case["score"])]
+        return [*panels, panel(f"detected: {case['detected']}, score {case['score']:.2f}", cut, box)]
+    box = [(moved(case["other_bbox"]), case["annotated"], DOUBTED, None)]
+    return [*panels, panel(f"annotated again: {case['annotated']}", cut, box)]
 
 
 def scenes(rows: Sequence[dict[str, Any]], folder: Path, most: int, panels_of: Any) -> list[tuple[str, list[Panel]]]:
@@ -335,14 +336,14 @@ def build_page(name: str, diagnosis: dict[str, Any], folder: Path, pictures: int
             scenes(diagnosis["worst_images"], folder, pictures, worst_panels),
             none,
             f"The images with most errors among detections with scores of at least {diagnosis['threshold']:.3g}. "
-            "Green: right. Red: wrong, with the kind of error, or missed. Click to enlarge.",
+            "Green: right. Orange: wrong, with the kind of error, or missed. Click to enlarge.",
         ),
         table_html(labels_table(diagnosis), ()),
         pictures_html(
             "Likely label errors, drawn",
             scenes(diagnosis["label_errors"], folder, pictures, label_panels),
             none,
-            "Left as annotated, right as detected. Click to enlarge.",
+            "Left: as annotated. Right: as detected, or the other annotation. Click to enlarge.",
         ),
     ]
     return document(f"Diagnosis of {name}", __package__, sections, curves([]))
