@@ -139,6 +139,19 @@ def test_kinds_of_single_detections_agree_with_the_counts():
     assert counts.pop("missed") and min(kinds.values()) > 0 and dict(kinds) == counts
 
 
+def test_counts_and_costs_equal_those_of_tide():
+    found = diagnose(*random_case())["errors"]
+    # Recorded from tidecv 1.0.1, TIDE's own package, on the same data; costs in percent.
+    expected = {
+        "classification": (9, 2.77201), "localisation": (124, 30.16266), "both": (10, 0.40670),
+        "duplicate": (28, 1.48034), "background": (12, 0.70028), "missed": (85, 12.47995),
+    }  # fmt: skip
+    own = {row["error"]: (row["count"], pytest.approx(100 * row["costs"], abs=2e-5)) for row in found["types"]}
+    assert own == expected
+    costs = (found["AP50"], found["all_false_positives_cost"], found["all_missed_objects_cost"])
+    assert costs == pytest.approx((0.2775064, 0.2224936, 0.2748223), abs=1e-6)
+
+
 def test_planted_label_errors_are_found():
     wrong, doubled = (2, BOLT, OBJECTS[2][2]), (1, NUT, [100, 101, 40, 40])
     detections = [*PERFECT, (3, BOLT, [50, 50, 40, 40], 0.65), (3, BOLT, [51, 50, 40, 40], 0.6)]

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
     parts = [f"# Diagnosis of {source.name}", "\n".join(f"- {text}" for text in summary(diagnosis))]
     text = "\n\n".join([*parts, *(table.markdown() for table in tables(diagnosis))])
-    record = json.dumps({"source": str(args.source), "file": str(source.file), **diagnosis}, indent=1)
+    record = json.dumps({"source": str(args.source), "file": str(source.file), **diagnosis})
     page = build_page(source.name, diagnosis, source.images, args.pictures)
     for name, content in ((TABLES, text + "\n"), (RECORD, record + "\n"), (PAGE, page)):
         write_file(args.output_dir / name, lambda file, content=content: file.write(content.encode()))

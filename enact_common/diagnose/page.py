@@ -46,7 +46,7 @@ def summary(diagnosis: dict[str, Any]) -> list[str]:
         sentences.append(f"The costliest kinds of errors, in AP50: {listed}.")
     for key, form, rows in (
         ("size", "{} objects", diagnosis["sizes"]),
-        ("objects_per_image", "images with {} objects", diagnosis["crowding"]),
+        ("objects_per_image", "objects per image {}", diagnosis["crowding"]),
         ("name", "class {}", diagnosis["classes"]),
     ):
         known = [row for row in rows if row["AP"] is not None]
@@ -61,7 +61,7 @@ def summary(diagnosis: dict[str, Any]) -> list[str]:
         sentences.append(f"Most frequent confusion: {pairs[0][0]} detected as {pairs[0][1]}, {pairs[0][2]:,} times.")
     count = len(diagnosis["label_errors"])
     if count:
-        sentences.append(f"{count:,} label{'s are' if count > 1 else ' is'} likely wrong; look at them below.")
+        sentences.append(f"{count:,} label{'s' if count > 1 else ''} may be wrong: look at the pictures.")
     return sentences
 
 
