@@ -21,13 +21,12 @@ from test_plots import evaluation_of, original_log, without_figures, write_evalu
 from enact_common.checkpoints.files import load_checkpoint
 from enact_common.compare import pictures
 from enact_common.compare.__main__ import main
-from enact_common.compare.differences import match
 from enact_common.compare.recorded import RecordedRun, read_run
 from enact_common.compare.tables import classes_table, costs_table, figures_table
 from enact_common.compare.terms import differing_flags, inequalities, settings_table
 from enact_common.data.annotations import load_annotations
 from enact_common.evaluation.coco import METRICS, evaluation_record
-from enact_common.evaluation.stored import read_results, read_truth
+from enact_common.evaluation.stored import match, read_results, read_truth
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

@@ -15,12 +15,11 @@ from test_architecture import RECORDED
 from test_compare import Page
 from test_evaluation import CATEGORIES, indexed
 
-from enact_common.compare.differences import match
 from enact_common.diagnose.__main__ import main
 from enact_common.diagnose.analysis import best_threshold, diagnose, error_of, evaluator
 from enact_common.diagnose.page import summary
 from enact_common.evaluation.coco import METRICS
-from enact_common.evaluation.stored import read_results, read_truth
+from enact_common.evaluation.stored import match, read_results, read_truth
 from enact_common.utils.errors import UserError
 
 pytest.importorskip("hotcoco", reason="the extra diagnose is not installed")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 
-from enact_common.compare.differences import match
 from enact_common.data.categories import LabelMap
 from enact_common.data.coco import CocoDetection
 from enact_common.data.transforms import eval_transforms
 from enact_common.evaluation.bootstrap import difference_intervals, draw_images, resampled_metrics
 from enact_common.evaluation.coco import METRICS, CocoBoxEvaluator, evaluation_record, metrics_text, per_class_text
+from enact_common.evaluation.stored import match
 from enact_common.models.segmentation import encode_masks
 from enact_common.utils.errors import UserError
 
@@ -436,14 +436,16 @@ def noisy():
 
 def repeated(dataset, detections, counts):
     """The same data with each image as often as `counts` says, under new ids."""
-    images = np.repeat([image["id"] for image in dataset["images"]], counts)
-    annotations = [{**a, "image_id": new} for new, old in enumerate(images, 1) for a in dataset["annotations"] if
-                   a["image_id"] == old]  # fmt: skip
-    annotations = [{**a, "id": i} for i, a in enumerate(annotations, 1)]
-    rows = [np.column_stack((np.full(count, new), own[:, 1:])) for new, old in enumerate(images, 1)
-            for own in [detections[detections[:, 0] == old]] for count in [len(own)]]  # fmt: skip
-    new_images = [{"id": i, "height": 200, "width": 200} for i in range(1, len(images) + 1)]
-    return {**dataset, "images": new_images, "annotations": annotations}, np.concatenate(rows)
+    images, annotations, rows = [], [], [detections[:0]]
+    for old in np.repeat([image["id"] for image in dataset["images"]], counts):
+        images.append({"id": len(images) + 1, "height": 200, "width": 200})
+        for annotation in dataset["annotations"]:
+            if annotation["image_id"] == old:
+                annotations.append({**annotation, "image_id": len(images), "id": len(annotations) + 1})
+        own = detections[detections[:, 0] == old].copy()
+        own[:, 0] = len(images)
+        rows.append(own)
+    return {**dataset, "images": images, "annotations": annotations}, np.concatenate(rows)
 
 
 def test_a_resample_equals_an_evaluation_of_the_repeated_images(noisy):

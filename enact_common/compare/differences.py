@@ -1,20 +1,15 @@
 """Differences in AP between runs, with bootstrap intervals that are paired by image."""
 
-import contextlib
-import io
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-
-import numpy as np
-from pycocotools.cocoeval import COCOeval
 
 from enact_common.compare.pictures import evaluated_data
 from enact_common.compare.recorded import RecordedRun
 from enact_common.compare.tables import Cell, Table
 from enact_common.compare.terms import objects, versus
 from enact_common.evaluation.bootstrap import CONFIDENCE, difference_intervals, draw_images, resampled_metrics
-from enact_common.evaluation.stored import RESULTS, as_coco, check_recorded, read_results, read_truth
+from enact_common.evaluation.stored import RESULTS, check_recorded, match, read_results, read_truth
 from enact_common.utils.errors import UserError
 
 CHANCE = "may be chance"
@@ -107,16 +102,6 @@ def between(runs: Sequence[RecordedRun], resamples: int, seed: int) -> list[Diff
         for run in runs[1:]
         for metric, interval in difference_intervals(metrics[first.name], metrics[run.name]).items()
     ]
-
-
-def match(truth: dict[str, Any], detections: np.ndarray) -> COCOeval:
-    """Match detections (n, 7) to a ground truth from `read_truth`, by pycocotools."""
-    coco = as_coco(truth)
-    with contextlib.redirect_stdout(io.StringIO()):
-        results = coco.loadRes(detections) if len(detections) else as_coco({**truth, "annotations": []})
-        evaluation = COCOeval(coco, results, "bbox")
-        evaluation.evaluate()
-    return evaluation
 
 
 def differences_table(differences: Sequence[Difference], resamples: int) -> Table | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from enact_common.data.annotations import load_annotations
 from enact_common.utils.errors import UserError
@@ -102,6 +103,16 @@ def as_coco(truth: dict[str, Any]) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
+
+
+def match(truth: dict[str, Any], detections: np.ndarray) -> COCOeval:
+    """Match detections (n, 7) to a ground truth from `read_truth`, by pycocotools."""
+    coco = as_coco(truth)
+    with contextlib.redirect_stdout(io.StringIO()):
+        results = coco.loadRes(detections) if len(detections) else as_coco({**truth, "annotations": []})
+        evaluation = COCOeval(coco, results, "bbox")
+        evaluation.evaluate()
+    return evaluation
 
 
 def check_recorded(ap: float, record: dict[str, Any] | None, path: Path) -> None:
