@@ -25,6 +25,7 @@ COMMANDS = {
     "export": ("export.__main__", "write a detector as ONNX, torch.export or TorchScript"),
     "weights": ("weights.__main__", "list the published weights; say what a checkpoint is"),
     "compare": ("compare.__main__", "compare trainings, with and without ENACT, on one page"),
+    "diagnose": ("diagnose.__main__", "find what is wrong with a detector: errors, images, labels"),
     "plots": ("plots.__main__", "draw training curves and precision-recall curves"),
     "benchmark": ("benchmark.__main__", "measure memory, time and operations"),
     "study": ("study.__main__", "measure what ENACT costs in accuracy"),
