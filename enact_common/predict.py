@@ -194,7 +194,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--slice", type=positive_int, metavar="PIXELS",
         help="also detect in square slices of this side, for small objects in large images; slices overlap by "
-        f"{OVERLAP:.0%}, and boxes found twice are merged; not for masks; default: the whole image only",
+        f"{OVERLAP:.0%}%, and boxes found twice are merged; not for masks; default: the whole image only",
     )  # fmt: skip
     parser.add_argument(
         "--no_exif", action="store_true",

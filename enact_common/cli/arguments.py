@@ -10,7 +10,7 @@ from enact_common.attention.clusters import DEFAULT_SHARE
 from enact_common.attention.hilbert import ORDERS, ROWS
 from enact_common.cli.checks import check_arguments, check_position_embedding
 from enact_common.cli.config import add_opposites, read_config
-from enact_common.cli.flags import COCO, ENACT_LR, LOSSES, MODEL, PANOPTIC, PLAIN_LR
+from enact_common.cli.flags import COCO, ENACT_LR, LOSSES, MODEL, PANOPTIC, PLAIN_LR, TRACKERS
 from enact_common.cli.types import (
     HelpFormatter,
     boolean,
@@ -451,6 +451,11 @@ def add_run_flags(group) -> None:
     group.add_argument(
         "--output_dir", default="", metavar="DIR",
         help="folder for the log, checkpoints and results; without it nothing is written",
+    )  # fmt: skip
+    group.add_argument(
+        "--log", nargs="+", choices=tuple(TRACKERS), metavar="TRACKER",
+        help="send scalars, settings, and metrics and pictures of the best evaluation to these trackers: "
+        f"{', '.join(TRACKERS)}; default: scalars to TensorBoard if it is installed",
     )  # fmt: skip
     group.add_argument("--device", default="cuda", help="device: cuda, cuda:1, cpu")
     group.add_argument(
