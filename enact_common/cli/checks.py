@@ -6,7 +6,7 @@ import math
 import torch
 
 from enact_common.attention.rivals import RIVALS
-from enact_common.cli.flags import COCO, PANOPTIC, TRACKERS
+from enact_common.cli.flags import AUTO, COCO, PANOPTIC, TRACKERS
 from enact_common.models.backbone import ALL_STAGES, SHALLOW_BACKBONES, stride_of
 from enact_common.models.position_encoding import PositionEmbeddingLearned
 from enact_common.utils.device import TORCH_VERSION
@@ -85,6 +85,7 @@ def check_arguments(args) -> None:
     if args.save_every_steps and not args.output_dir:
         raise UserError("--save_every_steps needs a folder for the checkpoints: pass --output_dir DIR")
     check_trackers(args)
+    check_auto_batch(args)
     if args.auto_resume and not args.output_dir:
         raise UserError("--auto_resume needs the folder of the run to resume: pass --output_dir DIR")
     if args.eval_set == "test" and not args.eval:
@@ -127,6 +128,27 @@ def check_trackers(args) -> None:
         package, extra = TRACKERS[name]
         if not is_installed(package):
             raise UserError(f"--log {name}: {package} is not installed: pip install 'enact-detection[{extra}]'")
+
+
+def check_auto_batch(args) -> None:
+    """Refuse `--batch_size auto` with flags that it sets or cannot measure, and its own flag without it.
+
+    Raises:
+        UserError: says what to do.
+    """
+    if args.batch_size != AUTO:
+        if args.effective_batch_size:
+            raise UserError(
+                f"--effective_batch_size needs --batch_size {AUTO}; otherwise the images per step are --batch_size "
+                "times --accumulate"
+            )
+    elif args.accumulate != 1:
+        raise UserError(
+            f"--batch_size {AUTO} sets --accumulate itself: pass --effective_batch_size N, the images per step"
+        )
+    elif args.eval or args.compile:
+        flag = "--eval" if args.eval else "--compile"
+        raise UserError(f"--batch_size {AUTO} measures a training step that is not compiled: pass a number with {flag}")
 
 
 def refuse_masks(args) -> None:

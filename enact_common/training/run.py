@@ -17,11 +17,12 @@ from enact_common.checkpoints.files import LATEST
 from enact_common.cli.arguments import VariantParser
 from enact_common.cli.checks import is_installed
 from enact_common.cli.config import CONFIG, config_text
-from enact_common.cli.flags import with_flags
+from enact_common.cli.flags import AUTO, with_flags
 from enact_common.data.coco import CocoDetection
 from enact_common.data.loading import worker_death
 from enact_common.evaluation.coco import CocoBoxEvaluator
 from enact_common.evaluation.panoptic import PanopticEvaluator
+from enact_common.training.auto_batch import check_auto_device, resolve_batch
 from enact_common.training.best import BestTracker
 from enact_common.training.engine import NonFiniteLossError, evaluate, train_one_epoch
 from enact_common.training.logs import AverageMeter, RunLog, main_metric, setup_logging
@@ -156,6 +157,7 @@ def run(
     asked, args = args, init_distributed_mode(args)
     device = torch.device(args.device)
     setup_logging()
+    check_auto_device(args, device)
     if args.auto_resume and len(set(gather_objects(args.resume))) > 1:
         raise UserError(
             f"--auto_resume: only some processes see {Path(args.output_dir) / LATEST}; pass an --output_dir that all "
@@ -171,12 +173,16 @@ def run(
     # The same seed in all processes, so that randomly initialised weights are equal.
     seed_generators(args.seed)
     with checking():
-        data = load_data(args, build_dataset, sources, device)
+        auto = args.batch_size == AUTO
+        data = load_data(with_flags(args, batch_size=1) if auto else args, build_dataset, sources, device)
         args = resolve_model_flags(args, sources, data.label_map)
         network = load_network(variant, args, build_model, sources, data.label_map, device)
         measurable = is_measurable(data, args, "panoptic" in network.postprocessors)
         if not args.eval:
             check_data(data, args, network.model.num_queries)
+        if auto:
+            args = resolve_batch(args, network, data.train_set, device)
+            data = data.with_batches(args, device)
     if get_rank():
         # From here on a different seed per process, so that dropout differs.
         seed_generators(args.seed + get_rank())
