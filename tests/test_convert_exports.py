@@ -245,6 +245,14 @@ def test_other_xml_is_refused_with_the_reason(text, said, tmp_path, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["cvat", "coco", "openimages"])
+def test_annotations_without_their_images_are_refused_with_the_cause(kind, tmp_path, capsys):
+    WRITERS[kind](tmp_path / "in")
+    assert convert_to(tmp_path / "out", kind, tmp_path / "in") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "none of the annotated images is in this folder" in line and "without an image file" in line
+
+
 def test_missing_ambiguous_and_resized_images_are_reported(tmp_path, capsys):
     root = make("cvat", tmp_path / "in", names=("train/a", "train/b", "val/c", "val/gone"))
     save_image(root / "other" / "b.jpg", seed=9)

@@ -29,7 +29,7 @@ def track(name, folder, epoch, value):
     """Log a scalar and a picture of an epoch with a real tracker."""
     opened = Trackers([name], folder, {"lr": 0.1, "batch_size": 4 + epoch})
     opened.scalars(epoch, {"test/AP": value})
-    opened.pictures(epoch, {"pictures/photo": PICTURE})
+    opened.pictures(epoch, lambda: {"pictures/photo": PICTURE})
     assert opened, "it failed"
     opened.close()
     return opened
@@ -140,6 +140,15 @@ def test_a_tracker_that_fails_never_stops_a_training(step, warned, shapes, tmp_p
     # After a failure it is not called again.
     assert step == "none" or failing.calls[-1] == step
     assert other.calls == ["open", "scalars", "scalars", "pictures", "close"]
+
+
+def test_pictures_that_cannot_be_drawn_cost_no_tracker(tmp_path, monkeypatch, caplog):
+    other = Failing("none")
+    monkeypatch.setattr(trackers, "OPENERS", {"wandb": other})
+    opened = Trackers(["wandb"], tmp_path, {})
+    opened.pictures(3, lambda: 1 / 0)
+    assert opened and other.calls == ["open"]
+    assert "the pictures of epoch 3 cannot be drawn (division by zero)" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "{"])

@@ -123,7 +123,7 @@ def to_coco(source: Source, issues: Issues, description: str, progress: bool = F
         rows = [(item.image, *read_item(item, issues)) for item in items]
         read[split] = [row for row in rows if row[1] and row[2] is not None]
         if not read[split]:
-            raise UserError(f"no annotated images are left for {split}{first_findings(issues)}")
+            raise UserError(f"no annotated images are left for {split}{issues.likely_causes()}")
     in_train = {os.path.realpath(image) for image, *_ in read["train"]}
     for image, *_ in read["val"]:
         if os.path.realpath(image) in in_train:
@@ -160,13 +160,8 @@ def to_coco(source: Source, issues: Issues, description: str, progress: bool = F
         if name not in used:
             issues.add(UNUSED_CLASS, name)
     if not annotations["train"]["annotations"]:
-        raise UserError(f"no objects are left to train on{first_findings(issues)}")
+        raise UserError(f"no objects are left to train on{issues.likely_causes()}")
     return Conversion(annotations, images, issues)
-
-
-def first_findings(issues: Issues) -> str:
-    """The first issues as likely causes, to end an error message."""
-    return "".join(f"; {f.text}: {f.examples[0]}{', ...' if f.count > 1 else ''}" for f in issues.findings("")[:3])
 
 
 def read_item(item: Item, issues: Issues) -> tuple[tuple[int, int] | None, list[Object] | None]:
@@ -304,7 +299,7 @@ def summary_text(conversion: Conversion, output_dir: Path) -> str:
         rows.append(f"{split:<8}{len(content['images']):>9,}{len(content['annotations']):>9,}")
         counts[split] = Counter(annotation["category_id"] for annotation in content["annotations"])
     categories = conversion.annotations["train"]["categories"]
-    width = max(len(category["name"]) for category in categories)
+    width = max(len(str(category["name"])) for category in categories)
     rows += ["", f"{'class':<{width + 5}}" + "".join(f"{split:>9}" for split in counts)]
     for category in categories:
         numbers = "".join(f"{own[category['id']]:>9,}" for own in counts.values())

@@ -67,8 +67,7 @@ def find_cvat(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
         except ValueError as error:
             issues.add(OTHER_XML, f"{file}: {error}")
     if not trees:
-        why = "; ".join(finding.examples[0] for finding in issues.findings(""))
-        raise UserError(f"{root}: no annotations.xml of CVAT for images 1.1{f' ({why})' if why else ''}")
+        raise UserError(f"{root}: no annotations.xml of CVAT for images 1.1{issues.likely_causes()}")
     index = ImageIndex(folder, issues)
     sets: dict[str, list[Item]] = defaultdict(list)
     classes: list[str] = []

@@ -74,8 +74,6 @@ def find_openimages(root: Path, args: argparse.Namespace, issues: Issues) -> Sou
                 sets[set_of(table.relative_to(root))].append(Item(image, read))
         if without_file:
             issues.add(NO_FILES, f"{table}: {without_file} of {len(by_image)}", without_file)
-    if not sets:
-        raise UserError(f"{root}: none of the images in {', '.join(map(str, tables))} is in this folder")
     return Source(choose_sets(root, sets, args, issues), args.classes)
 
 

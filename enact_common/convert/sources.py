@@ -60,6 +60,10 @@ class Issues:
         kinds = sorted(self._cases.items(), key=lambda item: item[0][0] != FAULT)
         return [Finding(severity, source, text, sum(cases.values()), tuple(cases)) for (severity, text), cases in kinds]
 
+    def likely_causes(self) -> str:
+        """Return the first issues, each with its first case, to end an error message; empty if there are none."""
+        return "".join(f"; {f.text}: {f.examples[0]}{', ...' if f.count > 1 else ''}" for f in self.findings("")[:3])
+
 
 @dataclass
 class Object:
@@ -177,6 +181,8 @@ def choose_sets(
     Raises:
         UserError: a requested set is missing, or there are too few images.
     """
+    if not sets:
+        raise UserError(f"{root}: none of the annotated images is in this folder{issues.likely_causes()}")
     requested = tuple(name.lower() for name in (args.train_set, args.val_set) if name)
     missing = next((name for name in requested if name not in sets), None)
     if missing is not None:

@@ -172,7 +172,7 @@ class RunLog:
         if self._trackers:
             best = {name.replace("test/", "best/"): v for name, v in scalars_of(stats).items() if "test/" in name}
             self._trackers.scalars(epoch, {**best, "best/epoch": epoch})
-            self._trackers.pictures(epoch, pictures())
+            self._trackers.pictures(epoch, pictures)
 
     def close(self) -> None:
         """End the trackers' runs."""

@@ -134,6 +134,11 @@ def open_mlflow(folder: Path, settings: Mapping[str, Any], run_id: str | None) -
 OPENERS = {"tensorboard": open_tensorboard, "wandb": open_wandb, "mlflow": open_mlflow}
 
 
+def one_line(error: Exception) -> str:
+    """Return an error's message, shortened to one line, or else its type."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 class Trackers:
     """The open trackers of a training; those that fail are left out.
 
@@ -162,8 +167,13 @@ class Trackers:
         """Log an epoch's scalars under names such as `train/loss` and `test/AP`."""
         self._each(lambda tracker: tracker.scalars(epoch, values))
 
-    def pictures(self, epoch: int, images: Mapping[str, np.ndarray]) -> None:
-        """Log pictures, RGB uint8 (height, width, 3), under names such as `pictures/photo`."""
+    def pictures(self, epoch: int, draw: Callable[[], Mapping[str, np.ndarray]]) -> None:
+        """Draw pictures, RGB uint8 (height, width, 3), and log them under names such as `pictures/photo`."""
+        try:
+            images = draw()
+        except Exception as error:
+            logger.warning("--log: the pictures of epoch %d cannot be drawn (%s)", epoch, one_line(error))
+            return
         self._each(lambda tracker: tracker.pictures(epoch, images))
 
     def close(self) -> None:
@@ -189,5 +199,6 @@ class Trackers:
 
     @staticmethod
     def _warn(name: str, error: Exception) -> None:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        logger.warning("--log %s: fails and is left out from here on; the training continues (%s)", name, reason)
+        logger.warning(
+            "--log %s: fails and is left out from here on; the training continues (%s)", name, one_line(error)
+        )
