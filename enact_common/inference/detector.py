@@ -5,7 +5,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from enact_common.models.segmentation import PostProcessPanoptic, full_size_mask
 from enact_common.utils.device import AMP_DTYPE, autocast, check_precision, default_device, find_device
 from enact_common.utils.errors import UserError
 from enact_common.variants import load_variant
+
+if TYPE_CHECKING:
+    from supervision import Detections as SupervisionDetections
 
 logger = logging.getLogger("enact")
 
@@ -75,6 +78,30 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def to_supervision(self) -> "SupervisionDetections":
+        """Return the detections as `supervision.Detections`, for its zones, annotators and the trackers that take them.
+
+        `class_id` holds the model's labels; `data` holds `class_name` and `category_id`, from the data set. The
+        panoptic segmentation and the query numbers are left out.
+
+        Raises:
+            UserError: the package supervision is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise UserError("to_supervision() needs supervision: pip install 'enact-detection[supervision]'") from error
+        return supervision.Detections(
+            xyxy=self.boxes.numpy(),
+            confidence=self.scores.numpy(),
+            class_id=self.labels.numpy(),
+            mask=None if self.masks is None else self.masks.numpy(),
+            data={
+                "class_name": np.array(self.names, dtype=str),
+                "category_id": np.array(self.category_ids, dtype=np.int64),
+            },
+        )
 
 
 class LoadedDetector:
