@@ -70,7 +70,8 @@ def load_plugged(model_class: type, folder_or_name: str | Path, **settings: Any)
             learned = {name.partition(".")[0] for layer in plugged(self) for name, _ in layer.named_parameters()}
             self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *learned - PROJECTIONS}
 
-    Plugged.__name__ = plain.__name__  # what transformers looks up and reports
+    # transformers renames the tensors of files by these, and does not for classes from elsewhere.
+    Plugged.__name__, Plugged.__module__ = plain.__name__, plain.__module__
     try:
         model, info = Plugged.from_pretrained(folder_or_name, config=config, output_loading_info=True, **settings)
     except OSError as error:
