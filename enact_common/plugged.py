@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from enact_common.attention.plug_in import REPLACEMENTS, plug_in_noted
@@ -47,10 +46,10 @@ def load_plugged(model_class: type, folder_or_name: str | Path, **settings: Any)
             f"config.json, or a name on the hub; for this project's own checkpoints use load_detector ({error})"
         ) from error
     noted = getattr(config, "enact", None)
-    if not noted:
+    if not noted or not isinstance(noted, dict):
         raise UserError(
-            f"{folder_or_name}: its configuration has no settings of ENACT (`enact`), so no attention was replaced when "
-            "it was saved: load it with from_pretrained, then call plug_in"
+            f"{folder_or_name}: its configuration has no settings of ENACT (`enact`), so its attention is a plain one: "
+            "load it with from_pretrained, then call plug_in"
         )
     plain = class_of(model_class, config, folder_or_name)
 
@@ -68,7 +67,8 @@ def load_plugged(model_class: type, folder_or_name: str | Path, **settings: Any)
                     f"configuration: {error}"
                 ) from error
             learned = {name.partition(".")[0] for layer in plugged(self) for name, _ in layer.named_parameters()}
-            self._keep_in_fp32_modules_strict = {*(self._keep_in_fp32_modules_strict or ()), *learned - PROJECTIONS}
+            kept = getattr(self, "_keep_in_fp32_modules_strict", None) or ()
+            self._keep_in_fp32_modules_strict = {*kept, *learned - PROJECTIONS}
 
     # transformers renames the tensors of files by these, and does not for classes from elsewhere.
     Plugged.__name__, Plugged.__module__ = plain.__name__, plain.__module__
@@ -80,8 +80,8 @@ def load_plugged(model_class: type, folder_or_name: str | Path, **settings: Any)
     missing = [key for key in info["missing_keys"] if any(key.startswith(f"{name}.") for name in model.config.enact)]
     if missing:
         raise UserError(
-            f"{folder_or_name}: its weights lack {min(missing)} and {len(missing) - 1} others that the settings of ENACT "
-            "in its configuration ask for: the weights were saved before plug_in, or by another model"
+            f"{folder_or_name}: its weights lack {min(missing)} and {len(missing) - 1} others that the settings of "
+            "ENACT in its configuration ask for: the weights were saved before plug_in, or by another model"
         )
     restore_constants(model)
     return model
@@ -130,16 +130,16 @@ def name_in(model: nn.Module, name: str) -> str:
         if candidate in names:
             return candidate
     raise ValueError(
-        f"it has no module {name}; plug_in was called with a part of the model instead of the whole, or on another class"
+        f"it has no module {name}; plug_in was called with a part of the model instead of the whole, or the model was "
+        "saved with another release of transformers"
     )
 
 
-@torch.no_grad()
 def restore_constants(model: nn.Module) -> None:
-    """Fill the buffers that files do not have: transformers 5 builds models without data."""
+    """Make the buffers that files do not have anew: transformers builds models without data."""
     for name, settings in model.config.enact.items():
         layer = model.get_submodule(name)
         fresh = nn.Sequential(nn.MultiheadAttention(layer.embed_dim, layer.num_heads))
         plug_in_noted(fresh, {"0": settings})
-        for buffer, value in zip(layer.buffers(), fresh.buffers(), strict=True):
-            buffer.copy_(value)
+        for buffer, value in fresh[0].named_buffers():
+            setattr(layer, buffer, value.to(layer.W_q.weight.device, getattr(layer, buffer).dtype))

@@ -204,7 +204,7 @@ def fault_of_foreign(attention: nn.Module) -> str | None:
         return "modules inside it have hooks, which would be lost"
     width = layers["W_o"].out_features
     if any(layer.in_features != width or layer.out_features % width for layer in layers.values()):
-        return "its heads or its output have other channels in all than its input (pruned heads, attn_head_dim, dim_out)"
+        return "its heads or its output have other channels than its input (pruned heads, attn_head_dim, dim_out)"
     inside = {name: getattr(attention, name, None) for name in ("q_norm", "k_norm", "norm", "gate")}
     extra = [name for name, part in inside.items() if part is not None and not isinstance(part, nn.Identity)]
     return f"it has {', '.join(extra)}, which ENACT's attention has not" if extra else None

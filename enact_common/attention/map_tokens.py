@@ -30,6 +30,8 @@ class MapTokens:
     def __post_init__(self):
         if self.before < 0 or self.after < 0:
             raise ValueError(f"before and after must be at least 0 tokens, got {self.before} and {self.after}")
+        if self.size is not None:
+            object.__setattr__(self, "size", tuple(self.size))  # a list, from JSON
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
             raise ValueError(f"size must be the map's height and width, both at least 1 token, got {self.size}")
 

@@ -165,8 +165,7 @@ def plug_in_noted(module: nn.Module, noted: Mapping[str, Mapping[str, Any]]) -> 
     for name, settings in noted.items():
         settings = dict(settings)
         if settings.get("tokens") is not None:
-            size = settings["tokens"]["size"]
-            settings["tokens"] = MapTokens(**settings["tokens"] | {"size": size and tuple(size)})
+            settings["tokens"] = MapTokens(**settings["tokens"])
         if settings.get("map_size") is not None:
             settings["map_size"] = tuple(settings["map_size"])
         plug_in(module, where=re.escape(name), **settings)
