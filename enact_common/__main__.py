@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("train", "train a variant: enact train detr|conditional|anchor"),
     "eval": ("train", "evaluate a checkpoint: enact eval --resume CKPT"),
     "predict": ("predict", "detect in images and videos"),
+    "explore": ("explore.__main__", "look into a detector in a browser: clusters, attention, settings"),
     "check": ("data.checks.__main__", "find errors in a data set"),
     "convert": ("convert.__main__", "convert Pascal VOC or YOLO data to COCO's layout"),
     "export": ("export.__main__", "write a detector as ONNX, torch.export or TorchScript"),
