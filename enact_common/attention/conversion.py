@@ -65,9 +65,10 @@ def plain_weights(weights: Mapping[str, Tensor], num_heads: int, scale_logits: b
     embed_dim = weights["W_q.weight"].shape[1]
     head_dim = embed_dim // num_heads
     scale, spread = (1.0, 1.0) if scale_logits else (head_dim**0.5, 1 / head_dim)
+    packed = {}
     with torch.no_grad():
-        packed = {
-            f"in_proj_{part}": torch.cat([weights[f"W_q.{part}"] * scale, weights[f"W_k.{part}"], weights[f"W_v.{part}"]])
-            for part in ("weight", "bias")
-        }
-        return packed | {"out_proj.weight": weights["W_o.weight"] * spread, "out_proj.bias": weights["W_o.bias"].clone()}
+        for part in ("weight", "bias"):
+            query, key, value, out = (weights[f"{name}.{part}"] for name in ("W_q", "W_k", "W_v", "W_o"))
+            packed[f"in_proj_{part}"] = torch.cat([query * scale, key, value])
+            packed[f"out_proj.{part}"] = out * spread if part == "weight" else out.clone()
+    return packed

@@ -61,7 +61,7 @@ class Settings:
             return "plain attention"
         if self.attention != ENACT:
             return self.attention
-        parts = [f"ENACT: {self.clusters} in {self.order} order", f"sigma {self.sigma:g}"]
+        parts = [f"ENACT: clusters {self.clusters}", f"order {self.order}", f"sigma {self.sigma:g}"]
         parts += [f"temperature {self.temperature:g}"] if self.temperature else []
         parts += [f"at most {self.max_clusters} clusters"] if self.max_clusters else []
         return ", ".join(parts)

@@ -42,7 +42,7 @@ MAX_DETECTIONS = 100
 REPEATS = 3
 
 # Size of a figure that is one of two side by side, inches.
-HALF_SLIDE = (7.0, 7.0)
+HALF_SLIDE = (7.0, 8.0)
 
 # Pixels of the caption over a picture.
 CAPTION = 44
@@ -116,7 +116,7 @@ class View:
         return self.first, self.second
 
 
-# Reading and running ---------------------------------------------------------------------------------------------------
+# Reading and running -------------------------------------------------------------------------------------------------
 
 
 def read_picture(path: Path, least_side: int = 0) -> Picture:
@@ -166,6 +166,8 @@ def with_second(models: Models, view: View, second: Settings) -> View:
     Raises:
         UserError: the detector does not support the settings.
     """
+    if second == view.second.settings:
+        return view
     with models.lock:
         other = models.get(second)
         return replace(view, second=view.first if other is models.detector else see(other, view.picture.pixels))
@@ -230,7 +232,7 @@ def detection_at(detections: Detections, x: float, y: float) -> int | None:
     return int(area.argmin()) if inside.any() else None
 
 
-# Pictures ---------------------------------------------------------------------------------------------------------------
+# Pictures ------------------------------------------------------------------------------------------------------------
 
 
 def draw_seen(picture: Picture, seen: Seen, threshold: float) -> np.ndarray:
@@ -244,14 +246,15 @@ def zoom(picture: Picture) -> int:
     return enlargement(*picture.pixels.shape[-2:])
 
 
-def draw_maps(picture: Picture, seen: Seen) -> tuple[np.ndarray, np.ndarray] | None:
-    """Draw the information and the clusters of each encoder layer: two images, or None without ENACT."""
+def draw_maps(picture: Picture, seen: Seen) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the information and the clusters of each encoder layer; without ENACT, twice that there are none."""
     from enact_common.drawing.figures import rendered
-    from enact_common.inference.introspection_plots import draw_clusters, draw_information
+    from enact_common.inference.introspection_plots import draw_clusters, draw_information, draw_note
 
-    if not seen.layers:
-        return None
     image = picture.pixels.permute(1, 2, 0).numpy()
+    if not seen.layers:
+        none = rendered(draw_note(image, ("No clusters", "every cell attends to all cells"), HALF_SLIDE))
+        return none, none
     information = draw_information(image, [layer.information for layer in seen.layers], HALF_SLIDE)
     clusters = draw_clusters(image, [layer.clusters for layer in seen.layers], HALF_SLIDE)
     return rendered(information), rendered(clusters)
@@ -290,7 +293,7 @@ def captioned(picture: np.ndarray, seen: Seen, threshold: float) -> np.ndarray:
     return np.concatenate([np.array(canvas), picture])
 
 
-# Words and files --------------------------------------------------------------------------------------------------------
+# Words and files -----------------------------------------------------------------------------------------------------
 
 
 def figures_text(seen: Seen, threshold: float) -> str:
@@ -358,12 +361,14 @@ def write_downloads(view: View, checkpoint: str, threshold: float, folder: Path)
     return picture, text
 
 
-def options_of(seen: Seen, threshold: float) -> list[tuple[str, int]]:
-    """Return the detections that reach the threshold as (text, query), the likeliest first, one per query."""
-    kept = likeliest(seen.detections, threshold)
+def options_of(view: View, threshold: float) -> list[tuple[str, int]]:
+    """Return the queries whose detections reach the threshold in either model, as (text, query): each query once, those
+    of the first model first, and the likeliest of a model first."""
     options: dict[int, str] = {}
-    for name, score, query in zip(kept.names, kept.scores.tolist(), kept.queries.tolist(), strict=True):
-        options.setdefault(query, f"{len(options) + 1}: {name} {score:.2f}")
+    for seen in view.both():
+        kept = likeliest(seen.detections, threshold)
+        for name, score, query in zip(kept.names, kept.scores.tolist(), kept.queries.tolist(), strict=True):
+            options.setdefault(query, f"{len(options) + 1}: {name} {score:.2f}")
     return [(text, query) for query, text in options.items()]
 
 

@@ -63,7 +63,9 @@ class Introspection:
 
 def memory_attentions(model: nn.Module) -> list[nn.Module]:
     """Return the module of each decoder layer that attends to the feature map."""
-    return [getattr(module, module.MEMORY_ATTENTION) for module in model.modules() if hasattr(module, "MEMORY_ATTENTION")]
+    return [
+        getattr(module, module.MEMORY_ATTENTION) for module in model.modules() if hasattr(module, "MEMORY_ATTENTION")
+    ]
 
 
 def memory_attention(model: nn.Module) -> nn.Module:

@@ -120,16 +120,22 @@ def draw_attention(image: np.ndarray, attention: Tensor, boxes: Tensor, names: S
         scores: (n,), in [0, 1].
     """
     if not names:
-        heading = ("Attention of the queries", "nothing was found in this image; a lower threshold shows more")
-        figure, (axes,) = lay_out(image, 1, heading)
-        show_image(axes, image, "")
-        return figure
+        return draw_note(
+            image, ("Attention of the queries", "nothing was found in this image; a lower threshold shows more")
+        )
     heading = (
         "Attention of the likeliest detections",
         f"last decoder layer, mean of all heads, over {cells_of(attention[0])}",
     )
     titles = [named(name, score) for name, score in zip(names, scores.tolist(), strict=True)]
     return draw_weights(image, attention, boxes, titles, heading)
+
+
+def draw_note(image: np.ndarray, heading: tuple[str, str], slide: tuple[float, float] = SLIDE) -> Figure:
+    """Draw only the image, uint8 (height, width, 3), with a title and subtitle that say why there is nothing else."""
+    figure, (axes,) = lay_out(image, 1, heading, slide=slide)
+    show_image(axes, image, "")
+    return figure
 
 
 def draw_attention_by_layer(
