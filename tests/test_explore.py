@@ -367,6 +367,7 @@ def browser():
 def visit(browser, address: str):
     """A page of a new user, once the first picture is there; and the addresses that it asked for."""
     page, asked = browser.new_context(viewport={"width": 1400, "height": 1200}).new_page(), []
+    page.set_default_timeout(120_000)
     page.on("request", lambda request: asked.append(request.url))
     page.goto(address)
     page.wait_for_selector("#detections_2 img")

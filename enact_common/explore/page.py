@@ -343,7 +343,7 @@ def detections_shown(
     }
     titles = ("As in the checkpoint", "With your settings")
     for seen, title, caption, box in zip(view.both(), titles, parts.captions, parts.detections, strict=True):
-        values[caption] = f"**{title}**: {seen.settings.text()}<br>{views.figures_text(seen, threshold)}"
+        values[caption] = f"**{title}**: {seen.settings.text()}<br>\n{views.figures_text(seen, threshold)}"
         values[box] = views.draw_seen(view.picture, seen, threshold)
     return values
 
