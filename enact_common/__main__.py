@@ -20,6 +20,7 @@ COMMANDS = {
     "train": ("train", "train a variant: enact train detr|conditional|anchor"),
     "eval": ("train", "evaluate a checkpoint: enact eval --resume CKPT"),
     "predict": ("predict", "detect in images and videos"),
+    "explore": ("explore.__main__", "look into a detector in a browser: clusters, attention, settings"),
     "check": ("data.checks.__main__", "find errors in a data set"),
     "convert": ("convert.__main__", "convert Pascal VOC, YOLO, CVAT and other data to COCO's layout"),
     "split": ("split", "split an annotated image folder into train and val"),

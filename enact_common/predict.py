@@ -201,18 +201,29 @@ def build_parser() -> argparse.ArgumentParser:
         help="keep photos as stored, as training does; default: rotate them upright by their EXIF orientation, as "
         "viewers do; boxes refer to the upright image",
     )  # fmt: skip
-    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
-    parser.add_argument(
-        "--dilation", action=argparse.BooleanOptionalAction, default=None,
-        help="dilated backbone (DC5), for files with only weights; default: the checkpoint's setting, else the "
-        "variant's default",
-    )  # fmt: skip
+    add_detector_flags(parser)
     parser.add_argument(
         "--show", nargs="+", choices=SHOWN, default=(), metavar="KIND",
         help=f"also draw the model's internals for each image, not for videos: {', '.join(SHOWN)}; needs matplotlib; "
         "default: none",
     )  # fmt: skip
     return parser
+
+
+def add_detector_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how to load a detector, which `detector_from` reads."""
+    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
+    parser.add_argument(
+        "--dilation", action=argparse.BooleanOptionalAction, default=None,
+        help="dilated backbone (DC5), for files with only weights; default: the checkpoint's setting, else the "
+        "variant's default",
+    )  # fmt: skip
+
+
+def detector_from(args: argparse.Namespace) -> LoadedDetector:
+    """Load the detector of parsed arguments: `checkpoint`, `threshold` and those of `add_detector_flags`."""
+    flags = {} if args.dilation is None else {"dilation": args.dilation}
+    return load_detector(args.checkpoint, args.device, args.threshold, **flags)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -254,8 +265,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--show: works only for images, and all inputs are videos; leave out --show")
     if kinds:
         check_matplotlib()
-    flags = {} if args.dilation is None else {"dilation": args.dilation}
-    detector = load_detector(args.checkpoint, args.device, args.threshold, **flags)
+    detector = detector_from(args)
     if kinds:
         check_kinds(detector, kinds)
     if args.slice:
