@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .clustering import EntropyClustering, autocast_dtype
+from .kernels import AUTO
 
 
 class EnactSelfAttention(EntropyClustering):
@@ -27,7 +28,7 @@ class EnactSelfAttention(EntropyClustering):
         dropout: probability of dropping an attention weight in training. The reference has none.
         sigma: standard deviation of the information's smoothing, tokens.
         batch_first: tensors are (batch, N, d) instead of (N, batch, d).
-        clusters, per_image, mask_padding, max_clusters, temperature: as in `EntropyClustering`.
+        clusters, per_image, mask_padding, max_clusters, temperature, kernels: as in `EntropyClustering`.
         scale_logits: scale the logits by head_dim^-0.5 and do not divide the values, as in plain attention. The
             published weights were trained without it; new trainings learn better with it (docs/results/accuracy.md).
 
@@ -57,8 +58,11 @@ class EnactSelfAttention(EntropyClustering):
         max_clusters: int | None = None,
         temperature: float | None = None,
         scale_logits: bool = False,
+        kernels: str = AUTO,
     ):
-        super().__init__(embed_dim, sigma, clusters, per_image, mask_padding, max_clusters, temperature)
+        super().__init__(
+            embed_dim, sigma, clusters, per_image, mask_padding, max_clusters, temperature, kernels=kernels
+        )
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim ({embed_dim}) must be a multiple of num_heads ({num_heads})")
         self.embed_dim = embed_dim
@@ -116,13 +120,12 @@ class EnactSelfAttention(EntropyClustering):
         scored, query, key, value = key, cast[id(query)], cast[id(key)], cast[id(value)]
         if not self.batch_first:
             scored, key, value = (tensor.transpose(0, 1) for tensor in (scored, key, value))
-        (key, value), clusters = self.pool(scored, value, key_padding_mask=key_padding_mask, narrow=key)
+        finish = self.start_pooling(scored, value, key_padding_mask=key_padding_mask, narrow=key)
+        q = self.W_q(query)  # before the end of the pooling, which may wait for the GPU
+        (key, value), clusters = finish()
         padding_mask = clusters.padding_mask
         sizes = clusters.sizes() if self.weigh_by_size else None
-        q, k, v = (
-            projection(tensor).unflatten(-1, (self.num_heads, head_dim))
-            for projection, tensor in ((self.W_q, query), (self.W_k, key), (self.W_v, value))
-        )
+        q, k, v = (x.unflatten(-1, (self.num_heads, head_dim)) for x in (q, self.W_k(key), self.W_v(value)))
         # Transpose after the projection: transposed before it, the inputs would be copied, and the copies kept.
         q = q.transpose(1, 2) if self.batch_first else q.permute(1, 2, 0, 3)  # (batch, heads, L, head_dim)
         k, v = k.transpose(1, 2), v.transpose(1, 2)  # (batch, heads, M, head_dim)
