@@ -393,12 +393,13 @@ class EntropyClustering(nn.Module):
 
     def reason_against_kernels(self, scored: Tensor, key_padding_mask: Tensor | None) -> str | None:
         """Return why Triton's kernels cannot cluster with this layer's settings; None if they can."""
-        fits = key_padding_mask is None or key_padding_mask.shape == scored.shape[:2]
+        masked = key_padding_mask is not None and self.mask_padding
+        fits = not masked or key_padding_mask.shape == scored.shape[:2]
         reasons = {
             "shapes do not fit": not fits or scored.shape[2] != self.W_prob.in_features,
             "regions are clustered": self.clusters == REGIONS,
             "each image has its own window length": self.clusters == WINDOWS and self.per_image,
-            "windows leave out padding": self.clusters == WINDOWS and self.mask_padding and key_padding_mask is not None,
+            "windows leave out padding": self.clusters == WINDOWS and masked,
             "the window length is fixed": self.fixed_length is not None,
             "the clusters are traced": bool(self._cluster_hooks),
             "the layer's parts were changed": self.uniform_share != 0

@@ -25,6 +25,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The widest tokens, whose tile is two tokens high.
 MOST_CHANNELS = 2048
 
+# The widest values of a row-column product, whose tiles fit the registers.
+MOST_HEAD_DIM = 128
+
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
@@ -67,16 +70,30 @@ def reason_against(tensors: Sequence[Tensor]) -> str | None:
         return f"no support for {', '.join(sorted({str(t.dtype) for t in tensors if t.dtype not in DTYPES}))}"
     if any(tensor.numel() == 0 for tensor in tensors):
         return "an input is empty"
+    if not all(map(fits_int32, tensors)):
+        return "an input has more than 2^31 elements"
     return None
 
 
 def reason_against_pooling(*tensors: Tensor) -> str | None:
-    """Return why the kernels cannot pool these tensors: the scored ones, a copy of them, and others; None if they can."""
+    """Return why the kernels cannot pool these tensors: scored tokens, a copy of them, others; None if they can."""
     if len(tensors) != 3 or tensors[0].ndim != 3 or len({tensor.shape for tensor in tensors}) > 1:
         return "they pool two tensors of one shape (batch, N, d)"
     if tensors[0].shape[2] > MOST_CHANNELS:
         return f"they pool at most {MOST_CHANNELS} channels"
     return reason_against(tensors)
+
+
+def reason_against_products(*tensors: Tensor) -> str | None:
+    """Return why the kernels cannot compute row-column products of these tensors, values last; None if they can."""
+    if tensors[-1].shape[-1] > MOST_HEAD_DIM:
+        return f"they multiply at most {MOST_HEAD_DIM} channels"
+    return reason_against(tensors)
+
+
+def fits_int32(tensor: Tensor) -> bool:
+    """Whether a tensor's elements can be addressed by int32 offsets."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) < 2**31
 
 
 def attempt(name: str, kernels: str, reason: str | None, run: Callable[[], Result]) -> Result | None:

@@ -51,7 +51,7 @@ def score(
     MASKED: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr, MASK_PLACES: tl.constexpr,
 ):  # fmt: skip
     """Score the tokens of a block, and store the scores at the tokens' places."""
-    block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block, image = tl.program_id(0), tl.program_id(1)
     token = block * PLACES + tl.arange(0, PLACES)
     inside = token < num_tokens
     logit = tl.zeros((PLACES,), tl.float32)
@@ -116,7 +116,7 @@ def information(
     MASKED: tl.constexpr, BORDERS: tl.constexpr, TAPS: tl.constexpr, PLACES: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Smooth the information; add it up over each block, all of it and what is positive; count borders of regions."""
-    block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block, image = tl.program_id(0), tl.program_id(1)
     place = block * PLACES + tl.arange(0, PLACES)
     count = num_tokens
     if MASKED:
@@ -175,7 +175,7 @@ def equal_borders(
 
     SHARE: tokens per cluster; 0 for `num_clusters` clusters in each image with as many tokens.
     """
-    image = tl.program_id(0).to(tl.int64)
+    image = tl.program_id(0)
     count = num_tokens
     if MASKED:
         count = tl.load(present + image)
@@ -272,7 +272,7 @@ def pool(
     MASKED: tl.constexpr, WINDOWS: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Pool the keys and the values of one cluster."""
-    cluster, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    cluster, image = tl.program_id(0), tl.program_id(1)
     begin, end = span_of(first, image, cluster, num_clusters, skipped, length, WINDOWS)
     divisor = tl.load(divisors + image)
     channel = tl.arange(0, CHANNELS)
@@ -287,9 +287,7 @@ def pool(
         if MASKED:
             token = tl.load(order + image * num_tokens + place, mask=inside, other=0)
         both = inside[:, None] & (channel < channels)[None, :]
-        keys = tl.load(
-            key + image * key_image + token[:, None] * key_token + channel[None, :], mask=both, other=0.0
-        )
+        keys = tl.load(key + image * key_image + token[:, None] * key_token + channel[None, :], mask=both, other=0.0)
         values = tl.load(
             value + image * value_image + token[:, None] * value_token + channel[None, :], mask=both, other=0.0
         )
@@ -313,7 +311,7 @@ def weight_grad(
 
     With a_j the sum of token j's keys and values times their cluster's gradients: w_j (a_j - sum_i w_i a_i) / divisor.
     """
-    cluster, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    cluster, image = tl.program_id(0), tl.program_id(1)
     begin, end = span_of(first, image, cluster, num_clusters, skipped, length, WINDOWS)
     divisor = tl.load(divisors + image)
     channel = tl.arange(0, CHANNELS)
@@ -331,9 +329,7 @@ def weight_grad(
         if MASKED:
             token = tl.load(order + address, mask=inside, other=0)
         both = inside[:, None] & (channel < channels)[None, :]
-        keys = tl.load(
-            key + image * key_image + token[:, None] * key_token + channel[None, :], mask=both, other=0.0
-        )
+        keys = tl.load(key + image * key_image + token[:, None] * key_token + channel[None, :], mask=both, other=0.0)
         values = tl.load(
             value + image * value_image + token[:, None] * value_token + channel[None, :], mask=both, other=0.0
         )
@@ -365,7 +361,7 @@ def prob_grad(
     MASKED: tl.constexpr, WINDOWS: tl.constexpr, TAPS: tl.constexpr, PLACES: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Pass the gradient through the smoothing and `-p log2 p`; add up p times its gradient over each block."""
-    block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block, image = tl.program_id(0), tl.program_id(1)
     place = block * PLACES + tl.arange(0, PLACES)
     count = num_tokens
     if MASKED:
@@ -398,7 +394,7 @@ def token_grad(
     MASKED: tl.constexpr, WINDOWS: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of a block's tokens, and its part of the gradient of the scoring weights and bias."""
-    block, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block, image = tl.program_id(0), tl.program_id(1)
     place = block * PLACES + tl.arange(0, PLACES)
     inside = place < num_tokens
     count = num_tokens
@@ -526,8 +522,8 @@ class Started:
             length = torch.empty(1, dtype=torch.int32, device=device)
             window_length[(1,)](
                 block_sums, borders, length, self.divisors, batch, num_tokens, self.num_blocks,
-                setting.max_clusters or 0, IMAGES=images, CHUNK=max(min(TILE // images, self.blocks), 1), BLOCKS=self.blocks,
-                **temperature,
+                setting.max_clusters or 0, IMAGES=images, CHUNK=max(min(TILE // images, self.blocks), 1),
+                BLOCKS=self.blocks, **temperature,
             )  # fmt: skip
             self.read_back = ReadBack(length)
 
