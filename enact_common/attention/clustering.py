@@ -162,8 +162,9 @@ def equal_information(information: Tensor, tokens: Tensor, count: Tensor, unifor
         int64 (batch, N), the cluster of each place: ascending by steps of at most 1, and the last cluster behind an
         image's tokens. No gradient flows.
     """
-    # Rounding makes the information of a probability of 1 negative.
-    information = information.detach().clamp(min=0)
+    # Rounding makes the information of a probability of 1 negative. NaN would give clusters that do not exist.
+    information = information.detach()
+    information = information.where(information > 0, 0)
     total = information.sum(dim=1, keepdim=True).clamp(min=torch.finfo(information.dtype).tiny)
     # Integers: their cumulative sum is deterministic on GPUs and does not depend on padding or the summation order.
     mass = information / total

@@ -98,7 +98,9 @@ class Recorder:
 
     def __getitem__(self, grid):
         def launch(*arguments, **keywords) -> None:
-            self.launches.append(Launch(self.kernel, dict(zip(self.kernel.arg_names, arguments)) | keywords))
+            # The constants are passed by name.
+            by_position = dict(zip(self.kernel.arg_names, arguments, strict=False))
+            self.launches.append(Launch(self.kernel, by_position | keywords))
 
         return launch
 
@@ -129,7 +131,7 @@ class KnownLength:
 
 
 def pooling_launches(equal: bool, dtype: torch.dtype) -> list[Launch]:
-    """Launch the kernels of one layer, forward and backward, at the size of DETR-DC5: 4 x 4,200 tokens, 256 channels."""
+    """Launch the kernels of one layer, forward and backward, for 4 x 4,200 tokens of 256 channels, as in DETR-DC5."""
     scored = torch.empty(4200, 4, 256, device="meta").transpose(0, 1)
     key, value = scored.to(dtype), scored.to(dtype)
     weight, bias = torch.empty(256, device="meta"), torch.empty(1, device="meta")
@@ -165,11 +167,10 @@ def row_column_launches(members_last: bool, dtype: torch.dtype) -> list[Launch]:
 
 
 def all_launches(dtype: torch.dtype) -> dict[str, list[Launch]]:
-    """Return the launches by what they compute; kernels that are compiled alike are listed once."""
-    equal, windows = pooling_launches(True, dtype), pooling_launches(False, dtype)
+    """Return the launches by what they compute, for keys, values and weights of a dtype."""
     return {
-        "equal clusters": equal,
-        "windows": windows,
+        "equal clusters": pooling_launches(True, dtype),
+        "windows": pooling_launches(False, dtype),
         "product over clusters": row_column_launches(True, dtype),
         "product over the map": row_column_launches(False, dtype),
     }
@@ -191,7 +192,7 @@ def needs_of(launch: Launch, capability: int) -> Needs:
     return Needs(usage["REG"], compiled.metadata.shared, usage["STACK"] + usage["LOCAL"])
 
 
-def table(dtype: torch.dtype = torch.bfloat16) -> str:
+def table(dtype: torch.dtype) -> str:
     """Return a Markdown table of all kernels: registers, shared memory and spills for each compute capability."""
     names = [
         f"sm_{capability}: {column}" for capability in CAPABILITIES for column in ("registers", "shared", "spilled")
@@ -206,4 +207,5 @@ def table(dtype: torch.dtype = torch.bfloat16) -> str:
 
 
 if __name__ == "__main__":
-    print(f"Triton {triton.__version__}, tokens in bfloat16 scored in float32\n\n{table()}")
+    for dtype in (torch.bfloat16, torch.float32):
+        print(f"Triton {triton.__version__}, {str(dtype).removeprefix('torch.')}:\n\n{table(dtype)}\n")
