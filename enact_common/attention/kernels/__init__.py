@@ -119,6 +119,11 @@ def attempt(name: str, kernels: str, reason: str | None, run: Callable[[], Resul
     return None
 
 
+def failed_kernels() -> frozenset[str]:
+    """Return the names of kernels that failed in this process."""
+    return frozenset(_failed)
+
+
 def _log_once(message: str) -> None:
     """Log a warning, unless the same one was logged before."""
     if message not in _logged:
