@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .clustering import EntropyClustering, autocast_dtype
+from .kernels import AUTO
 from .map_tokens import MapTokens
 
 
@@ -29,7 +30,7 @@ class EnactSelfAttention(EntropyClustering):
         dropout: probability of dropping an attention weight in training. The reference has none.
         sigma: standard deviation of the information's smoothing, tokens.
         batch_first: tensors are (batch, N, d) instead of (N, batch, d).
-        clusters, per_image, mask_padding, max_clusters, temperature: as in `EntropyClustering`.
+        clusters, per_image, mask_padding, max_clusters, temperature, kernels: as in `EntropyClustering`.
         scale_logits: scale the logits by head_dim^-0.5 and do not divide the values, as in plain attention. The
             published weights were trained without it; new trainings learn better with it (docs/results/accuracy.md).
         tokens: which keys are a feature map's. The others are not clustered: each stays a key. None: all are the map's.
@@ -61,8 +62,11 @@ class EnactSelfAttention(EntropyClustering):
         temperature: float | None = None,
         scale_logits: bool = False,
         tokens: MapTokens | None = None,
+        kernels: str = AUTO,
     ):
-        super().__init__(embed_dim, sigma, clusters, per_image, mask_padding, max_clusters, temperature)
+        super().__init__(
+            embed_dim, sigma, clusters, per_image, mask_padding, max_clusters, temperature, kernels=kernels
+        )
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim ({embed_dim}) must be a multiple of num_heads ({num_heads})")
         self.embed_dim = embed_dim
@@ -125,12 +129,14 @@ class EnactSelfAttention(EntropyClustering):
         tokens = self.tokens
         tokens.check(key.shape[1])
         padded = key_padding_mask if self.mask_padding else None
-        pooled, clusters = self.pool(
+        finish = self.start_pooling(
             tokens.of_map(scored),
             tokens.of_map(value),
             key_padding_mask=None if padded is None else tokens.of_map(padded),
             narrow=tokens.of_map(key),
         )
+        q = self.W_q(query)  # before the end of the pooling, which may wait for the GPU
+        pooled, clusters = finish()
         padding_mask = clusters.padding_mask
         sizes = clusters.sizes() if self.weigh_by_size else None
         if not tokens.all and not (padded is None and padding_mask is None and sizes is None):
@@ -139,10 +145,7 @@ class EnactSelfAttention(EntropyClustering):
             missing = torch.zeros(clusters.shape, dtype=torch.bool, device=key.device)
             padding_mask = tokens.rejoin(beside, missing if padding_mask is None else padding_mask)
         key, value = (tokens.rejoin(*parts) for parts in zip((key, value), pooled, strict=True))
-        q, k, v = (
-            projection(tensor).unflatten(-1, (self.num_heads, head_dim))
-            for projection, tensor in ((self.W_q, query), (self.W_k, key), (self.W_v, value))
-        )
+        q, k, v = (x.unflatten(-1, (self.num_heads, head_dim)) for x in (q, self.W_k(key), self.W_v(value)))
         # Transpose after the projection: transposed before it, the inputs would be copied, and the copies kept.
         q = q.transpose(1, 2) if self.batch_first else q.permute(1, 2, 0, 3)  # (batch, heads, L, head_dim)
         k, v = k.transpose(1, 2), v.transpose(1, 2)  # (batch, heads, M, head_dim)

@@ -8,6 +8,7 @@ from typing import NoReturn
 from enact_common.attention.clustering import CLUSTERS
 from enact_common.attention.clusters import DEFAULT_SHARE
 from enact_common.attention.hilbert import ORDERS, ROWS
+from enact_common.attention.kernels import AUTO, KERNELS
 from enact_common.cli.checks import check_arguments, check_position_embedding
 from enact_common.cli.config import add_opposites, read_config
 from enact_common.cli.flags import AUTO, COCO, ENACT_LR, LOSSES, MODEL, PANOPTIC, PLAIN_LR, TRACKERS
@@ -256,6 +257,12 @@ def add_model_flags(group) -> None:
         help="ENACT: pooling weights are a softmax of each token's information divided by T times the image's mean "
         "information, so that informative tokens weigh more; 0 uses the information in bits, as published, which makes "
         "the weights almost equal; default: the checkpoint's, else 0",
+    )  # fmt: skip
+    group.add_argument(
+        "--enact_kernels", choices=KERNELS,
+        help="ENACT, and Anchor DETR's row-column attention: compute clusters and products in PyTorch (torch) or with "
+        "Triton's kernels on a GPU (triton), where they cover the settings (docs/dev/kernels.md); auto is torch until "
+        f"GPUs have confirmed the kernels; default: the checkpoint's, else {AUTO}",
     )  # fmt: skip
     group.add_argument(
         "--enact_scale_logits", action="store_true",

@@ -34,7 +34,7 @@ ENACT_FLAGS = ("smoothing_sigma", "enact_scale_logits")
 # Flags of ENACT and its rivals that work with any weights. Flags that are not given are taken from the checkpoint.
 CLUSTERING_FLAGS = (
     "enact_clusters", "enact_order", "enact_per_image", "enact_mask_padding", "enact_max_clusters", "enact_temperature",
-    "token_budget",
+    "enact_kernels", "token_budget",
 )  # fmt: skip
 
 # Booleans with a `--no-` form, because a variant may switch them on by default.

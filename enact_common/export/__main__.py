@@ -157,7 +157,8 @@ def run(args: argparse.Namespace) -> int:
         return export_folder(args)
     output = Path(args.output or Path(args.checkpoint).with_suffix(FORMATS[args.format].suffix).name)
     check_arguments(args, output)
-    flags = {flag: getattr(args, flag) for flag in ("dilation", *CLUSTERING_FLAGS) if getattr(args, flag) is not None}
+    given = {flag: getattr(args, flag, None) for flag in ("dilation", *CLUSTERING_FLAGS)}
+    flags = {flag: value for flag, value in given.items() if value is not None}
     detector = load_detector(args.checkpoint, "cpu", **flags)
     side = detector.args.eval_size
     interface = Interface(
