@@ -11,7 +11,7 @@ from enact_common.attention.hilbert import ORDERS, ROWS
 from enact_common.attention.kernels import AUTO, KERNELS
 from enact_common.cli.checks import check_arguments, check_position_embedding
 from enact_common.cli.config import add_opposites, read_config
-from enact_common.cli.flags import AUTO, COCO, ENACT_LR, LOSSES, MODEL, PANOPTIC, PLAIN_LR, TRACKERS
+from enact_common.cli.flags import AUTO_BATCH, COCO, ENACT_LR, LOSSES, MODEL, PANOPTIC, PLAIN_LR, TRACKERS
 from enact_common.cli.types import (
     HelpFormatter,
     batch_size,
@@ -354,14 +354,14 @@ def add_training_flags(group) -> None:
     group.add_argument("--sgd", action="store_true", help="SGD with momentum 0.9 instead of AdamW")
     group.add_argument(
         "--batch_size", type=batch_size, default=2, metavar="N",
-        help=f"images per process and forward pass; {AUTO} measures the largest that fits into the GPU's memory",
+        help=f"images per process and forward pass; {AUTO_BATCH} measures the largest that fits into the GPU's memory",
     )  # fmt: skip
     group.add_argument(
         "--accumulate", type=positive_int, default=1, metavar="N", help="batches whose gradients are averaged per step"
     )
     group.add_argument(
         "--effective_batch_size", type=positive_int, metavar="N",
-        help=f"images per optimizer step, for --batch_size {AUTO}, which then sets --accumulate; default: 8, as in the "
+        help=f"images per optimizer step, for --batch_size {AUTO_BATCH}, which then sets --accumulate; default: 8, as in the "
         "published trainings",
     )  # fmt: skip
     group.add_argument(

@@ -6,7 +6,7 @@ import math
 import torch
 
 from enact_common.attention.rivals import RIVALS
-from enact_common.cli.flags import AUTO, COCO, PANOPTIC, TRACKERS
+from enact_common.cli.flags import AUTO_BATCH, COCO, PANOPTIC, TRACKERS
 from enact_common.models.backbone import ALL_STAGES, SHALLOW_BACKBONES, stride_of
 from enact_common.models.position_encoding import PositionEmbeddingLearned
 from enact_common.utils.device import TORCH_VERSION
@@ -136,19 +136,21 @@ def check_auto_batch(args) -> None:
     Raises:
         UserError: says what to do.
     """
-    if args.batch_size != AUTO:
+    if args.batch_size != AUTO_BATCH:
         if args.effective_batch_size:
             raise UserError(
-                f"--effective_batch_size needs --batch_size {AUTO}; otherwise the images per step are --batch_size "
+                f"--effective_batch_size needs --batch_size {AUTO_BATCH}; otherwise the images per step are --batch_size "
                 "times --accumulate"
             )
     elif args.accumulate != 1:
         raise UserError(
-            f"--batch_size {AUTO} sets --accumulate itself: pass --effective_batch_size N, the images per step"
+            f"--batch_size {AUTO_BATCH} sets --accumulate itself: pass --effective_batch_size N, the images per step"
         )
     elif args.eval or args.compile:
         flag = "--eval" if args.eval else "--compile"
-        raise UserError(f"--batch_size {AUTO} measures a training step that is not compiled: pass a number with {flag}")
+        raise UserError(
+            f"--batch_size {AUTO_BATCH} measures a training step that is not compiled: pass a number with {flag}"
+        )
 
 
 def refuse_masks(args) -> None:

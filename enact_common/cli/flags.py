@@ -11,7 +11,7 @@ PLAIN_LR = 1e-4
 COCO, PANOPTIC = "coco", "coco_panoptic"
 
 # The value of `--batch_size` that measures what fits.
-AUTO = "auto"
+AUTO_BATCH = "auto"
 
 # The trackers of `--log`: the package of each, and the extra that installs it.
 TRACKERS = {"tensorboard": ("tensorboard", "logging"), "wandb": ("wandb", "wandb"), "mlflow": ("mlflow", "mlflow")}

@@ -3,7 +3,7 @@
 import argparse
 import math
 
-from enact_common.cli.flags import AUTO
+from enact_common.cli.flags import AUTO_BATCH
 
 TRUE_WORDS = ("true", "1", "yes")
 FALSE_WORDS = ("false", "0", "no")
@@ -28,8 +28,8 @@ def positive_int(text: str) -> int:
 
 
 def batch_size(text: str) -> int | str:
-    """An integer of at least 1, or `AUTO`, for argparse."""
-    return AUTO if text == AUTO else positive_int(text)
+    """An integer of at least 1, or `AUTO_BATCH`, for argparse."""
+    return AUTO_BATCH if text == AUTO_BATCH else positive_int(text)
 
 
 def natural_int(text: str) -> int:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torchvision import tv_tensors
 
-from enact_common.cli.flags import AUTO, with_flags
+from enact_common.cli.flags import AUTO_BATCH, with_flags
 from enact_common.data.coco import CocoDetection, collate
 from enact_common.data.transforms import CROP_RANGE, to_model_input
 from enact_common.training.engine import keep_frozen_norms, to_device
@@ -34,13 +34,13 @@ def check_auto_device(args: argparse.Namespace, device: torch.device) -> None:
     Raises:
         UserError: says what to do.
     """
-    if args.batch_size != AUTO:
+    if args.batch_size != AUTO_BATCH:
         return
     if device.type != "cuda":
-        raise UserError(f"--batch_size {AUTO} measures a GPU's memory: pass a number with --device {args.device}")
+        raise UserError(f"--batch_size {AUTO_BATCH} measures a GPU's memory: pass a number with --device {args.device}")
     if get_world_size() > 1:
         raise UserError(
-            f"--batch_size {AUTO} works in a single process: run it once on one GPU, and pass the --batch_size that it "
+            f"--batch_size {AUTO_BATCH} works in a single process: run it once on one GPU, and pass the --batch_size that it "
             "prints"
         )
 
@@ -75,7 +75,7 @@ def resolve_batch(
     batch = largest_fitting(candidates, step_fits)
     if batch is None:
         raise UserError(
-            f"--batch_size {AUTO}: not even one image of {short_side(args)} x {max(height, width)} pixels fits into "
+            f"--batch_size {AUTO_BATCH}: not even one image of {short_side(args)} x {max(height, width)} pixels fits into "
             f"the memory of {device}: pass --amp bf16, --checkpoint_activations, or smaller --train_sizes and "
             "--max_size"
         )

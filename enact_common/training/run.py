@@ -17,7 +17,7 @@ from enact_common.checkpoints.files import LATEST
 from enact_common.cli.arguments import VariantParser
 from enact_common.cli.checks import is_installed
 from enact_common.cli.config import CONFIG, config_text
-from enact_common.cli.flags import AUTO, with_flags
+from enact_common.cli.flags import AUTO_BATCH, with_flags
 from enact_common.data.coco import CocoDetection
 from enact_common.data.loading import worker_death
 from enact_common.evaluation.coco import CocoBoxEvaluator
@@ -173,7 +173,7 @@ def run(
     # The same seed in all processes, so that randomly initialised weights are equal.
     seed_generators(args.seed)
     with checking():
-        auto = args.batch_size == AUTO
+        auto = args.batch_size == AUTO_BATCH
         data = load_data(with_flags(args, batch_size=1) if auto else args, build_dataset, sources, device)
         args = resolve_model_flags(args, sources, data.label_map)
         network = load_network(variant, args, build_model, sources, data.label_map, device)
