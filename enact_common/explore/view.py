@@ -42,7 +42,7 @@ MAX_DETECTIONS = 100
 REPEATS = 3
 
 # Size of a figure that is one of two side by side, inches.
-HALF_SLIDE = (7.0, 8.0)
+HALF_SLIDE = (8.0, 9.0)
 
 # Pixels of the caption over a picture.
 CAPTION = 44
