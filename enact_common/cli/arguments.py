@@ -361,8 +361,8 @@ def add_training_flags(group) -> None:
     )
     group.add_argument(
         "--effective_batch_size", type=positive_int, metavar="N",
-        help=f"images per optimizer step, for --batch_size {AUTO_BATCH}, which then sets --accumulate; default: 8, as in the "
-        "published trainings",
+        help=f"images per optimizer step, for --batch_size {AUTO_BATCH}, which sets --accumulate; default: 8, as in "
+        "the published trainings",
     )  # fmt: skip
     group.add_argument(
         "--freeze", nargs="+", default=[], metavar="NAME",

@@ -139,7 +139,7 @@ def check_auto_batch(args) -> None:
     if args.batch_size != AUTO_BATCH:
         if args.effective_batch_size:
             raise UserError(
-                f"--effective_batch_size needs --batch_size {AUTO_BATCH}; otherwise the images per step are --batch_size "
+                f"--effective_batch_size needs --batch_size {AUTO_BATCH}; else the images per step are --batch_size "
                 "times --accumulate"
             )
     elif args.accumulate != 1:

@@ -40,8 +40,8 @@ def check_auto_device(args: argparse.Namespace, device: torch.device) -> None:
         raise UserError(f"--batch_size {AUTO_BATCH} measures a GPU's memory: pass a number with --device {args.device}")
     if get_world_size() > 1:
         raise UserError(
-            f"--batch_size {AUTO_BATCH} works in a single process: run it once on one GPU, and pass the --batch_size that it "
-            "prints"
+            f"--batch_size {AUTO_BATCH} works in a single process: run it once on one GPU, and pass the --batch_size "
+            "that it prints"
         )
 
 
@@ -75,8 +75,8 @@ def resolve_batch(
     batch = largest_fitting(candidates, step_fits)
     if batch is None:
         raise UserError(
-            f"--batch_size {AUTO_BATCH}: not even one image of {short_side(args)} x {max(height, width)} pixels fits into "
-            f"the memory of {device}: pass --amp bf16, --checkpoint_activations, or smaller --train_sizes and "
+            f"--batch_size {AUTO_BATCH}: not even one image of {short_side(args)} x {max(height, width)} pixels fits "
+            f"into the memory of {device}: pass --amp bf16, --checkpoint_activations, or smaller --train_sizes and "
             "--max_size"
         )
     accumulate = effective // batch
