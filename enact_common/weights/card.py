@@ -119,7 +119,7 @@ def card(
     names = label_map.known_names()
     listed = ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "")
     epoch = about.get("epoch")
-    trained = "for an unknown number of epochs" if epoch is None else f"for {epoch + 1} epochs"
+    trained = "for an unknown number of epochs" if epoch is None else f"for {epoch + 1} epoch{'s' * (epoch > 0)}"
     settings = about.get("training") or {}
     lines = [
         "---", "library_name: enact-detection", "pipeline_tag: object-detection", f"license: {license or 'unknown'}",
