@@ -403,7 +403,6 @@ def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
     torch.testing.assert_close(tensors(one), tensors(other), rtol=0, atol=0)
 
 
-@pytest.mark.slow
 def test_a_dilated_backbone_is_exported_as_timms(transformers, tmp_path):
     pytest.importorskip("timm")
     flags = "--encoder_attention mhsa --backbone resnet50 --backbone_stages 4 --dilation --backbone_norm frozen"
