@@ -140,7 +140,7 @@ def card(
         f"- Weights: {license or 'unknown: whoever shares them has to say'}.",
         "- Code (enact-detection): Apache-2.0.",
         "", "## Limits", "",
-        f"- It has {num_queries} queries, so it finds at most {num_queries} boxes in an image, and only of its classes.",
+        f"- It has {num_queries} queries, so it finds at most {num_queries} boxes in an image, only of its classes.",
         f"- Images are resized to a shorter side of {eval_size} pixels.",
         "- The metrics hold for the images named above. Other images were not measured.",
         "",
