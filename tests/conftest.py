@@ -61,7 +61,7 @@ TOKENS = {"detr": (), "conditional": (), "anchor": ("--attention_type", "nn.Mult
 # single tests marked as slow.
 SLOW_FILES = (
     "export acceleration stopping compose golden slurm study segmentation gpu tools distributed benchmark upstream "
-    "train plug_in_huggingface soak unreadable compare finetune architecture"
+    "train weights plug_in_huggingface soak unreadable compare finetune architecture"
 ).split()
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from enact_common.data.categories import coco_names
+from enact_common.data.categories import LabelMap, coco_names
 from enact_common.models.backbone import SHALLOW_BACKBONES, STAGES
 from enact_common.models.normalization import IMAGENET_MEAN, IMAGENET_STD
 from enact_common.utils.errors import UserError
@@ -25,6 +25,9 @@ CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 # Files that hold a folder's weights, in search order.
 SAFETENSORS = "model.safetensors"
 WEIGHT_FILES = (SAFETENSORS, "pytorch_model.bin")
+
+# A key that this project adds to the configurations it writes: the data set's category id of each label.
+CATEGORY_IDS = "enact_category_ids"
 
 # Hugging Face's model type: the variant.
 MODEL_TYPES = {"detr": "detr", "conditional_detr": "conditional"}
@@ -294,21 +297,25 @@ def facts_of_config(config: Mapping[str, Any], folder: Path, weights: Mapping[st
                 "%s: %s is %s; our models normalise with %s, so expect other detections",
                 folder / PREPROCESSOR, key, preprocessor[key], expected,
             )  # fmt: skip
-    names = config.get("id2label") or {}
-    label_map = None if any(name.startswith("mask_head.") for name in weights) else label_map_of(names, weights)
+    label_map = None if any(name.startswith("mask_head.") for name in weights) else label_map_of(config, weights)
     return {"args": args} | ({} if label_map is None else {"label_map": label_map})
 
 
-def label_map_of(id2label: Mapping[str, str], weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """Return a label map (`LabelMap.to_dict`) from Hugging Face's names of the classes.
+def label_map_of(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Return a label map (`LabelMap.to_dict`) from the configuration's names of the classes.
+
+    Category ids are the labels, unless `config_of` wrote the data set's.
 
     Returns:
         None if the names are placeholders, do not fit the number of logits, or are COCO's: then our own rule applies.
     """
+    id2label, ids = config.get("id2label") or {}, config.get(CATEGORY_IDS)
     count = len(weights["class_embed.bias"]) - (variant_of_names(weights) == "detr")
     names = [str(id2label.get(str(i), "")) for i in range(len(id2label))]
     if len(names) != count or any(not name or UNKNOWN_NAMES.fullmatch(name) for name in names):
         return None
+    if isinstance(ids, list) and len(ids) == count:
+        return {"category_ids": ids, "names": names}
     coco = coco_names()
     # Some of Hugging Face's lists name the ids that COCO does not use.
     if len(names) == len(coco) and all(c in ("N/A", name) for c, name in zip(coco, names, strict=True)):
@@ -316,13 +323,13 @@ def label_map_of(id2label: Mapping[str, str], weights: Mapping[str, Tensor]) -> 
     return {"category_ids": [None if name == "N/A" else i for i, name in enumerate(names)], "names": names}
 
 
-def config_of(args: Any, variant: str, names: tuple[str, ...], timm_backbone: bool) -> dict[str, Any]:
+def config_of(args: Any, variant: str, label_map: LabelMap, timm_backbone: bool) -> dict[str, Any]:
     """Return the `config.json` of a plain DETR or Conditional DETR.
 
     Args:
         args: the arguments that build the model.
         variant: "detr" or "conditional".
-        names: the label names.
+        label_map: its labels.
         timm_backbone: the backbone is timm's, the only one with dilation.
     """
     model_type = next(kind for kind, name in MODEL_TYPES.items() if name == variant)
@@ -357,8 +364,9 @@ def config_of(args: Any, variant: str, names: tuple[str, ...], timm_backbone: bo
         "decoder_layers": args.dec_layers,
         **dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), args.dropout),
         "is_encoder_decoder": True,
-        "id2label": {str(i): name for i, name in enumerate(names)},
-        "label2id": {name: i for i, name in enumerate(names)},
+        "id2label": {str(i): name for i, name in enumerate(label_map.names)},
+        "label2id": {name: i for i, name in enumerate(label_map.names)},
+        CATEGORY_IDS: list(label_map.category_ids),
         "torch_dtype": "float32",
     }
 

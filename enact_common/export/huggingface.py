@@ -102,7 +102,7 @@ def write_folder(detector: LoadedDetector, output: Path) -> float:
         content = save({name: tensor.contiguous() for name, tensor in weights.items()}, {"format": "pt"})
         (folder / SAFETENSORS).write_bytes(content)
         for name, settings in (
-            (CONFIG, config_of(args, variant, detector.label_map.names, timm_backbone)),
+            (CONFIG, config_of(args, variant, detector.label_map, timm_backbone)),
             (PREPROCESSOR, preprocessor_of(args, variant)),
         ):
             (folder / name).write_text(json.dumps(settings, indent=2, ensure_ascii=False), encoding="utf-8")

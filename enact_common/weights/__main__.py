@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 
-from enact_common.checkpoints.contents import IMAGE_FLAGS, arguments_of, default_arguments, known_variant, model_words
+from enact_common.checkpoints.contents import (
+    IMAGE_FLAGS,
+    UNRECORDED,
+    arguments_of,
+    default_arguments,
+    known_variant,
+    model_words,
+)
 from enact_common.checkpoints.files import flag_text, load_checkpoint
 from enact_common.checkpoints.published import FILES, HUGGING_FACE, Model, PublishedFile
 from enact_common.cli.flags import COCO, PANOPTIC, with_flags
@@ -117,13 +124,15 @@ def check(source: str) -> int:
     model = model_of(args, variant)
     print(f"{source}: {model.title}{', with a mask head for instances' * (args.masks and not model.panoptic)}")
     count = sum(tensor.numel() for tensor in state["model"].values())
-    print(f"  parameters  {count / 1e6:.1f} million numbers in {len(state['model'])} tensors")
+    print(f"  tensors     {len(state['model'])}, with {count / 1e6:.1f} million numbers")
     print(f"  classes     {classes_text(label_map)}")
     candidates = [with_flags(args, dilation=dilation) for dilation in possible_dilations(state, args)]
     text, candidates = origin(state, source, candidates, variant, label_map)
     print(f"  origin      {text}")
+    # The flags are given, so that a warning about their defaults is not repeated.
+    flags = {flag: getattr(candidates[0], flag) for flag in UNRECORDED}
     try:
-        detector_parts(state, source, torch.device("cpu"), None, None, {"dilation": candidates[0].dilation})
+        detector_parts(state, source, torch.device("cpu"), None, None, flags)
     except UserError as error:
         print(f"  loads here  no: {error}")
         return 1

@@ -119,7 +119,7 @@ def card(
     names = label_map.known_names()
     listed = ", ".join(names[:MOST_NAMES]) + (", ..." if len(names) > MOST_NAMES else "")
     epoch = about.get("epoch")
-    trained = "for an unknown number of epochs" if epoch is None else f"for {epoch + 1} epochs"
+    trained = "for an unknown number of epochs" if epoch is None else f"for {epoch + 1} epoch{'s' * (epoch > 0)}"
     settings = about.get("training") or {}
     lines = [
         "---", "library_name: enact-detection", "pipeline_tag: object-detection", f"license: {license or 'unknown'}",
@@ -140,7 +140,7 @@ def card(
         f"- Weights: {license or 'unknown: whoever shares them has to say'}.",
         "- Code (enact-detection): Apache-2.0.",
         "", "## Limits", "",
-        f"- It has {num_queries} queries, so it finds at most {num_queries} boxes in an image, of its classes alone.",
+        f"- It has {num_queries} queries, so it finds at most {num_queries} boxes in an image, only of its classes.",
         f"- Images are resized to a shorter side of {eval_size} pixels.",
         "- The metrics hold for the images named above. Other images were not measured.",
         "",

@@ -91,7 +91,9 @@ class EnactDetector(LoadedDetector):
         if (folder / CONFIG).exists() and (config or {}).get("library_name") != LIBRARY:
             raise UserError(f"{folder}: holds another model ({CONFIG}); choose another folder")
         make_folder(folder, "save_pretrained")
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        # Copies, because safetensors refuses tensors that share memory, such as Anchor DETR's heads.
+        state = self.model.state_dict()
+        weights = {name: tensor.cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
         settings = json.dumps(self.settings(), indent=2, ensure_ascii=False)
         for file, content in (
             (SAFETENSORS, save(weights, {"format": "pt"})),
