@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -170,7 +171,9 @@ class RunLog:
             pictures: draws them; called only if there are trackers.
         """
         if self._trackers:
-            best = {name.replace("test/", "best/"): v for name, v in scalars_of(stats).items() if "test/" in name}
+            # Metrics have upper-case names, unlike losses.
+            metrics = {name: value for name, value in scalars_of(stats).items() if re.match("test/[A-Z]", name)}
+            best = {name.replace("test/", "best/"): value for name, value in metrics.items()}
             self._trackers.scalars(epoch, {**best, "best/epoch": epoch})
             self._trackers.pictures(epoch, pictures)
 

@@ -13,7 +13,7 @@ from enact_common.utils.errors import UserError
 PICTURES = 4
 
 # Least score of a drawn detection.
-SCORE = 0.5
+SCORE = 0.3
 
 # Longest side of a picture, in pixels.
 LONGEST = 1280
