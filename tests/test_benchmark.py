@@ -441,9 +441,10 @@ def test_scaling_compares_all_layers(in_process, tmp_path, capsys):
     argv = "--tokens 1200 48 1000 --channels 8 --heads 2 --repeat 2 --device cpu".split()
     status, figures = run_benchmark("scaling", tmp_path, *argv)
     assert status == 0
-    rows, layers = figures["rows"], len(scaling.LAYERS)
+    names = [name for name in scaling.LAYERS if name not in scaling.TRITON_LAYERS]
+    rows, layers = figures["rows"], len(names)
     assert [row["tokens"] for row in rows] == [48] * layers + [1000] * layers + [1200] * layers
-    assert [row["layer"] for row in rows[:layers]] == list(scaling.LAYERS)
+    assert [row["layer"] for row in rows[:layers]] == names
     for row in rows:
         base = next(r for r in rows if r["layer"] == "mha" and r["tokens"] == row["tokens"])
         assert row["time_ratio"] == row["seconds"]["median"] / base["seconds"]["median"]
@@ -617,6 +618,7 @@ def test_predicting_all_masks_at_once_gives_the_same_losses():
         (["table", "--variants", "detr", "--", "--backbone", "resnet18", "--dilation"], "has no dilated form"),
         (["scaling", "--channels", "30", "--heads", "4"], "--channels 30: must be a multiple of --heads (4)"),
         (["scaling", "--device", "cpu", "--amp", "fp16"], "--amp fp16 needs a GPU"),
+        (["scaling", "--device", "cpu", "--layers", "enact_triton"], "need a GPU, not cpu; pass enact"),
         (["masks", "--", "--masks"], "--masks after --: choose with --rows"),
         (["masks", "--objects", "9", "--", "--num_queries", "8"], "--objects 9: more than the model's 8 queries"),
         (["pipeline", "--coco_path", "nowhere"], "--coco_path nowhere: no such folder"),

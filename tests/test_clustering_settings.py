@@ -358,7 +358,12 @@ def test_scale_logits_must_match_the_checkpoint(shapes, tmp_path, capfd):
 
 
 def test_clustering_settings_are_off_by_default():
-    assert clustering_settings(parse("detr")) == {"sigma": 3.0, **COMBINATIONS[0], "temperature": None}
+    assert clustering_settings(parse("detr")) == {
+        "sigma": 3.0,
+        **COMBINATIONS[0],
+        "temperature": None,
+        "kernels": "auto",
+    }
 
 
 def test_gradients_do_not_depend_on_the_part_size(monkeypatch):

@@ -42,12 +42,16 @@ OTHERS = {
     "enact completion": "tests/test_product.py",
     "python -m pytest": "CI runs all tests",
     ".venv/bin/python -m pytest": "CI runs all tests",
+    "TRITON_INTERPRET=1 python -m pytest": "tests/test_kernels.py",
+    "python -m enact_common.attention.kernels.report": "tests/test_kernels.py compiles the same kernels",
     "python tests/soak.py": "tests/test_soak.py",
     "python docs/figures/draw.py": "below",
     "docker compose": "Docker; tests/test_compose.py runs each service's command",
     "cp .env.example": "a shell",
     "mkdir": "a shell",
     "sha256sum": "a downloaded file",
+    "wandb": "a W&B account",
+    "mlflow": "the whole package; tests/test_trackers.py reads the folder",
     "git": "a shell",
 }
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from enact_common.attention.kernels import AUTO, check_kernels
+
 from .row_column_product import clustered_row_column_product, row_column_product
 
 
@@ -19,12 +21,14 @@ class RowColumnAttention(nn.Module):
         embed_dim: channels d; a multiple of num_heads.
         num_heads: attention heads.
         dropout: probability of dropping an attention weight of a row or column in training.
+        kernels: as in `EntropyClustering`, for the product of the weights.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0):
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float = 0.0, kernels: str = AUTO):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
+        self.kernels = check_kernels(kernels)
         self.in_proj_weight = nn.Parameter(torch.empty(5 * embed_dim, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(5 * embed_dim))
         self.out_proj = nn.Linear(embed_dim, embed_dim)
@@ -88,7 +92,7 @@ class MultiheadRCDA(RowColumnAttention):
             the query's shape.
         """
         row, col, v = self.factors(query, query_row_pos, query_col_pos, key_row, key_col, value, mask_row, mask_col)
-        attended = row_column_product(row, col, v)  # (batch * heads, Q, head_dim)
+        attended = row_column_product(row, col, v, self.kernels)  # (batch * heads, Q, head_dim)
         return self.join_heads(attended).view_as(query)
 
     def with_weights(self, query: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -169,6 +173,6 @@ class ClusteredRCDA(RowColumnAttention):
         row = self.weights(F.linear(query_row, *row_query), row_clusters, mask)  # (batch * heads, W, M)
         col = self.weights(F.linear(query_col, *col_query), col_clusters, mask)  # (batch * heads, H, M)
         v = self.heads(F.linear(clusters, *values)).flatten(0, 1)  # (batch * heads, M, head_dim)
-        attended = clustered_row_column_product(col, row, v)  # (batch * heads, H, W, head_dim)
+        attended = clustered_row_column_product(col, row, v, self.kernels)  # (batch * heads, H, W, head_dim)
         attended = attended.unflatten(0, (-1, self.num_heads)).permute(0, 2, 3, 1, 4)  # (batch, H, W, heads, head_dim)
         return self.out_proj(attended.flatten(3))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from enact_common.attention.kernels import AUTO, attempt, reason_against_products, wants_triton
 from enact_common.attention.tracing import is_tracing
 
 # Elements of a slice's largest intermediate; up to three of them exist at a time.
@@ -24,7 +25,7 @@ CACHE_SLICE = 2**20
 MEMORY_SLICE = 2**26
 
 
-def clustered_row_column_product(col: Tensor, row: Tensor, value: Tensor) -> Tensor:
+def clustered_row_column_product(col: Tensor, row: Tensor, value: Tensor, kernels: str = AUTO) -> Tensor:
     """Each cell's sum over clusters: `out[h, w] = sum_m col[h, m] row[w, m] value[m]`.
 
     The shorter side's weights scale the values; the longer side's weights are then a matrix product.
@@ -33,9 +34,10 @@ def clustered_row_column_product(col: Tensor, row: Tensor, value: Tensor) -> Ten
         col: (B, H, M), B being batch times heads.
         row: (B, W, M).
         value: (B, M, e).
+        kernels: as in `EntropyClustering`.
 
     Returns:
-        (B, H, W, e) in the inputs' dtype, also under autocast; in memory, the longer side comes first. It is
+        (B, H, W, e) in the inputs' dtype, also under autocast; in memory, PyTorch puts the longer side first. It is
         differentiable once.
 
     Raises:
@@ -48,12 +50,14 @@ def clustered_row_column_product(col: Tensor, row: Tensor, value: Tensor) -> Ten
         scaled = value.unsqueeze(3) * col.transpose(1, 2).unsqueeze(2)  # (B, M, e, H)
         sums = (row @ scaled.flatten(2)).unflatten(2, scaled.shape[2:])  # (B, W, e, H)
         return sums.permute(0, 3, 1, 2)
+    if (result := _by_kernels(col, row, value, kernels)) is not None:
+        return result
     if col.shape[1] > row.shape[1]:
         return _ClusteredProduct.apply(row, col, value)
     return _ClusteredProduct.apply(col, row, value).transpose(1, 2)
 
 
-def row_column_product(row: Tensor, col: Tensor, value: Tensor) -> Tensor:
+def row_column_product(row: Tensor, col: Tensor, value: Tensor, kernels: str = AUTO) -> Tensor:
     """Each query's sum over the map: `out[q] = sum_h col[q, h] sum_w row[q, w] value[h, w]`.
 
     The longer side is summed first, as a matrix product.
@@ -62,6 +66,7 @@ def row_column_product(row: Tensor, col: Tensor, value: Tensor) -> Tensor:
         row: (B, Q, W), B being batch times heads.
         col: (B, Q, H).
         value: (B, H, W, e).
+        kernels: as in `EntropyClustering`.
 
     Returns:
         (B, Q, e), contiguous, in the inputs' dtype, also under autocast. It is differentiable once.
@@ -76,9 +81,25 @@ def row_column_product(row: Tensor, col: Tensor, value: Tensor) -> Tensor:
         columns = value.permute(0, 2, 3, 1)  # (B, W, e, H)
         sums = (row @ columns.flatten(2)).unflatten(2, columns.shape[2:])  # (B, Q, e, H)
         return (sums @ col.unsqueeze(3)).squeeze(3)
+    if (result := _by_kernels(col, row, value, kernels)) is not None:
+        return result
     if col.shape[2] > row.shape[2]:
         return _RowColumnProduct.apply(col, row, value.transpose(1, 2))
     return _RowColumnProduct.apply(row, col, value)
+
+
+def _by_kernels(col: Tensor, row: Tensor, value: Tensor, kernels: str) -> Tensor | None:
+    """Return either product, computed by Triton's kernels; None if PyTorch has to."""
+    if not wants_triton(kernels):
+        return None
+
+    def run() -> Tensor:
+        # Imported here, since Triton is optional.
+        from enact_common.attention.kernels.row_column import product
+
+        return product(col, row, value)
+
+    return attempt("row-column products", kernels, reason_against_products(col, row, value), run)
 
 
 def _check(fits: bool, expected: str, *tensors: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from enact_common.attention.clustering import EntropyClustering, autocast_dtype, weigh_channels
 from enact_common.attention.hilbert import HILBERT
+from enact_common.attention.kernels import AUTO
 from enact_common.boxes import boxes_at_points
 from enact_common.cli.checks import refuse_rivals_of_row_column_attention
 from enact_common.models.layers import (
@@ -417,12 +418,13 @@ class Transformer(nn.Module):
             encoder_layer = TokenEncoderLayer(attention, *sizes)
             cross_attn = nn.MultiheadAttention(d_model, nhead, dropout=dropout, batch_first=True)
         else:
-            attention = (ClusteredRCDA if clustered else MultiheadRCDA)(d_model, nhead, dropout)
+            kernels = settings.get("kernels", AUTO)
+            attention = (ClusteredRCDA if clustered else MultiheadRCDA)(d_model, nhead, dropout, kernels)
             if clustered:
                 encoder_layer = ClusteredEncoderLayer(attention, *sizes, settings)
             else:
                 encoder_layer = RowColumnEncoderLayer(attention, *sizes)
-            cross_attn = MultiheadRCDA(d_model, nhead, dropout)
+            cross_attn = MultiheadRCDA(d_model, nhead, dropout, kernels)
         decoder_layer = (TokenDecoderLayer if attention_type == TOKENS else RowColumnDecoderLayer)(
             cross_attn, *sizes, nhead, num_feature_levels, separate_images
         )

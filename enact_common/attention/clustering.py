@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from .clusters import (
+    DEFAULT_SHARE,
     Clusters,
     RaggedClusters,
     TracedRaggedClusters,
@@ -30,6 +31,7 @@ from .clusters import (
     most_clusters,
     move_to_front,
 )
+from .kernels import AUTO, attempt, check_kernels, reason_against_pooling, wants_triton
 from .tracing import is_tracing, running_minimum, size_from_data, smaller_size
 
 # Added to every probability, to keep the logarithm of an underflowed one finite. Released weights were trained with it.
@@ -160,8 +162,9 @@ def equal_information(information: Tensor, tokens: Tensor, count: Tensor, unifor
         int64 (batch, N), the cluster of each place: ascending by steps of at most 1, and the last cluster behind an
         image's tokens. No gradient flows.
     """
-    # Rounding makes the information of a probability of 1 negative.
-    information = information.detach().clamp(min=0)
+    # Rounding makes the information of a probability of 1 negative. NaN would give clusters that do not exist.
+    information = information.detach()
+    information = information.where(information > 0, 0)
     total = information.sum(dim=1, keepdim=True).clamp(min=torch.finfo(information.dtype).tiny)
     # Integers: their cumulative sum is deterministic on GPUs and does not depend on padding or the summation order.
     mass = information / total
@@ -266,6 +269,8 @@ class EntropyClustering(nn.Module):
             equal scores have log2(N) / N bits each, so the published weights are nearly equal for any scores.
         fixed_length: the length of all windows, tokens, whatever the information: for graphs whose sizes must not
             depend on data. Padding is then clustered too. None: the information sets the length.
+        kernels: "torch", "triton" or "auto", which is "torch" for now. Triton's kernels pool pairs of tensors into
+            common windows or clusters of equal information on GPUs; PyTorch does the rest (docs/dev/kernels.md).
 
     Attributes:
         uniform_share: as in `equal_information`; an ablation in `enact_common.study`.
@@ -273,7 +278,7 @@ class EntropyClustering(nn.Module):
             module with the same signature can replace it, and is trained with the rest.
 
     Raises:
-        ValueError: `clusters` is unknown, `max_clusters` is below 1, or the temperature is not above 0.
+        ValueError: `clusters` or `kernels` is unknown, `max_clusters` is below 1, or the temperature is not above 0.
     """
 
     uniform_share = 0.0
@@ -288,6 +293,7 @@ class EntropyClustering(nn.Module):
         max_clusters: int | None = None,
         temperature: float | None = None,
         fixed_length: int | None = None,
+        kernels: str = AUTO,
     ):
         super().__init__()
         if clusters not in CLUSTERS:
@@ -302,6 +308,7 @@ class EntropyClustering(nn.Module):
         self.mask_padding = mask_padding or clusters == EQUAL
         self.max_clusters = max_clusters
         self.fixed_length = fixed_length
+        self.kernels = check_kernels(kernels)
         self.pooling_logits = InformationLogits(temperature)
         self._cluster_hooks: dict[int, Callable[[Tensor, Clusters], None]] = OrderedDict()
         self.W_prob = nn.Linear(embed_dim, 1)
@@ -358,9 +365,68 @@ class EntropyClustering(nn.Module):
         narrow: Tensor | None = None,
     ) -> tuple[tuple[Tensor, ...], Clusters]:
         """Return the result of `forward`, and the clusters. `narrow`, as in `score`, is pooled instead of `scored`."""
-        clusters = self.cluster(scored, key_padding_mask, narrow)
-        with torch.autocast(scored.device.type, enabled=False):
-            return tuple(clusters.pool(tensor) for tensor in (scored if narrow is None else narrow, *others)), clusters
+        return self.start_pooling(scored, *others, key_padding_mask=key_padding_mask, narrow=narrow)()
+
+    def start_pooling(
+        self,
+        scored: Tensor,
+        *others: Tensor,
+        key_padding_mask: Tensor | None = None,
+        narrow: Tensor | None = None,
+    ) -> Callable[[], tuple[tuple[Tensor, ...], Clusters]]:
+        """Return a function that returns the result of `pool`. Arguments: as in `pool`.
+
+        What is computed between the two calls runs on the GPU while the host waits for the length of the windows.
+        """
+
+        def pool() -> tuple[tuple[Tensor, ...], Clusters]:
+            clusters = self.cluster(scored, key_padding_mask, narrow)
+            with torch.autocast(scored.device.type, enabled=False):
+                pooled = tuple(clusters.pool(tensor) for tensor in (scored if narrow is None else narrow, *others))
+            return pooled, clusters
+
+        if not wants_triton(self.kernels):
+            return pool
+        inputs = scored, scored if narrow is None else narrow, *others
+        reason = reason_against_pooling(*inputs) or self.reason_against_kernels(scored, key_padding_mask)
+        finish = attempt("clusters", self.kernels, reason, lambda: self.start_kernels(inputs, key_padding_mask))
+        return pool if finish is None else lambda: attempt("clusters", self.kernels, None, finish) or pool()
+
+    def reason_against_kernels(self, scored: Tensor, key_padding_mask: Tensor | None) -> str | None:
+        """Return why Triton's kernels cannot cluster with this layer's settings; None if they can."""
+        masked = key_padding_mask is not None and self.mask_padding
+        fits = not masked or key_padding_mask.shape == scored.shape[:2]
+        reasons = {
+            "shapes do not fit": not fits or scored.shape[2] != self.W_prob.in_features,
+            "regions are clustered": self.clusters == REGIONS,
+            "each image has its own window length": self.clusters == WINDOWS and self.per_image,
+            "windows leave out padding": self.clusters == WINDOWS and masked,
+            "the window length is fixed": self.fixed_length is not None,
+            "the clusters are traced": bool(self._cluster_hooks),
+            "the layer's parts were changed": self.uniform_share != 0
+            or type(self.pooling_logits) is not InformationLogits
+            or "cluster_scores" in vars(self),
+        }
+        return next((reason for reason, applies in reasons.items() if applies), None)
+
+    def start_kernels(
+        self, inputs: tuple[Tensor, Tensor, Tensor], key_padding_mask: Tensor | None
+    ) -> Callable[[], tuple[tuple[Tensor, Tensor], Clusters]]:
+        """Do what `start_pooling` does, with Triton; inputs: the scored tokens, these or `narrow`, and the values."""
+        # Imported here, since Triton is optional.
+        from .kernels import pooling
+
+        setting = pooling.Setting(
+            equal=self.clusters == EQUAL,
+            num_clusters=most_clusters(self.max_clusters, inputs[0].shape[1]) if self.clusters == EQUAL else 0,
+            share=DEFAULT_SHARE if self.max_clusters is None else 0,
+            max_clusters=self.max_clusters,
+            temperature=self.pooling_logits.temperature,
+        )
+        weight, bias = self.W_prob.weight[0], self.W_prob.bias
+        padded = key_padding_mask.contiguous() if setting.equal and key_padding_mask is not None else None
+        started = pooling.start(inputs[0], padded, weight, bias, self.kernel, setting)
+        return lambda: pooling.finish(started, *inputs, weight, bias)
 
     def cluster(self, scored: Tensor, key_padding_mask: Tensor | None = None, narrow: Tensor | None = None) -> Clusters:
         """Cluster tokens (batch, N, d). The clusters pool any tensor (batch, N, channels) with the same weights.
@@ -465,6 +531,7 @@ class EntropyClustering(nn.Module):
         options = f"sigma={self.sigma}, clusters={self.clusters}"
         options += ", per_image" * self.per_image + ", mask_padding" * self.mask_padding
         options += f", max_clusters={self.max_clusters}" if self.max_clusters is not None else ""
+        options += f", kernels={self.kernels}" if self.kernels != AUTO else ""
         temperature = getattr(self.pooling_logits, "temperature", None)
         return options + (f", temperature={temperature}" if temperature is not None else "")
 

@@ -11,7 +11,7 @@ from matplotlib.ticker import PercentFormatter
 
 from enact_common.attention.rivals import RIVALS
 from enact_common.benchmark.isolated import DONE
-from enact_common.benchmark.labels import GIB, LAYERS, MIB, PARTS, ROWS, precision_text
+from enact_common.benchmark.labels import GIB, LAYERS, MIB, PARTS, ROWS, TRITON_LAYERS, precision_text
 from enact_common.drawing.figures import save
 
 # The palette of Okabe and Ito is safe for colour-blind readers. Plain attention has cool colours, clustered attention
@@ -29,6 +29,8 @@ LAYER_COLOURS = {
 }
 # Rivals reuse these colours, on dashed lines.
 LAYER_COLOURS |= dict(zip(RIVALS, itertools.cycle(LAYER_COLOURS.values())))
+# Triton's layers have those of PyTorch's, on dotted lines.
+LAYER_COLOURS |= {name: LAYER_COLOURS[layer] for name, layer in TRITON_LAYERS.items()}
 PART_COLOURS = dict(zip(PARTS, ("#999999", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7"), strict=True))
 CACHE_COLOURS = {"off": "#999999", "encoded": "#0072B2", "decoded": "#D55E00"}
 
@@ -162,7 +164,7 @@ def draw_scaling(figures: dict, path: Path) -> None:
             "marker": "o",
             "markersize": 4,
             "color": LAYER_COLOURS[name],
-            "linestyle": "--" if name in RIVALS else "-",
+            "linestyle": "--" if name in RIVALS else ":" if name in TRITON_LAYERS else "-",
         }
         fits = [f"{kind} $N^{{{fit:.2f}}}$" for kind, fit in figures["fits"][name].items() if fit is not None]
         handles.append(Line2D([], [], label=f"{LAYERS[name]}: {', '.join(fits)}" if fits else LAYERS[name], **style))

@@ -43,6 +43,9 @@ LAYERS = {
     },
 }
 
+# Layers that Triton's kernels compute, only on GPUs.
+TRITON_LAYERS = {f"{name}_triton": name for name in ("enact", "enact_limited", "enact_equal", "rcda", "clustered_rcda")}
+LAYERS |= {name: f"{LAYERS[layer]}, Triton" for name, layer in TRITON_LAYERS.items()}
 
 # Parts of a training step, in order of execution.
 PARTS = ("backbone", "encoder attention", "encoder, the rest", "decoder", "losses", "optimizer")

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from enact_common.attention.kernels import TORCH, TRITON
 from enact_common.attention.layer import EnactSelfAttention
 from enact_common.attention.rivals import RIVALS, RivalSelfAttention
 from enact_common.benchmark.detectors import counted_clusters
 from enact_common.benchmark.isolated import DONE, FAILED, OUT_OF_MEMORY, Outcome, Worker, worker_for
-from enact_common.benchmark.labels import LAYERS, LIMIT, MIB, precision_text
+from enact_common.benchmark.labels import LAYERS, LIMIT, MIB, TRITON_LAYERS, precision_text
 from enact_common.benchmark.measuring import MemoryMeter, spread, synchronizer, take_turns
 from enact_common.benchmark.report import (
     LEFT,
@@ -127,15 +128,17 @@ class Workload:
         self.eager = name == "mha_eager"
         size = (problem.batch, *shape, problem.channels)
         src, pos = (blur(torch.randn(size), problem.smooth).to(self.device) for _ in range(2))
+        kernels = TRITON if name in TRITON_LAYERS else TORCH
+        name = TRITON_LAYERS.get(name, name)
         make = self.row_column if name in ("rcda", "clustered_rcda") else self.multi_head
-        self.layer, self.inputs, self.attend = make(name, src, pos, problem)
+        self.layer, self.inputs, self.attend = make(name, src, pos, problem, kernels)
         self.layer.to(self.device)
 
     @staticmethod
-    def multi_head(name: str, src: Tensor, pos: Tensor, problem: Problem):
+    def multi_head(name: str, src: Tensor, pos: Tensor, problem: Problem, kernels: str):
         """Return (layer, input tokens (N, batch, d) that require a gradient, attention as a function of the tokens)."""
         if name in CLUSTERINGS:
-            layer = EnactSelfAttention(problem.channels, problem.heads, **CLUSTERINGS[name])
+            layer = EnactSelfAttention(problem.channels, problem.heads, kernels=kernels, **CLUSTERINGS[name])
         elif name in RIVALS:
             budget = {"token_budget": LIMIT} if RIVALS[name].takes_budget else {}
             layer = RIVALS[name](problem.channels, problem.heads, **budget)
@@ -151,7 +154,7 @@ class Workload:
         return layer, src.requires_grad_(), attend
 
     @staticmethod
-    def row_column(name: str, src: Tensor, pos: Tensor, problem: Problem):
+    def row_column(name: str, src: Tensor, pos: Tensor, problem: Problem, kernels: str):
         """Return the same as `multi_head` for Anchor DETR's attention, plain or clustered, on maps (b, h, w, d)."""
         anchor = load_variant("anchor").models
         attention = anchor.row_column_decoupled_attention
@@ -160,11 +163,11 @@ class Workload:
         positions = anchor.transformer.RowColumnPositions(pos[:, 0], pos[:, :, 0], mask, None, None)
         sizes = (problem.channels, problem.channels, 0.0)
         if name == "rcda":
-            core = attention.MultiheadRCDA(problem.channels, problem.heads)
+            core = attention.MultiheadRCDA(problem.channels, problem.heads, kernels=kernels)
             layer = anchor.transformer.RowColumnEncoderLayer(core, *sizes)
         else:
-            core = attention.ClusteredRCDA(problem.channels, problem.heads)
-            layer = anchor.transformer.ClusteredEncoderLayer(core, *sizes, {"sigma": ANCHOR_SIGMA})
+            core = attention.ClusteredRCDA(problem.channels, problem.heads, kernels=kernels)
+            layer = anchor.transformer.ClusteredEncoderLayer(core, *sizes, {"sigma": ANCHOR_SIGMA, "kernels": kernels})
         return layer, src.requires_grad_(), lambda maps: layer.attend(maps, positions)
 
     def step(self) -> None:
@@ -340,6 +343,9 @@ def run(args: argparse.Namespace) -> int:
     if args.channels % args.heads:
         raise UserError(f"--channels {args.channels}: must be a multiple of --heads ({args.heads})")
     device = find_device(args.device or default_device())
+    for name in args.layers or ():
+        if name in TRITON_LAYERS and device.type != "cuda":
+            raise UserError(f"--layers {name}: Triton's kernels need a GPU, not {device}; pass {TRITON_LAYERS[name]}")
     check_precision(args.amp, device)
     report = Report(args.output_dir, "scaling")
     problem = Problem(args.batch, args.channels, args.heads, args.smooth, str(device), args.amp)
@@ -350,7 +356,8 @@ def run(args: argparse.Namespace) -> int:
         "settings": {name: getattr(args, name) for name in names},
         "rows": [],
     }
-    layers = [name for name in LAYERS if name in args.layers]
+    wanted = args.layers or [name for name in LAYERS if device.type == "cuda" or name not in TRITON_LAYERS]
+    layers = [name for name in LAYERS if name in wanted]
     worker = worker_for(device)
     for shape in sorted({map_shape(tokens) for tokens in args.tokens}, key=math.prod):
         with worker:  # one process per size
@@ -379,7 +386,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="numbers of tokens to measure; the maps are about 3:4 (default: %(default)s)",
     )
     parser.add_argument(
-        "--layers", nargs="+", choices=tuple(LAYERS), default=list(LAYERS), help="layers to measure (default: all)"
+        "--layers",
+        nargs="+",
+        choices=tuple(LAYERS),
+        metavar="LAYER",
+        help=f"layers to measure, of {', '.join(LAYERS)}; those with triton need a GPU (default: all that run)",
     )
     parser.add_argument(
         "--batch", type=positive_int, default=1, metavar="N", help="images per batch (default: %(default)s)"

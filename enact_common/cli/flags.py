@@ -10,6 +10,12 @@ PLAIN_LR = 1e-4
 # Kinds of data sets: boxes (and instance masks with `--masks`), and panoptic segments.
 COCO, PANOPTIC = "coco", "coco_panoptic"
 
+# The value of `--batch_size` that measures what fits.
+AUTO_BATCH = "auto"
+
+# The trackers of `--log`: the package of each, and the extra that installs it.
+TRACKERS = {"tensorboard": ("tensorboard", "logging"), "wandb": ("wandb", "wandb"), "mlflow": ("mlflow", "mlflow")}
+
 # Argument groups to which variants add flags.
 MODEL = "model"
 LOSSES = "matching and losses"
@@ -28,7 +34,7 @@ ENACT_FLAGS = ("smoothing_sigma", "enact_scale_logits")
 # Flags of ENACT and its rivals that work with any weights. Flags that are not given are taken from the checkpoint.
 CLUSTERING_FLAGS = (
     "enact_clusters", "enact_order", "enact_per_image", "enact_mask_padding", "enact_max_clusters", "enact_temperature",
-    "token_budget",
+    "enact_kernels", "token_budget",
 )  # fmt: skip
 
 # Booleans with a `--no-` form, because a variant may switch them on by default.

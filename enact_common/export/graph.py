@@ -230,7 +230,8 @@ def describe(detector: LoadedDetector, source: str, interface: Interface, length
     clusters = "follow from the image" if lengths is None else "windows of fixed length"
     if args.enact_clusters == EQUAL:
         clusters = "follow from the image; their number does not"
-    given = [flag for flag in CLUSTERING_FLAGS if getattr(args, flag) is not None]
+    # Graphs hold PyTorch's operations, whatever kernels the checkpoint names.
+    given = [flag for flag in CLUSTERING_FLAGS if flag != "enact_kernels" and getattr(args, flag) is not None]
     settings = {flag: getattr(args, flag) for flag in given if has_effect(flag, args.encoder_attention)}
     return {
         "made_by": f"enact-detection {own_version()}, PyTorch {torch.__version__}",

@@ -66,7 +66,7 @@ def checks(name: str, limit: int, *names: str) -> Step:
 def table(name: str, limit: int, words: str, flags: str = "") -> Step:
     """Return a step that runs `benchmark table`; `flags` go to the model."""
     small = ("table", *TINY, *(["--compile"] if "--compile" in words else []), "--", *TINY_MODEL)
-    return Step(name, limit, "benchmark", ("table", *words.split(), *(["--", flags] if flags else [])), small)
+    return Step(name, limit, "benchmark", ("table", *words.split(), *(["--", *flags.split()] if flags else [])), small)
 
 
 # The most important steps come first, in case a run is cut short.
@@ -77,6 +77,8 @@ STEPS = (
     table("table_float32", 120, "--repeat 5 --warmup 3"),
     table("detr_dc5", 40, "--variants detr --amp bf16 --batch 4 --repeat 5 --warmup 3", "--dilation"),
     checks("attention", 80, "attention", "layers"),
+    checks("kernels", 60, "kernels"),
+    table("table_triton", 70, "--rows enact --amp bf16 --repeat 5 --warmup 3", "--enact_kernels triton"),
     checks("sizes", 60, "sizes"),
     Step(
         "scaling", 60, "benchmark", ("scaling", "--amp", "bf16"),

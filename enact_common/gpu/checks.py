@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from enact_common.attention.clustering import (
     window_length,
 )
 from enact_common.attention.clusters import Windows
+from enact_common.attention.kernels import TORCH, TRITON, failed_kernels
 from enact_common.attention.layer import EnactSelfAttention
 from enact_common.benchmark.detectors import build_detector, build_train_step, noise_batch, parse_flags
 from enact_common.benchmark.isolated import numerics
@@ -326,6 +328,87 @@ def kept_mib(forward: Callable[[], Tensor]) -> float:
     return kept / 2**20
 
 
+def check_kernels(setting: Setting) -> list[dict]:
+    """Triton's kernels and PyTorch, forward and backward: one encoder layer, and Anchor DETR's products.
+
+    `difference`: the largest one of outputs and gradients, relative to the largest value of each. It is large where
+    rounding gives other borders. `ran`: whether the kernels ran; otherwise PyTorch took over, as it does on a CPU.
+    """
+    rows = []
+    for batch, tokens in setting.maps:
+        for amp in ("none", "bf16"):
+            for name in ("ENACT", "ENACT, equal information"):
+                layer = EnactSelfAttention(256, 8, **LAYERS[name]).to(setting.device)
+                step = partial(layer_gradients, setting, layer, batch, tokens, amp)
+                row = {"of": f"{name}, {batch} x {tokens} tokens", "precision": amp}
+                rows.append(row | compare_kernels(setting, "clusters", step))
+    height, width, heads = (3, 5, 2) if setting.small else (50, 84, 32)
+    for dtype in (torch.float32, torch.bfloat16):
+        for kind in ("clusters", "map"):
+            step = partial(product_gradients, setting, kind, heads, height, width, dtype)
+            row = {"of": f"product over the {kind}, {height} x {width}", "precision": str(dtype).removeprefix("torch.")}
+            rows.append(row | compare_kernels(setting, "row-column products", step))
+    return rows
+
+
+def compare_kernels(setting: Setting, name: str, step: Callable[[str], list[Tensor]]) -> dict:
+    """Return the difference, the times and on a GPU the kernels of a step in PyTorch and with Triton's kernels.
+
+    Args:
+        setting: the device and sizes.
+        name: the kernels' name in `failed_kernels`.
+        step: computes outputs and gradients, with the choice of kernels.
+    """
+    expected, results = step(TORCH), step(TRITON)
+    differences = [
+        ((result - other).abs().max() / other.abs().max().clamp(min=UNIT)).item()
+        for result, other in zip(results, expected, strict=True)
+    ]
+    row = {"ran": setting.cuda and name not in failed_kernels(), "difference": max(differences)}
+    for choice in (TORCH, TRITON):
+        row[f"{choice}: ms"] = setting.milliseconds(partial(step, choice))
+    for choice in (TORCH, TRITON) if setting.cuda else ():
+        row |= {f"{choice}: {key}": value for key, value in kernel_stats(partial(step, choice)).items()}
+    return row
+
+
+def layer_gradients(setting: Setting, layer: EnactSelfAttention, batch: int, tokens: int, amp: str, kernels: str):
+    """Return the output of a layer with these kernels, and the gradients of its input and its scores, in float32."""
+    torch.manual_seed(0)
+    layer.kernels = kernels
+    src, gradient = torch.randn(2, tokens, batch, 256, device=setting.device)
+    src.requires_grad_()
+    with autocast(setting.device, amp):
+        output = layer(src, src, src)[0].float()
+    return [output.detach(), *torch.autograd.grad(output, [src, layer.W_prob.weight], gradient)]
+
+
+def product_gradients(
+    setting: Setting, kind: str, heads: int, height: int, width: int, dtype: torch.dtype, kernels: str
+) -> list[Tensor]:
+    """Return a row-column product with these kernels, and its gradients, in float32."""
+    torch.manual_seed(0)
+    products = load_variant("anchor").models.row_column_product
+    members = height * width // 5
+
+    def weights(*size: int) -> Tensor:
+        # A softmax over the last side, as in the attention.
+        return torch.randn(heads, *size, device=setting.device).softmax(-1).to(dtype)
+
+    if kind == "clusters":
+        inputs = [weights(height, members), weights(width, members)]
+        inputs.append(torch.randn(heads, members, 32, device=setting.device, dtype=dtype))
+        function = products.clustered_row_column_product
+    else:
+        inputs = [weights(members, width), weights(members, height)]
+        inputs.append(torch.randn(heads, height, width, 32, device=setting.device, dtype=dtype))
+        function = products.row_column_product
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    output = function(*inputs, kernels)
+    gradients = torch.autograd.grad(output, inputs, torch.randn_like(output))
+    return [tensor.detach().float() for tensor in (output, *gradients)]
+
+
 def train_step(setting: Setting, flags: list[str], amp: str, size: tuple[int, int], batch: int):
     """Return (arguments, model, training step, samples, targets) of DETR on noise, prepared as in a run."""
     flags = [*flags, *(SMALL_DETECTOR if setting.small else [])]
@@ -430,6 +513,7 @@ CHECKS = {
     "resume": check_resume,
     "attention": check_attention,
     "layers": check_layers,
+    "kernels": check_kernels,
     "sizes": check_sizes,
 }
 

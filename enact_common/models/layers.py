@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from enact_common.attention.clustering import CLUSTERS
 from enact_common.attention.clusters import DEFAULT_SHARE
+from enact_common.attention.kernels import AUTO
 from enact_common.attention.layer import EnactSelfAttention
 from enact_common.attention.rivals import RIVALS, RivalSelfAttention
 from enact_common.utils.acceleration import Recomputed
@@ -61,6 +62,7 @@ def clustering_settings(args) -> dict:
         "mask_padding": bool(getattr(args, "enact_mask_padding", None)),
         "max_clusters": getattr(args, "enact_max_clusters", None) or None,
         "temperature": getattr(args, "enact_temperature", None) or None,
+        "kernels": getattr(args, "enact_kernels", None) or AUTO,
     }
 
 
@@ -82,6 +84,8 @@ def has_effect(flag: str, attention: str) -> bool:
     """
     if flag == "token_budget":
         return attention in RIVALS and RIVALS[attention].takes_budget
+    if flag == "enact_kernels" and attention == "mhsa":
+        return True  # in Anchor DETR
     return attention == "enact"
 
 
@@ -98,8 +102,10 @@ def rival_text(attention: str, token_budget: int | None) -> str:
 
 
 def encoder_settings(args) -> dict:
-    """Return all ENACT settings of an encoder with ENACT from the arguments, for reports."""
-    return {**attention_settings(args), "order": getattr(args, "enact_order", None)}
+    """Return all ENACT settings of an encoder with ENACT from the arguments, for reports; default kernels are None."""
+    settings = attention_settings(args)
+    kernels = None if settings["kernels"] == AUTO else settings["kernels"]
+    return {**settings, "kernels": kernels, "order": getattr(args, "enact_order", None)}
 
 
 def encoder_self_attention(

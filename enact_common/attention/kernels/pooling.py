@@ -1,0 +1,713 @@
+"""Triton kernels that score, cluster and pool tokens: windows of one length, or clusters of equal information.
+
+They compute what `..clustering` and `..clusters` compute in PyTorch, with the same formulas. Tokens are visited at
+their places: row by row, or with a padding mask the tokens that are not padding first. All sums are float32 in a fixed
+order, without atomics, so results repeat to the bit. Importing this file imports Triton.
+
+The kernels run in this order, with a grid of (blocks of places, images) or (clusters, images):
+
+    score         tokens to logits; the largest and the sum of exponentials of each block
+    information   logits to smoothed information; sums, and the borders of regions, of each block
+    equal_borders or window_length   where each cluster starts
+    pool          keys and values to clusters
+    weight_grad   gradients of the pooled tensors to those of the smoothed information
+    prob_grad     to those of the probabilities
+    token_grad    to those of the tokens, and of the scoring weights in each block
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# Places of a block, of the loops over a whole image, and of a mask's sum.
+BLOCK, SCAN, MASK_SCAN = 64, 1024, 4096
+
+# Elements of a tile (tokens x channels): 32 registers a thread in a program of four warps.
+TILE = 4096
+
+# Sizes that change from batch to batch: kernels are not compiled anew where one is 1 or a multiple of 16.
+kernel = triton.jit(
+    do_not_specialize=["num_images", "num_tokens", "num_clusters", "num_blocks", "max_clusters", "skipped", "length"]
+)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+# The constants of `..clustering`, whose import would be circular; the tests compare them.
+PROBABILITY_FLOOR = tl.constexpr(1e-8)
+GREATEST_LOGIT = tl.constexpr(60.0)
+LEAST_MEAN = tl.constexpr(1e-6)
+MASS_STEPS = tl.constexpr(1073741824.0)
+LEAST_TOTAL = tl.constexpr(torch.finfo(torch.float32).tiny)
+
+
+@kernel
+def score(
+    tokens, weight, bias, padded, logits, order, present, block_stats,
+    num_tokens, channels, image_stride, token_stride, num_blocks,
+    MASKED: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr, MASK_PLACES: tl.constexpr,
+):  # fmt: skip
+    """Score the tokens of a block, and store the scores at the tokens' places."""
+    block, image = tl.program_id(0), tl.program_id(1)
+    token = block * PLACES + tl.arange(0, PLACES)
+    inside = token < num_tokens
+    logit = tl.zeros((PLACES,), tl.float32)
+    for start in range(0, channels, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        address = tokens + image * image_stride + token[:, None] * token_stride + channel[None, :]
+        tile = tl.load(address, mask=inside[:, None] & (channel < channels)[None, :], other=0.0).to(tl.float32)
+        factors = tl.load(weight + channel, mask=channel < channels, other=0.0).to(tl.float32)
+        logit += tl.sum(tile * factors[None, :], axis=1)
+    logit += tl.load(bias).to(tl.float32)
+
+    kept, place = inside, token
+    if MASKED:
+        # Every block adds up the whole mask: a few thousand bytes from the cache, and no further kernel.
+        before, total = 0, 0
+        for start in range(0, num_tokens, MASK_PLACES):
+            other = start + tl.arange(0, MASK_PLACES)
+            free = (tl.load(padded + image * num_tokens + other, mask=other < num_tokens, other=1) == 0).to(tl.int32)
+            total += tl.sum(free, axis=0)
+            before += tl.sum(tl.where(other < block * PLACES, free, 0), axis=0)
+        kept = (tl.load(padded + image * num_tokens + token, mask=inside, other=1) == 0) & inside
+        rank = before + tl.cumsum(kept.to(tl.int32), axis=0) - kept.to(tl.int32)
+        place = tl.where(kept, rank, total + token - rank)
+        tl.store(order + image * num_tokens + place, token, mask=inside)
+        tl.store(present + image, total, mask=block == 0)
+    tl.store(logits + image * num_tokens + place, logit, mask=kept)
+    top = tl.max(tl.where(kept, logit, float("-inf")), axis=0)
+    shift = tl.where(top == float("-inf"), 0.0, top)
+    stats = block_stats + (image * num_blocks + block) * 2
+    tl.store(stats, top)
+    tl.store(stats + 1, tl.sum(tl.where(kept, tl.exp(logit - shift), 0.0), axis=0))
+
+
+@triton.jit
+def softmax_terms(block_stats, image, num_blocks, BLOCKS: tl.constexpr):
+    """The greatest logit of an image, and the sum of the exponentials of the logits less the greatest."""
+    block = tl.arange(0, BLOCKS)
+    stats = block_stats + (image * num_blocks + block) * 2
+    top = tl.load(stats, mask=block < num_blocks, other=float("-inf"))
+    total = tl.load(stats + 1, mask=block < num_blocks, other=0.0)
+    greatest = tl.max(top, axis=0)
+    # Blocks of only padding have no greatest logit: minus infinity minus itself would be NaN.
+    return greatest, tl.sum(total * tl.exp(tl.where(top == float("-inf"), top, top - greatest)), axis=0)
+
+
+@triton.jit
+def smoothed(logits, taps, place, count, greatest, total, TAPS: tl.constexpr):
+    """The smoothed information at places of an image with `count` tokens, and zero beyond them."""
+    information = tl.zeros_like(place).to(tl.float32)
+    for tap in range(TAPS):
+        other = place + tap - (TAPS - 1) // 2
+        inside = (other >= 0) & (other < count)
+        logit = tl.load(logits + other, mask=inside, other=0.0)
+        probability = tl.exp(logit - greatest) / total + PROBABILITY_FLOOR
+        information += tl.where(inside, -probability * tl.log2(probability), 0.0) * tl.load(taps + tap)
+    return tl.where((place >= 0) & (place < count), information, 0.0)
+
+
+@kernel
+def information(
+    logits, block_stats, taps, present, smooth, block_sums, block_borders, num_tokens, num_blocks,
+    MASKED: tl.constexpr, BORDERS: tl.constexpr, TAPS: tl.constexpr, PLACES: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Smooth the information; add it up over each block, all of it and what is positive; count borders of regions."""
+    block, image = tl.program_id(0), tl.program_id(1)
+    place = block * PLACES + tl.arange(0, PLACES)
+    count = num_tokens
+    if MASKED:
+        count = tl.load(present + image)
+    greatest, total = softmax_terms(block_stats, image, num_blocks, BLOCKS)
+    row = logits + image * num_tokens
+    here = smoothed(row, taps, place, count, greatest, total, TAPS)
+    tl.store(smooth + image * num_tokens + place, here, mask=place < num_tokens)
+    sums = block_sums + (image * num_blocks + block) * 2
+    tl.store(sums, tl.sum(here, axis=0))
+    tl.store(sums + 1, tl.sum(tl.where(here > 0, here, 0.0), axis=0))
+    if BORDERS:
+        # Computing the neighbours anew needs no barrier between blocks, and gives the bits that their block has.
+        before = smoothed(row, taps, place - 1, count, greatest, total, TAPS)
+        after = smoothed(row, taps, place + 1, count, greatest, total, TAPS)
+        later = smoothed(row, taps, place + 2, count, greatest, total, TAPS)
+        border = ((2 * here - before - after > 0) != (2 * after - here - later > 0)) & (place < count - 1)
+        tl.store(block_borders + image * num_blocks + block, tl.sum(border.to(tl.int32), axis=0))
+
+
+@triton.jit
+def smaller(one, other):
+    """The smaller of two numbers."""
+    return tl.minimum(one, other)
+
+
+@triton.jit
+def mass_of(smooth, place, count, total):
+    """The integer information of places, as in `equal_information`; NaN counts as none."""
+    value = tl.load(smooth + place, mask=(place >= 0) & (place < count), other=0.0)
+    value = tl.where(value > 0, value, 0.0)
+    # The quotient is rounded as PyTorch rounds it, since its integer part decides borders.
+    part = tl.div_rn(value, total)
+    return (tl.where(part == part, part, 0.0) * MASS_STEPS).to(tl.int64)
+
+
+@triton.jit
+def divisor_of(block_sums, image, count, num_blocks, temperature, TEMPERED: tl.constexpr, BLOCKS: tl.constexpr):
+    """What an image's information is divided by to give logits, and the sum of its positive information."""
+    block = tl.arange(0, BLOCKS)
+    sums = block_sums + (image * num_blocks + block) * 2
+    positive = tl.sum(tl.load(sums + 1, mask=block < num_blocks, other=0.0), axis=0)
+    divisor = 1.0
+    if TEMPERED:
+        mean = tl.sum(tl.load(sums, mask=block < num_blocks, other=0.0), axis=0) / tl.maximum(count, 1)
+        divisor = temperature * tl.maximum(mean, LEAST_MEAN)
+    return divisor, positive
+
+
+@kernel
+def equal_borders(
+    smooth, block_sums, present, cluster, first, counts, divisors, num_tokens, num_clusters, num_blocks, temperature,
+    MASKED: tl.constexpr, SHARE: tl.constexpr, TEMPERED: tl.constexpr, PLACES: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Cut an image's places into clusters of equal information: the cluster of each, and where each starts.
+
+    SHARE: tokens per cluster; 0 for `num_clusters` clusters in each image with as many tokens.
+    """
+    image = tl.program_id(0)
+    count = num_tokens
+    if MASKED:
+        count = tl.load(present + image)
+    if SHARE > 0:
+        clusters = tl.maximum((count + SHARE - 1) // SHARE, 1)
+    else:
+        clusters = tl.maximum(tl.minimum(count, num_clusters), 1)
+    divisor, positive = divisor_of(block_sums, image, count, num_blocks, temperature, TEMPERED, BLOCKS)
+    tl.store(divisors + image, divisor)
+    tl.store(counts + image, clusters)
+    positive = tl.maximum(positive, LEAST_TOTAL)
+    row = smooth + image * num_tokens
+    total = tl.zeros((), tl.int64)
+    for start in range(0, num_tokens, PLACES):
+        total += tl.sum(mass_of(row, start + tl.arange(0, PLACES), count, positive), axis=0)
+    whole = tl.maximum(2 * total, 1)
+
+    # The place before each is computed beside it, so that no program reads what another thread has stored.
+    passed = tl.zeros((), tl.int64)
+    low, low_before = tl.full((), 0, tl.int64), tl.full((), 0, tl.int64)
+    for start in range(0, num_tokens, PLACES):
+        place = start + tl.arange(0, PLACES)
+        mass, mass_before = mass_of(row, place, count, positive), mass_of(row, place - 1, count, positive)
+        up_to = passed + tl.cumsum(mass, axis=0)
+        gap = (2 * up_to - mass) * clusters // whole - place
+        gap_before = (2 * (up_to - mass) - mass_before) * clusters // whole - (place - 1)
+        # The first place has none before it.
+        gap_before = tl.where(place == 0, 0, gap_before)
+        lowest = tl.minimum(tl.associative_scan(gap, 0, smaller), low)
+        lowest_before = tl.minimum(tl.associative_scan(gap_before, 0, smaller), low_before)
+        own = tl.minimum(tl.maximum(place + lowest, clusters - count + place), clusters - 1)
+        last = tl.minimum(tl.maximum(place - 1 + lowest_before, clusters - count + place - 1), clusters - 1)
+        last = tl.where(place == 0, -1, last)
+        tl.store(cluster + image * num_tokens + place, own.to(tl.int32), mask=place < num_tokens)
+        starts = first + image * (num_clusters + 1) + own
+        tl.store(starts, place, mask=(place < count) & (own != last))
+        passed += tl.sum(mass, axis=0)
+        low = tl.min(lowest, axis=0)
+        low_before = tl.min(lowest_before, axis=0)
+    # Missing clusters, and the end of the last one. An image without tokens has one empty cluster.
+    for start in range(0, num_clusters + 1, PLACES):
+        slot = start + tl.arange(0, PLACES)
+        missing = (slot >= tl.minimum(clusters, count)) & (slot <= num_clusters)
+        tl.store(first + image * (num_clusters + 1) + slot, count, mask=missing)
+
+
+@kernel
+def window_length(
+    block_sums, block_borders, length, divisors, num_images, num_tokens, num_blocks, max_clusters, temperature,
+    TEMPERED: tl.constexpr, IMAGES: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Compute the windows' common length as `window_length` of `..clustering`, in one program.
+
+    max_clusters: 0 for no limit.
+    """
+    image = tl.arange(0, IMAGES)
+    borders = tl.zeros((IMAGES,), tl.int32)
+    for start in range(0, num_blocks, CHUNK):
+        block = start + tl.arange(0, CHUNK)
+        known = (image < num_images)[:, None] & (block < num_blocks)[None, :]
+        address = block_borders + image[:, None] * num_blocks + block[None, :]
+        borders += tl.sum(tl.load(address, mask=known, other=0), axis=1)
+    lengths = num_tokens.to(tl.float64) / (borders + 1).to(tl.float64)
+    mean = tl.sum(tl.where(image < num_images, lengths, 0.0), axis=0) / num_images
+    whole = mean.to(tl.int64)
+    rest = mean - whole.to(tl.float64)
+    up = (rest > 0.5) | ((rest == 0.5) & (whole % 2 == 1))  # half to even
+    tokens = tl.maximum(whole + up.to(tl.int64), 1)
+    if max_clusters > 0:
+        tokens = tl.maximum(tokens, num_tokens // (max_clusters + 1) + 1)
+    tl.store(length, tokens.to(tl.int32))
+    for one in range(0, num_images):
+        divisor, _ = divisor_of(block_sums, one, num_tokens, num_blocks, temperature, TEMPERED, BLOCKS)
+        tl.store(divisors + one, divisor)
+
+
+@triton.jit
+def span_of(first, image, cluster, num_clusters, skipped, length, WINDOWS: tl.constexpr):
+    """The first place of a cluster, and the place behind its last one."""
+    if WINDOWS:
+        begin = skipped + cluster * length
+        end = begin + length
+    else:
+        address = first + image * (num_clusters + 1) + cluster
+        begin = tl.load(address)
+        end = tl.load(address + 1)
+    return begin, end
+
+
+@kernel
+def pool(
+    key, value, smooth, divisors, first, order, pooled_key, pooled_value,
+    num_tokens, num_clusters, channels, skipped, length, key_image, key_token, value_image, value_token,
+    MASKED: tl.constexpr, WINDOWS: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Pool the keys and the values of one cluster."""
+    cluster, image = tl.program_id(0), tl.program_id(1)
+    begin, end = span_of(first, image, cluster, num_clusters, skipped, length, WINDOWS)
+    divisor = tl.load(divisors + image)
+    channel = tl.arange(0, CHANNELS)
+    key_sum, value_sum = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
+    total = 0.0
+    for start in range(begin, end, PLACES):
+        place = start + tl.arange(0, PLACES)
+        inside = place < end
+        logit = tl.load(smooth + image * num_tokens + place, mask=inside, other=0.0) / divisor
+        weight = tl.where(inside, tl.exp(tl.where(logit > GREATEST_LOGIT, GREATEST_LOGIT, logit)), 0.0)
+        token = place
+        if MASKED:
+            token = tl.load(order + image * num_tokens + place, mask=inside, other=0)
+        both = inside[:, None] & (channel < channels)[None, :]
+        keys = tl.load(key + image * key_image + token[:, None] * key_token + channel[None, :], mask=both, other=0.0)
+        values = tl.load(
+            value + image * value_image + token[:, None] * value_token + channel[None, :], mask=both, other=0.0
+        )
+        key_sum += tl.sum(keys.to(tl.float32) * weight[:, None], axis=0)
+        value_sum += tl.sum(values.to(tl.float32) * weight[:, None], axis=0)
+        total += tl.sum(weight, axis=0)
+    # A missing cluster has no tokens; NaN must stay NaN.
+    total = tl.where(begin < end, total, 1.0)
+    row = (image * num_clusters + cluster) * channels + channel
+    tl.store(pooled_key + row, key_sum / total, mask=channel < channels)
+    tl.store(pooled_value + row, value_sum / total, mask=channel < channels)
+
+
+@kernel
+def weight_grad(
+    key, value, smooth, divisors, first, order, key_grad, value_grad, smooth_grad, weights,
+    num_tokens, num_clusters, channels, skipped, length, key_image, key_token, value_image, value_token,
+    MASKED: tl.constexpr, WINDOWS: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Compute the pooling weights w of one cluster, and the gradient of its smoothed information.
+
+    With a_j the sum of token j's keys and values times their cluster's gradients: w_j (a_j - sum_i w_i a_i) / divisor.
+    """
+    cluster, image = tl.program_id(0), tl.program_id(1)
+    begin, end = span_of(first, image, cluster, num_clusters, skipped, length, WINDOWS)
+    divisor = tl.load(divisors + image)
+    channel = tl.arange(0, CHANNELS)
+    row = (image * num_clusters + cluster) * channels + channel
+    of_keys = tl.load(key_grad + row, mask=channel < channels, other=0.0).to(tl.float32)
+    of_values = tl.load(value_grad + row, mask=channel < channels, other=0.0).to(tl.float32)
+    total, mean = 0.0, 0.0
+    for start in range(begin, end, PLACES):
+        place = start + tl.arange(0, PLACES)
+        inside = place < end
+        address = image * num_tokens + place
+        logit = tl.load(smooth + address, mask=inside, other=0.0) / divisor
+        weight = tl.where(inside, tl.exp(tl.where(logit > GREATEST_LOGIT, GREATEST_LOGIT, logit)), 0.0)
+        token = place
+        if MASKED:
+            token = tl.load(order + address, mask=inside, other=0)
+        both = inside[:, None] & (channel < channels)[None, :]
+        keys = tl.load(key + image * key_image + token[:, None] * key_token + channel[None, :], mask=both, other=0.0)
+        values = tl.load(
+            value + image * value_image + token[:, None] * value_token + channel[None, :], mask=both, other=0.0
+        )
+        product = keys.to(tl.float32) * of_keys[None, :] + values.to(tl.float32) * of_values[None, :]
+        product = tl.sum(product, axis=1)
+        tl.store(smooth_grad + address, product, mask=inside)
+        total += tl.sum(weight, axis=0)
+        mean += tl.sum(weight * product, axis=0)
+    total = tl.where(begin < end, total, 1.0)
+    mean = mean / total
+    # Other threads of this program have stored the products.
+    tl.debug_barrier()
+    for start in range(begin, end, PLACES):
+        place = start + tl.arange(0, PLACES)
+        inside = place < end
+        address = image * num_tokens + place
+        logit = tl.load(smooth + address, mask=inside, other=0.0) / divisor
+        weight = tl.exp(tl.where(logit > GREATEST_LOGIT, GREATEST_LOGIT, logit)) / total
+        product = tl.load(smooth_grad + address, mask=inside, other=0.0)
+        slope = tl.where(logit > GREATEST_LOGIT, 0.0, 1.0 / divisor)
+        tl.store(smooth_grad + address, weight * (product - mean) * slope, mask=inside)
+        tl.store(weights + address, weight, mask=inside)
+
+
+@kernel
+def prob_grad(
+    logits, block_stats, taps, present, smooth_grad, probability_grad, block_sums,
+    num_tokens, num_clusters, num_blocks, skipped, length,
+    MASKED: tl.constexpr, WINDOWS: tl.constexpr, TAPS: tl.constexpr, PLACES: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Pass the gradient through the smoothing and `-p log2 p`; add up p times its gradient over each block."""
+    block, image = tl.program_id(0), tl.program_id(1)
+    place = block * PLACES + tl.arange(0, PLACES)
+    count = num_tokens
+    if MASKED:
+        count = tl.load(present + image)
+    # Places in no cluster have no gradient, and none is stored for them.
+    begin, end = 0, count
+    if WINDOWS:
+        begin = skipped
+        end = skipped + num_clusters * length
+    greatest, total = softmax_terms(block_stats, image, num_blocks, BLOCKS)
+    grad = tl.zeros((PLACES,), tl.float32)
+    for tap in range(TAPS):
+        other = place - tap + (TAPS - 1) // 2
+        inside = (other >= begin) & (other < end)
+        grad += tl.load(smooth_grad + image * num_tokens + other, mask=inside, other=0.0) * tl.load(taps + tap)
+    inside = place < count
+    logit = tl.load(logits + image * num_tokens + place, mask=inside, other=0.0)
+    probability = tl.exp(logit - greatest) / total
+    grad = -grad * (tl.log2(probability + PROBABILITY_FLOOR) + LOG2_E)
+    tl.store(probability_grad + image * num_tokens + place, grad, mask=inside)
+    tl.store(block_sums + image * num_blocks + block, tl.sum(tl.where(inside, probability * grad, 0.0), axis=0))
+
+
+@kernel
+def token_grad(
+    key, weight, logits, block_stats, present, order, cluster, weights, probability_grad, block_sums,
+    key_grad, value_grad, scored_out, value_out, weight_out,
+    num_tokens, num_clusters, channels, num_blocks, skipped, length,
+    key_image, key_token, scored_image, scored_token, value_image, value_token,
+    MASKED: tl.constexpr, WINDOWS: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradients of a block's tokens, and its part of the gradient of the scoring weights and bias."""
+    block, image = tl.program_id(0), tl.program_id(1)
+    place = block * PLACES + tl.arange(0, PLACES)
+    inside = place < num_tokens
+    count = num_tokens
+    token = place
+    if MASKED:
+        count = tl.load(present + image)
+        token = tl.load(order + image * num_tokens + place, mask=inside, other=0)
+    greatest, total = softmax_terms(block_stats, image, num_blocks, BLOCKS)
+    other = tl.arange(0, BLOCKS)
+    mean = tl.sum(tl.load(block_sums + image * num_blocks + other, mask=other < num_blocks, other=0.0), axis=0)
+    kept = place < count
+    address = image * num_tokens + place
+    probability = tl.exp(tl.load(logits + address, mask=kept, other=0.0) - greatest) / total
+    grad = probability * (tl.load(probability_grad + address, mask=kept, other=0.0) - mean)
+    grad = tl.where(kept, grad, 0.0)  # (PLACES,), of the logits
+    if WINDOWS:
+        own = (place - skipped) // length
+        pooled = (place >= skipped) & (own < num_clusters)
+    else:
+        own = tl.load(cluster + address, mask=kept, other=0)
+        pooled = kept
+    share = tl.load(weights + address, mask=pooled, other=0.0)
+    row = (image * num_clusters + own) * channels
+    out = weight_out + (image * num_blocks + block) * (channels + 1)
+    for start in range(0, channels, CHANNELS):
+        channel = start + tl.arange(0, CHANNELS)
+        known = channel < channels
+        stored = inside[:, None] & known[None, :]
+        read = (pooled & inside)[:, None] & known[None, :]
+        keys = tl.load(
+            key + image * key_image + token[:, None] * key_token + channel[None, :],
+            mask=kept[:, None] & known[None, :], other=0.0,
+        ).to(tl.float32)  # fmt: skip
+        tl.store(out + channel, tl.sum(keys * grad[:, None], axis=0), mask=known)
+        factors = tl.load(weight + channel, mask=known, other=0.0).to(tl.float32)
+        of_keys = tl.load(key_grad + row[:, None] + channel[None, :], mask=read, other=0.0).to(tl.float32)
+        result = of_keys * share[:, None] + grad[:, None] * factors[None, :]
+        tl.store(scored_out + image * scored_image + token[:, None] * scored_token + channel[None, :], result, stored)
+        of_values = tl.load(value_grad + row[:, None] + channel[None, :], mask=read, other=0.0).to(tl.float32)
+        result = of_values * share[:, None]
+        tl.store(value_out + image * value_image + token[:, None] * value_token + channel[None, :], result, stored)
+    tl.store(out + channels, tl.sum(grad, axis=0))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How tokens are clustered, as in `EntropyClustering`.
+
+    Attributes:
+        equal: clusters of equal information; False for windows of one length.
+        num_clusters: clusters of an image with enough tokens, if equal.
+        share: tokens per cluster of any image, if equal; 0 for `num_clusters` in each.
+        max_clusters: limit of the number of windows; None for none.
+        temperature: of the pooling weights; None for the softmax of the information.
+    """
+
+    equal: bool
+    num_clusters: int = 0
+    share: int = 0
+    max_clusters: int | None = None
+    temperature: float | None = None
+
+
+class Started:
+    """Clusters of one batch: kernels that are queued up to the clusters' borders, and what they write.
+
+    Args:
+        scored: (batch, N, d), the tokens to score.
+        padded: bool (batch, N), True where padded; None for no padding. Only for clusters of equal information.
+        weight, bias: (d,) and (1,), of the scores.
+        taps: float32 (taps,), of the smoothing.
+        setting: how the tokens are clustered.
+
+    Attributes:
+        counts: int32 (batch,), clusters of each image, if equal.
+        shape: (batch, M), after `finish`.
+    """
+
+    def __init__(
+        self, scored: Tensor, padded: Tensor | None, weight: Tensor, bias: Tensor, taps: Tensor, setting: Setting
+    ):
+        batch, num_tokens, channels = scored.shape
+        self.scored_layout = torch.empty_like(scored, device="meta")
+        self.setting = setting
+        self.masked = padded is not None
+        self.taps = taps
+        self.num_blocks = triton.cdiv(num_tokens, BLOCK)
+        self.blocks = triton.next_power_of_2(self.num_blocks)
+        device = scored.device
+        # Of kinds that do not need them, tensors without elements.
+        masked_size, equal_size = (batch * self.masked, num_tokens), (batch * setting.equal, num_tokens)
+        self.logits = torch.empty(batch, num_tokens, device=device)
+        self.smooth = torch.empty_like(self.logits)
+        self.divisors = torch.empty(batch, device=device)
+        self.block_stats = torch.empty(batch, self.num_blocks, 2, device=device)
+        self.order = torch.empty(masked_size, dtype=torch.int32, device=device)
+        self.present = torch.empty(masked_size[:1], dtype=torch.int32, device=device)
+        self.cluster = torch.empty(equal_size, dtype=torch.int32, device=device)
+        self.first = torch.empty(equal_size[0], setting.num_clusters + 1, dtype=torch.int32, device=device)
+        self.counts = torch.empty(equal_size[:1], dtype=torch.int32, device=device)
+        block_sums = torch.empty_like(self.block_stats)
+        borders = torch.empty(batch * (not setting.equal), self.num_blocks, dtype=torch.int32, device=device)
+        self.skipped = self.length = 0
+        grid = self.num_blocks, batch
+        score[grid](
+            scored, weight, bias, padded if self.masked else scored, self.logits, self.order, self.present,
+            self.block_stats, num_tokens, channels, *scored.stride()[:2], self.num_blocks,
+            MASKED=self.masked, PLACES=BLOCK, CHANNELS=TILE // BLOCK, MASK_PLACES=MASK_SCAN,
+        )  # fmt: skip
+        information[grid](
+            self.logits, self.block_stats, taps, self.present, self.smooth, block_sums, borders, num_tokens,
+            self.num_blocks, MASKED=self.masked, BORDERS=not setting.equal, TAPS=len(taps), PLACES=BLOCK,
+            BLOCKS=self.blocks,
+        )  # fmt: skip
+        temperature = {"temperature": setting.temperature or 0.0, "TEMPERED": setting.temperature is not None}
+        if setting.equal:
+            equal_borders[(batch,)](
+                self.smooth, block_sums, self.present, self.cluster, self.first, self.counts, self.divisors,
+                num_tokens, setting.num_clusters, self.num_blocks, MASKED=self.masked, SHARE=setting.share,
+                PLACES=SCAN, BLOCKS=self.blocks, **temperature,
+            )  # fmt: skip
+            self.shape = batch, setting.num_clusters
+        else:
+            images = triton.next_power_of_2(batch)
+            length = torch.empty(1, dtype=torch.int32, device=device)
+            window_length[(1,)](
+                block_sums, borders, length, self.divisors, batch, num_tokens, self.num_blocks,
+                setting.max_clusters or 0, IMAGES=images, CHUNK=max(min(TILE // images, self.blocks), 1),
+                BLOCKS=self.blocks, **temperature,
+            )  # fmt: skip
+            self.read_back = ReadBack(length)
+
+    def finish(self) -> None:
+        """Wait for the length of the windows, unless the number of clusters was known."""
+        if not self.setting.equal:
+            batch, num_tokens = self.logits.shape
+            self.length = self.read_back.wait()
+            num_windows = num_tokens // self.length
+            self.skipped = (num_tokens - num_windows * self.length) // 2
+            self.shape = batch, num_windows
+
+    def sizes(self) -> tuple[int, ...]:
+        """The integers that `pool` and `weight_grad` take behind the tensors."""
+        return self.logits.shape[1], self.shape[1], self.scored_layout.shape[2], self.skipped, self.length
+
+    def kinds(self) -> dict[str, bool]:
+        """The constants that choose between kinds of clusters."""
+        return {"MASKED": self.masked, "WINDOWS": not self.setting.equal}
+
+    def tile(self) -> dict[str, int]:
+        """The constants of a tile with all channels."""
+        channels = triton.next_power_of_2(self.scored_layout.shape[2])
+        return {"PLACES": max(min(TILE // channels, 16), 1), "CHANNELS": channels}
+
+
+class ReadBack:
+    """A copy to the host of one integer on a device, which runs while the host queues more work."""
+
+    def __init__(self, number: Tensor):
+        self.event = None
+        self.number = number
+        if number.is_cuda:
+            self.number = torch.empty(1, dtype=number.dtype, pin_memory=True)
+            self.number.copy_(number, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+
+    def wait(self) -> int:
+        """Return the number."""
+        if self.event is not None:
+            self.event.synchronize()
+        return int(self.number)
+
+
+def pool_clusters(started: Started, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Pool keys and values (batch, N, d): (batch, M, d) each, in their dtypes."""
+    pooled_key, pooled_value = (tensor.new_empty(*started.shape, key.shape[2]) for tensor in (key, value))
+    pool[started.shape[::-1]](
+        key, value, started.smooth, started.divisors, started.first, started.order, pooled_key, pooled_value,
+        *started.sizes(), *key.stride()[:2], *value.stride()[:2], **started.kinds(), **started.tile(),
+    )  # fmt: skip
+    return pooled_key, pooled_value
+
+
+def pool_gradients(
+    started: Started, key: Tensor, value: Tensor, weight: Tensor, key_grad: Tensor, value_grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of scored tokens and values, and float32 (d + 1,) of the scoring weights and the bias.
+
+    Args:
+        started: the clusters.
+        key, value: (batch, N, d), what was pooled.
+        weight: (d,), of the scores.
+        key_grad, value_grad: (batch, M, d), gradients of the pooled tensors.
+    """
+    batch, num_tokens, channels = key.shape
+    num_blocks, logits = started.num_blocks, started.logits
+    key_grad, value_grad = key_grad.contiguous(), value_grad.contiguous()
+    smooth_grad, weights, probability_grad = (torch.empty_like(logits) for _ in range(3))
+    block_sums = logits.new_empty(batch, num_blocks)
+    weight_out = logits.new_empty(batch, num_blocks, channels + 1)
+    scored_out = torch.empty_like(started.scored_layout, device=key.device)
+    value_out = torch.empty_like(value)
+    weight_grad[started.shape[::-1]](
+        key, value, started.smooth, started.divisors, started.first, started.order, key_grad, value_grad, smooth_grad,
+        weights, *started.sizes(), *key.stride()[:2], *value.stride()[:2], **started.kinds(), **started.tile(),
+    )  # fmt: skip
+    prob_grad[(num_blocks, batch)](
+        logits, started.block_stats, started.taps, started.present, smooth_grad, probability_grad, block_sums,
+        num_tokens, started.shape[1], num_blocks, started.skipped, started.length, **started.kinds(),
+        TAPS=len(started.taps), PLACES=BLOCK, BLOCKS=started.blocks,
+    )  # fmt: skip
+    token_grad[(num_blocks, batch)](
+        key, weight, logits, started.block_stats, started.present, started.order, started.cluster, weights,
+        probability_grad, block_sums, key_grad, value_grad, scored_out, value_out, weight_out,
+        num_tokens, started.shape[1], channels, num_blocks, started.skipped, started.length,
+        *key.stride()[:2], *scored_out.stride()[:2], *value_out.stride()[:2], **started.kinds(),
+        PLACES=BLOCK, CHANNELS=TILE // BLOCK // 2, BLOCKS=started.blocks,
+    )  # fmt: skip
+    return scored_out, value_out, weight_out.sum(dim=(0, 1))
+
+
+class _Pool(torch.autograd.Function):
+    """Scoring, clustering and pooling as one function of scored tokens, values, scoring weights and bias.
+
+    `key` holds the scored tokens, perhaps in a lower precision: its gradient is part of that of `scored`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, scored: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor, started: Started
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(key, value, weight)
+        ctx.started = started
+        ctx.bias_dtype = bias.dtype
+        return pool_clusters(started, key, value)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, key_grad: Tensor, value_grad: Tensor) -> tuple[Tensor | None, ...]:
+        key, value, weight = ctx.saved_tensors
+        with torch.cuda.device_of(key):
+            scored, values, scoring = pool_gradients(ctx.started, key, value, weight, key_grad, value_grad)
+        return scored, None, values, scoring[:-1].to(weight.dtype), scoring[-1:].to(ctx.bias_dtype), None
+
+
+class PooledClusters:
+    """The clusters of pooled tensors, for the attention behind them: only their number, their sizes, the missing ones.
+
+    Attributes:
+        shape: (batch, M).
+        padding_mask: bool (batch, M), True where an image has no such cluster; None if all images have M clusters.
+    """
+
+    def __init__(self, started: Started):
+        self.shape = started.shape
+        self.padding_mask: Tensor | None = None
+        if started.masked:
+            slot = torch.arange(self.shape[1], device=started.counts.device)
+            self.padding_mask = slot >= started.counts.unsqueeze(1)
+        self.started = started
+
+    def sizes(self) -> Tensor:
+        """Return the number of tokens in each cluster: int64 (batch, M), 0 at missing clusters."""
+        if self.started.setting.equal:
+            return self.started.first.long().diff(dim=1)
+        return torch.full(self.shape, self.started.length, device=self.started.logits.device)
+
+
+def start(
+    scored: Tensor, padded: Tensor | None, weight: Tensor, bias: Tensor, taps: Tensor, setting: Setting
+) -> Started:
+    """Queue the kernels up to the clusters' borders. Arguments: as in `Started`."""
+    with torch.no_grad(), torch.cuda.device_of(scored):
+        return Started(rows_contiguous(scored), padded, weight, bias, taps, setting)
+
+
+def finish(
+    started: Started, scored: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[tuple[Tensor, Tensor], PooledClusters]:
+    """Pool key and value: (batch, M, d) each, and their clusters.
+
+    Args:
+        started: the result of `start` for these scored tokens.
+        scored, value: (batch, N, d).
+        key: the scored tokens, or a copy of them in a lower precision, which is kept for the backward pass. Its
+            gradient is added to that of `scored`.
+        weight, bias: (d,) and (1,), of the scores.
+    """
+    with torch.cuda.device_of(scored):
+        started.finish()
+        scored, key, value = (rows_contiguous(tensor) for tensor in (scored, key, value))
+        pooled = _Pool.apply(scored, key, value, weight, bias, started)
+        if torch.is_grad_enabled():
+            check_gradients(started, key, value, weight)
+    return pooled, PooledClusters(started)
+
+
+def rows_contiguous(tokens: Tensor) -> Tensor:
+    """Return tokens whose channels lie side by side in memory, as the kernels expect; a copy only if they do not."""
+    return tokens if tokens.stride(-1) == 1 else tokens.contiguous()
+
+
+# What the kernels are compiled for, as far as their gradients have run once.
+_checked: set[tuple] = set()
+
+
+def check_gradients(started: Started, key: Tensor, value: Tensor, weight: Tensor) -> None:
+    """Run the backward kernels once for each kind of input: PyTorch cannot take over once a forward pass is done."""
+    kind = (key.dtype, value.dtype, weight.dtype, started.masked, started.setting.equal, started.blocks)
+    kind += key.device, key.shape[2], len(started.taps)
+    if kind not in _checked:
+        with torch.no_grad():
+            zeros = (tensor.new_zeros(*started.shape, key.shape[2]) for tensor in (key, value))
+            pool_gradients(started, key, value, weight, *zeros)
+        _checked.add(kind)
