@@ -61,7 +61,8 @@ def summary(diagnosis: dict[str, Any]) -> list[str]:
         sentences.append(f"Most frequent confusion: {pairs[0][0]} detected as {pairs[0][1]}, {pairs[0][2]:,} times.")
     count = len(diagnosis["label_errors"])
     if count:
-        sentences.append(f"{count:,} label{'s' if count > 1 else ''} may be wrong: look at the pictures.")
+        plural = "s" if count > 1 else ""
+        sentences.append(f"{count:,} label{plural} may be wrong, or the detector is: look at the pictures.")
     return sentences
 
 
