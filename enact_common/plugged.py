@@ -52,6 +52,7 @@ def load_plugged(model_class: type, folder_or_name: str | Path, **settings: Any)
             "load it with from_pretrained, then call plug_in"
         )
     plain = class_of(model_class, config, folder_or_name)
+    frozen: set[str] = set()  # biases that the plain attention lacks
 
     class Plugged(plain):
         """The plain class with its attention replaced before the weights are loaded."""
@@ -67,6 +68,12 @@ def load_plugged(model_class: type, folder_or_name: str | Path, **settings: Any)
                     f"configuration: {error}"
                 ) from error
             learned = {name.partition(".")[0] for layer in plugged(self) for name, _ in layer.named_parameters()}
+            frozen.update(
+                f"{layer}.{name}"
+                for layer in self.config.enact
+                for name, parameter in self.get_submodule(layer).named_parameters()
+                if not parameter.requires_grad
+            )
             kept = getattr(self, "_keep_in_fp32_modules_strict", None) or ()
             self._keep_in_fp32_modules_strict = {*kept, *learned - PROJECTIONS}
 
@@ -83,6 +90,8 @@ def load_plugged(model_class: type, folder_or_name: str | Path, **settings: Any)
             f"{folder_or_name}: its weights lack {min(missing)} and {len(missing) - 1} others that the settings of "
             "ENACT in its configuration ask for: the weights were saved before plug_in, or by another model"
         )
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)  # transformers 5 makes all loaded weights train
     restore_constants(model)
     return model
 
