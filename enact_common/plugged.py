@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from enact_common.attention.plug_in import REPLACEMENTS, plug_in_noted
+from enact_common.attention.plug_in import plug_in_noted
 from enact_common.utils.errors import UserError
 
 # The arguments of `from_pretrained` that say where files are.
@@ -67,15 +67,11 @@ def load_plugged(model_class: type, folder_or_name: str | Path, **settings: Any)
                     f"{folder_or_name}: {plain.__name__} cannot be built with the settings of ENACT in its "
                     f"configuration: {error}"
                 ) from error
-            learned = {name.partition(".")[0] for layer in plugged(self) for name, _ in layer.named_parameters()}
-            frozen.update(
-                f"{layer}.{name}"
-                for layer in self.config.enact
-                for name, parameter in self.get_submodule(layer).named_parameters()
-                if not parameter.requires_grad
-            )
+            own = [(layer, *item) for layer in self.config.enact for item in self.get_submodule(layer).named_parameters()]
+            frozen.update(f"{layer}.{name}" for layer, name, parameter in own if not parameter.requires_grad)
+            learned = {name.partition(".")[0] for _, name, _ in own} - PROJECTIONS
             kept = getattr(self, "_keep_in_fp32_modules_strict", None) or ()
-            self._keep_in_fp32_modules_strict = {*kept, *learned - PROJECTIONS}
+            self._keep_in_fp32_modules_strict = {*kept, *learned}
 
     # transformers renames the tensors of files by these, and does not for classes from elsewhere.
     Plugged.__name__, Plugged.__module__ = plain.__name__, plain.__module__
@@ -120,11 +116,6 @@ def class_of(model_class: type, config: Any, source: str | Path) -> type:
         f"{source}: {name} cannot load it, its configuration is a {type(config).__name__}: pass {saved}, or an "
         "AutoModel class that loads it"
     )
-
-
-def plugged(model: nn.Module) -> list[nn.Module]:
-    """Return the attention that `plug_in` put into a model."""
-    return [module for module in model.modules() if isinstance(module, REPLACEMENTS)]
 
 
 def name_in(model: nn.Module, name: str) -> str:
