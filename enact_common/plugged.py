@@ -67,7 +67,8 @@ def load_plugged(model_class: type, folder_or_name: str | Path, **settings: Any)
                     f"{folder_or_name}: {plain.__name__} cannot be built with the settings of ENACT in its "
                     f"configuration: {error}"
                 ) from error
-            own = [(layer, *item) for layer in self.config.enact for item in self.get_submodule(layer).named_parameters()]
+            layers = {layer: self.get_submodule(layer) for layer in self.config.enact}
+            own = [(layer, *item) for layer in layers for item in layers[layer].named_parameters()]
             frozen.update(f"{layer}.{name}" for layer, name, parameter in own if not parameter.requires_grad)
             learned = {name.partition(".")[0] for _, name, _ in own} - PROJECTIONS
             kept = getattr(self, "_keep_in_fp32_modules_strict", None) or ()
