@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from enact_common.attention.plug_in import REPLACEMENTS, plug_in_noted
+from enact_common.attention.plug_in import plug_in_noted
 from enact_common.utils.errors import UserError
 
 # The arguments of `from_pretrained` that say where files are.
@@ -52,6 +52,7 @@ def load_plugged(model_class: type, folder_or_name: str | Path, **settings: Any)
             "load it with from_pretrained, then call plug_in"
         )
     plain = class_of(model_class, config, folder_or_name)
+    frozen: set[str] = set()  # biases that the plain attention lacks
 
     class Plugged(plain):
         """The plain class with its attention replaced before the weights are loaded."""
@@ -66,9 +67,12 @@ def load_plugged(model_class: type, folder_or_name: str | Path, **settings: Any)
                     f"{folder_or_name}: {plain.__name__} cannot be built with the settings of ENACT in its "
                     f"configuration: {error}"
                 ) from error
-            learned = {name.partition(".")[0] for layer in plugged(self) for name, _ in layer.named_parameters()}
+            layers = {layer: self.get_submodule(layer) for layer in self.config.enact}
+            own = [(layer, *item) for layer in layers for item in layers[layer].named_parameters()]
+            frozen.update(f"{layer}.{name}" for layer, name, parameter in own if not parameter.requires_grad)
+            learned = {name.partition(".")[0] for _, name, _ in own} - PROJECTIONS
             kept = getattr(self, "_keep_in_fp32_modules_strict", None) or ()
-            self._keep_in_fp32_modules_strict = {*kept, *learned - PROJECTIONS}
+            self._keep_in_fp32_modules_strict = {*kept, *learned}
 
     # transformers renames the tensors of files by these, and does not for classes from elsewhere.
     Plugged.__name__, Plugged.__module__ = plain.__name__, plain.__module__
@@ -83,6 +87,8 @@ def load_plugged(model_class: type, folder_or_name: str | Path, **settings: Any)
             f"{folder_or_name}: its weights lack {min(missing)} and {len(missing) - 1} others that the settings of "
             "ENACT in its configuration ask for: the weights were saved before plug_in, or by another model"
         )
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)  # transformers 5 makes all loaded weights train
     restore_constants(model)
     return model
 
@@ -111,11 +117,6 @@ def class_of(model_class: type, config: Any, source: str | Path) -> type:
         f"{source}: {name} cannot load it, its configuration is a {type(config).__name__}: pass {saved}, or an "
         "AutoModel class that loads it"
     )
-
-
-def plugged(model: nn.Module) -> list[nn.Module]:
-    """Return the attention that `plug_in` put into a model."""
-    return [module for module in model.modules() if isinstance(module, REPLACEMENTS)]
 
 
 def name_in(model: nn.Module, name: str) -> str:

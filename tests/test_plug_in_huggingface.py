@@ -243,6 +243,17 @@ def test_two_calls_with_other_settings_are_both_noted(transformers, tmp_path):  
     assert_same(loaded, model)
 
 
+def test_biases_that_the_plain_model_lacks_stay_frozen(transformers, tmp_path):  # noqa: F811
+    model = detector(transformers, "Yolos", qkv_bias=False)
+    names = plug_in(model)
+    model.save_pretrained(tmp_path)
+    loaded = load_plugged(transformers.YolosForObjectDetection, tmp_path)
+    for attention in (model.get_submodule(names[0]), loaded.get_submodule(names[0])):
+        frozen = {name for name, parameter in attention.named_parameters() if not parameter.requires_grad}
+        assert frozen == {"W_q.bias", "W_k.bias", "W_v.bias"}
+    assert_same(loaded, model)
+
+
 def test_a_model_of_low_precision_is_loaded_with_its_scores_in_float32(transformers, tmp_path):  # noqa: F811
     model = detector(transformers, "RTDetr").bfloat16()
     layer = plug_in(model)[0]
