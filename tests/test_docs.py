@@ -44,6 +44,7 @@ OTHERS = {
     ".venv/bin/python -m pytest": "CI runs all tests",
     "python tests/soak.py": "tests/test_soak.py",
     "python docs/figures/draw.py": "below",
+    "python docs/figures/explore.py": "a running explorer and Chromium",
     "docker compose": "Docker; tests/test_compose.py runs each service's command",
     "cp .env.example": "a shell",
     "mkdir": "a shell",
