@@ -46,6 +46,7 @@ OTHERS = {
     "python -m enact_common.attention.kernels.report": "tests/test_kernels.py compiles the same kernels",
     "python tests/soak.py": "tests/test_soak.py",
     "python docs/figures/draw.py": "below",
+    "python docs/figures/explore.py": "a running explorer and Chromium",
     "docker compose": "Docker; tests/test_compose.py runs each service's command",
     "cp .env.example": "a shell",
     "mkdir": "a shell",

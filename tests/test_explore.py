@@ -338,8 +338,9 @@ def address(models, tmp_path_factory):
     """The address of a page with one image to choose, served by this process."""
     folder = tmp_path_factory.mktemp("explore")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "environ", os.environ)  # restored below, because `go_offline` changes it
-        before = dict(os.environ)
+        # `go_offline` changes these.
+        for name in ("GRADIO_ANALYTICS_ENABLED", "HF_HUB_DISABLE_TELEMETRY", "GRADIO_TEMP_DIR", "NO_PROXY", "no_proxy"):
+            patch.setenv(name, os.environ.get(name, ""))
         command.go_offline(folder)
         from enact_common.explore.page import build_page, serve
 
@@ -347,8 +348,6 @@ def address(models, tmp_path_factory):
         page = build_page(models, "small.pth", [given], 0.0, folder)
         yield serve(page, "127.0.0.1", free_port(), browser=False)
         page.close()
-        os.environ.clear()
-        os.environ.update(before)
 
 
 @pytest.fixture(scope="module")

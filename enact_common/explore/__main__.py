@@ -86,6 +86,8 @@ def run(args: argparse.Namespace) -> int:
     check_extra()
     images = find_images(args.images)
     port = free_port(args.host, args.port)
+    # Loading a large checkpoint and Gradio takes a while.
+    print(f"loading {args.checkpoint} ...", flush=True)
     models = Models(detector_from(args))
     folder = Path(tempfile.mkdtemp(prefix="enact_explore_"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
