@@ -557,7 +557,7 @@ class ReadBack:
         self.event = None
         self.number = number
         if number.is_cuda:
-            self.number = torch.empty(1, dtype=number.dtype, pin_memory=True)
+            self.number = torch.empty(1, dtype=number.dtype, device="cpu", pin_memory=True)
             self.number.copy_(number, non_blocking=True)
             self.event = torch.cuda.Event()
             self.event.record()
