@@ -29,7 +29,7 @@ places = [moved.get(name) or moved.get(name.rpartition('.')[0], '') + '/' + name
 [pathlib.Path(place).mkdir(parents=True, exist_ok=True) for place in places]" \
     && touch README.md enact_common/__init__.py \
     && pip install --no-cache-dir --root-user-action=ignore \
-        -c constraints.txt -e ".[logging,plots,fast-eval]"
+        -c constraints.txt -e ".[logging,plots,fast-eval,explore]"
 
 # Training runs as an unprivileged user. docker-compose.yml passes the ids of the host's user, who then
 # owns the results. -o allows an id that already exists in the image.

@@ -19,6 +19,7 @@ from enact_common.cli.program import program
 from enact_common.data.annotations import load_annotations
 from enact_common.data.images import decode_image
 from enact_common.data.synthetic import make_shapes
+from enact_common.evaluation.stored import RESULTS
 from enact_common.training.run_logs import METRICS_KEY, read_epochs
 from enact_common.utils.errors import UserError, exit_status
 from enact_common.variants import VARIANTS
@@ -148,7 +149,7 @@ def demonstrate(args: argparse.Namespace) -> int:
 
     epochs = read_epochs(run)
     plot_curves({args.variant: epochs}, output / "curves.png")
-    picture_detections(data, run / "results.json", THRESHOLDS[args.variant], output / "detections.png")
+    picture_detections(data, run / RESULTS, THRESHOLDS[args.variant], output / "detections.png")
     ap, ap50 = epochs[-1][METRICS_KEY][:2]
     print(f"\nAP {ap:.3f}, AP50 {ap50:.3f} on {SHAPES['val']} validation images")
     print(f"ground truth and detections: {output / 'detections.png'}")

@@ -8,7 +8,6 @@ clusters.
 import argparse
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
@@ -16,31 +15,21 @@ from torch import nn
 
 from enact_common.checkpoints.contents import arguments_of, averaged_weights, known_variant
 from enact_common.checkpoints.files import Undrawn, load_checkpoint, load_model
+from enact_common.checkpoints.published import FILES, Model
 from enact_common.cli.flags import COCO, MODEL, PANOPTIC, with_flags
 from enact_common.data.categories import LabelMap, coco_names
 from enact_common.data.panoptic import NUM_CLASSES, things_of
 from enact_common.models.segmentation import PostProcessPanoptic
+from enact_common.utils.download import HASH_IN_NAME
 from enact_common.utils.errors import UserError
 from enact_common.variants import VARIANTS, load_variant
 
 BACKBONES = ("resnet50", "resnet101")
 # Model flags that the model's name sets.
 NAMED = ("backbone", "dilation", "encoder_attention")
-TITLES = {"detr": "DETR", "conditional": "Conditional DETR", "anchor": "Anchor DETR"}
 
-# Checkpoints published by DETR's authors; file names end with the first digits of their SHA-256.
-PUBLISHED = {
-    f"detr_{model}": f"https://dl.fbaipublicfiles.com/detr/detr-{file}.pth"
-    for model, file in {
-        "resnet50": "r50-e632da11",
-        "resnet50_dc5": "r50-dc5-f0fb7ef5",
-        "resnet101": "r101-2c7b67e5",
-        "resnet101_dc5": "r101-dc5-a2e86def",
-        "resnet50_panoptic": "r50-panoptic-00ce5173",
-        "resnet50_dc5_panoptic": "r50-dc5-panoptic-da08f1b1",
-        "resnet101_panoptic": "r101-panoptic-40021d53",
-    }.items()
-}
+# The published checkpoints that can be checked after a download: file names end with the first digits of their SHA-256.
+PUBLISHED = {file.name: file.url for file in FILES if HASH_IN_NAME.search(file.url)}
 
 HELP = """{title}.
 
@@ -68,42 +57,6 @@ THRESHOLD_HELP = """;
 MASKS_HELP = """, and in
         evaluation mode `pred_masks`. `postprocess(outputs, sizes)`, with (height, width) of each image at the model's
         input, turns them into segments (see `enact_common.models.segmentation.PostProcessPanoptic`)"""
-
-
-@dataclass(frozen=True)
-class Model:
-    """The configuration of a named model.
-
-    Attributes:
-        variant: a key of `VARIANTS`.
-        backbone: one of `BACKBONES`.
-        dilation: stride 16 instead of 32 (DC5).
-        encoder_attention: one of `ENCODER_ATTENTIONS`; the hub has names for "enact" and "mhsa".
-        panoptic: has a mask head, for things and stuff.
-    """
-
-    variant: str
-    backbone: str
-    dilation: bool
-    encoder_attention: str
-    panoptic: bool = False
-
-    @property
-    def name(self) -> str:
-        """The name in the hub."""
-        prefix = "" if self.variant == "detr" else f"{self.variant}_"
-        attention = "" if self.encoder_attention == "mhsa" else f"_{self.encoder_attention}"
-        suffixes = "_dc5" * self.dilation + "_panoptic" * self.panoptic + attention
-        return f"{prefix}detr_{self.backbone}{suffixes}"
-
-    @property
-    def title(self) -> str:
-        """A readable description."""
-        names = {"mhsa": "plain", "enact": "with ENACT"}
-        attention = names.get(self.encoder_attention, f"with {self.encoder_attention}")
-        stride = ", its last stage dilated (DC5)" if self.dilation else ""
-        kind = ", panoptic" if self.panoptic else ""
-        return f"{TITLES[self.variant]}{kind}, {attention}, on a ResNet-{self.backbone.removeprefix('resnet')}{stride}"
 
 
 def build(

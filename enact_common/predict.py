@@ -9,8 +9,9 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -21,13 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from enact_common.cli.program import program
-from enact_common.cli.types import HelpFormatter, fraction
+from enact_common.cli.types import HelpFormatter, fraction, positive_int
 from enact_common.data.images import Found, image_suffixes, search
 from enact_common.drawing.detections import draw_detections
 from enact_common.drawing.panoptic import draw_panoptic
 from enact_common.evaluation.panoptic import FOLDER, PanopticEvaluator, check_results_folder
 from enact_common.inference.detector import THRESHOLD, Detections, LoadedDetector, as_pixels, load_detector
 from enact_common.inference.introspection import SHOWN, check_kinds, write_introspection
+from enact_common.inference.slicing import OVERLAP, check_sliceable, detect_in_slices
 from enact_common.models.segmentation import PostProcessPanoptic, encode_masks
 from enact_common.utils.errors import UserError, exit_status
 from enact_common.utils.files import check_no_folder, make_folder, write_file, writing
@@ -190,22 +192,38 @@ def build_parser() -> argparse.ArgumentParser:
         f"{PostProcessPanoptic.THRESHOLD} for panoptic models)",
     )  # fmt: skip
     parser.add_argument(
+        "--slice", type=positive_int, metavar="PIXELS",
+        help="also detect in square slices of this side, for small objects in large images; slices overlap by "
+        f"{OVERLAP:.0%}%, and boxes found twice are merged; not for masks; default: the whole image only",
+    )  # fmt: skip
+    parser.add_argument(
         "--no_exif", action="store_true",
         help="keep photos as stored, as training does; default: rotate them upright by their EXIF orientation, as "
         "viewers do; boxes refer to the upright image",
     )  # fmt: skip
-    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
-    parser.add_argument(
-        "--dilation", action=argparse.BooleanOptionalAction, default=None,
-        help="dilated backbone (DC5), for files with only weights; default: the checkpoint's setting, else the "
-        "variant's default",
-    )  # fmt: skip
+    add_detector_flags(parser)
     parser.add_argument(
         "--show", nargs="+", choices=SHOWN, default=(), metavar="KIND",
         help=f"also draw the model's internals for each image, not for videos: {', '.join(SHOWN)}; needs matplotlib; "
         "default: none",
     )  # fmt: skip
     return parser
+
+
+def add_detector_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say how to load a detector, which `detector_from` reads."""
+    parser.add_argument("--device", help="cuda, cuda:1, cpu; default: a GPU if there is one")
+    parser.add_argument(
+        "--dilation", action=argparse.BooleanOptionalAction, default=None,
+        help="dilated backbone (DC5), for files with only weights; default: the checkpoint's setting, else the "
+        "variant's default",
+    )  # fmt: skip
+
+
+def detector_from(args: argparse.Namespace) -> LoadedDetector:
+    """Load the detector of parsed arguments: `checkpoint`, `threshold` and those of `add_detector_flags`."""
+    flags = {} if args.dilation is None else {"dilation": args.dilation}
+    return load_detector(args.checkpoint, args.device, args.threshold, **flags)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -241,14 +259,18 @@ def run(args: argparse.Namespace) -> int:
     files, passed_over = find_files(args.inputs, output_dir)
     inputs = plan(files, output_dir, kinds)
     check_no_folder(output_dir / PREDICTIONS)
+    if kinds and args.slice:
+        raise UserError("--show draws the model's view of whole images: leave out --slice or --show")
     if kinds and all(item.is_video for item in inputs):
         raise UserError("--show: works only for images, and all inputs are videos; leave out --show")
     if kinds:
         check_matplotlib()
-    flags = {} if args.dilation is None else {"dilation": args.dilation}
-    detector = load_detector(args.checkpoint, args.device, args.threshold, **flags)
+    detector = detector_from(args)
     if kinds:
         check_kinds(detector, kinds)
+    if args.slice:
+        check_sliceable(detector)
+    detect = partial(detect_in_slices, detector, side=args.slice) if args.slice else detector.detect
     tally = new_tally(detector, inputs, output_dir)
     for name, search_result in passed_over.items():
         print(search_result.passed_over(f"{name}: ", "\n"), end="", file=sys.stderr)
@@ -262,9 +284,9 @@ def run(args: argparse.Namespace) -> int:
         for item in tqdm(inputs, unit="file", disable=None):
             try:
                 if item.is_video:
-                    predict_video(detector, item, tally)
+                    predict_video(detector, item, tally, detect)
                 else:
-                    predict_image(detector, item, kinds, tally, not args.no_exif)
+                    predict_image(detector, item, kinds, tally, detect, not args.no_exif)
             except SkippedError as error:
                 tally.skipped += 1
                 # Skipped files still use up an image id.
@@ -407,7 +429,14 @@ def draw(detector: LoadedDetector, pixels: Tensor, detections: Detections, enlar
     )
 
 
-def predict_image(detector: LoadedDetector, item: Input, kinds: Sequence[str], tally: Tally, exif: bool = True) -> None:
+def predict_image(
+    detector: LoadedDetector,
+    item: Input,
+    kinds: Sequence[str],
+    tally: Tally,
+    detect: Callable[[Tensor], Detections],
+    exif: bool = True,
+) -> None:
     """Detect objects in an image, rotated by EXIF unless `exif` is False, and write its picture.
 
     Raises:
@@ -417,7 +446,7 @@ def predict_image(detector: LoadedDetector, item: Input, kinds: Sequence[str], t
         pixels = as_pixels(item.path, exif)
     except UserError as error:
         raise SkippedError(str(error)) from error
-    detections = detector.detect(pixels)
+    detections = detect(pixels)
     drawn = Image.fromarray(draw(detector, pixels, detections))
     options = {"format": "JPEG", **JPEG_OPTIONS} if item.picture.suffix == ".jpg" else {"format": "PNG"}
     with uninterrupted():
@@ -428,7 +457,7 @@ def predict_image(detector: LoadedDetector, item: Input, kinds: Sequence[str], t
         tally.add(detections, pixels.shape[-2:], item.path)
 
 
-def predict_video(detector: LoadedDetector, item: Input, tally: Tally) -> None:
+def predict_video(detector: LoadedDetector, item: Input, tally: Tally, detect: Callable[[Tensor], Detections]) -> None:
     """Detect objects in each frame of a video, and write a video of the same size and frame rate.
 
     After Ctrl-C or SIGTERM, the finished frames are kept as a complete video. A video with fewer frames than it
@@ -445,7 +474,7 @@ def predict_video(detector: LoadedDetector, item: Input, tally: Tally) -> None:
     try:
         with VideoFile(item.picture, rate if 0 < rate < math.inf else USUAL_RATE) as video:
             for pixels in tqdm(frames(reader), item.path.name, frame_count, unit="frame", leave=False, disable=None):
-                detections = detector.detect(pixels)
+                detections = detect(pixels)
                 picture = draw(detector, pixels, detections, enlarge=False)
                 with uninterrupted():
                     video.write(picture)

@@ -61,9 +61,14 @@ TOKENS = {"detr": (), "conditional": (), "anchor": ("--attention_type", "nn.Mult
 # single tests marked as slow.
 SLOW_FILES = (
     "export acceleration stopping kernels compose golden slurm study segmentation gpu tools distributed benchmark "
-    "upstream train soak unreadable compare finetune architecture"
+    "upstream train plug_in_huggingface soak unreadable compare finetune architecture"
 ).split()
 
+
+# Started processes read the compiled sources, even where the environment forbids to store them: compiling the package
+# anew took each a tenth of its start.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # Imports and collection make objects that stay: looking for garbage among them took a fifth of the time.
 gc.disable()

@@ -25,7 +25,8 @@ from enact_common.compare.recorded import RecordedRun, read_run
 from enact_common.compare.tables import classes_table, costs_table, figures_table
 from enact_common.compare.terms import differing_flags, inequalities, settings_table
 from enact_common.data.annotations import load_annotations
-from enact_common.evaluation.coco import METRICS
+from enact_common.evaluation.coco import METRICS, evaluation_record
+from enact_common.evaluation.stored import match, read_results, read_truth
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
@@ -140,6 +141,86 @@ def test_every_evaluation_writes_its_record(trained, shapes, tmp_path):
     assert again.pop("checkpoint") == str(checkpoint) and again == record
     # An evaluation's folder is also a run, with the evaluated checkpoint.
     assert read_run(tmp_path, "eval").checkpoint == checkpoint
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, shapes, tmp_path_factory) -> dict[str, Path]:
+    """Two evaluations of the same images: one with the objects found in every image, one with an object in half of
+    them. Their detections are drawn, since the small models find nothing."""
+    data = load_annotations(shapes / "annotations" / "instances_val2017.json")
+    truth = read_truth(shapes / "annotations" / "instances_val2017.json")
+    folders = {}
+    for name, every in (("good", 1), ("poor", 2)):
+        folder = folders[name] = tmp_path_factory.mktemp(name)
+        boxes = [a for a in data["annotations"] if not a["iscrowd"] and a["id"] % every == 0]
+        keys = ("image_id", "category_id", "bbox")
+        rows = [{**{key: a[key] for key in keys}, "score": 0.5 + 0.4 / a["id"]} for a in boxes]
+        (folder / "results.json").write_text(json.dumps(rows))
+        evaluation = match(truth, read_results(folder / "results.json", truth))
+        evaluation.accumulate()
+        evaluation.summarize()
+        source = {"set": "val", "epoch": 1, "checkpoint": str(trained["enact"] / "checkpoint.pth")}
+        (folder / "evaluation.json").write_text(json.dumps({**source, **evaluation_record(evaluation)}))
+    return folders
+
+
+def test_differences_have_intervals_that_tell_chance(evaluated, tmp_path, capsys):
+    folders = [evaluated["good"], evaluated["poor"], evaluated["good"]]
+    words = [*folders, "--names", "good", "poor", "same", "--pictures", 0, "--resamples", 200]
+    for folder in ("one", "two"):
+        assert compare(*words, "--output_dir", tmp_path / folder) == 0
+    record = json.loads((tmp_path / "one" / "compare.json").read_text())
+    assert record == json.loads((tmp_path / "two" / "compare.json").read_text())  # seeded
+    rows = {(row["metric"], row["run"]): row for row in record["differences"]}
+    stats = {run["name"]: run["metrics"] for run in record["runs"]}
+    for name in ("AP", "AP50", "AP75"):
+        row = rows[name, "poor"]
+        assert row["difference"] == pytest.approx(stats["poor"][name] - stats["good"][name])
+        assert row["low"] <= row["difference"] <= row["high"] < 0 and not row["may_be_chance"]
+        assert rows[name, "same"]["may_be_chance"] and rows[name, "same"]["low"] == rows[name, "same"]["high"] == 0
+    page = Page((tmp_path / "one" / "compare.html").read_text())
+    assert {"AP poor", "lower, hardly chance", "may be chance", "Differences to good"} <= set(page.texts)
+    assert "may be chance" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ("", ""),
+        ("--resamples 0", "--resamples is 0"),
+        ("no detections", "no detections (results.json) in poor; write them with enact eval"),
+        ("other set", "evaluated on different sets (val against train)"),
+        ("other detections", "but the evaluation next to it recorded"),
+        ("other images", "has detections of image 999, which the annotations lack"),
+        ("no list", "not detections but a JSON dict"),
+        ("no data", "no checkpoint records its evaluation data"),
+    ],
+)
+def test_missing_intervals_are_explained(evaluated, tmp_path, capsys, change, reason):
+    folders = [tmp_path / name for name in ("good", "poor")]
+    for folder in folders:
+        shutil.copytree(evaluated[folder.name], folder)
+    results, record = (folders[1] / name for name in ("results.json", "evaluation.json"))
+    rows, entry = json.loads(results.read_text()), json.loads(record.read_text())
+    if change == "no detections":
+        results.unlink()
+    elif change == "other set":
+        record.write_text(json.dumps({**entry, "set": "train"}))
+    elif change == "other detections":
+        results.write_text(json.dumps(rows[:1]))
+    elif change == "other images":
+        results.write_text(json.dumps([*rows, {**rows[0], "image_id": 999}]))
+    elif change == "no list":
+        results.write_text("{}")
+    elif change == "no data":
+        (folders[0] / "evaluation.json").write_text(json.dumps({**entry, "checkpoint": "gone"}))
+    flags = ["--resamples", 20, *(change.split() if change.startswith("--") else [])]
+    assert compare(*folders, "--pictures", 0, *flags, "--output_dir", tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert ("no intervals of the differences" in said) == bool(reason) and reason in said
+    assert bool(json.loads((tmp_path / "out" / "compare.json").read_text())["differences"]) == (not reason)
+    texts = Page((tmp_path / "out" / "compare.html").read_text()).texts
+    assert any(reason in text for text in texts)
 
 
 def test_runs_that_differ_only_in_the_attention_are_on_equal_terms(trained):
@@ -275,7 +356,7 @@ def test_the_page_shows_validation_images_with_ground_truth(trained, shapes, dra
     assert compare(*words) == 0
     text = capsys.readouterr().out
     assert "Equal terms" in text and (tmp_path / "compare.md").read_text().strip() in text
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.html", "compare.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compare.html", "compare.json", "compare.md"]
     page = Page((tmp_path / "compare.html").read_text())
     assert len([source for source in page.sources if source.startswith("data:image/jpeg;base64,")]) == 6
     data = load_annotations(shapes / "annotations" / "instances_val2017.json")

@@ -17,7 +17,7 @@ from processes import Forked
 ROOT = Path(__file__).resolve().parents[1]
 VARIABLE = re.compile(r"\$\{(\w+):-([^}]*)\}")
 
-SERVICES = ("train", "eval", "benchmark", "tensorboard")
+SERVICES = ("train", "eval", "benchmark", "tensorboard", "explore")
 
 
 def substitute(value: Any, settings: dict[str, str]) -> Any:
@@ -98,7 +98,7 @@ def test_the_image_installs_the_services_dependencies():
     dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     assert 'ENTRYPOINT ["python"]' in dockerfile  # the commands are its arguments
     installed = re.search(r'-e "\.\[([\w,-]+)\]"', dockerfile)[1].split(",")
-    assert {"logging", "plots"} <= set(installed)  # TensorBoard, and the benchmark's charts
+    assert {"logging", "plots", "explore"} <= set(installed)  # TensorBoard, the benchmark's charts, the explorer
 
 
 def test_settings_override_defaults():
@@ -109,10 +109,11 @@ def test_settings_override_defaults():
     assert train["deploy"]["resources"]["reservations"]["devices"][0]["count"] == "all"
 
 
-def test_tensorboard_is_reachable_only_from_this_machine():
-    service = services(TENSORBOARD_PORT="8080")["tensorboard"]
-    assert service["ports"] == ["127.0.0.1:8080:6006"]
-    assert shlex.split(service["command"])[-2:] == ["--port", "6006"]
+@pytest.mark.parametrize("name, port", [("tensorboard", "6006"), ("explore", "7860")])
+def test_pages_are_reachable_only_from_this_machine(name, port):
+    service = services(**{f"{name.upper()}_PORT": "8080"})[name]
+    assert service["ports"] == [f"127.0.0.1:8080:{port}"]
+    assert shlex.split(service["command"])[-4:] == ["--host", "0.0.0.0", "--port", port]
     assert all(volume["read_only"] for volume in service["volumes"])
 
 
@@ -158,16 +159,26 @@ def test_the_benchmark_service_runs(settings):
 
 @pytest.mark.slow
 def test_tensorboard_shows_the_training(trained, settings):
+    page, runs = pages_of("tensorboard", settings, "", "data/runs")
+    assert "<title>TensorBoard</title>" in page and "DETR-ENACT" in runs
+
+
+@pytest.mark.slow
+def test_the_explorer_shows_the_trained_checkpoint(trained, settings):
+    page, configuration = pages_of("explore", settings, "", "config")
+    assert "ENACT explorer" in page and "/DETR-ENACT/best.pth" in configuration
+
+
+def pages_of(name: str, settings: dict[str, str], *paths: str) -> list[str]:
+    """Start a service that shows pages, and fetch these paths from it."""
     port = free_port()
     # The last flags win. A container has its own network, but here the default port may be in use.
-    process = start("tensorboard", settings, "--host", "127.0.0.1", "--port", str(port))
+    process = start(name, settings, "--host", "127.0.0.1", "--port", str(port))
     try:
-        page = fetch(f"http://127.0.0.1:{port}/", process)
-        runs = fetch(f"http://127.0.0.1:{port}/data/runs", process)
+        return [fetch(f"http://127.0.0.1:{port}/{path}", process) for path in paths]
     finally:
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
-    assert "<title>TensorBoard</title>" in page and "DETR-ENACT" in runs
 
 
 def fetch(url: str, process: Forked, seconds: float = 120) -> str:

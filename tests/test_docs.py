@@ -50,6 +50,8 @@ OTHERS = {
     "cp .env.example": "a shell",
     "mkdir": "a shell",
     "sha256sum": "a downloaded file",
+    "wandb": "a W&B account",
+    "mlflow": "the whole package; tests/test_trackers.py reads the folder",
     "git": "a shell",
 }
 

@@ -11,7 +11,9 @@ from pycocotools.coco import COCO
 from enact_common.data.categories import LabelMap
 from enact_common.data.coco import CocoDetection
 from enact_common.data.transforms import eval_transforms
+from enact_common.evaluation.bootstrap import difference_intervals, draw_images, resampled_metrics
 from enact_common.evaluation.coco import METRICS, CocoBoxEvaluator, evaluation_record, metrics_text, per_class_text
+from enact_common.evaluation.stored import match
 from enact_common.models.segmentation import encode_masks
 from enact_common.utils.errors import UserError
 
@@ -410,3 +412,74 @@ def test_evaluation_record_of_a_hand_worked_case(package):
     assert nut["AP"] == pytest.approx((3 * sum(low) + 7 * sum(high)) / 1010)
     assert bolt["AP"] == bolt["AP50"] == 0 and set(bolt["precision"]["mean"]) == {0}
     assert record["figures"]["AP"] == pytest.approx(nut["AP"] / 2)
+
+
+@pytest.fixture
+def noisy():
+    """A ground truth of 12 images with crowds and two classes, and two sets of detections of it."""
+    generator = np.random.default_rng(3)
+    boxes = [
+        (image, int(generator.choice([3, 7])), [*generator.uniform(0, 90, 2), *generator.uniform(10, 110, 2)])
+        for image in range(1, 13)
+        for _ in range(generator.integers(0, 5))
+    ]
+    coco = ground_truth(boxes, range(1, 13))
+    coco.dataset["annotations"][2]["iscrowd"] = 1
+    rows = np.array([[image, *box, generator.uniform(), category] for image, category, box in boxes])
+    extra = np.array([[image, *generator.uniform(0, 90, 2), 40, 40, generator.uniform(), 3] for image in range(1, 13)])
+    first = np.concatenate((rows, extra))
+    second = first.copy()
+    second[:, 1:5] += generator.normal(0, 6, (len(first), 4))
+    second[:, 3:5] = second[:, 3:5].clip(1)
+    return coco.dataset, first, second
+
+
+def repeated(dataset, detections, counts):
+    """The same data with each image as often as `counts` says, under new ids."""
+    images, annotations, rows = [], [], [detections[:0]]
+    for old in np.repeat([image["id"] for image in dataset["images"]], counts):
+        images.append({"id": len(images) + 1, "height": 200, "width": 200})
+        for annotation in dataset["annotations"]:
+            if annotation["image_id"] == old:
+                annotations.append({**annotation, "image_id": len(images), "id": len(annotations) + 1})
+        own = detections[detections[:, 0] == old].copy()
+        own[:, 0] = len(images)
+        rows.append(own)
+    return {**dataset, "images": images, "annotations": annotations}, np.concatenate(rows)
+
+
+def test_a_resample_equals_an_evaluation_of_the_repeated_images(noisy):
+    dataset, detections, _ = noisy
+    draws = draw_images(12, 4, seed=1)
+    assert draws.sum(1).tolist() == [12] * 5 and draws.max() > 1 and (draws[0] == 1).all()
+    metrics = resampled_metrics(match(dataset, detections), draws)
+    for counts, own in zip(draws, metrics, strict=True):
+        evaluation = match(*repeated(dataset, detections, counts))
+        evaluation.accumulate()
+        evaluation.summarize()
+        expected = [value if value >= 0 else np.nan for value in evaluation.stats[:6]]
+        # Repeated images tie in their scores, and pycocotools orders ties by image.
+        np.testing.assert_allclose(own, expected, atol=1e-9)
+
+
+def test_intervals_have_the_width_of_the_sampling_error():
+    # One object in each of 40 images; the second detector finds 20 of them. AP is then the recall in the resample.
+    images = range(1, 41)
+    dataset = ground_truth([(image, 3, [10, 10, 50, 50]) for image in images], images).dataset
+    rows = np.array([[image, 10, 10, 50, 50, 0.9, 3] for image in images], dtype=float)
+    draws = draw_images(40, 2000, seed=0)
+    none, half = (resampled_metrics(match(dataset, rows[:count]), draws) for count in (0, 20))
+    interval = difference_intervals(none, half)["AP"]
+    assert interval["difference"] == pytest.approx(51 / 101)
+    # Plus or minus 1.96 binomial standard errors.
+    assert interval["high"] - interval["low"] == pytest.approx(2 * 1.96 * (0.25 / 40) ** 0.5, rel=0.1)
+
+
+def test_a_metric_without_objects_has_no_interval(noisy):
+    dataset, first, second = noisy
+    small = {**dataset, "annotations": [{**a, "area": 10.0} for a in dataset["annotations"]]}
+    draws = draw_images(12, 20, seed=0)
+    metrics = [resampled_metrics(match(small, rows), draws) for rows in (first, second)]
+    intervals = difference_intervals(*metrics)
+    assert set(intervals) == {"AP", "AP50", "AP75", "APS"}
+    assert all(row["low"] <= row["high"] for row in intervals.values())

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 import enact_common.clustering
 from enact_common import EnactSelfAttention, nested_tensor_from_tensor_list, plug_in
-from enact_common.attention.plug_in import padded_keys
+from enact_common.attention.foreign import padded_keys
 from enact_common.attention.rivals import RIVALS
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "use" / "plug_in.md"

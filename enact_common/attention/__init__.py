@@ -5,6 +5,7 @@ This folder imports nothing but PyTorch, so it can be copied into another projec
 
 from .clustering import EntropyClustering
 from .layer import EnactSelfAttention
+from .map_tokens import MapTokens
 from .plug_in import plug_in
 
-__all__ = ["EnactSelfAttention", "EntropyClustering", "plug_in"]
+__all__ = ["EnactSelfAttention", "EntropyClustering", "MapTokens", "plug_in"]

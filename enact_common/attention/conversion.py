@@ -48,3 +48,27 @@ def clustered_weights(weights: Mapping[str, Tensor], num_heads: int, scale_logit
             "W_o.weight": weights["out_proj.weight"] * spread,
             "W_o.bias": out_bias.clone(),
         }
+
+
+def plain_weights(weights: Mapping[str, Tensor], num_heads: int, scale_logits: bool = False) -> dict[str, Tensor]:
+    """The inverse of `clustered_weights`: a plain multi-head attention from `EnactSelfAttention`'s projections.
+
+    It computes what the layer would compute if each cluster were one token. `W_prob` has no counterpart.
+
+    Args:
+        weights: `W_q.weight` (d, d), `W_q.bias` (d,), ..., `W_o.bias`, as in the layer's state dict.
+        num_heads, scale_logits: as in the layer.
+
+    Returns:
+        the tensors of `PACKED`, with the dtype and device of the given weights.
+    """
+    embed_dim = weights["W_q.weight"].shape[1]
+    head_dim = embed_dim // num_heads
+    scale, spread = (1.0, 1.0) if scale_logits else (head_dim**0.5, 1 / head_dim)
+    packed = {}
+    with torch.no_grad():
+        for part in ("weight", "bias"):
+            query, key, value, out = (weights[f"{name}.{part}"] for name in ("W_q", "W_k", "W_v", "W_o"))
+            packed[f"in_proj_{part}"] = torch.cat([query * scale, key, value])
+            packed[f"out_proj.{part}"] = out * spread if part == "weight" else out.clone()
+    return packed

@@ -4,11 +4,13 @@ Source: Savathrakis and Argyros, "ENACT: Entropy-based Clustering of Attention I
 Needs of Object Detection Transformers", arXiv:2409.07541.
 """
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .clustering import EntropyClustering, autocast_dtype
 from .kernels import AUTO
+from .map_tokens import MapTokens
 
 
 class EnactSelfAttention(EntropyClustering):
@@ -31,6 +33,7 @@ class EnactSelfAttention(EntropyClustering):
         clusters, per_image, mask_padding, max_clusters, temperature, kernels: as in `EntropyClustering`.
         scale_logits: scale the logits by head_dim^-0.5 and do not divide the values, as in plain attention. The
             published weights were trained without it; new trainings learn better with it (docs/results/accuracy.md).
+        tokens: which keys are a feature map's. The others are not clustered: each stays a key. None: all are the map's.
 
     Attributes:
         weigh_by_size: weight each cluster in the softmax by its number of tokens; an ablation in `enact_common.study`.
@@ -58,6 +61,7 @@ class EnactSelfAttention(EntropyClustering):
         max_clusters: int | None = None,
         temperature: float | None = None,
         scale_logits: bool = False,
+        tokens: MapTokens | None = None,
         kernels: str = AUTO,
     ):
         super().__init__(
@@ -70,6 +74,7 @@ class EnactSelfAttention(EntropyClustering):
         self.dropout = dropout
         self.batch_first = batch_first
         self.scale_logits = scale_logits
+        self.tokens = tokens or MapTokens()
         self.W_q = nn.Linear(embed_dim, embed_dim)
         self.W_k = nn.Linear(embed_dim, embed_dim)
         self.W_v = nn.Linear(embed_dim, embed_dim)
@@ -90,7 +95,8 @@ class EnactSelfAttention(EntropyClustering):
 
         Args:
             query: (L, batch, d), or (batch, L, d) if batch_first.
-            key, value: (N, batch, d), or (batch, N, d) if batch_first; N in row-major order of the feature map.
+            key, value: (N, batch, d), or (batch, N, d) if batch_first; N in row-major order of the feature map, with
+                the tokens beside it that `tokens` names.
             key_padding_mask: bool (batch, N), True where padded; or floating point, minus infinity where padded, as
                 `nn.TransformerEncoder` passes it. It has no effect without `mask_padding` or equal clusters: as in the
                 reference, padded tokens are then clustered and attended to like any other.
@@ -120,11 +126,25 @@ class EnactSelfAttention(EntropyClustering):
         scored, query, key, value = key, cast[id(query)], cast[id(key)], cast[id(value)]
         if not self.batch_first:
             scored, key, value = (tensor.transpose(0, 1) for tensor in (scored, key, value))
-        finish = self.start_pooling(scored, value, key_padding_mask=key_padding_mask, narrow=key)
+        tokens = self.tokens
+        tokens.check(key.shape[1])
+        padded = key_padding_mask if self.mask_padding else None
+        finish = self.start_pooling(
+            tokens.of_map(scored),
+            tokens.of_map(value),
+            key_padding_mask=None if padded is None else tokens.of_map(padded),
+            narrow=tokens.of_map(key),
+        )
         q = self.W_q(query)  # before the end of the pooling, which may wait for the GPU
-        (key, value), clusters = finish()
+        pooled, clusters = finish()
         padding_mask = clusters.padding_mask
         sizes = clusters.sizes() if self.weigh_by_size else None
+        if not tokens.all and not (padded is None and padding_mask is None and sizes is None):
+            beside = torch.zeros_like(key[..., 0], dtype=torch.bool) if padded is None else padded  # (batch, N)
+            sizes = None if sizes is None else tokens.rejoin((~beside).to(sizes.dtype), sizes)
+            missing = torch.zeros(clusters.shape, dtype=torch.bool, device=key.device)
+            padding_mask = tokens.rejoin(beside, missing if padding_mask is None else padding_mask)
+        key, value = (tokens.rejoin(*parts) for parts in zip((key, value), pooled, strict=True))
         q, k, v = (x.unflatten(-1, (self.num_heads, head_dim)) for x in (q, self.W_k(key), self.W_v(value)))
         # Transpose after the projection: transposed before it, the inputs would be copied, and the copies kept.
         q = q.transpose(1, 2) if self.batch_first else q.permute(1, 2, 0, 3)  # (batch, heads, L, head_dim)
@@ -144,4 +164,5 @@ class EnactSelfAttention(EntropyClustering):
 
     def extra_repr(self) -> str:
         own = f"num_heads={self.num_heads}, dropout={self.dropout}" + ", scale_logits" * self.scale_logits
+        own += "" if self.tokens.all else f", tokens={self.tokens}"
         return f"{own}, {super().extra_repr()}"

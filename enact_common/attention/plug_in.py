@@ -1,110 +1,39 @@
 """Replace the attention in a third-party detector by ENACT's or a rival's, keeping its weights.
 
-Two kinds can be replaced: `torch.nn.MultiheadAttention` anywhere, and the self-attention of Hugging Face's DETR and
-Conditional DETR. Classes of `transformers` are recognised by name, so this file does not import it.
+`foreign.py` knows the attention classes that can be replaced. This file selects them in a model, replaces them, and
+notes in a Hugging Face model's configuration what it did, so that `load_plugged` can do it again.
 """
 
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from .conversion import PACKED, clustered_weights
+from .conversion import clustered_weights
+from .foreign import (
+    SUPPORTED,
+    VisionTransformerSelfAttention,
+    class_for,
+    fault_of_foreign,
+    is_foreign,
+    is_vision_transformers,
+    keep_output,
+    known_tokens,
+    read_attention,
+)
 from .layer import EnactSelfAttention
+from .map_tokens import MapTokens
 from .rivals import RIVALS, RivalSelfAttention
-
-# Full class names: `DetrAttention` up to transformers 4, the others in 5.
-HUGGING_FACE = {
-    f"transformers.models.{model}.modeling_{model}.{name}"
-    for model, names in {
-        "detr": ("DetrAttention", "DetrSelfAttention"),
-        "conditional_detr": ("DetrAttention", "ConditionalDetrSelfAttention"),
-    }.items()
-    for name in names
-}
 
 Where = str | re.Pattern | Callable[[str, nn.Module], bool]
 
 # Base classes of the attention that `plug_in` puts in.
 REPLACEMENTS = (EnactSelfAttention, RivalSelfAttention)
-
-
-class HuggingFaceCall:
-    """The call signature of the self-attention in Hugging Face's DETR and Conditional DETR, for a layer with that of
-    `nn.MultiheadAttention`, batch first: the base class that comes next.
-    """
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_embeddings: Tensor | None = None,
-        object_queries: Tensor | None = None,
-        **others,
-    ) -> tuple[Tensor, None]:
-        """Attend from every token to the clusters or reduced keys of all tokens.
-
-        Args:
-            hidden_states: (batch, N, d), N in row-major order of the feature map.
-            attention_mask: the padding mask, in a form that `padded_keys` accepts.
-            position_embeddings: (batch, N, d), added to queries and keys but not to values.
-            object_queries: the name of the position embeddings in transformers 4.
-            others: the original's other arguments, such as `output_attentions`; ignored.
-
-        Returns:
-            (output (batch, N, d), None): no weights, whatever `output_attentions` says.
-
-        Raises:
-            ValueError: it is called as a cross-attention, or the mask's form is unknown.
-        """
-        if others.get("key_value_states") is not None:
-            raise ValueError(f"{type(self).__name__} is a self-attention: call it without key_value_states")
-        positions = object_queries if position_embeddings is None else position_embeddings
-        with_positions = hidden_states if positions is None else hidden_states + positions
-        return super().forward(
-            with_positions, with_positions, hidden_states, key_padding_mask=padded_keys(attention_mask)
-        )
-
-
-class HuggingFaceSelfAttention(HuggingFaceCall, EnactSelfAttention):
-    """`EnactSelfAttention` with Hugging Face's call signature. Arguments, parameters and buffers stay."""
-
-
-# A class of each rival, an attribute of this file too, as pickle needs.
-HUGGING_FACE_RIVALS = {
-    kind: type(f"HuggingFace{rival.__name__}", (HuggingFaceCall, rival), {"__module__": __name__})
-    for kind, rival in RIVALS.items()
-}
-globals().update({rival.__name__: rival for rival in HUGGING_FACE_RIVALS.values()})
-
-
-def padded_keys(attention_mask: Tensor | None) -> Tensor | None:
-    """The padding mask, bool (batch, N), from a mask that an encoder of `transformers` passes to its layers.
-
-    Args:
-        attention_mask: (batch, 1, N, N), equal for all queries: either boolean, True where attended to ("sdpa"), or
-            added to the logits, negative where padded ("eager"). Or (batch, N), 0 where padded (flash attention). Or
-            None: no padding.
-
-    Raises:
-        ValueError: the mask has another form.
-    """
-    if attention_mask is None:
-        return None
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:
-        row = attention_mask[:, 0, 0]
-        return row < 0 if row.is_floating_point() else ~row.bool()
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        return attention_mask == 0
-    form = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-    raise ValueError(
-        f"expected an attention mask (batch, 1, N, N) or (batch, N), got {form}; "
-        'load the model with attn_implementation="sdpa" or "eager"'
-    )
 
 
 def plug_in(
@@ -121,6 +50,7 @@ def plug_in(
     scale_logits: bool = False,
     token_budget: int | None = None,
     map_size: tuple[int, int] | None = None,
+    tokens: MapTokens | None = None,
 ) -> list[str]:
     """Replace the encoder self-attention of any model by ENACT's or a rival's, in place, keeping its weights.
 
@@ -129,7 +59,10 @@ def plug_in(
     model of lower precision. Everything else is kept: weights, heads, dropout, device and dtype, `requires_grad`,
     training or evaluation mode. Make the optimizer afterwards: an existing one would still hold the old weights.
 
-    The tokens must be the cells of a feature map in row-major order, in batches.
+    The tokens must be the cells of a feature map in row-major order, in batches, or `tokens` must name those that are.
+
+    What was replaced, and the settings, go into the configuration of a Hugging Face model, as `config.enact`: files of
+    `save_pretrained` have them, and `load_plugged` builds the same model. Pass the whole model for that.
 
     Args:
         module: the model, or an encoder that holds the attention. In a PyTorch `TransformerEncoder` below it, nested
@@ -142,14 +75,19 @@ def plug_in(
         scale_logits: as in `EnactSelfAttention`. It does not change the model's output, but how it trains.
         token_budget, map_size: as in `RivalSelfAttention`. A kind that needs the map's size needs it here, unless the
             model passes `map_size` in its calls.
+        tokens: which tokens are the map's, for ENACT in all the attention that is replaced. None: all are, but not in
+            the vision transformers that `known_tokens` knows: those of YOLOS, timm and torchvision.
 
     Returns:
         the names of the replaced modules, in the model's order.
 
     Raises:
-        ValueError: nothing matches, an attention cannot be replaced, or the kind or a setting is invalid, such as a
-            setting of another kind. The model is then unchanged.
+        ValueError: nothing matches, an attention cannot be replaced, the module is no module, or the kind or a setting
+            is invalid, such as a setting of another kind. The model is then unchanged.
     """
+    if not isinstance(module, nn.Module):
+        got = f"the class {module.__name__}" if isinstance(module, type) else repr(module)
+        raise ValueError(f"plug_in takes a model, an nn.Module with its weights, got {got}: build or load the model")
     settings = settings_of_kind(
         kind,
         {
@@ -162,13 +100,18 @@ def plug_in(
             "scale_logits": scale_logits,
             "token_budget": token_budget,
             "map_size": map_size,
+            "tokens": tokens,
         },
     )
     candidates = attention_modules(module)
     targets = select(module, candidates, where)
     if not targets:
         raise ValueError(no_match_message(module, candidates, where))
-    reasons = {name: reason_against(attention, candidates, targets) for name, attention in targets.items()}
+    maps = {name: tokens or tokens_at(module, name) for name in targets}
+    reasons = {
+        name: reason_against(attention, candidates, targets) or reason_against_tokens(attention, kind, maps[name])
+        for name, attention in targets.items()
+    }
     refused = [f"{name} ({type(targets[name]).__name__}): {reason}" for name, reason in reasons.items() if reason]
     if refused:
         raise ValueError(
@@ -177,8 +120,9 @@ def plug_in(
         )
 
     # Make all before replacing any, so that an error leaves the model unchanged. Shared attention stays shared.
-    unique = {id(attention): attention for attention in targets.values()}
-    replacements = {key: replacement(attention, kind, settings) for key, attention in unique.items()}
+    of_layer = {name: settings | ({"tokens": maps[name]} if kind == "enact" else {}) for name in targets}
+    names = {id(attention): name for name, attention in targets.items()}
+    replacements = {key: replacement(targets[name], kind, of_layer[name]) for key, name in names.items()}
     for name, attention in targets.items():
         parent, _, attribute = name.rpartition(".")
         setattr(module.get_submodule(parent), attribute, replacements[id(attention)])
@@ -186,7 +130,45 @@ def plug_in(
         # At construction it chose, for the old attention, to pass padded batches as nested tensors.
         if isinstance(encoder, nn.TransformerEncoder) and any(isinstance(m, REPLACEMENTS) for m in encoder.modules()):
             encoder.use_nested_tensor = False
+    note_settings(module, kind, of_layer)
     return list(targets)
+
+
+def note_settings(module: nn.Module, kind: str, of_layer: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write the replaced modules' kind and settings into a Hugging Face model's configuration, as `config.enact`.
+
+    Args:
+        module: the model; one without such a configuration is left alone.
+        kind: see `plug_in`.
+        of_layer: the settings of each replaced module, by its name in the model.
+    """
+    config = getattr(module, "config", None)
+    if not hasattr(config, "to_json_string"):
+        return
+    noted = {name: {"kind": kind, **settings} for name, settings in of_layer.items()}
+    for settings in noted.values():
+        if settings.get("tokens") is not None:
+            settings["tokens"] = asdict(settings["tokens"])
+    config.enact = {**(getattr(config, "enact", None) or {}), **noted}
+
+
+def plug_in_noted(module: nn.Module, noted: Mapping[str, Mapping[str, Any]]) -> None:
+    """Call `plug_in` as `note_settings` noted it.
+
+    Args:
+        module: the plain model.
+        noted: `config.enact`, as read from JSON.
+
+    Raises:
+        ValueError: the settings are not those of this version, or the model has no such module.
+    """
+    for name, settings in noted.items():
+        settings = dict(settings)
+        if settings.get("tokens") is not None:
+            settings["tokens"] = MapTokens(**settings["tokens"])
+        if settings.get("map_size") is not None:
+            settings["map_size"] = tuple(settings["map_size"])
+        plug_in(module, where=re.escape(name), **settings)
 
 
 def attention_modules(module: nn.Module) -> dict[str, nn.Module]:
@@ -207,7 +189,7 @@ def select(module: nn.Module, candidates: Mapping[str, nn.Module], where: Where 
         return {
             name: attention
             for name, attention in candidates.items()
-            if (isinstance(attention, nn.MultiheadAttention) or is_hugging_face(attention)) and in_encoder(module, name)
+            if (isinstance(attention, nn.MultiheadAttention) or is_foreign(attention)) and in_encoder(module, name)
         }
     if callable(where):
         return {name: attention for name, attention in candidates.items() if where(name, attention)}
@@ -221,30 +203,38 @@ def select(module: nn.Module, candidates: Mapping[str, nn.Module], where: Where 
 def in_encoder(module: nn.Module, name: str) -> bool:
     """Whether the attention of that name is the self-attention of an encoder, judged by names.
 
-    At least one module on the path to it must be an encoder or encoder layer, and none a decoder or decoder layer. The
-    attribute's name and its class's (base classes included) count; a module whose names contain both words is ignored.
-    The attention itself must not have "cross" in its name.
+    At least one module on the path to it must be an encoder, an encoder layer or a vision transformer that
+    `known_tokens` knows, and none a decoder or decoder layer. The attribute's name and its class's (base classes
+    included) count; a module whose names contain both words is ignored. The attention itself must not have "cross" in
+    its name.
     """
-    *path, last = name.split(".")
-    encoder, around = False, module
-    for attribute in ("", *path):
-        around = getattr(around, attribute) if attribute else around
+    encoder, last = False, name.rpartition(".")[2]
+    for attribute, around in around_attention(module, name):
         words = " ".join((attribute, *(base.__name__ for base in type(around).__mro__))).lower()
         if "decoder" in words and "encoder" not in words:
             return False
-        encoder |= "encoder" in words and "decoder" not in words
+        encoder |= ("encoder" in words and "decoder" not in words) or known_tokens(around) is not None
     return encoder and "cross" not in last.lower()
 
 
-def is_hugging_face(attention: nn.Module) -> bool:
-    """Whether this is a self-attention of Hugging Face's DETR or Conditional DETR."""
-    return f"{type(attention).__module__}.{type(attention).__qualname__}" in HUGGING_FACE
+def around_attention(module: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """Return the modules around the attention of that name, with their attributes' names: the model first, as ""."""
+    path = [("", module)]
+    for attribute in name.split(".")[:-1]:
+        path.append((attribute, getattr(path[-1][1], attribute)))
+    return path
+
+
+def tokens_at(module: nn.Module, name: str) -> MapTokens | None:
+    """Return `known_tokens` of the innermost module around the attention of that name that has them."""
+    known = [known_tokens(around) for _, around in around_attention(module, name)]
+    return next((tokens for tokens in reversed(known) if tokens is not None), None)
 
 
 def no_match_message(module: nn.Module, candidates: Mapping[str, nn.Module], where: Where | None) -> str:
     """Return the error message when nothing matches: which attention there is, and how to select it."""
     owner = type(module).__name__
-    if isinstance(module, nn.MultiheadAttention) or is_hugging_face(module):
+    if isinstance(module, nn.MultiheadAttention) or is_foreign(module):
         return f"{owner} is an attention itself and cannot be replaced in place: pass the module that holds it"
     if not candidates:
         return f"{owner} has no attention: no submodule is an nn.MultiheadAttention or has attention in its class name"
@@ -280,13 +270,12 @@ def reason_against(
     elsewhere = [other for other, same in candidates.items() if same is attention and other not in targets]
     if elsewhere:
         return f"it is the same module as {elsewhere[0]}, which is not selected"
-    if is_hugging_face(attention):
-        plain = all(type(layer) is nn.Linear for layer in projections(attention).values())
-        return None if plain else "its projections are not plain nn.Linear (adapters, or quantised weights)"
+    if is_foreign(attention):
+        return fault_of_foreign(attention)
     if type(attention) is not nn.MultiheadAttention:
         if isinstance(attention, nn.MultiheadAttention):
             return "a subclass of nn.MultiheadAttention may compute something else"
-        return "it is neither nn.MultiheadAttention nor a self-attention of Hugging Face's DETR or Conditional DETR"
+        return f"it is neither {SUPPORTED}"
     if not attention._qkv_same_embed_dim:
         return "its keys or values have other channels than its queries (kdim, vdim)"
     out = attention.out_proj
@@ -299,10 +288,18 @@ def reason_against(
     return None
 
 
-def projections(attention: nn.Module) -> dict[str, nn.Module]:
-    """Return the four projections of a Hugging Face self-attention, by the names in `EnactSelfAttention`."""
-    out = attention.o_proj if hasattr(attention, "o_proj") else attention.out_proj
-    return {"W_q": attention.q_proj, "W_k": attention.k_proj, "W_v": attention.v_proj, "W_o": out}
+def reason_against_tokens(attention: nn.Module, kind: str, tokens: MapTokens | None) -> str | None:
+    """Return why an attention's tokens do not allow a kind of attention; None if they do.
+
+    Args:
+        attention, kind: as in `plug_in`.
+        tokens: which tokens are the map's, as far as that is known.
+    """
+    if is_vision_transformers(attention) and tokens is None:
+        return "class or detection tokens may stand beside its map: pass tokens=MapTokens(before=..., after=...)"
+    if kind != "enact" and tokens is not None:
+        return "it attends to tokens beside its map, for which rivals have no keys: use kind='enact'"
+    return None
 
 
 def settings_of_kind(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -339,32 +336,20 @@ def replacement(
         kind: see `plug_in`.
         settings: arguments of the kind's class, by name.
     """
-    enact = kind == "enact"
-    if is_hugging_face(attention):
-        layers = projections(attention)
-        embed_dim = layers["W_q"].in_features
-        dropout = attention.attention_dropout if hasattr(attention, "attention_dropout") else attention.dropout
-        layer = HuggingFaceSelfAttention if enact else HUGGING_FACE_RIVALS[kind]
-        new = layer(embed_dim, embed_dim // attention.head_dim, dropout, batch_first=True, **settings)
-        sources = {name: (layer.weight, layer.bias) for name, layer in layers.items()}
-        (*inner, out) = sources.values()
-        in_weight, in_bias = (None if None in parts else torch.cat(parts) for parts in zip(*inner, strict=True))
-    else:
-        heads, dropout, batch_first = attention.num_heads, attention.dropout, attention.batch_first
-        layer = EnactSelfAttention if enact else RIVALS[kind]
-        new = layer(attention.embed_dim, heads, dropout, batch_first=batch_first, **settings)
-        joint = in_weight, in_bias = attention.in_proj_weight, attention.in_proj_bias
-        out = attention.out_proj.weight, attention.out_proj.bias
-        sources = {"W_q": joint, "W_k": joint, "W_v": joint, "W_o": out}
-
-    packed = dict(zip(PACKED, (in_weight, in_bias, *out), strict=True))
-    packed = {name: tensor for name, tensor in packed.items() if tensor is not None}
+    plain = read_attention(attention)
+    new = class_for(attention, kind)(
+        plain.embed_dim, plain.num_heads, plain.dropout, batch_first=plain.batch_first, **settings
+    )
+    if isinstance(new, VisionTransformerSelfAttention):
+        keep_output(attention, new)
+    in_weight = plain.packed["in_proj_weight"]
     # Learned scores, which have no counterpart, and buffers.
     new.to(in_weight.device, torch.promote_types(in_weight.dtype, torch.float32))
-    for name, tensor in clustered_weights(packed, new.num_heads, new.scale_logits if enact else True).items():
-        layer, kind = name.split(".")
-        source = sources[layer][kind == "bias"]
+    scaled = new.scale_logits if kind == "enact" else True
+    for name, tensor in clustered_weights(plain.packed, new.num_heads, scaled).items():
+        layer, part = name.split(".")
+        source = plain.sources[layer][part == "bias"]
         # A missing bias becomes zeros that stay frozen.
         trained = source is not None and source.requires_grad
-        setattr(new.get_submodule(layer), kind, nn.Parameter(tensor, requires_grad=trained))
+        setattr(new.get_submodule(layer), part, nn.Parameter(tensor, requires_grad=trained))
     return new.train(attention.training)

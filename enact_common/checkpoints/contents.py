@@ -4,12 +4,13 @@ import argparse
 import logging
 import re
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from torch import Tensor
 
 from enact_common.attention.rivals import RIVALS
-from enact_common.checkpoints.files import detector_weights, has_masks
+from enact_common.checkpoints.files import detector_weights, differing_flags, flag_text, has_masks
 from enact_common.cli.flags import CLUSTERING_FLAGS, COCO, MODEL_FLAGS, PANOPTIC
 from enact_common.data.categories import LabelMap, coco_names
 from enact_common.data.panoptic import NUM_CLASSES, coco_panoptic_names, panoptic_label_map
@@ -126,6 +127,28 @@ def arguments_of(
     default = PANOPTIC if "label_map" not in checkpoint and values["num_classes"] == NUM_CLASSES else COCO
     values["dataset_file"] = PANOPTIC if values["masks"] and saved.get("dataset_file", default) == PANOPTIC else COCO
     return argparse.Namespace(**values), label_map
+
+
+@cache
+def default_arguments(variant: str) -> argparse.Namespace:
+    """Return a variant's default arguments. They are shared between calls: do not change them."""
+    return load_variant(variant).main.get_args_parser().parse_args([])
+
+
+def model_words(args: argparse.Namespace, variant: str) -> list[str]:
+    """The command-line words that build a model: its flags that differ from the variant's defaults.
+
+    The number of labels is left out: the checkpoint or the annotations say it. `DIR` stands for the panoptic folder.
+
+    Args:
+        args: the arguments that build the model.
+        variant: a key of `VARIANTS`.
+    """
+    differing = differing_flags(vars(default_arguments(variant)), args)
+    words = [flag_text(flag, getattr(args, flag)) for flag in differing if flag != "num_classes"]
+    if args.dataset_file == PANOPTIC:
+        words += [f"--dataset_file {PANOPTIC}", "--coco_panoptic_path DIR"]
+    return words
 
 
 def attention_of(weights: Mapping[str, Tensor]) -> str:

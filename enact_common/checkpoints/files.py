@@ -14,6 +14,16 @@ from torch import nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
+from enact_common.checkpoints.huggingface import (
+    CONFIG,
+    MODEL_TYPES,
+    WEIGHT_FILES,
+    facts_of_config,
+    from_hugging_face,
+    is_hugging_face,
+    read_json,
+    weights_file,
+)
 from enact_common.cli.flags import CLUSTERING_FLAGS, ENACT_FLAGS, MODEL_FLAGS, NEGATABLE_FLAGS
 from enact_common.utils.download import download, is_url
 from enact_common.utils.errors import UserError
@@ -26,6 +36,9 @@ LATEST, BEST = "checkpoint.pth", "best.pth"
 
 # Position embedding names in DETR's first versions.
 OLD_NAMES = {"v2": "sine", "v3": "learned"}
+
+# The value of `library_name` in the `config.json` of a folder that `EnactDetector.save_pretrained` wrote.
+LIBRARY = "enact-detection"
 
 # State-dict prefixes in `DETRsegm`.
 DETECTOR, MASK_HEAD = "detr.", "mask_head."
@@ -72,13 +85,14 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(source: str, to_resume: bool = False) -> dict[str, Any]:
-    """Read a checkpoint of this project, the original repositories or another training program.
+    """Read a checkpoint of this project, the original repositories, Hugging Face or another training program.
 
-    The weights are searched under `WEIGHTS`, and prefixes of wrappers are removed. One line in the log lists the
-    changes. Tensors are loaded to the CPU.
+    The weights are searched under `WEIGHTS`, prefixes of wrappers are removed, and Hugging Face's DETR and Conditional
+    DETR are converted. One line in the log lists the changes. Tensors are loaded to the CPU.
 
     Args:
-        source: a path, or an https URL with the file's hash (`enact_common.utils.download.download`).
+        source: a path, or an https URL with the file's hash (`enact_common.utils.download.download`). A folder has a
+            `config.json` and the weights: one of Hugging Face's, or of `EnactDetector.save_pretrained`.
         to_resume: refuse checkpoints in a foreign format: the optimizer state would not match the renamed weights.
 
     Returns:
@@ -88,20 +102,30 @@ def load_checkpoint(source: str, to_resume: bool = False) -> dict[str, Any]:
         UserError: the file is not a checkpoint. No code in the file is executed.
     """
     path = download(source) if is_url(source) else Path(source)
+    path, config = with_config(path)
     state = read_tensors(path, EXPECTED)
+    if config and config.get("library_name") == LIBRARY:
+        state, config = {**config, "model": state}, None
     weights, place = find_weights(state)
     if weights is None:
         keys = f"keys {', '.join(map(str, list(state)[:5]))}" if isinstance(state, dict) else type(state).__name__
         raise UserError(f"{path}: not a checkpoint ({keys}); expected {EXPECTED}")
     weights, changes = own_names(weights, source)
-    if place != "model":
-        changes.insert(0, f"weights taken from '{place}'" if place else "the whole file taken as weights")
+    if is_hugging_face(weights):
+        weights = from_hugging_face(weights, source)
+        changes.append("converted from Hugging Face's names")
+    elif not place:
+        changes.insert(0, "the whole file taken as weights")
+    if place not in ("", "model"):
+        changes.insert(0, f"weights taken from '{place}'")
     if changes and to_resume:
         raise UserError(
             f"{source}: cannot resume from a checkpoint in this format ({'; '.join(changes)}). Use --pretrained to "
             "start from its weights, or --eval to evaluate them"
         )
     state = {**state, "model": weights} if place else {"model": weights}
+    if config:
+        state |= facts_of_config(config, path.parent, weights)
     if place.startswith("model_ema"):
         del state["model_ema"]
     elif find_weights(state.get("model_ema"))[0]:
@@ -125,6 +149,33 @@ def load_checkpoint(source: str, to_resume: bool = False) -> dict[str, Any]:
     if args:
         args.setdefault("enact_scale_logits", False)
     return {**state, "args": args}
+
+
+def with_config(path: Path) -> tuple[Path, dict[str, Any] | None]:
+    """Return the path of the weights, and the `config.json` beside them.
+
+    Args:
+        path: a checkpoint; or a folder with a `config.json`, or the file of weights in it.
+
+    Returns:
+        the path; and the configuration, None if there is none, or it is of a model without counterpart here.
+
+    Raises:
+        UserError: a folder holds another model, or no weights.
+    """
+    folder = path if path.is_dir() else path.parent
+    config = read_json(folder / CONFIG) if path.is_dir() or path.name in WEIGHT_FILES else None
+    known = config is not None and (config.get("library_name") == LIBRARY or config.get("model_type") in MODEL_TYPES)
+    if not path.is_dir():
+        return path, config if known else None
+    if known:
+        return weights_file(folder), config
+    if config and "model_type" in config:
+        raise UserError(
+            f"{path}: a Hugging Face model of the type {config['model_type']!r}; pass one of the types "
+            f"{' and '.join(map(repr, MODEL_TYPES))}"
+        )
+    return path, None
 
 
 def find_weights(state: Any, nested: int = MOST_NESTED) -> tuple[dict[str, torch.Tensor] | None, str]:

@@ -11,9 +11,10 @@ from enact_common.attention.hilbert import ORDERS, ROWS
 from enact_common.attention.kernels import AUTO, KERNELS
 from enact_common.cli.checks import check_arguments, check_position_embedding
 from enact_common.cli.config import add_opposites, read_config
-from enact_common.cli.flags import COCO, ENACT_LR, LOSSES, MODEL, PANOPTIC, PLAIN_LR
+from enact_common.cli.flags import AUTO_BATCH, COCO, ENACT_LR, LOSSES, MODEL, PANOPTIC, PLAIN_LR, TRACKERS
 from enact_common.cli.types import (
     HelpFormatter,
+    batch_size,
     boolean,
     decay,
     fraction,
@@ -352,11 +353,17 @@ def add_training_flags(group) -> None:
     )  # fmt: skip
     group.add_argument("--sgd", action="store_true", help="SGD with momentum 0.9 instead of AdamW")
     group.add_argument(
-        "--batch_size", type=positive_int, default=2, metavar="N", help="images per process and forward pass"
-    )
+        "--batch_size", type=batch_size, default=2, metavar="N",
+        help=f"images per process and forward pass; {AUTO_BATCH} measures the largest that fits into the GPU's memory",
+    )  # fmt: skip
     group.add_argument(
         "--accumulate", type=positive_int, default=1, metavar="N", help="batches whose gradients are averaged per step"
     )
+    group.add_argument(
+        "--effective_batch_size", type=positive_int, metavar="N",
+        help=f"images per optimizer step, for --batch_size {AUTO_BATCH}, which sets --accumulate; default: 8, as in "
+        "the published trainings",
+    )  # fmt: skip
     group.add_argument(
         "--freeze", nargs="+", default=[], metavar="NAME",
         help="do not train parameters whose name contains one of these: backbone, encoder, ...; default: none",
@@ -458,6 +465,11 @@ def add_run_flags(group) -> None:
     group.add_argument(
         "--output_dir", default="", metavar="DIR",
         help="folder for the log, checkpoints and results; without it nothing is written",
+    )  # fmt: skip
+    group.add_argument(
+        "--log", nargs="+", choices=tuple(TRACKERS), metavar="TRACKER",
+        help="send scalars, settings, and metrics and pictures of the best evaluation to these trackers: "
+        f"{', '.join(TRACKERS)}; default: scalars to TensorBoard if it is installed",
     )  # fmt: skip
     group.add_argument("--device", default="cuda", help="device: cuda, cuda:1, cpu")
     group.add_argument(

@@ -1,11 +1,12 @@
 """Checks that refuse impossible combinations of flags before any work starts."""
 
+import importlib.util
 import math
 
 import torch
 
 from enact_common.attention.rivals import RIVALS
-from enact_common.cli.flags import COCO, PANOPTIC
+from enact_common.cli.flags import AUTO_BATCH, COCO, PANOPTIC, TRACKERS
 from enact_common.models.backbone import ALL_STAGES, SHALLOW_BACKBONES, stride_of
 from enact_common.models.position_encoding import PositionEmbeddingLearned
 from enact_common.utils.device import TORCH_VERSION
@@ -83,6 +84,8 @@ def check_arguments(args) -> None:
         )
     if args.save_every_steps and not args.output_dir:
         raise UserError("--save_every_steps needs a folder for the checkpoints: pass --output_dir DIR")
+    check_trackers(args)
+    check_auto_batch(args)
     if args.auto_resume and not args.output_dir:
         raise UserError("--auto_resume needs the folder of the run to resume: pass --output_dir DIR")
     if args.eval_set == "test" and not args.eval:
@@ -102,6 +105,52 @@ def check_arguments(args) -> None:
         raise UserError("--eval_set test needs a folder for results.json, its only result: pass --output_dir DIR")
     if args.set_cost_class == args.set_cost_bbox == args.set_cost_giou == 0:
         raise UserError("--set_cost_class, --set_cost_bbox and --set_cost_giou are all 0: matching needs one above 0")
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; a folder of that name without code, such as W&B's `wandb/`, does not count."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # sys.modules holds None or a module without a spec
+        return False
+    return spec is not None and spec.origin is not None
+
+
+def check_trackers(args) -> None:
+    """Refuse `--log` without an output folder or without a tracker's package.
+
+    Raises:
+        UserError: says what to do.
+    """
+    if args.log and not args.output_dir:
+        raise UserError(f"--log {' '.join(args.log)}: needs a folder for the run's files: pass --output_dir DIR")
+    for name in args.log or ():
+        package, extra = TRACKERS[name]
+        if not is_installed(package):
+            raise UserError(f"--log {name}: {package} is not installed: pip install 'enact-detection[{extra}]'")
+
+
+def check_auto_batch(args) -> None:
+    """Refuse `--batch_size auto` with flags that it sets or cannot measure, and its own flag without it.
+
+    Raises:
+        UserError: says what to do.
+    """
+    if args.batch_size != AUTO_BATCH:
+        if args.effective_batch_size:
+            raise UserError(
+                f"--effective_batch_size needs --batch_size {AUTO_BATCH}; else the images per step are --batch_size "
+                "times --accumulate"
+            )
+    elif args.accumulate != 1:
+        raise UserError(
+            f"--batch_size {AUTO_BATCH} sets --accumulate itself: pass --effective_batch_size N, the images per step"
+        )
+    elif args.eval or args.compile:
+        flag = "--eval" if args.eval else "--compile"
+        raise UserError(
+            f"--batch_size {AUTO_BATCH} measures a training step that is not compiled: pass a number with {flag}"
+        )
 
 
 def refuse_masks(args) -> None:

@@ -10,6 +10,12 @@ PLAIN_LR = 1e-4
 # Kinds of data sets: boxes (and instance masks with `--masks`), and panoptic segments.
 COCO, PANOPTIC = "coco", "coco_panoptic"
 
+# The value of `--batch_size` that measures what fits.
+AUTO_BATCH = "auto"
+
+# The trackers of `--log`: the package of each, and the extra that installs it.
+TRACKERS = {"tensorboard": ("tensorboard", "logging"), "wandb": ("wandb", "wandb"), "mlflow": ("mlflow", "mlflow")}
+
 # Argument groups to which variants add flags.
 MODEL = "model"
 LOSSES = "matching and losses"

@@ -3,6 +3,8 @@
 import argparse
 import math
 
+from enact_common.cli.flags import AUTO_BATCH
+
 TRUE_WORDS = ("true", "1", "yes")
 FALSE_WORDS = ("false", "0", "no")
 
@@ -23,6 +25,11 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def batch_size(text: str) -> int | str:
+    """An integer of at least 1, or `AUTO_BATCH`, for argparse."""
+    return AUTO_BATCH if text == AUTO_BATCH else positive_int(text)
 
 
 def natural_int(text: str) -> int:

@@ -1,12 +1,14 @@
 """The comparison's command line: `python -m enact_common.compare RUN RUN... --output_dir DIR`."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
 from enact_common import compare
 from enact_common.cli.program import program
 from enact_common.cli.types import fraction, natural_int
+from enact_common.compare.differences import differences_table, measure_differences
 from enact_common.compare.page import build_page
 from enact_common.compare.pictures import Scene, given_scenes, side_by_side, validation_scenes
 from enact_common.compare.recorded import RecordedRun, read_run
@@ -17,7 +19,7 @@ from enact_common.utils.device import find_device
 from enact_common.utils.errors import UserError, exit_status
 from enact_common.utils.files import check_no_folder, make_folder, write_file
 
-PAGE, TABLES = "compare.html", "compare.md"
+PAGE, TABLES, RECORD = "compare.html", "compare.md", "compare.json"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -25,14 +27,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program("enact_common.compare"),
         description=compare.__doc__,
-        epilog=f"The tables go to the terminal and to {TABLES}. {PAGE} adds curves and detections; it needs no other "
-        "file and no network.",
+        epilog=f"The tables go to the terminal and to {TABLES}, metrics and differences also to {RECORD}. {PAGE} adds "
+        "curves and detections; it needs no other file and no network.",
     )
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN",
         help="folder of a run, or its log.txt; differences are relative to the first run",
     )  # fmt: skip
-    parser.add_argument("--output_dir", type=Path, required=True, metavar="DIR", help=f"folder for {PAGE} and {TABLES}")
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, metavar="DIR", help=f"folder for {PAGE}, {TABLES} and {RECORD}"
+    )
     parser.add_argument(
         "--names", nargs="+", metavar="NAME", help="names of the runs, in order (default: folder names)"
     )
@@ -48,6 +52,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--threshold", type=fraction, default=0.5, metavar="SCORE",
         help="minimum score of a drawn detection, 0 to 1 (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--resamples", type=natural_int, default=1000, metavar="N",
+        help="bootstrap resamples for the intervals of the differences in AP, which need each run's detections from "
+        "--eval; 0 for no intervals (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=natural_int, default=0, metavar="N", help="seed of the resamples (default: %(default)s)"
+    )
     parser.add_argument(
         "--device", metavar="DEVICE", help="device for detection: cuda, cuda:1, cpu (default: a GPU if available)"
     )
@@ -89,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: an argument or a file of a run is invalid. Nothing has been written then.
     """
     names = run_names(args.runs, args.names)
-    for file_name in (TABLES, PAGE):
+    for file_name in (TABLES, PAGE, RECORD):
         check_no_folder(args.output_dir / file_name)
     if args.device is not None:
         find_device(args.device)
@@ -100,21 +112,35 @@ def run(args: argparse.Namespace) -> int:
     unequal = inequalities(runs)
     settings = [table for table in (settings_table(runs), flags_table(runs)) if table]
     figures = [figures_table(runs), costs_table(runs)]
+    measured, unmeasured = measure_differences(runs, args.resamples, args.seed)
+    differences = differences_table(measured, args.resamples)
     classes = classes_table(runs)
     shown = list(side_by_side(runs, scenes, args.threshold, args.device))
 
     title = enumeration(names)
     parts = [f"# {title}", "\n".join(f"- {text}" for text in unequal or [EQUAL])]
-    parts += [table.markdown() for table in (*settings, *figures, classes) if table]
+    parts += [table.markdown() for table in (*settings, *figures, differences, classes) if table]
     text = "\n\n".join(part for part in parts if part)
-    page = build_page(title, runs, unequal, settings, figures, classes, shown, reason, args.threshold)
-    for file_name, content in ((TABLES, text + "\n"), (PAGE, page)):
+    page = build_page(
+        title, runs, unequal, settings, figures, differences, unmeasured, classes, shown, reason, args.threshold
+    )
+    record = {
+        "runs": [{"name": run.name, "metrics": run.figures} for run in runs],
+        "unequal": unequal,
+        "resamples": args.resamples,
+        "seed": args.seed,
+        "differences": [one.record() for one in measured],
+        "no_differences": unmeasured or None,
+    }
+    for file_name, content in ((TABLES, text + "\n"), (RECORD, json.dumps(record, indent=2) + "\n"), (PAGE, page)):
         write_file(args.output_dir / file_name, lambda file, content=content: file.write(content.encode()))
     # Print after writing: a reader such as `head` may close the pipe early.
     print(text)
     if reason:
         print(f"\nno pictures: {reason}")
-    print(f"\nwritten to {args.output_dir / PAGE} and {args.output_dir / TABLES}")
+    if unmeasured:
+        print(f"\nno intervals of the differences in AP: {unmeasured}")
+    print(f"\nwritten to {args.output_dir / PAGE}, {TABLES} and {RECORD}")
     return 0
 
 

@@ -145,15 +145,27 @@ def panel_html(image: str, panel: Panel) -> str:
     return f'<figure><button type="button" title="Enlarge">{picture}</button>{caption}</figure>'
 
 
-def detections_html(scenes: Sequence[tuple[str, Sequence[Panel]]], reason: str, threshold: float) -> str:
-    """Return the section with the images side by side, or the reason why there are none."""
+def pictures_html(title: str, scenes: Sequence[tuple[str, Sequence[Panel]]], reason: str, note: str) -> str:
+    """Return a section with images side by side, or the reason why there are none.
+
+    Args:
+        title: the section's title.
+        scenes: name and panels of each image.
+        reason: why there are no scenes.
+        note: how to read the pictures.
+    """
     if not scenes:
-        return f'<h2>Detections</h2><p class="missing">No pictures: {escape(reason)}</p>'
+        return f'<h2>{escape(title)}</h2><p class="missing">No pictures: {escape(reason)}</p>'
     rows = "".join(
         f'<h3>{escape(name)}</h3><div class="scene">{"".join(panel_html(name, panel) for panel in panels)}</div>'
         for name, panels in scenes
     )
-    return f'<h2>Detections</h2><p class="note">Scores of at least {threshold:g}. Click to enlarge.</p>{rows}'
+    return f'<h2>{escape(title)}</h2><p class="note">{escape(note)}</p>{rows}'
+
+
+def unmeasured_html(reason: str) -> str:
+    """Return the section that says why no difference in AP has an interval."""
+    return f'<h2>Differences</h2><p class="missing">No intervals: {escape(reason)}</p>'
 
 
 def build_page(
@@ -162,6 +174,8 @@ def build_page(
     inequalities: Sequence[str],
     settings: Sequence[Table],
     figures: Sequence[Table],
+    differences: Table | None,
+    unmeasured: str,
     classes: Table | None,
     scenes: Sequence[tuple[str, Sequence[Panel]]],
     reason: str,
@@ -175,6 +189,8 @@ def build_page(
         inequalities: sentences on why the runs are not on equal terms.
         settings: tables of the runs' settings.
         figures: tables of metrics and costs.
+        differences: the table of differences in AP with their intervals, or None.
+        unmeasured: why there are no intervals.
         classes: the table of classes, or None.
         scenes: name and panels of each image.
         reason: why there are no scenes.
@@ -187,15 +203,28 @@ def build_page(
             f'<div class="tables">{"".join(table_html(table, runs) for table in group)}</div>'
             for group in (settings, figures)
         ),
+        table_html(differences, runs) if differences else unmeasured_html(unmeasured),
         curves_html(data),
         table_html(classes, runs, sortable=True) if classes else "",
-        detections_html(scenes, reason, threshold),
+        pictures_html("Detections", scenes, reason, f"Scores of at least {threshold:g}. Click to enlarge."),
     ]
+    return document(title, __package__, sections, data)
+
+
+def document(title: str, maker: str, sections: Sequence[str], data: dict) -> str:
+    """Return a page with its style and script inside.
+
+    Args:
+        title: the page's title.
+        maker: name of the module that makes the page.
+        sections: HTML of the sections; empty ones are left out.
+        data: the charts' data, from `curves`.
+    """
     # A run name may contain "</script>".
     embedded = json.dumps(data).replace("<", "\\u003c")
     return Template(part("page.html")).substitute(
         title=escape(title),
-        made=f"Made by enact_common.compare on {datetime.now():%Y-%m-%d %H:%M}.",
+        made=f"Made by {maker} on {datetime.now():%Y-%m-%d %H:%M}.",
         style=part("page.css"),
         content="\n".join(section for section in sections if section),
         curves=embedded,

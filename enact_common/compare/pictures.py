@@ -151,7 +151,11 @@ def draw(scene: Scene, objects: Objects, colours: dict[str, int]) -> str:
         objects: the objects to draw.
         colours: class name to colour number.
     """
-    pixels = as_pixels(scene.path, scene.exif).permute(1, 2, 0).numpy()
+    return draw_objects(as_pixels(scene.path, scene.exif).permute(1, 2, 0).numpy(), objects, colours)
+
+
+def draw_objects(pixels: np.ndarray, objects: Objects, colours: dict[str, int]) -> str:
+    """Draw objects into an image uint8 (height, width, 3) and return it as a data URI; other arguments as `draw`."""
     height, width = pixels.shape[:2]
     scale = min(1.0, LONGEST_SIDE / max(height, width))
     if scale < 1:

@@ -8,6 +8,7 @@ from typing import Any
 from enact_common.checkpoints.contents import attention_of, variant_of
 from enact_common.checkpoints.files import BEST, LATEST, load_checkpoint
 from enact_common.evaluation.coco import EVALUATION, METRICS
+from enact_common.evaluation.stored import RESULTS
 from enact_common.training.logs import is_measured
 from enact_common.training.run_logs import LOG, METRICS_KEY, is_finite, read_epochs, read_evaluation, series
 from enact_common.utils.errors import UserError
@@ -25,6 +26,7 @@ class RecordedRun:
         variant: a key of `VARIANTS`.
         args: the checkpoint's training arguments, flag to value.
         trained: number of epochs that the checkpoint was trained for.
+        results: file of the evaluation's detections, which only `--eval` writes.
     """
 
     name: str
@@ -34,6 +36,7 @@ class RecordedRun:
     variant: str | None = None
     args: dict[str, Any] = field(default_factory=dict)
     trained: int | None = None
+    results: Path | None = None
 
     @property
     def epochs_done(self) -> int | None:
@@ -99,6 +102,7 @@ def read_run(source: Path, name: str) -> RecordedRun:
         # The output folder of --eval: its checkpoint is elsewhere, and may no longer exist.
         evaluated = Path(str(run.evaluation["checkpoint"]))
         run.checkpoint = evaluated if evaluated.is_file() else None
+    run.results = source / RESULTS if (source / RESULTS).is_file() else None
     if run.checkpoint:
         read_arguments(run)
     if not (run.epochs or run.evaluation or run.checkpoint):

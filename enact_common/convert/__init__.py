@@ -1,1 +1,1 @@
-"""Convert Pascal VOC and YOLO data sets to the COCO layout: `python -m enact_common.convert --help`."""
+"""Convert other formats to the COCO layout: `python -m enact_common.convert --help` lists them."""

@@ -1,13 +1,13 @@
-"""Convert Pascal VOC and YOLO data sets to the COCO layout that `--coco_path` takes.
+"""Convert data sets of other formats to the COCO layout that `--coco_path` takes.
 
     python -m enact_common.convert voc DIR --output_dir OUT
-    python -m enact_common.convert yolo DIR --output_dir OUT
+    python -m enact_common.convert yolo|cvat|coco|openimages|dota DIR --output_dir OUT
 
 write OUT/train2017, OUT/val2017 and OUT/annotations/instances_{train,val}2017.json. Everything is read and checked
 before anything is written, the annotations are written last, and a failed conversion leaves no files. Changes and
 omissions are printed with their first cases; OUT/conversion.txt lists all cases.
 
-`enact_common.convert.voc` and `enact_common.convert.yolo` read the formats.
+`enact_common.convert.voc` and the other modules of that folder read the formats.
 """
 
 import argparse
@@ -28,6 +28,10 @@ import numpy as np
 from tqdm import tqdm
 
 from enact_common.cli.program import program
+from enact_common.convert.coco import find_coco
+from enact_common.convert.cvat import find_cvat
+from enact_common.convert.dota import find_dota
+from enact_common.convert.openimages import find_openimages
 from enact_common.convert.sources import Issues, Item, Object, Source, number_or_none
 from enact_common.convert.voc import find_voc
 from enact_common.convert.yolo import find_yolo
@@ -38,7 +42,29 @@ from enact_common.data.images import image_size
 from enact_common.utils.errors import UserError, exit_status
 from enact_common.utils.files import write_atomically
 
-FINDERS = {"voc": find_voc, "yolo": find_yolo}
+FINDERS = {
+    "voc": find_voc,
+    "yolo": find_yolo,
+    "cvat": find_cvat,
+    "coco": find_coco,
+    "openimages": find_openimages,
+    "dota": find_dota,
+}
+
+# Formats whose DIR may also be a single file.
+OF_ONE_FILE = ("yolo", "cvat", "coco")
+
+# Where class names come from, for the help.
+CLASS_NAMES = {
+    "yolo": "from data.yaml, obj.names or classes.txt)",
+    "cvat": "the labels of the task)",
+    "coco": "the categories, by id)",
+}
+
+# Where the other formats' sets come from.
+NAMED_SETS = (
+    "{} (default: train and val, valid or validation; else trainval and test; else train and test; else a random split)"
+)
 
 SPLITS = ("train", "val")
 
@@ -97,7 +123,7 @@ def to_coco(source: Source, issues: Issues, description: str, progress: bool = F
         rows = [(item.image, *read_item(item, issues)) for item in items]
         read[split] = [row for row in rows if row[1] and row[2] is not None]
         if not read[split]:
-            raise UserError(f"no annotated images are left for {split}{first_findings(issues)}")
+            raise UserError(f"no annotated images are left for {split}{issues.likely_causes()}")
     in_train = {os.path.realpath(image) for image, *_ in read["train"]}
     for image, *_ in read["val"]:
         if os.path.realpath(image) in in_train:
@@ -134,13 +160,8 @@ def to_coco(source: Source, issues: Issues, description: str, progress: bool = F
         if name not in used:
             issues.add(UNUSED_CLASS, name)
     if not annotations["train"]["annotations"]:
-        raise UserError(f"no objects are left to train on{first_findings(issues)}")
+        raise UserError(f"no objects are left to train on{issues.likely_causes()}")
     return Conversion(annotations, images, issues)
-
-
-def first_findings(issues: Issues) -> str:
-    """The first issues as likely causes, to end an error message."""
-    return "".join(f"; {f.text}: {f.examples[0]}{', ...' if f.count > 1 else ''}" for f in issues.findings("")[:3])
 
 
 def read_item(item: Item, issues: Issues) -> tuple[tuple[int, int] | None, list[Object] | None]:
@@ -175,7 +196,7 @@ def to_annotation(thing: Object, width: int, height: int, issues: Issues) -> dic
     if max(abs(value - clipped) for value, clipped in zip(thing.box, box, strict=True)) > EDGE_SLACK:
         issues.add(BEYOND, shown)
     w, h = round(right - left, DECIMALS), round(bottom - top, DECIMALS)
-    entry = {"bbox": [left, top, w, h], "area": round(w * h, DECIMALS), "iscrowd": 0}
+    entry = {"bbox": [left, top, w, h], "area": round(w * h, DECIMALS), "iscrowd": int(thing.crowd)}
     if thing.polygon:
         points = np.reshape(thing.polygon, (-1, 2)).clip(0, (width, height)).round(DECIMALS)  # (n, 2)
         x, y = points.T
@@ -192,12 +213,14 @@ def to_annotation(thing: Object, width: int, height: int, issues: Issues) -> dic
 # Writing -------------------------------------------------------------------------------------------------------------
 
 
-def check_output(output_dir: Path) -> None:
-    """Refuse an output folder that is a file or is not empty.
+def check_output(output_dir: Path, seed: int) -> None:
+    """Refuse an output folder that is a file or is not empty, and a negative seed.
 
     Raises:
-        UserError: the path is a file or a folder that is not empty.
+        UserError: names the flag.
     """
+    if seed < 0:
+        raise UserError(f"--seed {seed}: must be 0 or more")
     if output_dir.is_dir() and any(output_dir.iterdir()):
         raise UserError(f"--output_dir {output_dir}: the folder is not empty; choose a new or an empty folder")
     if output_dir.exists() and not output_dir.is_dir():
@@ -276,7 +299,7 @@ def summary_text(conversion: Conversion, output_dir: Path) -> str:
         rows.append(f"{split:<8}{len(content['images']):>9,}{len(content['annotations']):>9,}")
         counts[split] = Counter(annotation["category_id"] for annotation in content["annotations"])
     categories = conversion.annotations["train"]["categories"]
-    width = max(len(category["name"]) for category in categories)
+    width = max(len(str(category["name"])) for category in categories)
     rows += ["", f"{'class':<{width + 5}}" + "".join(f"{split:>9}" for split in counts)]
     for category in categories:
         numbers = "".join(f"{own[category['id']]:>9,}" for own in counts.values())
@@ -305,6 +328,25 @@ def split_fraction(text: str) -> float:
     return value
 
 
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the output folder and of a random split."""
+    parser.add_argument(
+        "--output_dir", required=True, metavar="OUT", help="new or empty folder, for --coco_path in training"
+    )
+    parser.add_argument(
+        "--val_fraction", type=split_fraction, default=0.2, metavar="F",
+        help="fraction of the images to draw for val if the data have no splits, in (0, 1) (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="random split's seed, 0 or more (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--images", choices=("link", "copy", "symlink"), default="link",
+        help="write the images as hard links, which take no space (copies where links are impossible), copies, or "
+        "symbolic links (default: %(default)s)",
+    )  # fmt: skip
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -327,30 +369,36 @@ def build_parser() -> argparse.ArgumentParser:
             "classes.txt; or the YAML or data file",
             "a key in data.yaml or obj.data, or a folder in images/ (default: train and val; else a random split)",
         ),
+        (
+            "cvat", "CVAT for images 1.1: annotations.xml",
+            "folder with the XML files and the images, or one XML file next to them",
+            NAMED_SETS.format("a subset in CVAT, or the name of an XML file or its folder"),
+        ),
+        (
+            "coco", "COCO's format as Label Studio, Roboflow, CVAT and others export it",
+            "folder with the JSON files and the images, or one JSON file next to them",
+            NAMED_SETS.format("the name of a JSON file or its folder"),
+        ),
+        (
+            "openimages", "Open Images: CSV tables of boxes and class names",
+            "folder with *-annotations-bbox.csv, *class-descriptions*.csv and the images",
+            NAMED_SETS.format("the name of a table or its folder"),
+        ),
+        (
+            "dota", "DOTA: oriented boxes, one text file per image",
+            "folder with images/ and labelTxt/, or with folders such as train/ and val/ of both",
+            NAMED_SETS.format("a folder"),
+        ),
     ):  # fmt: skip
         command = formats.add_parser(name, help=text, description=text, epilog=STATUS)
         command.add_argument("data", metavar="DIR", help=folder)
-        command.add_argument(
-            "--output_dir", required=True, metavar="OUT", help="new or empty folder, for --coco_path in training"
-        )
+        add_output_flags(command)
         command.add_argument("--train_set", metavar="NAME", help=f"training images: {sets}")
         command.add_argument("--val_set", metavar="NAME", help="validation images, named like --train_set")
         command.add_argument(
-            "--val_fraction", type=split_fraction, default=0.2, metavar="F",
-            help="fraction of the images to draw for val if the data have no splits, in (0, 1) (default: %(default)s)",
-        )  # fmt: skip
-        command.add_argument(
-            "--seed", type=int, default=0, metavar="N", help="random split's seed, 0 or more (default: %(default)s)"
-        )
-        command.add_argument(
             "--classes", nargs="+", metavar="NAME",
             help="class names in the order of their ids, from 1 (default: "
-            + ("all names in the data, sorted)" if name == "voc" else "from data.yaml, obj.names or classes.txt)"),
-        )  # fmt: skip
-        command.add_argument(
-            "--images", choices=("link", "copy", "symlink"), default="link",
-            help="write the images as hard links, which take no space (copies where links are impossible), copies, or "
-            "symbolic links (default: %(default)s)",
+            + CLASS_NAMES.get(name, "all names in the data, sorted)"),
         )  # fmt: skip
         if name == "voc":
             command.add_argument(
@@ -368,16 +416,14 @@ def convert(args: argparse.Namespace) -> Conversion:
         UserError: the arguments or the data are not usable, or the output cannot be written. No files are left.
     """
     root, output_dir = Path(args.data), Path(args.output_dir)
-    if not (root.is_dir() or (args.format == "yolo" and root.is_file())):
+    if not (root.is_dir() or (args.format in OF_ONE_FILE and root.is_file())):
         raise UserError(f"{root}: no such folder")
-    check_output(output_dir)
+    check_output(output_dir, args.seed)
     if root.is_dir() and output_dir.resolve().is_relative_to(root.resolve()):
         # A second conversion would convert the output's images too.
         raise UserError(f"--output_dir {output_dir}: is inside the source {root}; choose a folder outside")
     if bool(args.train_set) != bool(args.val_set):
         raise UserError("--train_set and --val_set go together: pass both or neither")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: must be 0 or more")
     repeated = [name for name, times in Counter(args.classes or ()).items() if times > 1]
     if repeated:
         raise UserError(f"--classes: {repeated[0]} is listed twice; list each class once")

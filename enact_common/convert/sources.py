@@ -1,10 +1,11 @@
 """Data types and helpers that the readers of other annotation formats share.
 
-`voc` and `yolo` find and read a data set; `__main__` writes it in the COCO layout.
+A module per format finds and reads a data set; `__main__` writes it in the COCO layout.
 """
 
 import argparse
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import numpy as np
 
 from enact_common.data.checks.findings import FAULT, NOTE, WARNING, Finding
 from enact_common.data.images import WAY_OUT, Found, count_suffixes, image_suffixes, is_hidden, search
+from enact_common.data.names import index_files, matches
 from enact_common.utils.errors import UserError
 
 DRAWN = WARNING, "images drawn at random for val, as the data define no val: near-duplicates may be in both splits"
@@ -22,9 +24,22 @@ CLOSED = FAULT, "folders that cannot be read: left out"
 AGAIN = WARNING, "links to folders that are already searched, or that lead in a circle: not followed"
 OTHERS = NOTE, "files without an image suffix: ignored"
 HIDDEN = NOTE, "hidden files and folders: ignored"
+IN_NEITHER = WARNING, "folders and sets with images that are in neither split: left out"
+NO_LABELS = WARNING, "images without a label file: kept as images without objects"
+NO_FILE = FAULT, "annotated images without an image file: left out"
+AMBIGUOUS_NAME = FAULT, "image names that fit several files: left out"
+OTHER_SIZE = WARNING, "images whose size differs from the annotated one: boxes are taken as pixels of the file"
+BAD_OBJECT = FAULT, "objects without a class or a box of finite numbers: dropped"
+UPRIGHT = WARNING, "rotated boxes: replaced by the upright boxes around them"
+
+# Names of the train and val sets. The first pair that the data have is used.
+SETS = (("train", "val"), ("train", "valid"), ("train", "validation"), ("trainval", "test"), ("train", "test"))
+
+# A set's name in the name of a file or folder, such as train2017 or oidv6-train-annotations-bbox.
+SET_NAME = re.compile(r"(?<![a-z])(trainval|train|validation|valid|val|test)(?![a-z])")
 
 # Suffixes of the formats' own files, which are not reported as ignored.
-OWN_SUFFIXES = frozenset(".cache .data .names .txt .xml .yaml .yml".split())
+OWN_SUFFIXES = frozenset(".cache .csv .data .json .names .txt .xml .yaml .yml".split())
 
 
 class Issues:
@@ -45,6 +60,10 @@ class Issues:
         kinds = sorted(self._cases.items(), key=lambda item: item[0][0] != FAULT)
         return [Finding(severity, source, text, sum(cases.values()), tuple(cases)) for (severity, text), cases in kinds]
 
+    def likely_causes(self) -> str:
+        """Return the first issues, each with its first case, to end an error message; empty if there are none."""
+        return "".join(f"; {f.text}: {f.examples[0]}{', ...' if f.count > 1 else ''}" for f in self.findings("")[:3])
+
 
 @dataclass
 class Object:
@@ -56,6 +75,7 @@ class Object:
         where: file and line, or file and object number, for messages.
         difficult: VOC's flag.
         polygon: the outline x, y, x, y, ... in pixels; empty without an outline.
+        crowd: the box holds a group of objects, which training ignores.
     """
 
     name: str
@@ -63,6 +83,7 @@ class Object:
     where: str
     difficult: bool = False
     polygon: list[float] = field(default_factory=list)
+    crowd: bool = False
 
 
 @dataclass
@@ -102,6 +123,101 @@ def image_files(folder: Path, issues: Issues) -> list[Path]:
         if paths:
             issues.add(kind, f"{folder}: {count_suffixes(paths)}", len(paths))
     return sorted(search_result.files)
+
+
+class ImageIndex:
+    """The images below a folder, found by the names that annotations have for them.
+
+    Args:
+        root: the folder.
+        issues: collects ignored files, and names without exactly one image.
+    """
+
+    def __init__(self, root: Path, issues: Issues):
+        self.root = root
+        self.issues = issues
+        image_files(root, issues)
+        self._by_key = index_files(root)
+
+    def candidates(self, name: str) -> list[str]:
+        """The images that a name may mean, as paths below the root."""
+        return matches(name, self._by_key)
+
+    def find(self, name: str, where: str, nearby: Path | None = None) -> Path | None:
+        """Return the image that a name means, also with another folder, suffix or an upload's prefix; else None.
+
+        Args:
+            name: a path, URL, file name or stem.
+            where: the annotation that has the name, for messages.
+            nearby: a folder below the root whose images come first.
+        """
+        if nearby is not None:
+            name = f"{nearby.relative_to(self.root).as_posix()}/{name}"
+        files = self.candidates(name)
+        if len(files) == 1:
+            return self.root / files[0]
+        case = f"{where}: {name}" + (f" ({', '.join(files[:2])}{', ...' if len(files) > 2 else ''})" if files else "")
+        self.issues.add(AMBIGUOUS_NAME if files else NO_FILE, case)
+        return None
+
+
+def set_of(path: Path) -> str:
+    """The name of the set that a file belongs to: a `SET_NAME` in its stem or its folders, else its stem."""
+    found = (SET_NAME.search(part.lower()) for part in (path.stem, *reversed(path.parts[:-1])))
+    return next((match[1] for match in found if match), path.stem.lower())
+
+
+def choose_sets(
+    root: Path, sets: dict[str, list[Item]], args: argparse.Namespace, issues: Issues
+) -> dict[str, list[Item]]:
+    """Make "train" and "val" of the named sets of a data set, or draw them at random if it has no such pair.
+
+    Args:
+        root: the data set, for messages.
+        sets: the images of each set, by lower-case name.
+        args: `train_set`, `val_set`, and what `divide` needs.
+        issues: collects unused sets.
+
+    Raises:
+        UserError: a requested set is missing, or there are too few images.
+    """
+    if not sets:
+        raise UserError(f"{root}: none of the annotated images is in this folder{issues.likely_causes()}")
+    requested = tuple(name.lower() for name in (args.train_set, args.val_set) if name)
+    missing = next((name for name in requested if name not in sets), None)
+    if missing is not None:
+        raise UserError(f"{root}: has no set {missing} (--train_set, --val_set); its sets are {', '.join(sets)}")
+    names = requested or next((pair for pair in SETS if all(name in sets for name in pair)), None)
+    if not names:
+        return divide([item for items in sets.values() for item in items], args, issues)
+    for name, items in sets.items():
+        if name not in names:
+            issues.add(IN_NEITHER, f"{root}: {name}: {len(items)} images")
+    return dict(zip(("train", "val"), (sets[name] for name in names), strict=True))
+
+
+def same_size(
+    objects: list[Object], declared: tuple[float | None, ...], where: str, issues: Issues, width: int, height: int
+) -> list[Object]:
+    """Return the objects, and report an image whose file is not as large as its annotation says.
+
+    Args:
+        objects: the image's objects, in pixels.
+        declared: the annotated width and height.
+        where: the annotation, for messages.
+        issues: collects the report.
+        width, height: size of the image file in pixels.
+    """
+    if declared != (width, height):
+        stated = " x ".join("?" if side is None else f"{side:g}" for side in declared)
+        issues.add(OTHER_SIZE, f"{where}: {stated}, the image is {width} x {height}")
+    return objects
+
+
+def box_around(points: list[float]) -> tuple[float, float, float, float]:
+    """The box (left, top, right, bottom) around points x, y, x, y, ..."""
+    xs, ys = points[::2], points[1::2]
+    return min(xs), min(ys), max(xs), max(ys)
 
 
 def visible(folder: Path, pattern: str, issues: Issues) -> list[Path]:

@@ -10,6 +10,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from enact_common.convert.sources import (
+    IN_NEITHER,
+    SETS,
     Issues,
     Item,
     Object,
@@ -25,9 +27,6 @@ from enact_common.data.checks.findings import FAULT, WARNING
 from enact_common.data.images import search
 from enact_common.utils.errors import UserError
 
-# Names of the train and val lists in ImageSets/Main, or of image folders. The first existing pair is used.
-SETS = (("train", "val"), ("train", "valid"), ("train", "validation"), ("trainval", "test"), ("train", "test"))
-
 WRONG_SIZE = WARNING, "XML files whose image size is missing or wrong: the size of the image file is used"
 FROM_ZERO = WARNING, "boxes with a coordinate 0, although VOC counts from 1: are they --zero_based?"
 NO_XML = WARNING, "images without an XML file: left out"
@@ -35,7 +34,6 @@ BAD_XML = FAULT, "XML files that cannot be read: left out with their images"
 BAD_OBJECT = FAULT, "objects without a name or four numbers: dropped"
 NO_IMAGE = FAULT, "XML files without an image: left out"
 AMBIGUOUS = FAULT, "XML files that fit several images: left out"
-IN_NEITHER = WARNING, "folders with images that are in neither split: left out"
 NOT_THERE = FAULT, "names in a split's list that have no image: left out"
 
 
@@ -195,11 +193,15 @@ class NoDoctype(ElementTree.TreeBuilder):
 
     def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
         """Called by the parser before it reads the declarations."""
-        raise ValueError("it declares a document type, which is not safe to read and not part of VOC; remove it")
+        raise ValueError("it declares a document type, which is not safe to read and not part of the format; remove it")
 
 
-def parse(path: Path) -> ElementTree.Element:
-    """Parse a VOC file and return its root element.
+def parse(path: Path, tag: str = "annotation") -> ElementTree.Element:
+    """Parse an XML file and return its root element.
+
+    Args:
+        path: the file.
+        tag: the root's name: "annotation" for VOC.
 
     Raises:
         ValueError: the file cannot be read, is not XML, declares a document type, or has another root.
@@ -208,8 +210,8 @@ def parse(path: Path) -> ElementTree.Element:
         root = ElementTree.parse(path, ElementTree.XMLParser(target=NoDoctype())).getroot()
     except (OSError, ElementTree.ParseError, LookupError) as error:
         raise ValueError(getattr(error, "strerror", None) or str(error)) from error
-    if root.tag != "annotation":
-        raise ValueError(f"its root is <{root.tag}>, not <annotation>")
+    if root.tag != tag:
+        raise ValueError(f"its root is <{root.tag}>, not <{tag}>")
     return root
 
 

@@ -16,10 +16,12 @@ import yaml
 
 from enact_common.convert.sources import (
     HIDDEN,
+    NO_LABELS,
     Issues,
     Item,
     Object,
     Source,
+    box_around,
     divide,
     image_files,
     listed_names,
@@ -42,7 +44,6 @@ BAD_POSE = FAULT, "lines that do not match a box with data.yaml's kpt_shape: dro
 BAD_CLASS = FAULT, "lines with a class number that has no name: dropped"
 NO_FRACTION = FAULT, "lines with coordinates outside 0 to 1: dropped"
 BAD_FILE = FAULT, "label files that cannot be read: left out with their images"
-NO_LABELS = WARNING, "images without a label file: kept as images without objects"
 STRAY_LABELS = WARNING, "label files without an image: left out"
 NO_LIST = WARNING, "validation lists that do not exist: ignored"
 ELSEWHERE = NOTE, "paths of another machine in lists: replaced by images here with the same ending"
@@ -372,9 +373,8 @@ def read_yolo(
             issues.add(NO_FRACTION, shown)
             continue
         if polygon:
-            xs, ys = [x * width for x in fractions[::2]], [y * height for y in fractions[1::2]]
-            box = min(xs), min(ys), max(xs), max(ys)
-            outline = [value for point in zip(xs, ys, strict=True) for value in point]
+            outline = [f * (height if i % 2 else width) for i, f in enumerate(fractions)]
+            box = box_around(outline)
         else:
             x, y, w, h = (f * side for f, side in zip(fractions, (width, height) * 2, strict=True))
             box, outline = (x - w / 2, y - h / 2, x + w / 2, y + h / 2), []

@@ -92,6 +92,10 @@ class LabelMap:
         """The number of labels, including unused ones."""
         return len(self.category_ids)
 
+    def known_names(self) -> list[str]:
+        """The names of the labels that are used, in the labels' order."""
+        return [name for name, i in zip(self.names, self.category_ids, strict=True) if i is not None]
+
     def labels(self) -> dict[int, int]:
         """The label of each category id."""
         return {i: label for label, i in enumerate(self.category_ids) if i is not None}

@@ -120,7 +120,8 @@ class CocoDetection(Dataset):
         self._cache: Sequence[Tensor] | None = None
         self._state = torch.full((len(self.image_ids),), UNTRIED, dtype=torch.uint8).share_memory_()
         # Annotation files may omit image sizes, so boxes are clipped again when an image is read.
-        self.pack(objects, np.array([stated_size(image) for image in images]))
+        self.sizes = np.array([stated_size(image) for image in images])  # (images, 2): width, height
+        self.pack(objects, self.sizes)
 
     def load(self, path: Path) -> dict:
         """Return the checked `images`, `annotations` and `categories` of an annotation file.
@@ -178,6 +179,11 @@ class CocoDetection(Dataset):
         self._first = np.searchsorted(table[:, 0], np.arange(len(self.image_ids) + 1))
         self._labels = torch.from_numpy(table[:, 1].astype(np.int64))
         self._boxes = torch.from_numpy(table[:, 2:].astype(np.float32))
+
+    @property
+    def most_objects(self) -> int:
+        """The most objects in an image, without crowds."""
+        return int(np.diff(self._first).max(initial=0))
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch that the augmentation depends on."""

@@ -3,7 +3,9 @@
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 from matplotlib.backend_bases import FigureCanvasBase
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, fontManager
 from matplotlib.text import Text
@@ -56,6 +58,14 @@ def choose_fonts(figure: Figure) -> None:
 def picture_kinds() -> list[str]:
     """Return the supported picture suffixes, without dots."""
     return sorted(FigureCanvasBase.get_supported_filetypes())
+
+
+def rendered(figure: Figure) -> np.ndarray:
+    """Return a figure's pixels, uint8 (height, width, 3), RGB, at the figure's own resolution."""
+    choose_fonts(figure)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
 
 
 def save(figure: Figure, picture: Path) -> None:

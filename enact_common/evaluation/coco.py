@@ -102,6 +102,10 @@ class CocoBoxEvaluator:
             masks |= rank_masks
         self._by_image, self._masks = boxes, masks
 
+    def of_image(self, image_id: int) -> np.ndarray:
+        """Return an image's detections, float64 (n, 7)."""
+        return self._by_image.get(image_id, np.zeros((0, 7)))
+
     def detections(self) -> np.ndarray:
         """Return all detections, float64 (n, 7), ordered by image id."""
         rows = [self._by_image[image_id] for image_id in sorted(self._by_image)]

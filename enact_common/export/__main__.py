@@ -2,7 +2,8 @@
 
 The exported file takes RGB pixels, uint8 (batch, 3, height, width), 0 to 255, and normalises them itself. It returns
 scores, labels and boxes (left, top, right, bottom as fractions of the image's width and height), and masks if the model
-has a mask head. Its metadata describe the inputs and outputs.
+has a mask head. Its metadata describe the inputs and outputs. With --format huggingface, a plain DETR or Conditional
+DETR becomes a folder for Hugging Face's transformers instead.
 """
 
 import argparse
@@ -32,6 +33,7 @@ from enact_common.export.graph import (
     fix_window_lengths,
     greatest_side,
 )
+from enact_common.export.huggingface import FORMAT, check_folder, check_model, write_folder
 from enact_common.inference.detector import LoadedDetector, load_detector
 from enact_common.utils.errors import UserError, exit_status
 from enact_common.utils.files import check_no_folder, make_folder
@@ -56,11 +58,14 @@ def build_parser() -> argparse.ArgumentParser:
         "checkpoint", metavar="CKPT",
         help="trained detector: a path or an https URL; of this project, ENACT's authors or the original repositories",
     )  # fmt: skip
-    parser.add_argument("--format", choices=tuple(FORMATS), default="onnx", help="kind of file")
+    parser.add_argument(
+        "--format", choices=(*FORMATS, FORMAT), default="onnx",
+        help=f"kind of file; {FORMAT} is a folder with weights, of plain DETR and Conditional DETR",
+    )  # fmt: skip
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="output file; default: the checkpoint's name with the format's suffix, in the current folder",
+        help="output file or folder; default: the checkpoint's name with the format's suffix, in the current folder",
     )
     parser.add_argument(
         "--size", type=positive_int, nargs=2, metavar=("H", "W"),
@@ -148,6 +153,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         UserError: the arguments, the checkpoint or the environment are not usable.
     """
+    if args.format == FORMAT:
+        return export_folder(args)
     output = Path(args.output or Path(args.checkpoint).with_suffix(FORMATS[args.format].suffix).name)
     check_arguments(args, output)
     given = {flag: getattr(args, flag, None) for flag in ("dilation", *CLUSTERING_FLAGS)}
@@ -170,6 +177,28 @@ def run(args: argparse.Namespace) -> int:
     write(graph, describe(detector, args.checkpoint, interface, lengths), args.format, args.quantize, output)
     report(output, lengths)
     return check(graph, load_exported(output), args.quantize)
+
+
+def export_folder(args: argparse.Namespace) -> int:
+    """Write a folder for Hugging Face's transformers, and print how far its outputs are from this project's.
+
+    Returns:
+        0; 1 if the outputs differ by more than `TOLERANCE`.
+
+    Raises:
+        UserError: the arguments, the checkpoint or the environment are not usable.
+    """
+    output = Path(args.output or f"{Path(args.checkpoint).stem}_{FORMAT}")
+    check_folder(args, output)
+    detector = load_detector(args.checkpoint, "cpu", **({} if args.dilation is None else {"dilation": args.dilation}))
+    check_model(detector)
+    greatest = write_folder(detector, output)
+    print(f"{output}: load it with transformers.AutoModelForObjectDetection.from_pretrained")
+    print(f"greatest difference of its logits and boxes from this project's, on noise: {greatest:.1e}")
+    if greatest <= TOLERANCE:
+        return 0
+    print(f"warning: the difference is more than {TOLERANCE:g}: do not use this folder", file=sys.stderr)
+    return 1
 
 
 def check_arguments(args: argparse.Namespace, output: Path) -> None:

@@ -4,7 +4,6 @@ Each file holds the graph, the weights and the metadata (`enact_common.export.gr
 """
 
 import contextlib
-import importlib
 import io
 import json
 import logging
@@ -12,6 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 
 from enact_common.export.graph import GREATEST_BATCH, LEAST_SIDE, DetectorGraph, to_text
 from enact_common.models.scripting import traced
+from enact_common.utils import extras
 from enact_common.utils.device import TORCH_VERSION
 from enact_common.utils.errors import UserError
 from enact_common.utils.files import write_file
@@ -68,20 +69,7 @@ class ExportedDetector:
         return dict(zip(self.metadata["outputs"], self._run(*inputs), strict=True))
 
 
-def needed(module: str, why: str) -> ModuleType:
-    """Import a package of the extra `export`.
-
-    Raises:
-        UserError: the package is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
-            raise
-        raise UserError(
-            f"{why} needs the package {error.name}, which is not installed: pip install 'enact-detection[export]'"
-        ) from error
+needed = partial(extras.needed, extra="export")
 
 
 @contextlib.contextmanager

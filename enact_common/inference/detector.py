@@ -2,10 +2,10 @@
 
 import argparse
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from enact_common.models.segmentation import PostProcessPanoptic, full_size_mask
 from enact_common.utils.device import AMP_DTYPE, autocast, check_precision, default_device, find_device
 from enact_common.utils.errors import UserError
 from enact_common.variants import load_variant
+
+if TYPE_CHECKING:
+    from supervision import Detections as SupervisionDetections
 
 logger = logging.getLogger("enact")
 
@@ -75,6 +78,30 @@ class Detections:
 
     def __len__(self) -> int:
         return len(self.scores)
+
+    def to_supervision(self) -> "SupervisionDetections":
+        """Return the detections as `supervision.Detections`, for its zones, annotators and the trackers that take them.
+
+        `class_id` holds the model's labels; `data` holds `class_name` and `category_id`, from the data set. The
+        panoptic segmentation and the query numbers are left out.
+
+        Raises:
+            UserError: the package supervision is not installed.
+        """
+        try:
+            import supervision
+        except ImportError as error:
+            raise UserError("to_supervision() needs supervision: pip install 'enact-detection[supervision]'") from error
+        return supervision.Detections(
+            xyxy=self.boxes.numpy(),
+            confidence=self.scores.numpy(),
+            class_id=self.labels.numpy(),
+            mask=None if self.masks is None else self.masks.numpy(),
+            data={
+                "class_name": np.array(self.names, dtype=str),
+                "category_id": np.array(self.category_ids, dtype=np.int64),
+            },
+        )
 
 
 class LoadedDetector:
@@ -226,12 +253,13 @@ def load_detector(
     amp: str | None = None,
     **flags,
 ) -> LoadedDetector:
-    """Load a detector from a checkpoint of this project, the original repositories or ENACT's authors.
+    """Load a detector from a checkpoint of this project, the original repositories, ENACT's authors or Hugging Face.
 
     The variant, the classes and the settings come from the checkpoint. EMA weights (`--ema`) are preferred.
 
     Args:
-        checkpoint: a path, or an https URL with the file's hash (`enact_common.utils.download.download`).
+        checkpoint: a path, or an https URL with the file's hash (`enact_common.utils.download.download`); or a folder
+            of Hugging Face's DETR or Conditional DETR, or of `EnactDetector.save_pretrained`.
         device: "cuda", "cuda:1", "cpu"; None for a GPU if there is one.
         threshold: least score of a detection, in [0, 1], and of a panoptic model's segment. None means 0.5, or 0.85
             for panoptic models, as in their evaluation.
@@ -242,12 +270,42 @@ def load_detector(
         UserError: the file is missing, is not a checkpoint, or fits no variant; the device or precision does not
             exist; or a panoptic checkpoint does not say which categories are things.
     """
+    device = find_inference_device(device, amp)
     source = str(checkpoint)
-    device = find_device(default_device() if device is None else str(device))
+    return LoadedDetector(**detector_parts(load_checkpoint(source), source, device, threshold, amp, flags))
+
+
+def find_inference_device(device: str | torch.device | None, amp: str | None) -> torch.device:
+    """Return the device that `load_detector` asks for, and check the precision.
+
+    Raises:
+        UserError: the device or precision does not exist.
+    """
+    found = find_device(default_device() if device is None else str(device))
     if amp not in (None, *AMP_DTYPE):
         raise UserError(f"amp={amp!r}: unknown precision; pass one of {', '.join(AMP_DTYPE)}")
-    check_precision(amp, device)
-    state = load_checkpoint(source)
+    check_precision(amp, found)
+    return found
+
+
+def detector_parts(
+    state: dict[str, Any],
+    source: str,
+    device: torch.device,
+    threshold: float | None,
+    amp: str | None,
+    flags: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return the arguments that make a `LoadedDetector` of a checkpoint.
+
+    Args:
+        state: from `load_checkpoint`.
+        source: the checkpoint's name, for messages.
+        device, threshold, amp, flags: as in `load_detector`.
+
+    Raises:
+        UserError: the checkpoint fits no variant, or does not say which of its panoptic categories are things.
+    """
     variant = known_variant(state, source)
     try:
         args, label_map = arguments_of(state, variant, flags)
@@ -259,7 +317,10 @@ def load_detector(
     things = things_of(label_map, source) if args.dataset_file == PANOPTIC else None
     if threshold is None:
         threshold = THRESHOLD if things is None else PostProcessPanoptic.THRESHOLD
-    return LoadedDetector(variant, args, model, postprocessors["bbox"], label_map, threshold, device, things, amp)
+    return {
+        "variant": variant, "args": args, "model": model, "postprocess": postprocessors["bbox"], "label_map": label_map,
+        "threshold": threshold, "device": device, "things": things, "amp": amp,
+    }  # fmt: skip
 
 
 def as_pixels(image: ImageLike, exif: bool = True) -> Tensor:

@@ -48,18 +48,29 @@ class Introspection:
 
     Attributes:
         layers: the maps of each encoder layer that clusters, in order.
-        attention: float (n, h, w), on the CPU: the last decoder layer's attention weights of each requested query over
-            the feature map, averaged over heads and levels. Each map adds up to one.
+        by_layer: float (decoder layers, n, h, w), on the CPU: each decoder layer's attention weights of each requested
+            query over the feature map, averaged over heads and levels. Each map adds up to one.
     """
 
     layers: list[ClusteredMaps]
-    attention: Tensor
+    by_layer: Tensor
+
+    @property
+    def attention(self) -> Tensor:
+        """The last decoder layer's weights in `by_layer`: float (n, h, w)."""
+        return self.by_layer[-1]
+
+
+def memory_attentions(model: nn.Module) -> list[nn.Module]:
+    """Return the module of each decoder layer that attends to the feature map."""
+    return [
+        getattr(module, module.MEMORY_ATTENTION) for module in model.modules() if hasattr(module, "MEMORY_ATTENTION")
+    ]
 
 
 def memory_attention(model: nn.Module) -> nn.Module:
     """Return the module that attends to the feature map in a detector's last decoder layer."""
-    layers = [module for module in model.modules() if hasattr(module, "MEMORY_ATTENTION")]
-    return getattr(layers[-1], layers[-1].MEMORY_ATTENTION)
+    return memory_attentions(model)[-1]
 
 
 def output_and_weights(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
@@ -78,7 +89,7 @@ def introspect(detector: LoadedDetector, pixels: Tensor, queries: Tensor) -> Int
         pixels: uint8 (3, height, width), RGB.
         queries: int64 (n,), the queries to record attention for.
     """
-    attention = memory_attention(detector.model)
+    attentions = memory_attentions(detector.model)
     maps: list[tuple[int, int]] = []
     calls: list[tuple[tuple, dict]] = []
     clustered: list[tuple[Tensor, Tensor]] = []
@@ -95,21 +106,25 @@ def introspect(detector: LoadedDetector, pixels: Tensor, queries: Tensor) -> Int
 
     with ExitStack() as stack:
         stack.callback(detector.model.transformer.register_forward_pre_hook(note_map).remove)
-        stack.callback(attention.register_forward_pre_hook(note_call, with_kwargs=True).remove)
+        for attention in attentions:
+            stack.callback(attention.register_forward_pre_hook(note_call, with_kwargs=True).remove)
         for clustering in clusterings(detector.model):
             stack.enter_context(clustering.register_cluster_hook(note_clusters))
         detector.model(detector.model_input(pixels))
 
-    (size,), (call,) = maps, calls
+    (size,) = maps
     if getattr(getattr(detector.model.transformer, "encoder", None), "order", ROWS) == HILBERT:
         _, inverse_order = hilbert_permutations(*size, torch.device("cpu"))
         clustered = [tuple(tensor[:, inverse_order] for tensor in tensors) for tensors in clustered]
     layers = [ClusteredMaps(*(tensor.unflatten(1, size) for tensor in tensors)) for tensors in clustered]
     if len(queries) == 0:
-        return Introspection(layers, torch.zeros(0, *size))
-    _, weights = output_and_weights(attention, *call)  # (levels, heads, Q, h w)
-    chosen = weights[:, :, queries.to(weights.device)].float().mean(dim=(0, 1))  # (n, h w)
-    return Introspection(layers, chosen.unflatten(1, size).cpu())
+        return Introspection(layers, torch.zeros(len(attentions), 0, *size))
+    by_layer = []
+    for attention, call in zip(attentions, calls, strict=True):
+        _, weights = output_and_weights(attention, *call)  # (levels, heads, Q, h w)
+        chosen = weights[:, :, queries.to(weights.device)].float().mean(dim=(0, 1))  # (n, h w)
+        by_layer.append(chosen.unflatten(1, size).cpu())
+    return Introspection(layers, torch.stack(by_layer))
 
 
 def check_kinds(detector: LoadedDetector, kinds: Sequence[str]) -> None:

@@ -53,16 +53,17 @@ INFORMATION = translucent("viridis", lambda values: np.full_like(values, 0.7))
 ATTENTION = translucent("inferno", lambda values: 0.85 * np.sqrt(values))
 
 
-def draw_information(image: np.ndarray, layers: Sequence[Tensor]) -> Figure:
+def draw_information(image: np.ndarray, layers: Sequence[Tensor], slide: tuple[float, float] = SLIDE) -> Figure:
     """Draw the smoothed self-information of the cells for each encoder layer.
 
     Args:
         image: uint8 (height, width, 3), RGB.
         layers: one map (levels, h, w) per encoder layer, in bits.
+        slide: width and height to fill, in inches.
     """
     maps = [level for layer in layers for level in layer]
     heading = ("Information in the encoder", f"smoothed self-information of {cells_of(maps[0])}")
-    figure, panels = lay_out(image, len(maps), heading, bar=True, columns=columns_of(layers))
+    figure, panels = lay_out(image, len(maps), heading, bar=True, columns=columns_of(layers), slide=slide)
     for axes, title, information in zip(panels, titles_of(layers), maps, strict=True):
         show_image(axes, image, title)
         low, high = information.min().item(), information.max().item()
@@ -73,17 +74,18 @@ def draw_information(image: np.ndarray, layers: Sequence[Tensor]) -> Figure:
     return figure
 
 
-def draw_clusters(image: np.ndarray, layers: Sequence[Tensor]) -> Figure:
+def draw_clusters(image: np.ndarray, layers: Sequence[Tensor], slide: tuple[float, float] = SLIDE) -> Figure:
     """Draw the clusters of each encoder layer, with their borders.
 
     Args:
         image: uint8 (height, width, 3), RGB.
         layers: int64 (levels, h, w) per encoder layer: the cluster of each cell, -1 for none.
+        slide: width and height to fill, in inches.
     """
     maps = [level.numpy() for layer in layers for level in layer]
     note = "hatched cells are left out" if any((level < 0).any() for level in maps) else "no cell is left out"
     heading = ("Clusters in the encoder", f"one patch per cluster, {cells_of(maps[0])}; {note}")
-    figure, panels = lay_out(image, len(maps), heading, title_lines=2, columns=columns_of(layers))
+    figure, panels = lay_out(image, len(maps), heading, title_lines=2, columns=columns_of(layers), slide=slide)
     for axes, title, clusters in zip(panels, titles_of(layers), maps, strict=True):
         count, kept = clusters.max() + 1, (clusters >= 0).sum()
         plural = "s" if count > 1 else ""
@@ -118,19 +120,69 @@ def draw_attention(image: np.ndarray, attention: Tensor, boxes: Tensor, names: S
         scores: (n,), in [0, 1].
     """
     if not names:
-        heading = ("Attention of the queries", "nothing was found in this image; a lower threshold shows more")
-        figure, (axes,) = lay_out(image, 1, heading)
-        show_image(axes, image, "")
-        return figure
+        return draw_note(
+            image, ("Attention of the queries", "nothing was found in this image; a lower threshold shows more")
+        )
     heading = (
         "Attention of the likeliest detections",
         f"last decoder layer, mean of all heads, over {cells_of(attention[0])}",
     )
-    figure, panels = lay_out(image, len(names), heading, bar=True)
-    queries = zip(names, scores.tolist(), attention, boxes.tolist(), strict=True)
-    for axes, (name, score, weights, (left, top, right, bottom)) in zip(panels, queries, strict=True):
-        short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
-        show_image(axes, image, f"{short} {score:.2f}")
+    titles = [named(name, score) for name, score in zip(names, scores.tolist(), strict=True)]
+    return draw_weights(image, attention, boxes, titles, heading)
+
+
+def draw_note(image: np.ndarray, heading: tuple[str, str], slide: tuple[float, float] = SLIDE) -> Figure:
+    """Draw only the image, uint8 (height, width, 3), with a title and subtitle that say why there is nothing else."""
+    figure, (axes,) = lay_out(image, 1, heading, slide=slide)
+    show_image(axes, image, "")
+    return figure
+
+
+def draw_attention_by_layer(
+    image: np.ndarray, by_layer: Tensor, box: Tensor, name: str, score: float, slide: tuple[float, float] = SLIDE
+) -> Figure:
+    """Draw one query's attention, one panel per decoder layer.
+
+    Args:
+        image: uint8 (height, width, 3), RGB.
+        by_layer: (decoder layers, h, w), the query's attention weights, adding up to one in each layer.
+        box: (4,), the query's box: left, top, right, bottom in pixels of the image.
+        name: the query's class name.
+        score: in [0, 1].
+        slide: width and height to fill, in inches.
+    """
+    heading = (f"Attention of the query of {named(name, score)}", f"mean of all heads, over {cells_of(by_layer[0])}")
+    titles = [f"Decoder layer {i}" for i in range(1, len(by_layer) + 1)]
+    return draw_weights(image, by_layer, box.expand(len(by_layer), 4), titles, heading, slide)
+
+
+def named(name: str, score: float) -> str:
+    """A class name, shortened to fit over a panel, and the score."""
+    short = name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
+    return f"{short} {score:.2f}"
+
+
+def draw_weights(
+    image: np.ndarray,
+    maps: Tensor,
+    boxes: Tensor,
+    titles: Sequence[str],
+    heading: tuple[str, str],
+    slide: tuple[float, float] = SLIDE,
+) -> Figure:
+    """Draw one panel per map of attention weights.
+
+    Args:
+        image: uint8 (height, width, 3), RGB.
+        maps: (n, h, w), the attention weights, adding up to one in each map.
+        boxes: (n, 4), the box to draw in each panel: left, top, right, bottom in pixels of the image.
+        titles: the panels' titles.
+        heading: the figure's title and subtitle.
+        slide: width and height to fill, in inches.
+    """
+    figure, panels = lay_out(image, len(titles), heading, bar=True, slide=slide)
+    for axes, title, weights, (left, top, right, bottom) in zip(panels, titles, maps, boxes.tolist(), strict=True):
+        show_image(axes, image, title)
         scale = Normalize(0, 100 * weights.max().item())
         overlay(axes, ATTENTION(scale(upsampled(100 * weights, image)), bytes=True), image)
         line = float(np.clip(0.02 * min(points_of(axes)), 0.6, 2))
@@ -169,6 +221,7 @@ def lay_out(
     bar: bool = False,
     title_lines: int = 1,
     columns: int | None = None,
+    slide: tuple[float, float] = SLIDE,
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure and its panels, which have the image's aspect ratio.
 
@@ -179,14 +232,15 @@ def lay_out(
         bar: leave room for a colour bar below each panel.
         title_lines: lines of each panel's title.
         columns: panels side by side; None for the number that makes the panels largest.
+        slide: width and height to fill, in inches.
     """
     aspect = image.shape[1] / image.shape[0]
     above, below = LINE * title_lines + 0.1, BAR if bar else 0.0
 
     def panel_width(columns: int) -> float:
         rows = -(-count // columns)
-        across = (SLIDE[0] - 2 * MARGIN - GAP * (columns - 1)) / columns
-        down = (SLIDE[1] - MARGIN - HEADING - GAP * (rows - 1)) / rows - above - below
+        across = (slide[0] - 2 * MARGIN - GAP * (columns - 1)) / columns
+        down = (slide[1] - MARGIN - HEADING - GAP * (rows - 1)) / rows - above - below
         return min(across, down * aspect)
 
     columns = columns or max(range(1, count + 1), key=panel_width)
@@ -200,7 +254,7 @@ def lay_out(
         MARGIN + HEADING + rows * (above + height + below) + GAP * (rows - 1),
     )
     figure = Figure(figsize=size, dpi=DPI, facecolor="white")
-    figure.text(0.5, 1 - 0.2 / size[1], heading[0], fontsize=15, fontweight="bold", ha="center", va="center")
+    figure.text(0.5, 1 - 0.2 / size[1], literal(heading[0]), fontsize=15, fontweight="bold", ha="center", va="center")
     figure.text(0.5, 1 - 0.5 / size[1], heading[1], fontsize=11, ha="center", va="center")
     panels = []
     for i in range(count):

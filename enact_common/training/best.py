@@ -25,19 +25,22 @@ class BestTracker:
         self.output_dir = output_dir
         self.resumed_from = Path(resumed_from)
 
-    def add(self, epoch: int, ap: float | None) -> None:
+    def add(self, epoch: int, ap: float | None) -> bool:
         """Add an evaluation; if its metric is the highest so far, copy the latest checkpoint to `best.pth`.
 
         Args:
             epoch: from 0.
             ap: the `main_metric`; None (not measured) is ignored, also by `--early_stop`.
+
+        Returns:
+            whether the metric is the highest so far.
         """
         if ap is None:
-            return
+            return False
         improved = not self.ap_history or ap > max(self.ap_history)
         self.ap_history.append(ap)
         if self.output_dir is None or not improved:
-            return
+            return improved
         latest = self.output_dir / LATEST
         # A run resumed from another folder may evaluate that checkpoint before it writes one.
         latest = latest if latest.is_file() else self.resumed_from
@@ -45,6 +48,7 @@ class BestTracker:
             with open(latest, "rb") as source:
                 write_file(self.output_dir / BEST, lambda file: shutil.copyfileobj(source, file))
             logger.info("epoch %d has the highest AP so far: saved as %s", epoch, self.output_dir / BEST)
+        return True
 
     def has_stopped_improving(self, patience: int | None) -> bool:
         """Whether the metric has not risen in the last `patience` evaluations (`--early_stop`).

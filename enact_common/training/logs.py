@@ -1,17 +1,19 @@
-"""The logs of a run: terminal messages, mean losses, `log.txt`, TensorBoard."""
+"""The logs of a run: terminal messages, mean losses, `log.txt`, and what trackers get."""
 
 import contextlib
 import json
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from enact_common.training.trackers import Trackers
 from enact_common.utils.distributed import gather_objects, is_main_process
 from enact_common.utils.errors import let_any_text_out
 from enact_common.utils.files import writing
@@ -104,23 +106,28 @@ def main_metric(row: dict) -> float | None:
     return metric if is_measured(metric) else None
 
 
+def scalars_of(stats: dict) -> dict[str, float]:
+    """Return an epoch's scalars under the trackers' names: `train/loss`, `test/AP`, `test/AP50_masks`, `test/PQ`."""
+    scalars = {name.replace("_", "/", 1): value for name, value in stats.items() if isinstance(value, int | float)}
+    for key, suffix in (("test_coco_eval_bbox", ""), ("test_coco_eval_masks", "_masks")):
+        for name, value in zip(("AP", "AP50"), stats.get(key, ()), strict=False):
+            if is_measured(value):
+                scalars[f"test/{name}{suffix}"] = value
+    quality = (stats.get("test_PQ_all") or {}).get("pq")
+    return scalars | ({"test/PQ": quality} if is_measured(quality) else {})
+
+
 class RunLog:
-    """The log of a run: `log.txt` with one JSON object per epoch under the original's keys, and TensorBoard scalars.
+    """The log of a run: `log.txt` with one JSON object per epoch under the original's keys, and the trackers' scalars.
 
     Args:
-        output_dir: folder of both; None writes nothing.
+        output_dir: folder of the log; None writes nothing.
+        trackers: the open trackers; None for none.
     """
 
-    def __init__(self, output_dir: Path | None):
+    def __init__(self, output_dir: Path | None, trackers: Trackers | None = None):
         self._path = output_dir / "log.txt" if output_dir and is_main_process() else None
-        self._board = None
-        if self._path:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                logger.info("TensorBoard is not installed, so no event files are written: pip install tensorboard")
-            else:
-                self._board = SummaryWriter(output_dir / "tensorboard")
+        self._trackers = trackers
 
     def has_epoch(self, epoch: int) -> bool:
         """Whether the log already holds this epoch."""
@@ -151,22 +158,23 @@ class RunLog:
         torn = self._path.is_file() and self._path.read_bytes()[-1:] not in (b"", b"\n")
         with writing(self._path), open(self._path, "a") as file:
             file.write(("\n" if torn else "") + json.dumps({**stats, "epoch": epoch}) + "\n")
-        if self._board:
-            with writing(self._path.parent / "tensorboard"):
-                self._draw(epoch, stats)
+        if self._trackers:
+            self._trackers.scalars(epoch, scalars_of(stats))
 
-    def _draw(self, epoch: int, stats: dict) -> None:
-        """Write an epoch's scalars to TensorBoard."""
-        for name, value in stats.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(name.replace("_", "/", 1), value, epoch)
-        for key, suffix in (("test_coco_eval_bbox", ""), ("test_coco_eval_masks", "_masks")):
-            for name, value in zip(("AP", "AP50"), stats.get(key, ()), strict=False):
-                if is_measured(value):
-                    self._board.add_scalar(f"test/{name}{suffix}", value, epoch)
-        self._board.flush()
+    def write_best(self, epoch: int, stats: dict, pictures: Callable[[], dict[str, np.ndarray]]) -> None:
+        """Send the metrics of the best checkpoint so far to the trackers, under `best/`, and pictures.
+
+        Args:
+            epoch: from 0.
+            stats: as for `write`.
+            pictures: draws them; called only if there are trackers.
+        """
+        if self._trackers:
+            best = {name.replace("test/", "best/"): v for name, v in scalars_of(stats).items() if "test/" in name}
+            self._trackers.scalars(epoch, {**best, "best/epoch": epoch})
+            self._trackers.pictures(epoch, pictures)
 
     def close(self) -> None:
-        """Close the event file."""
-        if self._board:
-            self._board.close()
+        """End the trackers' runs."""
+        if self._trackers:
+            self._trackers.close()

@@ -7,6 +7,7 @@ from typing import Any
 
 from enact_common.evaluation.coco import EVALUATION, CocoBoxEvaluator, evaluation_record, metrics_text, per_class_text
 from enact_common.evaluation.panoptic import FOLDER, PanopticEvaluator, panoptic_metrics, panoptic_record, panoptic_text
+from enact_common.evaluation.stored import RESULTS
 from enact_common.training.setup import Data
 from enact_common.utils.distributed import is_main_process
 from enact_common.utils.files import write_file
@@ -56,7 +57,7 @@ def report_evaluation(
             text = json.dumps({**source, **record})
             write_file(output_dir / EVALUATION, lambda file: file.write(text.encode()))
     if per_class and output_dir:
-        path = output_dir / "results.json"
+        path = output_dir / RESULTS
         logger.info("%d detections written to %s", evaluator.write_results(path), path)
         if panoptic is not None:
             folder, truth = output_dir / FOLDER, data.panoptic_truth

@@ -11,19 +11,23 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
 from enact_common.checkpoints.files import LATEST
 from enact_common.cli.arguments import VariantParser
+from enact_common.cli.checks import is_installed
 from enact_common.cli.config import CONFIG, config_text
-from enact_common.cli.flags import with_flags
+from enact_common.cli.flags import AUTO_BATCH, with_flags
 from enact_common.data.coco import CocoDetection
 from enact_common.data.loading import worker_death
 from enact_common.evaluation.coco import CocoBoxEvaluator
 from enact_common.evaluation.panoptic import PanopticEvaluator
+from enact_common.training.auto_batch import check_auto_device, resolve_batch
 from enact_common.training.best import BestTracker
 from enact_common.training.engine import NonFiniteLossError, evaluate, train_one_epoch
 from enact_common.training.logs import AverageMeter, RunLog, main_metric, setup_logging
 from enact_common.training.optimization import build_optimization
+from enact_common.training.pictures import evaluation_pictures
 from enact_common.training.report import report_evaluation
 from enact_common.training.setup import (
     Data,
@@ -41,6 +45,7 @@ from enact_common.training.setup import (
 )
 from enact_common.training.state import TrainingState
 from enact_common.training.summary import log_summary
+from enact_common.training.trackers import Trackers
 from enact_common.utils.device import check_precision, find_device, peak_memory, start_counting_memory
 from enact_common.utils.distributed import (
     SharedError,
@@ -152,6 +157,7 @@ def run(
     asked, args = args, init_distributed_mode(args)
     device = torch.device(args.device)
     setup_logging()
+    check_auto_device(args, device)
     if args.auto_resume and len(set(gather_objects(args.resume))) > 1:
         raise UserError(
             f"--auto_resume: only some processes see {Path(args.output_dir) / LATEST}; pass an --output_dir that all "
@@ -167,12 +173,16 @@ def run(
     # The same seed in all processes, so that randomly initialised weights are equal.
     seed_generators(args.seed)
     with checking():
-        data = load_data(args, build_dataset, sources, device)
+        auto = args.batch_size == AUTO_BATCH
+        data = load_data(with_flags(args, batch_size=1) if auto else args, build_dataset, sources, device)
         args = resolve_model_flags(args, sources, data.label_map)
         network = load_network(variant, args, build_model, sources, data.label_map, device)
         measurable = is_measurable(data, args, "panoptic" in network.postprocessors)
         if not args.eval:
             check_data(data, args, network.model.num_queries)
+        if auto:
+            args = resolve_batch(args, network, data.train_set, device)
+            data = data.with_batches(args, device)
     if get_rank():
         # From here on a different seed per process, so that dropout differs.
         seed_generators(args.seed + get_rank())
@@ -237,13 +247,13 @@ def train(
     with failing_together():
         if output_dir and is_main_process():
             write_file(output_dir / CONFIG, lambda file: file.write(settings.encode()))
-    log = RunLog(output_dir)
+    log = RunLog(output_dir, open_trackers(variant, args, settings, output_dir))
     best = BestTracker(log.ap_history(start.epoch), output_dir, args.resume)
     begin = time.perf_counter()
 
     def finish_epoch(epoch: int, train_stats: dict[str, float], cost: dict[str, float]) -> None:
         """Log the epoch, and evaluate first if it is due. `cost` is empty for an epoch that an earlier run trained."""
-        stats = {f"train_{name}": value for name, value in train_stats.items()} | cost
+        stats, improved = {f"train_{name}": value for name, value in train_stats.items()} | cost, False
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             evaluation_begin = time.perf_counter()
             try:
@@ -257,8 +267,11 @@ def train(
             test_stats["seconds"] = time.perf_counter() - evaluation_begin
             stats |= {f"test_{name}": value for name, value in test_stats.items()} | metrics
             if metrics:
-                best.add(epoch, main_metric(metrics) if measurable else None)
+                improved = best.add(epoch, main_metric(metrics) if measurable else None)
         log.write(epoch, {**stats, "n_parameters": network.num_parameters})
+        if improved:
+            # Without --log, TensorBoard gets no pictures: its files would grow large unasked.
+            log.write_best(epoch, stats, lambda: evaluation_pictures(data, evaluator) if args.log else {})
 
     # A run may have stopped between its checkpoint and its evaluation. Only the main process has the log.
     if checkpoint and "train_stats" in checkpoint and not gather_objects(log.has_epoch(checkpoint["epoch"]))[0]:
@@ -300,6 +313,23 @@ def train(
         finish_epoch(epoch, train_stats, cost | ({"unreadable_images": bad_images} if bad_images else {}))
     log.close()
     logger.info("training took %s", timedelta(seconds=round(time.perf_counter() - begin)))
+
+
+def open_trackers(variant: str, args: argparse.Namespace, settings: str, output_dir: Path | None) -> Trackers | None:
+    """Open the trackers of `--log`, in the main process; without the flag, TensorBoard if it is installed.
+
+    Args:
+        variant, args, output_dir: as set up in `run`.
+        settings: the content of `config.yaml`.
+    """
+    if output_dir is None or not is_main_process():
+        return None
+    if args.log:
+        return Trackers(args.log, output_dir, {"variant": variant, **yaml.safe_load(settings)})
+    if not is_installed("tensorboard"):
+        logger.info("TensorBoard is not installed, so no event files are written: pip install tensorboard")
+        return None
+    return Trackers(["tensorboard"], output_dir, {})
 
 
 def evaluate_network(

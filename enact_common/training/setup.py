@@ -123,6 +123,14 @@ class Data:
     ground_truth: object | None
     panoptic_truth: PanopticTruth | None
 
+    def with_batches(self, args: argparse.Namespace, device: torch.device) -> "Data":
+        """Return the data of a training with loaders of another `--batch_size`."""
+        return replace(
+            self,
+            train_loader=make_loader(self.train_set, args, device, train=True),
+            val_loader=make_loader(self.val_set, args, device, train=False),
+        )
+
     def cache(self, mode: str | None) -> None:
         """Read all images into memory (`--cache_mode`). Call it after all checks and before the loaders' workers start.
 

@@ -130,6 +130,8 @@ def describe_folder(path: Path) -> tuple[str, str]:
         return "a run's folder", f"pass {path / 'checkpoint.pth'}"
     if (path / "data.pkl").is_file():
         return "an unpacked checkpoint", "pass the packed file"
+    if not any(path.iterdir()):
+        return "an empty folder", NO_CHECKPOINT
     return "a folder", "pass the checkpoint in it"
 
 

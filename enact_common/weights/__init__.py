@@ -1,0 +1,1 @@
+"""Published weights, and detectors to share: `enact weights`, `EnactDetector`."""

@@ -1,0 +1,199 @@
+"""List the published checkpoints, and say what a checkpoint is: `python -m enact_common.weights --check FILE`.
+
+Without arguments, the command lists every published checkpoint of the three detectors: its name, its AP on COCO
+val2017 as its authors report it, where it is, and the command that evaluates it. With --check, it says which model a
+file or folder is, whether it loads here, and how to evaluate it.
+"""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from enact_common.checkpoints.contents import IMAGE_FLAGS, arguments_of, default_arguments, known_variant, model_words
+from enact_common.checkpoints.files import flag_text, load_checkpoint
+from enact_common.checkpoints.published import FILES, HUGGING_FACE, Model, PublishedFile
+from enact_common.cli.flags import COCO, PANOPTIC, with_flags
+from enact_common.cli.program import program
+from enact_common.cli.types import HelpFormatter
+from enact_common.data.categories import LabelMap
+from enact_common.data.panoptic import NUM_CLASSES
+from enact_common.inference.detector import detector_parts
+from enact_common.models.backbone import SHALLOW_BACKBONES
+from enact_common.models.detector import COCO_CLASSES
+from enact_common.utils.download import HASH_IN_NAME, is_url, sha256
+from enact_common.utils.errors import UserError, exit_status
+
+LEGEND = """DIR is the data set's folder, FILE the downloaded file. AP is COCO val2017's, as the authors report it.
+Only the names of DETR's seven files (dl.fbaipublicfiles.com) hold a hash of their content."""
+
+# The first names of a model's classes in a report.
+MOST_NAMES = 4
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=program("enact_common.weights"), description=" ".join(__doc__.split("\n\n", 1)[1].split()),
+        formatter_class=HelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "--check", metavar="FILE",
+        help="say what this checkpoint is: a file, an https URL with the file's hash, or a folder with a config.json",
+    )  # fmt: skip
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments; None for `sys.argv`.
+
+    Returns:
+        the exit status: 0; 1 for a checkpoint that does not load; 2 for user errors.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    return exit_status(parser.prog, lambda: list_files() if args.check is None else check(args.check))
+
+
+def list_files() -> int:
+    """Print all published checkpoints."""
+    for file in FILES:
+        epochs = f", {file.epochs} epochs" if file.epochs else ""
+        backbone = file.model.backbone.replace("resnet", "ResNet-")
+        print(f"{file.name}: {file.model.authors_title}, {backbone}{epochs}, AP {file.ap}")
+        print(f"  file      {file.url}")
+        if file.log:
+            print(f"  log       {file.log}")
+        if file.hugging_face:
+            print(f"  same in   {HUGGING_FACE.format(file.hugging_face)}")
+        print(f"  evaluate  {evaluation('FILE', published_arguments(file.model), file.model.variant)}\n")
+    print(LEGEND)
+    return 0
+
+
+def published_arguments(model: Model) -> argparse.Namespace:
+    """Return the arguments that build a published model."""
+    return with_flags(
+        default_arguments(model.variant), backbone=model.backbone, dilation=model.dilation,
+        encoder_attention=model.encoder_attention, masks=model.panoptic,
+        dataset_file=PANOPTIC if model.panoptic else COCO,
+    )  # fmt: skip
+
+
+def evaluation(source: str, args: argparse.Namespace, variant: str) -> str:
+    """Return the command that evaluates a checkpoint."""
+    words = ["enact", "eval", variant, "--coco_path", "DIR", "--resume", shlex.quote(source)]
+    return " ".join([*words, *model_words(args, variant), *size_words(args, variant)])
+
+
+def size_words(args: argparse.Namespace, variant: str) -> list[str]:
+    """Return the command-line words for a model's image sizes, if they are not the defaults."""
+    defaults = default_arguments(variant)
+    differing = [flag for flag in IMAGE_FLAGS if getattr(args, flag) != getattr(defaults, flag)]
+    words = [flag_text(flag, getattr(args, flag)) for flag in differing]
+    # The parser compares --max_size with the training's sizes too.
+    return words + ([f"--train_sizes {args.eval_size}"] if args.max_size < max(defaults.train_sizes) else [])
+
+
+def check(source: str) -> int:
+    """Print what a checkpoint is, whether it loads, and the command that evaluates it.
+
+    Returns:
+        0; 1 if it does not load.
+
+    Raises:
+        UserError: it is not a checkpoint, or of no variant.
+    """
+    state = load_checkpoint(source)
+    variant = known_variant(state, source)
+    args, label_map = arguments_of(state, variant)
+    model = model_of(args, variant)
+    print(f"{source}: {model.title}{', with a mask head for instances' * (args.masks and not model.panoptic)}")
+    count = sum(tensor.numel() for tensor in state["model"].values())
+    print(f"  parameters  {count / 1e6:.1f} million numbers in {len(state['model'])} tensors")
+    print(f"  classes     {classes_text(label_map)}")
+    candidates = [with_flags(args, dilation=dilation) for dilation in possible_dilations(state, args)]
+    text, candidates = origin(state, source, candidates, variant, label_map)
+    print(f"  origin      {text}")
+    try:
+        detector_parts(state, source, torch.device("cpu"), None, None, {"dilation": candidates[0].dilation})
+    except UserError as error:
+        print(f"  loads here  no: {error}")
+        return 1
+    print("  loads here  yes")
+    for candidate in candidates:
+        print(f"  evaluate    {evaluation(source, candidate, variant)}")
+    if len(candidates) > 1:
+        print("              The tensors do not show whether the backbone is dilated: take the command of your model.")
+    return 0
+
+
+def model_of(args: argparse.Namespace, variant: str) -> Model:
+    """Return the named model that has these arguments' parts; its sizes may differ."""
+    panoptic = args.dataset_file == PANOPTIC
+    return Model(variant, args.backbone, bool(args.dilation), args.encoder_attention, panoptic)
+
+
+def classes_text(label_map: LabelMap) -> str:
+    """Return the number of labels and the first names in words."""
+    known = label_map.known_names()
+    more = ", ..." if len(known) > MOST_NAMES else ""
+    unused = label_map.num_classes - len(known)
+    return f"{label_map.num_classes} labels{f', {unused} unused' * bool(unused)}: {', '.join(known[:MOST_NAMES])}{more}"
+
+
+def possible_dilations(state: dict[str, Any], args: argparse.Namespace) -> tuple[bool, ...]:
+    """Return the values of `--dilation` that fit a checkpoint, the likelier first."""
+    if "dilation" in state["args"] or args.backbone in SHALLOW_BACKBONES:
+        return (args.dilation,)
+    return (args.dilation, not args.dilation)
+
+
+def origin(
+    state: dict[str, Any], source: str, candidates: list[argparse.Namespace], variant: str, label_map: LabelMap
+) -> tuple[str, list[argparse.Namespace]]:
+    """Say which published file a checkpoint is or may be.
+
+    Args:
+        state: from `load_checkpoint`.
+        source: its name.
+        candidates: the arguments that fit it.
+        variant: its variant.
+        label_map: its labels.
+
+    Returns:
+        the origin in words, and those of the arguments that remain.
+    """
+    if "variant" in state:
+        epoch = f", after epoch {state['epoch']}" if isinstance(state.get("epoch"), int) else ""
+        return f"a training of this project{epoch}", candidates
+    expected = NUM_CLASSES if candidates[0].dataset_file == PANOPTIC else COCO_CLASSES
+    published = {file.model: file for file in FILES}
+    fitting: list[tuple[PublishedFile, argparse.Namespace]] = []
+    for args in candidates:
+        model = model_of(args, variant)
+        same_sizes = model_words(args, variant) == model_words(published_arguments(model), variant)
+        if model in published and label_map.num_classes == expected and same_sizes:
+            fitting.append((published[model], args))
+    if not fitting:
+        return "not a published file: other parts, sizes or classes than all of these", candidates
+    path = Path(source)
+    if not is_url(source) and path.is_file():
+        digits = {HASH_IN_NAME.search(file.url): (file, args) for file, args in fitting}
+        digest = sha256(path) if any(digits) else ""
+        for found, (file, args) in digits.items():
+            if found and digest.startswith(found[1]):
+                return f"the published {file.name}, by its SHA-256 (AP {file.ap})", [args]
+    names = " or ".join(f"{file.name} (AP {file.ap})" for file, _ in fitting)
+    return f"the tensors fit the published {names}, or a training of the same model", candidates
+
+
+if __name__ == "__main__":
+    sys.exit(main())

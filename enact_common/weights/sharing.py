@@ -1,0 +1,172 @@
+"""Detectors that are saved to a folder with a model card, and shared on Hugging Face's hub."""
+
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from enact_common.checkpoints.contents import IMAGE_FLAGS, model_words
+from enact_common.checkpoints.files import LIBRARY, load_checkpoint
+from enact_common.checkpoints.huggingface import CONFIG, PREPROCESSOR, SAFETENSORS, WEIGHT_FILES, read_json
+from enact_common.checkpoints.published import Model
+from enact_common.cli.flags import CLUSTERING_FLAGS, MODEL_FLAGS, PANOPTIC
+from enact_common.inference.detector import LoadedDetector, detector_parts, find_inference_device
+from enact_common.utils.download import is_url
+from enact_common.utils.errors import UserError
+from enact_common.utils.extras import needed
+from enact_common.utils.files import make_folder, write_file
+from enact_common.weights.card import about_run, card
+
+CARD = "README.md"
+
+# The name in a card's example, before the folder has a name on the hub.
+THIS_FOLDER = "path/to/this/folder"
+
+# A name on the hub: the owner and the model.
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class EnactDetector(LoadedDetector):
+    """A `LoadedDetector` that can be saved, shared and loaded by name.
+
+    Attributes:
+        about: what is known of its training, from `about_run`; the model card is written from it.
+    """
+
+    about: dict[str, Any]
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        device: str | torch.device | None = None,
+        threshold: float | None = None,
+        amp: str | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        **flags,
+    ) -> "EnactDetector":
+        """Load a detector.
+
+        Args:
+            name: a folder of `save_pretrained`, anything that `load_detector` takes, or a name on Hugging Face's hub,
+                OWNER/MODEL, which is downloaded.
+            device, threshold, amp, flags: as in `load_detector`.
+            revision: branch, tag or commit on the hub; None for its main branch.
+            token: access token of the hub; None for the stored one.
+            cache_dir: folder of downloads; None for Hugging Face's.
+
+        Raises:
+            UserError: as in `load_detector`; or the model cannot be downloaded, or huggingface_hub is not installed.
+        """
+        device = find_inference_device(device, amp)
+        source = str(name)
+        if not Path(source).exists() and not is_url(source):
+            source = fetch(source, revision, token, cache_dir)
+        state = load_checkpoint(source)
+        detector = cls(**detector_parts(state, source, device, threshold, amp, flags))
+        detector.about = state.get("about") or about_run(state, Path(source))
+        return detector
+
+    def save_pretrained(self, folder: str | Path, license: str | None = None, name: str = THIS_FOLDER) -> None:
+        """Write the weights (`model.safetensors`), the settings (`config.json`) and a model card (`README.md`).
+
+        The card and the settings come from the checkpoint and the files in its run's folder; they hold no paths.
+
+        Args:
+            folder: created if it is missing. Files of an earlier call are replaced.
+            license: the weights' licence for the card, such as "apache-2.0"; None if unknown.
+            name: the name from which the card's example loads the detector.
+
+        Raises:
+            UserError: the folder holds another model or cannot be written, or safetensors is not installed.
+        """
+        save = needed("safetensors.torch", "save_pretrained", "safetensors").save
+        folder = Path(folder)
+        config = read_json(folder / CONFIG)
+        if (folder / CONFIG).exists() and (config or {}).get("library_name") != LIBRARY:
+            raise UserError(f"{folder}: holds another model ({CONFIG}); choose another folder")
+        make_folder(folder, "save_pretrained")
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
+        settings = json.dumps(self.settings(), indent=2, ensure_ascii=False)
+        for file, content in (
+            (SAFETENSORS, save(weights, {"format": "pt"})),
+            (CARD, self.card(license, name).encode()),
+            (CONFIG, settings.encode()),
+        ):
+            write_file(folder / file, lambda opened, content=content: opened.write(content))
+
+    def push_to_hub(
+        self, name: str, license: str | None = None, private: bool = False, token: str | None = None
+    ) -> str:
+        """Upload what `save_pretrained` writes to Hugging Face's hub.
+
+        Args:
+            name: OWNER/MODEL; created if it is missing.
+            license: the weights' licence for the card, such as "apache-2.0"; None if unknown.
+            private: create it for yourself alone.
+            token: access token with the right to write; None for the stored one.
+
+        Returns:
+            the model's address.
+
+        Raises:
+            UserError: huggingface_hub or safetensors is not installed.
+        """
+        hub = needed("huggingface_hub", "push_to_hub", "huggingface").HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, license, name)
+            address = hub.create_repo(name, private=private, exist_ok=True)
+            hub.upload_folder(repo_id=name, folder_path=folder)
+        return str(address)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the content of `config.json`: everything about the detector except its weights, in JSON types."""
+        flags = (*MODEL_FLAGS, *CLUSTERING_FLAGS, *IMAGE_FLAGS, "dataset_file")
+        return {
+            "library_name": LIBRARY,
+            "variant": self.variant,
+            "args": {flag: getattr(self.args, flag) for flag in flags if getattr(self.args, flag, None) is not None},
+            "label_map": self.label_map.to_dict(),
+            "epoch": self.about["epoch"],
+            "about": self.about,
+        }
+
+    def card(self, license: str | None = None, name: str = THIS_FOLDER) -> str:
+        """Return the model card.
+
+        Args:
+            license, name: as in `save_pretrained`.
+        """
+        args = self.args
+        panoptic = args.dataset_file == PANOPTIC
+        model = Model(self.variant, args.backbone, bool(args.dilation), args.encoder_attention, panoptic)
+        core = getattr(self.model, "detr", self.model)
+        return card(
+            model.title, self.variant, self.label_map, self.about, " ".join(model_words(args, self.variant)),
+            core.num_queries, args.eval_size, license, name,
+        )  # fmt: skip
+
+
+def fetch(name: str, revision: str | None, token: str | None, cache_dir: str | Path | None) -> str:
+    """Download a model from Hugging Face's hub; return its folder in the cache.
+
+    Raises:
+        UserError: it is not a name on the hub, cannot be downloaded, or huggingface_hub is not installed.
+    """
+    if not HUB_NAME.fullmatch(name) or name.startswith("."):
+        raise UserError(f"{name}: no such file or folder; pass one, or a name on Hugging Face's hub, OWNER/MODEL")
+    hub = needed("huggingface_hub", f"{name}: no such file or folder here; fetching it from the hub", "huggingface")
+    options = {"revision": revision, "token": token, "cache_dir": cache_dir}
+    try:
+        folder = hub.snapshot_download(name, allow_patterns=[CONFIG, PREPROCESSOR, SAFETENSORS], **options)
+        if not any((Path(folder) / file).is_file() for file in WEIGHT_FILES):
+            hub.snapshot_download(name, allow_patterns=list(WEIGHT_FILES), **options)
+    except (OSError, ValueError) as error:  # the hub's errors are kinds of these
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{name}: cannot be fetched from Hugging Face's hub ({reason[:200]})") from error
+    return folder
