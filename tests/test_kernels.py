@@ -140,6 +140,7 @@ def other_logits(clustering: EntropyClustering) -> None:
         ({"mask_padding": True}, None, False, None),
         ({"clusters": "equal", "per_image": True}, None, True, None),
         ({"fixed_length": 3}, None, False, "the window length is fixed"),
+        ({}, lambda layer: layer.double(), False, "scores are float64"),
         ({}, lambda layer: layer.register_cluster_hook(print), False, "the clusters are traced"),
         ({}, other_logits, False, "the layer's parts were changed"),
         ({"clusters": "equal"}, lambda layer: setattr(layer, "uniform_share", 0.5), True, "the layer's parts were"),
