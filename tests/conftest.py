@@ -60,8 +60,8 @@ TOKENS = {"detr": (), "conditional": (), "anchor": ("--attention_type", "nn.Mult
 # Test files that mostly train, export, compile or start processes, slowest first. `make test-fast` skips them, and
 # single tests marked as slow.
 SLOW_FILES = (
-    "export acceleration stopping compose golden slurm study segmentation gpu tools distributed benchmark upstream "
-    "train weights plug_in_huggingface soak unreadable compare finetune architecture"
+    "export acceleration stopping kernels compose golden slurm study segmentation gpu tools distributed benchmark "
+    "upstream train weights plug_in_huggingface soak unreadable compare finetune architecture"
 ).split()
 
 

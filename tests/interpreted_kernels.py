@@ -22,6 +22,7 @@ from enact_common.attention.clustering import (
     window_length,
 )
 from enact_common.attention.kernels import pooling, row_column
+from enact_common.attention.map_tokens import MapTokens
 
 
 class Everything(set):
@@ -130,7 +131,10 @@ def test_nan_stays_in_its_image(settings):
     assert_close(results[4][0], expected[4][0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{}, {"clusters": "equal", "max_clusters": 6}], ids=["windows", "equal"])
+LAYERS = {"windows beside a token": {"tokens": MapTokens(before=1)}, "equal": {"clusters": "equal", "max_clusters": 6}}
+
+
+@pytest.mark.parametrize("settings", LAYERS.values(), ids=LAYERS)
 def test_the_layer_computes_the_same_under_autocast(settings, monkeypatch):
     # The first call also tries the backward kernels, which changes nothing.
     monkeypatch.setattr(pooling, "_checked", set())

@@ -421,3 +421,12 @@ def test_settings_without_effect_are_named(attention, given, idle, shapes, capfd
     argv = [*SMALL_MODEL["detr"], "--encoder_attention", attention, "--epochs", "0", *given.split()]
     assert run("detr", "--coco_path", shapes, *argv) == 0
     assert f"note: {idle}: no effect with --encoder_attention {attention}" in capfd.readouterr().out
+
+
+def test_nan_stays_in_its_image_with_equal_clusters():
+    """No token has a share of the information then, which must not lead to clusters that do not exist."""
+    layer, tokens = EntropyClustering(4, 1.0, clusters="equal", max_clusters=5), torch.randn(2, 30, 4)
+    expected = layer(tokens)[0]
+    tokens[1, 7] = torch.nan
+    assert_close(layer(tokens)[0][0], expected[0])
+    assert layer(tokens)[0][1].isnan().all()

@@ -398,6 +398,7 @@ class EntropyClustering(nn.Module):
         fits = not masked or key_padding_mask.shape == scored.shape[:2]
         reasons = {
             "shapes do not fit": not fits or scored.shape[2] != self.W_prob.in_features,
+            "scores are float64": self.W_prob.weight.dtype == torch.float64,
             "regions are clustered": self.clusters == REGIONS,
             "each image has its own window length": self.clusters == WINDOWS and self.per_image,
             "windows leave out padding": self.clusters == WINDOWS and masked,

@@ -470,7 +470,7 @@ class Started:
 
     Attributes:
         counts: int32 (batch,), clusters of each image, if equal.
-        shape: (batch, M), after `finish`.
+        shape: (batch, M), after `await_length`.
     """
 
     def __init__(
@@ -525,13 +525,14 @@ class Started:
                 setting.max_clusters or 0, IMAGES=images, CHUNK=max(min(TILE // images, self.blocks), 1),
                 BLOCKS=self.blocks, **temperature,
             )  # fmt: skip
-            self.read_back = ReadBack(length)
+            self.read_back: ReadBack | None = ReadBack(length)
 
-    def finish(self) -> None:
-        """Wait for the length of the windows, unless the number of clusters was known."""
+    def await_length(self) -> None:
+        """Wait for the length of the windows. The number of clusters of equal information is known."""
         if not self.setting.equal:
             batch, num_tokens = self.logits.shape
             self.length = self.read_back.wait()
+            self.read_back = None  # frees its pinned memory
             num_windows = num_tokens // self.length
             self.skipped = (num_tokens - num_windows * self.length) // 2
             self.shape = batch, num_windows
@@ -557,7 +558,7 @@ class ReadBack:
         self.event = None
         self.number = number
         if number.is_cuda:
-            self.number = torch.empty(1, dtype=number.dtype, pin_memory=True)
+            self.number = torch.empty(1, dtype=number.dtype, device="cpu", pin_memory=True)
             self.number.copy_(number, non_blocking=True)
             self.event = torch.cuda.Event()
             self.event.record()
@@ -685,7 +686,7 @@ def finish(
         weight, bias: (d,) and (1,), of the scores.
     """
     with torch.cuda.device_of(scored):
-        started.finish()
+        started.await_length()
         scored, key, value = (rows_contiguous(tensor) for tensor in (scored, key, value))
         pooled = _Pool.apply(scored, key, value, weight, bias, started)
         if torch.is_grad_enabled():

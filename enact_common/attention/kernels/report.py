@@ -141,7 +141,7 @@ def pooling_launches(equal: bool, dtype: torch.dtype) -> list[Launch]:
     try:
         with recorded(pooling) as launches:
             started = pooling.Started(scored, padded, weight, bias, torch.empty(17, device="meta"), setting)
-            started.finish()
+            started.await_length()
             pooled = pooling.pool_clusters(started, key, value)
             pooling.pool_gradients(started, key, value, weight, *pooled)
     finally:
