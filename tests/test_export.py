@@ -502,8 +502,9 @@ def test_a_missing_package_is_named_with_the_extra(module, checkpoint_of, tmp_pa
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(name) if name == "torch" else argparse.Namespace()
 
-    monkeypatch.setattr(formats.importlib, "import_module", without)
-    assert export(checkpoint_of("detr", "enact"), tmp_path / "model.onnx") == 2
+    path = checkpoint_of("detr", "enact")
+    monkeypatch.setattr(importlib, "import_module", without)
+    assert export(path, tmp_path / "model.onnx") == 2
     error = capsys.readouterr().err
     assert f"package {module}" in error and "pip install 'enact-detection[export]'" in error
     assert not list(tmp_path.iterdir())
