@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from enact_common.checkpoints.bundled import BUNDLED, images_or_bundled
 from enact_common.cli.program import program
 from enact_common.cli.types import HelpFormatter, fraction, positive_int
 from enact_common.data.images import Found, image_suffixes, search
@@ -169,14 +170,15 @@ def build_parser() -> argparse.ArgumentParser:
         prog=program("enact_common.predict"), description=__doc__.splitlines()[0], formatter_class=HelpFormatter
     )
     parser.add_argument(
-        "inputs", nargs="+", metavar="INPUT",
+        "inputs", nargs="*", metavar="INPUT",
         help="image, video or folder; folders are searched with their sub-folders and linked folders, sorted by name, "
-        "without hidden files and the output folder",
+        "without hidden files and the output folder; a bundled detector has an image to try it without any",
     )  # fmt: skip
     parser.add_argument(
         "--checkpoint", required=True, metavar="CKPT",
         help="checkpoint of this project, ENACT's authors or the original repositories: a path, or an https URL with "
-        "the file's SHA-256 (at least 8 digits) in its name, name-HASH.pth, or at its end, #sha256=HASH",
+        "the file's SHA-256 (at least 8 digits) in its name, name-HASH.pth, or at its end, #sha256=HASH; or a bundled "
+        f"detector: {', '.join(BUNDLED)}",
     )  # fmt: skip
     parser.add_argument(
         "--output_dir", required=True, metavar="DIR",
@@ -256,7 +258,10 @@ def run(args: argparse.Namespace) -> int:
     """
     output_dir = Path(args.output_dir)
     kinds = tuple(dict.fromkeys(args.show))
-    files, passed_over = find_files(args.inputs, output_dir)
+    names = images_or_bundled(args.inputs, args.checkpoint)
+    if not names:
+        raise UserError("pass at least one INPUT: an image, a video or a folder of them")
+    files, passed_over = find_files(names, output_dir)
     inputs = plan(files, output_dir, kinds)
     check_no_folder(output_dir / PREDICTIONS)
     if kinds and args.slice:

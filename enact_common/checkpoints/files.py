@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
+from enact_common.checkpoints.bundled import bundled_file
 from enact_common.checkpoints.huggingface import (
     CONFIG,
     MODEL_TYPES,
@@ -91,8 +92,9 @@ def load_checkpoint(source: str, to_resume: bool = False) -> dict[str, Any]:
     DETR are converted. One line in the log lists the changes. Tensors are loaded to the CPU.
 
     Args:
-        source: a path, or an https URL with the file's hash (`enact_common.utils.download.download`). A folder has a
-            `config.json` and the weights: one of Hugging Face's, or of `EnactDetector.save_pretrained`.
+        source: a path; an https URL with the file's hash (`enact_common.utils.download.download`); or one of
+            `BUNDLED`. A folder has a `config.json` and the weights: one of Hugging Face's, or of
+            `EnactDetector.save_pretrained`.
         to_resume: refuse checkpoints in a foreign format: the optimizer state would not match the renamed weights.
 
     Returns:
@@ -101,7 +103,7 @@ def load_checkpoint(source: str, to_resume: bool = False) -> dict[str, Any]:
     Raises:
         UserError: the file is not a checkpoint. No code in the file is executed.
     """
-    path = download(source) if is_url(source) else Path(source)
+    path = download(source) if is_url(source) else bundled_file(source) or Path(source)
     path, config = with_config(path)
     state = read_tensors(path, EXPECTED)
     if config and config.get("library_name") == LIBRARY:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from enact_common.checkpoints.bundled import bundled_file
 from enact_common.checkpoints.files import BEST, LATEST
 from enact_common.cli.flags import COCO, with_flags
 from enact_common.data.annotations import check_file_names
@@ -54,7 +55,7 @@ def read_source(args: argparse.Namespace) -> Source:
         UserError: the source is none of the three kinds, or its data cannot be read. Nothing has been written then.
     """
     path, results, checkpoint = args.source, None, None
-    if not path.exists():
+    if not path.exists() and bundled_file(path) is None:
         raise UserError(f"{path}: no such file or folder; pass a run's folder, a checkpoint, or a {RESULTS}")
     record = read_evaluation(path) if path.is_dir() and (path / EVALUATION).is_file() else None
     if path.is_dir():

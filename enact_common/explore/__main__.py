@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from enact_common import explore
+from enact_common.checkpoints.bundled import images_or_bundled
 from enact_common.cli.program import program
 from enact_common.cli.types import HelpFormatter, fraction
 from enact_common.data.images import image_size, images_in
@@ -84,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         UserError: the extra is not installed; an image, the port, the host or the checkpoint cannot be used.
     """
     check_extra()
-    images = find_images(args.images)
+    images = find_images(images_or_bundled(args.images, args.checkpoint))
     port = free_port(args.host, args.port)
     # Loading a large checkpoint and Gradio takes a while.
     print(f"loading {args.checkpoint} ...", flush=True)

@@ -258,8 +258,9 @@ def load_detector(
     The variant, the classes and the settings come from the checkpoint. EMA weights (`--ema`) are preferred.
 
     Args:
-        checkpoint: a path, or an https URL with the file's hash (`enact_common.utils.download.download`); or a folder
-            of Hugging Face's DETR or Conditional DETR, or of `EnactDetector.save_pretrained`.
+        checkpoint: a path, or an https URL with the file's hash (`enact_common.utils.download.download`); a folder of
+            Hugging Face's DETR or Conditional DETR, or of `EnactDetector.save_pretrained`; or the name of a detector
+            that comes with the package (`enact_common.checkpoints.bundled.BUNDLED`).
         device: "cuda", "cuda:1", "cpu"; None for a GPU if there is one.
         threshold: least score of a detection, in [0, 1], and of a panoptic model's segment. None means 0.5, or 0.85
             for panoptic models, as in their evaluation.

@@ -2,7 +2,7 @@
 
 Without arguments, the command lists every published checkpoint of the three detectors: its name, its AP on COCO
 val2017 as its authors report it, where it is, and the command that evaluates it. With --check, it says which model a
-file or folder is, whether it loads here, and how to evaluate it.
+file or folder is, whether it loads here, and how to evaluate it. With --shrink, it writes a small file to share.
 """
 
 import argparse
@@ -34,6 +34,8 @@ from enact_common.models.backbone import SHALLOW_BACKBONES
 from enact_common.models.detector import COCO_CLASSES
 from enact_common.utils.download import HASH_IN_NAME, is_url, sha256
 from enact_common.utils.errors import UserError, exit_status
+from enact_common.utils.files import make_folder
+from enact_common.weights.sharing import EnactDetector
 
 LEGEND = """DIR is the data set's folder, FILE the downloaded file. AP is COCO val2017's, as the authors report it.
 Only the names of DETR's seven files (dl.fbaipublicfiles.com) hold a hash of their content."""
@@ -52,6 +54,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--check", metavar="FILE",
         help="say what this checkpoint is: a file, an https URL with the file's hash, or a folder with a config.json",
     )  # fmt: skip
+    parser.add_argument(
+        "--shrink", metavar="FILE",
+        help="write this checkpoint without the state of its training, and with half-precision weights, to --output",
+    )  # fmt: skip
+    parser.add_argument("--output", metavar="FILE", help="file to write with --shrink; it must not exist")
     return parser
 
 
@@ -66,7 +73,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    return exit_status(parser.prog, lambda: list_files() if args.check is None else check(args.check))
+    return exit_status(parser.prog, lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the arguments ask for; return the exit status.
+
+    Raises:
+        UserError: the arguments do not fit each other, or a file is not usable.
+    """
+    if (args.shrink is None) != (args.output is None):
+        raise UserError("--shrink FILE and --output FILE need each other: pass both")
+    if args.shrink is not None and args.check is not None:
+        raise UserError("--check and --shrink are two tasks: pass one of them")
+    if args.shrink is not None:
+        return shrink(args.shrink, Path(args.output))
+    return list_files() if args.check is None else check(args.check)
 
 
 def list_files() -> int:
@@ -141,6 +163,21 @@ def check(source: str) -> int:
         print(f"  evaluate    {evaluation(source, candidate, variant)}")
     if len(candidates) > 1:
         print("              The tensors do not show whether the backbone is dilated: take the command of your model.")
+    return 0
+
+
+def shrink(source: str, output: Path) -> int:
+    """Write a checkpoint as a small file that all commands take, and print both sizes.
+
+    Raises:
+        UserError: the checkpoint is not usable, or the output exists or cannot be written.
+    """
+    if output.exists():
+        raise UserError(f"--output {output}: already exists; choose another name")
+    detector = EnactDetector.from_pretrained(source, "cpu")
+    make_folder(output.parent, "--output")
+    detector.save_file(output)
+    print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB of weights and settings, without a training's state")
     return 0
 
 
