@@ -19,6 +19,7 @@ from conftest import ATTENTIONS, SMALL_MODEL, build, make_font, parse, real_data
 from PIL import Image, ImageOps
 
 from enact_common import UserError, load_detector, predict
+from enact_common.checkpoints.bundled import BUNDLED, bundled_file
 from enact_common.checkpoints.contents import arguments_of, variant_of
 from enact_common.cli.flags import MODEL_FLAGS
 from enact_common.data.categories import coco_names
@@ -1061,3 +1062,25 @@ def test_real_images_are_predicted(checkpoint, tmp_path):
     for image in images:
         with Image.open(tmp_path / "out" / image.name) as picture, Image.open(image) as original:
             assert picture.size == original.size
+
+
+# ---------------------------------------------------------------------------------------------------------- bundled
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_a_bundled_detector_finds_objects_in_its_image(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert bundled_file(name).stat().st_size < 5_000_000
+    assert predict.main(["--checkpoint", name, "--output_dir", "predicted", "--threshold", "0.4"]) == 0
+    assert "1 image" in capsys.readouterr().out
+    detections = json.loads(Path("predicted/predictions.json").read_text())
+    assert len(detections) > 3 and Path(f"predicted/{name}.jpg").is_file()
+    # A file of the name is meant, if there is one.
+    Path(name).write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match=f"{name}: "):
+        load_detector(name, "cpu")
+
+
+def test_without_inputs_only_a_bundled_detector_has_an_image(checkpoint, tmp_path, capsys):
+    assert predict.main(["--checkpoint", str(checkpoint), "--output_dir", str(tmp_path / "predicted")]) == 2
+    assert "pass at least one INPUT" in capsys.readouterr().err and not (tmp_path / "predicted").exists()

@@ -490,6 +490,23 @@ def test_a_saved_detector_is_the_same_and_has_a_card(run_folder, name, metrics, 
     assert "Weights: unknown" in (tmp_path / "saved" / "README.md").read_text()
 
 
+def test_a_shrunk_checkpoint_is_small_and_detects_alike(run_folder, tmp_path, capsys):
+    source, small = run_folder / "best.pth", tmp_path / "shared" / "small.pth"
+    assert weights.main(["--shrink", str(source), "--output", str(small)]) == 0
+    assert small.stat().st_size < 0.6 * source.stat().st_size and str(small) in capsys.readouterr().out
+    whole, half = (EnactDetector.from_pretrained(path, "cpu", threshold=0.0) for path in (source, small))
+    assert half.settings() == whole.settings() and half.model.state_dict().keys() == whole.model.state_dict().keys()
+    for name, tensor in half.model.state_dict().items():
+        torch.testing.assert_close(tensor, whole.model.state_dict()[name], rtol=1e-3, atol=1e-6)
+    for argv, message in (
+        (["--shrink", source, "--output", small], "small.pth: already exists"),
+        (["--shrink", source], "need each other"),
+        (["--shrink", source, "--output", tmp_path / "new.pth", "--check", source], "two tasks"),
+    ):
+        assert weights.main([str(word) for word in argv]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_a_card_says_what_is_unknown(tmp_path):
     model, _, _ = build("detr", *SMALL_MODEL["detr"], "--encoder_attention", "mhsa")
     torch.save(model.state_dict(), tmp_path / "weights.pth")

@@ -343,6 +343,8 @@ PRESETS = {
 # Height and width in pixels of photographs: 30 x 40 cells.
 PHOTOGRAPH_SIZE = (240, 320)
 PASTED = Pasted("pasted", "", *PHOTOGRAPH_SIZE, train=4000, val=400, objects=(3, 6), object_size=(0.2, 0.6), cue=None)
+# Most images of the start training: half of those on drawn images, because the frozen backbone has learned to see.
+PASTED_START = 16000
 # Images of the start training and of each arm on blood cells; fewer than for others, since the data set is small.
 CELLS_START, CELLS_IMAGES = 8000, 2000
 # Arms on ordinary detection, which hardly needs the encoder's attention.
@@ -375,7 +377,7 @@ def photograph_trials(preset: str, bccd: str | None, coco_mini: str | None) -> t
     model, first = {"cpu": CPU_MODEL, "gpu": GPU_MODEL}[preset], PRESETS[preset].trials[0]
     made: tuple[Trial, ...] = ()
     if coco_mini:
-        amounts = {first.variant: (first.start_images, first.seeds)}
+        amounts = {first.variant: (min(first.start_images, PASTED_START), first.seeds)}
         made += trials(model=model, images=first.images, variants=amounts, **in_company(coco_mini))
         ordinary = replace(PASTED, folder=coco_mini)
         (trial,) = trials(ordinary, model, first.images, amounts, encoder_alone=True)
