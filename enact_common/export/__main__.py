@@ -155,7 +155,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.format == FORMAT:
         return export_folder(args)
-    output = Path(args.output or Path(args.checkpoint).with_suffix(FORMATS[args.format].suffix).name)
+    output = Path(args.output or own_name(args.checkpoint) + FORMATS[args.format].suffix)
     check_arguments(args, output)
     given = {flag: getattr(args, flag, None) for flag in ("dilation", *CLUSTERING_FLAGS)}
     flags = {flag: value for flag, value in given.items() if value is not None}
@@ -188,7 +188,7 @@ def export_folder(args: argparse.Namespace) -> int:
     Raises:
         UserError: the arguments, the checkpoint or the environment are not usable.
     """
-    output = Path(args.output or f"{Path(args.checkpoint).stem}_{FORMAT}")
+    output = Path(args.output or f"{own_name(args.checkpoint)}_{FORMAT}")
     check_folder(args, output)
     detector = load_detector(args.checkpoint, "cpu", **({} if args.dilation is None else {"dilation": args.dilation}))
     check_model(detector)
@@ -199,6 +199,11 @@ def export_folder(args: argparse.Namespace) -> int:
         return 0
     print(f"warning: the difference is more than {TOLERANCE:g}: do not use this folder", file=sys.stderr)
     return 1
+
+
+def own_name(checkpoint: str) -> str:
+    """Return a checkpoint's name without folder and suffix; that of the current folder for "."."""
+    return Path(checkpoint).stem or Path.cwd().name
 
 
 def check_arguments(args: argparse.Namespace, output: Path) -> None:

@@ -170,10 +170,13 @@ def shrink(source: str, output: Path) -> int:
     """Write a checkpoint as a small file that all commands take, and print both sizes.
 
     Raises:
-        UserError: the checkpoint is not usable, or the output exists or cannot be written.
+        UserError: the checkpoint is not usable, or the output exists, is named as another format or cannot be written.
     """
     if output.exists():
         raise UserError(f"--output {output}: already exists; choose another name")
+    if output.suffix == ".safetensors":
+        # Commands tell this format by the suffix.
+        raise UserError(f"--output {output}: --shrink writes a file of PyTorch; choose a name that ends with .pth")
     detector = EnactDetector.from_pretrained(source, "cpu")
     make_folder(output.parent, "--output")
     detector.save_file(output)
