@@ -517,7 +517,7 @@ def test_sequences_that_cannot_have_the_map_are_errors(tokens, message):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"before": -1}, {"after": -1}, {"before": 1.5}, {"size": (0, 3)}, {"size": (1, 2, 3)}, {"size": 6}, {"size": "ab"}],
+    [{"before": -1}, {"after": -1}, {"before": 1.5}, {"size": (0, 3)}, {"size": (1, 2, 3)}, {"size": 6}],
     ids=str,
 )
 def test_impossible_maps_are_errors(wrong):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from enact_common import explore
-from enact_common.checkpoints.bundled import images_or_bundled
+from enact_common.checkpoints.bundled import BUNDLED, images_or_bundled
 from enact_common.cli.checks import is_installed
 from enact_common.cli.program import program
 from enact_common.cli.types import HelpFormatter, fraction
@@ -35,8 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT",
-        help="checkpoint of this project, ENACT's authors or the original repositories: a path or an https URL, as for "
-        "enact predict",
+        help="trained detector, as for enact predict: a path, an https URL, a folder with a config.json, or a bundled "
+        f"detector, which has an image to try: {', '.join(BUNDLED)}",
     )  # fmt: skip
     parser.add_argument(
         "images", nargs="*", type=Path, metavar="IMAGE",

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from enact_common.attention.clustering import CLUSTERS, clusterings
 from enact_common.attention.clusters import DEFAULT_SHARE
 from enact_common.attention.hilbert import ORDERS
+from enact_common.checkpoints.bundled import BUNDLED
 from enact_common.cli.flags import CLUSTERING_FLAGS
 from enact_common.cli.program import program
 from enact_common.cli.types import HelpFormatter, natural_int, non_negative_float, positive_int
@@ -56,7 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "checkpoint", metavar="CKPT",
-        help="trained detector: a path or an https URL; of this project, ENACT's authors or the original repositories",
+        help="trained detector, as for enact predict: a path, an https URL, a folder with a config.json, or a bundled "
+        f"detector: {', '.join(BUNDLED)}",
     )  # fmt: skip
     parser.add_argument(
         "--format", choices=(*FORMATS, FORMAT), default="onnx",

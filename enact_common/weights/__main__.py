@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from enact_common.checkpoints.bundled import BUNDLED
 from enact_common.checkpoints.contents import (
     IMAGE_FLAGS,
     UNRECORDED,
@@ -52,7 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--check", metavar="FILE",
-        help="say what this checkpoint is: a file, an https URL with the file's hash, or a folder with a config.json",
+        help="say what this checkpoint is: a file, an https URL with the file's hash, a folder with a config.json, or "
+        f"a bundled detector: {', '.join(BUNDLED)}",
     )  # fmt: skip
     parser.add_argument(
         "--shrink", metavar="FILE",
