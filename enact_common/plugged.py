@@ -7,6 +7,7 @@ from torch import nn
 
 from enact_common.attention.plug_in import plug_in_noted
 from enact_common.utils.errors import UserError
+from enact_common.utils.extras import needed
 
 # The arguments of `from_pretrained` that say where files are.
 OF_FILES = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -30,14 +31,9 @@ def load_plugged(model_class: type, folder_or_name: str | Path, **settings: Any)
         UserError: transformers is missing, there is no such model, it has no settings of ENACT, it is of another class,
             or its weights are not those of its settings.
     """
+    transformers = needed("transformers", "load_plugged", "huggingface")
     try:
-        from transformers import AutoConfig
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"load_plugged needs the package {error.name}: pip install 'enact-detection[huggingface]'"
-        ) from error
-    try:
-        config = AutoConfig.from_pretrained(
+        config = transformers.AutoConfig.from_pretrained(
             folder_or_name, **{name: settings[name] for name in OF_FILES if name in settings}
         )
     except (OSError, ValueError) as error:

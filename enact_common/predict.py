@@ -176,9 +176,9 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--checkpoint", required=True, metavar="CKPT",
-        help="checkpoint of this project, ENACT's authors or the original repositories: a path, or an https URL with "
-        "the file's SHA-256 (at least 8 digits) in its name, name-HASH.pth, or at its end, #sha256=HASH; or a bundled "
-        f"detector: {', '.join(BUNDLED)}",
+        help="checkpoint of this project, ENACT's authors, the original repositories or Hugging Face: a path; a folder "
+        "with a config.json; an https URL with the file's SHA-256 (at least 8 digits) in its name, name-HASH.pth, or "
+        f"at its end, #sha256=HASH; or a bundled detector: {', '.join(BUNDLED)}",
     )  # fmt: skip
     parser.add_argument(
         "--output_dir", required=True, metavar="DIR",

@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import threading
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch.testing import assert_close
 
 from enact_common.attention.clustering import clusterings
 from enact_common.attention.conversion import clustered_weights, plain_weights
+from enact_common.cli.flags import with_flags
 from enact_common.explore import __main__ as command
 from enact_common.explore import view as views
 from enact_common.explore.models import ENACT, PLAIN, Models, orders_of, settings_of, why_not_convertible
@@ -288,6 +290,8 @@ def test_an_empty_folder_a_missing_and_a_wrong_file_are_refused(capsys, tmp_path
     assert "no image in this folder" in refused(capsys, "any.pth", tmp_path / "empty")
     assert "no such file or folder" in refused(capsys, "any.pth", tmp_path / "none")
     assert "not an image" in refused(capsys, "any.pth", tmp_path / "text.png")
+    # Images may come after flags.
+    assert "no such file or folder" in refused(capsys, "any.pth", "--no_browser", tmp_path / "none", "--port", 0)
 
 
 def test_a_busy_port_and_a_foreign_host_are_refused(capsys):
@@ -297,7 +301,8 @@ def test_a_busy_port_and_a_foreign_host_are_refused(capsys):
         port = other.getsockname()[1]
         assert f"--port {port}: already in use on 127.0.0.1" in refused(capsys, "any.pth", "--port", port)
     assert "not an address of this machine" in refused(capsys, "any.pth", "--host", "192.0.2.1", "--port", 0)
-    assert "no such host" in refused(capsys, "any.pth", "--host", "no.such.host.invalid", "--port", 0)
+    for host in ("no.such.host.invalid", "a..b"):
+        assert f"--host {host}: no such host" in refused(capsys, "any.pth", "--host", host, "--port", 0)
     with pytest.raises(SystemExit):
         command.main(["any.pth", "--port", "70000"])
     assert command.free_port("127.0.0.1", 0) > 0
@@ -325,6 +330,23 @@ def test_a_browser_opens_only_where_there_are_windows(monkeypatch):
 
 
 # The page ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"smoothing_sigma": 0.25}, {"smoothing_sigma": 20.0, "enact_max_clusters": 3000, "enact_temperature": 7.5}],
+)
+def test_sliders_include_the_settings_of_the_checkpoint(models, changes):
+    gradio = pytest.importorskip("gradio")
+    from enact_common.explore.page import settings_controls, settings_from
+
+    loaded = copy(models.detector)
+    loaded.args = with_flags(loaded.args, **changes)
+    with gradio.Blocks():
+        controls = settings_controls(loaded)
+    values = [control.preprocess(control.value) for control in controls]
+    assert settings_from(*values) == replace(settings_of(loaded), attention=PLAIN)
+
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUIET = (

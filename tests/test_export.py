@@ -210,6 +210,15 @@ def test_decoded_outputs_match_the_detector(variant_and_attention, checkpoint_of
     assert names == expected.names
 
 
+@pytest.mark.parametrize(
+    "checkpoint, name", [("runs/best.pth", "best"), ("blood_cells", "blood_cells"), (".", "folder"), ("a/b", "b")]
+)
+def test_the_output_is_named_after_the_checkpoint(checkpoint, name, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    assert command.own_name(checkpoint) == name
+
+
 @exporting
 def test_a_file_with_fixed_size_and_windows(checkpoint_of, tmp_path, monkeypatch):
     onnx = pytest.importorskip("onnx")

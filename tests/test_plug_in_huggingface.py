@@ -515,10 +515,21 @@ def test_sequences_that_cannot_have_the_map_are_errors(tokens, message):
         layer(x, x, x)
 
 
-@pytest.mark.parametrize("wrong", [{"before": -1}, {"after": -1}, {"size": (0, 3)}, {"size": (1, 2, 3)}], ids=str)
+@pytest.mark.parametrize(
+    "wrong",
+    [{"before": -1}, {"after": -1}, {"before": 1.5}, {"size": (0, 3)}, {"size": (1, 2, 3)}, {"size": 6}],
+    ids=str,
+)
 def test_impossible_maps_are_errors(wrong):
     with pytest.raises(ValueError, match="at least"):
         MapTokens(**wrong)
+
+
+def test_tokens_that_are_no_map_tokens_change_nothing():
+    model = nn.Transformer(16, 4, 1, 1, 32)
+    with pytest.raises(ValueError, match=r"tokens must be a MapTokens, .* got \(1, 100\)"):
+        plug_in(model, tokens=(1, 100))
+    assert isinstance(model.encoder.layers[0].self_attn, nn.MultiheadAttention)
 
 
 def test_tokens_are_no_setting_of_rivals():

@@ -432,6 +432,8 @@ def test_flags_of_other_formats_and_full_folders_are_refused(transformers, tmp_p
     path = tmp_path / "nothing.pth"
     assert export(path, tmp_path / "theirs", "--dynamic") == 2
     assert "--dynamic does not work with --format huggingface" in capsys.readouterr().err
+    assert export(path, tmp_path / "theirs", "--no-enact_per_image") == 2
+    assert "--enact_per_image does not work with --format huggingface" in capsys.readouterr().err
     assert export(path, tmp_path / "theirs") == 2
     assert "nothing.pth: no such file" in capsys.readouterr().err
     (tmp_path / "theirs").mkdir()
@@ -500,6 +502,7 @@ def test_a_shrunk_checkpoint_is_small_and_detects_alike(run_folder, tmp_path, ca
         torch.testing.assert_close(tensor, whole.model.state_dict()[name], rtol=1e-3, atol=1e-6)
     for argv, message in (
         (["--shrink", source, "--output", small], "small.pth: already exists"),
+        (["--shrink", source, "--output", tmp_path / "small.safetensors"], "ends with .pth"),
         (["--shrink", source], "need each other"),
         (["--shrink", source, "--output", tmp_path / "new.pth", "--check", source], "two tasks"),
     ):
@@ -542,6 +545,8 @@ class Hub:
         return self
 
     def create_repo(self, name: str, private: bool, exist_ok: bool) -> str:
+        if name != "owner/animals":
+            raise OSError("403 Client Error: forbidden")
         return f"https://hub.test/{name}"
 
     def upload_folder(self, repo_id: str, folder_path: str) -> None:
@@ -560,13 +565,15 @@ def test_detectors_are_uploaded_and_fetched_by_name(run_folder, tmp_path, monkey
     detector = EnactDetector.from_pretrained(run_folder / "best.pth", "cpu")
     assert detector.push_to_hub("owner/animals") == "https://hub.test/owner/animals"
     assert hub.uploaded == {"owner/animals": ["README.md", "config.json", "model.safetensors"]}
+    with pytest.raises(UserError, match="owner/mine: cannot be uploaded .* .403 Client Error: forbidden.; check"):
+        detector.push_to_hub("owner/mine")
     detector.save_pretrained(tmp_path)
     assert_same_weights(EnactDetector.from_pretrained("owner/animals", "cpu").model, detector.model)
-    with pytest.raises(UserError, match="owner/other: cannot be fetched from Hugging Face's hub .404 .*repository.$"):
+    with pytest.raises(UserError, match="owner/other: no such folder here.* fetched .*hub .404 .*repository.; check"):
         EnactDetector.from_pretrained("owner/other", "cpu")
 
 
-@pytest.mark.parametrize("name", ["nowhere", "no/such/folder", "./nowhere", "/nowhere"])
+@pytest.mark.parametrize("name", ["nowhere", "no/such/folder", "./nowhere", "/nowhere", "outputs/best.pth"])
 def test_names_that_are_nothing_are_refused(name):
     with pytest.raises(UserError, match=f"^{name}: no such file or folder; pass one, or a name .*OWNER/MODEL"):
         EnactDetector.from_pretrained(name, "cpu")

@@ -67,6 +67,8 @@ class EnactSelfAttention(EntropyClustering):
         super().__init__(
             embed_dim, sigma, clusters, per_image, mask_padding, max_clusters, temperature, kernels=kernels
         )
+        if not isinstance(tokens, MapTokens | None):
+            raise ValueError(f"tokens must be a MapTokens, such as MapTokens(before=1), got {tokens!r}")
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim ({embed_dim}) must be a multiple of num_heads ({num_heads})")
         self.embed_dim = embed_dim

@@ -20,7 +20,7 @@ class MapTokens:
         size: height and width of the map, tokens; calls with another number of tokens are then errors. None: any size.
 
     Raises:
-        ValueError: a number is negative, or the size is not two positive numbers.
+        ValueError: a number is not whole or is negative, or the size is not two positive whole numbers.
     """
 
     before: int = 0
@@ -28,12 +28,15 @@ class MapTokens:
     size: tuple[int, int] | None = None
 
     def __post_init__(self):
-        if self.before < 0 or self.after < 0:
-            raise ValueError(f"before and after must be at least 0 tokens, got {self.before} and {self.after}")
-        if self.size is not None:
-            object.__setattr__(self, "size", tuple(self.size))  # a list, from JSON
-        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
-            raise ValueError(f"size must be the map's height and width, both at least 1 token, got {self.size}")
+        if not all(isinstance(number, int) and number >= 0 for number in (self.before, self.after)):
+            raise ValueError(f"before and after must be at least 0 tokens, got {self.before!r} and {self.after!r}")
+        if self.size is None:
+            return
+        if isinstance(self.size, list):
+            object.__setattr__(self, "size", tuple(self.size))  # from JSON
+        sides = self.size if isinstance(self.size, tuple) else ()
+        if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
+            raise ValueError(f"size must be the map's height and width, both at least 1 token, got {self.size!r}")
 
     @property
     def all(self) -> bool:

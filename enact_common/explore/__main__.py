@@ -3,7 +3,6 @@
 import argparse
 import atexit
 import errno
-import importlib.util
 import os
 import shutil
 import socket
@@ -14,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from enact_common import explore
-from enact_common.checkpoints.bundled import images_or_bundled
+from enact_common.checkpoints.bundled import BUNDLED, images_or_bundled
+from enact_common.cli.checks import is_installed
 from enact_common.cli.program import program
 from enact_common.cli.types import HelpFormatter, fraction
 from enact_common.data.images import image_size, images_in
@@ -35,8 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT",
-        help="checkpoint of this project, ENACT's authors or the original repositories: a path or an https URL, as for "
-        "enact predict",
+        help="trained detector, as for enact predict: a path, an https URL, a folder with a config.json, or a bundled "
+        f"detector, which has an image to try: {', '.join(BUNDLED)}",
     )  # fmt: skip
     parser.add_argument(
         "images", nargs="*", type=Path, metavar="IMAGE",
@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         the exit status: 2 for user errors; 130 after Ctrl-C, 143 after SIGTERM.
     """
     parser = build_parser()
-    args = parser.parse_args(argv)
+    # Intermixed, because images may come after flags, as in the container's command.
+    args = parser.parse_intermixed_args(argv)
     return exit_status(parser.prog, lambda: run(args))
 
 
@@ -111,7 +112,7 @@ def check_extra() -> None:
     Raises:
         UserError: a package is missing.
     """
-    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    missing = [name for name in NEEDED if not is_installed(name)]
     if missing:
         raise UserError(
             f"the explorer needs {' and '.join(missing)}, not installed: pip install 'enact-detection[explore]'"
@@ -150,7 +151,7 @@ def free_port(host: str, port: int) -> int:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
             return probe.getsockname()[1]
-    except socket.gaierror as error:
+    except (socket.gaierror, UnicodeError) as error:  # UnicodeError: a label is empty or too long
         raise UserError(f"--host {host}: no such host; pass an address of this machine, such as {HOST}") from error
     except PermissionError as error:
         raise UserError(f"--port {port}: not allowed to this user; pass one above 1023, such as {PORT}") from error

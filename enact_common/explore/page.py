@@ -192,14 +192,15 @@ def settings_controls(detector: LoadedDetector) -> list:
     own, reason, clusters = settings_of(detector), why_not_convertible(detector), can_cluster(detector)
     attentions = [own.attention] if reason else [ENACT, PLAIN]
     gr.Markdown(f"**Second model**: {reason}." if reason else "**Second model**")
+    # Gradio refuses values beyond a slider's ends, so these include the checkpoint's.
     return [
         gr.Radio(
             [(ATTENTION_NAMES.get(name, name), name) for name in attentions], label="Encoder attention",
             value=next((name for name in attentions if name != own.attention), own.attention), elem_id="attention",
         ),
         gr.Slider(
-            0.5, 12, own.sigma, step=0.5, label="Sigma, tokens", info="weights fit the sigma of their training",
-            elem_id="sigma", visible=clusters,
+            min(0.5, own.sigma), max(12, own.sigma), own.sigma, step=0.5, label="Sigma, tokens",
+            info="weights fit the sigma of their training", elem_id="sigma", visible=clusters,
         ),
         gr.Radio(list(CLUSTERS), value=own.clusters, label="Clusters", elem_id="clusters", visible=clusters),
         gr.Radio(
@@ -207,12 +208,12 @@ def settings_controls(detector: LoadedDetector) -> list:
             visible=clusters and len(orders_of(detector)) > 1,
         ),
         gr.Slider(
-            0, 5, own.temperature or 0, step=0.1, label="Temperature", info="0: as published",
-            elem_id="temperature", visible=clusters,
+            0, max(5, own.temperature or 0), own.temperature or 0, step=0.1, label="Temperature",
+            info="0: as published", elem_id="temperature", visible=clusters,
         ),
         gr.Slider(
-            0, 1024, own.max_clusters or 0, step=1, label="At most M clusters", info="0: no limit",
-            elem_id="max_clusters", visible=clusters,
+            0, max(1024, own.max_clusters or 0), own.max_clusters or 0, step=1, label="At most M clusters",
+            info="0: no limit", elem_id="max_clusters", visible=clusters,
         ),
     ]  # fmt: skip
 

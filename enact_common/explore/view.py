@@ -310,7 +310,7 @@ def figures_text(seen: Seen, threshold: float) -> str:
     if seen.layers:
         counts = [int(layer.clusters.max()) + 1 for layer in seen.layers]
         few = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
-        parts.append(f"{few} clusters of {seen.layers[0].clusters.numel()} cells")
+        parts.append(f"{few} cluster{'s' * (max(counts) > 1)} of {seen.layers[0].clusters.numel()} cells")
     return ", ".join(parts)
 
 

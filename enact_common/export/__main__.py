@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from enact_common.attention.clustering import CLUSTERS, clusterings
 from enact_common.attention.clusters import DEFAULT_SHARE
 from enact_common.attention.hilbert import ORDERS
+from enact_common.checkpoints.bundled import BUNDLED
 from enact_common.cli.flags import CLUSTERING_FLAGS
 from enact_common.cli.program import program
 from enact_common.cli.types import HelpFormatter, natural_int, non_negative_float, positive_int
@@ -56,7 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "checkpoint", metavar="CKPT",
-        help="trained detector: a path or an https URL; of this project, ENACT's authors or the original repositories",
+        help="trained detector, as for enact predict: a path, an https URL, a folder with a config.json, or a bundled "
+        f"detector: {', '.join(BUNDLED)}",
     )  # fmt: skip
     parser.add_argument(
         "--format", choices=(*FORMATS, FORMAT), default="onnx",
@@ -155,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.format == FORMAT:
         return export_folder(args)
-    output = Path(args.output or Path(args.checkpoint).with_suffix(FORMATS[args.format].suffix).name)
+    output = Path(args.output or own_name(args.checkpoint) + FORMATS[args.format].suffix)
     check_arguments(args, output)
     given = {flag: getattr(args, flag, None) for flag in ("dilation", *CLUSTERING_FLAGS)}
     flags = {flag: value for flag, value in given.items() if value is not None}
@@ -188,7 +190,7 @@ def export_folder(args: argparse.Namespace) -> int:
     Raises:
         UserError: the arguments, the checkpoint or the environment are not usable.
     """
-    output = Path(args.output or f"{Path(args.checkpoint).stem}_{FORMAT}")
+    output = Path(args.output or f"{own_name(args.checkpoint)}_{FORMAT}")
     check_folder(args, output)
     detector = load_detector(args.checkpoint, "cpu", **({} if args.dilation is None else {"dilation": args.dilation}))
     check_model(detector)
@@ -199,6 +201,11 @@ def export_folder(args: argparse.Namespace) -> int:
         return 0
     print(f"warning: the difference is more than {TOLERANCE:g}: do not use this folder", file=sys.stderr)
     return 1
+
+
+def own_name(checkpoint: str) -> str:
+    """Return a checkpoint's name without folder and suffix; that of the current folder for "."."""
+    return Path(checkpoint).stem or Path.cwd().name
 
 
 def check_arguments(args: argparse.Namespace, output: Path) -> None:

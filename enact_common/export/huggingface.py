@@ -18,6 +18,7 @@ from enact_common.checkpoints.huggingface import (
     preprocessor_of,
     to_hugging_face,
 )
+from enact_common.cli.flags import CLUSTERING_FLAGS
 from enact_common.inference.detector import LoadedDetector
 from enact_common.models.backbone import ALL_STAGES
 from enact_common.nested_tensor import NestedTensor
@@ -37,10 +38,12 @@ def check_folder(args: argparse.Namespace, output: Path) -> None:
     Raises:
         UserError: naming what to change.
     """
-    given = next((flag for flag in GRAPH_FLAGS if getattr(args, flag)), None)
+    given = [flag for flag in GRAPH_FLAGS if getattr(args, flag)]
+    given += [flag for flag in CLUSTERING_FLAGS if getattr(args, flag, None) is not None]
     if given:
         raise UserError(
-            f"--{given} does not work with --format {FORMAT}, which writes weights and no graph; leave it out"
+            f"--{given[0]} does not work with --format {FORMAT}, which writes weights of plain attention and no graph; "
+            "leave it out"
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output {output}: already exists; choose another folder")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from enact_common.checkpoints.bundled import BUNDLED
 from enact_common.checkpoints.contents import (
     IMAGE_FLAGS,
     UNRECORDED,
@@ -52,7 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         "--check", metavar="FILE",
-        help="say what this checkpoint is: a file, an https URL with the file's hash, or a folder with a config.json",
+        help="say what this checkpoint is: a file, an https URL with the file's hash, a folder with a config.json, or "
+        f"a bundled detector: {', '.join(BUNDLED)}",
     )  # fmt: skip
     parser.add_argument(
         "--shrink", metavar="FILE",
@@ -170,10 +172,13 @@ def shrink(source: str, output: Path) -> int:
     """Write a checkpoint as a small file that all commands take, and print both sizes.
 
     Raises:
-        UserError: the checkpoint is not usable, or the output exists or cannot be written.
+        UserError: the checkpoint is not usable, or the output exists, is named as another format or cannot be written.
     """
     if output.exists():
         raise UserError(f"--output {output}: already exists; choose another name")
+    if output.suffix == ".safetensors":
+        # Commands tell this format by the suffix.
+        raise UserError(f"--output {output}: --shrink writes a file of PyTorch; choose a name that ends with .pth")
     detector = EnactDetector.from_pretrained(source, "cpu")
     make_folder(output.parent, "--output")
     detector.save_file(output)

@@ -28,6 +28,8 @@ THIS_FOLDER = "path/to/this/folder"
 
 # A name on the hub: the owner and the model.
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# A name that ends like this is a file's, mistyped or moved, so it is not looked up on the hub.
+FILE_SUFFIXES = (".bin", ".ckpt", ".pt", ".pth", ".safetensors")
 
 
 class EnactDetector(LoadedDetector):
@@ -132,13 +134,19 @@ class EnactDetector(LoadedDetector):
             the model's address.
 
         Raises:
-            UserError: huggingface_hub or safetensors is not installed.
+            UserError: huggingface_hub or safetensors is not installed, or the hub refuses the upload.
         """
         hub = needed("huggingface_hub", "push_to_hub", "huggingface").HfApi(token=token)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, license, name)
-            address = hub.create_repo(name, private=private, exist_ok=True)
-            hub.upload_folder(repo_id=name, folder_path=folder)
+            try:
+                address = hub.create_repo(name, private=private, exist_ok=True)
+                hub.upload_folder(repo_id=name, folder_path=folder)
+            except Exception as error:  # of the hub or of its HTTP library, which changes between releases
+                raise UserError(
+                    f"{name}: cannot be uploaded to Hugging Face's hub ({reason_of(error)}); check the name, the "
+                    "network and that the token may write"
+                ) from error
         return str(address)
 
     def settings(self) -> dict[str, Any]:
@@ -175,7 +183,7 @@ def fetch(name: str, revision: str | None, token: str | None, cache_dir: str | P
     Raises:
         UserError: it is not a name on the hub, cannot be downloaded, or huggingface_hub is not installed.
     """
-    if not HUB_NAME.fullmatch(name) or name.startswith("."):
+    if not HUB_NAME.fullmatch(name) or name.startswith(".") or name.endswith(FILE_SUFFIXES):
         raise UserError(f"{name}: no such file or folder; pass one, or a name on Hugging Face's hub, OWNER/MODEL")
     hub = needed("huggingface_hub", f"{name}: no such file or folder here; fetching it from the hub", "huggingface")
     options = {"revision": revision, "token": token, "cache_dir": cache_dir}
@@ -184,6 +192,13 @@ def fetch(name: str, revision: str | None, token: str | None, cache_dir: str | P
         if not any((Path(folder) / file).is_file() for file in WEIGHT_FILES):
             hub.snapshot_download(name, allow_patterns=list(WEIGHT_FILES), **options)
     except (OSError, ValueError) as error:  # the hub's errors are kinds of these
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name}: cannot be fetched from Hugging Face's hub ({reason[:200]})") from error
+        raise UserError(
+            f"{name}: no such folder here, and it cannot be fetched from Hugging Face's hub ({reason_of(error)}); "
+            "check the name, the network and the token"
+        ) from error
     return folder
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line of an error of the hub, at most 200 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
