@@ -143,6 +143,16 @@ def test_every_evaluation_writes_its_record(trained, shapes, tmp_path):
     assert read_run(tmp_path, "eval").checkpoint == checkpoint
 
 
+@pytest.mark.parametrize("checkpoint, there", [("blood_cells", True), ("folder", True), ("gone.pth", False)])
+def test_an_evaluated_checkpoint_may_be_bundled_or_a_folder(checkpoint, there, trained, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("enact_common.compare.recorded.read_arguments", lambda run: None)
+    record = json.loads((trained["enact"] / "evaluation.json").read_text()) | {"checkpoint": checkpoint}
+    (tmp_path / "evaluation.json").write_text(json.dumps(record))
+    assert read_run(tmp_path, "eval").checkpoint == (Path(checkpoint) if there else None)
+
+
 @pytest.fixture(scope="module")
 def evaluated(trained, shapes, tmp_path_factory) -> dict[str, Path]:
     """Two evaluations of the same images: one with the objects found in every image, one with an object in half of
@@ -256,7 +266,7 @@ def test_unequal_terms_are_named(trained):
 @pytest.mark.parametrize(
     "flags, equal",
     [
-        ({"output_dir": "elsewhere", "eval_every": 5}, True),
+        ({"output_dir": "elsewhere", "eval_every": 5, "log": ["wandb"]}, True),
         ({"output_dir": "out", "resume": "out/checkpoint.pth", "start_epoch": 3}, True),
         ({"output_dir": "out", "resume": "coco/checkpoint.pth"}, False),
         ({"smoothing_sigma": 9.0, "enact_per_image": True}, True),

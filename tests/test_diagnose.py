@@ -18,6 +18,7 @@ from test_evaluation import CATEGORIES, indexed
 from enact_common.diagnose.__main__ import main
 from enact_common.diagnose.analysis import best_threshold, diagnose, error_of, evaluator
 from enact_common.diagnose.page import summary
+from enact_common.diagnose.sources import in_folder
 from enact_common.evaluation.coco import METRICS
 from enact_common.evaluation.stored import match, read_results, read_truth
 from enact_common.utils.errors import UserError
@@ -301,6 +302,11 @@ def test_detections_from_before_the_last_training_are_not_used(checkpoint, shape
     flags = ["--coco_path", shapes, "--device", "cpu", "--num_workers", 0, "--output_dir", tmp_path / "out"]
     assert main(list(map(str, [checkpoint.parent, *flags]))) == 0
     assert f"evaluating {checkpoint}" in capsys.readouterr().out
+
+
+def test_a_folder_in_hugging_faces_layout_is_a_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert in_folder(tmp_path, None) == (None, tmp_path)
 
 
 @pytest.mark.parametrize(
