@@ -18,6 +18,7 @@ from test_evaluation import CATEGORIES, indexed
 from enact_common.diagnose.__main__ import main
 from enact_common.diagnose.analysis import best_threshold, diagnose, error_of, evaluator
 from enact_common.diagnose.page import summary
+from enact_common.diagnose.sources import in_folder
 from enact_common.evaluation.coco import METRICS
 from enact_common.evaluation.stored import match, read_results, read_truth
 from enact_common.utils.errors import UserError
@@ -291,6 +292,13 @@ def test_a_checkpoint_is_evaluated_first(checkpoint, shapes, tmp_path, whole_run
     assert "evaluating" not in capsys.readouterr().out
     first, second = (json.loads((f / "diagnose.json").read_text()) for f in (out, tmp_path / "again"))
     assert first["metrics"] == second["metrics"] and first["errors"] == second["errors"]
+
+
+def test_a_folder_with_a_configuration_is_a_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert in_folder(tmp_path, None) == (None, tmp_path)
+    write_results(tmp_path, [])
+    assert in_folder(tmp_path, None) == (tmp_path / "results.json", None)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import numpy as np
 
 from enact_common.checkpoints.bundled import bundled_file
 from enact_common.checkpoints.files import BEST, LATEST
+from enact_common.checkpoints.huggingface import CONFIG
 from enact_common.cli.flags import COCO, with_flags
 from enact_common.data.annotations import check_file_names
 from enact_common.data.build import build_dataset, data_files
@@ -77,7 +78,7 @@ def read_source(args: argparse.Namespace) -> Source:
 
 
 def in_folder(folder: Path, record: dict[str, Any] | None) -> tuple[Path | None, Path | None]:
-    """Return the detections in a run's folder, or else the checkpoint to evaluate.
+    """Return the detections in a run's folder, or else the checkpoint to evaluate, which may be the folder itself.
 
     Args:
         folder: the folder.
@@ -94,6 +95,8 @@ def in_folder(folder: Path, record: dict[str, Any] | None) -> tuple[Path | None,
         return results, None
     if checkpoint is not None:
         return None, checkpoint
+    if (folder / CONFIG).is_file():  # a checkpoint in the form of a folder
+        return None, folder
     if record is not None or (folder / LOG).is_file():
         raise UserError(
             f"{folder}: a run without an evaluation to diagnose: it has neither detections ({RESULTS}, from --eval) "
