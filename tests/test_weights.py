@@ -325,6 +325,7 @@ def edited(folder: Path, **changes) -> None:
         (lambda folder: edited(folder, decoder_attention_heads=2), "decoder_attention_heads is 2, but our models of"),
         (lambda folder: edited(folder, encoder_ffn_dim=64, decoder_ffn_dim=32), "decoder_ffn_dim is 32, .* have 64"),
         (lambda folder: edited(folder, activation_function="gelu"), "activation_function is gelu"),
+        (lambda folder: edited(folder, id2label=["cat"]), "config.json: id2label is not an object, but"),
         (lambda folder: (folder / "model.safetensors").unlink(), "but no weights .*without Git LFS"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "model.safetensors.index.json"), "are split"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"version https://git-lfs"), "a Git LFS pointer"),
