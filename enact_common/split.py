@@ -21,6 +21,7 @@ from enact_common.convert.__main__ import STATUS, Conversion, add_output_flags, 
 from enact_common.convert.sources import NO_FILE, Issues
 from enact_common.data.annotations import check_file_names, load_lists, missing_files
 from enact_common.data.checks.findings import FAULT, NOTE, WARNING
+from enact_common.data.values import is_id
 from enact_common.utils.errors import UserError, exit_status
 
 OWN_GROUP = NOTE, "images whose names --group_by does not match: each is a group of its own"
@@ -91,7 +92,8 @@ def group_images(images: Sequence[dict], pattern: re.Pattern | None, issues: Iss
         if match:
             groups["group", match[1] if pattern.groups else match[0]].append(image)
         else:
-            groups["image", image["id"]].append(image)
+            # By name: a file that is listed twice must not be in both parts.
+            groups["image", image["file_name"]].append(image)
             if pattern:
                 issues.add(OWN_GROUP, image["file_name"])
     if pattern and not any(kind == "group" for kind, _ in groups):
@@ -127,8 +129,8 @@ def split(args: argparse.Namespace) -> Conversion:
     objects: dict[int, list[dict]] = {image["id"]: [] for image in images}
     listed = {image["id"] for image in data["images"]}
     for number, annotation in enumerate(data["annotations"], start=1):
-        known = isinstance(annotation, dict) and annotation.get("category_id") in names
-        if not known or annotation.get("image_id") not in listed:
+        ids = (annotation.get("category_id"), annotation.get("image_id")) if isinstance(annotation, dict) else ()
+        if not ids or not all(map(is_id, ids)) or ids[0] not in names or ids[1] not in listed:
             issues.add(ORPHANS, f"{file}: annotation {number}: {str(annotation)[:80]}")
         elif annotation["image_id"] in objects:
             objects[annotation["image_id"]].append(annotation)

@@ -188,7 +188,8 @@ def test_differences_have_intervals_that_tell_chance(evaluated, tmp_path, capsys
     [
         ("", ""),
         ("--resamples 0", "--resamples is 0"),
-        ("no detections", "no detections (results.json) in poor; write them with enact eval"),
+        ("no detections", "no detections (results.json) of the latest evaluation in poor; write them with enact eval"),
+        ("trained on", "no detections (results.json) of the latest evaluation in poor"),
         ("other set", "evaluated on different sets (val against train)"),
         ("other detections", "but the evaluation next to it recorded"),
         ("other images", "has detections of image 999, which the annotations lack"),
@@ -204,6 +205,8 @@ def test_missing_intervals_are_explained(evaluated, tmp_path, capsys, change, re
     rows, entry = json.loads(results.read_text()), json.loads(record.read_text())
     if change == "no detections":
         results.unlink()
+    elif change == "trained on":
+        record.write_text(json.dumps({key: value for key, value in entry.items() if key != "checkpoint"}))
     elif change == "other set":
         record.write_text(json.dumps({**entry, "set": "train"}))
     elif change == "other detections":

@@ -147,6 +147,7 @@ LOSSES = {
         "openimages", "a,x,/m/02,0,0,0.5,0,0.5,0,0,0,0\n", [CELL], 0, "rows with a confidence of 0",
     ),
     "openimages number": ("openimages", "a,x,/m/02,1,x,0.5,0,0.5,0,0,0,0\n", [CELL], 1, "box of finite numbers"),
+    "openimages short row": ("openimages", "\"\",x,/m/02,1,0,0.5,0,0.5,0,0,0,0\n", [CELL], 1, "without an ImageID"),
     "dota turned": (
         "dota", "20 10 30 20 20 30 10 20 plate 1\n", [CELL, ("plate", 10, 10, 20, 20)], 0, "rotated boxes",
     ),
@@ -196,6 +197,8 @@ SQUARE = [10, 8, 40, 8, 40, 24, 10, 24]
         ({"bbox": None}, None, 1, "objects without a class or a box of finite numbers: dropped: 1"),
         ({"category_id": 7}, None, 1, "category_id 7"),
         ({"image_id": 7}, None, 1, "image_id 7"),
+        ({"category_id": [0]}, None, 1, "category_id [0]"),
+        ({"image_id": {"a": 0}}, None, 1, "image_id {'a': 0}"),
     ],
 )
 def test_coco_exports_keep_outlines_and_report_losses(annotation, kept, status, report, tmp_path):

@@ -364,6 +364,6 @@ def test_bad_input_is_refused_before_anything_is_written(data, capsys, source, c
 def test_without_the_extra_its_install_is_named(data, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "hotcoco", None)
     assert call(data, data / "run") == 2
-    assert 'pip install "enact-detection[diagnose]"' in capsys.readouterr().err
+    assert "pip install 'enact-detection[diagnose]'" in capsys.readouterr().err
     with pytest.raises(UserError, match="hotcoco"):
         diagnose(truth_of(OBJECTS), rows_of(PERFECT))

@@ -105,12 +105,23 @@ def test_missing_files_and_orphans_are_left_out_and_give_status_1(tmp_path, caps
     root = make(tmp_path / "in", TEN)
     data = json.loads((root / "all.json").read_text())
     data["annotations"] += [{"id": 90, "image_id": 99, "category_id": 0}, {"image_id": 1, "category_id": 9}, None]
+    data["annotations"] += [{"image_id": [1], "category_id": 0}, {"image_id": 1, "category_id": {}}]
     write(root / "all.json", json.dumps(data))
     (root / "images" / "3.png").unlink()
     assert run(root, tmp_path / "out") == 1
     assert "3.png" not in set().union(*names_in(tmp_path / "out").values())
     report = (tmp_path / "out" / "conversion.txt").read_text()
-    assert "the file does not list: left out: 3" in report and "3.png" in report
+    assert "the file does not list: left out: 5" in report and "3.png" in report
+
+
+def test_a_file_that_is_listed_twice_is_in_one_part(tmp_path):
+    root = make(tmp_path / "in", {"a.png": [0], "b.png": [0]})
+    data = json.loads((root / "all.json").read_text())
+    data["images"] += [{**image, "id": image["id"] + 10} for image in data["images"]]
+    write(root / "all.json", json.dumps(data))
+    assert run(root, tmp_path / "out", "--val_fraction", "0.5") == 0
+    names = names_in(tmp_path / "out")
+    assert len(names["train"]) == len(names["val"]) == 1 and names["train"] != names["val"]
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,20 @@ def test_a_damaged_file_of_run_ids_starts_new_runs(content, tmp_path, monkeypatc
     assert seen == [None] and json.loads((tmp_path / RUN_IDS).read_text()) == {"wandb": "new"}
 
 
+def test_run_ids_that_cannot_be_written_stop_no_training(tmp_path, monkeypatch, caplog):
+    (tmp_path / RUN_IDS).mkdir()
+    opened = Tracker("wandb", "new", *(lambda *a: None,) * 3)
+    monkeypatch.setattr(trackers, "OPENERS", {"wandb": lambda *words: opened})
+    assert Trackers(["wandb"], tmp_path, {}) and "a resumed training will start new runs" in caplog.text
+
+
+def test_an_evaluation_ignores_the_trackers_of_its_config(shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "is_installed", lambda package: False)
+    (tmp_path / "config.yaml").write_text("log: [wandb]")
+    words = ["--config", str(tmp_path / "config.yaml"), "--coco_path", str(shapes), "--eval", "--resume", "best.pth"]
+    checks.check_arguments(parse("detr", *words))
+
+
 def test_without_the_flag_tensorboard_gets_scalars_only(tmp_path, monkeypatch, caplog):
     args = SimpleNamespace(log=None)
     asked = []

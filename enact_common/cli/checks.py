@@ -117,11 +117,14 @@ def is_installed(package: str) -> bool:
 
 
 def check_trackers(args) -> None:
-    """Refuse `--log` without an output folder or without a tracker's package.
+    """Refuse `--log` without an output folder or without a tracker's package. `--eval` ignores the flag, which a
+    training's `config.yaml` brings along.
 
     Raises:
         UserError: says what to do.
     """
+    if args.eval:
+        return
     if args.log and not args.output_dir:
         raise UserError(f"--log {' '.join(args.log)}: needs a folder for the run's files: pass --output_dir DIR")
     for name in args.log or ():
@@ -144,7 +147,8 @@ def check_auto_batch(args) -> None:
             )
     elif args.accumulate != 1:
         raise UserError(
-            f"--batch_size {AUTO_BATCH} sets --accumulate itself: pass --effective_batch_size N, the images per step"
+            f"--batch_size {AUTO_BATCH} sets --accumulate itself, not to {args.accumulate}: leave it out (pass "
+            "--accumulate 1 if it comes from --config), and pass --effective_batch_size N, the images per step"
         )
     elif args.eval or args.compile:
         flag = "--eval" if args.eval else "--compile"

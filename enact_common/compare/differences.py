@@ -71,8 +71,8 @@ def measure_differences(runs: Sequence[RecordedRun], resamples: int, seed: int) 
     lacking = [run.name for run in runs if run.results is None]
     if lacking:
         return [], (
-            f"no detections ({RESULTS}) in {', '.join(lacking)}; write them with enact eval --config RUN/config.yaml "
-            "--resume RUN/best.pth --output_dir RUN"
+            f"no detections ({RESULTS}) of the latest evaluation in {', '.join(lacking)}; write them with enact eval "
+            "--config RUN/config.yaml --resume RUN/best.pth --output_dir RUN"
         )
     try:
         return between(runs, resamples, seed), ""

@@ -5,10 +5,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from enact_common.checkpoints.bundled import bundled_file
 from enact_common.checkpoints.contents import attention_of, variant_of
 from enact_common.checkpoints.files import BEST, LATEST, load_checkpoint
 from enact_common.evaluation.coco import EVALUATION, METRICS
-from enact_common.evaluation.stored import RESULTS
+from enact_common.evaluation.stored import RESULTS, is_outdated
 from enact_common.training.logs import is_measured
 from enact_common.training.run_logs import LOG, METRICS_KEY, is_finite, read_epochs, read_evaluation, series
 from enact_common.utils.errors import UserError
@@ -26,7 +27,7 @@ class RecordedRun:
         variant: a key of `VARIANTS`.
         args: the checkpoint's training arguments, flag to value.
         trained: number of epochs that the checkpoint was trained for.
-        results: file of the evaluation's detections, which only `--eval` writes.
+        results: file of the detections of `evaluation`, which only `--eval` writes.
     """
 
     name: str
@@ -101,8 +102,9 @@ def read_run(source: Path, name: str) -> RecordedRun:
     if run.checkpoint is None and run.evaluation and run.evaluation.get("checkpoint"):
         # The output folder of --eval: its checkpoint is elsewhere, and may no longer exist.
         evaluated = Path(str(run.evaluation["checkpoint"]))
-        run.checkpoint = evaluated if evaluated.is_file() else None
-    run.results = source / RESULTS if (source / RESULTS).is_file() else None
+        run.checkpoint = evaluated if evaluated.exists() or bundled_file(evaluated) else None
+    current = (source / RESULTS).is_file() and not is_outdated(run.evaluation)
+    run.results = source / RESULTS if current else None
     if run.checkpoint:
         read_arguments(run)
     if not (run.epochs or run.evaluation or run.checkpoint):

@@ -23,7 +23,7 @@ COSTS = ("device", "compile", "checkpoint_activations", "cache_mode", "num_worke
 # Flags that change neither, including the original repositories' flags for distributed runs.
 IDLE = (
     "output_dir", "auto_resume", "start_epoch", "eval", "eval_every", "print_freq", "dist_url", "dist_backend", "rank",
-    "gpu", "local_rank", "distributed",
+    "gpu", "local_rank", "distributed", "log",
 )  # fmt: skip
 
 

@@ -335,7 +335,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--val_fraction", type=split_fraction, default=0.2, metavar="F",
-        help="fraction of the images to draw for val if the data have no splits, in (0, 1) (default: %(default)s)",
+        help="fraction of the images for val, for data without splits, in (0, 1) (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="random split's seed, 0 or more (default: %(default)s)"

@@ -25,7 +25,7 @@ from enact_common.convert.sources import (
 from enact_common.data.annotations import load_lists, parse_once, read_json, stated_size
 from enact_common.data.checks.findings import NOTE, WARNING
 from enact_common.data.images import search
-from enact_common.data.values import is_box, is_crowd, is_set
+from enact_common.data.values import is_box, is_crowd, is_id, is_set
 from enact_common.utils.errors import UserError
 
 LISTS = ("images", "annotations", "categories")
@@ -100,7 +100,8 @@ def read_files(root: Path, issues: Issues) -> dict[Path, dict]:
 def category_names(file: Path, data: dict, issues: Issues) -> dict[int, str]:
     """The class name of each category id, by id, without Roboflow's category 0, which only names the project."""
     categories = sorted(data["categories"], key=lambda category: category["id"])
-    used = {annotation.get("category_id") for annotation in data["annotations"] if isinstance(annotation, dict)}
+    ids = [annotation.get("category_id") for annotation in data["annotations"] if isinstance(annotation, dict)]
+    used = set(filter(is_id, ids))
     first, others = categories[0], categories[1:]
     if others and first["id"] not in used and all(other.get("supercategory") == first["name"] for other in others):
         issues.add(PROJECT, f"{file}: {first['id']} {first['name']}")
@@ -117,14 +118,15 @@ def read_objects(file: Path, data: dict, names: dict[int, str], issues: Issues) 
             issues.add(BAD_OBJECT, f"{file}: annotation {number}: {str(annotation)[:80]}")
             continue
         where = f"{file}: annotation {annotation.get('id', number)}"
-        name, outline = names.get(annotation.get("category_id")), outline_of(annotation, where, issues)
-        box = annotation.get("bbox")
+        category, image = annotation.get("category_id"), annotation.get("image_id")
+        outline, box = outline_of(annotation, where, issues), annotation.get("bbox")
+        name = names.get(category) if is_id(category) else None
         if is_box(box):
             x, y, w, h = box
             box = x, y, x + w, y + h
         else:
             box = box_around(outline) if outline else None
-        if name is None or box is None or annotation.get("image_id") not in images:
+        if name is None or box is None or not is_id(image) or image not in images:
             shown = ", ".join(f"{key} {str(annotation.get(key))[:40]}" for key in ("image_id", "category_id", "bbox"))
             issues.add(BAD_OBJECT, f"{where}: {shown}")
             continue
@@ -132,7 +134,7 @@ def read_objects(file: Path, data: dict, names: dict[int, str], issues: Issues) 
             if annotation[key] not in (None, [], {}):
                 issues.add(OTHER_FIELDS, f"{file}: {key}")
         difficult, crowd = is_set(annotation.get("difficult")), is_crowd(annotation)
-        objects[annotation["image_id"]].append(Object(name, box, f"{where}: {name}", difficult, outline, crowd))
+        objects[image].append(Object(name, box, f"{where}: {name}", difficult, outline, crowd))
     return objects
 
 

@@ -63,7 +63,10 @@ def find_openimages(root: Path, args: argparse.Namespace, issues: Issues) -> Sou
     for table, rows in tables.items():
         by_image: dict[str, list[tuple[int, dict[str, str]]]] = defaultdict(list)
         for number, row in rows:
-            by_image[row["ImageID"]].append((number, row))
+            if row["ImageID"]:
+                by_image[row["ImageID"]].append((number, row))
+            else:
+                issues.add(BAD_OBJECT, f"{table}:{number}: without an ImageID")
         without_file = 0
         for image_id, own in by_image.items():
             # The tables list millions of images, of which most people have a part.

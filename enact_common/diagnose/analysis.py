@@ -13,7 +13,7 @@ from pycocotools import mask as boxes_api
 
 from enact_common.evaluation.coco import evaluation_record
 from enact_common.evaluation.stored import object_counts
-from enact_common.utils.errors import UserError
+from enact_common.utils.extras import needed
 
 # A detection matches an object from this IoU on, and touches it from the smaller one on.
 MATCH, TOUCH = 0.5, 0.1
@@ -46,11 +46,7 @@ def hotcoco_package() -> ModuleType:
     Raises:
         UserError: it is not installed.
     """
-    try:
-        import hotcoco
-    except ModuleNotFoundError as error:
-        raise UserError('the diagnosis needs hotcoco: pip install "enact-detection[diagnose]"') from error
-    return hotcoco
+    return needed("hotcoco", "the diagnosis", "diagnose")
 
 
 def evaluator(truth: dict[str, Any], detections: np.ndarray) -> Any:

@@ -17,7 +17,7 @@ from enact_common.data.annotations import check_file_names
 from enact_common.data.build import build_dataset, data_files
 from enact_common.data.loading import make_loader
 from enact_common.evaluation.coco import EVALUATION, CocoBoxEvaluator, evaluation_record
-from enact_common.evaluation.stored import RESULTS, read_results, read_truth
+from enact_common.evaluation.stored import RESULTS, is_outdated, read_results, read_truth
 from enact_common.inference.detector import load_detector
 from enact_common.training.engine import evaluate
 from enact_common.training.run_logs import LOG, read_evaluation
@@ -78,7 +78,7 @@ def read_source(args: argparse.Namespace) -> Source:
 
 
 def in_folder(folder: Path, record: dict[str, Any] | None) -> tuple[Path | None, Path | None]:
-    """Return the detections in a run's folder, or else the checkpoint to evaluate, which may be the folder itself.
+    """Return the detections in a run's folder, or else the checkpoint to evaluate.
 
     Args:
         folder: the folder.
@@ -89,13 +89,12 @@ def in_folder(folder: Path, record: dict[str, Any] | None) -> tuple[Path | None,
     """
     results = folder / RESULTS
     checkpoint = next((folder / name for name in (BEST, LATEST) if (folder / name).is_file()), None)
-    # A training that went on after its --eval has replaced the record, but not the detections.
-    outdated = record is not None and "checkpoint" not in record and checkpoint is not None
-    if results.is_file() and not outdated:
+    if results.is_file() and not (is_outdated(record) and checkpoint is not None):
         return results, None
     if checkpoint is not None:
         return None, checkpoint
-    if (folder / CONFIG).is_file():  # a checkpoint in the form of a folder
+    if (folder / CONFIG).is_file():
+        # The layout of Hugging Face: `load_checkpoint` takes the folder.
         return None, folder
     if record is not None or (folder / LOG).is_file():
         raise UserError(

@@ -115,6 +115,11 @@ def match(truth: dict[str, Any], detections: np.ndarray) -> COCOeval:
     return evaluation
 
 
+def is_outdated(record: dict[str, Any] | None) -> bool:
+    """Whether a training has replaced the record of an `--eval`, so that the detections next to it are older."""
+    return record is not None and "checkpoint" not in record
+
+
 def check_recorded(ap: float, record: dict[str, Any] | None, path: Path) -> None:
     """Refuse detections that are not those of the evaluation record next to them.
 

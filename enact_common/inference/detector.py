@@ -25,6 +25,7 @@ from enact_common.models.backbone import keep_folded
 from enact_common.models.segmentation import PostProcessPanoptic, full_size_masks
 from enact_common.utils.device import AMP_DTYPE, autocast, check_precision, default_device, find_device
 from enact_common.utils.errors import UserError
+from enact_common.utils.extras import needed
 from enact_common.variants import load_variant
 
 if TYPE_CHECKING:
@@ -88,11 +89,7 @@ class Detections:
         Raises:
             UserError: the package supervision is not installed.
         """
-        try:
-            import supervision
-        except ImportError as error:
-            raise UserError("to_supervision() needs supervision: pip install 'enact-detection[supervision]'") from error
-        return supervision.Detections(
+        return needed("supervision", "to_supervision()", "supervision").Detections(
             xyxy=self.boxes.numpy(),
             confidence=self.scores.numpy(),
             class_id=self.labels.numpy(),

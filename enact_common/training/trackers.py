@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from enact_common.utils.errors import UserError
 from enact_common.utils.files import write_file
 
 logger = logging.getLogger("enact")
@@ -158,7 +159,10 @@ class Trackers:
                 self._warn(name, error)
         ids |= {tracker.name: tracker.run_id for tracker in self._open if tracker.run_id}
         if ids:
-            write_file(folder / RUN_IDS, lambda file: file.write(json.dumps(ids).encode()))
+            try:
+                write_file(folder / RUN_IDS, lambda file: file.write(json.dumps(ids).encode()))
+            except UserError as error:
+                logger.warning("--log: a resumed training will start new runs (%s)", one_line(error))
 
     def __bool__(self) -> bool:
         return bool(self._open)
