@@ -294,6 +294,13 @@ def test_a_checkpoint_is_evaluated_first(checkpoint, shapes, tmp_path, whole_run
     assert first["metrics"] == second["metrics"] and first["errors"] == second["errors"]
 
 
+def test_a_folder_with_a_configuration_is_a_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert in_folder(tmp_path, None) == (None, tmp_path)
+    write_results(tmp_path, [])
+    assert in_folder(tmp_path, None) == (tmp_path / "results.json", None)
+
+
 @pytest.mark.slow
 def test_detections_from_before_the_last_training_are_not_used(checkpoint, shapes, tmp_path, capsys):
     write_results(checkpoint.parent, [])

@@ -325,6 +325,7 @@ def edited(folder: Path, **changes) -> None:
         (lambda folder: edited(folder, decoder_attention_heads=2), "decoder_attention_heads is 2, but our models of"),
         (lambda folder: edited(folder, encoder_ffn_dim=64, decoder_ffn_dim=32), "decoder_ffn_dim is 32, .* have 64"),
         (lambda folder: edited(folder, activation_function="gelu"), "activation_function is gelu"),
+        (lambda folder: edited(folder, id2label=["cat"]), "config.json: id2label is not an object, but"),
         (lambda folder: (folder / "model.safetensors").unlink(), "but no weights .*without Git LFS"),
         (lambda folder: (folder / "model.safetensors").rename(folder / "model.safetensors.index.json"), "are split"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"version https://git-lfs"), "a Git LFS pointer"),
@@ -484,6 +485,7 @@ def test_a_saved_detector_is_the_same_and_has_a_card(run_folder, name, metrics, 
     card = (tmp_path / "saved" / "README.md").read_text()
     assert f"| {metrics} |" in card and "someone" not in card + (tmp_path / "saved" / "config.json").read_text()
     assert "Data set: animals." in card and "Classes: cat, dog, owl." in card and "lr 0.002" in card
+    assert "--enact_clusters equal --enact_max_clusters 12`." in card and "metrics hold" in card
     assert f"trained for {2 if name == 'best' else 3} epochs" in card and "license: cc-by-4.0" in card
     # Saved again, it says the same: what is known of the training travels along.
     again = EnactDetector.from_pretrained(tmp_path / "saved", "cpu")
@@ -515,6 +517,7 @@ def test_a_card_says_what_is_unknown(tmp_path):
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     card = EnactDetector.from_pretrained(tmp_path / "weights.pth", "cpu").card()
     assert "unknown number of epochs" in card and "Data set: unknown" in card and "Training: unknown" in card
+    assert "metrics hold" not in card
     assert "Unknown: no evaluation of these weights" in card and "license: unknown" in card
 
 

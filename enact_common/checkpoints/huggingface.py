@@ -267,6 +267,9 @@ def facts_of_config(config: Mapping[str, Any], folder: Path, weights: Mapping[st
     Raises:
         UserError: a setting that our models do not have.
     """
+    for key in ("backbone_config", "backbone_kwargs", "id2label"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise UserError(f"{folder / CONFIG}: {key} is not an object, but {config[key]!r}; fetch the file anew")
     heads, channels = config.get("encoder_attention_heads", 8), config.get("encoder_ffn_dim", 2048)
     for key, default, expected in (
         ("decoder_attention_heads", 8, heads),

@@ -142,7 +142,8 @@ def card(
         "", "## Limits", "",
         f"- It has {num_queries} queries, so it finds at most {num_queries} boxes in an image, only of its classes.",
         f"- Images are resized to a shorter side of {eval_size} pixels.",
-        "- The metrics hold for the images named above. Other images were not measured.",
+        *(["- The metrics hold for the images named above. Other images were not measured."]
+          if about.get("evaluation") else ["- Its accuracy is not recorded."]),
         "",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -10,11 +10,12 @@ import torch
 
 from enact_common.checkpoints.bundled import bundled_file
 from enact_common.checkpoints.contents import IMAGE_FLAGS, model_words
-from enact_common.checkpoints.files import LIBRARY, load_checkpoint
+from enact_common.checkpoints.files import LIBRARY, flag_text, load_checkpoint
 from enact_common.checkpoints.huggingface import CONFIG, PREPROCESSOR, SAFETENSORS, WEIGHT_FILES, read_json
 from enact_common.checkpoints.published import Model
 from enact_common.cli.flags import CLUSTERING_FLAGS, MODEL_FLAGS, PANOPTIC
 from enact_common.inference.detector import LoadedDetector, detector_parts, find_inference_device
+from enact_common.models.layers import has_effect
 from enact_common.utils.download import is_url
 from enact_common.utils.errors import UserError
 from enact_common.utils.extras import needed
@@ -171,9 +172,15 @@ class EnactDetector(LoadedDetector):
         panoptic = args.dataset_file == PANOPTIC
         model = Model(self.variant, args.backbone, bool(args.dilation), args.encoder_attention, panoptic)
         core = getattr(self.model, "detr", self.model)
+        words = model_words(args, self.variant)
+        for flag in CLUSTERING_FLAGS:
+            value = getattr(args, flag, None)
+            # Kernels belong to a machine.
+            if value and flag != "enact_kernels" and has_effect(flag, args.encoder_attention):
+                words.append(flag_text(flag, value))
         return card(
-            model.title, self.variant, self.label_map, self.about, " ".join(model_words(args, self.variant)),
-            core.num_queries, args.eval_size, license, name,
+            model.title, self.variant, self.label_map, self.about, " ".join(words), core.num_queries, args.eval_size,
+            license, name,
         )  # fmt: skip
 
 
