@@ -274,7 +274,7 @@ def run(args: argparse.Namespace) -> int:
     if kinds:
         check_kinds(detector, kinds)
     if args.slice:
-        check_sliceable(detector)
+        check_sliceable(detector, args.slice)
     detect = partial(detect_in_slices, detector, side=args.slice) if args.slice else detector.detect
     tally = new_tally(detector, inputs, output_dir)
     for name, search_result in passed_over.items():

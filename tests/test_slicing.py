@@ -122,8 +122,11 @@ def test_the_command_detects_in_slices(checkpoint, tmp_path, monkeypatch):
     assert (tmp_path / "out" / "a.png").is_file()
 
 
-@pytest.mark.parametrize("words, said", [(("--show", "clusters"), "leave out --slice or --show")])
-def test_slices_with_pictures_of_the_whole_image_are_refused(words, said, checkpoint, shapes, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "words, said",
+    [(("--show", "clusters"), "leave out --slice or --show"), (("--slice", 8), "--slice 8: slices so small")],
+)
+def test_unsuitable_slices_are_refused(words, said, checkpoint, shapes, tmp_path, capsys):
     photo = next((shapes / "val2017").iterdir())
     assert call(checkpoint, tmp_path / "out", photo, "--slice", 64, *words) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -16,6 +16,9 @@ from enact_common.utils.errors import UserError
 # The fraction of a slice's side that it shares with the next one. Objects up to this size are whole in some slice.
 OVERLAP = 0.2
 
+# Least side of a slice, pixels.
+LEAST_SIDE = 32
+
 # Of two boxes of one class with a higher IoU, only the likelier is kept.
 MERGE_IOU = 0.5
 
@@ -23,12 +26,16 @@ MERGE_IOU = 0.5
 CUT_MARGIN = 0.01
 
 
-def check_sliceable(detector: LoadedDetector) -> None:
-    """Refuse detectors with masks: a mask of a slice cannot be merged with that of another one.
+def check_sliceable(detector: LoadedDetector, side: int) -> None:
+    """Refuse tiny slices, and detectors with masks: a mask of a slice cannot be merged with that of another one.
 
     Raises:
-        UserError: the detector has a mask head.
+        UserError: the slices are smaller than `LEAST_SIDE`, or the detector has a mask head.
     """
+    if side < LEAST_SIDE:
+        raise UserError(
+            f"--slice {side}: slices so small show no whole object and are countless; pass at least {LEAST_SIDE}"
+        )
     if getattr(detector.args, "masks", False):
         raise UserError("--slice merges boxes, not masks, and this checkpoint has a mask head; leave --slice out")
 
