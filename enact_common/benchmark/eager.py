@@ -22,8 +22,11 @@ def naive_row_column(row: Tensor, col: Tensor, value: Tensor) -> Tensor:
     return (sums.unflatten(2, value.shape[1::2]) * col.unsqueeze(3)).sum(2)
 
 
-# The keys are the names used in `row_column_decoupled_attention`.
-NAIVE_PRODUCTS = {"row_column_product": naive_row_column, "clustered_row_column_product": naive_clustered}
+# The keys are the names used in `row_column_decoupled_attention`, which also passes its choice of kernels.
+NAIVE_PRODUCTS = {
+    "row_column_product": lambda row, col, value, kernels: naive_row_column(row, col, value),
+    "clustered_row_column_product": lambda col, row, value, kernels: naive_clustered(col, row, value),
+}
 
 
 @contextlib.contextmanager
