@@ -72,6 +72,7 @@ def main() -> None:
             ["enact", "check", "demo/shapes", "--quick"],
             ["enact", "eval", "--config", "demo/run/config.yaml", "--resume", checkpoint],
             ["enact", "predict", picture, "--checkpoint", checkpoint, "--output_dir", "seen", "--device", "cpu"],
+            ["enact", "predict", "--checkpoint", "blood_cells", "--output_dir", "cells", "--device", "cpu"],
             ["enact", "export", checkpoint, "--output", "detector.onnx"],
             ["enact", "completion", "bash"],
             ["python", "-c", LIBRARY.format(prefix=str(packages))],
