@@ -47,7 +47,7 @@ def test_kernels_agree_with_pytorch_in_the_interpreter():
 
 @pytest.fixture(scope="module")
 def needs(tmp_path_factory):
-    """What each kernel needs, compiled anew: tuples (name, capability, `Needs`)."""
+    """The resources of each kernel, compiled anew: tuples (name, capability, `Needs`)."""
     pytest.importorskip("triton", minversion="3.6")  # earlier ones were not tried
     from enact_common.attention.kernels import report
 

@@ -211,7 +211,7 @@ def fault_of_foreign(attention: nn.Module) -> str | None:
 
 
 class PlainAttention(NamedTuple):
-    """What a replacement takes over from a plain attention.
+    """The settings that a replacement takes over from a plain attention.
 
     Attributes:
         embed_dim, num_heads, dropout, batch_first: as in `nn.MultiheadAttention`.

@@ -54,14 +54,14 @@ FINDERS = {
 # Formats whose DIR may also be a single file.
 OF_ONE_FILE = ("yolo", "cvat", "coco")
 
-# Where class names come from, for the help.
+# The help names the source of the class names.
 CLASS_NAMES = {
     "yolo": "from data.yaml, obj.names or classes.txt)",
     "cvat": "the labels of the task)",
     "coco": "the categories, by id)",
 }
 
-# Where the other formats' sets come from.
+# The help names the source of the other formats' sets.
 NAMED_SETS = (
     "{} (default: train and val, valid or validation; else trainval and test; else train and test; else a random split)"
 )

@@ -1,4 +1,4 @@
-"""What is diagnosed: a run's stored detections, or a checkpoint that is evaluated first, with their ground truth."""
+"""The detections to diagnose: a run's stored detections, or a checkpoint that is evaluated first, with their ground truth."""
 
 import argparse
 import json

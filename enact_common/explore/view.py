@@ -83,7 +83,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one model makes of an image.
+    """The results of one model for an image.
 
     Attributes:
         settings: the model's settings.

@@ -19,7 +19,7 @@ OVERLAP = 0.2
 # Least side of a slice, pixels.
 LEAST_SIDE = 32
 
-# Of two boxes of one class with a higher IoU, only the likelier is kept.
+# If two boxes of one class have a higher IoU, only the likelier is kept.
 MERGE_IOU = 0.5
 
 # A box is cut off if it ends this close to a slice's border inside the image, as a fraction of the slice's side.

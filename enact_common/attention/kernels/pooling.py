@@ -155,7 +155,7 @@ def mass_of(smooth, place, count, total):
 
 @triton.jit
 def divisor_of(block_sums, image, count, num_blocks, temperature, TEMPERED: tl.constexpr, BLOCKS: tl.constexpr):
-    """What an image's information is divided by to give logits, and the sum of its positive information."""
+    """Return the divisor that makes logits of an image's information, and the sum of its positive information."""
     block = tl.arange(0, BLOCKS)
     sums = block_sums + (image * num_blocks + block) * 2
     positive = tl.sum(tl.load(sums + 1, mask=block < num_blocks, other=0.0), axis=0)
@@ -484,7 +484,7 @@ class Started:
         self.num_blocks = triton.cdiv(num_tokens, BLOCK)
         self.blocks = triton.next_power_of_2(self.num_blocks)
         device = scored.device
-        # Of kinds that do not need them, tensors without elements.
+        # Kinds that do not need them get tensors without elements.
         masked_size, equal_size = (batch * self.masked, num_tokens), (batch * setting.equal, num_tokens)
         self.logits = torch.empty(batch, num_tokens, device=device)
         self.smooth = torch.empty_like(self.logits)
@@ -699,7 +699,7 @@ def rows_contiguous(tokens: Tensor) -> Tensor:
     return tokens if tokens.stride(-1) == 1 else tokens.contiguous()
 
 
-# What the kernels are compiled for, as far as their gradients have run once.
+# The kinds of inputs whose backward kernels have run once.
 _checked: set[tuple] = set()
 
 

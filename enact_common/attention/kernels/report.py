@@ -55,7 +55,7 @@ class Launch:
         return self.kernel.__name__
 
     def source(self) -> ASTSource:
-        """What Triton would compile for this launch: it fixes an integer of 1 and notes multiples of 16."""
+        """Return what Triton would compile for this launch: it fixes an integer of 1 and notes multiples of 16."""
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(self.kernel.params):
             value = self.arguments[parameter.name]
@@ -76,7 +76,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Needs:
-    """What one program of a compiled kernel needs.
+    """The resources that one program of a compiled kernel needs.
 
     Attributes:
         registers: registers of a thread.
