@@ -1,4 +1,4 @@
-"""The detections to diagnose: a run's stored detections, or a checkpoint that is evaluated first, with their ground truth."""
+"""The detections to diagnose, with their ground truth: stored by a run, or of a checkpoint evaluated first."""
 
 import argparse
 import json
