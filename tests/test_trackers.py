@@ -12,6 +12,7 @@ from enact_common.training import run as run_module
 from enact_common.training import trackers
 from enact_common.training.logs import scalars_of
 from enact_common.training.trackers import OPENERS, RUN_IDS, Tracker, Trackers
+from enact_common.utils.signals import Stopped
 
 PICTURE = np.zeros((8, 10, 3), np.uint8)
 
@@ -25,13 +26,13 @@ def local(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def track(name, folder, epoch, value):
+def track(name, folder, epoch, value, finished=True):
     """Log a scalar and a picture of an epoch with a real tracker."""
     opened = Trackers([name], folder, {"lr": 0.1, "batch_size": 4 + epoch})
     opened.scalars(epoch, {"test/AP": value})
     opened.pictures(epoch, lambda: {"pictures/photo": PICTURE})
     assert opened, "it failed"
-    opened.close()
+    opened.close(finished)
     return opened
 
 
@@ -49,12 +50,13 @@ def test_tensorboard_gets_scalars_settings_and_pictures(tmp_path):
 
 def test_mlflow_writes_a_local_folder_and_continues_its_run(tmp_path):
     mlflow = pytest.importorskip("mlflow")
-    for epoch, value in ((0, 0.25), (1, 0.5)):
-        track("mlflow", tmp_path, epoch, value)
+    for epoch, value, finished in ((0, 0.25, False), (1, 0.5, True)):
+        track("mlflow", tmp_path, epoch, value, finished)
+        client = mlflow.MlflowClient((tmp_path / "mlruns").as_uri())
+        (run,) = client.search_runs([client.get_experiment_by_name("enact").experiment_id])
+        assert run.info.status == ("FINISHED" if finished else "KILLED")
     run_id = json.loads((tmp_path / RUN_IDS).read_text())["mlflow"]
-    client = mlflow.MlflowClient((tmp_path / "mlruns").as_uri())
-    (run,) = client.search_runs([client.get_experiment_by_name("enact").experiment_id])
-    assert run.info.run_id == run_id and run.info.status == "FINISHED" and run.info.run_name == tmp_path.name
+    assert run.info.run_id == run_id and run.info.run_name == tmp_path.name
     assert [(m.step, m.value) for m in client.get_metric_history(run_id, "test/AP")] == [(0, 0.25), (1, 0.5)]
     # A setting that differs in the resumed run is refused by MLflow, so the first run's stay.
     assert run.data.params == {"lr": "0.1", "batch_size": "4"}
@@ -104,6 +106,23 @@ def test_a_training_sends_the_same_scalars_to_each_tracker_and_a_resumed_one_con
     pictures = [item.path for item in client.list_artifacts(run.info.run_id, "pictures")]
     assert len(pictures) == 3
     assert "fails" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_the_trackers_learn_whether_the_training_finished(stopped, shapes, tmp_path, monkeypatch):
+    closed = []
+    tracker = Tracker("wandb", None, lambda *_: None, lambda *_: None, closed.append)
+    monkeypatch.setattr(trackers, "OPENERS", {**OPENERS, "wandb": lambda *_: tracker})
+    monkeypatch.setattr(checks, "is_installed", lambda package: True)
+    if stopped:
+        monkeypatch.setattr(run_module, "train_one_epoch", raise_stopped)
+    argv = ["--limit_train", "4", "--limit_val", "2", "--epochs", "1", "--log", "wandb"]
+    assert train("conditional", shapes, tmp_path, *argv) == (75 if stopped else 0)
+    assert closed == [not stopped]
+
+
+def raise_stopped(*_):
+    raise Stopped("received SIGTERM")
 
 
 class Failing:

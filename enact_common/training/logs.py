@@ -177,7 +177,10 @@ class RunLog:
             self._trackers.scalars(epoch, {**best, "best/epoch": epoch})
             self._trackers.pictures(epoch, pictures)
 
-    def close(self) -> None:
-        """End the trackers' runs."""
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """End the trackers' runs, as finished unless an exception ended the training."""
         if self._trackers:
-            self._trackers.close()
+            self._trackers.close(kind is None)

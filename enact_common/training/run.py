@@ -247,71 +247,72 @@ def train(
     with failing_together():
         if output_dir and is_main_process():
             write_file(output_dir / CONFIG, lambda file: file.write(settings.encode()))
-    log = RunLog(output_dir, open_trackers(variant, args, settings, output_dir))
-    best = BestTracker(log.ap_history(start.epoch), output_dir, args.resume)
-    begin = time.perf_counter()
+    with RunLog(output_dir, open_trackers(variant, args, settings, output_dir)) as log:
+        best = BestTracker(log.ap_history(start.epoch), output_dir, args.resume)
+        begin = time.perf_counter()
 
-    def finish_epoch(epoch: int, train_stats: dict[str, float], cost: dict[str, float]) -> None:
-        """Log the epoch, and evaluate first if it is due. `cost` is empty for an epoch that an earlier run trained."""
-        stats, improved = {f"train_{name}": value for name, value in train_stats.items()} | cost, False
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            evaluation_begin = time.perf_counter()
-            try:
-                test_stats, evaluator, panoptic = evaluate_network(args, data, network, device, unreadable)
-            except Stopped as stop:
-                raise stopped(f"in the evaluation of epoch {epoch}, which a resumed run repeats", output_dir) from stop
-            source = {"set": args.eval_set, "epoch": epoch}
-            metrics = report_evaluation(
-                data, evaluator, panoptic, source, output_dir, masks="segm" in network.postprocessors
-            )
-            test_stats["seconds"] = time.perf_counter() - evaluation_begin
-            stats |= {f"test_{name}": value for name, value in test_stats.items()} | metrics
-            if metrics:
-                improved = best.add(epoch, main_metric(metrics) if measurable else None)
-        log.write(epoch, {**stats, "n_parameters": network.num_parameters})
-        if improved:
-            # Without --log, TensorBoard gets no pictures: its files would grow large unasked.
-            log.write_best(epoch, stats, lambda: evaluation_pictures(data, evaluator) if args.log else {})
+        def finish_epoch(epoch: int, train_stats: dict[str, float], cost: dict[str, float]) -> None:
+            """Log the epoch, after an evaluation if it is due. `cost` is empty if an earlier run trained the epoch."""
+            stats, improved = {f"train_{name}": value for name, value in train_stats.items()} | cost, False
+            if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+                evaluation_begin = time.perf_counter()
+                try:
+                    test_stats, evaluator, panoptic = evaluate_network(args, data, network, device, unreadable)
+                except Stopped as stop:
+                    raise stopped(
+                        f"in the evaluation of epoch {epoch}, which a resumed run repeats", output_dir
+                    ) from stop
+                source = {"set": args.eval_set, "epoch": epoch}
+                metrics = report_evaluation(
+                    data, evaluator, panoptic, source, output_dir, masks="segm" in network.postprocessors
+                )
+                test_stats["seconds"] = time.perf_counter() - evaluation_begin
+                stats |= {f"test_{name}": value for name, value in test_stats.items()} | metrics
+                if metrics:
+                    improved = best.add(epoch, main_metric(metrics) if measurable else None)
+            log.write(epoch, {**stats, "n_parameters": network.num_parameters})
+            if improved:
+                # Without --log, TensorBoard gets no pictures: its files would grow large unasked.
+                log.write_best(epoch, stats, lambda: evaluation_pictures(data, evaluator) if args.log else {})
 
-    # A run may have stopped between its checkpoint and its evaluation. Only the main process has the log.
-    if checkpoint and "train_stats" in checkpoint and not gather_objects(log.has_epoch(checkpoint["epoch"]))[0]:
-        finish_epoch(checkpoint["epoch"], checkpoint["train_stats"], cost={})
-    if start.epoch >= args.epochs:
-        logger.info("nothing left to train: %d epochs are done, --epochs is %d", start.epoch, args.epochs)
-    for epoch in range(start.epoch, args.epochs):
-        if best.has_stopped_improving(args.early_stop):
-            break
-        first, meter, earlier = 0, AverageMeter(), 0.0
-        if epoch == start.epoch:
-            first, meter, earlier = start.batches, start.meter, start.seconds
-        data.train_loader.sampler.set_epoch(epoch)
-        data.train_loader.sampler.first = first * args.batch_size
-        data.train_set.set_epoch(epoch)
-        start_counting_memory(device)
-        epoch_begin = time.perf_counter() - earlier
+        # A run may have stopped between its checkpoint and its evaluation. Only the main process has the log.
+        if checkpoint and "train_stats" in checkpoint and not gather_objects(log.has_epoch(checkpoint["epoch"]))[0]:
+            finish_epoch(checkpoint["epoch"], checkpoint["train_stats"], cost={})
+        if start.epoch >= args.epochs:
+            logger.info("nothing left to train: %d epochs are done, --epochs is %d", start.epoch, args.epochs)
+        for epoch in range(start.epoch, args.epochs):
+            if best.has_stopped_improving(args.early_stop):
+                break
+            first, meter, earlier = 0, AverageMeter(), 0.0
+            if epoch == start.epoch:
+                first, meter, earlier = start.batches, start.meter, start.seconds
+            data.train_loader.sampler.set_epoch(epoch)
+            data.train_loader.sampler.first = first * args.batch_size
+            data.train_set.set_epoch(epoch)
+            start_counting_memory(device)
+            epoch_begin = time.perf_counter() - earlier
 
-        def after_step(batches: int, stop: bool, epoch=epoch, meter=meter, epoch_begin=epoch_begin) -> None:
-            steps = batches // args.accumulate
-            if stop or (args.save_every_steps and steps % args.save_every_steps == 0):
-                state.save_within_epoch(epoch, batches, meter, time.perf_counter() - epoch_begin)
-            if stop:
-                unreadable.log(data.train_set, "others take their places")
-                raise stopped(f"in epoch {epoch}, after {batches} of {len(data.train_loader)} batches", output_dir)
+            def after_step(batches: int, stop: bool, epoch=epoch, meter=meter, epoch_begin=epoch_begin) -> None:
+                steps = batches // args.accumulate
+                if stop or (args.save_every_steps and steps % args.save_every_steps == 0):
+                    state.save_within_epoch(epoch, batches, meter, time.perf_counter() - epoch_begin)
+                if stop:
+                    unreadable.log(data.train_set, "others take their places")
+                    raise stopped(f"in epoch {epoch}, after {batches} of {len(data.train_loader)} batches", output_dir)
 
-        train_stats = train_one_epoch(
-            network.wrapped, network.criterion, data.train_loader, optimization, device, epoch, args.print_freq, meter,
-            first, after_step,
-        )  # fmt: skip
-        cost = {
-            "train_seconds": time.perf_counter() - epoch_begin,
-            "peak_memory_gib": peak_memory(device) / 2**30,
-        }
-        state.save_epoch(epoch, train_stats)
-        bad_images = unreadable.log(data.train_set, "others take their places")
-        if any(gather_objects(stop_requested() is not None)):
-            raise stopped(f"after epoch {epoch}, before its evaluation", output_dir)
-        finish_epoch(epoch, train_stats, cost | ({"unreadable_images": bad_images} if bad_images else {}))
-    log.close()
+            train_stats = train_one_epoch(
+                network.wrapped, network.criterion, data.train_loader, optimization, device, epoch, args.print_freq,
+                meter, first, after_step,
+            )  # fmt: skip
+            cost = {
+                "train_seconds": time.perf_counter() - epoch_begin,
+                "peak_memory_gib": peak_memory(device) / 2**30,
+            }
+            state.save_epoch(epoch, train_stats)
+            bad_images = unreadable.log(data.train_set, "others take their places")
+            if any(gather_objects(stop_requested() is not None)):
+                raise stopped(f"after epoch {epoch}, before its evaluation", output_dir)
+            finish_epoch(epoch, train_stats, cost | ({"unreadable_images": bad_images} if bad_images else {}))
     logger.info("training took %s", timedelta(seconds=round(time.perf_counter() - begin)))
 
 

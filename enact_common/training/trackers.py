@@ -39,14 +39,14 @@ class Tracker:
         run_id: identifies the run, to continue it; None for trackers that need no id.
         scalars: takes an epoch and {name: value}.
         pictures: takes an epoch and {name: RGB uint8 (height, width, 3)}.
-        close: ends the run.
+        close: ends the run; takes whether the training is finished.
     """
 
     name: str
     run_id: str | None
     scalars: Callable[[int, Mapping[str, float]], None]
     pictures: Callable[[int, Mapping[str, np.ndarray]], None]
-    close: Callable[[], object]
+    close: Callable[[bool], object]
 
 
 def open_tensorboard(folder: Path, settings: Mapping[str, Any], run_id: str | None) -> Tracker:
@@ -67,7 +67,7 @@ def open_tensorboard(folder: Path, settings: Mapping[str, Any], run_id: str | No
             board.add_image(name, image, epoch, dataformats="HWC")
         board.flush()
 
-    return Tracker("tensorboard", None, scalars, pictures, board.close)
+    return Tracker("tensorboard", None, scalars, pictures, lambda finished: board.close())
 
 
 def open_wandb(folder: Path, settings: Mapping[str, Any], run_id: str | None) -> Tracker:
@@ -91,7 +91,13 @@ def open_wandb(folder: Path, settings: Mapping[str, Any], run_id: str | None) ->
     def pictures(epoch: int, images: Mapping[str, np.ndarray]) -> None:
         run.log({"epoch": epoch, **{name: wandb.Image(image) for name, image in images.items()}})
 
-    return Tracker("wandb", run.id, lambda epoch, values: run.log({"epoch": epoch, **values}), pictures, run.finish)
+    return Tracker(
+        "wandb",
+        run.id,
+        lambda epoch, values: run.log({"epoch": epoch, **values}),
+        pictures,
+        lambda finished: run.finish(exit_code=0 if finished else 1),
+    )
 
 
 def open_mlflow(folder: Path, settings: Mapping[str, Any], run_id: str | None) -> Tracker:
@@ -127,7 +133,10 @@ def open_mlflow(folder: Path, settings: Mapping[str, Any], run_id: str | None) -
         for name, image in images.items():
             client.log_image(run_id, image, f"{name}/epoch_{epoch:04}.png")
 
-    return Tracker("mlflow", run_id, scalars, pictures, lambda: client.set_terminated(run_id))
+    def close(finished: bool) -> None:
+        client.set_terminated(run_id, "FINISHED" if finished else "KILLED")
+
+    return Tracker("mlflow", run_id, scalars, pictures, close)
 
 
 # The trackers of `--log`. Each function takes the output folder, the settings {flag: value} and the id of the run to
@@ -180,9 +189,9 @@ class Trackers:
             return
         self._each(lambda tracker: tracker.pictures(epoch, images))
 
-    def close(self) -> None:
-        """End the runs."""
-        self._each(lambda tracker: tracker.close())
+    def close(self, finished: bool) -> None:
+        """End the runs. A training that was stopped before its end continues them when it is resumed."""
+        self._each(lambda tracker: tracker.close(finished))
 
     def _each(self, action: Callable[[Tracker], object]) -> None:
         for tracker in list(self._open):
