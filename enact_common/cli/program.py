@@ -11,3 +11,8 @@ def program(module: str) -> str:
         module: the command's module, for example "enact_common.predict".
     """
     return called_as or f"python -m {module}"
+
+
+def enact() -> str:
+    """Return `enact` as the user can call it: in a checkout it may not be installed."""
+    return "enact" if called_as else "python -m enact_common"

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from enact_common.cli.program import program
+from enact_common.cli.program import enact, program
 from enact_common.convert.coco import find_coco
 from enact_common.convert.cvat import find_cvat
 from enact_common.convert.dota import find_dota
@@ -311,8 +311,8 @@ def summary_text(conversion: Conversion, output_dir: Path) -> str:
     rows += [
         "",
         f"Written to {output_dir}. Next:",
-        f"  python -m enact_common.data.checks {folder}",
-        f"  python Conditional-DETR-ENACT/main.py --coco_path {folder} --output_dir outputs/run",
+        f"  {enact()} check {folder}",
+        f"  {enact()} train conditional --coco_path {folder} --output_dir outputs/run",
     ]
     return "\n".join(rows)
 

@@ -19,8 +19,8 @@ from enact_common.convert.sources import (
     box_around,
     choose_sets,
     image_files,
+    label_lines,
     number_or_none,
-    read_text,
     set_of,
 )
 from enact_common.data.checks.findings import FAULT, WARNING
@@ -31,7 +31,6 @@ from enact_common.utils.errors import UserError
 HEADERS = ("imagesource", "gsd")
 
 BAD_LINE = FAULT, "lines that are not four corners, a class and a mark for difficult objects: dropped"
-BAD_FILE = FAULT, "label files that cannot be read: left out with their images"
 NO_IMAGE = WARNING, "label files without an image: left out"
 TWO_LABELS = FAULT, "images with several label files: left out"
 
@@ -94,10 +93,8 @@ def read_dota(label: Path | None, issues: Issues, width: int, height: int) -> li
     """
     if label is None:
         return []
-    try:
-        lines = read_text(label).splitlines()
-    except UserError as error:
-        issues.add(BAD_FILE, str(error))
+    lines = label_lines(label, issues)
+    if lines is None:
         return None
     objects = []
     for number, line in enumerate(lines, start=1):

@@ -25,6 +25,7 @@ AGAIN = WARNING, "links to folders that are already searched, or that lead in a 
 OTHERS = NOTE, "files without an image suffix: ignored"
 HIDDEN = NOTE, "hidden files and folders: ignored"
 IN_NEITHER = WARNING, "folders and sets with images that are in neither split: left out"
+BAD_FILE = FAULT, "label files that cannot be read: left out with their images"
 NO_LABELS = WARNING, "images without a label file: kept as images without objects"
 NO_FILE = FAULT, "annotated images without an image file: left out"
 AMBIGUOUS_NAME = FAULT, "image names that fit several files: left out"
@@ -270,6 +271,15 @@ def read_text(file: Path) -> str:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not a text file in UTF-8 ({error.reason})") from error
+
+
+def label_lines(label: Path, issues: "Issues") -> list[str] | None:
+    """The lines of an image's label file; None, and an issue, if it cannot be read."""
+    try:
+        return read_text(label).splitlines()
+    except UserError as error:
+        issues.add(BAD_FILE, str(error))
+        return None
 
 
 def listed_names(file: Path) -> list[str]:

@@ -24,6 +24,7 @@ from enact_common.convert.sources import (
     box_around,
     divide,
     image_files,
+    label_lines,
     listed_names,
     number_or_none,
     read_text,
@@ -43,7 +44,6 @@ BAD_LINE = FAULT, "lines that are neither a box nor an outline: dropped"
 BAD_POSE = FAULT, "lines that do not match a box with data.yaml's kpt_shape: dropped"
 BAD_CLASS = FAULT, "lines with a class number that has no name: dropped"
 NO_FRACTION = FAULT, "lines with coordinates outside 0 to 1: dropped"
-BAD_FILE = FAULT, "label files that cannot be read: left out with their images"
 STRAY_LABELS = WARNING, "label files without an image: left out"
 NO_LIST = WARNING, "validation lists that do not exist: ignored"
 ELSEWHERE = NOTE, "paths of another machine in lists: replaced by images here with the same ending"
@@ -344,10 +344,8 @@ def read_yolo(
     """
     if not label.is_file():
         return []
-    try:
-        lines = read_text(label).splitlines()
-    except UserError as error:
-        issues.add(BAD_FILE, str(error))
+    lines = label_lines(label, issues)
+    if lines is None:
         return None
     objects = []
     for number, line in enumerate(lines, start=1):
