@@ -29,6 +29,7 @@ import operator
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -36,9 +37,10 @@ import numpy as np
 from tqdm import tqdm
 
 from enact_common.cli.program import program
-from enact_common.data.scenes import MAX_OBJECTS, SHAPES, _check_scene, draw_scene
+from enact_common.data.scenes import MAX_OBJECTS, SHAPES, SceneObject, _check_scene, draw_scene
 from enact_common.utils.errors import exit_status
 from enact_common.utils.files import write_atomically
+from enact_common.utils.pool import PARALLEL_FROM, mapped
 
 SPLITS = ("train2017", "val2017")
 MARKER = "synthetic_shapes.json"
@@ -203,34 +205,28 @@ def _make_split(root: Path, split: str, record: dict, progress: bool) -> None:
     """Write the missing images of a split and its annotation file if missing."""
     parameters = record["parameters"]
     height, width = parameters["size"]
-    scene_options = {key: parameters[key] for key in ("objects", "object_size", "classes")}
     annotation_path = _annotation_path(root, split)
     annotated = annotation_path.exists()
     (root / split).mkdir(exist_ok=True)
+    indices = [i for i in range(_count(record, split)) if not annotated or not _image_path(root, split, i + 1).exists()]
     images, annotations = [], []
-    for index in tqdm(range(_count(record, split)), desc=split, unit="image", disable=None if progress else True):
-        image_path = _image_path(root, split, index + 1)
-        exists = image_path.exists()
-        if exists and annotated:
-            continue
-        # A separate random stream per image: an image must not depend on earlier ones.
-        stream = np.random.SeedSequence(parameters["seed"], spawn_key=(SPLITS.index(split), index))
-        image, objects = draw_scene(np.random.default_rng(stream), height, width, **scene_options)
-        if not exists:
-            _write(image_path, _to_jpeg(image))
-        images.append({"id": index + 1, "file_name": image_path.name, "height": height, "width": width})
-        for item in objects:
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": index + 1,
-                    "category_id": item.class_index + 1,
-                    "bbox": list(item.bbox),
-                    "area": item.area,
-                    "iscrowd": 0,
-                    "segmentation": item.polygons,
-                }
-            )
+    with mapped(partial(_make_image, root, split, parameters), indices, len(indices) >= PARALLEL_FROM) as scenes:
+        bar = tqdm(scenes, desc=split, unit="image", total=len(indices), disable=None if progress else True)
+        for index, objects in zip(indices, bar, strict=True):
+            name = _image_path(root, split, index + 1).name
+            images.append({"id": index + 1, "file_name": name, "height": height, "width": width})
+            for item in objects:
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": index + 1,
+                        "category_id": item.class_index + 1,
+                        "bbox": list(item.bbox),
+                        "area": item.area,
+                        "iscrowd": 0,
+                        "segmentation": item.polygons,
+                    }
+                )
     if not annotated:
         annotation_path.parent.mkdir(exist_ok=True)
         _write(
@@ -248,6 +244,18 @@ def _make_split(root: Path, split: str, record: dict, progress: bool) -> None:
                 }
             ),
         )
+
+
+def _make_image(root: Path, split: str, parameters: dict, index: int) -> list[SceneObject]:
+    """Draw image `index`, write it if it is missing, and return its objects."""
+    # A separate random stream per image: an image must not depend on earlier ones.
+    stream = np.random.SeedSequence(parameters["seed"], spawn_key=(SPLITS.index(split), index))
+    scene_options = {key: parameters[key] for key in ("objects", "object_size", "classes")}
+    image, objects = draw_scene(np.random.default_rng(stream), *parameters["size"], **scene_options)
+    path = _image_path(root, split, index + 1)
+    if not path.exists():
+        _write(path, _to_jpeg(image))
+    return objects
 
 
 def _to_jpeg(image: np.ndarray) -> bytes:

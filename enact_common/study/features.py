@@ -17,8 +17,9 @@ from torch.nn import functional as F
 
 from enact_common.models.backbone import Joiner
 from enact_common.nested_tensor import NestedTensor
-from enact_common.study.images import PARALLEL_FROM, Images, mapped
+from enact_common.study.images import Images
 from enact_common.utils.errors import UserError
+from enact_common.utils.pool import PARALLEL_FROM, mapped
 
 ARCHITECTURE = "tf_efficientnet_lite0"
 

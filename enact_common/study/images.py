@@ -2,13 +2,9 @@
 
 import contextlib
 import io
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
-from typing import Any
 
 import cv2
 import numpy as np
@@ -20,7 +16,7 @@ from torchvision.ops import box_convert
 
 from enact_common.data.scenes import SceneObject, draw_scene
 from enact_common.nested_tensor import NestedTensor
-from enact_common.utils.signals import cancelling, end_with_parent
+from enact_common.utils.pool import PARALLEL_FROM, mapped
 
 TRAIN, VAL = "train", "val"
 
@@ -30,9 +26,6 @@ DrawnImage = tuple[np.ndarray, int, list[SceneObject], list[int]]
 # An image, uint8 (height, width, 3); the height and width that boxes are measured in; labels, from 0; boxes: left, top,
 # width, height in pixels of these; areas in square pixels of these.
 Row = tuple[np.ndarray, tuple[int, int], Sequence[int], Sequence[Sequence[float]], Sequence[float]]
-
-# From this many images on, several processes make them.
-PARALLEL_FROM = 1000
 
 SHAPES = ("circle", "triangle", "cross")
 
@@ -161,27 +154,6 @@ class Images:
             for left, top, right, bottom in (box_convert(target["boxes"].cpu(), "cxcywh", "xyxy") * own).tolist():
                 inside[i] |= ((y >= top) & (y < bottom)).unsqueeze(1) & ((x >= left) & (x < right))
         return inside, mask
-
-
-@contextlib.contextmanager
-def mapped(function: Callable[[Any], Any], items: Sequence[Any], parallel: bool) -> Iterator[Iterator[Any]]:
-    """A block with the iterator of a function's results for items, in order.
-
-    Args:
-        function, items: can be pickled.
-        parallel: compute in one process per CPU core, instead of this process.
-    """
-    if not parallel:
-        yield map(function, items)
-        return
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn"), start_process) as pool, cancelling(pool):
-        yield pool.map(function, items, chunksize=max(min(len(items) // 64, 32), 1))
-
-
-def start_process() -> None:
-    """Prepare a pool process: one thread, since there is a process for each core."""
-    torch.set_num_threads(1)
-    end_with_parent()
 
 
 def collected(rows: Iterable[Row], count: int, height: int, width: int, classes: list[str]) -> Images:

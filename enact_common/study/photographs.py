@@ -18,8 +18,9 @@ from torchvision.transforms.v2 import functional as transforms
 from enact_common.data.annotations import load_annotations
 from enact_common.data.images import decode_image
 from enact_common.data.masks import decode_mask
-from enact_common.study.images import PARALLEL_FROM, TRAIN, VAL, Images, Row, collected, mapped
+from enact_common.study.images import TRAIN, VAL, Images, Row, collected
 from enact_common.utils.errors import UserError
+from enact_common.utils.pool import PARALLEL_FROM, mapped
 
 # Number of classes without a cue: the most frequent categories.
 MOST_FREQUENT = 10
