@@ -46,7 +46,10 @@ TRAINING = (
 # Additional flags of each variant, which override `TRAINING`.
 OWN = {
     "detr": "--num_queries 10 --eos_coef 0.4".split(),
-    "conditional": "--num_queries 10".split(),
+    "conditional": (
+        "--num_queries 10 --backbone_stages 2 --train_sizes 80 --eval_size 80 --max_size 80 --enc_layers 1 --lr 5e-4 "
+        "--epochs 4"
+    ).split(),
     "anchor": (
         "--num_query_position 20 --num_query_pattern 1 --no-dilation --lr 3e-4 --batch_size 8 --warmup_steps 100"
     ).split(),
