@@ -329,7 +329,7 @@ def kept_mib(forward: Callable[[], Tensor]) -> float:
 
 
 def check_kernels(setting: Setting) -> list[dict]:
-    """Triton's kernels and PyTorch, forward and backward: one encoder layer, and Anchor DETR's products.
+    """Triton's kernels and PyTorch, forward and backward: one encoder layer, and Anchor DETR's clusters and products.
 
     `difference`: the largest one of outputs and gradients, relative to the largest value of each. It is large where
     rounding gives other borders. `ran`: whether the kernels ran; otherwise PyTorch took over, as it does on a CPU.
@@ -343,6 +343,12 @@ def check_kernels(setting: Setting) -> list[dict]:
                 row = {"of": f"{name}, {batch} x {tokens} tokens", "precision": amp}
                 rows.append(row | compare_kernels(setting, "clusters", step))
     height, width, heads = (3, 5, 2) if setting.small else (50, 84, 32)
+    for amp in ("none", "bf16"):
+        for name in ("ENACT", "ENACT, equal information"):
+            layer = load_variant("anchor").models.transformer.MapClustering(256, **LAYERS[name]).to(setting.device)
+            step = partial(map_gradients, setting, layer, (4, height, width), amp)
+            row = {"of": f"{name}, clusters of 4 maps of {height} x {width}", "precision": amp}
+            rows.append(row | compare_kernels(setting, "clusters", step))
     for dtype in (torch.float32, torch.bfloat16):
         for kind in ("clusters", "map"):
             step = partial(product_gradients, setting, kind, heads, height, width, dtype)
@@ -381,6 +387,22 @@ def layer_gradients(setting: Setting, layer: EnactSelfAttention, batch: int, tok
     with autocast(setting.device, amp):
         output = layer(src, src, src)[0].float()
     return [output.detach(), *torch.autograd.grad(output, [src, layer.W_prob.weight], gradient)]
+
+
+def map_gradients(setting: Setting, layer: nn.Module, size: tuple[int, int, int], amp: str, kernels: str):
+    """Return the clusters of maps of Anchor DETR with these kernels, and the gradients of all inputs, in float32."""
+    torch.manual_seed(0)
+    layer.kernels = kernels
+    batch, height, width = size
+    shapes = ((batch, height, width, 256), (batch, width, 256), (batch, height, 256))
+    inputs = [torch.randn(shape, device=setting.device, requires_grad=True) for shape in shapes]
+    with autocast(setting.device, amp):
+        pooled = [tensor.float() for tensor in layer(*inputs)[:3]]
+    weights = [torch.randn_like(tensor) for tensor in pooled]
+    return [
+        *(tensor.detach() for tensor in pooled),
+        *torch.autograd.grad(pooled, [*inputs, layer.W_prob.weight], weights),
+    ]
 
 
 def product_gradients(
