@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from enact_common.attention import EnactSelfAttention
+from enact_common.attention import EnactSelfAttention, kernels
 from enact_common.attention.hilbert import HILBERT, ROWS
 from enact_common.attention.rivals import RIVALS
 from enact_common.models.graphed import encoder_of, graph_encoder, reason_against_graphs
@@ -44,6 +44,14 @@ def inputs(batch: int = 2, device: str = "cpu") -> tuple:
     return src.requires_grad_(), torch.zeros(batch, 20, dtype=torch.bool, device=device), pos, (4, 5)
 
 
+@pytest.fixture
+def meta(monkeypatch):
+    """The meta device: like a GPU, it is not the host's, and its tensors have no data that the host could read."""
+    # Autocast does not know it.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+
+
 @pytest.mark.parametrize(
     "attention, order, message",
     [
@@ -56,11 +64,7 @@ def inputs(batch: int = 2, device: str = "cpu") -> tuple:
     ],
     ids=["equal", "equal, set", "plain", "windows", "regions", "hilbert"],
 )
-def test_the_host_neither_reads_nor_copies_with_clusters_of_equal_information(attention, order, message, monkeypatch):
-    """On the meta device: like a GPU, it is not the host's, and its tensors have no data that the host could read."""
-    # Autocast does not know the meta device.
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+def test_the_host_neither_reads_nor_copies_with_clusters_of_equal_information(attention, order, message, meta):
     model, arguments = encoder(attention(), order).to("meta"), inputs(device="meta")
     expected = contextlib.nullcontext() if message is None else pytest.raises((RuntimeError, NotImplementedError))
     with expected as error, NoTraffic():
@@ -68,6 +72,18 @@ def test_the_host_neither_reads_nor_copies_with_clusters_of_equal_information(at
     assert message is None or message in str(error.value)
     gradients = [parameter.grad is not None for parameter in model.parameters()]
     assert all(gradients) if message is None else not any(gradients)
+
+
+def test_the_host_only_launches_with_kernels_for_clusters_of_equal_information(meta, monkeypatch):
+    pytest.importorskip("triton", minversion="3.6")
+    from enact_common.attention.kernels import pooling, report
+
+    monkeypatch.setattr(kernels, "reason_against", lambda _: None)
+    monkeypatch.setattr(pooling, "_checked", set())
+    model = encoder(enact(clusters="equal", kernels="triton")).to("meta")
+    with report.recorded(pooling) as launches, NoTraffic():
+        model(*inputs(device="meta")).sum().backward()
+    assert "pool" in {launch.name for launch in launches} and not kernels.failed_kernels()
 
 
 @pytest.fixture
