@@ -638,7 +638,8 @@ def pool_gradients(
 
     Args:
         started: the clusters.
-        key, value: (batch, N, d), what was pooled; value: or the scores of columns.
+        key: (batch, N, d), what was pooled.
+        value: the same, or the scores of columns.
         weight: (d,), of the scores.
         key_grad, value_grad: gradients of the results of `pool_clusters`.
     """
@@ -731,7 +732,8 @@ def finish(
 
     Args:
         started: the result of `start` for these scored tokens.
-        scored, value: (batch, N, d); value: or the scores of columns that `started` has.
+        scored: (batch, N, d).
+        value: the same, or the scores of columns that `started` has.
         key: the scored tokens, or a copy of them in a lower precision, which is kept for the backward pass. Its
             gradient is added to that of `scored`.
         weight, bias: (d,) and (1,), of the scores.
