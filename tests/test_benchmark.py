@@ -441,7 +441,7 @@ def test_scaling_compares_all_layers(in_process, tmp_path, capsys):
     argv = "--tokens 1200 48 1000 --channels 8 --heads 2 --repeat 2 --device cpu".split()
     status, figures = run_benchmark("scaling", tmp_path, *argv)
     assert status == 0
-    names = [name for name in scaling.LAYERS if name not in scaling.TRITON_LAYERS]
+    names = [name for name in scaling.LAYERS if name not in scaling.GPU_LAYERS]
     rows, layers = figures["rows"], len(names)
     assert [row["tokens"] for row in rows] == [48] * layers + [1000] * layers + [1200] * layers
     assert [row["layer"] for row in rows[:layers]] == names
@@ -605,6 +605,8 @@ def test_predicting_all_masks_at_once_gives_the_same_losses():
 
 # Arguments and files
 
+GRAPHED = "table --device cpu --graph_encoder".split()
+
 
 @pytest.mark.parametrize(
     "argv, message",
@@ -618,7 +620,15 @@ def test_predicting_all_masks_at_once_gives_the_same_losses():
         (["table", "--variants", "detr", "--", "--backbone", "resnet18", "--dilation"], "has no dilated form"),
         (["scaling", "--channels", "30", "--heads", "4"], "--channels 30: must be a multiple of --heads (4)"),
         (["scaling", "--device", "cpu", "--amp", "fp16"], "--amp fp16 needs a GPU"),
-        (["scaling", "--device", "cpu", "--layers", "enact_triton"], "need a GPU, not cpu; pass enact"),
+        (["scaling", "--device", "cpu", "--layers", "enact_triton"], "needs a GPU, not cpu; pass enact"),
+        (
+            ["scaling", "--device", "cpu", "--layers", "enact_equal_triton_graph"],
+            "needs a GPU, not cpu; pass enact_equal",
+        ),
+        ([*GRAPHED, "--variants", "anchor"], "--graph_encoder: Anchor DETR's encoder is not captured; pass --variants"),
+        ([*GRAPHED, "--variants", "detr"], "number of windows; pass -- --enact_clusters equal"),
+        ([*GRAPHED, "--variants", "detr", "--", "--enact_clusters", "equal"], "CUDA graphs need a GPU, not cpu"),
+        ([*GRAPHED, "--variants", "detr", "--rows", "efficient", "--compile"], "leave out --compile"),
         (["masks", "--", "--masks"], "--masks after --: choose with --rows"),
         (["masks", "--objects", "9", "--", "--num_queries", "8"], "--objects 9: more than the model's 8 queries"),
         (["pipeline", "--coco_path", "nowhere"], "--coco_path nowhere: no such folder"),

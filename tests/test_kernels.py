@@ -59,6 +59,7 @@ def needs(tmp_path_factory):
             for launch in of_purpose
             # The kernels of the other purposes are the same ones with other constants.
             for capability in (report.CAPABILITIES if purpose in ("equal clusters", "product over clusters") else (90,))
+            if purpose != "equal clusters of maps"
         ]
         # Float32 differs most where matrices are multiplied.
         launches += [(launch, 90) for launch in report.row_column_launches(True, torch.float32)]
@@ -161,6 +162,8 @@ def test_settings_that_the_kernels_do_not_cover(settings, change, masked, reason
         ([torch.zeros(2, 5, 8)] * 3, None),
         ([torch.zeros(2, 5, 8)] * 2, "they pool two tensors of one shape"),
         ([torch.zeros(2, 5, 8)] * 2 + [torch.zeros(2, 5, 4)], "they pool two tensors of one shape"),
+        ([torch.zeros(2, 6, 8)] * 2 + [torch.zeros(2, 3)], None),
+        ([torch.zeros(1, 2048, 8)] * 2 + [torch.zeros(1, 1)], "they pool maps of at most 2048 columns and rows"),
         ([torch.zeros(2, 5, 8).double()] * 3, "no support for torch.float64"),
         ([torch.zeros(0, 5, 8)] * 3, "an input is empty"),
         ([torch.zeros(1, 1, 4096)] * 3, "they pool at most 2048 channels"),

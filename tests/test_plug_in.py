@@ -210,7 +210,11 @@ def output(model: nn.Module, inputs: dict) -> Tensor:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"clusters": "regions", "per_image": True, "mask_padding": True, "max_clusters": 9}, {"temperature": 0.5}],
+    [
+        {},
+        {"clusters": "regions", "per_image": True, "mask_padding": True, "max_clusters": 9},
+        {"temperature": 0.5, "kernels": "torch"},
+    ],
     ids=str,
 )
 def test_all_parts_are_trained_with_real_clusters(model_and_inputs, settings):
@@ -224,6 +228,7 @@ def test_all_parts_are_trained_with_real_clusters(model_and_inputs, settings):
     for name in names:
         attention = model.get_submodule(name)
         assert attention.sigma == 2.0 and attention.max_clusters == settings.get("max_clusters")
+        assert attention.kernels == settings.get("kernels", "auto")
         # W_k.bias and W_prob.bias shift all logits equally, so their gradients are only rounding.
         for part in ("W_prob.weight", "W_q.weight", "W_q.bias", "W_k.weight", "W_v.weight", "W_v.bias", "W_o.weight"):
             assert attention.get_parameter(part).grad.abs().max() > 0, part
@@ -339,6 +344,7 @@ def test_rivals_are_plugged_into_hugging_faces_models(transformers, name):
         ({"kind": "mhsa"}, "kind='mhsa': choose from enact, avgpool"),
         ({"kind": "avgpool", "sigma": 1.0}, "sigma=1.0 has no effect with kind='avgpool'"),
         ({"kind": "avgpool", "scale_logits": True}, "scale_logits=True has no effect"),
+        ({"kind": "avgpool", "kernels": "triton"}, "kernels='triton' has no effect"),
         ({"kind": "avgpool", "token_budget": 0}, "token_budget must be at least 1"),
         ({"token_budget": 9}, "token_budget=9 has no effect with kind='enact'"),
         ({"map_size": (3, 4)}, "map_size=.* has no effect with kind='enact'"),
@@ -523,7 +529,9 @@ def test_plugging_in_twice_is_refused():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"sigma": 0.1}, {"clusters": "circles"}, {"max_clusters": 0}, {"temperature": -1}], ids=str
+    "settings",
+    [{"sigma": 0.1}, {"clusters": "circles"}, {"max_clusters": 0}, {"temperature": -1}, {"kernels": "cuda"}],
+    ids=str,
 )
 def test_wrong_settings_replace_nothing(settings):
     model = Stranger()

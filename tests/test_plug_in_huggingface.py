@@ -176,7 +176,7 @@ def test_trained_with_the_trainer_saved_and_loaded(transformers, name, tmp_path)
     pytest.importorskip("accelerate")
     torch.manual_seed(0)
     model = detector(transformers, name)
-    names = plug_in(model, sigma=2.0, scale_logits=True, temperature=1.0)
+    names = plug_in(model, sigma=2.0, scale_logits=True, temperature=1.0, kernels="torch")
     before = copy.deepcopy(model.state_dict())
     settings = transformers.TrainingArguments(
         output_dir=tmp_path / "run",
@@ -199,6 +199,7 @@ def test_trained_with_the_trainer_saved_and_loaded(transformers, name, tmp_path)
     trainer.save_model(tmp_path / "saved")
     noted = json.loads((tmp_path / "saved" / "config.json").read_text())["enact"]
     assert list(noted) == names and noted[names[0]]["sigma"] == 2.0 and noted[names[0]]["kind"] == "enact"
+    assert noted[names[0]]["kernels"] == "torch"
     loaded = load_plugged(transformers.AutoModelForObjectDetection, tmp_path / "saved")
     assert type(loaded) is type(model) and not loaded.training
     assert_same(loaded, model.eval())
@@ -403,9 +404,10 @@ def test_vision_transformers(clusters_of_one_token, library, scale_logits):  # n
     plain, names, _ = vit(library)
     plain = trained(plain).eval()
     model = copy.deepcopy(plain)
-    assert plug_in(model, scale_logits=scale_logits) == names
+    assert plug_in(model, scale_logits=scale_logits, kernels="torch") == names
     before = 3 if library == "timm" else 1
-    assert model.get_submodule(names[0]).tokens == MapTokens(before=before)
+    layer = model.get_submodule(names[0])
+    assert layer.tokens == MapTokens(before=before) and layer.kernels == "torch"
     images = torch.rand(2, 3, 64, 64)
     close(model(images), plain(images))
 

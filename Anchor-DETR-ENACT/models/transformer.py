@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from enact_common.attention.clustering import EntropyClustering, autocast_dtype, weigh_channels
+from enact_common.attention.clusters import Clusters
 from enact_common.attention.hilbert import HILBERT
 from enact_common.attention.kernels import AUTO
 from enact_common.boxes import boxes_at_points
@@ -183,13 +184,23 @@ class MapClustering(EntropyClustering):
         column = torch.arange(width, device=src.device).expand(height, -1).flatten()  # (H W,)
         line = torch.arange(height, device=src.device).unsqueeze(1).expand(-1, width).flatten()
         narrow = src.to(autocast_dtype(src))
+        mask = None if mask is None else mask.flatten(1)
         with torch.autocast(src.device.type, enabled=False):
             x_scores = weigh_channels(x, self.W_prob.weight[0])  # (batch, W)
-            scores = self.score(src, narrow) + x_scores.unsqueeze(1)  # (batch, H, W)
-            clusters = self.cluster_scores(scores.flatten(1), None if mask is None else mask.flatten(1))
-            content = clusters.pool(narrow.flatten(1, 2))
-            row = content + clusters.pool_shared(x, column)
-            col = content + clusters.pool_shared(y, line)
+
+            def pool() -> tuple[tuple[Tensor, ...], Clusters]:
+                scores = self.score(src, narrow) + x_scores.unsqueeze(1)  # (batch, H, W)
+                clusters = self.cluster_scores(scores.flatten(1), mask)
+                content = clusters.pool(narrow.flatten(1, 2))
+                return (content, clusters.pool_shared(x, column), clusters.pool_shared(y, line)), clusters
+
+            inputs = src.flatten(1, 2), narrow.flatten(1, 2), x_scores
+            (content, *pooled), clusters = self.prefer_kernels(inputs, mask, pool)()
+            if len(pooled) == 1:
+                # Triton's kernels return each cluster's weights of the columns and of the rows instead.
+                weights = pooled[0].split((width, height), dim=2)
+                pooled = [(w @ side.to(w.dtype)).to(side.dtype) for w, side in zip(weights, (x, y), strict=True)]
+            row, col = (content + positions for positions in pooled)
         return row, col, content, clusters.padding_mask
 
 

@@ -385,10 +385,23 @@ class EntropyClustering(nn.Module):
                 pooled = tuple(clusters.pool(tensor) for tensor in (scored if narrow is None else narrow, *others))
             return pooled, clusters
 
+        inputs = scored, scored if narrow is None else narrow, *others
+        return self.prefer_kernels(inputs, key_padding_mask, pool)
+
+    def prefer_kernels(self, inputs: tuple[Tensor, ...], key_padding_mask: Tensor | None, pool: Callable) -> Callable:
+        """Start Triton's kernels where they cover the inputs.
+
+        Args:
+            inputs: the scored tokens, these or `narrow`, and the other tensors to pool; see `start_kernels`.
+            key_padding_mask: as in `pool`.
+            pool: computes the same with PyTorch.
+
+        Returns:
+            a function that returns the kernels' result, or that of `pool`.
+        """
         if not wants_triton(self.kernels):
             return pool
-        inputs = scored, scored if narrow is None else narrow, *others
-        reason = reason_against_pooling(*inputs) or self.reason_against_kernels(scored, key_padding_mask)
+        reason = reason_against_pooling(*inputs) or self.reason_against_kernels(inputs[0], key_padding_mask)
         finish = attempt("clusters", self.kernels, reason, lambda: self.start_kernels(inputs, key_padding_mask))
         return pool if finish is None else lambda: attempt("clusters", self.kernels, None, finish) or pool()
 
@@ -413,7 +426,13 @@ class EntropyClustering(nn.Module):
     def start_kernels(
         self, inputs: tuple[Tensor, Tensor, Tensor], key_padding_mask: Tensor | None
     ) -> Callable[[], tuple[tuple[Tensor, Tensor], Clusters]]:
-        """Do what `start_pooling` does, with Triton; inputs: the scored tokens, these or `narrow`, and the values."""
+        """Do what `start_pooling` does, with Triton.
+
+        Args:
+            inputs: the scored tokens, these or `narrow`, and the values, (batch, N, d) each. Instead of the values:
+                float32 (batch, W), scores that are added in each of a map's columns; see `pooling.pool_clusters`.
+            key_padding_mask: as in `pool`.
+        """
         # Imported here, since Triton is optional.
         from .kernels import pooling
 
@@ -426,7 +445,8 @@ class EntropyClustering(nn.Module):
         )
         weight, bias = self.W_prob.weight[0], self.W_prob.bias
         padded = key_padding_mask.contiguous() if setting.equal and key_padding_mask is not None else None
-        started = pooling.start(inputs[0], padded, weight, bias, self.kernel, setting)
+        columns = inputs[2] if inputs[2].ndim == 2 else None
+        started = pooling.start(inputs[0], padded, weight, bias, self.kernel, setting, columns)
         return lambda: pooling.finish(started, *inputs, weight, bias)
 
     def cluster(self, scored: Tensor, key_padding_mask: Tensor | None = None, narrow: Tensor | None = None) -> Clusters:

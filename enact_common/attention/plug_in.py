@@ -26,6 +26,7 @@ from .foreign import (
     known_tokens,
     read_attention,
 )
+from .kernels import AUTO
 from .layer import EnactSelfAttention
 from .map_tokens import MapTokens
 from .rivals import RIVALS, RivalSelfAttention
@@ -51,6 +52,7 @@ def plug_in(
     token_budget: int | None = None,
     map_size: tuple[int, int] | None = None,
     tokens: MapTokens | None = None,
+    kernels: str = AUTO,
 ) -> list[str]:
     """Replace the encoder self-attention of any model by ENACT's or a rival's, in place, keeping its weights.
 
@@ -71,7 +73,7 @@ def plug_in(
         where: which attention modules to replace: a regular expression that must match the whole dotted name, or a
             function (name, module) -> bool. None: the encoder self-attention (see `in_encoder`) of supported classes.
         kind: "enact", or a name in `RIVALS`.
-        clusters, per_image, mask_padding, max_clusters, temperature: as in `EntropyClustering`.
+        clusters, per_image, mask_padding, max_clusters, temperature, kernels: as in `EntropyClustering`.
         scale_logits: as in `EnactSelfAttention`. It does not change the model's output, but how it trains.
         token_budget, map_size: as in `RivalSelfAttention`. A kind that needs the map's size needs it here, unless the
             model passes `map_size` in its calls.
@@ -101,6 +103,7 @@ def plug_in(
             "token_budget": token_budget,
             "map_size": map_size,
             "tokens": tokens,
+            "kernels": kernels,
         },
     )
     candidates = attention_modules(module)

@@ -11,7 +11,7 @@ from matplotlib.ticker import PercentFormatter
 
 from enact_common.attention.rivals import RIVALS
 from enact_common.benchmark.isolated import DONE
-from enact_common.benchmark.labels import GIB, LAYERS, MIB, PARTS, ROWS, TRITON_LAYERS, precision_text
+from enact_common.benchmark.labels import GIB, GPU_LAYERS, GRAPHED_LAYERS, LAYERS, MIB, PARTS, ROWS, precision_text
 from enact_common.drawing.figures import save
 
 # The palette of Okabe and Ito is safe for colour-blind readers. Plain attention has cool colours, clustered attention
@@ -29,8 +29,9 @@ LAYER_COLOURS = {
 }
 # Rivals reuse these colours, on dashed lines.
 LAYER_COLOURS |= dict(zip(RIVALS, itertools.cycle(LAYER_COLOURS.values())))
-# Triton's layers have those of PyTorch's, on dotted lines.
-LAYER_COLOURS |= {name: LAYER_COLOURS[layer] for name, layer in TRITON_LAYERS.items()}
+# Layers that need a GPU have the colours of the others, on dotted lines, and CUDA graphs on dash-dotted ones.
+LAYER_COLOURS |= {name: LAYER_COLOURS[layer] for name, layer in GPU_LAYERS.items()}
+LINES = dict.fromkeys(RIVALS, "--") | dict.fromkeys(GPU_LAYERS, ":") | dict.fromkeys(GRAPHED_LAYERS, "-.")
 PART_COLOURS = dict(zip(PARTS, ("#999999", "#D55E00", "#E69F00", "#0072B2", "#009E73", "#CC79A7"), strict=True))
 CACHE_COLOURS = {"off": "#999999", "encoded": "#0072B2", "decoded": "#D55E00"}
 
@@ -164,7 +165,7 @@ def draw_scaling(figures: dict, path: Path) -> None:
             "marker": "o",
             "markersize": 4,
             "color": LAYER_COLOURS[name],
-            "linestyle": "--" if name in RIVALS else ":" if name in TRITON_LAYERS else "-",
+            "linestyle": LINES.get(name, "-"),
         }
         fits = [f"{kind} $N^{{{fit:.2f}}}$" for kind, fit in figures["fits"][name].items() if fit is not None]
         handles.append(Line2D([], [], label=f"{LAYERS[name]}: {', '.join(fits)}" if fits else LAYERS[name], **style))

@@ -17,7 +17,7 @@ from enact_common.attention.layer import EnactSelfAttention
 from enact_common.attention.rivals import RIVALS, RivalSelfAttention
 from enact_common.benchmark.detectors import counted_clusters
 from enact_common.benchmark.isolated import DONE, FAILED, OUT_OF_MEMORY, Outcome, Worker, worker_for
-from enact_common.benchmark.labels import LAYERS, LIMIT, MIB, TRITON_LAYERS, precision_text
+from enact_common.benchmark.labels import GPU_LAYERS, GRAPHED_LAYERS, LAYERS, LIMIT, MIB, TRITON_LAYERS, precision_text
 from enact_common.benchmark.measuring import MemoryMeter, spread, synchronizer, take_turns
 from enact_common.benchmark.report import (
     LEFT,
@@ -32,6 +32,7 @@ from enact_common.benchmark.report import (
     quotient,
 )
 from enact_common.cli.types import non_negative_float, positive_int
+from enact_common.models.graphed import capture
 from enact_common.models.layers import map_keywords
 from enact_common.utils.device import AMP_DTYPE, autocast, check_precision, default_device, find_device
 from enact_common.utils.errors import UserError
@@ -128,11 +129,14 @@ class Workload:
         self.eager = name == "mha_eager"
         size = (problem.batch, *shape, problem.channels)
         src, pos = (blur(torch.randn(size), problem.smooth).to(self.device) for _ in range(2))
-        kernels = TRITON if name in TRITON_LAYERS else TORCH
-        name = TRITON_LAYERS.get(name, name)
+        graphed, name = name in GRAPHED_LAYERS, GRAPHED_LAYERS.get(name, name)
+        kernels, name = TRITON if name in TRITON_LAYERS else TORCH, TRITON_LAYERS.get(name, name)
         make = self.row_column if name in ("rcda", "clustered_rcda") else self.multi_head
         self.layer, self.inputs, self.attend = make(name, src, pos, problem, kernels)
         self.layer.to(self.device)
+        if graphed:
+            with autocast(self.device, self.amp):
+                self.attend = capture(self.layer, self.attend, self.inputs)
 
     @staticmethod
     def multi_head(name: str, src: Tensor, pos: Tensor, problem: Problem, kernels: str):
@@ -344,8 +348,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--channels {args.channels}: must be a multiple of --heads ({args.heads})")
     device = find_device(args.device or default_device())
     for name in args.layers or ():
-        if name in TRITON_LAYERS and device.type != "cuda":
-            raise UserError(f"--layers {name}: Triton's kernels need a GPU, not {device}; pass {TRITON_LAYERS[name]}")
+        if name in GPU_LAYERS and device.type != "cuda":
+            raise UserError(f"--layers {name}: needs a GPU, not {device}; pass {GPU_LAYERS[name]}")
     check_precision(args.amp, device)
     report = Report(args.output_dir, "scaling")
     problem = Problem(args.batch, args.channels, args.heads, args.smooth, str(device), args.amp)
@@ -356,7 +360,7 @@ def run(args: argparse.Namespace) -> int:
         "settings": {name: getattr(args, name) for name in names},
         "rows": [],
     }
-    wanted = args.layers or [name for name in LAYERS if device.type == "cuda" or name not in TRITON_LAYERS]
+    wanted = args.layers or [name for name in LAYERS if device.type == "cuda" or name not in GPU_LAYERS]
     layers = [name for name in LAYERS if name in wanted]
     worker = worker_for(device)
     for shape in sorted({map_shape(tokens) for tokens in args.tokens}, key=math.prod):
@@ -390,7 +394,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=tuple(LAYERS),
         metavar="LAYER",
-        help=f"layers to measure, of {', '.join(LAYERS)}; those with triton need a GPU (default: all that run)",
+        help=f"layers to measure, of {', '.join(LAYERS)}; triton and graph need a GPU (default: all that run)",
     )
     parser.add_argument(
         "--batch", type=positive_int, default=1, metavar="N", help="images per batch (default: %(default)s)"

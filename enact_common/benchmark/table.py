@@ -10,7 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from enact_common.attention.clustering import EQUAL
 from enact_common.benchmark.detectors import (
     BATCH_SIZES,
     add_model_flags,
@@ -41,8 +43,10 @@ from enact_common.benchmark.report import (
 )
 from enact_common.cli.types import natural_int, positive_int
 from enact_common.data.annotations import find_split
+from enact_common.models.graphed import graph_encoder
 from enact_common.utils.acceleration import prepare
 from enact_common.utils.device import AMP_DTYPE, autocast, default_device, find_device
+from enact_common.utils.errors import UserError
 from enact_common.variants import VARIANTS
 
 PHASES = ("training", "inference")
@@ -67,6 +71,7 @@ class Measurement:
         size: (height, width) of the images, pixels.
         real: use images of `args.coco_path` instead of noise.
         repeat, warmup: numbers of timed runs, and of untimed runs before them.
+        graphed: run the encoder as CUDA graphs.
     """
 
     variant: str
@@ -76,6 +81,7 @@ class Measurement:
     real: bool
     repeat: int
     warmup: int
+    graphed: bool = False
 
 
 def measure(measurement: Measurement, phase: str) -> dict:
@@ -93,7 +99,7 @@ def measure(measurement: Measurement, phase: str) -> dict:
         )
         model, criterion, postprocess = build_detector(measurement.variant, args, samples, device)
         if phase == "training":
-            prepare(model, args, device)
+            make_ready(model, measurement, device)
             if device.type == "cuda":
                 # The data loader also returns pinned memory.
                 samples = samples.pin_memory()
@@ -111,7 +117,7 @@ def measure(measurement: Measurement, phase: str) -> dict:
             if not is_out_of_memory(error):
                 raise
             counts = {}
-        prepare(model, args, device)
+        make_ready(model, measurement, device)
 
         @torch.no_grad()
         def detect() -> None:
@@ -121,6 +127,13 @@ def measure(measurement: Measurement, phase: str) -> dict:
 
         figures = measure_step(detect, measurement, device)
     return {**figures, **counts, "parameters": sum(parameter.numel() for parameter in model.parameters())}
+
+
+def make_ready(model: nn.Module, measurement: Measurement, device: torch.device) -> None:
+    """Prepare a model as in a run, and for CUDA graphs."""
+    prepare(model, measurement.args, device)
+    if measurement.graphed:
+        graph_encoder(model)
 
 
 def measure_step(step: Callable[[], object], measurement: Measurement, device: torch.device) -> dict:
@@ -299,7 +312,7 @@ def plan(args: argparse.Namespace) -> list[Measurement]:
     overrides += ["--device", args.device] if args.device else []
     overrides += ["--batch_size", str(args.batch)] if args.batch else []
     overrides += ["--compile"] if args.compile else []
-    return [
+    measurements = [
         Measurement(
             variant,
             row,
@@ -308,12 +321,30 @@ def plan(args: argparse.Namespace) -> list[Measurement]:
             args.coco_path is not None,
             args.repeat,
             args.warmup,
+            args.graph_encoder,
         )
         for variant in VARIANTS
         if variant in args.variants
         for row in ROWS
         if row in args.rows
     ]
+    if args.graph_encoder:
+        refuse_graphs(measurements)
+    return measurements
+
+
+def refuse_graphs(measurements: list[Measurement]) -> None:
+    """Raise UserError if a measured encoder cannot be captured in CUDA graphs."""
+    for measurement in measurements:
+        args = measurement.args
+        if measurement.variant == "anchor":
+            raise UserError("--graph_encoder: Anchor DETR's encoder is not captured; pass --variants detr conditional")
+        if args.encoder_attention == "enact" and args.enact_clusters != EQUAL:
+            raise UserError("--graph_encoder: the host reads the number of windows; pass -- --enact_clusters equal")
+        if args.compile or args.checkpoint_activations:
+            raise UserError("--graph_encoder: leave out --compile and --checkpoint_activations")
+    if find_device(args.device).type != "cuda":
+        raise UserError(f"--graph_encoder: CUDA graphs need a GPU, not {args.device}; leave it out")
 
 
 def describe(args: argparse.Namespace, measurements: list[Measurement]) -> dict:
@@ -323,7 +354,9 @@ def describe(args: argparse.Namespace, measurements: list[Measurement]) -> dict:
         "settings": {
             "size": args.size,
             "images": f"validation images of {args.coco_path}, padded" if args.coco_path else "random noise",
-            "precision": precision_text(args.amp) + (", compiled" if args.compile else ""),
+            "precision": precision_text(args.amp)
+            + (", compiled" if args.compile else "")
+            + (", encoder as CUDA graphs" if args.graph_encoder else ""),
             "repeat": args.repeat,
             "warmup": args.warmup,
             "flags": args.flags,
@@ -379,6 +412,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--amp", choices=tuple(AMP_DTYPE), default="none", help="mixed precision (default: %(default)s)"
     )
     parser.add_argument("--compile", action="store_true", help="pass --compile to the models")
+    parser.add_argument(
+        "--graph_encoder",
+        action="store_true",
+        help="run the encoders of DETR and Conditional DETR as CUDA graphs; ENACT needs -- --enact_clusters equal",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument(
         "--coco_path", metavar="DIR", help="use the first validation images of this data set (default: noise)"

@@ -79,6 +79,11 @@ STEPS = (
     checks("attention", 80, "attention", "layers"),
     checks("kernels", 60, "kernels"),
     table("table_triton", 70, "--rows enact --amp bf16 --repeat 5 --warmup 3", "--enact_kernels triton"),
+    checks("graphs", 40, "graphs"),
+    table(
+        "table_graph", 40, "--variants detr --rows efficient enact --graph_encoder --amp bf16 --repeat 5 --warmup 3",
+        "--enact_clusters equal",
+    ),
     checks("sizes", 60, "sizes"),
     Step(
         "scaling", 60, "benchmark", ("scaling", "--amp", "bf16"),

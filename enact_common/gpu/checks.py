@@ -5,6 +5,7 @@ code without useful timings.
 """
 
 import contextlib
+import copy
 import json
 import statistics
 import tempfile
@@ -37,6 +38,9 @@ from enact_common.benchmark.isolated import numerics
 from enact_common.benchmark.measuring import synchronizer, take_turns
 from enact_common.data.synthetic import make_shapes
 from enact_common.gpu import golden
+from enact_common.models.graphed import graph_encoder
+from enact_common.models.layers import TransformerEncoderLayer
+from enact_common.models.transformer import TransformerEncoder
 from enact_common.training.engine import NonFiniteLossError, to_device
 from enact_common.training.run import main as run_variant
 from enact_common.utils.acceleration import prepare
@@ -329,7 +333,7 @@ def kept_mib(forward: Callable[[], Tensor]) -> float:
 
 
 def check_kernels(setting: Setting) -> list[dict]:
-    """Triton's kernels and PyTorch, forward and backward: one encoder layer, and Anchor DETR's products.
+    """Triton's kernels and PyTorch, forward and backward: one encoder layer, and Anchor DETR's clusters and products.
 
     `difference`: the largest one of outputs and gradients, relative to the largest value of each. It is large where
     rounding gives other borders. `ran`: whether the kernels ran; otherwise PyTorch took over, as it does on a CPU.
@@ -343,6 +347,12 @@ def check_kernels(setting: Setting) -> list[dict]:
                 row = {"of": f"{name}, {batch} x {tokens} tokens", "precision": amp}
                 rows.append(row | compare_kernels(setting, "clusters", step))
     height, width, heads = (3, 5, 2) if setting.small else (50, 84, 32)
+    for amp in ("none", "bf16"):
+        for name in ("ENACT", "ENACT, equal information"):
+            layer = load_variant("anchor").models.transformer.MapClustering(256, **LAYERS[name]).to(setting.device)
+            step = partial(map_gradients, setting, layer, (4, height, width), amp)
+            row = {"of": f"{name}, clusters of 4 maps of {height} x {width}", "precision": amp}
+            rows.append(row | compare_kernels(setting, "clusters", step))
     for dtype in (torch.float32, torch.bfloat16):
         for kind in ("clusters", "map"):
             step = partial(product_gradients, setting, kind, heads, height, width, dtype)
@@ -351,23 +361,40 @@ def check_kernels(setting: Setting) -> list[dict]:
     return rows
 
 
-def compare_kernels(setting: Setting, name: str, step: Callable[[str], list[Tensor]]) -> dict:
+def check_graphs(setting: Setting) -> list[dict]:
+    """Encoders of six layers with clusters of equal information, in bf16, as CUDA graphs and eagerly.
+
+    Columns as of the kernels' check. On a CPU, both are eager.
+    """
+    rows = []
+    for batch, tokens in setting.maps:
+        for kernels in (TORCH, TRITON):
+            step = encoder_step(setting, batch, tokens, kernels)
+            row = {"of": f"kernels {kernels}, {batch} x {tokens} tokens"}
+            rows.append(row | compare_kernels(setting, "clusters", step, ("eager", "graph")))
+    return rows
+
+
+def compare_kernels(
+    setting: Setting, name: str, step: Callable[[str], list[Tensor]], choices: tuple[str, str] = (TORCH, TRITON)
+) -> dict:
     """Return the difference, the times and on a GPU the kernels of a step in PyTorch and with Triton's kernels.
 
     Args:
         setting: the device and sizes.
         name: the kernels' name in `failed_kernels`.
         step: computes outputs and gradients, with the choice of kernels.
+        choices: the two choices.
     """
-    expected, results = step(TORCH), step(TRITON)
+    expected, results = map(step, choices)
     differences = [
         ((result - other).abs().max() / other.abs().max().clamp(min=UNIT)).item()
         for result, other in zip(results, expected, strict=True)
     ]
     row = {"ran": setting.cuda and name not in failed_kernels(), "difference": max(differences)}
-    for choice in (TORCH, TRITON):
+    for choice in choices:
         row[f"{choice}: ms"] = setting.milliseconds(partial(step, choice))
-    for choice in (TORCH, TRITON) if setting.cuda else ():
+    for choice in choices if setting.cuda else ():
         row |= {f"{choice}: {key}": value for key, value in kernel_stats(partial(step, choice)).items()}
     return row
 
@@ -381,6 +408,47 @@ def layer_gradients(setting: Setting, layer: EnactSelfAttention, batch: int, tok
     with autocast(setting.device, amp):
         output = layer(src, src, src)[0].float()
     return [output.detach(), *torch.autograd.grad(output, [src, layer.W_prob.weight], gradient)]
+
+
+def encoder_step(setting: Setting, batch: int, tokens: int, kernels: str) -> Callable[[str], list[Tensor]]:
+    """Return a step in bf16 of an encoder with clusters of equal information, which takes "eager" or "graph".
+
+    It returns the output, and the gradients of the input and of a scoring weight. On a CPU, "graph" is eager too.
+    """
+    attention = EnactSelfAttention(256, 8, kernels=kernels, **LAYERS["ENACT, equal information"])
+    layer = TransformerEncoderLayer(attention, 256, dropout=0.0)
+    eager = TransformerEncoder(layer, 1 if setting.small else 6).to(setting.device)
+    encoders = {"eager": eager, "graph": copy.deepcopy(eager)}
+    if setting.cuda:
+        graph_encoder(encoders["graph"])
+    mask = torch.zeros(batch, tokens, dtype=torch.bool, device=setting.device)
+
+    def step(choice: str) -> list[Tensor]:
+        torch.manual_seed(0)
+        src, pos, gradient = torch.randn(3, tokens, batch, 256, device=setting.device)
+        src.requires_grad_()
+        with autocast(setting.device, "bf16"):
+            output = encoders[choice](src, mask, pos, (1, tokens)).float()
+        weight = encoders[choice].layers[0].self_attn.W_prob.weight
+        return [output.detach(), *torch.autograd.grad(output, [src, weight], gradient)]
+
+    return step
+
+
+def map_gradients(setting: Setting, layer: nn.Module, size: tuple[int, int, int], amp: str, kernels: str):
+    """Return the clusters of maps of Anchor DETR with these kernels, and the gradients of all inputs, in float32."""
+    torch.manual_seed(0)
+    layer.kernels = kernels
+    batch, height, width = size
+    shapes = ((batch, height, width, 256), (batch, width, 256), (batch, height, 256))
+    inputs = [torch.randn(shape, device=setting.device, requires_grad=True) for shape in shapes]
+    with autocast(setting.device, amp):
+        pooled = [tensor.float() for tensor in layer(*inputs)[:3]]
+    weights = [torch.randn_like(tensor) for tensor in pooled]
+    return [
+        *(tensor.detach() for tensor in pooled),
+        *torch.autograd.grad(pooled, [*inputs, layer.W_prob.weight], weights),
+    ]
 
 
 def product_gradients(
@@ -514,6 +582,7 @@ CHECKS = {
     "attention": check_attention,
     "layers": check_layers,
     "kernels": check_kernels,
+    "graphs": check_graphs,
     "sizes": check_sizes,
 }
 

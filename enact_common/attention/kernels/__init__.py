@@ -76,9 +76,17 @@ def reason_against(tensors: Sequence[Tensor]) -> str | None:
 
 
 def reason_against_pooling(*tensors: Tensor) -> str | None:
-    """Return why the kernels cannot pool these tensors: scored tokens, a copy of them, others; None if they can."""
-    if len(tensors) != 3 or tensors[0].ndim != 3 or len({tensor.shape for tensor in tensors}) > 1:
+    """Return why the kernels cannot pool these tensors: scored tokens, a copy of them, others; None if they can.
+
+    The last tensor can also be (batch, W), the scores of a map's columns.
+    """
+    of_map = tensors[-1].ndim == 2
+    tokens = tensors[:-1] if of_map else tensors
+    if len(tensors) != 3 or tensors[0].ndim != 3 or len({tensor.shape for tensor in tokens}) > 1:
         return "they pool two tensors of one shape (batch, N, d)"
+    width = tensors[-1].shape[1]
+    if of_map and width + tensors[0].shape[1] // max(width, 1) > MOST_CHANNELS:
+        return f"they pool maps of at most {MOST_CHANNELS} columns and rows"
     if tensors[0].shape[2] > MOST_CHANNELS:
         return f"they pool at most {MOST_CHANNELS} channels"
     return reason_against(tensors)

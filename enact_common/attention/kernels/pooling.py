@@ -13,6 +13,9 @@ The kernels run in this order, with a grid of (blocks of places, images) or (clu
     weight_grad   gradients of the pooled tensors to those of the smoothed information
     prob_grad     to those of the probabilities
     token_grad    to those of the tokens, and of the scoring weights in each block
+
+With `SIDES`, the tokens are the cells of a map whose columns have scores too. Instead of values, each cluster gets the
+sum of its pooling weights in every column and every row of the map, which pool the positions of columns and rows.
 """
 
 from dataclasses import dataclass
@@ -31,8 +34,10 @@ TILE = 4096
 
 # Sizes that change from batch to batch: kernels are not compiled anew where one is 1 or a multiple of 16.
 kernel = triton.jit(
-    do_not_specialize=["num_images", "num_tokens", "num_clusters", "num_blocks", "max_clusters", "skipped", "length"]
-)
+    do_not_specialize=[
+        "num_images", "num_tokens", "num_clusters", "num_blocks", "max_clusters", "skipped", "length", "width",
+    ]
+)  # fmt: skip
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -46,9 +51,9 @@ LEAST_TOTAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 @kernel
 def score(
-    tokens, weight, bias, padded, logits, order, present, block_stats,
-    num_tokens, channels, image_stride, token_stride, num_blocks,
-    MASKED: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr, MASK_PLACES: tl.constexpr,
+    tokens, weight, bias, columns, padded, logits, order, present, block_stats,
+    num_tokens, channels, image_stride, token_stride, num_blocks, width,
+    MASKED: tl.constexpr, SIDES: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr, MASK_PLACES: tl.constexpr,
 ):  # fmt: skip
     """Score the tokens of a block, and store the scores at the tokens' places."""
     block, image = tl.program_id(0), tl.program_id(1)
@@ -62,6 +67,8 @@ def score(
         factors = tl.load(weight + channel, mask=channel < channels, other=0.0).to(tl.float32)
         logit += tl.sum(tile * factors[None, :], axis=1)
     logit += tl.load(bias).to(tl.float32)
+    if SIDES > 0:
+        logit += tl.load(columns + image * width + token % width, mask=inside, other=0.0)
 
     kept, place = inside, token
     if MASKED:
@@ -268,15 +275,16 @@ def span_of(first, image, cluster, num_clusters, skipped, length, WINDOWS: tl.co
 @kernel
 def pool(
     key, value, smooth, divisors, first, order, pooled_key, pooled_value,
-    num_tokens, num_clusters, channels, skipped, length, key_image, key_token, value_image, value_token,
-    MASKED: tl.constexpr, WINDOWS: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
+    num_tokens, num_clusters, channels, skipped, length, width, key_image, key_token, value_image, value_token,
+    MASKED: tl.constexpr, WINDOWS: tl.constexpr, SIDES: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Pool the keys and the values of one cluster."""
+    """Pool the keys of one cluster, and its values, or its weights in the columns and rows of the map."""
     cluster, image = tl.program_id(0), tl.program_id(1)
     begin, end = span_of(first, image, cluster, num_clusters, skipped, length, WINDOWS)
     divisor = tl.load(divisors + image)
     channel = tl.arange(0, CHANNELS)
-    key_sum, value_sum = tl.zeros((CHANNELS,), tl.float32), tl.zeros((CHANNELS,), tl.float32)
+    side = tl.arange(0, SIDES if SIDES > 0 else CHANNELS)
+    key_sum, value_sum = tl.zeros_like(channel).to(tl.float32), tl.zeros_like(side).to(tl.float32)
     total = 0.0
     for start in range(begin, end, PLACES):
         place = start + tl.arange(0, PLACES)
@@ -288,24 +296,31 @@ def pool(
             token = tl.load(order + image * num_tokens + place, mask=inside, other=0)
         both = inside[:, None] & (channel < channels)[None, :]
         keys = tl.load(key + image * key_image + token[:, None] * key_token + channel[None, :], mask=both, other=0.0)
-        values = tl.load(
-            value + image * value_image + token[:, None] * value_token + channel[None, :], mask=both, other=0.0
-        )
         key_sum += tl.sum(keys.to(tl.float32) * weight[:, None], axis=0)
-        value_sum += tl.sum(values.to(tl.float32) * weight[:, None], axis=0)
+        if SIDES > 0:
+            own = ((token % width)[:, None] == side[None, :]) | ((width + token // width)[:, None] == side[None, :])
+            value_sum += tl.sum(tl.where(own, weight[:, None], 0.0), axis=0)
+        else:
+            values = tl.load(
+                value + image * value_image + token[:, None] * value_token + channel[None, :], mask=both, other=0.0
+            )
+            value_sum += tl.sum(values.to(tl.float32) * weight[:, None], axis=0)
         total += tl.sum(weight, axis=0)
     # A missing cluster has no tokens; NaN must stay NaN.
     total = tl.where(begin < end, total, 1.0)
-    row = (image * num_clusters + cluster) * channels + channel
-    tl.store(pooled_key + row, key_sum / total, mask=channel < channels)
-    tl.store(pooled_value + row, value_sum / total, mask=channel < channels)
+    row = image * num_clusters + cluster
+    tl.store(pooled_key + row * channels + channel, key_sum / total, mask=channel < channels)
+    sides = channels
+    if SIDES > 0:
+        sides = width + num_tokens // width
+    tl.store(pooled_value + row * sides + side, value_sum / total, mask=side < sides)
 
 
 @kernel
 def weight_grad(
     key, value, smooth, divisors, first, order, key_grad, value_grad, smooth_grad, weights,
-    num_tokens, num_clusters, channels, skipped, length, key_image, key_token, value_image, value_token,
-    MASKED: tl.constexpr, WINDOWS: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
+    num_tokens, num_clusters, channels, skipped, length, width, key_image, key_token, value_image, value_token,
+    MASKED: tl.constexpr, WINDOWS: tl.constexpr, SIDES: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Compute the pooling weights w of one cluster, and the gradient of its smoothed information.
 
@@ -315,9 +330,12 @@ def weight_grad(
     begin, end = span_of(first, image, cluster, num_clusters, skipped, length, WINDOWS)
     divisor = tl.load(divisors + image)
     channel = tl.arange(0, CHANNELS)
-    row = (image * num_clusters + cluster) * channels + channel
-    of_keys = tl.load(key_grad + row, mask=channel < channels, other=0.0).to(tl.float32)
-    of_values = tl.load(value_grad + row, mask=channel < channels, other=0.0).to(tl.float32)
+    row = image * num_clusters + cluster
+    of_keys = tl.load(key_grad + row * channels + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    if SIDES > 0:
+        of_sides = value_grad + row * (width + num_tokens // width)
+    else:
+        of_values = tl.load(value_grad + row * channels + channel, mask=channel < channels, other=0.0).to(tl.float32)
     total, mean = 0.0, 0.0
     for start in range(begin, end, PLACES):
         place = start + tl.arange(0, PLACES)
@@ -330,11 +348,15 @@ def weight_grad(
             token = tl.load(order + address, mask=inside, other=0)
         both = inside[:, None] & (channel < channels)[None, :]
         keys = tl.load(key + image * key_image + token[:, None] * key_token + channel[None, :], mask=both, other=0.0)
-        values = tl.load(
-            value + image * value_image + token[:, None] * value_token + channel[None, :], mask=both, other=0.0
-        )
-        product = keys.to(tl.float32) * of_keys[None, :] + values.to(tl.float32) * of_values[None, :]
-        product = tl.sum(product, axis=1)
+        product = keys.to(tl.float32) * of_keys[None, :]
+        if SIDES > 0:
+            product = tl.sum(product, axis=1) + tl.load(of_sides + token % width, mask=inside, other=0.0)
+            product += tl.load(of_sides + width + token // width, mask=inside, other=0.0)
+        else:
+            values = tl.load(
+                value + image * value_image + token[:, None] * value_token + channel[None, :], mask=both, other=0.0
+            )
+            product = tl.sum(product + values.to(tl.float32) * of_values[None, :], axis=1)
         tl.store(smooth_grad + address, product, mask=inside)
         total += tl.sum(weight, axis=0)
         mean += tl.sum(weight * product, axis=0)
@@ -391,9 +413,13 @@ def token_grad(
     key_grad, value_grad, scored_out, value_out, weight_out,
     num_tokens, num_clusters, channels, num_blocks, skipped, length,
     key_image, key_token, scored_image, scored_token, value_image, value_token,
-    MASKED: tl.constexpr, WINDOWS: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr, BLOCKS: tl.constexpr,
+    MASKED: tl.constexpr, WINDOWS: tl.constexpr, SIDES: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of a block's tokens, and its part of the gradient of the scoring weights and bias."""
+    """Compute the gradients of a block's tokens, and its part of the gradient of the scoring weights and bias.
+
+    With `SIDES`, `value_out` gets the gradients of the scores.
+    """
     block, image = tl.program_id(0), tl.program_id(1)
     place = block * PLACES + tl.arange(0, PLACES)
     inside = place < num_tokens
@@ -433,9 +459,12 @@ def token_grad(
         of_keys = tl.load(key_grad + row[:, None] + channel[None, :], mask=read, other=0.0).to(tl.float32)
         result = of_keys * share[:, None] + grad[:, None] * factors[None, :]
         tl.store(scored_out + image * scored_image + token[:, None] * scored_token + channel[None, :], result, stored)
-        of_values = tl.load(value_grad + row[:, None] + channel[None, :], mask=read, other=0.0).to(tl.float32)
-        result = of_values * share[:, None]
-        tl.store(value_out + image * value_image + token[:, None] * value_token + channel[None, :], result, stored)
+        if SIDES == 0:
+            of_values = tl.load(value_grad + row[:, None] + channel[None, :], mask=read, other=0.0).to(tl.float32)
+            result = of_values * share[:, None]
+            tl.store(value_out + image * value_image + token[:, None] * value_token + channel[None, :], result, stored)
+    if SIDES > 0:
+        tl.store(value_out + image * value_image + token, grad, mask=inside)
     tl.store(out + channels, tl.sum(grad, axis=0))
 
 
@@ -467,6 +496,8 @@ class Started:
         weight, bias: (d,) and (1,), of the scores.
         taps: float32 (taps,), of the smoothing.
         setting: how the tokens are clustered.
+        columns: float32 (batch, W), added to the scores of the tokens in each of a map's columns, instead of values;
+            None for values.
 
     Attributes:
         counts: int32 (batch,), clusters of each image, if equal.
@@ -474,12 +505,21 @@ class Started:
     """
 
     def __init__(
-        self, scored: Tensor, padded: Tensor | None, weight: Tensor, bias: Tensor, taps: Tensor, setting: Setting
+        self,
+        scored: Tensor,
+        padded: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        taps: Tensor,
+        setting: Setting,
+        columns: Tensor | None = None,
     ):
         batch, num_tokens, channels = scored.shape
         self.scored_layout = torch.empty_like(scored, device="meta")
         self.setting = setting
         self.masked = padded is not None
+        self.width = 0 if columns is None else columns.shape[1]
+        self.sides = self.width + num_tokens // self.width if self.width else 0
         self.taps = taps
         self.num_blocks = triton.cdiv(num_tokens, BLOCK)
         self.blocks = triton.next_power_of_2(self.num_blocks)
@@ -500,9 +540,10 @@ class Started:
         self.skipped = self.length = 0
         grid = self.num_blocks, batch
         score[grid](
-            scored, weight, bias, padded if self.masked else scored, self.logits, self.order, self.present,
-            self.block_stats, num_tokens, channels, *scored.stride()[:2], self.num_blocks,
-            MASKED=self.masked, PLACES=BLOCK, CHANNELS=TILE // BLOCK, MASK_PLACES=MASK_SCAN,
+            scored, weight, bias, columns if self.width else bias, padded if self.masked else scored, self.logits,
+            self.order, self.present, self.block_stats, num_tokens, channels, *scored.stride()[:2], self.num_blocks,
+            self.width, MASKED=self.masked, SIDES=self.sides_tile(), PLACES=BLOCK, CHANNELS=TILE // BLOCK,
+            MASK_PLACES=MASK_SCAN,
         )  # fmt: skip
         information[grid](
             self.logits, self.block_stats, taps, self.present, self.smooth, block_sums, borders, num_tokens,
@@ -539,16 +580,21 @@ class Started:
 
     def sizes(self) -> tuple[int, ...]:
         """The integers that `pool` and `weight_grad` take behind the tensors."""
-        return self.logits.shape[1], self.shape[1], self.scored_layout.shape[2], self.skipped, self.length
+        return self.logits.shape[1], self.shape[1], self.scored_layout.shape[2], self.skipped, self.length, self.width
 
     def kinds(self) -> dict[str, bool]:
         """The constants that choose between kinds of clusters."""
         return {"MASKED": self.masked, "WINDOWS": not self.setting.equal}
 
+    def sides_tile(self) -> int:
+        """The constant `SIDES`: a power of 2, at least the map's width and height together; 0 with values."""
+        return triton.next_power_of_2(self.sides) if self.width else 0
+
     def tile(self) -> dict[str, int]:
         """The constants of a tile with all channels."""
-        channels = triton.next_power_of_2(self.scored_layout.shape[2])
-        return {"PLACES": max(min(TILE // channels, 16), 1), "CHANNELS": channels}
+        channels, sides = triton.next_power_of_2(self.scored_layout.shape[2]), self.sides_tile()
+        places = max(min(TILE // (channels + sides), 16), 1)
+        return {"SIDES": sides, "PLACES": places, "CHANNELS": channels}
 
 
 class ReadBack:
@@ -571,8 +617,13 @@ class ReadBack:
 
 
 def pool_clusters(started: Started, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """Pool keys and values (batch, N, d): (batch, M, d) each, in their dtypes."""
-    pooled_key, pooled_value = (tensor.new_empty(*started.shape, key.shape[2]) for tensor in (key, value))
+    """Pool keys and values (batch, N, d): (batch, M, d) each, in their dtypes.
+
+    With scores of columns instead of values, the second result is float32 (batch, M, W + H): the sums of each cluster's
+    pooling weights in every column and row of the map.
+    """
+    pooled_key = key.new_empty(*started.shape, key.shape[2])
+    pooled_value = value.new_empty(*started.shape, started.sides or key.shape[2])
     pool[started.shape[::-1]](
         key, value, started.smooth, started.divisors, started.first, started.order, pooled_key, pooled_value,
         *started.sizes(), *key.stride()[:2], *value.stride()[:2], **started.kinds(), **started.tile(),
@@ -587,9 +638,10 @@ def pool_gradients(
 
     Args:
         started: the clusters.
-        key, value: (batch, N, d), what was pooled.
+        key: (batch, N, d), what was pooled.
+        value: the same, or the scores of columns.
         weight: (d,), of the scores.
-        key_grad, value_grad: (batch, M, d), gradients of the pooled tensors.
+        key_grad, value_grad: gradients of the results of `pool_clusters`.
     """
     batch, num_tokens, channels = key.shape
     num_blocks, logits = started.num_blocks, started.logits
@@ -598,7 +650,7 @@ def pool_gradients(
     block_sums = logits.new_empty(batch, num_blocks)
     weight_out = logits.new_empty(batch, num_blocks, channels + 1)
     scored_out = torch.empty_like(started.scored_layout, device=key.device)
-    value_out = torch.empty_like(value)
+    value_out = torch.empty_like(logits if started.width else value)
     weight_grad[started.shape[::-1]](
         key, value, started.smooth, started.divisors, started.first, started.order, key_grad, value_grad, smooth_grad,
         weights, *started.sizes(), *key.stride()[:2], *value.stride()[:2], **started.kinds(), **started.tile(),
@@ -613,13 +665,15 @@ def pool_gradients(
         probability_grad, block_sums, key_grad, value_grad, scored_out, value_out, weight_out,
         num_tokens, started.shape[1], channels, num_blocks, started.skipped, started.length,
         *key.stride()[:2], *scored_out.stride()[:2], *value_out.stride()[:2], **started.kinds(),
-        PLACES=BLOCK, CHANNELS=TILE // BLOCK // 2, BLOCKS=started.blocks,
+        SIDES=started.sides_tile(), PLACES=BLOCK, CHANNELS=TILE // BLOCK // 2, BLOCKS=started.blocks,
     )  # fmt: skip
+    if started.width:
+        value_out = value_out.unflatten(1, (-1, started.width)).sum(dim=1)  # (batch, H, W) -> (batch, W)
     return scored_out, value_out, weight_out.sum(dim=(0, 1))
 
 
 class _Pool(torch.autograd.Function):
-    """Scoring, clustering and pooling as one function of scored tokens, values, scoring weights and bias.
+    """Scoring, clustering and pooling as one function of scored tokens, values or scores of columns, weights and bias.
 
     `key` holds the scored tokens, perhaps in a lower precision: its gradient is part of that of `scored`.
     """
@@ -665,22 +719,21 @@ class PooledClusters:
         return torch.full(self.shape, self.started.length, device=self.started.logits.device)
 
 
-def start(
-    scored: Tensor, padded: Tensor | None, weight: Tensor, bias: Tensor, taps: Tensor, setting: Setting
-) -> Started:
+def start(scored: Tensor, *others) -> Started:
     """Queue the kernels up to the clusters' borders. Arguments: as in `Started`."""
     with torch.no_grad(), torch.cuda.device_of(scored):
-        return Started(rows_contiguous(scored), padded, weight, bias, taps, setting)
+        return Started(rows_contiguous(scored), *others)
 
 
 def finish(
     started: Started, scored: Tensor, key: Tensor, value: Tensor, weight: Tensor, bias: Tensor
 ) -> tuple[tuple[Tensor, Tensor], PooledClusters]:
-    """Pool key and value: (batch, M, d) each, and their clusters.
+    """Return the result of `pool_clusters`, and the clusters.
 
     Args:
         started: the result of `start` for these scored tokens.
-        scored, value: (batch, N, d).
+        scored: (batch, N, d).
+        value: the same, or the scores of columns that `started` has.
         key: the scored tokens, or a copy of them in a lower precision, which is kept for the backward pass. Its
             gradient is added to that of `scored`.
         weight, bias: (d,) and (1,), of the scores.
@@ -690,7 +743,7 @@ def finish(
         scored, key, value = (rows_contiguous(tensor) for tensor in (scored, key, value))
         pooled = _Pool.apply(scored, key, value, weight, bias, started)
         if torch.is_grad_enabled():
-            check_gradients(started, key, value, weight)
+            check_gradients(started, key, value, weight, pooled)
     return pooled, PooledClusters(started)
 
 
@@ -703,12 +756,13 @@ def rows_contiguous(tokens: Tensor) -> Tensor:
 _checked: set[tuple] = set()
 
 
-def check_gradients(started: Started, key: Tensor, value: Tensor, weight: Tensor) -> None:
+def check_gradients(
+    started: Started, key: Tensor, value: Tensor, weight: Tensor, pooled: tuple[Tensor, Tensor]
+) -> None:
     """Run the backward kernels once for each kind of input: PyTorch cannot take over once a forward pass is done."""
     kind = (key.dtype, value.dtype, weight.dtype, started.masked, started.setting.equal, started.blocks)
-    kind += key.device, key.shape[2], len(started.taps)
+    kind += key.device, key.shape[2], len(started.taps), started.sides_tile()
     if kind not in _checked:
         with torch.no_grad():
-            zeros = (tensor.new_zeros(*started.shape, key.shape[2]) for tensor in (key, value))
-            pool_gradients(started, key, value, weight, *zeros)
+            pool_gradients(started, key, value, weight, *map(torch.zeros_like, pooled))
         _checked.add(kind)

@@ -130,23 +130,27 @@ class KnownLength:
         return 6
 
 
-def pooling_launches(equal: bool, dtype: torch.dtype) -> list[Launch]:
-    """Launch the kernels of one layer, forward and backward, for 4 x 4,200 tokens of 256 channels, as in DETR-DC5."""
+def pooling_launches(equal: bool, dtype: torch.dtype, of_map: bool = False) -> list[Launch]:
+    """Launch the kernels of one layer, forward and backward, for 4 x 4,200 tokens of 256 channels, as in DETR-DC5.
+
+    `of_map`: the tokens are maps of Anchor DETR. Kernels that do not differ are left out.
+    """
     scored = torch.empty(4200, 4, 256, device="meta").transpose(0, 1)
-    key, value = scored.to(dtype), scored.to(dtype)
+    key, value = scored.to(dtype), torch.empty(4, 84, device="meta") if of_map else scored.to(dtype)
     weight, bias = torch.empty(256, device="meta"), torch.empty(1, device="meta")
     padded = torch.empty(4, 4200, dtype=torch.bool, device="meta") if equal else None
     setting = pooling.Setting(equal, 256 * equal, temperature=1.0)
     read_back, pooling.ReadBack = pooling.ReadBack, KnownLength
     try:
         with recorded(pooling) as launches:
-            started = pooling.Started(scored, padded, weight, bias, torch.empty(17, device="meta"), setting)
+            columns = value if of_map else None
+            started = pooling.Started(scored, padded, weight, bias, torch.empty(17, device="meta"), setting, columns)
             started.await_length()
             pooled = pooling.pool_clusters(started, key, value)
             pooling.pool_gradients(started, key, value, weight, *pooled)
     finally:
         pooling.ReadBack = read_back
-    return launches
+    return [launch for launch in launches if not of_map or "SIDES" in launch.arguments]
 
 
 def row_column_launches(members_last: bool, dtype: torch.dtype) -> list[Launch]:
@@ -171,6 +175,8 @@ def all_launches(dtype: torch.dtype) -> dict[str, list[Launch]]:
     return {
         "equal clusters": pooling_launches(True, dtype),
         "windows": pooling_launches(False, dtype),
+        "equal clusters of maps": pooling_launches(True, dtype, of_map=True),
+        "windows of maps": pooling_launches(False, dtype, of_map=True),
         "product over clusters": row_column_launches(True, dtype),
         "product over the map": row_column_launches(False, dtype),
     }
