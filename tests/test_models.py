@@ -2,7 +2,6 @@
 
 import copy
 import io
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import pytest
 import torch
 import torchvision
 from conftest import ALL_STAGES, ATTENTIONS, SMALL_MODEL, TOKENS, build, parse
-from processes import Forked
+from processes import FORKS, Forked
 from torch.testing import assert_close
 from torchvision.transforms.v2 import functional as F
 
@@ -631,9 +630,9 @@ def test_detectors_and_models_can_be_loaded_in_a_fresh_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_detector_works_in_a_spawned_pool():
+def test_a_detector_works_in_a_pool():
     made, pixels = detector("anchor"), torch.rand(3, 70, 90)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with FORKS.Pool(1) as pool:  # pickles the detector, as a pool of new interpreters does
         found = pool.apply_async(made, (pixels,)).get(timeout=100)
     assert_close(found.scores, made(pixels).scores)
 

@@ -35,7 +35,7 @@ from enact_common.study.arms import (
 )
 from enact_common.study.images import DOTS, TRAIN, VAL, Shapes, draw_one
 from enact_common.study.page import difference, difference_text, mean_and_spread
-from enact_common.study.presets import ARMS, LIST, PRESETS
+from enact_common.study.presets import ARMS, LIST, PRESETS, in_context
 from enact_common.study.schedule import needed, tasks_of
 from enact_common.study.sources import load_images
 from enact_common.study.training import (
@@ -473,7 +473,9 @@ def test_a_small_study_runs_resumes_and_writes_its_page(tmp_path, capsys, monkey
     # Fork this process, since new ones take seconds to import PyTorch.
     monkeypatch.setattr(schedule, "get_context", lambda method: FORKS)
     monkeypatch.setattr(isolated.multiprocessing, "get_context", lambda method: FORKS)
-    argv = ["--preset", "cpu", "--output_dir", str(tmp_path), "--fraction", "0.002", "--seeds", "1", "--jobs", "2"]
+    preset, drawn = PRESETS["cpu"], in_context(SOURCE)
+    monkeypatch.setitem(PRESETS, "cpu", replace(preset, trials=(replace(preset.trials[0], **drawn),)))
+    argv = ["--preset", "cpu", "--output_dir", str(tmp_path), "--fraction", "0.0005", "--seeds", "1", "--jobs", "2"]
     argv += ["--variants", "conditional", "--problems", "context"]
     argv += ["--arms", "uniform", "plain", "converted", "equal_12", "linear"]
     assert command.main(argv) == 0
