@@ -198,8 +198,8 @@ def losses_of_steps(variant: str, attention: str, amp: str, shapes) -> torch.Ten
 @pytest.mark.parametrize("variant_and_attention", PAIRS, ids="-".join)
 def test_losses_in_bf16_stay_within_two_percent(variant_and_attention, shapes):
     expected, ours = (losses_of_steps(*variant_and_attention, amp, shapes) for amp in ("none", "bf16"))
-    # The model must learn. Single steps are noisy, so means of twelve steps are compared. The learning rate is that of the
-    # plain models; at several times that rate, bf16 can deviate by more than the noise of float32.
+    # The model must learn. Single steps are noisy, so means of twelve steps are compared. The learning rate is that of
+    # the plain models; at several times that rate, bf16 can deviate by more than the noise of float32.
     ours, expected = (losses.view(-1, 12).mean(1) for losses in (ours, expected))
     assert expected[-1] < 0.97 * expected[0]
     assert_close(ours, expected, rtol=0.02, atol=0)
