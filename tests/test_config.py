@@ -69,7 +69,7 @@ def command_lines(draw, variant: str) -> list[str]:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(data=st.data())
 def test_written_settings_read_back_equal(variant, tmp_path_factory, data):
     args = parser_of(variant).parse_args(data.draw(command_lines(variant)))
