@@ -129,10 +129,13 @@ def assert_matches(exported: formats.ExportedDetector, checkpoint: Path, toleran
 def test_onnx_runtime_and_exported_programs_match_the_model(checkpoint_of, tmp_path, monkeypatch):
     onnx = pytest.importorskip("onnx")
     # Both formats are written from the same program, which takes long to trace.
-    trace = formats.export_program
-    traced = functools.cache(lambda: trace(graphs[0]))
-    graphs = []
-    monkeypatch.setattr(formats, "export_program", lambda graph: graphs.append(graph) or traced())
+    trace, programs = formats.export_program, []
+
+    def trace_once(graph):
+        programs[:] = programs or [trace(graph)]
+        return programs[0]
+
+    monkeypatch.setattr(formats, "export_program", trace_once)
     checkpoint = checkpoint_of("anchor", "enact")
     for suffix, tolerance in ((".pt2", 1e-5), (".onnx", 1e-4)):
         assert export(checkpoint, tmp_path / f"model{suffix}", "--dynamic", "--mask", "--raw") == 0
