@@ -61,7 +61,8 @@ TOKENS = {"detr": (), "conditional": (), "anchor": ("--attention_type", "nn.Mult
 # single tests marked as slow.
 SLOW_FILES = (
     "export acceleration stopping kernels compose golden slurm study segmentation gpu tools distributed benchmark "
-    "upstream train weights plug_in_huggingface soak unreadable compare finetune architecture"
+    "upstream train weights plug_in_huggingface soak unreadable compare finetune plots trackers explore auto_batch "
+    "properties hub study_photographs architecture"
 ).split()
 
 
@@ -75,6 +76,7 @@ gc.disable()
 
 
 def pytest_collection_finish():
+    gc.freeze()
     gc.enable()
 
 

@@ -283,6 +283,7 @@ def encoder_outputs(variant, model, features, mask):
     return memory.permute(0, 2, 3, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", FLAGS.values(), ids=FLAGS)
 @pytest.mark.parametrize(
     "variant, own", [(v, "") for v in VARIANTS] + [("anchor", "--attention_type nn.MultiheadAttention")]

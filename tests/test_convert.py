@@ -728,7 +728,7 @@ def test_images_in_both_splits_are_named(yolo, tmp_path, capsys):
         ("train: images/train\nnames: [yes, no]", "quote the names: 'yes', 'no'"),
         ("train: images/train\nnames: {0: cell, 1: off}", "quote the names: 'yes', 'no'"),
         ("train: images/train\nnames: [cell]\ndate: 2024-02-30", "not a YAML file (day is out of range"),
-        ("train: " + "[" * 3000, "not a YAML file"),
+        ("train: " + "[" * 800, "not a YAML file"),
         ("train: images/train\nnames: [cell]\nkpt_shape: 17", "like [17, 3]"),
         ("train: images/train\nnames: [cell]\nkpt_shape: [17, x]", "like [17, 3]"),
         ("train: images/train\nnames: [a, a]", "class name a is listed twice"),

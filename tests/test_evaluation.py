@@ -224,6 +224,7 @@ def random_case(seed):
     return images, annotations, results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(9))
 def test_both_packages_agree(monkeypatch, seed):
     images, annotations, results = random_case(seed)

@@ -799,8 +799,8 @@ def test_photos_of_all_formats_are_rotated_as_in_viewers(suffix, orientation, tm
         assert suffix == ".tif" or as_pixels(image).shape == (3, 64, 80)
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-@pytest.mark.parametrize("flag", [(), ("--no_exif",)], ids=["upright", "stored"])
+@pytest.mark.slow
+@pytest.mark.parametrize("orientation, flag", [(1, ()), (3, ()), (6, ()), (8, ()), (8, ("--no_exif",))])
 def test_boxes_pictures_and_sizes_have_the_same_orientation(orientation, flag, checkpoint, detector, tmp_path):
     pytest.importorskip("matplotlib")
     path = turned_photo(tmp_path / "photo.jpg", orientation, quality=95)
@@ -881,6 +881,7 @@ def test_a_failure_leaves_no_partial_video(checkpoint, tmp_path, monkeypatch):
     assert {entry["frame"] for entry in read_predictions(tmp_path / "out")} == {0, 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["photo.png", "photo_attention.png", "clip.mp4"])
 def test_a_picture_that_cannot_be_written_is_named(name, checkpoint, photo, tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib")

@@ -185,6 +185,7 @@ def test_prototypes_stay_within_the_budget(budget, most):
     assert len(output[0].unique(dim=0)) <= most
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(TORCH_VERSION < EXPORTING, reason="this PyTorch's torch.export is too old")
 @pytest.mark.parametrize("name", [name for name, rival in RIVALS.items() if rival.export_fault is None])
 def test_exported_layers_take_other_images_and_padding(name):

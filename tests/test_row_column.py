@@ -60,7 +60,7 @@ def device_kind(request, monkeypatch):
     monkeypatch.setattr(product, "_cached", lambda device: request.param)
 
 
-@pytest.fixture(params=[1, 7, 30, 2**20])
+@pytest.fixture(params=[1, 7, 2**20])
 def slice_elements(request, monkeypatch):
     """Slice sizes from one cell to everything; most do not divide the map evenly."""
     monkeypatch.setattr(product, "CACHE_SLICE", request.param)
@@ -80,7 +80,7 @@ def test_products_equal_their_definition(kind, sizes, device_kind, slice_element
         assert_close(function(*inputs), expected)
 
 
-@pytest.mark.parametrize("sizes", [*SIZES[:-1], pytest.param(SIZES[-1], marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize("sizes", [*SIZES[:-1:2], pytest.param(SIZES[-1], marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_pass_gradcheck(kind, sizes, device_kind, monkeypatch):
     monkeypatch.setattr(product, "CACHE_SLICE", 20)

@@ -536,6 +536,7 @@ def test_safe_calls_are_not_openings(source):
     assert list(openings(source)) == []
 
 
+@pytest.mark.slow
 def test_no_opening_in_the_source():
     folders = [ROOT / "enact_common", *(ROOT / folder for folder, _ in VARIANTS.values())]
     files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]

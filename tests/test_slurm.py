@@ -90,19 +90,6 @@ def requested(cluster: Path) -> tuple[dict[str, str], list[str]]:
     return parameters, shlex.split(text.strip().splitlines()[-1])
 
 
-def test_a_job_of_two_processes_trains_one_model(shapes, tmp_path, capsys):
-    argv = training(shapes, tmp_path / "run", "conditional")
-    flags = ["--cluster", "local", *CPU, "--tasks_per_node", "2", "--log_dir", str(tmp_path / "logs"), "--wait"]
-    assert command.main(["conditional", *flags, "--", *argv]) == 0
-    assert [row["epoch"] for row in read_log(tmp_path / "run")] == [0]
-    saved = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
-    assert saved["variant"] == "conditional" and saved["args"]["auto_resume"]
-    assert not (tmp_path / "run" / "slurm").exists()
-    (first,) = (tmp_path / "logs").glob("*_0_log.out")
-    assert re.findall(r"log of the first: (.*)", capsys.readouterr().out) == [str(first)]
-    assert "effective batch    8 = 4 images x 1 accumulated x 2 processes" in first.read_text()
-
-
 def test_a_failed_job_is_reported(tmp_path, capsys):
     argv = training(tmp_path / "nowhere", tmp_path / "run")
     assert command.main(["detr", "--cluster", "local", *CPU, "--wait", "--", *argv]) == 1
@@ -389,14 +376,14 @@ def test_the_main_process_waits_for_a_signal_that_another_got_first(job, cluster
 
 
 @pytest.mark.skipif(shutil.which("pgrep") is None, reason="pgrep is not installed")
-def test_a_job_that_timed_out_resumes(shapes, tmp_path):
+def test_a_job_of_two_processes_trains_one_model_and_resumes_after_a_time_out(shapes, tmp_path):
     few = "--epochs 2 --batch_size 1 --limit_val 2 --print_freq 1".split()
-    argv = training(shapes, tmp_path / "run", "detr", *few)
-    flags = ["--cluster", "local", *CPU, "--tasks_per_node", "2", "--wait", "--", *argv]
-    submitter = Forked(["-m", "enact_common.slurm", "detr", *flags], folder=ROOT)
+    argv = training(shapes, tmp_path / "run", "conditional", *few)
+    flags = ["--cluster", "local", *CPU, "--tasks_per_node", "2", "--log_dir", str(tmp_path / "logs"), "--wait"]
+    submitter = Forked(["-m", "enact_common.slurm", "conditional", *flags, "--", *argv], folder=ROOT)
     tasks = []
     while submitter.poll() is None:
-        logs = sorted((tmp_path / "run" / "slurm").glob("*_0_log.out"))
+        logs = sorted((tmp_path / "logs").glob("*_0_log.out"))
         if not tasks and logs and "epoch 0 [" in logs[0].read_text():
             # Like submitit and Slurm, signal all tasks.
             controller = logs[0].name.split("_")[0]
@@ -404,9 +391,15 @@ def test_a_job_that_timed_out_resumes(shapes, tmp_path):
             for number in tasks:
                 os.kill(int(number), signal.SIGUSR2)
         time.sleep(0.02)
+    said, _ = submitter.communicate()
     assert submitter.returncode == 0 and len(tasks) == 2
-    assert "Requeued job" in logs[0].read_text()
+    assert re.findall(r"log of the first: (.*)", said) == [str(logs[0])] and len(logs) == 1
+    text = logs[0].read_text()
+    assert "effective batch    2 = 1 images x 1 accumulated x 2 processes" in text and "Requeued job" in text
+    assert not (tmp_path / "run" / "slurm").exists()
     assert [row["epoch"] for row in read_log(tmp_path / "run")] == [0, 1]
+    saved = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)
+    assert saved["variant"] == "conditional" and saved["args"]["auto_resume"]
 
 
 def test_a_single_process_within_a_slurm_job_trains_alone(shapes, tmp_path, monkeypatch, capsys):

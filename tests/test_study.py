@@ -22,7 +22,7 @@ from enact_common.attention.hilbert import hilbert_order
 from enact_common.attention.layer import EnactSelfAttention
 from enact_common.attention.plug_in import replacement
 from enact_common.attention.rivals import RivalSelfAttention
-from enact_common.benchmark import isolated
+from enact_common.benchmark.isolated import attempt
 from enact_common.study import __main__ as command
 from enact_common.study import schedule
 from enact_common.study.arms import (
@@ -35,7 +35,7 @@ from enact_common.study.arms import (
 )
 from enact_common.study.images import DOTS, TRAIN, VAL, Shapes, draw_one
 from enact_common.study.page import difference, difference_text, mean_and_spread
-from enact_common.study.presets import ARMS, LIST, PRESETS
+from enact_common.study.presets import ARMS, LIST, PRESETS, in_context
 from enact_common.study.schedule import needed, tasks_of
 from enact_common.study.sources import load_images
 from enact_common.study.training import (
@@ -472,8 +472,11 @@ def test_without_time_nothing_is_trained_or_measured(tmp_path, capsys, monkeypat
 def test_a_small_study_runs_resumes_and_writes_its_page(tmp_path, capsys, monkeypatch):
     # Fork this process, since new ones take seconds to import PyTorch.
     monkeypatch.setattr(schedule, "get_context", lambda method: FORKS)
-    monkeypatch.setattr(isolated.multiprocessing, "get_context", lambda method: FORKS)
-    argv = ["--preset", "cpu", "--output_dir", str(tmp_path), "--fraction", "0.002", "--seeds", "1", "--jobs", "2"]
+    monkeypatch.setattr(command, "run_isolated", attempt)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # two threads on a busy machine only wait
+    preset, drawn = PRESETS["cpu"], in_context(SOURCE)
+    monkeypatch.setitem(PRESETS, "cpu", replace(preset, trials=(replace(preset.trials[0], **drawn),)))
+    argv = ["--preset", "cpu", "--output_dir", str(tmp_path), "--fraction", "0.0005", "--seeds", "1", "--jobs", "2"]
     argv += ["--variants", "conditional", "--problems", "context"]
     argv += ["--arms", "uniform", "plain", "converted", "equal_12", "linear"]
     assert command.main(argv) == 0

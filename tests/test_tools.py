@@ -1,6 +1,7 @@
 """The demo at a tiny size."""
 
 import json
+import sys
 
 import pytest
 from PIL import Image
@@ -25,14 +26,20 @@ def tiny_demo(monkeypatch):
 
 @pytest.fixture
 def in_forks(monkeypatch):
-    """Fork the demo's trainings and evaluations, since a new process takes seconds to import PyTorch."""
-    monkeypatch.setattr(demo.subprocess, "Popen", lambda command, env: Forked(command[1:], env))
+    """Fork the demo's trainings and evaluations, since a new process takes seconds to import PyTorch.
+
+    `installed.py` runs a demo in new processes.
+    """
+
+    def fork(command: list[str], env: dict[str, str]) -> Forked:
+        assert command[0] == sys.executable
+        return Forked(command[1:], env)
+
+    monkeypatch.setattr(demo.subprocess, "Popen", fork)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_demo_trains_evaluates_and_draws(variant, request, tiny_demo, tmp_path, capfd):
-    if variant != "conditional":
-        request.getfixturevalue("in_forks")
+def test_the_demo_trains_evaluates_and_draws(variant, tiny_demo, in_forks, tmp_path, capfd):
     assert demo.main(["--variant", variant, "--output_dir", str(tmp_path / "demo")]) == 0
     text = capfd.readouterr().out
     assert f"$ enact train {variant} --coco_path" in text and "--eval" in text

@@ -189,11 +189,10 @@ def test_a_scripted_batch_is_the_same_batch():
 
 
 @pytest.mark.skipif(TORCH_VERSION < EXPORTING, reason="the torch.export of this PyTorch is too old")
-@pytest.mark.parametrize("attention", ["mhsa", "enact"])
-def test_a_bare_model_can_be_exported_to_onnx(attention, tmp_path):
+def test_a_bare_model_can_be_exported_to_onnx(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = small("detr", attention)
+    model = small("detr", "enact")
     names = ["pred_logits", "pred_boxes"]
     images = torch.rand(1, 3, 75, 80)
     torch.onnx.export(model, (images,), tmp_path / "model.onnx", input_names=["inputs"], output_names=names)

@@ -181,6 +181,16 @@ def add_opposites(parser: argparse.ArgumentParser) -> None:
         )  # fmt: skip
 
 
+class ConfigDumper(yaml.SafeDumper):
+    """Writes words with U+0085 in double quotes, where PyYAML escapes it; elsewhere it would read back as a space."""
+
+
+ConfigDumper.add_representer(
+    str,
+    lambda dumper, word: dumper.represent_scalar("tag:yaml.org,2002:str", word, style='"' if "\x85" in word else None),
+)
+
+
 def config_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
     """Return the settings of a training as YAML for `--config`: every flag except `OF_ONE_RUN`, in the help's order.
 
@@ -204,4 +214,6 @@ def config_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> st
             # A float flag may have an int default (1); convert it, so that a config survives a round trip (1.0).
             value = action.type(str(value))
         settings[option.lstrip("-")] = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, default_flow_style=None, width=116)
+    return yaml.dump(
+        settings, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=116
+    )
