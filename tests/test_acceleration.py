@@ -172,8 +172,8 @@ def test_without_a_compiler_one_line_warns(monkeypatch, caplog):
     model(torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8))
 
 
-def losses_of_steps(variant: str, attention: str, amp: str, shapes) -> torch.Tensor:
-    """Losses of 36 steps with batches of two images; weights and order are the same in every call."""
+def sixty_losses(variant: str, attention: str, amp: str, shapes) -> torch.Tensor:
+    """Losses of sixty steps with batches of two images; weights and order are the same in every call."""
     from enact_common.data.build import build_dataset
     from enact_common.data.coco import collate
     from enact_common.training.engine import TrainStep
@@ -188,7 +188,7 @@ def losses_of_steps(variant: str, attention: str, amp: str, shapes) -> torch.Ten
     dataset = build_dataset("train", args)
     step = TrainStep(model.train(), criterion, build_optimization(model, args, CPU), CPU)
     losses = []
-    for i in range(36):
+    for i in range(60):
         dataset.set_epoch(i)
         items = [dataset[(2 * i + k) % len(dataset)] for k in range(2)]
         losses.append(criterion.total(step(*collate(items))))
@@ -197,12 +197,11 @@ def losses_of_steps(variant: str, attention: str, amp: str, shapes) -> torch.Ten
 
 @pytest.mark.parametrize("variant_and_attention", PAIRS, ids="-".join)
 def test_losses_in_bf16_stay_within_two_percent(variant_and_attention, shapes):
-    expected, ours = (losses_of_steps(*variant_and_attention, amp, shapes) for amp in ("none", "bf16"))
-    # The model must learn. Single steps are noisy, so means of twelve steps are compared. The learning rate is that of
-    # the plain models; at several times that rate, bf16 can deviate by more than the noise of float32.
-    ours, expected = (losses.view(-1, 12).mean(1) for losses in (ours, expected))
-    assert expected[-1] < 0.97 * expected[0]
-    assert_close(ours, expected, rtol=0.02, atol=0)
+    expected, ours = (sixty_losses(*variant_and_attention, amp, shapes) for amp in ("none", "bf16"))
+    # The model must learn. Single steps are noisy, so means of ten steps are compared. The learning rate is that of the
+    # plain models; at several times that rate, bf16 can deviate by more than the noise of float32.
+    assert expected[-10:].mean() < 0.97 * expected[:10].mean()
+    assert_close(ours.view(-1, 10).mean(1), expected.view(-1, 10).mean(1), rtol=0.02, atol=0)
 
 
 @pytest.fixture
