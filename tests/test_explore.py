@@ -372,6 +372,18 @@ def address(models, tmp_path_factory):
         page.close()
 
 
+def test_a_page_that_does_not_answer_is_explained(monkeypatch):
+    gradio = pytest.importorskip("gradio")
+    from enact_common.explore.page import serve
+
+    monkeypatch.setattr(gradio.networking, "url_ok", lambda url: False)
+    with gradio.Blocks() as page:
+        pass
+    with pytest.raises(UserError, match="does not answer: the machine is very busy"):
+        serve(page, "127.0.0.1", free_port(), browser=False)
+    page.close()
+
+
 @pytest.fixture(scope="module")
 def browser():
     """A headless Chromium."""

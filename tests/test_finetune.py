@@ -198,8 +198,11 @@ def test_mismatched_tensors_are_listed_with_the_reason():
         (lambda state: {"model": {"weight": torch.zeros(1)}, "args": {}}, "fits none of the variants"),
         (lambda state: state | {"model": without_stage(state["model"])}, "has 1 stages, .* pass --backbone_stages 1"),
         (
-            lambda state: state | {"model": small("detr", "--backbone", "resnet34")[0].state_dict()},
-            "its backbone is resnet34, this run's is resnet18; pass --backbone resnet34",
+            lambda state: {
+                "model": small("detr", "--backbone", "resnet34")[0].state_dict(),
+                "args": state["args"] | {"enc_layers": 5, "encoder_attention": "linear"},
+            },
+            "its backbone is resnet34, this run's is resnet18; pass --backbone resnet34 --enc_layers 5$",
         ),
         (lambda state: state | {"model": without_norm(state["model"])}, "1 backbone tensors are missing"),
     ],

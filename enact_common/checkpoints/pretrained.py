@@ -12,6 +12,7 @@ from enact_common.attention.clustering import EQUAL
 from enact_common.attention.conversion import PACKED, clustered_weights
 from enact_common.checkpoints.contents import averaged_weights, backbone_of, known_variant, labels_of, stages_of
 from enact_common.checkpoints.files import DETECTOR, detector_weights, differing_flags, flag_text, has_masks
+from enact_common.cli.flags import ENACT_FLAGS
 from enact_common.data.categories import LabelMap
 from enact_common.models.layers import scales_logits
 from enact_common.utils.errors import UserError
@@ -66,18 +67,20 @@ def check_pretrained(checkpoint: dict[str, Any], variant: str, args: argparse.Na
             f"--pretrained {source}: is a checkpoint of the variant {theirs}, but this run trains {variant}; run "
             f"{VARIANTS[theirs][0]}/main.py, or pass a checkpoint of {variant}"
         )
-    backbone = backbone_of(detector_weights(checkpoint["model"]))
+    backbone, stages = backbone_of(detector_weights(checkpoint["model"])), stages_of(checkpoint["model"])
+    saved = {**checkpoint["args"], "backbone": backbone, "backbone_stages": stages}
+    # A fine-tuning may choose its encoder attention and its classes.
+    flags = [f for f in differing_flags(saved, args) if f not in (*ENACT_FLAGS, "encoder_attention", "num_classes")]
+    their_flags = " ".join(flag_text(flag, saved[flag]) for flag in flags)
     if backbone != args.backbone:
-        way_out = f"pass --backbone {backbone}" if backbone else "pass a whole checkpoint"
         raise UserError(
             f"--pretrained {source}: its backbone is {backbone or 'unknown or missing'}, this run's is "
-            f"{args.backbone}; {way_out}"
+            f"{args.backbone}; pass {their_flags if backbone else 'a whole checkpoint'}"
         )
-    stages = stages_of(checkpoint["model"])
     if stages != args.backbone_stages:
         raise UserError(
             f"--pretrained {source}: its backbone has {stages} stages, this run's has {args.backbone_stages}; pass "
-            f"--backbone_stages {stages}, or a whole checkpoint"
+            f"{their_flags}, or a whole checkpoint"
         )
 
 

@@ -385,12 +385,24 @@ def serve(page: gr.Blocks, host: str, port: int, browser: bool) -> str:
 
     Returns:
         the page's address.
+
+    Raises:
+        UserError: the page does not answer.
     """
     page.queue(default_concurrency_limit=4)
-    _, address, _ = page.launch(
-        server_name=host, server_port=port, inbrowser=browser, share=False, prevent_thread_lock=True, quiet=True,
-        footer_links=[], max_file_size=MAX_UPLOAD, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
-        css=STYLE, theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        app_kwargs={"middleware": [Middleware(ContentPolicy)]},
-    )  # fmt: skip
+    try:
+        _, address, _ = page.launch(
+            server_name=host, server_port=port, inbrowser=browser, share=False, prevent_thread_lock=True, quiet=True,
+            footer_links=[], max_file_size=MAX_UPLOAD, ssr_mode=False, mcp_server=False, enable_monitoring=False,
+            pwa=False, css=STYLE, app_kwargs={"middleware": [Middleware(ContentPolicy)]},
+            theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+        )  # fmt: skip
+    except ValueError as error:
+        if "localhost is not accessible" not in str(error):
+            raise
+        # Gradio asks its own page for an answer, and gives up after some seconds.
+        raise UserError(
+            f"the page on --host {host} --port {port} does not answer: the machine is very busy, or a proxy takes its "
+            f"requests; try again, or set no_proxy={host}"
+        ) from error
     return address
