@@ -23,6 +23,9 @@ def bundled_file(checkpoint: str | Path, suffix: str = ".pth") -> Path | None:
 
 
 def images_or_bundled(images: list, checkpoint: str | Path) -> list:
-    """Return the images that a command was given; without any, the image of a bundled detector, if it is one."""
+    """Return the images that a command was given; without any, the image of a bundled detector, and say so."""
     sample = bundled_file(checkpoint, ".jpg")
-    return images if images or sample is None else [sample]
+    if images or sample is None:
+        return images
+    print(f"no image given: using the sample image of {checkpoint}")
+    return [sample]
