@@ -26,7 +26,7 @@ jobs = -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: $(stamp)  ## run the tests, in JOBS processes
 	$(python) -m pytest $(jobs)
 
-test-fast: $(stamp)  ## run the tests without the slow ones, in about two minutes
+test-fast: $(stamp)  ## run the tests without the slow ones, in about 80 seconds
 	$(python) -m pytest $(jobs) -m "not slow"
 
 wheel: $(stamp)  ## build the wheel, install it into a clean environment, and test it there
