@@ -86,7 +86,7 @@ def help_text() -> str:
 
 def print_completion(words: Sequence[str]) -> int:
     """Print a shell script that completes commands, flags and choices; made by shtab."""
-    parser = argparse.ArgumentParser(prog=f"enact {COMPLETION}", description=print_completion.__doc__)
+    parser = program.Parser(prog=f"enact {COMPLETION}", description=print_completion.__doc__)
     parser.add_argument("shell", choices=SHELLS)
     shell = parser.parse_args(words).shell
     try:

@@ -15,7 +15,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from enact_common.cli.program import program
+from enact_common.cli.program import Parser, program
 from enact_common.data.annotations import load_annotations
 from enact_common.data.images import decode_image
 from enact_common.data.synthetic import make_shapes
@@ -64,7 +64,7 @@ THRESHOLDS = {"detr": 0.5, "conditional": 0.4, "anchor": 0.35}
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the demo's command-line parser."""
-    parser = argparse.ArgumentParser(prog=program("enact_common.demo"), description=__doc__.splitlines()[0])
+    parser = Parser(prog=program("enact_common.demo"), description=__doc__.splitlines()[0])
     parser.add_argument(
         "--variant", choices=tuple(VARIANTS), default="conditional", help="detector (default: %(default)s)"
     )
@@ -139,10 +139,10 @@ def demonstrate(args: argparse.Namespace) -> int:
     output = Path(args.output_dir)
     run = output / "run"
     try:
-        data = make_shapes(output / "shapes", **SHAPES, progress=True)
+        data = make_shapes(output / "shapes", **SHAPES, progress=True, parallel=True)
     except FileExistsError:
         # Replace the shapes of an earlier version's demo; a folder of anything else is refused again.
-        data = make_shapes(output / "shapes", **SHAPES, progress=True, force=True)
+        data = make_shapes(output / "shapes", **SHAPES, progress=True, parallel=True, force=True)
     # Remove the run of an earlier demo: a training refuses a folder that holds a run.
     shutil.rmtree(run, ignore_errors=True)
     # The last value of a repeated flag counts, so later flags override earlier ones.

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from enact_common.checkpoints.bundled import BUNDLED, images_or_bundled
-from enact_common.cli.program import program
+from enact_common.cli.program import Parser, program
 from enact_common.cli.types import HelpFormatter, fraction, positive_int
 from enact_common.data.images import Found, image_suffixes, search
 from enact_common.drawing.detections import draw_detections
@@ -155,8 +155,10 @@ class Tally:
         parts += [counted(len(self.entries), "detection"), f"{self.skipped + self.others} skipped"]
         if self.incomplete:
             parts.append(f"{self.incomplete} incomplete")
-        written = f"pictures and {PREDICTIONS}" if self.panoptic is None else f"pictures, {PREDICTIONS} and {FOLDER}"
-        return f"{', '.join(parts)}; {written} in {output_dir}"
+        written = (
+            ["pictures"] * bool(self.images + self.videos) + [PREDICTIONS] + [FOLDER] * (self.panoptic is not None)
+        )
+        return f"{', '.join(parts)}; {' and '.join(written)} in {output_dir}"
 
 
 def counted(count: int, noun: str) -> str:
@@ -166,7 +168,7 @@ def counted(count: int, noun: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("enact_common.predict"), description=__doc__.splitlines()[0], formatter_class=HelpFormatter
     )
     parser.add_argument(

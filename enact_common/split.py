@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from enact_common.cli.program import program
+from enact_common.cli.program import Parser, program
 from enact_common.cli.types import HelpFormatter
 from enact_common.convert.__main__ import STATUS, Conversion, add_output_flags, check_output, summary_text, write_coco
 from enact_common.convert.sources import NO_FILE, Issues
@@ -164,7 +164,7 @@ def pattern(text: str) -> re.Pattern:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("enact_common.split"),
         description=__doc__.splitlines()[0],
         epilog=STATUS,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from enact_common.checkpoints.contents import known_variant
 from enact_common.checkpoints.files import load_checkpoint
-from enact_common.cli.program import program
+from enact_common.cli.program import Parser, program
 from enact_common.training.run import main as run_main
 from enact_common.utils.errors import exit_status
 from enact_common.variants import VARIANTS, load_variant
@@ -17,7 +17,7 @@ from enact_common.variants import VARIANTS, load_variant
 
 def build_parser() -> argparse.ArgumentParser:
     """Return a parser with the variants' parsers as subcommands, for the help and shell completion."""
-    parser = argparse.ArgumentParser(prog=program("enact_common.train"), description=__doc__)
+    parser = Parser(prog=program("enact_common.train"), description=__doc__)
     variants = parser.add_subparsers(dest="variant", metavar="VARIANT", required=True)
     for name, (folder, _) in VARIANTS.items():
         variants.add_parser(name, help=f"same as python {folder}/main.py", add_help=False)

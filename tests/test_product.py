@@ -64,6 +64,24 @@ def test_variants_are_trained_and_evaluated_by_name(command, variant, capsys):
     assert ("--resume" in said) == (command == "eval")
 
 
+@pytest.mark.parametrize(
+    "words, hint",
+    [
+        ("train detr --coco_pathh data", "--coco_pathh is no flag: did you mean --coco_path?"),
+        ("predict photo.jpg --checkpont best.pth", "--checkpont is no flag: did you mean --checkpoint?"),
+        ("convert coco data --output_dir out --trian_set x", "--trian_set is no flag: did you mean --train_set?"),
+        ("demo --xyz", "enact demo --help lists the flags"),
+        ("demo fast --variant fast -- --output_dri out", "enact demo --help lists the flags"),
+        ("train detr --lr", "enact train detr --help lists the flags"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_that_names_the_nearest(words, hint, capsys):
+    with pytest.raises(SystemExit) as end:
+        enact.main(words.split())
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.startswith("enact ") and said.endswith(f"; {hint}\n") and said.count("\n") == 1
+
+
 def test_unknown_commands_and_variants_are_named(capsys):
     assert enact.main(["trian"]) == 2
     assert "no command 'trian'; did you mean train?" in capsys.readouterr().err

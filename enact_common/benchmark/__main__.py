@@ -5,7 +5,7 @@ import sys
 
 from enact_common import benchmark
 from enact_common.benchmark import agreement, masks, parts, pipeline, rowcol, runtimes, scaling, table
-from enact_common.cli.program import program
+from enact_common.cli.program import Parser, program
 from enact_common.utils.errors import exit_status
 
 COMMANDS = {
@@ -22,9 +22,7 @@ COMMANDS = {
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser with one subcommand per benchmark."""
-    parser = argparse.ArgumentParser(
-        prog=program("enact_common.benchmark"), description=benchmark.__doc__.splitlines()[0]
-    )
+    parser = Parser(prog=program("enact_common.benchmark"), description=benchmark.__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         text = " ".join(module.__doc__.split())

@@ -253,7 +253,13 @@ def run(args: argparse.Namespace) -> int:
         report = Report(args.output_dir, "pipeline")
         if not args.coco_path:
             make_shapes(
-                folder, args.images, val=0, size=SHAPES_SIZE, objects=SHAPES_OBJECTS, object_size=SHAPES_EXTENTS
+                folder,
+                args.images,
+                val=0,
+                size=SHAPES_SIZE,
+                objects=SHAPES_OBJECTS,
+                object_size=SHAPES_EXTENTS,
+                parallel=True,
             )
         flags = rows[0][1]
         figures = {

@@ -12,6 +12,7 @@ from enact_common.attention.kernels import AUTO, KERNELS
 from enact_common.cli.checks import check_arguments, check_position_embedding
 from enact_common.cli.config import add_opposites, read_config
 from enact_common.cli.flags import AUTO_BATCH, COCO, ENACT_LR, LOSSES, MODEL, PANOPTIC, PLAIN_LR, TRACKERS
+from enact_common.cli.program import Parser
 from enact_common.cli.types import (
     HelpFormatter,
     batch_size,
@@ -35,7 +36,7 @@ CACHE_MODES = ("encoded", "decoded")
 EMA_DECAY = 0.999
 
 
-class VariantParser(argparse.ArgumentParser):
+class VariantParser(Parser):
     """A parser with two dependent defaults: encoder attentions other than ENACT set the plain models' learning rate
     unless `--lr` is given, and `--config FILE` sets flags from a file that the command line overrides.
 
@@ -97,10 +98,7 @@ class VariantParser(argparse.ArgumentParser):
         return [word for _, words in settings for word in words]
 
     def error(self, message: str) -> NoReturn:
-        """Exit with a message; for an error in a config, the message names the file and the key."""
-        if self.origin:
-            self.exit(2, f"{self.prog}: error: {self.origin}{message}\n")
-        super().error(message)
+        super().error(self.origin + message)
 
 
 def common_parser(description: str) -> VariantParser:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from enact_common import compare
-from enact_common.cli.program import program
+from enact_common.cli.program import Parser, program
 from enact_common.cli.types import fraction, natural_int
 from enact_common.compare.differences import differences_table, measure_differences
 from enact_common.compare.page import build_page
@@ -24,7 +24,7 @@ PAGE, TABLES, RECORD = "compare.html", "compare.md", "compare.json"
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command-line parser."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("enact_common.compare"),
         description=compare.__doc__,
         epilog=f"The tables go to the terminal and to {TABLES}, metrics and differences also to {RECORD}. {PAGE} adds "

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from enact_common.cli.program import enact, program
+from enact_common.cli.program import Parser, enact, program
 from enact_common.convert.coco import find_coco
 from enact_common.convert.cvat import find_cvat
 from enact_common.convert.dota import find_dota
@@ -349,7 +349,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("enact_common.convert"),
         description=__doc__.splitlines()[0],
         epilog=STATUS,

@@ -36,7 +36,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from enact_common.cli.program import program
+from enact_common.cli.program import Parser, program
 from enact_common.data.scenes import MAX_OBJECTS, SHAPES, SceneObject, _check_scene, draw_scene
 from enact_common.utils.errors import exit_status
 from enact_common.utils.files import write_atomically
@@ -84,6 +84,7 @@ def make_shapes(
     classes: Sequence[str] = SHAPES,
     progress: bool = False,
     force: bool = False,
+    parallel: bool = False,
 ) -> Path:
     """Make a data set of drawn shapes in the layout of COCO 2017.
 
@@ -103,6 +104,8 @@ def make_shapes(
         progress: show a progress bar on standard error, if that is a terminal.
         force: replace an earlier data set of this function in the folder, whatever its parameters.
             Only the files of that data set are removed.
+        parallel: draw many images in one process per CPU core. A script that calls this needs the guard
+            `if __name__ == "__main__":`, since the processes import it.
 
     Returns:
         `output_dir` as a Path.
@@ -119,7 +122,7 @@ def make_shapes(
     record = {"generator": GENERATOR, "version": VERSION, "parameters": parameters}
     _claim_folder(root, record, force)
     for split in SPLITS:
-        _make_split(root, split, record, progress)
+        _make_split(root, split, record, progress, parallel)
     return root
 
 
@@ -201,7 +204,7 @@ def _read_record(path: Path) -> dict | None:
     return {key: info.get(key) for key in ("generator", "version", "parameters")}
 
 
-def _make_split(root: Path, split: str, record: dict, progress: bool) -> None:
+def _make_split(root: Path, split: str, record: dict, progress: bool, parallel: bool) -> None:
     """Write the missing images of a split and its annotation file if missing."""
     parameters = record["parameters"]
     height, width = parameters["size"]
@@ -210,7 +213,8 @@ def _make_split(root: Path, split: str, record: dict, progress: bool) -> None:
     (root / split).mkdir(exist_ok=True)
     indices = [i for i in range(_count(record, split)) if not annotated or not _image_path(root, split, i + 1).exists()]
     images, annotations = [], []
-    with mapped(partial(_make_image, root, split, parameters), indices, len(indices) >= PARALLEL_FROM) as scenes:
+    parallel = parallel and len(indices) >= PARALLEL_FROM
+    with mapped(partial(_make_image, root, split, parameters), indices, parallel) as scenes:
         bar = tqdm(scenes, desc=split, unit="image", total=len(indices), disable=None if progress else True)
         for index, objects in zip(indices, bar, strict=True):
             name = _image_path(root, split, index + 1).name
@@ -274,7 +278,7 @@ def _write(path: Path, content: bytes) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line of this module."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program(GENERATOR),
         description="Make a detection data set of drawn shapes in the layout of COCO 2017.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -355,7 +359,7 @@ def run(parser: argparse.ArgumentParser, options: dict) -> int:
     except ValueError as error:
         parser.error(str(error))
     try:
-        root = make_shapes(**options, progress=True)
+        root = make_shapes(**options, progress=True, parallel=True)
     except (FileExistsError, NotADirectoryError) as error:
         parser.error(str(error))
     print(f"{options['train']} training and {options['val']} validation images in {root}")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from enact_common import diagnose as package
-from enact_common.cli.program import program
+from enact_common.cli.program import Parser, program
 from enact_common.cli.types import fraction, natural_int, positive_int
 from enact_common.diagnose.analysis import diagnose, hotcoco_package
 from enact_common.diagnose.page import build_page, summary, tables
@@ -21,7 +21,7 @@ PAGE, TABLES, RECORD = "diagnose.html", "diagnose.md", "diagnose.json"
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command-line parser."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("enact_common.diagnose"),
         description=package.__doc__,
         epilog=f"The tables go to the terminal and to {TABLES}, all values to {RECORD}. {PAGE} adds pictures; it needs "

@@ -15,7 +15,7 @@ from pathlib import Path
 from enact_common import explore
 from enact_common.checkpoints.bundled import BUNDLED, images_or_bundled
 from enact_common.cli.checks import is_installed
-from enact_common.cli.program import program
+from enact_common.cli.program import Parser, program
 from enact_common.cli.types import HelpFormatter, fraction
 from enact_common.data.images import image_size, images_in
 from enact_common.explore.models import Models
@@ -30,9 +30,7 @@ NEEDED = ("gradio", "matplotlib")
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command-line parser."""
-    parser = argparse.ArgumentParser(
-        prog=program("enact_common.explore"), description=explore.__doc__, formatter_class=HelpFormatter
-    )
+    parser = Parser(prog=program("enact_common.explore"), description=explore.__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "checkpoint", metavar="CHECKPOINT",
         help="trained detector, as for enact predict: a path, an https URL, a folder with a config.json, or a bundled "

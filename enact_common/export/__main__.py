@@ -21,7 +21,7 @@ from enact_common.attention.clusters import DEFAULT_SHARE
 from enact_common.attention.hilbert import ORDERS
 from enact_common.checkpoints.bundled import BUNDLED
 from enact_common.cli.flags import CLUSTERING_FLAGS
-from enact_common.cli.program import program
+from enact_common.cli.program import Parser, program
 from enact_common.cli.types import HelpFormatter, natural_int, non_negative_float, positive_int
 from enact_common.data.images import decode_image, images_in
 from enact_common.export.formats import FORMATS, ExportedDetector, load_exported, needed, quantize
@@ -51,7 +51,7 @@ TEST_SIZES = ((128, 160), (224, 192))
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("enact_common.export"), description=" ".join(__doc__.split("\n\n", 1)[1].split()),
         formatter_class=HelpFormatter,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from enact_common.benchmark.isolated import attempt
 from enact_common.benchmark.measuring import machine
-from enact_common.cli.program import program
+from enact_common.cli.program import Parser, program
 from enact_common.cli.types import HelpFormatter
 from enact_common.gpu.checks import CHECKS, Setting, run_check
 from enact_common.utils.device import default_device, find_device
@@ -201,9 +201,7 @@ def report(args: argparse.Namespace) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `run`, `check` and `report`."""
-    parser = argparse.ArgumentParser(
-        prog=program("enact_common.gpu"), description=" ".join(__doc__.split("\n\n")[0].split())
-    )
+    parser = Parser(prog=program("enact_common.gpu"), description=" ".join(__doc__.split("\n\n")[0].split()))
     commands = parser.add_subparsers(dest="command", required=True)
     device = {"help": "cuda, cuda:1, ..., or cpu with --small (default: a GPU if there is one)"}
     small = {"action": "store_true", "help": "tiny sizes: try the code in a minute or two, without useful timings"}

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 from enact_common import plots
-from enact_common.cli.program import program
+from enact_common.cli.program import Parser, program
 from enact_common.training.run_logs import read_epochs, read_evaluation, run_names
 from enact_common.utils.errors import UserError, exit_status
 from enact_common.utils.files import check_no_folder
@@ -18,7 +18,7 @@ DEFAULT = "curves"
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command-line parser."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("enact_common.plots"),
         description=plots.__doc__,
         epilog=f"The default command is {DEFAULT}: python -m enact_common.plots RUN...",

@@ -12,7 +12,7 @@ import torch
 
 from enact_common import slurm
 from enact_common.checkpoints.files import LATEST
-from enact_common.cli.program import program
+from enact_common.cli.program import Parser, program
 from enact_common.cli.types import HelpFormatter, natural_int, positive_int
 from enact_common.utils.device import check_precision, parse_device
 from enact_common.utils.errors import UserError, exit_status
@@ -43,7 +43,7 @@ def slurm_parameter(text: str) -> tuple[str, str | bool]:
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line before the `--`."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("enact_common.slurm"),
         usage="%(prog)s VARIANT [flags] -- [the variant's own flags]",
         description=f"{slurm.__doc__} The flags after the -- go to the variant's main.py and must set --output_dir, "

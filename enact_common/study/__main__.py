@@ -15,7 +15,7 @@ import torch
 from enact_common import study
 from enact_common.benchmark.isolated import DONE, run_isolated
 from enact_common.benchmark.measuring import machine
-from enact_common.cli.program import program
+from enact_common.cli.program import Parser, program
 from enact_common.cli.types import HelpFormatter, fraction, positive_int
 from enact_common.study.arms import NONE, PLAIN, WINDOWS
 from enact_common.study.costs import measure_encoders, measure_step
@@ -40,7 +40,7 @@ FEWEST = 16
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command-line parser."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("enact_common.study"),
         description=study.__doc__.splitlines()[0],
         formatter_class=HelpFormatter,

@@ -1,6 +1,7 @@
 """The set-up of a training or an evaluation before its first batch: checkpoints, data sets and the model."""
 
 import argparse
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -310,7 +311,10 @@ def wrap_model(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     gpus = [device] if device.type == "cuda" else None
     # No broadcast: buffers are constants, or running statistics, which only evaluation reads (`share_buffers`).
-    return nn.parallel.DistributedDataParallel(model, device_ids=gpus, broadcast_buffers=False)
+    parameters = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+    # Newer versions of PyTorch deprecate the old name.
+    broadcast = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    return nn.parallel.DistributedDataParallel(model, device_ids=gpus, **{broadcast: False})
 
 
 def check_backbone_weights(args: argparse.Namespace, sources: Sources) -> None:

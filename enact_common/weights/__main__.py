@@ -26,7 +26,7 @@ from enact_common.checkpoints.contents import (
 from enact_common.checkpoints.files import flag_text, load_checkpoint
 from enact_common.checkpoints.published import FILES, HUGGING_FACE, Model, PublishedFile
 from enact_common.cli.flags import COCO, PANOPTIC, with_flags
-from enact_common.cli.program import program
+from enact_common.cli.program import Parser, program
 from enact_common.cli.types import HelpFormatter
 from enact_common.data.categories import LabelMap
 from enact_common.data.panoptic import NUM_CLASSES
@@ -47,7 +47,7 @@ MOST_NAMES = 4
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("enact_common.weights"), description=" ".join(__doc__.split("\n\n", 1)[1].split()),
         formatter_class=HelpFormatter,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from enact_common.cli.program import program
+from enact_common.cli.program import Parser, program
 from enact_common.cli.types import positive_int
 from enact_common.data.annotations import find_split
 from enact_common.data.checks.findings import ERROR, FAULT
@@ -26,7 +26,7 @@ from enact_common.utils.errors import UserError, exit_status
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the argument parser."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=program("enact_common.data.checks"),
         description=" ".join(__doc__.split("\n")[0].split()),
         epilog="Exit status: 0, no faults or errors; 1, faults or errors; 2, the data set cannot be read.",
