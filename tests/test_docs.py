@@ -103,9 +103,9 @@ def parser_of(words: list[str]):
         if words[1] in ("train", "eval"):
             name = words[2] if words[1] == "train" else "detr"
             return load_variant(name).main.get_args_parser(), words[3 if words[1] == "train" else 2 :]
-        return importlib.import_module(f"enact_common.{COMMANDS[words[1]][0]}").build_parser(), words[2:]
-    if "enact_common.plots" in words and words[3] not in ("curves", "precision-recall"):
-        words = [*words[:3], "curves", *words[3:]]  # as its `main` does
+        curves = words[1] == "plots" and words[2] not in ("curves", "precision-recall")  # as its `main` does
+        parser = importlib.import_module(f"enact_common.{COMMANDS[words[1]][0]}").build_parser()
+        return parser, ["curves"] * curves + words[2:]
     if words[:2] == ["python", "-m"] and words[2].startswith("enact_common."):
         name = words[2]
         module = f"{name}.__main__" if (ROOT / name.replace(".", "/")).is_dir() else name
@@ -127,7 +127,7 @@ def test_every_command_parses_or_says_what_it_needs(page):
         arguments = arguments[: arguments.index(">")] if ">" in arguments else arguments
         # The config of a training that does not exist here.
         arguments = [re.sub(r"outputs/.*/config\.yaml", "detr_resnet50_enact", word) for word in arguments]
-        if "--" in arguments and "enact_common.slurm" in words:  # the training's own flags follow
+        if "--" in arguments and "slurm" in words:  # the training's own flags follow
             split = arguments.index("--")
             load_variant(arguments[0]).main.get_args_parser().parse_args(arguments[split + 1 :])
             arguments = arguments[:split]
