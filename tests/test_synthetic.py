@@ -265,6 +265,15 @@ def test_images_do_not_depend_on_their_number(tmp_path):
         assert listed == annotations(many, split)["annotations"][: len(listed)]
 
 
+def test_several_processes_draw_the_same_images_and_only_if_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(synthetic, "PARALLEL_FROM", 4)
+    make_shapes(tmp_path / "several", **SMALL, parallel=True)
+    # A script without a main guard must not start processes: each would run the script again.
+    monkeypatch.setattr("enact_common.utils.pool.ProcessPoolExecutor", None)
+    make_shapes(tmp_path / "one", **SMALL)
+    assert contents(tmp_path / "several") == contents(tmp_path / "one")
+
+
 def test_all_images_differ(tmp_path):
     root = make_shapes(tmp_path, **{**SMALL, "train": 6, "val": 6})
     images = [content for name, content in contents(root).items() if name.endswith(".jpg")]
