@@ -1,8 +1,6 @@
 """COCO's panoptic format: loading, augmentation, panoptic quality, results and pictures."""
 
 import json
-from functools import reduce
-from operator import add
 
 import cv2
 import numpy as np
@@ -30,12 +28,12 @@ from enact_common.drawing.detections import colour_of
 from enact_common.drawing.panoptic import draw_panoptic
 from enact_common.evaluation.panoptic import (
     METRICS,
-    Counts,
     PanopticEvaluator,
     PanopticQuality,
     compare,
     panoptic_record,
     panoptic_text,
+    total,
 )
 from enact_common.utils.errors import UserError
 
@@ -404,7 +402,7 @@ def quality_of(pairs):
                 ids,
             )
         )
-    return PanopticQuality(CATEGORIES, reduce(add, counts, Counts.zeros(len(ids))), len(pairs))
+    return PanopticQuality(CATEGORIES, total(counts), len(pairs))
 
 
 def row(**lengths):

@@ -162,8 +162,7 @@ def stated_size(image: dict) -> tuple[float, float]:
 
 
 def missing_files(paths: Iterable[Path]) -> tuple[list[Path], dict[Path, set[str]]]:
-    """The missing files, found with one listing per folder, and the names in each folder (none if it cannot be
-    listed)."""
+    """The missing files, and the names in each file's folder, none if it cannot be listed; lists a folder once."""
     missing, present = [], {}
     for path in paths:
         folder = path.parent

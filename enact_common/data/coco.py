@@ -201,8 +201,7 @@ class CocoDetection(Dataset):
             self.note_unreadable(index, error)
 
     def image(self, index: int) -> Tensor:
-        """The stored image of an item, uint8 (3, height, width), from the disk or the cache; a UserError if it cannot
-        be read."""
+        """The stored image of an item, uint8 (3, height, width), from the disk or the cache, or a UserError."""
         path = self.path(index)
         if self._cache is None:
             return decode_image(path)

@@ -257,16 +257,12 @@ def read_file(path: Path) -> np.ndarray:
 
 
 def decode_image(path: Path) -> Tensor:
-    """`decode_bytes` of a file, which may be missing."""
+    """Decode an image file: RGB, uint8 (3, height, width), see `decode_rgb`; a UserError if that fails."""
     return decode_bytes(read_file(path), path)
 
 
 def decode_bytes(encoded: np.ndarray, path: Path) -> Tensor:
-    """Decode an image: RGB, uint8 (3, height, width), see `decode_rgb`.
-
-    Raises:
-        UserError: the bytes are not a complete image.
-    """
+    """Decode an image file's content: RGB, uint8 (3, height, width), see `decode_rgb`; a UserError if that fails."""
     return torch.from_numpy(decode_rgb(encoded, path)).permute(2, 0, 1).contiguous()
 
 

@@ -102,8 +102,7 @@ def normalize_segmentations(
 
 
 def normalize_all(segmentations: list, sizes: list[list[int]]) -> Iterator[list | dict | str]:
-    """Yield `normalize_segmentation` of each segmentation and its image's [height, width], or the message of its
-    error."""
+    """Yield `normalize_segmentation` of each segmentation and its image's size, or the message of its error."""
     for first in range(0, len(segmentations), BATCH):
         part = list(zip(segmentations[first : first + BATCH], sizes[first : first + BATCH], strict=True))
         texts = [i for i, (segmentation, size) in enumerate(part) if is_plain_text(segmentation, size)]

@@ -348,8 +348,7 @@ class CocoPanoptic(CocoDetection):
         return panoptic_label_map(categories, num_classes)
 
     def pack(self, annotations: list[dict], sizes: np.ndarray) -> None:
-        """Store the names of the PNG files, and the id, label and crowd mark of each segment; each PNG states its
-        size."""
+        """Store the names of the PNG files, which state their sizes, and the segments' ids, labels and crowd marks."""
         of_image = {annotation["image_id"]: annotation for annotation in annotations}
         own = [of_image[image_id] for image_id in self.image_ids]
         self.mask_names = [annotation["file_name"] for annotation in own]
@@ -376,8 +375,7 @@ class CocoPanoptic(CocoDetection):
         return int((~self._crowd).sum())
 
     def id_map(self, index: int) -> np.ndarray:
-        """The segment id of each pixel of an item, int32 (height, width) as stored; 0 is void. Errors as
-        `read_segments`."""
+        """The segment id of each pixel of an item, int32 (height, width); 0 is void. Errors as `read_segments`."""
         ids = self._segment_ids[self._first[index] : self._first[index + 1]].tolist()
         return read_segments(self.mask_folder / self.mask_names[index], ids, self.annotation_file)
 

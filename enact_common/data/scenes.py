@@ -100,8 +100,7 @@ def _rotated_outline(rng: np.random.Generator, shape: str) -> np.ndarray:
 
 
 def _add_object(rng, id_map, placed, class_index, shape, extents) -> None:
-    """Add an object to `id_map` (0 = ground, else 1 + index in `placed`) and `placed`; skip it if no valid place is
-    found.
+    """Add an object to `placed` and to `id_map`, as its number in `placed` from 1, if a valid place is found.
 
     A place is valid if every earlier object keeps MIN_VISIBLE of its area. The extent, from smallest to largest in
     pixels, is drawn log-uniformly.

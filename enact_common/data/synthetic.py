@@ -132,8 +132,7 @@ def _files(root: Path, record: dict) -> list[Path]:
 
 
 def _claim_folder(root: Path, record: dict, force: bool) -> None:
-    """Make sure that every file of the data set is either missing in `root` or belongs to it; errors as
-    `make_shapes`."""
+    """Make sure that every file of the data set is missing or belongs to it; errors as `make_shapes`."""
     root.mkdir(parents=True, exist_ok=True)
     if not any(root.iterdir()):
         _write(root / MARKER, json.dumps(record).encode())

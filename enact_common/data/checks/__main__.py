@@ -71,8 +71,7 @@ def find_splits(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check a data set and print the report; return 0 without faults and errors, 1 with some, 2 if it cannot be
-    read."""
+    """Check a data set and print the report; return 0, 1 with faults or errors, or 2 if it cannot be read."""
     parser = build_parser()
     args = parser.parse_args(argv)
     return exit_status(parser.prog, lambda: run(args))

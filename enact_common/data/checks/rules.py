@@ -27,9 +27,6 @@ EDGE_SLACK = 1.0
 FIX_NAME = "write its path below that folder, with slashes, as file_name into {}"
 
 
-# Faults --------------------------------------------------------------------------------------------------------------
-
-
 def check_annotations(split: Split, num_queries: int) -> list[Finding]:
     """Faults in a split's annotation file, for a model that finds at most `num_queries` objects in an image."""
     findings = check_entries(split)
