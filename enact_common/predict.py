@@ -131,7 +131,9 @@ class Tally:
             parts.append(f"{self.incomplete} incomplete")
         written = ["pictures"] if self.images + self.videos else []
         written += [PREDICTIONS] if self.panoptic is None else [PREDICTIONS, FOLDER]
-        return f"{', '.join(parts)}; {' and '.join(written)} in {output_dir}"
+        *others, last = written
+        files = f"{', '.join(others)} and {last}" if others else last
+        return f"{', '.join(parts)}; {files} in {output_dir}"
 
 
 def counted(count: int, noun: str) -> str:
