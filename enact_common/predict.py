@@ -29,7 +29,7 @@ from enact_common.drawing.detections import draw_detections
 from enact_common.drawing.panoptic import draw_panoptic
 from enact_common.evaluation.panoptic import FOLDER, PanopticEvaluator, check_results_folder
 from enact_common.inference.detector import THRESHOLD, Detections, LoadedDetector, as_pixels, load_detector
-from enact_common.inference.introspection import SHOWN, check_kinds, write_introspection
+from enact_common.inference.introspection import SHOWN, check_kinds, check_matplotlib, write_introspection
 from enact_common.inference.slicing import OVERLAP, check_sliceable, detect_in_slices
 from enact_common.models.segmentation import PostProcessPanoptic, encode_masks
 from enact_common.utils.errors import UserError, exit_status
@@ -60,20 +60,10 @@ class SkippedError(Exception):
 
 @dataclass(frozen=True)
 class Input:
-    """An image or video to detect objects in.
-
-    Attributes:
-        path: input file.
-        picture: output file.
-    """
+    """An image or video to detect objects in, and the picture or video to write."""
 
     path: Path
     picture: Path
-
-    @property
-    def is_video(self) -> bool:
-        """Whether the input is a video, by its suffix."""
-        return is_video(self.path)
 
 
 @dataclass
@@ -106,14 +96,7 @@ class Tally:
     next_id: int = 1
 
     def add(self, detections: Detections, size: tuple[int, int], path: Path, frame: int | None = None) -> None:
-        """Add the detections of an image or video frame under the next image id.
-
-        Args:
-            detections: the detections.
-            size: (height, width) of the image in pixels.
-            path: the image or video file.
-            frame: frame number, from 0; None for an image.
-        """
+        """Add the detections of an image, or of a video's frame, of (height, width) pixels under the next id."""
         height, width = size
         where = {"width": width, "height": height, "file_name": path.as_posix()}
         where |= {} if frame is None else {"frame": frame}
@@ -123,19 +106,10 @@ class Tally:
         if detections.masks is not None and len(detections):
             masks = [{"segmentation": code} for code in encode_masks(detections.masks)]
         # Round like the evaluation's `results.json`.
-        self.entries += [
-            {
-                "image_id": self.next_id,
-                "category_id": category,
-                "bbox": [round(side, 2) for side in box],
-                "score": round(score, 5),
-                **mask,
-                **where,
-            }
-            for category, box, score, mask in zip(
-                detections.category_ids, boxes, detections.scores.tolist(), masks, strict=True
-            )
-        ]
+        rows = zip(detections.category_ids, boxes, detections.scores.tolist(), masks, strict=True)
+        for category, box, score, mask in rows:
+            own = {"bbox": [round(side, 2) for side in box], "score": round(score, 5)}
+            self.entries.append({"image_id": self.next_id, "category_id": category, **own, **mask, **where})
         if self.panoptic is not None:
             self.panoptic.update([self.next_id], [vars(detections.panoptic)])
             self.pictures.append({"id": self.next_id, **where})
@@ -155,10 +129,11 @@ class Tally:
         parts += [counted(len(self.entries), "detection"), f"{self.skipped + self.others} skipped"]
         if self.incomplete:
             parts.append(f"{self.incomplete} incomplete")
-        written = (
-            ["pictures"] * bool(self.images + self.videos) + [PREDICTIONS] + [FOLDER] * (self.panoptic is not None)
-        )
-        return f"{', '.join(parts)}; {' and '.join(written)} in {output_dir}"
+        written = ["pictures"] if self.images + self.videos else []
+        written += [PREDICTIONS] if self.panoptic is None else [PREDICTIONS, FOLDER]
+        *others, last = written
+        files = f"{', '.join(others)} and {last}" if others else last
+        return f"{', '.join(parts)}; {files} in {output_dir}"
 
 
 def counted(count: int, noun: str) -> str:
@@ -231,33 +206,14 @@ def detector_from(args: argparse.Namespace) -> LoadedDetector:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: the arguments; None for `sys.argv`.
-
-    Returns:
-        the exit status: 0; 1 if a file was skipped or a video ended early; 2 for user errors; 130 after Ctrl-C, 143
-        after SIGTERM.
-    """
+    """Run the command line; return 0, 1 if a file was skipped or a video ended early, or what `exit_status` returns."""
     parser = build_parser()
     args = parser.parse_args(argv)
     return exit_status(parser.prog, lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check all inputs, then detect, draw and write.
-
-    Args:
-        args: parsed arguments.
-
-    Returns:
-        the exit status, see `main`.
-
-    Raises:
-        UserError: an input, the checkpoint or an argument is not usable, found before any work starts; or the disk is
-            full.
-    """
+    """Check all inputs before any work starts, then detect, draw and write; return the status as `main`."""
     output_dir = Path(args.output_dir)
     kinds = tuple(dict.fromkeys(args.show))
     names = images_or_bundled(args.inputs, args.checkpoint)
@@ -268,7 +224,7 @@ def run(args: argparse.Namespace) -> int:
     check_no_folder(output_dir / PREDICTIONS)
     if kinds and args.slice:
         raise UserError("--show draws the model's view of whole images: leave out --slice or --show")
-    if kinds and all(item.is_video for item in inputs):
+    if kinds and all(is_video(item.path) for item in inputs):
         raise UserError("--show: works only for images, and all inputs are videos; leave out --show")
     if kinds:
         check_matplotlib()
@@ -290,7 +246,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         for item in tqdm(inputs, unit="file", disable=None):
             try:
-                if item.is_video:
+                if is_video(item.path):
                     predict_video(detector, item, tally, detect)
                 else:
                     predict_image(detector, item, kinds, tally, detect, not args.no_exif)
@@ -313,11 +269,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def new_tally(detector: LoadedDetector, inputs: Sequence[Input], output_dir: Path) -> Tally:
-    """Return an empty tally, prepared for segments if the model is panoptic.
-
-    Raises:
-        UserError: the folder of the panoptic results is taken, or would also receive an input's picture.
-    """
+    """Return an empty tally, prepared for segments if the model is panoptic; a UserError if their folder is taken."""
     if detector.things is None:
         return Tally()
     folder = output_dir / FOLDER
@@ -342,11 +294,7 @@ def is_video(path: Path) -> bool:
 
 
 def find_files(names: Sequence[str], output_dir: Path) -> tuple[list[tuple[Path, Path]], dict[str, Found]]:
-    """Find the input files, without duplicates, and search the input folders.
-
-    Args:
-        names: paths of files and folders.
-        output_dir: excluded from the search.
+    """Find the input files, without duplicates, and search the input folders, but not the output folder.
 
     Returns:
         (path, path relative to its input folder, or its name) of each file; and the search result of each folder.
@@ -411,20 +359,6 @@ def plan(files: Sequence[tuple[Path, Path]], output_dir: Path, kinds: Sequence[s
     return inputs
 
 
-def check_matplotlib() -> None:
-    """Refuse `--show` without matplotlib.
-
-    Raises:
-        UserError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            "--show needs matplotlib, which is not installed: pip install 'enact-detection[plots]'"
-        ) from error
-
-
 def draw(detector: LoadedDetector, pixels: Tensor, detections: Detections, enlarge: bool = True) -> np.ndarray:
     """Draw detections or segments on an image uint8 (3, height, width); returns uint8 (height, width, 3)."""
     if detections.panoptic is not None:
@@ -444,11 +378,7 @@ def predict_image(
     detect: Callable[[Tensor], Detections],
     exif: bool = True,
 ) -> None:
-    """Detect objects in an image, rotated by EXIF unless `exif` is False, and write its picture.
-
-    Raises:
-        SkippedError: the image cannot be read.
-    """
+    """Detect objects in an image, rotated by EXIF unless `exif` is False, and write its picture."""
     try:
         pixels = as_pixels(item.path, exif)
     except UserError as error:
@@ -469,9 +399,6 @@ def predict_video(detector: LoadedDetector, item: Input, tally: Tally, detect: C
 
     After Ctrl-C or SIGTERM, the finished frames are kept as a complete video. A video with fewer frames than it
     declares is reported and counted as incomplete.
-
-    Raises:
-        SkippedError: no frame can be read, or the output cannot be written.
     """
     reader = cv2.VideoCapture(str(item.path))
     frame_count, rate = reader.get(cv2.CAP_PROP_FRAME_COUNT), reader.get(cv2.CAP_PROP_FPS)
@@ -517,11 +444,7 @@ class VideoFile:
     """A video (MPEG-4 in mp4), written to a temporary file that is renamed when complete.
 
     A context manager: the video is kept after the block or an interruption (Ctrl-C, SIGTERM), and removed after other
-    errors.
-
-    Args:
-        path: the file to create or replace.
-        rate: frames per second, above 0; rounded to the nearest rate that MPEG-4 can store.
+    errors. The rate, in frames per second, is rounded to the nearest that MPEG-4 can store.
     """
 
     def __init__(self, path: Path, rate: float):
@@ -536,11 +459,7 @@ class VideoFile:
         return self
 
     def write(self, frame: np.ndarray) -> None:
-        """Add a frame, RGB uint8 (height, width, 3). The first frame's size, made even, is the video's size.
-
-        Raises:
-            SkippedError: OpenCV cannot write the file.
-        """
+        """Add a frame, RGB uint8 (height, width, 3). The first frame's size, made even, is the video's size."""
         height, width = frame.shape[:2]
         # The codec needs even sides, so repeat the last column or row.
         frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")

@@ -17,7 +17,7 @@ import numpy as np
 
 from enact_common.cli.program import Parser, program
 from enact_common.cli.types import HelpFormatter
-from enact_common.convert.__main__ import STATUS, Conversion, add_output_flags, check_output, summary_text, write_coco
+from enact_common.convert.__main__ import STATUS, Conversion, add_output_flags, check_output, finish
 from enact_common.convert.sources import NO_FILE, Issues
 from enact_common.data.annotations import check_file_names, load_lists, missing_files
 from enact_common.data.checks.findings import FAULT, NOTE, WARNING
@@ -76,12 +76,9 @@ def split_groups(groups: Sequence[Counter], fraction: float, seed: int) -> set[i
 
 
 def group_images(images: Sequence[dict], pattern: re.Pattern | None, issues: Issues) -> list[list[dict]]:
-    """Group images by the part of their file names that a pattern matches; without a pattern, each is alone.
+    """Group images by the first group of a pattern's match in their file names, or the whole match if it has no group.
 
-    Args:
-        images: COCO's image entries.
-        pattern: its first group is the key, or the whole match if it has no group.
-        issues: collects images without a match.
+    Without a pattern, each image is alone. The issues collect images without a match.
 
     Raises:
         UserError: the pattern matches no name.
@@ -102,15 +99,11 @@ def group_images(images: Sequence[dict], pattern: re.Pattern | None, issues: Iss
 
 
 def split(args: argparse.Namespace) -> Conversion:
-    """Split a data set and write it.
-
-    Raises:
-        UserError: the arguments or the data are not usable, or the output cannot be written. No files are left.
-    """
-    folder, file, output_dir = Path(args.images_dir), Path(args.annotations), Path(args.output_dir)
+    """Split a data set; a UserError says which argument or data are not usable."""
+    folder, file = Path(args.images_dir), Path(args.annotations)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; pass the folder of the images, then their COCO-format JSON")
-    check_output(output_dir, args.seed)
+    check_output(Path(args.output_dir), args.seed)
     issues = Issues()
     data = load_lists(file, ("images", "annotations", "categories"))
     check_file_names(data["images"], folder, file)
@@ -149,9 +142,7 @@ def split(args: argparse.Namespace) -> Conversion:
         own = [annotation for image in chosen for annotation in objects[image["id"]]]
         annotations[part] = {**data, "images": chosen, "annotations": own}
         files[part] = {image["file_name"]: folder / image["file_name"] for image in chosen}
-    conversion = Conversion(annotations, files, issues)
-    write_coco(conversion, output_dir, args.images, progress=True)
-    return conversion
+    return Conversion(annotations, files, issues)
 
 
 def pattern(text: str) -> re.Pattern:
@@ -165,11 +156,9 @@ def pattern(text: str) -> re.Pattern:
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
-        prog=program("enact_common.split"),
-        description=__doc__.splitlines()[0],
-        epilog=STATUS,
+        prog=program("enact_common.split"), description=__doc__.splitlines()[0], epilog=STATUS,
         formatter_class=HelpFormatter,
-    )
+    )  # fmt: skip
     parser.add_argument("images_dir", metavar="IMAGES", help="folder of the images")
     parser.add_argument("annotations", metavar="ANNOTATIONS", help="COCO-format JSON of the images")
     add_output_flags(parser)
@@ -183,23 +172,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Split a data set.
-
-    Args:
-        argv: the arguments; None for `sys.argv`.
-
-    Returns:
-        the exit status: 0; 1 if images or annotations were left out; 2 for user errors.
-    """
+    """Split a data set; return 0, 1 if images or annotations were left out, 2 for user errors."""
     parser = build_parser()
     args = parser.parse_args(argv)
-
-    def run() -> int:
-        conversion = split(args)
-        print(summary_text(conversion, Path(args.output_dir)))
-        return int(any(finding.severity == FAULT for finding in conversion.issues.findings("")))
-
-    return exit_status(parser.prog, run)
+    return exit_status(parser.prog, lambda: finish(split(args), args))
 
 
 if __name__ == "__main__":

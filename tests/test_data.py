@@ -33,7 +33,7 @@ from enact_common.data.checks.images import inspect_image
 from enact_common.data.checks.split import Split
 from enact_common.data.coco import CocoDetection, collate, seeded
 from enact_common.data.images import decode_image, image_size
-from enact_common.data.transforms import RandomResize, RandomSizeCrop, eval_transforms, resized_shape, train_transforms
+from enact_common.data.transforms import eval_transforms, random_crop, random_resize, resized_shape, train_transforms
 from enact_common.data.values import normalise
 from enact_common.evaluation.coco import CocoBoxEvaluator
 from enact_common.models.normalization import IMAGENET_MEAN, IMAGENET_STD, PixelNormalization
@@ -678,11 +678,10 @@ def test_augmentation_depends_on_the_seed():
 
 
 def test_crops_drop_boxes_outside():
-    crop = RandomSizeCrop(20, 30)
     num_boxes = 0
     for seed in range(30):
         with seeded(seed):
-            image, target = crop(*marked_image())
+            image, target = random_crop(*marked_image(), 20, 30)
         assert 20 <= image.shape[1] <= 30 and 20 <= image.shape[2] <= 30
         assert len(target["boxes"]) == len(target["labels"]) == int(bool((image > 0).any()))
         num_boxes += len(target["boxes"])
@@ -690,12 +689,12 @@ def test_crops_drop_boxes_outside():
 
 
 def test_crops_of_small_images_keep_their_sides():
-    image, target = RandomSizeCrop(384, 600)(*marked_image())
+    image, target = random_crop(*marked_image(), 384, 600)
     assert image.shape == (3, 100, 160) and len(target["boxes"]) == 1
 
 
 def test_resize_scales_boxes():
-    image, target = RandomResize([50], 1000)(*marked_image())
+    image, target = random_resize(*marked_image(), [50], 1000)
     assert image.shape == (3, 50, 80)
     assert target["boxes"].tolist() == [[20, 15, 40, 30]]
 

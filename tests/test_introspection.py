@@ -27,7 +27,7 @@ from enact_common.inference.introspection import (
     SHOWN,
     check_kinds,
     introspect,
-    memory_attention,
+    memory_attentions,
     output_and_weights,
     write_introspection,
 )
@@ -102,7 +102,7 @@ def attention_call(model, images):
     def note(_, args, kwargs, output):
         calls.append((args, kwargs, output if torch.is_tensor(output) else output[0]))
 
-    handle = memory_attention(model).register_forward_hook(note, with_kwargs=True)
+    handle = memory_attentions(model)[-1].register_forward_hook(note, with_kwargs=True)
     model(images)
     handle.remove()
     (call,) = calls
@@ -113,7 +113,7 @@ def attention_call(model, images):
 @torch.inference_mode()
 def test_attention_weights_reproduce_the_forward_pass(variant, flags):
     model = detector(variant, flags).model
-    attention = memory_attention(model)
+    attention = memory_attentions(model)[-1]
     # Two images of different shapes, so both are padded.
     args, kwargs, output = attention_call(model, [torch.randn(3, 96, 256), torch.randn(3, 224, 128)])
 
@@ -133,7 +133,7 @@ def test_attention_of_chosen_queries_is_the_mean_over_heads_and_levels(variant, 
     loaded = detector(variant, flags)
     everything = introspect(loaded, pixels, torch.arange(8)).attention
     args, kwargs, _ = attention_call(loaded.model, loaded.model_input(pixels))
-    _, weights = output_and_weights(memory_attention(loaded.model), args, kwargs)
+    _, weights = output_and_weights(memory_attentions(loaded.model)[-1], args, kwargs)
     assert weights.shape[:2] == (3 if "levels" in flags else 1, 4)
     assert_close(everything, weights.mean(dim=(0, 1)).view(8, *CELLS))
     assert_close(everything.sum(dim=(1, 2)), torch.ones(8))
@@ -147,8 +147,8 @@ def test_memory_attention_belongs_to_the_last_decoder_layer(variant, flags):
     model = detector(variant, flags).model
     layers = model.transformer.decoder_layers if variant == "anchor" else model.transformer.decoder.layers
     assert len(layers) == 2
-    assert any(module is memory_attention(model) for module in layers[1].children())
-    assert memory_attention(model) is not layers[1].self_attn
+    assert any(module is memory_attentions(model)[-1] for module in layers[1].children())
+    assert memory_attentions(model)[-1] is not layers[1].self_attn
 
 
 @pytest.mark.parametrize("variant, flags", CLUSTERED)
@@ -198,7 +198,7 @@ def test_introspection_does_not_change_the_detector(variant, flags, pixels, monk
     before = loaded.detect(pixels)
     introspect(loaded, pixels, before.queries)
     with pytest.raises(ZeroDivisionError), monkeypatch.context() as patch:
-        patch.setattr(type(memory_attention(loaded.model)), "forward", lambda *args, **kwargs: 1 / 0)
+        patch.setattr(type(memory_attentions(loaded.model)[-1]), "forward", lambda *args, **kwargs: 1 / 0)
         introspect(loaded, pixels, before.queries)
     for module in loaded.model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks

@@ -51,20 +51,12 @@ class VariantParser(Parser):
         self.origin = ""
 
     def check(self, args: argparse.Namespace) -> None:
-        """Refuse flags that cannot work, before any work starts.
-
-        Raises:
-            UserError: names the flag and says what to do.
-        """
+        """Refuse flags that cannot work, before any work starts; the UserError names the flag and says what to do."""
         for check in self.checks:
             check(args)
 
     def group(self, title: str):
-        """Return the argument group with this title, so that a variant can add its own flags.
-
-        Raises:
-            KeyError: there is no such group.
-        """
+        """Return the argument group with this title, so that a variant can add its own flags."""
         return {group.title: group for group in self._action_groups}[title]
 
     def parse_known_args(self, args=None, namespace=None):
@@ -82,11 +74,7 @@ class VariantParser(Parser):
         return parsed, rest
 
     def config_words(self, name: str) -> list[str]:
-        """Return a config file as command-line words, each checked by its flag's type.
-
-        Raises:
-            SystemExit: the file is missing or wrong; the printed message names the file and the key.
-        """
+        """Return a config file as command-line words, each checked by its flag's type; exits if one is wrong."""
         try:
             settings = read_config(name, self)
         except UserError as error:
@@ -102,11 +90,7 @@ class VariantParser(Parser):
 
 
 def common_parser(description: str) -> VariantParser:
-    """Return a parser with the flags of all variants, with DETR's defaults where variants differ.
-
-    Args:
-        description: the first line of `--help`.
-    """
+    """Return a parser with the flags of all variants, with DETR's defaults where variants differ."""
     parser = VariantParser(description=description, formatter_class=HelpFormatter)
     # Images per step in the published trainings with ENACT. Not a flag: the start-up summary compares --lr with it.
     parser.set_defaults(published_batch=8)
@@ -121,12 +105,7 @@ def common_parser(description: str) -> VariantParser:
 
 
 def add_query_flags(parser: VariantParser, num_queries: int) -> None:
-    """Add the flags that DETR and Conditional DETR share: learned queries, position embeddings and pre-norm.
-
-    Args:
-        parser: from `common_parser`.
-        num_queries: the default of `--num_queries`.
-    """
+    """Add the flags that DETR and Conditional DETR share: learned queries, position embeddings and pre-norm."""
     group = parser.group(MODEL)
     group.add_argument(
         "--position_embedding", type=str, default="sine", choices=("sine", "learned"),
@@ -141,11 +120,7 @@ def add_query_flags(parser: VariantParser, num_queries: int) -> None:
 
 
 def add_focal_flags(parser: VariantParser) -> None:
-    """Add the flags of a focal classification loss, and set its class matching cost.
-
-    Args:
-        parser: from `common_parser`.
-    """
+    """Add the flags of a focal classification loss, and set its class matching cost."""
     group = parser.group(LOSSES)
     group.add_argument("--cls_loss_coef", type=non_negative_float, default=2, metavar="W", help="loss weight: class")
     group.add_argument(
@@ -157,58 +132,53 @@ def add_focal_flags(parser: VariantParser) -> None:
 
 def add_data_flags(group) -> None:
     """Add the flags of the images: folders, sizes, augmentation."""
-    group.add_argument("--dataset_file", default=COCO, help=f"kind of data set: {COCO} or {PANOPTIC}")
-    group.add_argument(
+    add = group.add_argument
+    add("--dataset_file", default=COCO, help=f"kind of data set: {COCO} or {PANOPTIC}")
+    add(
         "--coco_path", type=str, metavar="DIR",
         help="folder with train2017/, val2017/ (or images/train2017, ...) and annotations/instances_*2017.json; or a "
         "Roboflow export: train/, valid/ (or val/), test/, each with images and _annotations.coco.json",
     )  # fmt: skip
     for split, purpose in (("train", "train on"), ("val", "evaluate on")):
-        group.add_argument(
+        add(
             f"--{split}_images", type=str, metavar="DIR",
             help=f"folder of images to {purpose}, for data not in COCO's layout; takes precedence over --coco_path",
         )  # fmt: skip
-        group.add_argument(
-            f"--{split}_annotations", type=str, metavar="FILE", help=f"COCO-format JSON of --{split}_images"
-        )
-    group.add_argument(
+        add(f"--{split}_annotations", type=str, metavar="FILE", help=f"COCO-format JSON of --{split}_images")
+    add(
         "--num_classes", type=positive_int, metavar="N",
         help="number of labels; default: 91 for COCO's categories, whose labels are their ids (only person, id 1, "
         "needs 2), else the number of categories in the annotations",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--train_sizes", type=positive_int, nargs="+", metavar="PIXELS", default=list(range(480, 801, 32)),
         help="shorter sides in training, one drawn per image; the crops of the augmentation scale with the largest",
     )  # fmt: skip
-    group.add_argument(
-        "--eval_size", type=positive_int, default=800, metavar="PIXELS", help="shorter side in evaluation"
-    )
-    group.add_argument(
-        "--max_size", type=positive_int, default=1333, metavar="PIXELS", help="upper limit of the longer side"
-    )
-    group.add_argument("--limit_train", type=positive_int, metavar="N", help="train on the first N images only")
-    group.add_argument("--limit_val", type=positive_int, metavar="N", help="evaluate on the first N images only")
-    group.add_argument(
+    add("--eval_size", type=positive_int, default=800, metavar="PIXELS", help="shorter side in evaluation")
+    add("--max_size", type=positive_int, default=1333, metavar="PIXELS", help="upper limit of the longer side")
+    add("--limit_train", type=positive_int, metavar="N", help="train on the first N images only")
+    add("--limit_val", type=positive_int, metavar="N", help="evaluate on the first N images only")
+    add(
         "--eval_set", choices=("val", "train", "test"), default="val",
         help="images to evaluate on; train measures how well the training images were learned; test has no "
         "annotations, and --eval writes results.json for COCO's evaluation server",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--remove_difficult", action="store_true",
         help='treat annotations with "difficult": 1 (Pascal VOC) as crowds: ignored in training and evaluation',
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--cache_mode", nargs="?", choices=CACHE_MODES, const="encoded", default=False,
         help="read the images once and keep them in memory, one copy per torchrun process: as files (encoded, also "
         "without a value), or as pixels (decoded), five to ten times as large but decoded only once; default: read "
         "from disk in every epoch",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--strict_data", action="store_true",
         help="stop at the first unreadable image; default: replace it in training, count its objects as missed in "
         "evaluation, and stop if most images are unreadable",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--no_augmentation", dest="augmentation", action="store_false",
         help="train on whole images at --eval_size: no flips, scales or crops",
     )  # fmt: skip
@@ -216,208 +186,194 @@ def add_data_flags(group) -> None:
 
 def add_model_flags(group) -> None:
     """Add the flags of the network."""
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--encoder_attention", choices=ENCODER_ATTENTIONS, default="enact",
         help="encoder self-attention: ENACT's entropy-based clusters, the original model's plain attention (mhsa), or "
         "a rival of ENACT (docs/method/rivals.md)",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--smoothing_sigma", type=float, default=3.0, metavar="TOKENS",
         help="ENACT: standard deviation of the Gaussian that smooths the entropy; larger gives fewer clusters",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--enact_clusters", choices=CLUSTERS,
         help="ENACT: pool fixed-length windows, as long as the average region of the entropy; or the regions "
         "themselves; or clusters of equal information, as many as --enact_max_clusters; default: the checkpoint's, "
         f"else {CLUSTERS[0]}",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--enact_order", choices=ORDERS,
         help="ENACT: order of the tokens, row by row or along a Hilbert curve, which makes clusters compact patches; "
         f"default: the checkpoint's, else {ROWS}",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--enact_per_image", action=argparse.BooleanOptionalAction, default=None,
         help="ENACT: compute the window length per image instead of per batch; default: the checkpoint's, else no",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--enact_mask_padding", action=argparse.BooleanOptionalAction, default=None,
         help="ENACT: apply the padding mask, so that padding is not scored, clustered or attended to; default: the "
         "checkpoint's, else no",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--enact_max_clusters", type=natural_int, metavar="M",
         help="ENACT: upper limit of clusters, for images of any size; clusters grow to meet it; 0 sets no limit, or a "
         f"{DEFAULT_SHARE}th of the tokens with --enact_clusters equal; default: the checkpoint's, else 0",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--enact_temperature", type=non_negative_float, metavar="T",
         help="ENACT: pooling weights are a softmax of each token's information divided by T times the image's mean "
         "information, so that informative tokens weigh more; 0 uses the information in bits, as published, which makes "
         "the weights almost equal; default: the checkpoint's, else 0",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--enact_kernels", choices=KERNELS,
         help="ENACT, and Anchor DETR's row-column attention: compute clusters and products in PyTorch (torch) or with "
         "Triton's kernels on a GPU (triton), where they cover the settings (docs/dev/kernels.md); auto is torch until "
         f"GPUs have confirmed the kernels; default: the checkpoint's, else {AUTO}",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--enact_scale_logits", action="store_true",
         help="ENACT: scale the logits by head_dim^-0.5 before the softmax, as plain attention does, and do not divide "
         "the attended values by head_dim; for new trainings; leave it off for published weights",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--token_budget", type=natural_int, metavar="M",
         help=f"rivals of ENACT: most keys and values per image; 0 is 1/{DEFAULT_SHARE} of the tokens; default: the "
         "checkpoint's, else 0",
     )  # fmt: skip
-    group.add_argument("--backbone", type=str, choices=BACKBONES, default="resnet50", help="torchvision's ResNet")
-    group.add_argument(
+    add("--backbone", type=str, choices=BACKBONES, default="resnet50", help="torchvision's ResNet")
+    add(
         "--backbone_stages", type=int, choices=range(1, len(ALL_STAGES) + 1), default=len(ALL_STAGES),
         help="ResNet stages in use: 4, 3, 2 or 1 give a feature map of stride 32, 16, 8 or 4; fewer stages give finer "
         "maps of simpler features",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--backbone_weights", type=str, default="default", metavar="default|none|PATH",
         help="initial weights: torchvision's ImageNet weights (downloaded, checked and cached), random weights, or a "
         "state-dict file",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--backbone_norm", choices=tuple(NORMS), default="frozen",
         help="frozen: batch norm as loaded; batch: train batch norm and the whole backbone, for training from scratch",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--dilation", type=boolean, nargs="?", const=True, default=False, metavar="BOOL",
         help="stride 16 instead of 32 in the last backbone stage (DC5)",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--no-dilation", dest="dilation", action="store_false", default=argparse.SUPPRESS,
         help="stride 32 in the last backbone stage (C5)",
     )  # fmt: skip
-    group.add_argument("--enc_layers", type=natural_int, default=6, metavar="N", help="encoder layers")
-    group.add_argument("--dec_layers", type=positive_int, default=6, metavar="N", help="decoder layers")
-    group.add_argument(
+    add("--enc_layers", type=natural_int, default=6, metavar="N", help="encoder layers")
+    add("--dec_layers", type=positive_int, default=6, metavar="N", help="decoder layers")
+    add(
         "--dim_feedforward", type=positive_int, default=2048, metavar="CHANNELS",
         help="hidden width of the feed-forward networks",
     )  # fmt: skip
-    group.add_argument("--hidden_dim", type=positive_int, default=256, metavar="CHANNELS", help="transformer width")
-    group.add_argument("--dropout", type=float, default=0.1, metavar="P", help="dropout probability in the transformer")
-    group.add_argument("--nheads", type=positive_int, default=8, metavar="N", help="attention heads")
+    add("--hidden_dim", type=positive_int, default=256, metavar="CHANNELS", help="transformer width")
+    add("--dropout", type=float, default=0.1, metavar="P", help="dropout probability in the transformer")
+    add("--nheads", type=positive_int, default=8, metavar="N", help="attention heads")
 
 
 def add_loss_flags(group) -> None:
     """Add the weights of matching costs and losses."""
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--no_aux_loss", dest="aux_loss", action="store_false",
         help="no auxiliary losses: supervise the last decoder layer only",
     )  # fmt: skip
-    group.add_argument(
-        "--set_cost_class", type=non_negative_float, default=1, metavar="W", help="matching cost weight: class"
-    )
-    group.add_argument(
-        "--set_cost_bbox", type=non_negative_float, default=5, metavar="W", help="matching cost weight: box L1"
-    )
-    group.add_argument(
+    add("--set_cost_class", type=non_negative_float, default=1, metavar="W", help="matching cost weight: class")
+    add("--set_cost_bbox", type=non_negative_float, default=5, metavar="W", help="matching cost weight: box L1")
+    add(
         "--set_cost_giou", type=non_negative_float, default=2, metavar="W", help="matching cost weight: generalized IoU"
     )
-    group.add_argument("--bbox_loss_coef", type=non_negative_float, default=5, metavar="W", help="loss weight: box L1")
-    group.add_argument(
-        "--giou_loss_coef", type=non_negative_float, default=2, metavar="W", help="loss weight: generalized IoU"
-    )
+    add("--bbox_loss_coef", type=non_negative_float, default=5, metavar="W", help="loss weight: box L1")
+    add("--giou_loss_coef", type=non_negative_float, default=2, metavar="W", help="loss weight: generalized IoU")
 
 
 def add_training_flags(group) -> None:
     """Add the flags of the optimization."""
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--lr", type=non_negative_float, default=ENACT_LR, metavar="RATE",
         help=f"learning rate; default: {ENACT_LR:g} with --encoder_attention enact, {PLAIN_LR:g} with any other",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--lr_backbone", type=non_negative_float, default=1e-5, metavar="RATE",
         help="learning rate of the backbone; 0 freezes it",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--lr_backbone_names", nargs="+", default=["backbone"], metavar="NAME",
         help="parameters whose name contains one of these learn at --lr_backbone",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--lr_linear_proj_names", nargs="+", default=[], metavar="NAME",
         help="parameters whose name contains one of these learn at --lr times --lr_linear_proj_mult; default: none",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--lr_linear_proj_mult", type=non_negative_float, default=0.1, metavar="FACTOR",
         help="learning rate of --lr_linear_proj_names, as a fraction of --lr",
     )  # fmt: skip
-    group.add_argument("--sgd", action="store_true", help="SGD with momentum 0.9 instead of AdamW")
-    group.add_argument(
+    add("--sgd", action="store_true", help="SGD with momentum 0.9 instead of AdamW")
+    add(
         "--batch_size", type=batch_size, default=2, metavar="N",
         help=f"images per process and forward pass; {AUTO_BATCH} measures the largest that fits into the GPU's memory",
     )  # fmt: skip
-    group.add_argument(
-        "--accumulate", type=positive_int, default=1, metavar="N", help="batches whose gradients are averaged per step"
-    )
-    group.add_argument(
+    add("--accumulate", type=positive_int, default=1, metavar="N", help="batches whose gradients are averaged per step")
+    add(
         "--effective_batch_size", type=positive_int, metavar="N",
         help=f"images per optimizer step, for --batch_size {AUTO_BATCH}, which sets --accumulate; default: 8, as in "
         "the published trainings",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--freeze", nargs="+", default=[], metavar="NAME",
         help="do not train parameters whose name contains one of these: backbone, encoder, ...; default: none",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--ema", type=decay, nargs="?", const=EMA_DECAY, metavar="DECAY",
         help=f"evaluate EMA weights with this decay ({EMA_DECAY} without a value; smaller in the first steps); "
         "default: no EMA",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--early_stop", type=positive_int, metavar="N",
         help="stop after N evaluations in a row without a better AP, which needs validation images with objects; "
         "default: train all --epochs",
     )  # fmt: skip
-    group.add_argument(
-        "--weight_decay", type=non_negative_float, default=1e-4, metavar="RATE", help="weight decay of the optimizer"
-    )
-    group.add_argument(
-        "--epochs", type=natural_int, default=300, metavar="N", help="total epochs, including those before a resume"
-    )
-    group.add_argument(
+    add("--weight_decay", type=non_negative_float, default=1e-4, metavar="RATE", help="weight decay of the optimizer")
+    add("--epochs", type=natural_int, default=300, metavar="N", help="total epochs, including those before a resume")
+    add(
         "--lr_schedule", choices=LR_SCHEDULES, default="step",
         help="learning rate: divided by 10 every --lr_drop epochs, or a cosine over the steps",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--lr_drop", type=positive_int, default=200, metavar="EPOCHS",
         help="for --lr_schedule step: epochs between two drops",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--lr_drop_epochs", type=positive_int, nargs="+", metavar="EPOCH",
         help="for --lr_schedule step: drop after these epochs instead of every --lr_drop",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--warmup_steps", type=natural_int, default=0, metavar="STEPS",
         help="steps of linear warm-up, in which learning rates rise from 0",
     )  # fmt: skip
-    group.add_argument(
-        "--clip_max_norm",
-        type=non_negative_float,
-        default=0.1,
-        metavar="NORM",
+    add(
+        "--clip_max_norm", type=non_negative_float, default=0.1, metavar="NORM",
         help="clip the gradient norm to this; 0 does not clip",
-    )
-    group.add_argument(
+    )  # fmt: skip
+    add(
         "--sync_bn", action="store_true",
         help="trained batch norms (--backbone_norm batch) use the mean and variance over all processes; GPUs only",
     )  # fmt: skip
-    group.add_argument(
-        "--amp", choices=tuple(AMP_DTYPE), default="none", help="mixed precision; fp16 scales the loss and needs a GPU"
-    )
-    group.add_argument(
+    add("--amp", choices=tuple(AMP_DTYPE), default="none", help="mixed precision; fp16 scales the loss and needs a GPU")
+    add(
         "--compile", action="store_true",
         help="torch.compile the backbone, the feed-forward networks and the decoder (except Anchor DETR's): minutes at "
         "the start, then faster steps",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--checkpoint_activations", action="store_true",
         help="activation checkpointing: keep only layer inputs and recompute the rest in the backward pass; less "
         "memory, more time",
@@ -426,103 +382,93 @@ def add_training_flags(group) -> None:
 
 def add_segmentation_flags(group) -> None:
     """Add the reference's mask flags. Variants other than DETR parse them, for shared scripts, and then refuse them."""
-    group.add_argument(
-        "--masks", action="store_true", help="predict masks too, with a mask head on the detector (DETR only)"
-    )
-    group.add_argument(
+    add = group.add_argument
+    add("--masks", action="store_true", help="predict masks too, with a mask head on the detector (DETR only)")
+    add(
         "--frozen_weights", type=str, metavar="CKPT",
         help="checkpoint of a detector (path or URL, as for --resume) to freeze, training only the mask head; needs "
         "--masks",
     )  # fmt: skip
-    group.add_argument(
-        "--coco_panoptic_path",
-        type=str,
-        metavar="DIR",
+    add(
+        "--coco_panoptic_path", type=str, metavar="DIR",
         help=f"folder of COCO's panoptic annotations, for --dataset_file {PANOPTIC}",
-    )
-    group.add_argument(
+    )  # fmt: skip
+    add(
         "--panoptic_threshold", type=fraction, default=PostProcessPanoptic.THRESHOLD, metavar="P",
         help="panoptic segments: minimum class probability of a query; default: %(default)s, which short "
         "trainings seldom reach",
     )  # fmt: skip
-    group.add_argument(
-        "--mask_loss_coef", type=non_negative_float, default=1, metavar="W", help="loss weight: focal loss of masks"
-    )
-    group.add_argument(
-        "--dice_loss_coef", type=non_negative_float, default=1, metavar="W", help="loss weight: dice loss of masks"
-    )
+    add("--mask_loss_coef", type=non_negative_float, default=1, metavar="W", help="loss weight: focal loss of masks")
+    add("--dice_loss_coef", type=non_negative_float, default=1, metavar="W", help="loss weight: dice loss of masks")
 
 
 def add_run_flags(group) -> None:
     """Add the flags of the run: output, device, checkpoints, processes."""
-    group.add_argument(
+    add = group.add_argument
+    add(
         "--config", metavar="FILE",
         help="YAML file whose keys are flags, such as another training's config.yaml, or the name of a shipped config "
         "(docs/use/configs.md); the command line overrides it; default: none",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--output_dir", default="", metavar="DIR",
         help="folder for the log, checkpoints and results; without it nothing is written",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--log", nargs="+", choices=tuple(TRACKERS), metavar="TRACKER",
         help="send scalars, settings, and metrics and pictures of the best evaluation to these trackers: "
         f"{', '.join(TRACKERS)}; default: scalars to TensorBoard if it is installed",
     )  # fmt: skip
-    group.add_argument("--device", default="cuda", help="device: cuda, cuda:1, cpu")
-    group.add_argument(
+    add("--device", default="cuda", help="device: cuda, cuda:1, cpu")
+    add(
         "--seed", default=42, type=natural_int, metavar="N", help="random seed of weights, image order and augmentation"
     )
-    group.add_argument(
+    add(
         "--deterministic", action="store_true",
         help="on a GPU, repeat results bit for bit and resume exactly, but slower; CPUs always do (default: off)",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--resume", default="", metavar="CKPT",
         help="checkpoint to resume or to evaluate: a path, or an https URL with at least 8 digits of the file's "
         "SHA-256 in its name (name-HASH.pth) or at its end (#sha256=HASH)",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--pretrained", default="", metavar="CKPT",
         help="checkpoint to fine-tune (path or URL, as for --resume), also with other classes or settings: loads the "
         "tensors that fit, converts plain attention to ENACT, and lists the rest; --resume takes precedence",
     )  # fmt: skip
-    group.add_argument(
+    add(
         "--auto_resume", action="store_true",
         help="resume OUTPUT_DIR/checkpoint.pth if it exists, else start a new training; --resume takes precedence",
     )  # fmt: skip
-    group.add_argument(
-        "--start_epoch", default=0, type=natural_int, metavar="N",
+    add(
+        "--start_epoch",
+        default=0,
+        type=natural_int,
+        metavar="N",
         help="number of the first epoch of a new training",
-    )  # fmt: skip
-    group.add_argument("--eval", action="store_true", help="evaluate only, without training")
-    group.add_argument("--num_workers", default=2, type=natural_int, metavar="N", help="processes that load images")
-    group.add_argument(
+    )
+    add("--eval", action="store_true", help="evaluate only, without training")
+    add("--num_workers", default=2, type=natural_int, metavar="N", help="processes that load images")
+    add(
         "--save_every", default=100, type=positive_int, metavar="EPOCHS",
         help="keep a numbered checkpoint every so many epochs and before the learning rate drops, in addition to "
         "checkpoint.pth, which every epoch replaces",
     )  # fmt: skip
-    group.add_argument(
-        "--keep", type=positive_int, metavar="N", help="keep only the latest N numbered checkpoints; default: all"
-    )
-    group.add_argument(
+    add("--keep", type=positive_int, metavar="N", help="keep only the latest N numbered checkpoints; default: all")
+    add(
         "--save_every_steps", default=0, type=natural_int, metavar="STEPS",
         help="also replace checkpoint.pth within an epoch, every so many optimizer steps; 0 saves only after epochs "
         "and when SIGTERM or SIGUSR1 stops the run",
     )  # fmt: skip
-    group.add_argument(
-        "--eval_every",
-        default=1,
-        type=positive_int,
-        metavar="EPOCHS",
+    add(
+        "--eval_every", default=1, type=positive_int, metavar="EPOCHS",
         help="evaluate every so many epochs, and after the last",
-    )
-    group.add_argument(
-        "--print_freq", default=10, type=positive_int, metavar="STEPS", help="steps between two progress lines"
-    )
-    group.add_argument("--world_size", default=1, type=positive_int, metavar="N", help="processes; torchrun sets it")
-    group.add_argument("--dist_url", default="env://", help="address where the processes of a training meet")
-    group.add_argument(
+    )  # fmt: skip
+    add("--print_freq", default=10, type=positive_int, metavar="STEPS", help="steps between two progress lines")
+    add("--world_size", default=1, type=positive_int, metavar="N", help="processes; torchrun sets it")
+    add("--dist_url", default="env://", help="address where the processes of a training meet")
+    add(
         "--dist_timeout", default=30, type=positive_int, metavar="MINUTES",
         help="time after which a process stops waiting for another",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Checks that refuse impossible combinations of flags before any work starts."""
+"""Checks that refuse impossible combinations of flags before any work starts, by a UserError that says what to do."""
 
 import importlib.util
 import math
@@ -17,11 +17,7 @@ COMPILED_AND_RECOMPUTED = (2, 15)
 
 
 def check_arguments(args) -> None:
-    """Refuse flags that no variant can work with.
-
-    Raises:
-        UserError: names the flag and says what to do.
-    """
+    """Refuse flags that no variant can work with."""
     if args.frozen_weights and not args.masks:
         raise UserError(
             "--frozen_weights freezes a detector and trains a mask head on it: pass --masks too, or use --pretrained "
@@ -118,11 +114,7 @@ def is_installed(package: str) -> bool:
 
 def check_trackers(args) -> None:
     """Refuse `--log` without an output folder or without a tracker's package. `--eval` ignores the flag, which a
-    training's `config.yaml` brings along.
-
-    Raises:
-        UserError: says what to do.
-    """
+    training's `config.yaml` brings along."""
     if args.eval:
         return
     if args.log and not args.output_dir:
@@ -134,11 +126,7 @@ def check_trackers(args) -> None:
 
 
 def check_auto_batch(args) -> None:
-    """Refuse `--batch_size auto` with flags that it sets or cannot measure, and its own flag without it.
-
-    Raises:
-        UserError: says what to do.
-    """
+    """Refuse `--batch_size auto` with flags that it sets or cannot measure, and its own flag without it."""
     if args.batch_size != AUTO_BATCH:
         if args.effective_batch_size:
             raise UserError(
@@ -158,11 +146,7 @@ def check_auto_batch(args) -> None:
 
 
 def refuse_masks(args) -> None:
-    """Refuse masks, for variants whose original has no mask head.
-
-    Raises:
-        UserError: names the flags and the variant with a mask head.
-    """
+    """Refuse masks, for variants whose original has no mask head."""
     if args.masks or args.frozen_weights or args.dataset_file == PANOPTIC:
         raise UserError(
             f"--masks, --frozen_weights, --dataset_file {PANOPTIC}: only DETR has a mask head; this model was "
@@ -171,11 +155,7 @@ def refuse_masks(args) -> None:
 
 
 def refuse_rivals_of_row_column_attention(args) -> None:
-    """Refuse rivals of ENACT in Anchor DETR's row-column attention, whose keys are rows and columns.
-
-    Raises:
-        UserError: names the flag and what to do.
-    """
+    """Refuse rivals of ENACT in Anchor DETR's row-column attention, whose keys are rows and columns."""
     if args.encoder_attention in RIVALS and args.attention_type == "RCDA":
         raise UserError(
             f"--encoder_attention {args.encoder_attention} works on attention between cells, not on row-column "
@@ -184,11 +164,7 @@ def refuse_rivals_of_row_column_attention(args) -> None:
 
 
 def check_own_data(args) -> None:
-    """Refuse a data set of which only images or only annotations are given.
-
-    Raises:
-        UserError: names the missing flag.
-    """
+    """Refuse a data set of which only images or only annotations are given."""
     needed = [args.eval_set] if args.eval else ["train", args.eval_set]
     own = {split: vars(args).get(f"{split}_images") for split in needed}
     for split in ("train", "val"):
@@ -207,11 +183,7 @@ def check_own_data(args) -> None:
 
 
 def check_position_embedding(args) -> None:
-    """Refuse feature maps that are larger than the learned position embedding.
-
-    Raises:
-        UserError: says what to do.
-    """
+    """Refuse feature maps that are larger than the learned position embedding."""
     cells = math.ceil(args.max_size / stride_of(args))
     if args.position_embedding == "learned" and cells > PositionEmbeddingLearned.MAX_CELLS:
         raise UserError(

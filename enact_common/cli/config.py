@@ -52,7 +52,7 @@ def find_config(name: str) -> Path:
 
 
 def read_config(name: str, parser: argparse.ArgumentParser) -> list[tuple[str, list[str]]]:
-    """Return the settings of a file as command-line words.
+    """Return the settings of a file, named as `--config` does, as command-line words.
 
     Args:
         name: a path, or the name of a shipped config.
@@ -62,8 +62,8 @@ def read_config(name: str, parser: argparse.ArgumentParser) -> list[tuple[str, l
         (key, words) of each setting, in the file's order. The words are empty for a default that no flag can express.
 
     Raises:
-        UserError: the file is missing or is not a mapping, a key is unknown (the message suggests the nearest flag),
-            or the command line cannot express a value. The parser checks the types of values.
+        UserError: the file is missing or is not a mapping, a key is unknown (the message suggests the nearest flag), or
+            the command line cannot express a value. The parser checks the types of values.
     """
     path = find_config(name)
     try:
@@ -112,17 +112,7 @@ def flags_of(parser: argparse.ArgumentParser) -> dict[str, tuple[str, argparse.A
 
 
 def words_of(option: str, action: argparse.Action, value: Any, flags: Mapping[str, tuple]) -> list[str]:
-    """Return the command-line words that set a flag.
-
-    Args:
-        option: the flag.
-        action: the parser's action of the flag.
-        value: the value in the file.
-        flags: from `flags_of`.
-
-    Raises:
-        ValueError: the command line cannot express the value.
-    """
+    """Return the command-line words that set a flag to a value; a ValueError if the command line cannot express it."""
     if value is None:
         if action.default is None:
             return []
@@ -192,12 +182,7 @@ ConfigDumper.add_representer(
 
 
 def config_text(parser: argparse.ArgumentParser, args: argparse.Namespace) -> str:
-    """Return the settings of a training as YAML for `--config`: every flag except `OF_ONE_RUN`, in the help's order.
-
-    Args:
-        parser: defines the flags.
-        args: parsed arguments.
-    """
+    """Return the settings of a training as YAML for `--config`: every flag except `OF_ONE_RUN`, in the help's order."""
     settings: dict[str, Any] = {}
     skipped_dests = set(OF_ONE_RUN)
     for action in parser._actions:

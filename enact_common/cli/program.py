@@ -46,11 +46,7 @@ def flags_of(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def program(module: str) -> str:
-    """Return a command's name as the user typed it.
-
-    Args:
-        module: the command's module, for example "enact_common.predict".
-    """
+    """Return a command's name as the user typed it, by its module, for example "enact_common.predict"."""
     return called_as or f"python -m {module}"
 
 

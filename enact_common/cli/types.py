@@ -2,6 +2,8 @@
 
 import argparse
 import math
+from collections.abc import Callable
+from typing import Any
 
 from enact_common.cli.flags import AUTO_BATCH
 
@@ -19,49 +21,31 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
-def positive_int(text: str) -> int:
-    """An integer of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def number_type(name: str, kind: type, allowed: Callable[[float], bool], rule: str) -> Callable[[str], Any]:
+    """A type of numbers for argparse, whose messages name it and its rule."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"{rule}, got {text}")
+        return value
+
+    parse.__name__ = name
+    return parse
+
+
+positive_int = number_type("positive_int", int, lambda value: value >= 1, "must be at least 1")
+natural_int = number_type("natural_int", int, lambda value: value >= 0, "must not be negative")
+non_negative_float = number_type(
+    "non_negative_float", float, lambda value: 0 <= value < math.inf, "must be a number of at least 0"
+)
+fraction = number_type("fraction", float, lambda value: 0 <= value <= 1, "must be a number from 0 to 1")
+decay = number_type("decay", float, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 
 
 def batch_size(text: str) -> int | str:
     """An integer of at least 1, or `AUTO_BATCH`, for argparse."""
     return AUTO_BATCH if text == AUTO_BATCH else positive_int(text)
-
-
-def natural_int(text: str) -> int:
-    """An integer of at least 0, for argparse."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
-    return value
-
-
-def non_negative_float(text: str) -> float:
-    """A finite number of at least 0, for argparse."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
-    return value
-
-
-def fraction(text: str) -> float:
-    """A number from 0 to 1, for argparse."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text}")
-    return value
-
-
-def decay(text: str) -> float:
-    """A number of at least 0 and below 1, for argparse."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text}")
-    return value
 
 
 def boolean(text: str) -> bool:

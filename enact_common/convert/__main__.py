@@ -105,21 +105,15 @@ class Conversion:
     issues: Issues
 
 
-def to_coco(source: Source, issues: Issues, description: str, progress: bool = False) -> Conversion:
-    """Read all annotations and the headers of all images.
-
-    Args:
-        source: the data set to convert.
-        issues: collects changes and omissions.
-        description: text for the files' `info`.
-        progress: show progress bars on standard error if it is a terminal.
+def to_coco(source: Source, issues: Issues, description: str) -> Conversion:
+    """Read all annotations of a data set and the headers of all its images. The text is for the files' `info`.
 
     Raises:
         UserError: a split has no images, or train has no objects.
     """
     read: dict[str, list[tuple[Path, tuple[int, int], list[Object]]]] = {}
     for split in SPLITS:
-        items = tqdm(source.items[split], f"read {split}", unit="image", disable=None if progress else True)
+        items = tqdm(source.items[split], f"read {split}", unit="image", disable=None)
         rows = [(item.image, *read_item(item, issues)) for item in items]
         read[split] = [row for row in rows if row[1] and row[2] is not None]
         if not read[split]:
@@ -214,11 +208,7 @@ def to_annotation(thing: Object, width: int, height: int, issues: Issues) -> dic
 
 
 def check_output(output_dir: Path, seed: int) -> None:
-    """Refuse an output folder that is a file or is not empty, and a negative seed.
-
-    Raises:
-        UserError: names the flag.
-    """
+    """Refuse an output folder that is a file or is not empty, and a negative seed."""
     if seed < 0:
         raise UserError(f"--seed {seed}: must be 0 or more")
     if output_dir.is_dir() and any(output_dir.iterdir()):
@@ -227,14 +217,10 @@ def check_output(output_dir: Path, seed: int) -> None:
         raise UserError(f"--output_dir {output_dir}: is a file; choose a new or an empty folder")
 
 
-def write_coco(conversion: Conversion, output_dir: Path, mode: str, progress: bool = False) -> None:
+def write_coco(conversion: Conversion, output_dir: Path, mode: str) -> None:
     """Write a data set in the COCO layout, the annotations last. On failure, all written files are removed.
 
-    Args:
-        conversion: the data set to write.
-        output_dir: an empty or missing folder.
-        mode: "link", "copy" or "symlink".
-        progress: show progress bars on standard error if it is a terminal.
+    The folder is empty or missing; the mode is "link", "copy" or "symlink".
 
     Raises:
         UserError: a file cannot be written.
@@ -244,7 +230,7 @@ def write_coco(conversion: Conversion, output_dir: Path, mode: str, progress: bo
         for split, images in conversion.images.items():
             folder = output_dir / f"{split}2017"
             folder.mkdir(parents=True)
-            for name, image in tqdm(images.items(), f"write {split}", unit="image", disable=None if progress else True):
+            for name, image in tqdm(images.items(), f"write {split}", unit="image", disable=None):
                 place = folder / name
                 place.parent.mkdir(parents=True, exist_ok=True)
                 put_image(image.resolve(), place, mode)
@@ -271,13 +257,7 @@ def write_coco(conversion: Conversion, output_dir: Path, mode: str, progress: bo
 
 
 def put_image(image: Path, place: Path, mode: str) -> None:
-    """Link or copy an image.
-
-    Args:
-        image: absolute path of the image, not a symbolic link.
-        place: destination path.
-        mode: "link" makes a hard link, or a copy where the file system cannot link; "copy"; or "symlink".
-    """
+    """Put a file at a place: "link" makes a hard link, or a copy where that fails; "copy"; or "symlink"."""
     if mode == "symlink":
         place.symlink_to(image)
         return
@@ -349,19 +329,14 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = Parser(
-        prog=program("enact_common.convert"),
-        description=__doc__.splitlines()[0],
-        epilog=STATUS,
-    )
+    parser = Parser(prog=program("enact_common.convert"), description=__doc__.splitlines()[0], epilog=STATUS)
     formats = parser.add_subparsers(dest="format", required=True, metavar="FORMAT")
     for name, text, folder, sets in (
         (
             "voc", "Pascal VOC: one XML file per image",
             "VOC2007 or a folder like it (Annotations/, JPEGImages/, ImageSets/Main/), a folder of such folders, or "
             "any folder with XML files and images",
-            "a list in ImageSets/Main, or a folder (default: train and val, valid or validation; else trainval and "
-            "test; else train and test; else a random split)",
+            NAMED_SETS.format("a list in ImageSets/Main, or a folder"),
         ),
         (
             "yolo", "YOLO: one text file per image, with boxes or polygons",
@@ -410,11 +385,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def convert(args: argparse.Namespace) -> Conversion:
-    """Read a data set and write it in the COCO layout.
-
-    Raises:
-        UserError: the arguments or the data are not usable, or the output cannot be written. No files are left.
-    """
+    """Read a data set; a UserError says which argument or data are not usable."""
     root, output_dir = Path(args.data), Path(args.output_dir)
     if not (root.is_dir() or (args.format in OF_ONE_FILE and root.is_file())):
         raise UserError(f"{root}: no such folder")
@@ -432,29 +403,22 @@ def convert(args: argparse.Namespace) -> Conversion:
     repeated = [name for name, times in Counter(source.classes or ()).items() if times > 1]
     if repeated:
         raise UserError(f"{root}: the class name {repeated[0]} is listed twice; pass --classes NAME ...")
-    conversion = to_coco(source, issues, f"Converted from {args.format.upper()}: {root.name}", progress=True)
-    write_coco(conversion, output_dir, args.images, progress=True)
-    return conversion
+    return to_coco(source, issues, f"Converted from {args.format.upper()}: {root.name}")
+
+
+def finish(conversion: Conversion, args: argparse.Namespace) -> int:
+    """Write a data set to `--output_dir` and print its summary; return 1 if something could not be read, else 0."""
+    output_dir = Path(args.output_dir)
+    write_coco(conversion, output_dir, args.images)
+    print(summary_text(conversion, output_dir))
+    return int(any(finding.severity == FAULT for finding in conversion.issues.findings("")))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Convert a data set.
-
-    Args:
-        argv: the arguments; None for `sys.argv`.
-
-    Returns:
-        the exit status: 0; 1 if images or annotations could not be read and were left out; 2 for user errors.
-    """
+    """Convert a data set; return 0, 1 if images or annotations were left out as unreadable, 2 for user errors."""
     parser = build_parser()
     args = parser.parse_args(argv)
-
-    def run() -> int:
-        conversion = convert(args)
-        print(summary_text(conversion, Path(args.output_dir)))
-        return int(any(finding.severity == FAULT for finding in conversion.issues.findings("")))
-
-    return exit_status(parser.prog, run)
+    return exit_status(parser.prog, lambda: finish(convert(args), args))
 
 
 if __name__ == "__main__":

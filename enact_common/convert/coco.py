@@ -40,17 +40,9 @@ PROJECT = NOTE, "categories without objects that only name the project, as Robof
 
 
 def find_coco(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
-    """Find the images and annotations of COCO-format files in a folder and its sub-folders.
+    """Find the images and annotations of COCO-format files in a folder and its sub-folders, or of one JSON file.
 
     A file's set is named by its file name or its folders (train, valid, ...); see `choose_sets`.
-
-    Args:
-        root: the folder, or one JSON file.
-        args: the command line's arguments.
-        issues: collects changes and omissions.
-
-    Raises:
-        UserError: there is no COCO file, or an entry of its images or categories is invalid.
     """
     folder = root if root.is_dir() else root.parent
     contents = read_files(root, issues)
@@ -75,11 +67,7 @@ def find_coco(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
 
 
 def read_files(root: Path, issues: Issues) -> dict[Path, dict]:
-    """The content of the COCO files; other JSON files in a folder are reported.
-
-    Raises:
-        UserError: `root` is a file and not a COCO file, or an entry of a COCO file is invalid.
-    """
+    """The content of the COCO files; other JSON files in a folder are reported."""
     if root.is_file():
         return {root: load_lists(root, LISTS)}
     contents = {}

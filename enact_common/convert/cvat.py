@@ -44,17 +44,9 @@ ATTRIBUTE = NOTE, "attributes that are not kept"
 
 
 def find_cvat(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
-    """Find the images and shapes of CVAT's XML files in a folder and its sub-folders.
+    """Find the images and shapes of CVAT's XML files in a folder and its sub-folders, or of one XML file.
 
     An image's set is its subset in CVAT, else the file's name or folder; see `choose_sets`.
-
-    Args:
-        root: the folder, or one XML file.
-        args: the command line's arguments.
-        issues: collects changes and omissions.
-
-    Raises:
-        UserError: there is no such XML file.
     """
     folder = root if root.is_dir() else root.parent
     trees: dict[Path, Element] = {}

@@ -40,14 +40,6 @@ def find_dota(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
 
     An image and its label file have the same stem and set; the set is named by a folder (train, val), see
     `choose_sets`.
-
-    Args:
-        root: the folder.
-        args: the command line's arguments.
-        issues: collects changes and omissions.
-
-    Raises:
-        UserError: no image has a label file.
     """
     labels: dict[tuple[str, str], list[Path]] = defaultdict(list)
     for path in search(root, [".txt"]).files:
@@ -84,13 +76,7 @@ def folder_set(root: Path, path: Path) -> str:
 
 
 def read_dota(label: Path | None, issues: Issues, width: int, height: int) -> list[Object] | None:
-    """Read the objects in a label file; none without a file, and None if the file cannot be read.
-
-    Args:
-        label: the file.
-        issues: collects changes and omissions.
-        width, height: size of the image in pixels; unused, as the labels are in pixels.
-    """
+    """Read the objects in a label file, in pixels; none without a file, and None if the file cannot be read."""
     if label is None:
         return []
     lines = label_lines(label, issues)

@@ -43,14 +43,6 @@ def find_openimages(root: Path, args: argparse.Namespace, issues: Issues) -> Sou
     """Find the tables and images in a folder and its sub-folders.
 
     A table's set is named by its file name or its folders (train, validation, test); see `choose_sets`.
-
-    Args:
-        root: the folder.
-        args: the command line's arguments.
-        issues: collects changes and omissions.
-
-    Raises:
-        UserError: there is no table of boxes, or no image of it.
     """
     tables, class_names = read_tables(root, issues)
     if not tables:
@@ -81,11 +73,7 @@ def find_openimages(root: Path, args: argparse.Namespace, issues: Issues) -> Sou
 
 
 def read_tables(root: Path, issues: Issues) -> tuple[dict[Path, list[tuple[int, dict[str, str]]]], dict[str, str]]:
-    """Read all CSV files below a folder.
-
-    Returns:
-        the rows of each table of boxes with their line numbers, and the name of each class code.
-    """
+    """The rows of each table of boxes below a folder with their line numbers, and the name of each class code."""
     tables, class_names = {}, {}
     for file in sorted(search(root, [".csv"]).files):
         try:
@@ -106,15 +94,7 @@ def read_tables(root: Path, issues: Issues) -> tuple[dict[Path, list[tuple[int, 
 def read_rows(
     table: Path, rows: list[tuple[int, dict[str, str]]], names: dict[str, str], issues: Issues, width: int, height: int
 ) -> list[Object]:
-    """Read the objects of an image.
-
-    Args:
-        table: the CSV file, for messages.
-        rows: the image's rows with their line numbers.
-        names: the name of each class code.
-        issues: collects changes and omissions.
-        width, height: size of the image file in pixels.
-    """
+    """Read the objects of an image from its rows, given with their line numbers."""
     objects, marks = [], Counter()
     for number, row in rows:
         code, sides = (row["LabelName"] or "").strip(), [number_or_none(row[side]) for side in SIDES]

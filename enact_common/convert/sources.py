@@ -1,6 +1,8 @@
 """Data types and helpers that the readers of other annotation formats share.
 
-A module per format finds and reads a data set; `__main__` writes it in the COCO layout.
+The module of each format has a function `find_NAME(root, args, issues)`, which returns the `Source` at a path and adds
+to the issues what it changes or leaves out, and a function that reads the objects of one image. A UserError says that
+there is nothing to read, or what is missing. `__main__` writes the data set in the COCO layout.
 """
 
 import argparse
@@ -129,9 +131,7 @@ def image_files(folder: Path, issues: Issues) -> list[Path]:
 class ImageIndex:
     """The images below a folder, found by the names that annotations have for them.
 
-    Args:
-        root: the folder.
-        issues: collects ignored files, and names without exactly one image.
+    The issues collect ignored files, and names without exactly one image.
     """
 
     def __init__(self, root: Path, issues: Issues):
@@ -145,12 +145,10 @@ class ImageIndex:
         return matches(name, self._by_key)
 
     def find(self, name: str, where: str, nearby: Path | None = None) -> Path | None:
-        """Return the image that a name means, also with another folder, suffix or an upload's prefix; else None.
+        """Return the image that a name, path, URL or stem means, also with another suffix or an upload's prefix.
 
-        Args:
-            name: a path, URL, file name or stem.
-            where: the annotation that has the name, for messages.
-            nearby: a folder below the root whose images come first.
+        None, and an issue that names the annotation (`where`), if that is not one image. Images in the folder `nearby`
+        come first.
         """
         if nearby is not None:
             name = f"{nearby.relative_to(self.root).as_posix()}/{name}"
@@ -173,12 +171,6 @@ def choose_sets(
 ) -> dict[str, list[Item]]:
     """Make "train" and "val" of the named sets of a data set, or draw them at random if it has no such pair.
 
-    Args:
-        root: the data set, for messages.
-        sets: the images of each set, by lower-case name.
-        args: `train_set`, `val_set`, and what `divide` needs.
-        issues: collects unused sets.
-
     Raises:
         UserError: a requested set is missing, or there are too few images.
     """
@@ -200,15 +192,7 @@ def choose_sets(
 def same_size(
     objects: list[Object], declared: tuple[float | None, ...], where: str, issues: Issues, width: int, height: int
 ) -> list[Object]:
-    """Return the objects, and report an image whose file is not as large as its annotation says.
-
-    Args:
-        objects: the image's objects, in pixels.
-        declared: the annotated width and height.
-        where: the annotation, for messages.
-        issues: collects the report.
-        width, height: size of the image file in pixels.
-    """
+    """Return the objects, and report an image whose file differs from the declared width and height."""
     if declared != (width, height):
         stated = " x ".join("?" if side is None else f"{side:g}" for side in declared)
         issues.add(OTHER_SIZE, f"{where}: {stated}, the image is {width} x {height}")
@@ -238,12 +222,7 @@ def note_passed_over(search_result: Found, issues: Issues) -> None:
 
 
 def divide(items: list[Item], args: argparse.Namespace, issues: Issues) -> dict[str, list[Item]]:
-    """Split items at random into "train" and "val", without changing their order.
-
-    Args:
-        items: at least two.
-        args: `val_fraction`, the fraction of "val" in (0, 1), and `seed`. Each split gets at least one item.
-        issues: collects a warning about the random split.
+    """Split items at random into "train" and "val", at least one in each, without changing their order.
 
     Raises:
         UserError: there are fewer than two items.
@@ -260,11 +239,7 @@ def divide(items: list[Item], args: argparse.Namespace, issues: Issues) -> dict[
 
 
 def read_text(file: Path) -> str:
-    """Read a text file.
-
-    Raises:
-        UserError: the file cannot be read, or is not UTF-8.
-    """
+    """Read a text file; a UserError if it cannot be read, or is not UTF-8."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -283,11 +258,7 @@ def label_lines(label: Path, issues: "Issues") -> list[str] | None:
 
 
 def listed_names(file: Path) -> list[str]:
-    """The lines of a text file that are not empty.
-
-    Raises:
-        UserError: the file cannot be read, or is not UTF-8.
-    """
+    """The lines of a text file that are not empty; errors as `read_text`."""
     return [line.strip() for line in read_text(file).splitlines() if line.strip()]
 
 

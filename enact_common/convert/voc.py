@@ -45,14 +45,6 @@ def find_voc(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
     """Find the images and XML files in a folder like VOC2007, a folder of such folders, or any other folder.
 
     The splits come from lists in ImageSets/Main, from folders named train and val at any depth, or from a random split.
-
-    Args:
-        root: the folder.
-        args: `train_set`, `val_set`, `val_fraction`, `seed`, `classes` and `zero_based` of the command line.
-        issues: collects changes and omissions.
-
-    Raises:
-        UserError: no XML file has an image, or a requested list or folder is missing.
     """
     candidates = [root] if (root / "Annotations").is_dir() else visible(root, "*", issues)
     kits = [path for path in candidates if (path / "Annotations").is_dir()]
@@ -75,15 +67,10 @@ def find_voc(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
 
 
 def pair(root: Path, images: list[Path], xmls: list[Path], issues: Issues) -> dict[Path, Path]:
-    """Map each image to its XML file.
+    """Map each image below a folder to its XML file; files without a match are added to the issues.
 
     An XML file and its image have the same stem, or else the XML file contains the image's name. With several matches,
     the image is in the XML file's folder, in a sub-folder of the same name, or has the name in the XML file.
-
-    Args:
-        root: a folder that contains all files.
-        images, xmls: the files.
-        issues: collects files without a match.
     """
     by_stem, by_name = defaultdict(list), defaultdict(list)
     for image in images:
@@ -126,10 +113,7 @@ def mentioned_image(xml: Path) -> str:
 
 
 def read_lists(folder: Path, image_folder: Path, images: list[Path], issues: Issues) -> Lists:
-    """Read the lists of a folder like ImageSets/Main, by name.
-
-    The lists name images with or without suffix and sub-folder.
-    """
+    """Read the lists of a folder like ImageSets/Main: names of images with or without suffix and sub-folder."""
     by_name = {image.relative_to(image_folder).with_suffix("").as_posix(): image for image in images}
     by_name |= {image.relative_to(image_folder).as_posix(): image for image in images}
     by_name |= {image.stem: image for image in images if image.stem not in by_name}
@@ -142,11 +126,7 @@ def read_lists(folder: Path, image_folder: Path, images: list[Path], issues: Iss
 def choose(
     root: Path, items: dict[Path, Item], lists: Lists, args: argparse.Namespace, issues: Issues
 ) -> dict[str, list[Item]]:
-    """Split the items into "train" and "val" by lists, else by folders, else at random.
-
-    Raises:
-        UserError: a requested list or folder is missing.
-    """
+    """Split the items into "train" and "val" by lists, else by folders, else at random."""
     listed = {name: [image for _, image in entries] for name, entries in lists.items()}
     folders: dict[str, list[Path | None]] = defaultdict(list)
     for image in items:
@@ -197,11 +177,7 @@ class NoDoctype(ElementTree.TreeBuilder):
 
 
 def parse(path: Path, tag: str = "annotation") -> ElementTree.Element:
-    """Parse an XML file and return its root element.
-
-    Args:
-        path: the file.
-        tag: the root's name: "annotation" for VOC.
+    """Return the root element of an XML file, which must have this tag.
 
     Raises:
         ValueError: the file cannot be read, is not XML, declares a document type, or has another root.
@@ -216,16 +192,9 @@ def parse(path: Path, tag: str = "annotation") -> ElementTree.Element:
 
 
 def read_voc(xml: Path, zero_based: bool, issues: Issues, width: int, height: int) -> list[Object] | None:
-    """Read the objects of an XML file.
+    """Read the objects of an XML file; None if it cannot be read.
 
-    Args:
-        xml: the file.
-        zero_based: coordinates start at 0, and xmax and ymax are the first pixels outside the box.
-        issues: collects changes and omissions.
-        width, height: size of the stored image in pixels.
-
-    Returns:
-        the objects; None if the file cannot be read.
+    With `zero_based`, coordinates start at 0, and xmax and ymax are the first pixels outside the box.
     """
     try:
         tree = parse(xml)

@@ -51,16 +51,7 @@ NAME_COUNT = WARNING, "class counts that differ from the number of names: the na
 
 
 def find_yolo(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
-    """Find the images and label files of a YOLO data set by its data.yaml or obj.data, or by its folders.
-
-    Args:
-        root: the folder, or the YAML or data file.
-        args: the command line's arguments.
-        issues: collects changes and omissions.
-
-    Raises:
-        UserError: images, class names or a file that the YAML names are missing.
-    """
+    """Find the images and label files of a YOLO data set by its data.yaml or obj.data, or by its folders."""
     config, names, keypoints = find_config(root, issues), args.classes, 0
     if config:
         root, data = config.parent, load_darknet(config, issues) if config.suffix == ".data" else load_yaml(config)
@@ -89,11 +80,7 @@ def find_yolo(root: Path, args: argparse.Namespace, issues: Issues) -> Source:
 
 def find_config(root: Path, issues: Issues) -> Path | None:
     """The file that describes a data set: `root` if it is a file; data.yaml or the folder's only YAML file; obj.data or
-    the folder's only .data file.
-
-    Raises:
-        UserError: the folder has several such files.
-    """
+    the folder's only .data file."""
     if root.is_file():
         return root
     for patterns, stem, kind in ((("*.yaml", "*.yml"), "data", "YAML"), (("*.data",), "obj", "data")):
@@ -107,13 +94,7 @@ def find_config(root: Path, issues: Issues) -> Path | None:
 
 
 def load_yaml(config: Path) -> dict:
-    """Read a YAML file's mapping.
-
-    Values are never printed in full: aliases can expand a few lines without end.
-
-    Raises:
-        UserError: the file cannot be read, or is not a mapping.
-    """
+    """Read a YAML file's mapping. Values are never printed in full: aliases can expand a few lines without end."""
     try:
         data = yaml.safe_load(read_text(config))
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an invalid date, such as 2024-02-30
@@ -128,9 +109,6 @@ def load_darknet(config: Path, issues: Issues) -> dict:
 
     A line is `key = value`. Keys may be capitalised, like CVAT's subsets. A missing validation list is ignored, because
     CVAT names one even if it does not write it.
-
-    Raises:
-        UserError: the file cannot be read, or the file of class names does not exist.
     """
     pairs = (line.partition("=") for line in listed_names(config) if "=" in line)
     data: dict = {}
@@ -153,11 +131,7 @@ def load_darknet(config: Path, issues: Issues) -> dict:
 
 
 def yaml_splits(config: Path, data: dict, args: argparse.Namespace, issues: Issues) -> dict[str, list[Path]]:
-    """The images of "train", and of "val" if the file has it.
-
-    Raises:
-        UserError: an entry names no images, or its path does not exist.
-    """
+    """The images of "train", and of "val" if the file has it."""
     path = data.get("path")
     base = config.parent / path if isinstance(path, str) else config.parent
     # The path may be from another machine.
@@ -176,11 +150,7 @@ def yaml_splits(config: Path, data: dict, args: argparse.Namespace, issues: Issu
 
 
 def yaml_names(config: Path, data: dict, issues: Issues) -> list[str] | None:
-    """The class names, from a list or a mapping numbered from 0; None if the file has none.
-
-    Raises:
-        UserError: 'names' is neither a list nor a mapping numbered from 0.
-    """
+    """The class names, from a list or a mapping numbered from 0; None if the file has none."""
     names = data.get("names")
     if names is None:
         return None
@@ -199,11 +169,7 @@ def yaml_names(config: Path, data: dict, issues: Issues) -> list[str] | None:
 
 
 def yaml_keypoints(config: Path, data: dict) -> int:
-    """How many keypoint numbers a label line has; 0 if the data have no keypoints.
-
-    Raises:
-        UserError: kpt_shape is not two positive integers, the number of keypoints and of values per keypoint.
-    """
+    """How many keypoint numbers a label line has; 0 if the data have no keypoints."""
     shape = data.get("kpt_shape")
     if shape is None:
         return 0
@@ -215,11 +181,7 @@ def yaml_keypoints(config: Path, data: dict) -> int:
 
 
 def yaml_images(config: Path, base: Path, entry: str, issues: Issues) -> list[Path]:
-    """The images in the folder, or in the list of paths, that an entry of a YAML file names.
-
-    Raises:
-        UserError: the folder or file does not exist.
-    """
+    """The images in the folder, or in the list of paths, that an entry of a YAML file names."""
     place = find_named(entry, [base, config.parent], Path.exists)
     if place is None:
         raise UserError(f"{config}: names {entry}, but there is no {base / entry}; correct the path")
@@ -240,15 +202,10 @@ def yaml_images(config: Path, base: Path, entry: str, issues: Issues) -> list[Pa
 
 
 def find_named(name: str, folders: Sequence[Path], is_there: Callable[[Path], bool]) -> Path | None:
-    """Resolve a path from a list or a data set's description; None if nothing matches.
+    """Resolve a path from a list or a description, absolute or relative to a folder; None if nothing matches.
 
-    The path is absolute or relative to one of the folders, and may have backslashes. If it does not exist, its longest
-    existing tail counts, for paths from another machine, or `data/obj_train_data/a.jpg` from another parent folder.
-
-    Args:
-        name: the path.
-        folders: folders that the path may be relative to.
-        is_there: whether a path exists, as a file or a folder.
+    The path may have backslashes. If it does not exist, its longest existing tail counts, for paths from another
+    machine, or `data/obj_train_data/a.jpg` from another parent folder.
     """
     plain = name.replace("\\", "/")
     parts = PurePosixPath(plain).parts
@@ -262,11 +219,7 @@ def find_named(name: str, folders: Sequence[Path], is_there: Callable[[Path], bo
 
 
 def yolo_folders(root: Path, args: argparse.Namespace, issues: Issues) -> dict[str, list[Path]]:
-    """The images of each split in images/train, images/val or train/images, val/images; else all images as "train".
-
-    Raises:
-        UserError: a requested folder or the training images are missing.
-    """
+    """The images of each split in images/train, images/val or train/images, val/images; else all images as "train"."""
     folder_names = {
         "train": (args.train_set,) if args.train_set else ("train",),
         "val": (args.val_set,) if args.val_set else VAL_NAMES,
@@ -287,11 +240,7 @@ def yolo_folders(root: Path, args: argparse.Namespace, issues: Issues) -> dict[s
 
 
 def class_names(root: Path) -> list[str]:
-    """The class names in classes.txt, in the folder or among its labels.
-
-    Raises:
-        UserError: the file is missing or empty.
-    """
+    """The class names in classes.txt, in the folder or among its labels."""
     places = [root / "classes.txt", root / "labels" / "classes.txt", root / "labels" / "train" / "classes.txt"]
     file = next((place for place in places if place.is_file()), None)
     names = listed_names(file) if file else []
@@ -310,12 +259,7 @@ def label_file(image: Path) -> Path:
 
 
 def stray_labels(folders: set[tuple[Path, Path]], issues: Issues) -> list[Path]:
-    """The label files without an image in their image folder, whether or not a split has the image.
-
-    Args:
-        folders: pairs of a label folder and its image folder.
-        issues: collects hidden label files.
-    """
+    """The label files without an image in their image folder, whether or not a split has the image."""
     stems, labels, suffixes = set(), set(), image_suffixes() | PICTURE_SUFFIXES
     for label_folder, image_folder in folders:
         if label_folder.is_dir() and image_folder.is_dir():
@@ -330,17 +274,9 @@ def stray_labels(folders: set[tuple[Path, Path]], issues: Issues) -> list[Path]:
 def read_yolo(
     label: Path, names: list[str], keypoints: int, issues: Issues, width: int, height: int
 ) -> list[Object] | None:
-    """Read the objects in a label file.
+    """Read the objects in a label file: none if it is missing, None if it cannot be read.
 
-    Args:
-        label: the file. A missing file means an image without objects.
-        names: class names.
-        keypoints: keypoint numbers per line; 0 for data without keypoints, whose lines may be outlines.
-        issues: collects changes and omissions.
-        width, height: size of the stored image in pixels.
-
-    Returns:
-        the objects; None if the file cannot be read.
+    Lines have that many keypoint numbers after the box; without any, lines may be outlines.
     """
     if not label.is_file():
         return []

@@ -30,14 +30,10 @@ TEST_FILES = ("image_info_test-dev2017.json", "image_info_test2017.json")
 
 
 def find_split(coco_path: str, split: str) -> tuple[Path, Path]:
-    """The image folder and the annotation file of a split, in COCO's or Roboflow's layout.
+    """The image folder and the annotation file of a split: "train", "val" or "test", in COCO's or Roboflow's layout.
 
-    COCO's layout has `{split}2017/` or `images/{split}2017/`, and `annotations/instances_{split}2017.json`.
-    Roboflow's has `train/`, `valid/` (or `val/`) and `test/`, each with `_annotations.coco.json` and the images.
-
-    Args:
-        coco_path: `--coco_path`.
-        split: "train", "val" or "test".
+    COCO's layout has `{split}2017/` or `images/{split}2017/`, and `annotations/instances_{split}2017.json`. Roboflow's
+    has `train/`, `valid/` (or `val/`) and `test/`, each with `_annotations.coco.json` and the images.
 
     Raises:
         UserError: a file or folder is missing, or the folder mixes both layouts.
@@ -138,14 +134,9 @@ def lies_in(folder: Path, name: str) -> bool:
 def check_file_names(images: Iterable[dict], folder: Path, source: Path) -> None:
     """Refuse image files outside the image folder: an annotation file from elsewhere must not choose what is read.
 
-    Args:
-        images: entries of `images`.
-        folder: the image folder, which the file names are relative to.
-        source: the annotation file, for the message.
-
     Raises:
-        UserError: a name leads out of the folder. The message gives the first such name and the file in the folder
-            that it may mean.
+        UserError: a name leads out of the folder. The message gives the first such name and the file in the folder that
+            it may mean.
     """
     for image in images:
         name = image["file_name"]
@@ -171,11 +162,7 @@ def stated_size(image: dict) -> tuple[float, float]:
 
 
 def missing_files(paths: Iterable[Path]) -> tuple[list[Path], dict[Path, set[str]]]:
-    """Find missing files with one listing per folder.
-
-    Returns:
-        the missing files, and the names in each file's folder (empty if the folder cannot be listed).
-    """
+    """The missing files, and the names in each file's folder, none if it cannot be listed; lists a folder once."""
     missing, present = [], {}
     for path in paths:
         folder = path.parent
@@ -190,15 +177,9 @@ def missing_files(paths: Iterable[Path]) -> tuple[list[Path], dict[Path, set[str
 
 
 def load_lists(path: Path, lists: Sequence[str], log: bool = True) -> dict:
-    """Read an annotation file, normalise it, and check its lists `images` and `categories`.
+    """Read an annotation file, normalise it, and check that it has these lists, and its `images` and `categories`.
 
-    Args:
-        path: the file.
-        lists: keys of the lists that the file must have.
-        log: log in one line which values had to be converted to numbers.
-
-    Returns:
-        the object as `normalise` returns it.
+    Logs in one line which values had to be converted to numbers, unless `log` is False.
 
     Raises:
         UserError: a list or entry is invalid. The message names the file and the entry.
@@ -235,7 +216,7 @@ def load_lists(path: Path, lists: Sequence[str], log: bool = True) -> dict:
 
 
 def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool = False, log: bool = True) -> dict:
-    """Load and check a COCO-format annotation file.
+    """Load and check a COCO-format annotation file: its `images`, `annotations` and `categories`.
 
     `normalise` converts numbers written as text, and ids written as floats. Annotations are renumbered from 1, because
     pycocotools silently takes an id of 0 for "not matched" and miscounts repeated ids. Missing or invalid values of
@@ -247,11 +228,7 @@ def load_annotations(path: Path, annotated: bool = True, remove_difficult: bool 
         annotated: False for a list of test images: `annotations` is optional and not read.
         remove_difficult: turn annotations with `"difficult": 1` into crowds. Converters from Pascal VOC write this
             mark; VOC excludes such objects from training and from its metrics.
-        log: log which values were converted to numbers, and how many annotations are ignored; pass False if the file
-            was read before.
-
-    Returns:
-        a dict with `images`, `annotations` and `categories`.
+        log: log which values were converted to numbers, and how many annotations are ignored.
 
     Raises:
         UserError: a list or entry is invalid. The message names the file and the entry.

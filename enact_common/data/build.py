@@ -12,11 +12,7 @@ from enact_common.utils.errors import UserError
 
 
 def data_files(args, split: str) -> tuple[Path, Path]:
-    """Return the image folder and the annotation file of a split.
-
-    Args:
-        args: parsed arguments; `--train_images`, `--val_images` and their annotations override `--coco_path`.
-        split: "train", "val" or "test".
+    """Return the image folder and the annotation file of a split: "train", "val" or "test".
 
     Raises:
         UserError: a file or folder is missing.

@@ -123,11 +123,7 @@ def cache_images(datasets: Sequence[CocoDetection], mode: str) -> None:
 
 
 def file_shape(path: Path) -> tuple[int]:
-    """The size of a file as a shape, (bytes,).
-
-    Raises:
-        UserError: the file is missing.
-    """
+    """The size of a file as a shape, (bytes,)."""
     try:
         return (path.stat().st_size,)
     except OSError as error:
@@ -135,11 +131,7 @@ def file_shape(path: Path) -> tuple[int]:
 
 
 def read_encoded(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The bytes of a file, uint8 (bytes,).
-
-    Raises:
-        UserError: the file cannot be read, or does not have this shape.
-    """
+    """The bytes of a file, uint8 (bytes,), which must have this shape."""
     encoded = read_file(path)
     if encoded.shape != shape:
         raise UserError(f"{path}: changed while it was read")
@@ -147,21 +139,13 @@ def read_encoded(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def pixels_shape(path: Path) -> tuple[int, int, int]:
-    """The shape of an image, (3, height, width), from its header.
-
-    Raises:
-        UserError: the file cannot be read, is not an image, or has too many pixels.
-    """
+    """The shape of an image, (3, height, width), from its header."""
     width, height = image_size(path)
     return 3, height, width
 
 
 def read_pixels(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The pixels of an image, uint8 (3, height, width), as in `CocoDetection.image`.
-
-    Raises:
-        UserError: the image cannot be read, or does not have this shape.
-    """
+    """The pixels of an image, uint8 (3, height, width), which must have this shape."""
     pixels = decode_rgb(read_file(path), path).transpose(2, 0, 1)
     if pixels.shape != shape:
         (_, h, w), (_, height, width) = pixels.shape, shape
@@ -178,15 +162,7 @@ def physical_memory() -> int:
 
 
 def check_memory(size: int, mode: str) -> None:
-    """Refuse a cache that exceeds this machine's memory.
-
-    Args:
-        size: bytes per process that torchrun starts on this machine.
-        mode: as for `cache_images`.
-
-    Raises:
-        UserError: the cache is too large. The message gives both sizes.
-    """
+    """Refuse a cache of `size` bytes per process of torchrun that exceeds this machine's memory."""
     processes, memory = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), physical_memory()
     if size * processes > memory:
         content, way_out = "the image files", "leave the flag out"
@@ -194,11 +170,6 @@ def check_memory(size: int, mode: str) -> None:
             content, way_out = "the decoded images", f"pass --cache_mode encoded, or {way_out}"
         each = f" in each of {processes} processes" if processes > 1 else ""
         raise UserError(
-            f"--cache_mode {mode}: {content} are {gibibytes(size)}{each}, but this machine's memory is "
-            f"{gibibytes(memory)}; {way_out}"
+            f"--cache_mode {mode}: {content} are {size / 2**30:.4g} GiB{each}, but this machine's memory is "
+            f"{memory / 2**30:.4g} GiB; {way_out}"
         )
-
-
-def gibibytes(size: int) -> str:
-    """A number of bytes as text, in GiB."""
-    return f"{size / 2**30:.4g} GiB"

@@ -50,12 +50,8 @@ class LabelMap:
         COCO's categories, or a subset of them, keep their ids as labels, which makes released checkpoints fit. Other
         categories are numbered from 0 in the order of their ids.
 
-        Args:
-            categories: dicts with `id` and `name`.
-            num_classes: number of the model's labels (`--num_classes`); None for as many as needed.
-
         Raises:
-            UserError: num_classes is too small.
+            UserError: `num_classes` (`--num_classes`; None for as many as needed) is too small.
         """
         names = {int(category["id"]): str(category["name"]) for category in categories}
         coco = coco_names()
@@ -104,7 +100,7 @@ class LabelMap:
         """Refuse categories that the map lacks or names differently.
 
         Raises:
-            UserError: a category does not match. The message names the source and the first such category.
+            UserError: names the source and the first such category.
         """
         labels = self.labels()
         for category in categories:

@@ -124,19 +124,11 @@ class CocoDetection(Dataset):
         self.pack(objects, self.sizes)
 
     def load(self, path: Path) -> dict:
-        """Return the checked `images`, `annotations` and `categories` of an annotation file.
-
-        Raises:
-            UserError: a list or entry is invalid. The message names the file and the entry.
-        """
+        """Return the checked `images`, `annotations` and `categories` of an annotation file, or raise a UserError."""
         return load_annotations(path, self.annotated, self.remove_difficult)
 
     def own_labels(self, categories: list[dict], num_classes: int | None) -> LabelMap:
-        """The label map derived from a file's categories.
-
-        Raises:
-            UserError: num_classes is too small.
-        """
+        """The label map derived from a file's categories."""
         return LabelMap.from_categories(categories, num_classes)
 
     def check_files(self) -> None:
@@ -209,11 +201,7 @@ class CocoDetection(Dataset):
             self.note_unreadable(index, error)
 
     def image(self, index: int) -> Tensor:
-        """The stored image of an item, uint8 (3, height, width), from the disk or the cache.
-
-        Raises:
-            UserError: the image cannot be read.
-        """
+        """The stored image of an item, uint8 (3, height, width), from the disk or the cache, or a UserError."""
         path = self.path(index)
         if self._cache is None:
             return decode_image(path)
@@ -243,11 +231,7 @@ class CocoDetection(Dataset):
         return image, drop_degenerate(target)
 
     def item_or_none(self, index: int) -> tuple[tv_tensors.Image, dict] | None:
-        """Return `item`, or None if it cannot be read and `on_unreadable` tolerates that.
-
-        Raises:
-            UserError: the item cannot be read and `on_unreadable` is "raise", or most tried images cannot be read.
-        """
+        """Return `item`, or None if it cannot be read and `on_unreadable` tolerates that."""
         if self.on_unreadable == "raise":
             return self.item(index)
         if self._state[index] == UNREADABLE:
@@ -262,10 +246,6 @@ class CocoDetection(Dataset):
 
     def note_unreadable(self, index: int, error: UserError) -> None:
         """Mark an item's image as unreadable, so that it is not retried.
-
-        Args:
-            index: the item.
-            error: the reason.
 
         Raises:
             UserError: most tried images are unreadable, and these are at least `MANY` or most of the data set.
@@ -301,14 +281,12 @@ class CocoDetection(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Tensor]] | None:
         """The transformed image, with our transforms uint8 (3, h, w), and its target.
 
-        The target has `image_id` int64 (1,); `orig_size` and `size` int64 (2,), (height, width) in pixels as stored
-        and after the transforms; `labels` int64 (n,) and `boxes` float32 (n, 4) cxcywh in [0, 1]; with masks, `masks`
-        bool (n, h, w).
-
-        `on_unreadable` decides the result for an unreadable image: an error, another item, or None.
+        The target has `image_id` int64 (1,); `orig_size` and `size` int64 (2,), (height, width) in pixels as stored and
+        after the transforms; `labels` int64 (n,) and `boxes` float32 (n, 4) cxcywh in [0, 1]; with masks, `masks` bool
+        (n, h, w).
 
         Raises:
-            UserError: as `item_or_none`.
+            UserError: the image is unreadable and `on_unreadable` is "raise", or most tried images are.
         """
         item, attempts = self.item_or_none(index), 0
         while item is None:
@@ -334,27 +312,23 @@ class CocoDetection(Dataset):
         else:
             # Unchecked segmentations must not reach pycocotools' C code.
             annotations = [{key: a[key] for key in a if key != "segmentation"} for a in annotations]
-        coco = COCO()
-        coco.dataset = {
-            # pycocotools copies both into its results, and a file may lack them.
-            "info": {},
-            "licenses": [],
-            "images": images,
-            "annotations": annotations,
-            "categories": data["categories"],
-        }
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco.createIndex()
-        return coco
+        return as_coco({"images": images, "annotations": annotations, "categories": data["categories"]})
+
+
+def as_coco(dataset: dict, kind: type[COCO] = COCO) -> COCO:
+    """A ground truth, a dict with `images`, `annotations` and `categories`, as pycocotools' object or one like it."""
+    coco = kind()
+    # pycocotools copies both into its results, and a file may lack them.
+    coco.dataset = {"info": {}, "licenses": [], **dataset}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
 
 
 def collate(
     items: list[tuple[Tensor, dict[str, Tensor]] | None],
 ) -> tuple[NestedTensor, list[dict[str, Tensor]]] | None:
-    """A padded batch of images (uint8 after `to_model_input`) and the list of their targets.
-
-    Items that are None are skipped. Returns None if no items remain.
-    """
+    """A padded batch of images (uint8 after `to_model_input`) and their targets; None if all items are None."""
     items = [item for item in items if item is not None]
     if not items:
         return None

@@ -130,12 +130,9 @@ def count_suffixes(paths: Collection[Path]) -> str:
 
 
 def search(folder: Path, suffixes: Collection[str], left_out: Path | None = None) -> Found:
-    """Search a folder and its sub-folders. Links to folders are followed; each folder is searched once.
+    """Search a folder, which may be hidden or a link, and its sub-folders for files with these lower-case suffixes.
 
-    Args:
-        folder: where to start; may be hidden or a link.
-        suffixes: suffixes of the files to find, in lower case.
-        left_out: a resolved folder to skip.
+    Links to folders are followed; each folder is searched once. `left_out` is a resolved folder to skip.
     """
     found, seen = Found(), set()
     # Each folder carries its parents, those of its path and those behind links.
@@ -180,12 +177,8 @@ def search(folder: Path, suffixes: Collection[str], left_out: Path | None = None
 def images_in(folder: Path, named: str) -> list[Path]:
     """The images in a folder and its sub-folders. A line on standard error counts the skipped files.
 
-    Args:
-        folder: where to search.
-        named: the flag and the folder, for messages.
-
     Raises:
-        UserError: there are no images.
+        UserError: there are no images. The message starts with `named`, the flag and the folder.
     """
     found = search(folder, image_suffixes())
     if not found.files:
@@ -198,11 +191,7 @@ def images_in(folder: Path, named: str) -> list[Path]:
 
 
 def check_pixels(width: int, height: int) -> None:
-    """Refuse an image that would take too much memory.
-
-    Raises:
-        ValueError: the image has more than `MAX_PIXELS` pixels.
-    """
+    """Raise a ValueError for an image that would take too much memory: more than `MAX_PIXELS` pixels."""
     if width * height > MAX_PIXELS:
         raise ValueError(
             f"it has {width:,} x {height:,} pixels (width x height), more than the limit of {MAX_PIXELS:,}; make it "
@@ -260,11 +249,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def read_file(path: Path) -> np.ndarray:
-    """The bytes of a file, uint8 (bytes,).
-
-    Raises:
-        UserError: the file cannot be read.
-    """
+    """The bytes of a file, uint8 (bytes,); a UserError if it cannot be read."""
     try:
         return np.fromfile(path, dtype=np.uint8)
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
@@ -272,36 +257,25 @@ def read_file(path: Path) -> np.ndarray:
 
 
 def decode_image(path: Path) -> Tensor:
-    """Decode an image file: RGB, uint8 (3, height, width), see `decode_rgb`.
-
-    Raises:
-        UserError: the file is missing, or is not a complete image.
-    """
+    """Decode an image file: RGB, uint8 (3, height, width), see `decode_rgb`; a UserError if that fails."""
     return decode_bytes(read_file(path), path)
 
 
 def decode_bytes(encoded: np.ndarray, path: Path) -> Tensor:
-    """Decode an image: RGB, uint8 (3, height, width), see `decode_rgb`.
-
-    Raises:
-        UserError: the bytes are not a complete image.
-    """
+    """Decode an image file's content: RGB, uint8 (3, height, width), see `decode_rgb`; a UserError if that fails."""
     return torch.from_numpy(decode_rgb(encoded, path)).permute(2, 0, 1).contiguous()
 
 
 def decode_rgb(encoded: np.ndarray, path: Path) -> np.ndarray:
-    """Decode an image of any colour mode: RGB, uint8 (height, width, 3).
+    """Decode an image of any colour mode, uint8 (bytes,): RGB, uint8 (height, width, 3).
 
     `eight_bits` converts 16-bit images. An animation gives its first frame. The alpha channel is dropped without
     blending. EXIF rotation is not applied, because COCO's boxes refer to the pixels as stored. (In TIFF, the
     orientation is part of the format, and every reader applies it.)
 
-    Args:
-        encoded: uint8 (bytes,).
-        path: the file of these bytes, for messages.
-
     Raises:
         UserError: the bytes are not a complete image, or it has 32 bits per channel or more than `MAX_PIXELS` pixels.
+            The message names the path.
     """
     try:
         # OpenCV is the fastest reader; Pillow knows a few more formats.
@@ -337,10 +311,6 @@ def is_for_pil(encoded: np.ndarray) -> bool:
 def opencv_to_rgb(encoded: np.ndarray, name: str) -> np.ndarray | None:
     """Decode an image with OpenCV: RGB, uint8 (height, width, 3); None if OpenCV cannot read it.
 
-    Args:
-        encoded: uint8 (bytes,).
-        name: the image's name, for the log.
-
     Raises:
         ValueError: the image has 32 bits per channel, or too many pixels.
     """
@@ -366,11 +336,7 @@ TOO_DEEP = "it has 32 bits per channel, which have no standard value range; save
 
 
 def pil_to_rgb(image: Image.Image, name: str = "an image") -> np.ndarray:
-    """Convert a PIL image to RGB, uint8 (height, width, 3), see `decode_rgb`.
-
-    Args:
-        image: the image.
-        name: the image's name, for the log.
+    """Convert a PIL image to RGB, uint8 (height, width, 3), see `decode_rgb`. `name` is for the log.
 
     Raises:
         ValueError: the image has 32 bits per channel, or its colours cannot be converted.
@@ -386,16 +352,12 @@ def pil_to_rgb(image: Image.Image, name: str = "an image") -> np.ndarray:
 
 
 def eight_bits(values: np.ndarray, name: str) -> np.ndarray:
-    """Convert the colours of a 16-bit image, uint16 (height, width, ...), to uint8 of the same shape.
+    """Convert the colours of a 16-bit image, uint16 (height, width, ...) without alpha, to uint8 of the same shape.
 
     Cameras with 10, 12 or 14 bits often leave the upper bits of a 16-bit file empty, and the file does not record that.
     So the bit depth is the smallest of 8, 10, 12, 14 and 16 that holds the image's highest value, and the upper 8 of
     these bits are kept. The result depends only on the image, so training, checks and prediction agree. The first image
     below 16 bits is logged.
-
-    Args:
-        values: the colours, without transparency.
-        name: the image's name, for the log.
     """
     highest = int(values.max())
     bits = next(depth for depth in DEPTHS if highest < 1 << depth)

@@ -23,14 +23,10 @@ WORKER = "DataLoader worker"
 class TrainSampler(DistributedSampler):
     """A sampler of this rank's share of an epoch's images, in an order that depends only on the seed and the epoch.
 
-    The global batches do not depend on the number of ranks. A resumed epoch can start in the middle of the share.
-
-    Args:
-        dataset: the data set of all ranks.
-        seed: seed of the order, together with the epoch (`set_epoch`).
+    The global batches do not depend on the number of ranks.
 
     Attributes:
-        first: number of items to skip at the start of the share.
+        first: number of items to skip at the start of the share, for a resumed epoch.
     """
 
     def __init__(self, dataset: CocoDetection, seed: int):
@@ -47,10 +43,6 @@ class EvaluationBatches(Sampler):
     The batches equal those of a single process. So metrics do not depend on the number of ranks, even if a model's
     result for an image depends on its batch, as with ENACT's windows. Ranks can have different numbers of batches, or
     none.
-
-    Args:
-        size: number of images of all ranks.
-        batch_size: images per batch; the last batch can be smaller.
     """
 
     def __init__(self, size: int, batch_size: int):
@@ -69,11 +61,7 @@ class EvaluationBatches(Sampler):
 def make_loader(dataset: CocoDetection, args, device: torch.device, train: bool) -> DataLoader:
     """A data loader whose order depends only on the seed and the epoch.
 
-    Args:
-        dataset: the data set of all ranks.
-        args: parsed arguments.
-        device: the device that the batches go to.
-        train: shuffle, and drop an incomplete last batch.
+    For training, it shuffles, and drops an incomplete last batch. `device` is where the batches go.
     """
     if train:
         order = {
@@ -99,11 +87,7 @@ def init_worker(worker: int, running: Tensor) -> None:
 
     OpenCV uses one thread, because the workers already run in parallel. Schedulers send stop signals to all processes
     of a run, but the run finishes its step first and needs its images. So a worker ignores these signals until its run
-    ends.
-
-    Args:
-        worker: the worker's number.
-        running: uint8 (), shared with the main process, which sets it to 0 when it ends.
+    ends and sets `running`, uint8 () in shared memory, to 0.
     """
     cv2.setNumThreads(0)
     for number in (*SIGNALS, signal.SIGINT):

@@ -102,12 +102,7 @@ def normalize_segmentations(
 
 
 def normalize_all(segmentations: list, sizes: list[list[int]]) -> Iterator[list | dict | str]:
-    """Yield `normalize_segmentation` of each segmentation, or the message of its error.
-
-    Args:
-        segmentations: segmentations from a file.
-        sizes: [height, width] of each segmentation's image, from `normalize_size`.
-    """
+    """Yield `normalize_segmentation` of each segmentation and its image's size, or the message of its error."""
     for first in range(0, len(segmentations), BATCH):
         part = list(zip(segmentations[first : first + BATCH], sizes[first : first + BATCH], strict=True))
         texts = [i for i, (segmentation, size) in enumerate(part) if is_plain_text(segmentation, size)]
@@ -145,11 +140,11 @@ def normalize_segmentation(segmentation: Any, size: list[int]) -> list | dict:
 
     Returns:
         polygons unchanged; or a run-length code with its size as int and its `counts` as ASCII or a list of int. Only
-        the first run may be 0 (pycocotools merges and compares other runs of 0 wrongly).
+            the first run may be 0 (pycocotools merges and compares other runs of 0 wrongly).
 
     Raises:
-        ValueError: the segmentation is not a mask of an image of this size. The message continues a sentence that
-            starts with the annotation's name.
+        ValueError: it is not a mask of an image of this size. The message continues a sentence that starts with the
+            annotation's name.
     """
     if not segmentation:
         raise ValueError("has no segmentation, but --masks needs one for each object")
@@ -169,11 +164,7 @@ def normalize_segmentation(segmentation: Any, size: list[int]) -> list | dict:
 
 
 def check_polygon(polygon: list, size: list[int]) -> None:
-    """Refuse a polygon that pycocotools would misread, or draw with excessive memory and time.
-
-    Raises:
-        ValueError: as `normalize_segmentation`.
-    """
+    """Refuse a polygon that pycocotools would misread, or draw with excessive memory and time."""
     types = set(map(type, polygon))
     if list in types:
         raise ValueError("has a polygon with a list in it: expected x, y, x, y, ... in a single list")
@@ -199,11 +190,7 @@ def check_polygon(polygon: list, size: list[int]) -> None:
 
 
 def normalize_code(code: dict, size: list[int]) -> dict:
-    """`normalize_segmentation` for a run-length code.
-
-    Raises:
-        ValueError: as `normalize_segmentation`.
-    """
+    """`normalize_segmentation` for a run-length code."""
     counts, runs = code.get("counts"), read_runs(code, size)
     if not runs[1:].all():
         counts, runs = None, without_empty_runs(runs)
@@ -211,15 +198,7 @@ def normalize_code(code: dict, size: list[int]) -> dict:
 
 
 def read_runs(code: dict, size: list[int]) -> np.ndarray:
-    """The runs of a run-length code, int64 (runs,), background first: each 0 or more, summing to the image's pixels.
-
-    Args:
-        code: a code from a file, with `size` and `counts`.
-        size: [height, width] of its image in pixels.
-
-    Raises:
-        ValueError: as `normalize_segmentation`.
-    """
+    """The runs of a run-length code, int64 (runs,), background first: each 0 or more, summing to the image's pixels."""
     stated, counts, pixels = code.get("size"), code.get("counts"), size[0] * size[1]
     if not matches(stated, size):
         raise ValueError(f"has a run-length code of size {shown(stated)}, but its image is {size} (height, width)")
@@ -233,11 +212,7 @@ def read_runs(code: dict, size: list[int]) -> np.ndarray:
 
 
 def read_numbers(counts: list[int | float], pixels: int) -> np.ndarray:
-    """`read_runs` for an uncompressed run-length code.
-
-    Raises:
-        ValueError: as `normalize_segmentation`.
-    """
+    """`read_runs` for an uncompressed run-length code."""
     if not counts:
         raise ValueError("has an empty run-length code")
     # Check before the conversion: a number may exceed int64.
@@ -252,11 +227,7 @@ def read_numbers(counts: list[int | float], pixels: int) -> np.ndarray:
 
 
 def read_text(text: str, pixels: int) -> np.ndarray:
-    """`read_runs` for a compressed run-length code.
-
-    Raises:
-        ValueError: as `normalize_segmentation`.
-    """
+    """`read_runs` for a compressed run-length code."""
     if not text:
         raise ValueError("has an empty run-length code")
     if text[:2] in ("b'", 'b"'):
@@ -273,15 +244,11 @@ def read_text(text: str, pixels: int) -> np.ndarray:
 
 
 def read_texts(texts: list[str], pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Read compressed run-length codes together, much faster than one by one.
-
-    Args:
-        texts: the codes, ASCII, none empty.
-        pixels: number of pixels of each code's image, int (texts,).
+    """Read compressed run-length codes in ASCII, none empty, together, which is much faster than one by one.
 
     Returns:
         the concatenated runs of all codes, int64 (runs,); the number of runs of each code, int64 (texts,); and the
-        fault of each code as an index into `DAMAGE`, 0 for no fault, int64 (texts,).
+            fault of each code as an index into `DAMAGE`, 0 for no fault, int64 (texts,).
     """
     digits = np.frombuffer("".join(texts).encode(), dtype=np.uint8) - np.uint8(48)  # below chr(48): wraps around
     lengths = np.array([len(text) for text in texts])
@@ -331,11 +298,7 @@ def without_empty_runs(runs: np.ndarray) -> np.ndarray:
 
 
 class PackedMasks:
-    """The segmentations of many objects in one tensor, whose memory worker processes share.
-
-    Args:
-        segmentations: polygons, lists of x, y, x, y, ... in pixels, or run-length codes.
-    """
+    """Polygons or run-length codes of many objects in one tensor, whose memory worker processes share."""
 
     def __init__(self, segmentations: Iterable[list | dict]):
         # JSON holds polygons and codes alike, and parses much faster than an image decodes.
@@ -345,11 +308,6 @@ class PackedMasks:
 
     def decode(self, objects: slice, height: int, width: int, image: str) -> Tensor:
         """The masks of a range of objects in one image, bool (n, height, width).
-
-        Args:
-            objects: the range of objects.
-            height, width: size of the image in pixels.
-            image: the image's name, for the message.
 
         Raises:
             UserError: a segmentation is damaged, or its size differs from the image's.
@@ -362,11 +320,7 @@ class PackedMasks:
 
 
 def decode_mask(segmentation: list | dict, height: int, width: int, image: str) -> np.ndarray:
-    """A segmentation as uint8 (height, width), 0 or 1.
-
-    Raises:
-        UserError: as `PackedMasks.decode`.
-    """
+    """A segmentation as uint8 (height, width), 0 or 1."""
     try:
         if isinstance(segmentation, dict):
             runs = read_runs(segmentation, [height, width])

@@ -42,9 +42,7 @@ def keys_of(last: str) -> list[str]:
 def index_files(folder: Path, taken: Iterable[str] = ()) -> list[dict[str, list[str]]]:
     """Index the images in a folder and its sub-folders by each of `keys_of` their names.
 
-    Args:
-        folder: the folder. An unreadable folder gives an empty index.
-        taken: file names below the folder to leave out, because other entries use them.
+    Names in `taken`, which other entries use, are left out. An unreadable folder gives an empty index.
 
     Returns:
         a dict for each key of `keys_of`: from the key to the names below the folder, with slashes.
@@ -96,10 +94,7 @@ def hint(name: str, by_key: list[dict[str, list[str]]]) -> str:
 
 
 def other_name(image: Any) -> tuple[str, str] | None:
-    """The field and name of the file in an entry of `images` without `file_name`; None if there is none.
-
-    LVIS, for example, has only `coco_url`.
-    """
+    """The field and name of the file in an entry of `images` without `file_name`, as in LVIS; None if there is none."""
     if not isinstance(image, dict) or "file_name" in image:
         return None
     names = ((key, image.get(key)) for key in OTHER_NAMES)

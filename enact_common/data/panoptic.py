@@ -9,7 +9,6 @@ Modifications:
     - Boxes extend to the far edge of their last pixel, as in COCO; a crop's boxes enclose the masks that remain in it.
 """
 
-import contextlib
 import io
 import logging
 import math
@@ -28,7 +27,7 @@ from torchvision import tv_tensors
 from enact_common.boxes import boxes_of_masks
 from enact_common.data.annotations import load_lists, missing_files
 from enact_common.data.categories import COCO_STUFF, LabelMap, coco_names
-from enact_common.data.coco import CocoDetection
+from enact_common.data.coco import CocoDetection, as_coco
 from enact_common.data.images import open_image
 from enact_common.data.values import as_mark, is_box, is_crowd, is_id, is_number, shown, wrong_id
 from enact_common.utils.errors import UserError
@@ -48,12 +47,9 @@ LAYOUT = (
 
 
 def find_panoptic_split(coco_path: str, coco_panoptic_path: str, split: str) -> tuple[Path, Path, Path]:
-    """The image folder, the annotation file and the folder of PNG files of a split.
+    """The image folder, the annotation file and the folder of PNG files of a split: "train" or "val".
 
-    Args:
-        coco_path: `--coco_path`, with the images in `{split}2017/` or `images/{split}2017/`.
-        coco_panoptic_path: `--coco_panoptic_path`, with the annotations directly in it or in `annotations/`.
-        split: "train" or "val".
+    The annotations are directly in `--coco_panoptic_path` or in its `annotations/`.
 
     Raises:
         UserError: a file or folder is missing.
@@ -75,11 +71,7 @@ def find_panoptic_split(coco_path: str, coco_panoptic_path: str, split: str) -> 
 
 
 def image_folder(coco_path: str, split: str) -> Path:
-    """The folder of a split's images.
-
-    Raises:
-        UserError: the folder is missing.
-    """
+    """The folder of a split's images."""
     root = Path(coco_path)
     if not root.is_dir():
         raise UserError(f"--coco_path {coco_path}: no such folder")
@@ -125,12 +117,8 @@ def coco_panoptic_names() -> dict[int, str]:
 def things_of(label_map: LabelMap, source: str) -> tuple[int, ...]:
     """The labels of a panoptic model's things: those stored in the map, else COCO's for COCO's categories.
 
-    Args:
-        label_map: the model's label map, whose labels are category ids.
-        source: the checkpoint, for the message.
-
     Raises:
-        UserError: the map stores no things, and has other categories than COCO's.
+        UserError: the map stores no things, and has other categories than COCO's. The message names the source.
     """
     if label_map.things is not None:
         return label_map.things
@@ -147,17 +135,10 @@ def things_of(label_map: LabelMap, source: str) -> tuple[int, ...]:
 
 
 def load_panoptic(path: Path, log: bool = True) -> dict:
-    """Load and check a panoptic annotation file.
+    """Load and check a panoptic annotation file: `images`, `annotations` (at most one per image) and `categories`.
 
     `normalise` converts numbers written as text, and ids written as floats. `iscrowd` and `isthing` become 0 or 1;
-    segments with `"ignore": 1` become crowds.
-
-    Args:
-        path: the file.
-        log: log which values were converted to numbers; pass False if the file was read before.
-
-    Returns:
-        a dict with `images`, `annotations` (at most one per image) and `categories`.
+    segments with `"ignore": 1` become crowds. Converted values are logged unless `log` is False.
 
     Raises:
         UserError: a list or entry is invalid. The message names the file and the entry.
@@ -200,11 +181,7 @@ def load_panoptic(path: Path, log: bool = True) -> dict:
 
 
 def check_segments(segments: list, categories: set[int], where: str) -> None:
-    """Refuse an image's segments with a missing, invalid or duplicate id, or an unknown category.
-
-    Raises:
-        UserError: a segment is invalid. The message starts with `where` and names the segment.
-    """
+    """Refuse an image's segments with a missing, invalid or duplicate id, or an unknown category."""
     ids: set[int] = set()
     for segment in segments:
         number = segment.get("id") if isinstance(segment, dict) else None
@@ -252,23 +229,19 @@ def encode_id_map(id_map: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def check_id_map(id_map: np.ndarray, ids: Iterable[int], path: Path, source: Path) -> None:
-    """Refuse an id map whose segments differ from those of its annotation.
-
-    Args:
-        id_map: int (height, width).
-        ids: ids of the annotation's segments.
-        path: the map's file.
-        source: the annotation file.
+def read_segments(path: Path, ids: Iterable[int], source: Path) -> np.ndarray:
+    """`read_id_map` of a PNG file whose segments have these ids in the annotation file `source`.
 
     Raises:
-        UserError: the segments differ. The message names both files.
+        UserError: the file cannot be read, or its segments differ. The message names both files.
     """
+    id_map = read_id_map(path, path)
     drawn, listed = set(np.unique(id_map).tolist()) - {VOID}, set(ids)
     if drawn - listed:
         raise UserError(f"{path}: has pixels of segment {min(drawn - listed)}, which {source} does not list")
     if listed - drawn:
         raise UserError(f"{path}: has no pixel of segment {min(listed - drawn)}, which {source} lists")
+    return id_map
 
 
 @dataclass(frozen=True)
@@ -293,12 +266,7 @@ class PanopticTruth:
 
     @classmethod
     def load(cls, annotation_file: Path, mask_folder: Path, image_ids: Iterable[int] | None = None) -> "PanopticTruth":
-        """Read an annotation file.
-
-        Args:
-            annotation_file: COCO's panoptic JSON.
-            mask_folder: folder of its PNG files.
-            image_ids: ids of the images to keep; None for all.
+        """Read an annotation file; `image_ids` are the images to keep, None for all.
 
         Raises:
             UserError: the file is invalid.
@@ -323,15 +291,9 @@ class PanopticTruth:
         return list(self.segments)
 
     def id_map(self, image_id: int) -> np.ndarray:
-        """The segment id of each pixel of an image, int32 (height, width); 0 is void.
-
-        Raises:
-            UserError: the PNG cannot be read, or its segments differ from the annotation's.
-        """
-        path = self.mask_folder / self.files[image_id]
-        id_map = read_id_map(path, path)
-        check_id_map(id_map, (segment["id"] for segment in self.segments[image_id]), path, self.annotation_file)
-        return id_map
+        """The segment id of each pixel of an image, int32 (height, width); 0 is void. Errors as `read_segments`."""
+        ids = [segment["id"] for segment in self.segments[image_id]]
+        return read_segments(self.mask_folder / self.files[image_id], ids, self.annotation_file)
 
 
 class CocoPanoptic(CocoDetection):
@@ -373,11 +335,7 @@ class CocoPanoptic(CocoDetection):
         )
 
     def load(self, path: Path) -> dict:
-        """Return the checked `images` (those with annotation), `annotations` and `categories` of an annotation file.
-
-        Raises:
-            UserError: a list or entry is invalid. The message names the file and the entry.
-        """
+        """As in `CocoDetection`, but only the images with an annotation."""
         data = load_panoptic(path)
         annotated = {annotation["image_id"] for annotation in data["annotations"]}
         images = [image for image in data["images"] if image["id"] in annotated]
@@ -386,23 +344,11 @@ class CocoPanoptic(CocoDetection):
         return {**data, "images": images}
 
     def own_labels(self, categories: list[dict], num_classes: int | None) -> LabelMap:
-        """The `panoptic_label_map` of a file's categories.
-
-        Raises:
-            UserError: num_classes is too small.
-        """
+        """The `panoptic_label_map` of a file's categories."""
         return panoptic_label_map(categories, num_classes)
 
     def pack(self, annotations: list[dict], sizes: np.ndarray) -> None:
-        """Store the names of the PNG files, and the id, label and crowd mark of each segment.
-
-        Args:
-            annotations: annotations of all images of the file.
-            sizes: unused, since each PNG states its size.
-
-        Raises:
-            UserError: PNG files are missing.
-        """
+        """Store the names of the PNG files, which state their sizes, and the segments' ids, labels and crowd marks."""
         of_image = {annotation["image_id"]: annotation for annotation in annotations}
         own = [of_image[image_id] for image_id in self.image_ids]
         self.mask_names = [annotation["file_name"] for annotation in own]
@@ -429,16 +375,9 @@ class CocoPanoptic(CocoDetection):
         return int((~self._crowd).sum())
 
     def id_map(self, index: int) -> np.ndarray:
-        """The segment id of each pixel of an item, int32 (height, width) as stored; 0 is void.
-
-        Raises:
-            UserError: the PNG cannot be read, or its segments differ from the annotation's.
-        """
-        path = self.mask_folder / self.mask_names[index]
-        id_map = read_id_map(path, path)
-        segments = slice(self._first[index], self._first[index + 1])
-        check_id_map(id_map, self._segment_ids[segments].tolist(), path, self.annotation_file)
-        return id_map
+        """The segment id of each pixel of an item, int32 (height, width); 0 is void. Errors as `read_segments`."""
+        ids = self._segment_ids[self._first[index] : self._first[index + 1]].tolist()
+        return read_segments(self.mask_folder / self.mask_names[index], ids, self.annotation_file)
 
     def item(self, index: int) -> tuple[tv_tensors.Image, dict]:
         """The stored image of an item, uint8 (3, height, width), and its target, before the transforms.
@@ -487,7 +426,8 @@ class CocoPanoptic(CocoDetection):
             UserError: a thing has no `bbox` or no `area`.
         """
         truth = self.truth()
-        things = {category["id"] for category in truth.categories if category["isthing"]}
+        categories = [category for category in truth.categories if category["isthing"]]
+        things = {category["id"] for category in categories}
         annotations = []
         for image_id, segments in truth.segments.items():
             for segment in segments:
@@ -502,14 +442,4 @@ class CocoPanoptic(CocoDetection):
                 # Drop other fields, such as an unchecked `segmentation`.
                 own = {"category_id": segment["category_id"], "bbox": box, "area": area, "iscrowd": segment["iscrowd"]}
                 annotations.append({"id": len(annotations) + 1, "image_id": image_id, **own})
-        coco = COCO()
-        coco.dataset = {
-            "info": {},
-            "licenses": [],
-            "images": truth.images,
-            "annotations": annotations,
-            "categories": [category for category in truth.categories if category["isthing"]],
-        }
-        with contextlib.redirect_stdout(io.StringIO()):
-            coco.createIndex()
-        return coco
+        return as_coco({"images": truth.images, "annotations": annotations, "categories": categories})

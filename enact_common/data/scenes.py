@@ -29,9 +29,8 @@ class SceneObject:
     Attributes:
         class_index: index into the classes of the scene.
         bbox: (x, y, width, height) in pixels; x and y are the left and top edges.
-        polygons: outlines of the visible pieces, each a flat list x0, y0, x1, y1, ... in pixels
-            with at least three points. A piece with a hole is cut in two, since COCO's polygons
-            have no holes.
+        polygons: outlines of the visible pieces, each a flat list x0, y0, x1, y1, ... in pixels with at least three
+            points. A piece with a hole is cut in two, since COCO's polygons have no holes.
         area: square pixels.
         visible_fraction: visible area / area of the whole object, from MIN_VISIBLE to 1.
         extent: longer side in pixels of the box around the whole object.
@@ -101,13 +100,10 @@ def _rotated_outline(rng: np.random.Generator, shape: str) -> np.ndarray:
 
 
 def _add_object(rng, id_map, placed, class_index, shape, extents) -> None:
-    """Add an object to `id_map` and `placed`; skip it if no valid place is found.
+    """Add an object to `placed` and to `id_map`, as its number in `placed` from 1, if a valid place is found.
 
-    A place is valid if every earlier object keeps MIN_VISIBLE of its area.
-
-    Args:
-        id_map: (H * SUPERSAMPLING, W * SUPERSAMPLING) uint8, 1 + index in `placed`, 0 = ground.
-        extents: smallest and largest extent in pixels; drawn log-uniformly.
+    A place is valid if every earlier object keeps MIN_VISIBLE of its area. The extent, from smallest to largest in
+    pixels, is drawn log-uniformly.
     """
     height, width = (side // SUPERSAMPLING for side in id_map.shape)
     hideable = np.array([0] + [p.visible - math.ceil(MIN_VISIBLE * p.whole) for p in placed])
@@ -145,10 +141,7 @@ def _cells(pixels: slice) -> slice:
 
 
 def _outer_contours(mask: np.ndarray) -> list[np.ndarray]:
-    """Contours, (N, 1, 2) cells as x, y, that cover `mask` (h, w) uint8 without its holes.
-
-    Slivers and holes below MIN_PIECE are ignored. At least one contour is returned.
-    """
+    """At least one contour, (N, 1, 2) cells as x, y, that cover `mask` (h, w) uint8 without slivers and holes."""
     contours, hierarchy = cv2.findContours(mask, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     least = MIN_PIECE * SUPERSAMPLING**2
     pieces = []
@@ -257,17 +250,16 @@ def draw_scene(
 ) -> tuple[np.ndarray, list[SceneObject]]:
     """Draw one scene; the same state of `rng` gives the same scene.
 
-    Every object lies entirely within the image. A later object may hide part of an earlier one, but
-    at least MIN_VISIBLE of every object's area stays visible. An object without a valid place is
-    skipped, so a crowded scene can have fewer than `objects[0]` objects.
+    Every object lies entirely within the image. A later object may hide part of an earlier one, but at least
+    MIN_VISIBLE of every object's area stays visible. An object without a valid place is skipped, so a crowded scene can
+    have fewer than `objects[0]` objects.
 
     Args:
         rng: source of all randomness.
-        height: height of the image in pixels.
-        width: width of the image in pixels.
+        height, width: of the image in pixels.
         objects: minimum and maximum number of objects, both inclusive, within 0..MAX_OBJECTS.
-        object_size: minimum and maximum extent (longer side of the box around the whole object)
-            as a fraction of the shorter image side, within (0, 1]; drawn log-uniformly.
+        object_size: minimum and maximum extent (longer side of the box around the whole object) as a fraction of the
+            shorter image side, within (0, 1]; drawn log-uniformly.
         classes: shapes to draw from with equal probability; a subset of SHAPES.
 
     Returns:

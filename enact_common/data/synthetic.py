@@ -1,11 +1,5 @@
 """Generate detection data sets of drawn shapes from a seed, in the layout of COCO 2017.
 
-Every image shows a few geometric shapes of random colour, size and rotation on a textured
-ground. Shapes may overlap; as in COCO, only the visible part is annotated. Image size, number of
-images, number of objects and object size are options, which suits a quick demo, a test, or a
-study of objects in one of COCO's area ranges ("small" is a visible area below 32 x 32 pixels,
-"large" one above 96 x 96).
-
     python -m enact_common.data.synthetic --output_dir shapes --train 1000 --val 200
 
 makes
@@ -16,11 +10,12 @@ makes
     shapes/train2017/000000000001.jpg ...
     shapes/val2017/000000000001.jpg ...
 
-Image i of a split depends only on the seed, the split and i, not on the number of images.
+Every image shows a few geometric shapes of random colour, size and rotation on a textured ground. Shapes may overlap;
+as in COCO, only the visible part is annotated. Image i of a split depends only on the seed, the split and i, not on the
+number of images.
 
-Existing files are overwritten only with `force`. A folder with other content is always refused. A
-data set with other parameters is refused without `force`. A data set with the same parameters gets
-its missing files.
+Existing files are overwritten only with `force`. A folder with other content is always refused. A data set with other
+parameters is refused without `force`. A data set with the same parameters gets its missing files.
 """
 
 import argparse
@@ -50,11 +45,7 @@ JPEG_QUALITY = 95
 
 
 def _checked_parameters(train, val, size, seed, objects, object_size, classes) -> dict:
-    """Check the parameters of a data set and return them as recorded in JSON.
-
-    Raises:
-        ValueError, TypeError: as `make_shapes`.
-    """
+    """Check the parameters of a data set and return them as recorded in JSON; errors as `make_shapes`."""
     size = list(size) if isinstance(size, Sequence) else [size, size]
     if len(size) != 2:
         raise ValueError(f"size must be one or two lengths in pixels, not {size!r}")
@@ -86,35 +77,31 @@ def make_shapes(
     force: bool = False,
     parallel: bool = False,
 ) -> Path:
-    """Make a data set of drawn shapes in the layout of COCO 2017.
+    """Make a data set of drawn shapes in the layout of COCO 2017, and return its folder.
 
-    A split with an annotation file is complete, since that file is written after the images.
-    Another call with the same parameters adds only missing files.
+    A split with an annotation file is complete, since that file is written after the images. Another call with the same
+    parameters adds only missing files.
 
     Args:
         output_dir: folder of the data set; created if missing.
-        train: number of images in train2017, 0 or more.
-        val: number of images in val2017, 0 or more.
+        train, val: number of images in train2017 and val2017, 0 or more.
         size: (height, width) of the images in pixels, or one length for both.
         seed: 0 or more.
         objects: minimum and maximum number of objects in an image, see `draw_scene`.
-        object_size: minimum and maximum object extent as a fraction of the shorter image side, see
-            `draw_scene`. COCO's evaluation counts every object below 32 pixels as "small".
+        object_size: minimum and maximum object extent as a fraction of the shorter image side, see `draw_scene`. COCO's
+            evaluation counts every object below 32 pixels as "small".
         classes: names out of SHAPES; category ids count from 1 in this order.
         progress: show a progress bar on standard error, if that is a terminal.
-        force: replace an earlier data set of this function in the folder, whatever its parameters.
-            Only the files of that data set are removed.
-        parallel: draw many images in one process per CPU core. A script that calls this needs the guard
-            `if __name__ == "__main__":`, since the processes import it.
-
-    Returns:
-        `output_dir` as a Path.
+        force: replace an earlier data set of this function in the folder, whatever its parameters. Only the files of
+            that data set are removed.
+        parallel: draw many images in one process per CPU core. A script that calls this needs the guard `if __name__ ==
+            "__main__":`, since the processes import it.
 
     Raises:
         ValueError: a parameter is out of range; nothing was written.
         TypeError: a parameter must be an integer but is not; nothing was written.
-        FileExistsError: `output_dir` is a file or has other content, or it holds a data set with
-            other parameters and `force` is not set; nothing was changed.
+        FileExistsError: `output_dir` is a file or has other content, or it holds a data set with other parameters and
+            `force` is not set; nothing was changed.
         NotADirectoryError: a parent of `output_dir` is a file.
     """
     parameters = _checked_parameters(train, val, size, seed, objects, object_size, classes)
@@ -145,14 +132,10 @@ def _files(root: Path, record: dict) -> list[Path]:
 
 
 def _claim_folder(root: Path, record: dict, force: bool) -> None:
-    """Make sure that every file of the data set is either missing in `root` or belongs to it.
-
-    Raises:
-        FileExistsError, NotADirectoryError: as `make_shapes`.
-    """
+    """Make sure that every file of the data set is missing or belongs to it; errors as `make_shapes`."""
     root.mkdir(parents=True, exist_ok=True)
     if not any(root.iterdir()):
-        _write(root / MARKER, _to_json(record))
+        _write(root / MARKER, json.dumps(record).encode())
         return
     previous = _read_record(root / MARKER)
     if previous is None:
@@ -167,7 +150,7 @@ def _claim_folder(root: Path, record: dict, force: bool) -> None:
     # Remove annotations first: a half-removed data set must not look complete.
     for path in own:
         path.unlink(missing_ok=True)
-    _write(root / MARKER, _to_json(record))
+    _write(root / MARKER, json.dumps(record).encode())
 
 
 def _refuse_other(root: Path, previous: dict, record: dict) -> None:
@@ -176,9 +159,8 @@ def _refuse_other(root: Path, previous: dict, record: dict) -> None:
         old, new = ({"version": r["version"], **r["parameters"]} for r in (previous, record))
         changes = [f"{name} {old.get(name)} instead of {new[name]}" for name in new if old.get(name) != new[name]]
         raise FileExistsError(
-            f"{root} holds a data set with other parameters "
-            f"({', '.join(changes)}); choose another folder, or pass force to "
-            "replace it"
+            f"{root} holds a data set with other parameters ({', '.join(changes)}); choose another folder, or pass "
+            "force to replace it"
         )
     for split in SPLITS:
         path = _annotation_path(root, split)
@@ -220,34 +202,20 @@ def _make_split(root: Path, split: str, record: dict, progress: bool, parallel: 
             name = _image_path(root, split, index + 1).name
             images.append({"id": index + 1, "file_name": name, "height": height, "width": width})
             for item in objects:
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": index + 1,
-                        "category_id": item.class_index + 1,
-                        "bbox": list(item.bbox),
-                        "area": item.area,
-                        "iscrowd": 0,
-                        "segmentation": item.polygons,
-                    }
-                )
+                owner = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": item.class_index + 1}
+                place = {"bbox": list(item.bbox), "area": item.area, "iscrowd": 0, "segmentation": item.polygons}
+                annotations.append({**owner, **place})
     if not annotated:
         annotation_path.parent.mkdir(exist_ok=True)
-        _write(
-            annotation_path,
-            _to_json(
-                {
-                    "info": {"description": f"Drawn shapes, {split}", **record},
-                    "licenses": [],
-                    "images": images,
-                    "annotations": annotations,
-                    "categories": [
-                        {"id": index + 1, "name": name, "supercategory": "shape"}
-                        for index, name in enumerate(parameters["classes"])
-                    ],
-                }
-            ),
-        )
+        names = enumerate(parameters["classes"], start=1)
+        content = {
+            "info": {"description": f"Drawn shapes, {split}", **record},
+            "licenses": [],
+            "images": images,
+            "annotations": annotations,
+            "categories": [{"id": i, "name": name, "supercategory": "shape"} for i, name in names],
+        }
+        _write(annotation_path, json.dumps(content).encode())
 
 
 def _make_image(root: Path, split: str, parameters: dict, index: int) -> list[SceneObject]:
@@ -258,17 +226,9 @@ def _make_image(root: Path, split: str, parameters: dict, index: int) -> list[Sc
     image, objects = draw_scene(np.random.default_rng(stream), *parameters["size"], **scene_options)
     path = _image_path(root, split, index + 1)
     if not path.exists():
-        _write(path, _to_jpeg(image))
+        bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
+        _write(path, cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes())
     return objects
-
-
-def _to_jpeg(image: np.ndarray) -> bytes:
-    bgr = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
-    return cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1].tobytes()
-
-
-def _to_json(content: dict) -> bytes:
-    return json.dumps(content).encode()
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -284,61 +244,39 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--output_dir",
-        required=True,
-        default=argparse.SUPPRESS,
-        help="folder of the data set: new, empty, or with a data set of the same "
-        "options, to which only missing files are added (required)",
-    )
+        "--output_dir", required=True, default=argparse.SUPPRESS,
+        help="folder of the data set: new, empty, or with a data set of the same options, to which only missing files "
+        "are added (required)",
+    )  # fmt: skip
     parser.add_argument("--train", type=int, default=1000, metavar="N", help="number of training images")
     parser.add_argument("--val", type=int, default=200, metavar="N", help="number of validation images")
     parser.add_argument(
-        "--size",
-        type=int,
-        nargs="+",
-        default=[192],
-        metavar="PIXELS",
+        "--size", type=int, nargs="+", default=[192], metavar="PIXELS",
         help="image height and width in pixels, or one value for both",
-    )
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="seed of all randomness, 0 or more")
     parser.add_argument(
-        "--objects",
-        type=int,
-        nargs=2,
-        default=[1, 5],
-        metavar=("MIN", "MAX"),
+        "--objects", type=int, nargs=2, default=[1, 5], metavar=("MIN", "MAX"),
         help=f"minimum and maximum number of objects per image, 0 to {MAX_OBJECTS}",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--object_size",
-        type=float,
-        nargs=2,
-        default=[0.15, 0.5],
-        metavar=("MIN", "MAX"),
-        help="minimum and maximum longer side of an object's box as a fraction of the "
-        "shorter image side, above 0 and up to 1, drawn log-uniformly",
-    )
+        "--object_size", type=float, nargs=2, default=[0.15, 0.5], metavar=("MIN", "MAX"),
+        help="minimum and maximum longer side of an object's box as a fraction of the shorter image side, above 0 and "
+        "up to 1, drawn log-uniformly",
+    )  # fmt: skip
     parser.add_argument(
-        "--classes",
-        nargs="+",
-        default=list(SHAPES),
-        choices=SHAPES,
-        metavar="SHAPE",
+        "--classes", nargs="+", default=list(SHAPES), choices=SHAPES, metavar="SHAPE",
         help=f"shapes to draw, in the order of their category ids, out of {', '.join(SHAPES)}",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--force",
-        action="store_true",
+        "--force", action="store_true",
         help="replace an earlier data set of drawn shapes in the folder; other content is still refused",
-    )
+    )  # fmt: skip
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        0; 143 after SIGTERM, 130 after Ctrl-C. The same command then continues with the missing files.
+    """Run the command line; after Ctrl-C or SIGTERM, the same command continues with the missing files.
 
     Raises:
         SystemExit: 2, for an invalid value or a refused folder.

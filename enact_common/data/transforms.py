@@ -5,6 +5,8 @@ in pixels, `labels` int64 (n,) and optionally `masks`, `tv_tensors.Mask` bool (n
 PyTorch's default generator.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
@@ -44,55 +46,38 @@ def random_index(count: int) -> int:
     return int(torch.randint(count, ()))
 
 
-class RandomResize:
-    """A resize of the shorter side to one of several lengths.
+def random_resize(
+    image: tv_tensors.Image, target: dict, sizes: list[int], max_size: int
+) -> tuple[tv_tensors.Image, dict]:
+    """Resize the shorter side to one of several lengths in pixels, within a limit of the longer side."""
+    size = sizes[random_index(len(sizes))]
+    shape = list(resized_shape(*image.shape[-2:], size, max_size))
+    target = {**target, "boxes": F.resize(target["boxes"], shape)}
+    image = F.resize(image, shape, antialias=True)
+    if "masks" not in target:
+        return image, target
+    # A mask of a few pixels can vanish in a smaller image.
+    return image, drop_degenerate({**target, "masks": F.resize(target["masks"], shape)})
 
-    Args:
-        sizes: lengths to choose from, in pixels.
-        max_size: limit of the longer side in pixels.
+
+def random_crop(image: tv_tensors.Image, target: dict, min_size: int, max_size: int) -> tuple[tv_tensors.Image, dict]:
+    """Crop to random sides in a range of pixels at a random place; a shorter side of the image is kept.
+
+    Boxes are clipped to the crop; boxes outside it are dropped. With masks, boxes enclose the remaining part of each
+    mask, since a crop may contain only one of two separate parts.
     """
-
-    def __init__(self, sizes: list[int], max_size: int):
-        self.sizes = sizes
-        self.max_size = max_size
-
-    def __call__(self, image: tv_tensors.Image, target: dict) -> tuple[tv_tensors.Image, dict]:
-        size = self.sizes[random_index(len(self.sizes))]
-        shape = list(resized_shape(*image.shape[-2:], size, self.max_size))
-        target = {**target, "boxes": F.resize(target["boxes"], shape)}
-        image = F.resize(image, shape, antialias=True)
-        if "masks" not in target:
-            return image, target
-        # A mask of a few pixels can vanish in a smaller image.
-        return image, drop_degenerate({**target, "masks": F.resize(target["masks"], shape)})
-
-
-class RandomSizeCrop:
-    """A crop of random size and place. Boxes are clipped to the crop; boxes outside it are dropped.
-
-    With masks, boxes enclose the remaining part of each mask, since a crop may contain only one of two separate parts.
-
-    Args:
-        min_size, max_size: range of each side in pixels; a shorter image side is kept.
-    """
-
-    def __init__(self, min_size: int, max_size: int):
-        self.min_size = min_size
-        self.max_size = max_size
-
-    def __call__(self, image: tv_tensors.Image, target: dict) -> tuple[tv_tensors.Image, dict]:
-        sides = []
-        for length in image.shape[-2:]:
-            low, high = min(self.min_size, length), min(self.max_size, length)
-            sides.append(low + random_index(high - low + 1))
-        (h, w), (height, width) = sides, image.shape[-2:]
-        top, left = random_index(height - h + 1), random_index(width - w + 1)
-        target = {**target, "boxes": F.crop(target["boxes"], top, left, h, w)}
-        if "masks" in target:
-            masks = F.crop(target["masks"], top, left, h, w)
-            boxes = tv_tensors.wrap(boxes_of_masks(masks), like=target["boxes"])
-            target = {**target, "masks": masks, "boxes": boxes}
-        return F.crop(image, top, left, h, w), drop_degenerate(target)
+    sides = []
+    for length in image.shape[-2:]:
+        low, high = min(min_size, length), min(max_size, length)
+        sides.append(low + random_index(high - low + 1))
+    (h, w), (height, width) = sides, image.shape[-2:]
+    top, left = random_index(height - h + 1), random_index(width - w + 1)
+    target = {**target, "boxes": F.crop(target["boxes"], top, left, h, w)}
+    if "masks" in target:
+        masks = F.crop(target["masks"], top, left, h, w)
+        boxes = tv_tensors.wrap(boxes_of_masks(masks), like=target["boxes"])
+        target = {**target, "masks": masks, "boxes": boxes}
+    return F.crop(image, top, left, h, w), drop_degenerate(target)
 
 
 def drop_degenerate(target: dict) -> dict:
@@ -131,18 +116,14 @@ def train_transforms(sizes: list[int], max_size: int) -> v2.Compose:
     ratio = max(sizes) / REFERENCE_SIZE
     low, high, longest = (max(round(side * ratio), 1) for side in (*CROP_RANGE, LONGEST_BEFORE_CROP))
     before_crop = [max(round(side * ratio), 1) for side in SIZES_BEFORE_CROP]
-    crop = v2.Compose(
-        [
-            RandomResize(before_crop, longest),
-            RandomSizeCrop(low, high),
-            RandomResize(sizes, max_size),
-        ]
-    )
+    enlarge = partial(random_resize, sizes=before_crop, max_size=longest)
+    crop = partial(random_crop, min_size=low, max_size=high)
+    resize = partial(random_resize, sizes=sizes, max_size=max_size)
     return v2.Compose(
-        [v2.RandomHorizontalFlip(), v2.RandomChoice([RandomResize(sizes, max_size), crop]), to_model_input]
+        [v2.RandomHorizontalFlip(), v2.RandomChoice([resize, v2.Compose([enlarge, crop, resize])]), to_model_input]
     )
 
 
 def eval_transforms(size: int, max_size: int) -> v2.Compose:
     """The evaluation resize: the shorter side to `size` pixels, the longer to at most `max_size` pixels."""
-    return v2.Compose([RandomResize([size], max_size), to_model_input])
+    return v2.Compose([partial(random_resize, sizes=[size], max_size=max_size), to_model_input])

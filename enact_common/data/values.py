@@ -113,7 +113,7 @@ def shown(value: Any) -> str:
 
 def wrong_id(value: Any) -> str:
     """Why a value is not a valid id, as text that starts with the value."""
-    if isinstance(value, int) and not isinstance(value, bool):
+    if is_integer(value):
         return f"{shown(value)}, which is too large: {ID_WANTED}"
     return f"{shown(value)}: {ID_WANTED}"
 
@@ -146,18 +146,12 @@ class Rewritten:
 
 
 def normalise(data: dict) -> tuple[dict, Rewritten]:
-    """Convert ids, boxes and areas in an annotation file's object to numbers.
+    """Convert ids, boxes and areas in an annotation file's object to numbers; return it and the converted values.
 
     Ids below 2^53 that are written as text ("7", " 7 ", "7.0") or as floats (7.0) become integers, in `images`,
     `categories` and the annotations. Numbers in a bbox or an area that are written as text ("12.5", "1e-3") become
     numbers. All other values are kept for the caller to refuse or ignore: other text, booleans, NaN, numbers from 2^53
-    on. The input object is not modified.
-
-    Args:
-        data: the object parsed from JSON; lists may be missing, and entries may be anything.
-
-    Returns:
-        the converted object, and the converted values.
+    on. Lists may be missing, and entries may be anything. The input object is not modified.
     """
     rewritten = Rewritten()
     lists = {

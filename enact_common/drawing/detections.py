@@ -85,10 +85,7 @@ def draw_detections(
     Raises:
         ValueError: `pixels` has another shape or type, or the lengths differ.
     """
-    image = as_array(pixels).transpose(1, 2, 0) if isinstance(pixels, Tensor) else pixels
-    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or 0 in image.shape:
-        raise ValueError(f"expected RGB uint8, (height, width, 3) or a tensor (3, height, width), got {pixels.shape}")
-    factor = enlargement(*image.shape[:2]) if enlarge else 1
+    image, factor = as_picture(pixels, enlarge)
     canvas = Image.fromarray(np.ascontiguousarray(image.repeat(factor, axis=0).repeat(factor, axis=1)))
     width, height = canvas.size
     corners = as_array(boxes).astype(np.float64).reshape(-1, 4) * factor
@@ -128,6 +125,18 @@ def as_array(values: Tensor | np.ndarray | Sequence) -> np.ndarray:
     return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
 
 
+def as_picture(pixels: Tensor | np.ndarray, enlarge: bool) -> tuple[np.ndarray, int]:
+    """Return an image as RGB uint8 (height, width, 3), and its `enlargement`, 1 unless `enlarge`.
+
+    Raises:
+        ValueError: the image has another shape or type.
+    """
+    image = as_array(pixels).transpose(1, 2, 0) if isinstance(pixels, Tensor) else pixels
+    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+        raise ValueError(f"expected RGB uint8, (height, width, 3) or a tensor (3, height, width), got {pixels.shape}")
+    return image, enlargement(*image.shape[:2]) if enlarge else 1
+
+
 def enlargement(height: int, width: int) -> int:
     """Return how often to repeat each pixel of an image in both directions to make room for labels."""
     longer = max(height, width)
@@ -153,15 +162,12 @@ def ink_on(colour: Colour) -> Colour:
 def fit_labels(
     texts: Sequence[tuple[str, str]], numbers: Sequence[int], width: int, height: int
 ) -> tuple[list[Label | None], int]:
-    """Return labels that fit into a picture, smaller if there are many; None for a label that does not fit.
+    """Return labels that fit into a picture, smaller if there are many, and the font's height in pixels.
 
     Args:
-        texts: name and score of each label.
+        texts: name and score of each label; the result has None for a label that does not fit.
         numbers: class of each label, for names that no font can draw.
         width, height: size of the picture in pixels.
-
-    Returns:
-        the labels, and the font's height in pixels.
     """
     size = max(min(FONT_OF_AREA * math.sqrt(width * height), FONT_OF_SHORTER * min(width, height)), FONT_MIN)
     readable = [(*readable_name(name, number), score) for (name, score), number in zip(texts, numbers, strict=True)]
@@ -175,14 +181,7 @@ def fit_labels(
 
 
 def fit_label(name: str, source: str, score: str, size: int, width: int, height: int) -> Label | None:
-    """Return the longest form of a label that fits into a picture: the name is cut first, then left out; else None.
-
-    Args:
-        name, source: from `readable_name`.
-        score: formatted score; may be empty.
-        size: the font's height in pixels.
-        width, height: size of the picture in pixels.
-    """
+    """Return the longest form of a label that fits into a picture: the name is cut first, then left out; else None."""
     font = open_font(source, size)
     margin = max(round(size * 0.3), 3)
     tall = sum(font.getmetrics()) + margin
@@ -196,17 +195,9 @@ def fit_label(name: str, source: str, score: str, size: int, width: int, height:
 
 
 def place_labels(boxes: np.ndarray, labels: Sequence[Label | None], width: int, height: int) -> np.ndarray:
-    """Return the place of each label: at its box, inside the picture, hiding as little as possible.
+    """Return the place of each label, float64 (n, 4) xyxy in pixels: at its box, inside the picture, hiding little.
 
-    Earlier labels choose first.
-
-    Args:
-        boxes: (n, 4) xyxy, in pixels of the picture.
-        labels: label of each box, or None.
-        width, height: size of the picture in pixels.
-
-    Returns:
-        float64 (n, 4) xyxy, in pixels; undefined for a missing label.
+    Earlier labels choose first. The place of a missing label is undefined.
     """
     places = np.zeros((len(boxes), 4))
     taken = np.zeros((0, 4))
@@ -238,14 +229,7 @@ def overlaps(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def draw_box(draw: ImageDraw.ImageDraw, box: np.ndarray, colour: Colour, line: int) -> None:
-    """Draw a box's outline between two thin lines that set it off from an image of the same colour.
-
-    Args:
-        draw: drawing context of the picture.
-        box: (4,) xyxy, in pixels of the picture.
-        colour: colour of the line.
-        line: width of the line in pixels.
-    """
+    """Draw a box's outline, (4,) xyxy, between two thin lines that set it off from an image of the same colour."""
     left, top = np.floor(box[:2]).astype(int).tolist()
     right, bottom = (np.ceil(box[2:]).astype(int) - 1).tolist()
     right, bottom = max(left, right), max(top, bottom)
@@ -258,14 +242,7 @@ def draw_box(draw: ImageDraw.ImageDraw, box: np.ndarray, colour: Colour, line: i
 
 
 def draw_mask(picture: np.ndarray, mask: np.ndarray, colour: Colour, line: int) -> None:
-    """Draw a translucent film over an object's pixels, with an outline along their inside.
-
-    Args:
-        picture: uint8 (height, width, 3), changed in place.
-        mask: bool (height, width).
-        colour: colour of film and outline.
-        line: width of the outline in pixels.
-    """
+    """Draw a translucent film over an object's pixels, in place, with an outline along their inside."""
     inside = mask
     for _ in range(line):
         # Keep pixels with all four neighbours; edge padding avoids an outline at the picture's edge.
@@ -276,14 +253,7 @@ def draw_mask(picture: np.ndarray, mask: np.ndarray, colour: Colour, line: int) 
 
 
 def draw_label(draw: ImageDraw.ImageDraw, place: np.ndarray, label: Label, colour: Colour) -> None:
-    """Draw a label on a background of its box's colour, with an edge that separates it from its neighbours.
-
-    Args:
-        draw: drawing context of the picture.
-        place: (4,) xyxy, in pixels of the picture.
-        label: the label.
-        colour: colour of the background.
-    """
+    """Draw a label at (4,) xyxy on its box's colour, with an edge that separates it from its neighbours."""
     left, top, right, bottom = place.astype(int).tolist()
     ink = ink_on(colour)
     draw.rectangle((left, top, right - 1, bottom - 1), fill=colour, outline=ink)

@@ -69,11 +69,7 @@ def rendered(figure: Figure) -> np.ndarray:
 
 
 def save(figure: Figure, picture: Path) -> None:
-    """Write a figure atomically, in the format that the suffix sets.
-
-    Raises:
-        UserError: the picture cannot be written.
-    """
+    """Write a figure atomically, in the format that the suffix sets; a UserError if it cannot be written."""
     choose_fonts(figure)
     kind = picture.suffix[1:].lower()
     write_file(picture, lambda file: figure.savefig(file, format=kind, dpi=150))

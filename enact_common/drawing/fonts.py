@@ -92,12 +92,7 @@ def installed_fonts() -> list[Path]:
 
 @lru_cache(maxsize=32)  # each keeps its file open
 def open_font(source: str, size: int) -> ImageFont.FreeTypeFont | None:
-    """Return a font by its path, or Pillow's own; None if it cannot be read.
-
-    Args:
-        source: `OWN_FONT` or a path.
-        size: height in pixels.
-    """
+    """Return the font at a path, or `OWN_FONT`, of this height in pixels; None if it cannot be read."""
     if source == OWN_FONT:
         return ImageFont.load_default(size)
     try:

@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from enact_common.drawing.detections import as_array, colour_of, draw_label, enlargement, fit_labels, ink_on, overlaps
+from enact_common.drawing.detections import as_array, as_picture, colour_of, draw_label, fit_labels, ink_on, overlaps
 
 # Opacity of a segment's colour, and width of its outline as a fraction of the font's height.
 TINT, OUTLINE = 0.5, 0.12
@@ -41,13 +41,9 @@ def draw_panoptic(
     Raises:
         ValueError: `pixels` has another shape or type, or the map has another size.
     """
-    image = as_array(pixels).transpose(1, 2, 0) if isinstance(pixels, Tensor) else pixels
-    if image.ndim != 3 or image.shape[-1] != 3 or image.dtype != np.uint8 or 0 in image.shape:
-        raise ValueError(f"expected RGB uint8, (height, width, 3) or a tensor (3, height, width), got {pixels.shape}")
-    ids = as_array(id_map)
+    (image, factor), ids = as_picture(pixels, enlarge), as_array(id_map)
     if ids.shape != image.shape[:2]:
         raise ValueError(f"the map has {ids.shape} pixels, the image {image.shape[:2]}; pass a map of the image's size")
-    factor = enlargement(*image.shape[:2]) if enlarge else 1
     image, ids = (array.repeat(factor, axis=0).repeat(factor, axis=1) for array in (image, ids))
     height, width = ids.shape
     masks = [ids == segment["id"] for segment in segments]
@@ -82,16 +78,7 @@ def draw_panoptic(
 
 
 def free_place(mask: np.ndarray, label_width: int, label_height: int, taken: np.ndarray) -> np.ndarray | None:
-    """Return a place for a segment's name: around its deepest pixel, without covering another name.
-
-    Args:
-        mask: bool (height, width), with at least one pixel.
-        label_width, label_height: size of the name in pixels.
-        taken: (n, 4) xyxy, places of other names.
-
-    Returns:
-        float64 (4,) xyxy inside the picture; None if no free place is found.
-    """
+    """Return a free place, float64 (4,) xyxy, for a name around a segment's deepest pixel; None if there is none."""
     height, width = mask.shape
     # Pad, so that the picture's edge is an edge of the segment.
     depth = cv2.distanceTransform(np.pad(mask, 1).astype(np.uint8), cv2.DIST_L2, 3)[1:-1, 1:-1]

@@ -36,12 +36,7 @@ class Ranking:
 
 
 def rankings_of(evaluation: COCOeval, area: int) -> list[list[Ranking]]:
-    """Return the rankings of an evaluation after its `evaluate()`: for each class, one per IoU threshold.
-
-    Args:
-        evaluation: pycocotools' evaluation.
-        area: index of the area range.
-    """
+    """Return the rankings of an evaluation after its `evaluate()`: for each class, one per IoU threshold."""
     params = evaluation.params
     images, areas = len(params.imgIds), len(params.areaRng)
     starts = [(k * areas + area) * images for k in range(len(params.catIds))]
@@ -68,13 +63,7 @@ def rank(cells: list[dict | None], thresholds: int) -> list[Ranking]:
 
 
 def average_precision(ranking: Ranking, draws: np.ndarray, recalls: np.ndarray) -> np.ndarray:
-    """Return AP in each draw, float64 (draws,); NaN for a draw without objects.
-
-    Args:
-        ranking: of one class, area range and IoU threshold.
-        draws: float32 (draws, n), how often each image counts.
-        recalls: the recalls at which precision is read, ascending.
-    """
+    """Return AP in draws (draws, n) of how often each image counts: float64 (draws,), NaN without objects."""
     total = (draws @ ranking.objects).astype(np.float64)
     if not len(ranking.hits):
         return np.where(total == 0, np.nan, 0.0)
@@ -130,14 +119,11 @@ def draw_images(images: int, resamples: int, seed: int) -> np.ndarray:
 
 
 def difference_intervals(first: np.ndarray, second: np.ndarray) -> dict[str, dict[str, float]]:
-    """Return the differences of two detectors' metrics, with their intervals.
-
-    Args:
-        first, second: metrics in the same draws, from `resampled_metrics`; the first draw has each image once.
+    """Return the differences of two detectors' metrics in the same draws, the first of which has each image once.
 
     Returns:
         for each metric of `RESAMPLED` that both have, `difference` (second - first), and `low` and `high`, the ends of
-        the percentile interval of `CONFIDENCE`.
+            the percentile interval of `CONFIDENCE`.
     """
     intervals = {}
     for j, (name, _, _) in enumerate(RESAMPLED):

@@ -20,6 +20,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from enact_common.data.categories import LabelMap
+from enact_common.data.coco import as_coco
 from enact_common.data.masks import normalize_segmentations
 from enact_common.utils.distributed import gather_objects
 from enact_common.utils.files import write_atomically
@@ -48,13 +49,10 @@ def evaluation_package() -> tuple[str, type[COCO], Callable[..., COCOeval]]:
 
 
 class CocoBoxEvaluator:
-    """A collector of detections that computes COCO metrics.
+    """A collector of detections that computes COCO metrics. Detections with labels outside the label map are ignored.
 
     Detections are kept on the host as an array of seven numbers each (image, x, y, width, height, score, category), and
     their masks, if any, as run-length codes.
-
-    Args:
-        label_map: category of each label. Detections with other labels are ignored.
     """
 
     def __init__(self, label_map: LabelMap):
@@ -64,11 +62,10 @@ class CocoBoxEvaluator:
         self._masks: dict[int, list[dict]] = {}
 
     def update(self, image_ids: Iterable[int], results: list[dict[str, Tensor]]) -> None:
-        """Add a batch.
+        """Add a batch. A repeated image (distributed samplers repeat some) replaces its earlier results.
 
         Args:
-            image_ids: id of each image. A repeated image (distributed samplers repeat some) replaces its earlier
-                results.
+            image_ids: id of each image.
             results: for each image `scores` (Q,), `labels` (Q,), `boxes` (Q, 4) xyxy in pixels; with masks also
                 `segmentations`, Q run-length codes from `encode_masks`, which are not checked.
         """
@@ -77,15 +74,8 @@ class CocoBoxEvaluator:
         # One copy per batch, since each copy waits for the device. float64 is exact for float32 and labels.
         table = torch.column_stack(columns).cpu().numpy()  # (n, 6): left, top, right, bottom, score, label
         labels = table[:, 5].astype(np.int64)
-        rows = np.column_stack(
-            (
-                np.repeat(image_ids, counts),
-                table[:, :2],
-                table[:, 2:4] - table[:, :2],
-                table[:, 4],
-                self._category[labels],
-            )
-        )
+        sides = table[:, 2:4] - table[:, :2]
+        rows = np.column_stack((np.repeat(image_ids, counts), table[:, :2], sides, table[:, 4], self._category[labels]))
         known, cuts = self._has_category[labels], np.cumsum(counts)[:-1]
         per_image = zip(image_ids, results, np.split(rows, cuts), np.split(known, cuts), strict=True)
         for image_id, result, own, keep in per_image:
@@ -118,8 +108,6 @@ class CocoBoxEvaluator:
     def evaluate(self, coco: COCO, masks: bool = False) -> COCOeval:
         """Match detections to ground truth and accumulate. The result's `stats` are the twelve `METRICS`.
 
-        Logs which package computes them.
-
         Args:
             coco: the ground truth, of either package. All its images are evaluated, even without detections.
             masks: whether to match masks instead of boxes. The ground truth must then have `segmentation`.
@@ -135,15 +123,14 @@ class CocoBoxEvaluator:
         logger.info("COCO metrics are computed by %s", name)
         with contextlib.redirect_stdout(io.StringIO()):
             if masks or not isinstance(coco, truth_class):
-                dataset, coco = coco.dataset, truth_class()
+                dataset = coco.dataset
                 if masks:
                     # Only ground truth from `coco_api` has checked masks.
                     images, truth = normalize_segmentations(
                         dataset["images"], dataset["annotations"], "the ground truth"
                     )
                     dataset = {**dataset, "images": images, "annotations": truth}
-                coco.dataset = dataset
-                coco.createIndex()
+                coco = as_coco(dataset, truth_class)
             # pycocotools cannot load an empty list.
             results = coco.loadRes(self.mask_results() if masks else detections) if len(detections) else truth_class()
             evaluation = evaluation_class(coco, results, iouType="segm" if masks else "bbox")
@@ -160,11 +147,7 @@ class CocoBoxEvaluator:
         ]
 
     def write_results(self, path: Path) -> int:
-        """Write the detections in COCO's results format atomically, with their masks, if any, as `segmentation`.
-
-        Returns:
-            the number of detections.
-        """
+        """Write the detections, with any masks, in COCO's results format atomically, and return their number."""
         results = [
             {
                 "image_id": int(row[0]),
@@ -190,18 +173,15 @@ def metrics_text(evaluation: COCOeval) -> str:
 
 
 def evaluation_record(evaluation: COCOeval) -> dict[str, Any]:
-    """Return the results of an evaluation in built-in types, as the content of `evaluation.json` and data for plots.
-
-    Args:
-        evaluation: the result of `CocoBoxEvaluator.evaluate`.
+    """Return the results of `CocoBoxEvaluator.evaluate` in built-in types, as the content of `evaluation.json`.
 
     Returns:
         a dict with `figures`, the twelve `METRICS` by name, in [0, 1], -1 if no object has that size; `images`, the
-        number of evaluated images; `recall`, the 101 recalls at which precision is sampled, 0 to 1; and `classes`, a
-        dict for each category with ground truth, ordered by id: `category_id`, `name`, `objects` (without crowds),
-        `AP`, `AP50` and `precision`, the 101 non-increasing precisions in [0, 1] under `0.5` and `0.75` at that IoU and
-        under `mean` over COCO's ten IoUs. All values cover objects of all sizes and at most 100 detections per image
-        and category.
+            number of evaluated images; `recall`, the 101 recalls at which precision is sampled, 0 to 1; and `classes`,
+            a dict for each category with ground truth, ordered by id: `category_id`, `name`, `objects` (without
+            crowds), `AP`, `AP50` and `precision`, the 101 non-increasing precisions in [0, 1] under `0.5` and `0.75` at
+            that IoU and under `mean` over COCO's ten IoUs. All values cover objects of all sizes and at most 100
+            detections per image and category.
     """
     precision = evaluation.eval["precision"]  # (10 IoU thresholds, 101 recalls, categories, areas, max detections)
     classes = []

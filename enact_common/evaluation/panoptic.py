@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -45,17 +45,12 @@ FOLDER, RESULTS, MASKS = "panoptic_results", "panoptic.json", "panoptic"
 
 
 def check_results_folder(folder: Path) -> None:
-    """Refuse to replace a folder that contains anything except panoptic results.
-
-    Raises:
-        UserError: the folder contains anything else, or the path is a file.
-    """
+    """Raise a UserError for a path that is a file, or a folder that contains anything except panoptic results."""
     if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= {RESULTS, MASKS}):
         raise UserError(f"{folder}: contains other files than panoptic results; choose another folder")
 
 
-@dataclass(frozen=True)
-class Counts:
+class Counts(NamedTuple):
     """Counts of matched and unmatched segments, by category.
 
     Attributes:
@@ -70,15 +65,10 @@ class Counts:
     wrong: np.ndarray
     missed: np.ndarray
 
-    @classmethod
-    def zeros(cls, categories: int) -> "Counts":
-        """Return counts of zero."""
-        return cls(np.zeros(categories), *(np.zeros(categories, dtype=np.int64) for _ in range(3)))
 
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(
-            self.iou + other.iou, self.matched + other.matched, self.wrong + other.wrong, self.missed + other.missed
-        )
+def total(counts: Sequence[Counts]) -> Counts:
+    """Return the sum of the counts of one or more images."""
+    return Counts(*map(sum, zip(*counts, strict=True)))
 
 
 def compare(
@@ -88,21 +78,17 @@ def compare(
     predicted_segments: Sequence[dict],
     category_ids: Sequence[int],
 ) -> Counts:
-    """Match the segments of one image.
+    """Match the segments of one image, and return the counts by category.
 
     A true and a predicted segment of the same category match if their IoU is above 0.5; the union excludes pixels that
     are void in the truth. Crowds match nothing and do not count as missed. An unmatched predicted segment does not
     count as wrong if more than half of it lies in void or in crowds of its category.
 
     Args:
-        truth: int (height, width), each pixel's true segment id; ids without a segment are void.
+        truth, predicted: int (height, width), each pixel's segment id; ids without a segment are void.
         true_segments: dicts with `id`, `category_id` and `iscrowd`.
-        predicted: int (height, width), each pixel's predicted segment id; ids without a segment are void.
         predicted_segments: dicts with `id` and `category_id`.
         category_ids: ids in the order of the result. Predicted segments of other categories are void.
-
-    Returns:
-        the counts, by category.
 
     Raises:
         ValueError: the maps' sizes differ.
@@ -113,12 +99,8 @@ def compare(
     true_segments = [segment for segment in true_segments if segment["category_id"] in place]
     predicted_segments = [segment for segment in predicted_segments if segment["category_id"] in place]
     # Rows are true segments, columns are predicted segments; the last row and column are void.
-    overlap = joint_areas(
-        truth,
-        [segment["id"] for segment in true_segments],
-        predicted,
-        [segment["id"] for segment in predicted_segments],
-    )
+    true_ids, predicted_ids = ([s["id"] for s in segments] for segments in (true_segments, predicted_segments))
+    overlap = joint_areas(truth, true_ids, predicted, predicted_ids)
     true_category = np.array([place[segment["category_id"]] for segment in true_segments], dtype=np.int64)
     predicted_category = np.array([place[segment["category_id"]] for segment in predicted_segments], dtype=np.int64)
     crowd = np.array([bool(segment["iscrowd"]) for segment in true_segments], dtype=bool)
@@ -208,11 +190,10 @@ class PanopticEvaluator:
         self._by_image: dict[int, tuple[bytes, list[dict]]] = {}
 
     def update(self, image_ids: Iterable[int], results: list[dict[str, Any]]) -> None:
-        """Add a batch.
+        """Add a batch. A repeated image (distributed samplers repeat some) replaces its earlier results.
 
         Args:
-            image_ids: id of each image. A repeated image (distributed samplers repeat some) replaces its earlier
-                results.
+            image_ids: id of each image.
             results: for each image a dict with `id_map`, int (h, w), a tensor or an array in the image's stored size,
                 each pixel's segment id, 0 for none; and `segments`, dicts with `id`, from 1 to 2^24 - 1, `category_id`
                 and optionally `score`.
@@ -253,12 +234,9 @@ class PanopticEvaluator:
         self._by_image = merged
 
     def evaluate(self, truth: PanopticTruth) -> PanopticQuality:
-        """Match predicted to true segments.
+        """Match predicted to true segments in all images of the truth; an image without a result is missed.
 
         Images whose true PNG cannot be read are skipped with a warning.
-
-        Args:
-            truth: the ground truth. All its images are evaluated; without a result, an image's segments are missed.
 
         Raises:
             UserError: no true PNG can be read.
@@ -284,7 +262,7 @@ class PanopticEvaluator:
             counts = [count for count in pool.map(count_image, truth.image_ids) if count is not None]
         if not counts:
             raise UserError(f"{truth.mask_folder}: no PNG file can be evaluated; the log says why")
-        return PanopticQuality(truth.categories, sum(counts, Counts.zeros(len(category_ids))), len(counts))
+        return PanopticQuality(truth.categories, total(counts), len(counts))
 
     def _result(self, image_id: int) -> tuple[np.ndarray, list[dict]]:
         """Return an image's map, int32 (h, w), and its segments."""
@@ -292,7 +270,7 @@ class PanopticEvaluator:
         return read_id_map(io.BytesIO(encoded), Path(f"{image_id}.png")), segments
 
     def write_results(self, folder: Path, images: Iterable[dict], categories: Sequence[dict]) -> int:
-        """Write the segments in COCO's panoptic format atomically.
+        """Write the segments in COCO's panoptic format atomically, and return the number of images.
 
         The folder gets `panoptic.json` and PNG files in `panoptic/`. An earlier results folder is replaced. Segments of
         other categories become void.
@@ -301,9 +279,6 @@ class PanopticEvaluator:
             folder: folder to create or replace.
             images: dicts with `id` and `file_name`; results of other images are not written.
             categories: dicts with `id`, `name` and `isthing`.
-
-        Returns:
-            the number of images.
 
         Raises:
             UserError: the folder cannot be written, or contains anything except panoptic results.
@@ -384,11 +359,8 @@ def panoptic_metrics(record: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Return a `panoptic_record` under the names of DETR's log: `test_PQ_all`, `test_PQ_th` and `test_PQ_st`, each with
     `pq`, `sq`, `rq`, in [0, 1], -1 without categories, and `n`, the number of categories in these means."""
     figures, classes = record["figures"], record["classes"]
-    groups = {
-        "all": classes,
-        "th": [c for c in classes if c["isthing"]],
-        "st": [c for c in classes if not c["isthing"]],
-    }
+    things = [c for c in classes if c["isthing"]]
+    groups = {"all": classes, "th": things, "st": [c for c in classes if not c["isthing"]]}
     return {
         f"test_PQ_{group}": {
             **{name: figures[name.upper() + (f"_{group}" if group != "all" else "")] for name in ("pq", "sq", "rq")},

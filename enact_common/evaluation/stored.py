@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from enact_common.data.annotations import load_annotations
+from enact_common.data.coco import as_coco
 from enact_common.utils.errors import UserError
 
 # File of the latest `--eval` in its output folder: the detections in COCO's results format.
@@ -23,15 +23,12 @@ ROUNDING = 0.01
 
 
 def read_truth(annotations: Path, images: int | None = None, remove_difficult: bool = False) -> dict[str, Any]:
-    """Return the ground truth of an evaluation, in COCO's format and without masks.
+    """Return the ground truth of an evaluation, in COCO's format, its `images` ordered by id, and without masks.
 
     Args:
         annotations: COCO-format JSON.
         images: number of evaluated images, the first ones by id (`--limit_val`); None for all.
         remove_difficult: whether objects marked as difficult count as crowds.
-
-    Returns:
-        a dict with `images`, ordered by id, `annotations` and `categories`.
 
     Raises:
         UserError: the annotations cannot be read.
@@ -49,11 +46,7 @@ def read_truth(annotations: Path, images: int | None = None, remove_difficult: b
 
 
 def read_results(path: Path, truth: dict[str, Any]) -> np.ndarray:
-    """Return the detections of a results file, in COCO's format for boxes.
-
-    Args:
-        path: a `results.json`.
-        truth: the ground truth, from `read_truth`.
+    """Return the detections of a `results.json`, in COCO's format for boxes, of a ground truth from `read_truth`.
 
     Returns:
         float64 (n, 7): image id, x, y, width, height in pixels, score, category id.
@@ -96,15 +89,6 @@ def read_results(path: Path, truth: dict[str, Any]) -> np.ndarray:
     return table
 
 
-def as_coco(truth: dict[str, Any]) -> COCO:
-    """Return a ground truth from `read_truth` as pycocotools' object."""
-    coco = COCO()
-    coco.dataset = truth
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
-
-
 def match(truth: dict[str, Any], detections: np.ndarray) -> COCOeval:
     """Match detections (n, 7) to a ground truth from `read_truth`, by pycocotools."""
     coco = as_coco(truth)
@@ -121,16 +105,7 @@ def is_outdated(record: dict[str, Any] | None) -> bool:
 
 
 def check_recorded(ap: float, record: dict[str, Any] | None, path: Path) -> None:
-    """Refuse detections that are not those of the evaluation record next to them.
-
-    Args:
-        ap: AP of the detections.
-        record: the record, from `read_evaluation`; None for none.
-        path: file of the detections.
-
-    Raises:
-        UserError: the APs differ.
-    """
+    """Refuse the detections of a file, by their AP, if the evaluation record next to them has another AP."""
     recorded = (record or {}).get("figures", {}).get("AP")
     if isinstance(recorded, int | float) and abs(recorded - ap) > ROUNDING:
         raise UserError(

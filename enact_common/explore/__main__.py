@@ -66,11 +66,7 @@ def port_number(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        the exit status: 2 for user errors; 130 after Ctrl-C, 143 after SIGTERM.
-    """
+    """Run the command line; return 2 for user errors, 130 after Ctrl-C, 143 after SIGTERM."""
     parser = build_parser()
     # Intermixed, because images may come after flags, as in the container's command.
     args = parser.parse_intermixed_args(argv)
@@ -78,11 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the arguments, load the detector and serve the page until a signal.
-
-    Raises:
-        UserError: the extra is not installed; an image, the port, the host or the checkpoint cannot be used.
-    """
+    """Check the arguments, load the detector and serve the page until a signal."""
     check_extra()
     images = find_images(images_or_bundled(args.images, args.checkpoint))
     port = free_port(args.host, args.port)
@@ -105,11 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_extra() -> None:
-    """Refuse to start without the extra `explore`.
-
-    Raises:
-        UserError: a package is missing.
-    """
+    """Refuse to start without the extra `explore`."""
     missing = [name for name in NEEDED if not is_installed(name)]
     if missing:
         raise UserError(
@@ -118,11 +106,7 @@ def check_extra() -> None:
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Return the images among the arguments, and those in the folders.
-
-    Raises:
-        UserError: a path is missing, a folder has no image, or a file is no image.
-    """
+    """Return the images among the arguments, and those in the folders; a UserError if there is none at a path."""
     images = []
     for path in paths:
         if path.is_dir():
@@ -136,11 +120,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
 
 
 def free_port(host: str, port: int) -> int:
-    """Return the port, or a free one for 0, after a try to listen on it.
-
-    Raises:
-        UserError: the port is in use or not allowed, or the host is not an address of this machine.
-    """
+    """Return the port, or a free one for 0, after a try to listen on it."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
@@ -162,11 +142,7 @@ def free_port(host: str, port: int) -> int:
 
 
 def go_offline(folder: Path) -> None:
-    """Set the environment that Gradio reads when it is imported.
-
-    Args:
-        folder: for uploads and pictures, removed at the end.
-    """
+    """Set the environment that Gradio reads when it is imported; the folder is for uploads and pictures."""
     os.environ.update(
         GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1", GRADIO_TEMP_DIR=str(folder / "gradio")
     )

@@ -98,13 +98,10 @@ def orders_of(detector: LoadedDetector) -> list[str]:
 
 
 def with_settings(detector: LoadedDetector, settings: Settings) -> LoadedDetector:
-    """Return a detector with other settings, which shares the weights that it need not convert.
+    """Return a checkpoint's detector with other settings, which shares the weights that it need not convert.
 
-    From plain attention to ENACT, `W_prob` has no weights to start from and is drawn with a fixed seed.
-
-    Args:
-        detector: the checkpoint's detector.
-        settings: with the detector's attention, or a convertible one (`why_not_convertible`).
+    The attention is the detector's, or a convertible one (`why_not_convertible`). From plain attention to ENACT,
+    `W_prob` has no weights to start from and is drawn with a fixed seed.
     """
     args = with_flags(detector.args, **settings.flags())
     with Undrawn():
@@ -130,13 +127,7 @@ def with_settings(detector: LoadedDetector, settings: Settings) -> LoadedDetecto
 
 
 def with_plain_attention(weights: dict[str, Tensor], num_heads: int, scale_logits: bool) -> dict[str, Tensor]:
-    """Return a state dict with every layer of ENACT converted to plain multi-head attention.
-
-    Args:
-        weights: a detector's state dict.
-        num_heads: attention heads.
-        scale_logits: whether the layers scale their logits.
-    """
+    """Return a detector's state dict with every layer of ENACT converted to plain multi-head attention."""
     converted = dict(weights)
     for name in weights:
         prefix = name.removesuffix("W_q.weight")
@@ -161,11 +152,7 @@ class Models:
         self.built: OrderedDict[Settings, LoadedDetector] = OrderedDict()
 
     def get(self, settings: Settings) -> LoadedDetector:
-        """Return the detector with these settings.
-
-        Raises:
-            UserError: the detector does not support the settings.
-        """
+        """Return the detector with these settings."""
         if settings == settings_of(self.detector):
             return self.detector
         with self.lock:

@@ -48,11 +48,7 @@ footer {display: none !important;}
 
 
 class ContentPolicy:
-    """ASGI middleware that adds `CONTENT_POLICY` to every response.
-
-    Args:
-        app: the application below.
-    """
+    """ASGI middleware that adds `CONTENT_POLICY` to every response of the application below."""
 
     def __init__(self, app: Callable):
         self.app = app
@@ -223,21 +219,19 @@ def connect(
 ) -> None:
     """Connect the components' events to `view`. Arguments as in `build_page`."""
 
-    def shown(view: View, threshold: float, chosen: int | None = None) -> dict:
+    def shown(view: View, threshold: float, chosen: int | None) -> dict:
         return detections_shown(parts, view, threshold, chosen, checkpoint, folder)
+
+    def all_shown(view: View, threshold: float, chosen: int | None) -> dict:
+        maps, attention = maps_shown(parts, view), attention_shown(parts, models, view, chosen)
+        return {parts.view: view, **shown(view, threshold, chosen), **maps, **attention}
 
     @telling
     def read(path: str | None, threshold: float, *values) -> dict:
         if path is None:
             return {parts.note: NO_IMAGE}
         picture = views.read_picture(Path(path), models.detector.args.max_size)
-        view = views.look(models, picture, settings_from(*values))
-        return {
-            parts.view: view,
-            **shown(view, threshold),
-            **maps_shown(parts, view),
-            **attention_shown(parts, models, view, None),
-        }
+        return all_shown(views.look(models, picture, settings_from(*values)), threshold, None)
 
     def choose(index: int | None, threshold: float, *values) -> dict:
         return read(None if index is None else str(images[index]), threshold, *values)
@@ -246,13 +240,7 @@ def connect(
     def switch(view: View | None, threshold: float, chosen: int | None, *values) -> dict:
         if view is None:
             return {parts.note: NO_IMAGE}
-        view = views.with_second(models, view, settings_from(*values))
-        return {
-            parts.view: view,
-            **shown(view, threshold, chosen),
-            **maps_shown(parts, view),
-            **attention_shown(parts, models, view, chosen),
-        }
+        return all_shown(views.with_second(models, view, settings_from(*values)), threshold, chosen)
 
     def redraw(view: View | None, threshold: float, chosen: int | None) -> dict:
         return {parts.note: NO_IMAGE} if view is None else shown(view, threshold, chosen)
@@ -322,16 +310,7 @@ def settings_from(
 def detections_shown(
     parts: Components, view: View, threshold: float, chosen: int | None, checkpoint: str, folder: Path
 ) -> dict:
-    """New values of the components that change with the threshold.
-
-    Args:
-        parts: the components.
-        view: the user's view.
-        threshold: least score.
-        chosen: the chosen query; None for none.
-        checkpoint: its name, for the JSON file.
-        folder: for the files to download.
-    """
+    """New values of the components that change with the threshold. Arguments as in `build_page`."""
     options = views.options_of(view, threshold)
     remove_old(folder)
     # A folder for these files alone, because two users may look at files of the same name.
@@ -376,15 +355,7 @@ def attention_shown(parts: Components, models: Models, view: View, chosen: int |
 
 
 def serve(page: gr.Blocks, host: str, port: int, browser: bool) -> str:
-    """Start the server in a thread.
-
-    Args:
-        page: from `build_page`.
-        host, port: where it listens.
-        browser: whether to open the page in the user's browser.
-
-    Returns:
-        the page's address.
+    """Start the server in a thread, and return the page's address.
 
     Raises:
         UserError: the page does not answer.

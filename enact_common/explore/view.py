@@ -104,12 +104,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class View:
-    """An image seen by the checkpoint's model and by the same weights with changed settings.
-
-    Attributes:
-        picture: the image.
-        first, second: the results of the two models.
-    """
+    """An image seen by the checkpoint's model and by the same weights with changed settings."""
 
     picture: Picture
     first: Seen
@@ -124,14 +119,11 @@ class View:
 
 
 def read_picture(path: Path, least_side: int = 0) -> Picture:
-    """Read an image upright, and scale it down if it is large.
-
-    Args:
-        path: the file. Messages name it without its folder, which may be a temporary one.
-        least_side: a longer side in pixels that is not scaled down, if it is above `LONGER_SIDE`.
+    """Read an image upright, and scale it down if its longer side is above `LONGER_SIDE` and `least_side`, in pixels.
 
     Raises:
-        UserError: it is not an image that can be read, or has more than `MAX_PIXELS` pixels.
+        UserError: it is not an image that can be read, or has more than `MAX_PIXELS` pixels. The message names it
+            without its folder, which may be a temporary one.
     """
     try:
         width, height = image_size(path)
@@ -153,11 +145,7 @@ def read_picture(path: Path, least_side: int = 0) -> Picture:
 
 
 def look(models: Models, picture: Picture, second: Settings) -> View:
-    """Run the checkpoint's model and the model with other settings on an image.
-
-    Raises:
-        UserError: the detector does not support the settings.
-    """
+    """Run the checkpoint's model and the model with other settings on an image."""
     with models.lock:
         other = models.get(second)
         first = see(models.detector, picture.pixels)
@@ -165,11 +153,7 @@ def look(models: Models, picture: Picture, second: Settings) -> View:
 
 
 def with_second(models: Models, view: View, second: Settings) -> View:
-    """Return the view with other settings; only their model runs.
-
-    Raises:
-        UserError: the detector does not support the settings.
-    """
+    """Return the view with other settings; only their model runs."""
     if second == view.second.settings:
         return view
     with models.lock:
@@ -197,27 +181,15 @@ def see(detector: LoadedDetector, pixels: Tensor) -> Seen:
     found = detector.decode(outputs[0], tuple(pixels.shape[-2:]), threshold=0.0)
     # Only Linux forgets an earlier peak of a process.
     measured = detector.device.type == "cuda" or sys.platform == "linux"
-    return Seen(
-        settings_of(detector),
-        likeliest(found),
-        layers,
-        1000 * statistics.median(seconds),
-        min(rises) if measured else None,
-    )
+    memory = min(rises) if measured else None
+    return Seen(settings_of(detector), likeliest(found), layers, 1000 * statistics.median(seconds), memory)
 
 
 def likeliest(detections: Detections, threshold: float = 0.0) -> Detections:
     """Return the detections that reach the threshold, at most the likeliest `MAX_DETECTIONS`."""
     count = min(int((detections.scores >= threshold).sum()), MAX_DETECTIONS)
-    return Detections(
-        detections.boxes[:count],
-        detections.scores[:count],
-        detections.labels[:count],
-        detections.names[:count],
-        detections.category_ids[:count],
-        detections.queries[:count],
-        None if detections.masks is None else detections.masks[:count],
-    )
+    columns = {name: values for name, values in vars(detections).items() if name != "panoptic" and values is not None}
+    return Detections(**{name: values[:count] for name, values in columns.items()})
 
 
 def attention_of(models: Models, view: View, query: int) -> tuple[Tensor, Tensor]:

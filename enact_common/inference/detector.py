@@ -184,10 +184,10 @@ class LoadedDetector:
         return self.decode(outputs, tuple(pixels.shape[-2:]), threshold)
 
     def decode(self, outputs: dict[str, Any], size: tuple[int, int], threshold: float | None = None) -> Detections:
-        """Return the detections in the model's outputs for one image.
+        """Return the detections in the model's outputs for a batch of one image.
 
         Args:
-            outputs: the model's outputs for a batch of one.
+            outputs: the model's outputs.
             size: (height, width) of the original image, in pixels.
             threshold: least score; None for the detector's threshold.
         """
@@ -221,10 +221,10 @@ class LoadedDetector:
     def lay_out(
         self, outputs: dict[str, Any], input_size: tuple[int, int], size: tuple[int, int], threshold: float
     ) -> Panoptic:
-        """Return the panoptic segmentation in the model's outputs for one image.
+        """Return the panoptic segmentation in the model's outputs for a batch of one image.
 
         Args:
-            outputs: the model's outputs for a batch of one.
+            outputs: the model's outputs.
             input_size: (height, width) of the resized image.
             size: (height, width) of the original image, and of the id map.
             threshold: least score.
@@ -274,11 +274,7 @@ def load_detector(
 
 
 def find_inference_device(device: str | torch.device | None, amp: str | None) -> torch.device:
-    """Return the device that `load_detector` asks for, and check the precision.
-
-    Raises:
-        UserError: the device or precision does not exist.
-    """
+    """Return the device that `load_detector` asks for; a UserError if it or the precision does not exist."""
     found = find_device(default_device() if device is None else str(device))
     if amp not in (None, *AMP_DTYPE):
         raise UserError(f"amp={amp!r}: unknown precision; pass one of {', '.join(AMP_DTYPE)}")
@@ -294,12 +290,7 @@ def detector_parts(
     amp: str | None,
     flags: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the arguments that make a `LoadedDetector` of a checkpoint.
-
-    Args:
-        state: from `load_checkpoint`.
-        source: the checkpoint's name, for messages.
-        device, threshold, amp, flags: as in `load_detector`.
+    """Return the arguments that make a `LoadedDetector` of a checkpoint from `load_checkpoint`, as in `load_detector`.
 
     Raises:
         UserError: the checkpoint fits no variant, or does not say which of its panoptic categories are things.
@@ -322,11 +313,7 @@ def detector_parts(
 
 
 def as_pixels(image: ImageLike, exif: bool = True) -> Tensor:
-    """Return an image as uint8 (3, height, width), RGB, on the CPU.
-
-    Args:
-        image: any image that `LoadedDetector` takes.
-        exif: rotate an image loaded from a path by its EXIF orientation.
+    """Return an image, of any kind that `LoadedDetector` takes, as uint8 (3, height, width), RGB, on the CPU.
 
     Raises:
         UserError: a file is missing or cannot be read.

@@ -6,7 +6,6 @@ attends to the feature map in `MEMORY_ATTENTION`. The submodule is an `nn.Multih
 which takes the arguments of `forward` and returns the output and the weights.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from enact_common.attention.clustering import clusterings
 from enact_common.attention.clusters import Clusters
 from enact_common.attention.hilbert import HILBERT, ROWS, hilbert_permutations
+from enact_common.cli.checks import is_installed
 from enact_common.inference.detector import Detections, LoadedDetector
 from enact_common.utils.errors import UserError
 
@@ -68,11 +68,6 @@ def memory_attentions(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def memory_attention(model: nn.Module) -> nn.Module:
-    """Return the module that attends to the feature map in a detector's last decoder layer."""
-    return memory_attentions(model)[-1]
-
-
 def output_and_weights(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[Tensor, Tensor]:
     """Return an attention's output for arguments of its `forward`, and its weights (batch, heads, Q, N)."""
     if isinstance(attention, nn.MultiheadAttention):
@@ -82,12 +77,9 @@ def output_and_weights(attention: nn.Module, args: tuple, kwargs: dict) -> tuple
 
 @torch.inference_mode()
 def introspect(detector: LoadedDetector, pixels: Tensor, queries: Tensor) -> Introspection:
-    """Run the detector on an image, and record its clusters and attention.
+    """Run a detector on an image, uint8 (3, height, width), RGB, and record its clusters and its queries' attention.
 
-    Args:
-        detector: any variant, with or without ENACT.
-        pixels: uint8 (3, height, width), RGB.
-        queries: int64 (n,), the queries to record attention for.
+    The queries, int64 (n,), are those to record attention for.
     """
     attentions = memory_attentions(detector.model)
     maps: list[tuple[int, int]] = []
@@ -130,12 +122,8 @@ def introspect(detector: LoadedDetector, pixels: Tensor, queries: Tensor) -> Int
 def check_kinds(detector: LoadedDetector, kinds: Sequence[str]) -> None:
     """Refuse pictures that cannot be drawn, before any work starts.
 
-    Args:
-        detector: the detector to look into.
-        kinds: names in `SHOWN`.
-
     Raises:
-        UserError: a kind is unknown, the model does not cluster, or matplotlib is missing.
+        UserError: a kind is not in `SHOWN`, the model does not cluster, or matplotlib is missing.
     """
     possible = SHOWN if clusterings(detector.model) else ("attention",)
     for kind in kinds:
@@ -146,26 +134,29 @@ def check_kinds(detector: LoadedDetector, kinds: Sequence[str]) -> None:
                 f"--show {kind}: this detector's encoder has no clusters of ENACT; it can show "
                 f"{', '.join(possible)}. Checkpoints of models trained with --encoder_attention enact can show {kind}"
             )
-    if kinds and importlib.util.find_spec("matplotlib") is None:
+    if kinds:
+        check_matplotlib()
+
+
+def check_matplotlib() -> None:
+    """Refuse `--show` without matplotlib."""
+    if not is_installed("matplotlib"):
         raise UserError("--show needs matplotlib, which is not installed: pip install 'enact-detection[plots]'")
 
 
 def write_introspection(
     detector: LoadedDetector, pixels: Tensor, detections: Detections, kinds: Sequence[str], folder: Path, stem: str
 ) -> list[Path]:
-    """Draw the detector's information, clusters or attention for an image.
+    """Draw the detector's information, clusters or attention for an image, and return the pictures' paths.
 
     Args:
         detector: the detector.
         pixels: uint8 (3, height, width), RGB.
         detections: the detections in the image. Attention is drawn for the six likeliest queries.
-        kinds: names in `SHOWN`: "entropy", the information of each encoder layer; "clusters", the cells that each
-            layer pools together; "attention", where the detections' queries attend.
+        kinds: names in `SHOWN`: "entropy", the information of each encoder layer; "clusters", the cells that each layer
+            pools together; "attention", where the detections' queries attend.
         folder: output folder, created if missing.
         stem: start of the file names: `<stem>_<kind>.png`.
-
-    Returns:
-        the pictures' paths, in the order of `kinds`.
 
     Raises:
         UserError: see `check_kinds`; or a picture cannot be written.
@@ -173,25 +164,17 @@ def write_introspection(
     check_kinds(detector, kinds)
     # Imported here, because matplotlib is an optional extra.
     from enact_common.drawing.figures import save
-    from enact_common.inference import introspection_plots
+    from enact_common.inference import introspection_plots as plots
 
     best_indices = best_of_each_query(detections)[:MAX_DETECTIONS] if "attention" in kinds else []
     introspection = introspect(detector, pixels, detections.queries[best_indices])
     image = pixels.permute(1, 2, 0).cpu().numpy()
+    layers, names = introspection.layers, [detections.names[i] for i in best_indices]
+    boxes, scores = detections.boxes[best_indices], detections.scores[best_indices]
     draw = {
-        "entropy": lambda: introspection_plots.draw_information(
-            image, [layer.information for layer in introspection.layers]
-        ),
-        "clusters": lambda: introspection_plots.draw_clusters(
-            image, [layer.clusters for layer in introspection.layers]
-        ),
-        "attention": lambda: introspection_plots.draw_attention(
-            image,
-            introspection.attention,
-            detections.boxes[best_indices],
-            [detections.names[i] for i in best_indices],
-            detections.scores[best_indices],
-        ),
+        "entropy": lambda: plots.draw_information(image, [layer.information for layer in layers]),
+        "clusters": lambda: plots.draw_clusters(image, [layer.clusters for layer in layers]),
+        "attention": lambda: plots.draw_attention(image, introspection.attention, boxes, names, scores),
     }
     folder.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -1,6 +1,7 @@
 """Draw the maps of `enact_common.inference.introspection` over the image. Needs matplotlib (extra `plots`).
 
-A feature map is stretched over the whole image, as in the position encodings. Panels are arranged to fill a slide.
+Images are uint8 (height, width, 3), RGB. A feature map is stretched over the whole image, as in the position encodings.
+Panels are arranged to fill a slide of this width and height in inches.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -54,13 +55,7 @@ ATTENTION = translucent("inferno", lambda values: 0.85 * np.sqrt(values))
 
 
 def draw_information(image: np.ndarray, layers: Sequence[Tensor], slide: tuple[float, float] = SLIDE) -> Figure:
-    """Draw the smoothed self-information of the cells for each encoder layer.
-
-    Args:
-        image: uint8 (height, width, 3), RGB.
-        layers: one map (levels, h, w) per encoder layer, in bits.
-        slide: width and height to fill, in inches.
-    """
+    """Draw the smoothed self-information of the cells, in bits, for each encoder layer: one map (levels, h, w) each."""
     maps = [level for layer in layers for level in layer]
     heading = ("Information in the encoder", f"smoothed self-information of {cells_of(maps[0])}")
     figure, panels = lay_out(image, len(maps), heading, bar=True, columns=columns_of(layers), slide=slide)
@@ -75,13 +70,7 @@ def draw_information(image: np.ndarray, layers: Sequence[Tensor], slide: tuple[f
 
 
 def draw_clusters(image: np.ndarray, layers: Sequence[Tensor], slide: tuple[float, float] = SLIDE) -> Figure:
-    """Draw the clusters of each encoder layer, with their borders.
-
-    Args:
-        image: uint8 (height, width, 3), RGB.
-        layers: int64 (levels, h, w) per encoder layer: the cluster of each cell, -1 for none.
-        slide: width and height to fill, in inches.
-    """
+    """Draw the clusters of each encoder layer, with their borders: a map int64 (levels, h, w) each, -1 for none."""
     maps = [level.numpy() for layer in layers for level in layer]
     note = "hatched cells are left out" if any((level < 0).any() for level in maps) else "no cell is left out"
     heading = ("Clusters in the encoder", f"one patch per cluster, {cells_of(maps[0])}; {note}")
@@ -94,9 +83,8 @@ def draw_clusters(image: np.ndarray, layers: Sequence[Tensor], slide: tuple[floa
         height, width = np.array(image.shape[:2]) / clusters.shape
         for row, column in np.argwhere(clusters < 0):
             corner = (column * width, row * height)
-            axes.add_patch(
-                Rectangle(corner, width, height, facecolor="0.15", edgecolor="0.75", hatch="////", linewidth=0)
-            )
+            colours = {"facecolor": "0.15", "edgecolor": "0.75"}
+            axes.add_patch(Rectangle(corner, width, height, hatch="////", linewidth=0, **colours))
         # Scale the lines to a cell's shorter side, to keep the cells visible.
         side = min(points_of(axes) / clusters.shape[::-1])
         lines = LineCollection(
@@ -113,26 +101,23 @@ def draw_attention(image: np.ndarray, attention: Tensor, boxes: Tensor, names: S
     """Draw one attention panel per query, or only the image if there are no queries.
 
     Args:
-        image: uint8 (height, width, 3), RGB.
+        image: the image.
         attention: (n, h, w), the attention weights of each query, adding up to one.
         boxes: (n, 4), the queries' boxes: left, top, right, bottom in pixels of the image.
         names: the queries' class names.
         scores: (n,), in [0, 1].
     """
     if not names:
-        return draw_note(
-            image, ("Attention of the queries", "nothing was found in this image; a lower threshold shows more")
-        )
-    heading = (
-        "Attention of the likeliest detections",
-        f"last decoder layer, mean of all heads, over {cells_of(attention[0])}",
-    )
+        note = "nothing was found in this image; a lower threshold shows more"
+        return draw_note(image, ("Attention of the queries", note))
+    subtitle = f"last decoder layer, mean of all heads, over {cells_of(attention[0])}"
+    heading = ("Attention of the likeliest detections", subtitle)
     titles = [named(name, score) for name, score in zip(names, scores.tolist(), strict=True)]
     return draw_weights(image, attention, boxes, titles, heading)
 
 
 def draw_note(image: np.ndarray, heading: tuple[str, str], slide: tuple[float, float] = SLIDE) -> Figure:
-    """Draw only the image, uint8 (height, width, 3), with a title and subtitle that say why there is nothing else."""
+    """Draw only the image, with a title and subtitle that say why there is nothing else."""
     figure, (axes,) = lay_out(image, 1, heading, slide=slide)
     show_image(axes, image, "")
     return figure
@@ -141,10 +126,10 @@ def draw_note(image: np.ndarray, heading: tuple[str, str], slide: tuple[float, f
 def draw_attention_by_layer(
     image: np.ndarray, by_layer: Tensor, box: Tensor, name: str, score: float, slide: tuple[float, float] = SLIDE
 ) -> Figure:
-    """Draw one query's attention, one panel per decoder layer.
+    """Draw a query's attention, one panel per decoder layer.
 
     Args:
-        image: uint8 (height, width, 3), RGB.
+        image: the image.
         by_layer: (decoder layers, h, w), the query's attention weights, adding up to one in each layer.
         box: (4,), the query's box: left, top, right, bottom in pixels of the image.
         name: the query's class name.
@@ -170,16 +155,7 @@ def draw_weights(
     heading: tuple[str, str],
     slide: tuple[float, float] = SLIDE,
 ) -> Figure:
-    """Draw one panel per map of attention weights.
-
-    Args:
-        image: uint8 (height, width, 3), RGB.
-        maps: (n, h, w), the attention weights, adding up to one in each map.
-        boxes: (n, 4), the box to draw in each panel: left, top, right, bottom in pixels of the image.
-        titles: the panels' titles.
-        heading: the figure's title and subtitle.
-        slide: width and height to fill, in inches.
-    """
+    """Draw a panel with a title for each map (n, h, w) of attention weights, with a box (n, 4) xyxy in it."""
     figure, panels = lay_out(image, len(titles), heading, bar=True, slide=slide)
     for axes, title, weights, (left, top, right, bottom) in zip(panels, titles, maps, boxes.tolist(), strict=True):
         show_image(axes, image, title)
@@ -223,10 +199,10 @@ def lay_out(
     columns: int | None = None,
     slide: tuple[float, float] = SLIDE,
 ) -> tuple[Figure, list[Axes]]:
-    """Return a figure and its panels, which have the image's aspect ratio.
+    """Return a figure with a title and a subtitle, and its panels, which have the image's aspect ratio.
 
     Args:
-        image: (height, width, 3).
+        image: the image.
         count: number of panels, at least one.
         heading: the figure's title and subtitle.
         bar: leave room for a colour bar below each panel.
@@ -249,10 +225,7 @@ def lay_out(
     height = width / aspect
     slot = max(width, LEAST_WIDTH)
     across = columns * slot + GAP * (columns - 1)
-    size = (
-        max(across + 2 * MARGIN, 8),
-        MARGIN + HEADING + rows * (above + height + below) + GAP * (rows - 1),
-    )
+    size = (max(across + 2 * MARGIN, 8), MARGIN + HEADING + rows * (above + height + below) + GAP * (rows - 1))
     figure = Figure(figsize=size, dpi=DPI, facecolor="white")
     figure.text(0.5, 1 - 0.2 / size[1], literal(heading[0]), fontsize=15, fontweight="bold", ha="center", va="center")
     figure.text(0.5, 1 - 0.5 / size[1], heading[1], fontsize=11, ha="center", va="center")

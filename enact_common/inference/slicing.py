@@ -27,11 +27,7 @@ CUT_MARGIN = 0.01
 
 
 def check_sliceable(detector: LoadedDetector, side: int) -> None:
-    """Refuse tiny slices, and detectors with masks: a mask of a slice cannot be merged with that of another one.
-
-    Raises:
-        UserError: the slices are smaller than `LEAST_SIDE`, or the detector has a mask head.
-    """
+    """Refuse tiny slices, and detectors with masks: a mask of a slice cannot be merged with that of another one."""
     if side < LEAST_SIDE:
         raise UserError(
             f"--slice {side}: slices so small show no whole object and are countless; pass at least {LEAST_SIDE}"
@@ -51,13 +47,13 @@ def slice_starts(length: int, side: int) -> list[int]:
 
 
 def detect_in_slices(detector: LoadedDetector, pixels: Tensor, side: int, threshold: float | None = None) -> Detections:
-    """Detect objects in an image and in its slices, one by one, and merge the results.
+    """Detect objects in an image, uint8 (3, height, width), and in its slices, one by one, and merge the results.
 
     One by one, because with ENACT's default settings a slice's result would depend on the other slices of its batch.
 
     Args:
         detector: without masks, see `check_sliceable`.
-        pixels: uint8 (3, height, width).
+        pixels: the image.
         side: height and width of a slice in pixels; a shorter image side is covered by one slice.
         threshold: least score; None for the detector's threshold.
 
@@ -90,15 +86,9 @@ def detect_in_slices(detector: LoadedDetector, pixels: Tensor, side: int, thresh
 
 
 def merged(boxes: Tensor, scores: Tensor, labels: Tensor, cut: Tensor) -> Tensor:
-    """Return the indices of the boxes to keep, by falling score: non-maximum suppression within each class.
+    """Return the indices of the boxes (n, 4) xyxy to keep, by falling score: non-maximum suppression within each class.
 
-    A box that a slice's border cuts off is dropped if most of it lies in a whole box of its class.
-
-    Args:
-        boxes: (n, 4) left, top, right, bottom.
-        scores: (n,).
-        labels: int64 (n,).
-        cut: bool (n,), whether a slice's border cuts the box off.
+    A box that a slice's border cuts off (`cut`, bool (n,)) is dropped if most of it lies in a whole box of its class.
     """
     candidates = torch.arange(len(boxes))
     if cut.any():

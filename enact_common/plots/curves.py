@@ -64,13 +64,7 @@ def draw_line(axes, points: Sequence[tuple[int, float]], name: str, style: dict)
 
 
 def finish(axes, title: str, styles: Sequence[str] | None) -> None:
-    """Give a panel its title, its axes and its legend.
-
-    Args:
-        axes: the panel, already drawn.
-        title: the panel's title.
-        styles: meaning of each line style if colours mean runs; None if colours mean quantities.
-    """
+    """Give a panel its title, its axes and its legend, with the meaning of each line style if colours mean runs."""
     axes.set(title=title, xlabel="epochs done")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

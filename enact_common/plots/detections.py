@@ -11,15 +11,7 @@ from enact_common.drawing.figures import colour, literal, save
 
 
 def draw_boxes(axes, image: np.ndarray, boxes: Sequence[Sequence[float]], texts: Sequence[str], labels: Sequence[int]):
-    """Show an image with boxes.
-
-    Args:
-        axes: where to draw.
-        image: uint8 (height, width, 3), RGB.
-        boxes: xywh in pixels.
-        texts: text at each box.
-        labels: label of each box, which sets its colour.
-    """
+    """Show an image, uint8 (height, width, 3), with boxes xywh in pixels; the labels set their colours."""
     axes.imshow(image)
     axes.set_xticks([])
     axes.set_yticks([])
@@ -29,14 +21,10 @@ def draw_boxes(axes, image: np.ndarray, boxes: Sequence[Sequence[float]], texts:
         # Keep the text inside the image: below the image's top edge if there is no room above the box.
         above = y > 0.08 * image.shape[0]
         axes.text(
-            np.clip(x, 0, 0.75 * image.shape[1]),
-            y if above else 0.02 * image.shape[0],
-            literal(text),
-            fontsize=8,
-            color="white",
-            verticalalignment="bottom" if above else "top",
+            np.clip(x, 0, 0.75 * image.shape[1]), y if above else 0.02 * image.shape[0], literal(text),
+            fontsize=8, color="white", verticalalignment="bottom" if above else "top",
             bbox={"facecolor": colour(label), "edgecolor": "none", "pad": 1, "alpha": 0.9},
-        )
+        )  # fmt: skip
 
 
 def plot_detections(
@@ -50,26 +38,18 @@ def plot_detections(
 
     Args:
         images: each uint8 (height, width, 3), RGB.
-        truths: COCO annotations of each image.
-        detections: COCO results of each image.
+        truths, detections: COCO annotations, and COCO results, of each image.
         names: category id to name.
         picture: file to write; its suffix sets the format.
-
-    Raises:
-        UserError: the picture cannot be written.
     """
     label = {category: i for i, category in enumerate(names)}
     figure = Figure(figsize=(2.6 * len(images), 5.6), layout="constrained")
     rows = figure.subplots(2, len(images), squeeze=False)
     for column, image in enumerate(images):
         for axes, objects in ((rows[0][column], truths[column]), (rows[1][column], detections[column])):
-            draw_boxes(
-                axes,
-                image,
-                [o["bbox"] for o in objects],
-                [names[o["category_id"]] + (f" {o['score']:.2f}" if "score" in o else "") for o in objects],
-                [label[o["category_id"]] for o in objects],
-            )
+            texts = [names[o["category_id"]] + (f" {o['score']:.2f}" if "score" in o else "") for o in objects]
+            labels = [label[o["category_id"]] for o in objects]
+            draw_boxes(axes, image, [o["bbox"] for o in objects], texts, labels)
     rows[0][0].set_ylabel("truth")
     rows[1][0].set_ylabel("detected")
     save(figure, picture)

@@ -113,11 +113,7 @@ def several_runs(records: Mapping[str, dict]) -> Figure:
 
 
 def chosen_classes(by_run: Sequence[Mapping[str, dict]]) -> list[str]:
-    """Return the panels of several runs: the mean and the classes, or those that gain or lose most if there are many.
-
-    Args:
-        by_run: the classes of each run, from `classes_by_name`.
-    """
+    """Return the panels of several runs: the mean and the classes, or the most different ones of many."""
     names = list(dict.fromkeys(name for classes in by_run for name in classes))
     if len(names) == 1:
         return names

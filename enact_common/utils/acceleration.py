@@ -31,11 +31,9 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 class Recomputed(nn.Module):
-    """A module that can recompute its activations in the backward pass instead of keeping them.
+    """A module that can recompute its activations in the backward pass instead of keeping them, if `recompute` is set.
 
-    Attributes:
-        recompute: whether it recomputes them (Chen et al., "Training Deep Nets with Sublinear Memory Cost",
-            arXiv:1604.06174).
+    Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174.
     """
 
     recompute = False
@@ -58,13 +56,8 @@ def recompute_in_backward(function: Callable) -> Callable:
 def prepare(model: nn.Module, args: argparse.Namespace, device: torch.device) -> None:
     """Move a model to its device, channels last, and apply `--checkpoint_activations` and `--compile`.
 
-    This also changes settings of the whole process: on a CPU see `keep_freed_memory`, on a GPU see `prepare_gpu`, and
-    with `--deterministic` see `compute_deterministically`.
-
-    Args:
-        model: a detector; changed in place, with an unchanged state dict.
-        args: parsed arguments.
-        device: the target device.
+    The model is changed in place, with an unchanged state dict. This also changes settings of the whole process: on a
+    CPU see `keep_freed_memory`, on a GPU see `prepare_gpu`, and with `--deterministic` see `compute_deterministically`.
     """
     if device.type == "cpu":
         keep_freed_memory()
@@ -83,8 +76,7 @@ def prepare(model: nn.Module, args: argparse.Namespace, device: torch.device) ->
 def prepare_gpu(device: torch.device) -> None:
     """Make a GPU the process's current device, and disable cuDNN's attention.
 
-    cuDNN builds a plan for every new number of keys, and with ENACT the number of clusters changes with nearly every
-    batch.
+    cuDNN builds a plan for every new number of keys, and ENACT's number of clusters changes with nearly every batch.
     """
     if device.type != "cuda":
         return
@@ -94,10 +86,7 @@ def prepare_gpu(device: torch.device) -> None:
 
 
 def compute_deterministically() -> None:
-    """Make results on a GPU repeat bit for bit, as they always do on a CPU; some steps take longer.
-
-    PyTorch raises an error in an operation without a deterministic algorithm.
-    """
+    """Make results on a GPU repeat bit for bit, as on a CPU: some steps take longer, others raise an error."""
     # cuBLAS reads the variable at its first use.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
@@ -143,9 +132,8 @@ def compile_parts(model: nn.Module, device: torch.device) -> None:
     """Compile the methods that modules name in `COMPILED`: the backbone, feed-forward networks, and decoder layers
     (except Anchor DETR's). The encoder's attention is not compiled: the number of clusters varies from step to step.
 
-    Methods are compiled with dynamic shapes, for any size of image and batch. If nothing can be compiled on this
-    machine, a warning says so and the model runs uncompiled. A single method that cannot be compiled also runs
-    uncompiled.
+    Methods are compiled with dynamic shapes, for any size of image and batch. A method that cannot be compiled runs
+    uncompiled; a warning says if nothing can be compiled on this machine.
     """
     try:
         with torch._dynamo.config.patch(suppress_errors=False):

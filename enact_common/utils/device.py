@@ -63,11 +63,7 @@ def find_device(name: str) -> torch.device:
 
 
 def check_precision(amp: str, device: torch.device) -> None:
-    """Refuse a precision that the device does not support.
-
-    Raises:
-        UserError: says what to do.
-    """
+    """Refuse a precision that the device does not support."""
     if amp == "fp16" and device.type == "cpu":
         raise UserError("--amp fp16 needs a GPU: use --amp bf16 or none with --device cpu")
 

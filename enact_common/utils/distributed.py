@@ -26,10 +26,8 @@ class SharedError(UserError):
 def init_distributed_mode(args: argparse.Namespace) -> argparse.Namespace:
     """Join the process group that torchrun describes in the environment; without one, run as a single process.
 
-    Scheduler variables such as SLURM_NTASKS are ignored, because a job may hold several single processes.
-
-    Returns:
-        the arguments with `world_size`, and on GPUs with the `device` of this process.
+    Scheduler variables such as SLURM_NTASKS are ignored, because a job may hold several single processes. The returned
+    arguments have `world_size`, and on GPUs the `device` of this process.
 
     Raises:
         UserError: `--world_size` asks for more processes than were started, or this machine has fewer GPUs than
@@ -54,13 +52,8 @@ def init_distributed_mode(args: argparse.Namespace) -> argparse.Namespace:
             )
         torch.cuda.set_device(local_rank)
         device = f"cuda:{local_rank}"
-    dist.init_process_group(
-        backend,
-        init_method=args.dist_url,
-        world_size=world_size,
-        rank=rank,
-        timeout=timedelta(minutes=args.dist_timeout),
-    )
+    timeout = timedelta(minutes=args.dist_timeout)
+    dist.init_process_group(backend, args.dist_url, timeout, world_size=world_size, rank=rank)
     return argparse.Namespace(**{**vars(args), "world_size": world_size, "device": device})
 
 

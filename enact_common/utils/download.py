@@ -45,8 +45,8 @@ def is_url(source: str) -> bool:
 def download(url: str) -> Path:
     """Return the path of a URL's file in PyTorch's checkpoint cache, downloading it if necessary.
 
-    The content is checked at every call, also of a cached file, because other programs write to the cache too and
-    names repeat.
+    The content is checked at every call, also of a cached file, because other programs write to the cache too and names
+    repeat.
 
     Args:
         url: https URL with the first digits (at least eight, hexadecimal) of the file's SHA-256, in the file's name
@@ -66,12 +66,7 @@ def download(url: str) -> Path:
 
 
 def cached(url: str) -> tuple[Path, str]:
-    """Return the path of a URL's file in the cache, and the first digits of its SHA-256.
-
-    Raises:
-        UserError: the URL is not https, or has no valid hash.
-        ValueError: it is not a URL.
-    """
+    """Return the path of a URL's file in the cache, and the first digits of its SHA-256."""
     parts = urlsplit(url)
     if parts.scheme != "https":
         raise UserError(f"{url}: only https URLs are downloaded; pass an https URL, or {WAY_OUT}")
@@ -95,17 +90,7 @@ def cached(url: str) -> tuple[Path, str]:
 
 
 def fetch(url: str, path: Path, expected: str) -> None:
-    """Download an https URL to a file, and keep the file only if its hash is correct.
-
-    Args:
-        url: the URL; its fragment is ignored.
-        path: the file to create or replace.
-        expected: the first digits of its SHA-256.
-
-    Raises:
-        UserError: the SHA-256 differs.
-        OSError, HTTPException, ValueError: the download failed, or a redirect leads away from https.
-    """
+    """Download an https URL to a file, and keep it only if its SHA-256 starts with the expected digits."""
     request = Request(url, headers={"User-Agent": "enact-detection"})
     # A unique name, because several processes of a training may download the file at once.
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")

@@ -26,19 +26,15 @@ def let_any_text_out() -> None:
 
 
 def exit_status(prog: str, command: Callable[[], int]) -> int:
-    """Run a command, print a UserError as argparse prints its errors, and return the exit status.
+    """Run a command that returns its status, print a UserError like argparse's errors, and return the status.
 
     A command whose output pipe closes (`... | head`) ends quietly. Characters that standard output cannot encode, such
     as Chinese names in a Latin-1 terminal, are escaped (backslash, u, digits). After Ctrl-C, SIGTERM or SIGHUP, the
     command cleans up, its child processes end, and one line reports the signal.
 
-    Args:
-        prog: the program's name.
-        command: returns its exit status.
-
     Returns:
         the command's status; 2 after a UserError; 141 if the output pipe was closed; 128 plus the signal's number after
-        a signal: 130 for Ctrl-C, 143 for SIGTERM.
+            a signal: 130 for Ctrl-C, 143 for SIGTERM.
     """
     let_any_text_out()
     try:

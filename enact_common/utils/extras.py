@@ -7,16 +7,7 @@ from enact_common.utils.errors import UserError
 
 
 def needed(module: str, why: str, extra: str) -> ModuleType:
-    """Import a package of an extra.
-
-    Args:
-        module: the module's name.
-        why: what needs it, for the message.
-        extra: the extra that brings it.
-
-    Raises:
-        UserError: the package is not installed.
-    """
+    """Import a package that something (`why`) needs, and that an extra brings; a UserError if it is not installed."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

@@ -1,5 +1,6 @@
 """The kind of a file that is not a checkpoint, and what to do about it. Nothing here executes a file."""
 
+import re
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
@@ -34,16 +35,15 @@ MAGIC = {
     b"Rar!": ("a RAR archive", UNPACK),
 }  # fmt: skip
 
+# Names of files in the archive of an exported program.
+EXPORTED = re.compile(r"serialized_exported_program|\.pt2$|models/.*\.json$")
+
 # Packages whose classes a pickled checkpoint names: kind of the checkpoint.
 PACKAGES = {
     "ultralytics": "an Ultralytics YOLO checkpoint",
-    "models.yolo": "a YOLO checkpoint",
-    "models.common": "a YOLO checkpoint",
-    "mmengine": "an MMDetection (OpenMMLab) checkpoint",
-    "mmcv": "an MMDetection (OpenMMLab) checkpoint",
-    "mmdet": "an MMDetection (OpenMMLab) checkpoint",
-    "detectron2": "a Detectron2 checkpoint",
-    "fvcore": "a Detectron2 checkpoint",
+    **dict.fromkeys(("models.yolo", "models.common"), "a YOLO checkpoint"),
+    **dict.fromkeys(("mmengine", "mmcv", "mmdet"), "an MMDetection (OpenMMLab) checkpoint"),
+    **dict.fromkeys(("detectron2", "fvcore"), "a Detectron2 checkpoint"),
     "transformers": "a Hugging Face model",
 }
 
@@ -102,9 +102,7 @@ def describe_zip(path: Path) -> tuple[str, str] | None:
                 return describe_pickle(archive.read(pickles[0]))
     except Exception:  # a damaged archive raises many types: BadZipFile, zlib.error, UnicodeDecodeError, ...
         return None
-    if any("serialized_exported_program" in name or name.endswith(".pt2") for name in names):
-        return "an exported program, and was not executed", ANOTHER_FORMAT
-    if any("models/" in name and name.endswith(".json") for name in names):
+    if any(EXPORTED.search(name) for name in names):
         return "an exported program, and was not executed", ANOTHER_FORMAT
     if names and all(name.endswith(".npy") for name in names):
         return "a NumPy archive", STATE_DICT

@@ -22,11 +22,7 @@ REFUSED_GLOBAL = re.compile(r"GLOBAL ([\w.]+)")
 
 
 def make_folder(folder: Path, flag: str = "--output_dir") -> None:
-    """Create a folder and its parents, if they are missing.
-
-    Args:
-        folder: the folder.
-        flag: the flag that names the folder, for the message.
+    """Create a folder, which a flag names, and its parents, if they are missing.
 
     Raises:
         UserError: the folder cannot be created or written to.
@@ -40,11 +36,7 @@ def make_folder(folder: Path, flag: str = "--output_dir") -> None:
 
 
 def check_no_folder(path: Path) -> None:
-    """Refuse an output file whose path is a folder, before any work is done.
-
-    Raises:
-        UserError: the path is a folder.
-    """
+    """Refuse an output file whose path is a folder, before any work is done."""
     if path.is_dir():
         raise UserError(f"{path}: cannot be written, there is a folder of this name; choose another path")
 
@@ -74,11 +66,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object], sync: bool
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A block that writes a file and turns an OSError into a UserError.
-
-    Raises:
-        UserError: the file cannot be written; the message names it.
-    """
+    """A block that writes a file and turns an OSError into a UserError that names it."""
     try:
         yield
     except OSError as error:
@@ -86,11 +74,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object], sync: bool = True) -> None:
-    """`write_atomically` with a UserError instead of an OSError.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
+    """`write_atomically` with a UserError instead of an OSError."""
     with writing(path):
         write_atomically(path, write, sync)
 
@@ -100,12 +84,9 @@ def read_tensors(path: Path, expected: str) -> Any:
 
     Nothing in the file is executed: a pickle that names any other class or function is refused while it is read.
 
-    Args:
-        path: the file.
-        expected: the expected kind of file, for the message.
-
     Raises:
-        UserError: the file is missing, truncated, or of another kind, which the message names if it is known.
+        UserError: the file is missing, truncated, or of another kind than expected, which the message names if it is
+            known.
     """
     if path.is_dir():
         kind, way_out = describe_folder(path)
@@ -127,11 +108,7 @@ def read_tensors(path: Path, expected: str) -> Any:
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors in a safetensors file.
-
-    Raises:
-        UserError: the package safetensors is not installed.
-    """
+    """Return the tensors in a safetensors file."""
     try:
         from safetensors.torch import load_file
     except ModuleNotFoundError as error:
@@ -141,12 +118,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
 def check_reader(path: Path) -> None:
     """Refuse the two kinds of files for which PyTorch before 2.6 executes code even with `weights_only`
-    (CVE-2025-32434): TorchScript, and the tar archives of PyTorch's first releases.
-
-    Raises:
-        ValueError: the file is of one of these kinds.
-        RuntimeError: the file starts like a zip archive, but is not one.
-    """
+    (CVE-2025-32434): TorchScript, and the tar archives of PyTorch's first releases."""
     with open(path, "rb") as file:
         zipped = file.read(4) == b"PK\x03\x04"
     if zipped:

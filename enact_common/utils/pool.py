@@ -16,12 +16,7 @@ PARALLEL_FROM = 1000
 
 @contextlib.contextmanager
 def mapped(function: Callable[[Any], Any], items: Sequence[Any], parallel: bool) -> Iterator[Iterator[Any]]:
-    """A block with the iterator of a function's results for items, in order.
-
-    Args:
-        function, items: can be pickled.
-        parallel: compute in one process per CPU core, instead of this process.
-    """
+    """A block with the iterator of a function's results for items, in order, from a process per core if `parallel`."""
     if not parallel:
         yield map(function, items)
         return

@@ -34,16 +34,10 @@ class Progress:
     def __iter__(self) -> Iterator[tuple[int, object]]:
         """Yield (step, batch), with steps counted from `first`."""
         self._start = time.perf_counter()
-        terminal = sys.stdout.isatty()
         self._bar = tqdm(
-            total=len(self.batches),
-            initial=self.first,
-            desc=self.title,
-            unit="step",
-            file=sys.stdout,
-            disable=not (terminal and is_main_process()),
-            dynamic_ncols=True,
-        )
+            total=len(self.batches), initial=self.first, desc=self.title, unit="step", file=sys.stdout,
+            disable=not (sys.stdout.isatty() and is_main_process()), dynamic_ncols=True,
+        )  # fmt: skip
         with self._bar:
             for step, batch in enumerate(self.batches, start=self.first):
                 yield step, batch

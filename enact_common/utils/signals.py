@@ -73,11 +73,7 @@ CHILDREN_MAY_TAKE = 5.0
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked the command to end. A KeyboardInterrupt, so that code that handles Ctrl-C handles it too.
-
-    Args:
-        number: number of the signal.
-    """
+    """A signal asked the command to end. A KeyboardInterrupt, so that code that handles Ctrl-C handles it too."""
 
     def __init__(self, number: int):
         super().__init__(f"interrupted by {signal.Signals(number).name}")
@@ -99,13 +95,10 @@ _blocks = 0
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """A block that SIGTERM and SIGHUP end by an exception, as Ctrl-C does; a second signal ends the process at once.
+    """A block that SIGTERM and SIGHUP end by `Interrupted`, as Ctrl-C does; a second signal ends the process at once.
 
     Ignored signals stay ignored (`nohup`). Outside the main thread, where Python cannot install handlers, signals keep
     their previous handlers.
-
-    Raises:
-        Interrupted: a signal came.
     """
     global _first, _raised
     if threading.current_thread() is not threading.main_thread():

@@ -21,8 +21,6 @@ from enact_common.data.checks.rules import check_fully, check_quickly
 from enact_common.data.checks.split import Split
 from enact_common.utils.errors import UserError, exit_status
 
-# The command line ----------------------------------------------------------------------------------------------------
-
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the argument parser."""
@@ -52,11 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def find_splits(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
-    """The image folder and annotation file of each split on the command line.
-
-    Raises:
-        UserError: an argument, file or folder is missing.
-    """
+    """The image folder and annotation file of each split on the command line."""
     splits = {}
     for name in ("train", "val"):
         images, annotations = getattr(args, f"{name}_images"), getattr(args, f"{name}_annotations")
@@ -77,28 +71,14 @@ def find_splits(args: argparse.Namespace) -> dict[str, tuple[Path, Path]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Check a data set and print the report.
-
-    Args:
-        argv: command-line arguments; None for `sys.argv`.
-
-    Returns:
-        the exit status: 0 without faults and errors; 1 with some; 2 if the data set cannot be read.
-    """
+    """Check a data set and print the report; return 0, 1 with faults or errors, or 2 if it cannot be read."""
     parser = build_parser()
     args = parser.parse_args(argv)
     return exit_status(parser.prog, lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the data set and print the report.
-
-    Returns:
-        0 without faults and errors; 1 with some.
-
-    Raises:
-        UserError: the data set cannot be read.
-    """
+    """`main` after parsing, without the handling of errors."""
     splits = [Split(name, *paths) for name, paths in find_splits(args).items()]
     if args.quick:
         findings = check_quickly(splits, args.num_queries)

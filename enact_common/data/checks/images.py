@@ -51,15 +51,7 @@ def inspect_image(path: Path) -> StoredImage | None:
 
 
 def inspect_images(split: Split, progress: bool = False) -> list[StoredImage | None]:
-    """Read all image files of a split in threads.
-
-    Args:
-        split: the split.
-        progress: show a progress bar on standard error, if that is a terminal.
-
-    Returns:
-        the properties of each image's file, None if it is missing.
-    """
+    """The properties of each image's file, None if it is missing; reads all files of a split in threads."""
     paths = [split.path(image) for image in split.images]
     opencv_threads = cv2.getNumThreads()
     cv2.setNumThreads(0)

@@ -16,9 +16,6 @@ AREAS = {"small (below 32 x 32)": 32**2, "medium": 96**2, "large (from 96 x 96)"
 LINE_WIDTH = 110
 
 
-# The report ----------------------------------------------------------------------------------------------------------
-
-
 def contents_text(splits: Sequence[Split]) -> str:
     """Two tables of the splits' contents: totals, then counts by class."""
     columns = [contents(split) for split in splits]

@@ -27,16 +27,8 @@ EDGE_SLACK = 1.0
 FIX_NAME = "write its path below that folder, with slashes, as file_name into {}"
 
 
-# Faults --------------------------------------------------------------------------------------------------------------
-
-
 def check_annotations(split: Split, num_queries: int) -> list[Finding]:
-    """Faults in a split's annotation file.
-
-    Args:
-        split: the split.
-        num_queries: the model's queries, the most objects that it finds in an image.
-    """
+    """Faults in a split's annotation file, for a model that finds at most `num_queries` objects in an image."""
     findings = check_entries(split)
     if split.name != "test" and "annotations" not in split.missing:
         findings += check_ids(split) + check_boxes(split) + check_counts(split, num_queries)
@@ -286,12 +278,7 @@ def check_files(split: Split) -> list[Finding]:
 
 
 def check_images(split: Split, stored: Sequence[StoredImage | None]) -> list[Finding]:
-    """Faults in the image files.
-
-    Args:
-        split: the split.
-        stored: the properties of each image's file, from `inspect_images`.
-    """
+    """Faults in the image files, from their properties by `inspect_images`."""
     unreadable, sizes, turned, by_digest = [], [], [], defaultdict(set)
     for image, size, file in zip(split.images, split.sizes, stored, strict=True):
         name = image["file_name"]
@@ -327,8 +314,7 @@ def compare_splits(
     """Leaks and mismatches between splits.
 
     Args:
-        train: the training split.
-        val: the evaluation split.
+        train, val: the splits.
         stored: the properties of both splits' image files, to compare pixels; None compares names and file sizes.
         label_map: the model's labels, whose categories val may have; None allows only train's categories.
     """
@@ -401,11 +387,11 @@ def quick_checks(
     """Check data before training without reading an image, in seconds for all of COCO.
 
     Args:
-        splits: the image folder and annotation file, as from `find_split`, of each split "train", "val" or "test"; the
-            training split comes first. For "test", only the images are checked.
-        num_queries: the model's queries, the most objects that it finds in an image.
-        parsed: the contents of annotation files that have been read already. Lists shortened by a limit on the images
-            are checked in that form.
+        splits: the image folder and annotation file of each split "train", "val" or "test", the training split first.
+            For "test", only the images are checked.
+        num_queries: the most objects that the model finds in an image.
+        parsed: the contents of annotation files that have been read already, possibly shortened by a limit on the
+            images.
         label_map: the labels of a checkpoint, which may have categories that train lacks; None without a checkpoint.
         limited: the splits that `--limit_train` or `--limit_val` shortens.
 

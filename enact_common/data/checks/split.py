@@ -13,8 +13,6 @@ from enact_common.data.annotations import lies_in, missing_files, read_json, sta
 from enact_common.data.names import index_files
 from enact_common.data.values import is_area, is_crowd, is_id, is_integer, is_number, normalise, shown
 
-# A split as arrays ---------------------------------------------------------------------------------------------------
-
 
 def as_numbers(rows: list, width: int) -> np.ndarray:
     """Lists of numbers as float64 (n, width); entries other than `width` numbers become rows of NaN."""
