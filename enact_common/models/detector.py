@@ -37,8 +37,8 @@ class Intermediates:
 
     Attributes:
         features: the backbone's feature maps, from fine to coarse.
-        src: (batch, d, h, w), the transformer's input, projected from the coarsest map.
-        memory: (batch, d, h, w), the encoder's output.
+        src, memory: (batch, d, h, w), the transformer's input, projected from the coarsest map, and the encoder's
+            output.
         decoded: the decoder's output.
     """
 

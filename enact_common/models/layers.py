@@ -181,16 +181,13 @@ class TransformerEncoderLayer(FeedForwardLayer):
         pos: Tensor | None = None,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Run the layer.
+        """Run the layer on src (N, batch, d), and return this shape.
 
         Args:
             src: (N, batch, d).
             key_padding_mask: bool (batch, N), True where padded.
             pos: (N, batch, d), added to queries and keys but not to values.
             size: height and width of the map, for attentions that need it.
-
-        Returns:
-            (N, batch, d).
         """
         if self.normalize_before:
             src = src + self.dropout1(self.attend(self.norm1(src), key_padding_mask, pos, size))

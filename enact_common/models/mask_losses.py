@@ -17,8 +17,7 @@ ALPHA, GAMMA = 0.25, 2.0
 
 
 class MaskCriterion(SetCriterion):
-    """DETR's losses, plus a focal loss and a dice loss on the masks of matched queries; arguments as of
-    `SetCriterion`."""
+    """A `SetCriterion` with DETR's losses, plus a focal loss and a dice loss on the masks of matched queries."""
 
     def last_layer_losses(
         self, outputs: dict, targets: list[dict[str, Tensor]], matches: Matches, objects: Tensor

@@ -68,10 +68,9 @@ class Transformer(nn.Module):
         """Encode a feature map and decode the queries.
 
         Args:
-            src: (batch, d, h, w).
+            src, pos_embed: (batch, d, h, w).
             mask: bool (batch, h, w), True where padded.
             query_embed: (Q, d).
-            pos_embed: (batch, d, h, w).
 
         Returns:
             the decoder's output and, for heads that use the map, the memory (batch, d, h, w).
