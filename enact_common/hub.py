@@ -15,8 +15,8 @@ from torch import nn
 
 from enact_common.checkpoints.contents import arguments_of, averaged_weights, known_variant
 from enact_common.checkpoints.files import Undrawn, load_checkpoint, load_model
-from enact_common.checkpoints.published import FILES, Model
-from enact_common.cli.flags import COCO, MODEL, PANOPTIC, with_flags
+from enact_common.checkpoints.published import FILES, NAMED, Model
+from enact_common.cli.flags import MODEL, with_flags
 from enact_common.data.categories import LabelMap, coco_names
 from enact_common.data.panoptic import NUM_CLASSES, things_of
 from enact_common.models.segmentation import PostProcessPanoptic
@@ -25,8 +25,6 @@ from enact_common.utils.errors import UserError
 from enact_common.variants import VARIANTS, load_variant
 
 BACKBONES = ("resnet50", "resnet101")
-# Model flags that the model's name sets.
-NAMED = ("backbone", "dilation", "encoder_attention")
 
 # The published checkpoints that can be checked after a download: file names end with the first digits of their SHA-256.
 PUBLISHED = {file.name: file.url for file in FILES if HASH_IN_NAME.search(file.url)}
@@ -80,10 +78,8 @@ def build(
         if num_classes is None and model.panoptic:
             num_classes = NUM_CLASSES
         args = with_flags(
-            args, **{name: getattr(model, name) for name in NAMED}, masks=model.panoptic,
-            dataset_file=PANOPTIC if model.panoptic else COCO, num_classes=num_classes,
-            backbone_weights=backbone_weights, aux_loss=False,
-        )  # fmt: skip
+            args, **model.flags, num_classes=num_classes, backbone_weights=backbone_weights, aux_loss=False
+        )
     args = with_flags(args, **flags)
     check_arguments(model, args)
     with contextlib.nullcontext() if state is None else Undrawn():
@@ -101,11 +97,7 @@ def build(
 
 
 def check_flags(model: Model, flags: dict[str, Any]) -> None:
-    """Check that all flags belong to the model and are not set by its name.
-
-    Raises:
-        UserError: naming the flag.
-    """
+    """Check that all flags belong to the model and are not set by its name."""
     group = load_variant(model.variant).main.get_args_parser().group(MODEL)
     known = {action.dest: action.choices for action in group._group_actions} | {"aux_loss": None}
     for name in NAMED:
@@ -118,11 +110,7 @@ def check_flags(model: Model, flags: dict[str, Any]) -> None:
 
 
 def check_arguments(model: Model, args: argparse.Namespace) -> None:
-    """Check the flags for conflicts, as a training does.
-
-    Raises:
-        UserError: naming the flag and what to do.
-    """
+    """Check the flags for conflicts, as a training does."""
     # Placeholders: building a model needs no data.
     args = with_flags(args, coco_path=".", coco_panoptic_path="." if model.panoptic else None)
     try:
@@ -132,11 +120,7 @@ def check_arguments(model: Model, args: argparse.Namespace) -> None:
 
 
 def checkpoint_of(model: Model, pretrained: bool | str | PathLike) -> str:
-    """Return the path or URL of the checkpoint for `pretrained`.
-
-    Raises:
-        UserError: it is True, and no file is published.
-    """
+    """Return the path or URL of the checkpoint for `pretrained`."""
     if pretrained is not True:
         return str(pretrained)
     if model.name not in PUBLISHED:
@@ -151,21 +135,14 @@ def checkpoint_of(model: Model, pretrained: bool | str | PathLike) -> str:
 def pretrained_arguments(
     model: Model, state: dict[str, Any], source: str, num_classes: int | None
 ) -> tuple[argparse.Namespace, LabelMap]:
-    """Return the arguments that build a checkpoint's model, and its labels; check that it is the requested model.
+    """Return the arguments that build a checkpoint's model, and its labels.
 
-    Args:
-        model: the requested model.
-        state: the result of `load_checkpoint`.
-        source: the checkpoint's path or URL, for messages.
-        num_classes: requested number of labels; None for the checkpoint's.
-
-    Raises:
-        UserError: the checkpoint is of another model, which the message names, or has another number of labels.
+    Refuse a checkpoint of another model, which the message names, or with another number of labels.
     """
     variant = known_variant(state, source)
     dilation = state["args"].get("dilation", model.dilation)
     args, label_map = arguments_of(state, variant, {"dilation": dilation})
-    found = Model(variant, args.backbone, args.dilation, args.encoder_attention, args.dataset_file == PANOPTIC)
+    found = Model.of(args, variant)
     if args.masks and not found.panoptic:
         raise UserError(
             f"{source}: is a checkpoint of {found.title}, with a mask head for instances, not of {model.title}: the "
@@ -201,13 +178,8 @@ def entry(model: Model) -> Callable[..., nn.Module | tuple[nn.Module, nn.Module]
 
 
 MODELS = [
-    Model(variant, backbone, dilation, attention)
-    for variant in VARIANTS
-    for backbone in BACKBONES
-    for dilation in (False, True)
-    for attention in ("mhsa", "enact")
-] + [
-    Model("detr", backbone, dilation, attention, panoptic=True)
+    Model(variant, backbone, dilation, attention, panoptic)
+    for variant, panoptic in (*((variant, False) for variant in VARIANTS), ("detr", True))
     for backbone in BACKBONES
     for dilation in (False, True)
     for attention in ("mhsa", "enact")

@@ -90,12 +90,7 @@ def load_plugged(model_class: type, folder_or_name: str | Path, **settings: Any)
 
 
 def class_of(model_class: type, config: Any, source: str | Path) -> type:
-    """Return the class of models of a configuration that a class of transformers stands for.
-
-    Args:
-        model_class: an `AutoModel...` class, or a model's own class.
-        config: the model's configuration.
-        source: the model's folder or name, for messages.
+    """Return the class of models of a configuration that `model_class`, an `AutoModel...` or a model's own, stands for.
 
     Raises:
         UserError: the class has no such models.

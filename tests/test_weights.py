@@ -18,7 +18,7 @@ from enact_common import EnactDetector, UserError, load_detector
 from enact_common.__main__ import main as enact
 from enact_common.checkpoints.files import load_checkpoint
 from enact_common.checkpoints.huggingface import from_hugging_face, to_hugging_face
-from enact_common.checkpoints.published import FILES, HUGGING_FACE
+from enact_common.checkpoints.published import FILES, HUGGING_FACE, Model
 from enact_common.cli import program
 from enact_common.hub import PUBLISHED
 from enact_common.nested_tensor import NestedTensor
@@ -139,7 +139,7 @@ def test_the_list_gives_each_file_with_a_command_that_builds_its_model(capsys):
         words = shlex.split(block.split("evaluate")[1])
         assert words[:2] == ["enact", "eval"]
         args = load_variant(words[2]).main.get_args_parser().parse_args(words[3:])
-        assert weights.model_of(args, words[2]) == file.model
+        assert Model.of(args, words[2]) == file.model
     assert sum(name in block for name in PUBLISHED for block in blocks) >= len(PUBLISHED) == 7
 
 

@@ -47,11 +47,7 @@ Run = Callable[[Tensor], dict[str, Tensor]]
 
 
 class Comparison:
-    """Counts how many detections of one runtime another runtime reproduces.
-
-    Args:
-        threshold: detections with a lower score are ignored, in [0, 1].
-    """
+    """Counts how many detections with a score of at least `threshold` of one runtime another runtime reproduces."""
 
     def __init__(self, threshold: float):
         self.threshold = threshold
@@ -101,16 +97,10 @@ def in_pixels(outputs: dict[str, Tensor], size: Tensor) -> dict[str, Tensor]:
 def evaluate(
     run: Run, dataset: CocoDetection, expected: list[dict[str, Tensor]] | None, threshold: float
 ) -> tuple[dict, list[dict[str, Tensor]]]:
-    """Evaluate one runtime on all images.
+    """Evaluate one runtime, which maps a batch of one image to the detector's outputs, on all images.
 
-    Args:
-        run: maps a batch of one image to the detector's outputs.
-        dataset: the validation images.
-        expected: PyTorch's detections by image; None compares the runtime with itself.
-        threshold: detections with a lower score are ignored in the comparison.
-
-    Returns:
-        (COCO metrics and agreement, detections by image).
+    It is compared with `expected`, PyTorch's detections by image, or with itself; detections with a score lower than
+    `threshold` are ignored there. Returns (COCO metrics and agreement, detections by image).
     """
     evaluator, comparison, detections = CocoBoxEvaluator(dataset.label_map), Comparison(threshold), []
     for i in tqdm(range(len(dataset)), leave=False, disable=None):
@@ -172,11 +162,7 @@ def training_lengths(detector: LoadedDetector, coco_path: str, count: int, trans
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate all runtimes, print the table and write the files; return the exit status.
-
-    Raises:
-        UserError: the checkpoint or the data are invalid, or a package is missing.
-    """
+    """Evaluate all runtimes, print the table and write the files; return the exit status."""
     for module in ("onnx", "onnxscript", "onnxruntime"):
         needed(module, "exporting")
     detector = load_detector(args.checkpoint, "cpu")

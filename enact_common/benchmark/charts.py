@@ -37,21 +37,12 @@ CACHE_COLOURS = {"off": "#999999", "encoded": "#0072B2", "decoded": "#D55E00"}
 
 
 def grouped_bars(
-    axes,
-    groups: Sequence[str],
-    bars: dict[str, list[dict | str | None]],
-    colours: dict[str, str],
-    form: str,
+    axes, groups: Sequence[str], bars: dict[str, list[dict | str | None]], colours: dict[str, str], form: str
 ) -> None:
-    """Draw bars side by side in groups.
+    """Draw bars side by side in groups, whose names are printed below the axis.
 
-    Args:
-        axes: the axes to draw on.
-        groups: names of the groups, printed below the axis.
-        bars: bar name to its value in each group: `median`, `least` and `most`; a status word if the measurement
-            failed; None for no bar.
-        colours: bar name to colour.
-        form: format spec of the numbers above the bars.
+    `bars` maps a bar's name to its value in each group: `median`, `least` and `most`; a status word if the measurement
+    failed; None for no bar. `form` is the format spec of the numbers above the bars.
     """
     width = 0.8 / len(bars)
     for i, (name, values) in enumerate(bars.items()):
@@ -88,13 +79,15 @@ def finish(figure: Figure, title: str, handles: Sequence, path: Path, columns: i
     save(figure, path)
 
 
-def draw_table(figures: dict, path: Path) -> None:
-    """Draw peak memory, training time and inference time of each model as bars.
+def title_of(figures: dict) -> str:
+    """Return the title of a chart of models: the images, the precision and the machine."""
+    settings = figures["settings"]
+    height, width = settings["size"]
+    return f"{height} x {width} pixels, {settings['precision']}, {settings['images']}\n{figures['machine']}"
 
-    Args:
-        figures: results of the command `table`.
-        path: PNG file to write.
-    """
+
+def draw_table(figures: dict, path: Path) -> None:
+    """Draw peak memory, training time and inference time of each model as bars, from the figures of `table`."""
     rows = {(row["variant"], row["row"]): row for row in figures["rows"]}
     variants = list(dict.fromkeys(variant for variant, _ in rows))
     names = [name for name in ROWS if any(row == name for _, row in rows)]
@@ -119,19 +112,11 @@ def draw_table(figures: dict, path: Path) -> None:
         grouped_bars(axes, [models[variant] for variant in variants], bars, ROW_COLOURS, form)
         axes.tick_params(axis="x", labelsize=8)
         axes.set_ylabel(title)
-    settings = figures["settings"]
-    height, width = settings["size"]
-    title = f"{height} x {width} pixels, {settings['precision']}, {settings['images']}\n{figures['machine']}"
-    finish(canvas, title, [Patch(color=ROW_COLOURS[name], label=ROWS[name][0]) for name in names], path)
+    finish(canvas, title_of(figures), [Patch(color=ROW_COLOURS[name], label=ROWS[name][0]) for name in names], path)
 
 
 def draw_parts(figures: dict, path: Path) -> None:
-    """Draw each model's training step as a stacked bar of its parts.
-
-    Args:
-        figures: results of the command `parts`.
-        path: PNG file to write.
-    """
+    """Draw each model's training step as a stacked bar of its parts, from the figures of `parts`."""
     rows = [row for row in figures["rows"] if row["seconds"]]
     canvas = Figure(figsize=(9, 1.6 + 0.5 * len(rows)), layout="constrained")
     axes = canvas.subplots()
@@ -143,30 +128,17 @@ def draw_parts(figures: dict, path: Path) -> None:
         lefts = [left + length for left, length in zip(lefts, lengths, strict=True)]
     axes.set_yticks(places, [f"{row['model']}, {ROWS[row['row']][0]}" for row in rows], fontsize=8)
     axes.set_xlabel("seconds per batch, forward and backward")
-    settings = figures["settings"]
-    height, width = settings["size"]
-    title = f"{height} x {width} pixels, {settings['precision']}, {settings['images']}\n{figures['machine']}"
-    finish(canvas, title, [Patch(color=colour, label=part) for part, colour in PART_COLOURS.items()], path)
+    finish(canvas, title_of(figures), [Patch(color=colour, label=part) for part, colour in PART_COLOURS.items()], path)
 
 
 def draw_scaling(figures: dict, path: Path) -> None:
-    """Draw time and memory of each layer over the number of tokens, on logarithmic axes.
-
-    Args:
-        figures: results of the command `scaling`.
-        path: PNG file to write.
-    """
+    """Draw time and memory of each layer over the number of tokens, on log axes, from the figures of `scaling`."""
     canvas = Figure(figsize=(11, 6), layout="constrained")
     times, memories = canvas.subplots(1, 2)
     handles = []
     for name in dict.fromkeys(row["layer"] for row in figures["rows"]):
         rows = [row for row in figures["rows"] if row["layer"] == name]
-        style = {
-            "marker": "o",
-            "markersize": 4,
-            "color": LAYER_COLOURS[name],
-            "linestyle": LINES.get(name, "-"),
-        }
+        style = {"marker": "o", "markersize": 4, "color": LAYER_COLOURS[name], "linestyle": LINES.get(name, "-")}
         fits = [f"{kind} $N^{{{fit:.2f}}}$" for kind, fit in figures["fits"][name].items() if fit is not None]
         handles.append(Line2D([], [], label=f"{LAYERS[name]}: {', '.join(fits)}" if fits else LAYERS[name], **style))
         for axes, points in (
@@ -192,12 +164,7 @@ def draw_scaling(figures: dict, path: Path) -> None:
 
 
 def draw_pipeline(figures: dict, path: Path) -> None:
-    """Draw images per second, and the fraction of training time spent waiting, by number of workers.
-
-    Args:
-        figures: results of the command `pipeline`.
-        path: PNG file to write.
-    """
+    """Draw images per second, and the fraction of training time spent waiting, by number of workers."""
     rows = {(row["cache_mode"], row["workers"]): row for row in figures["rows"]}
     modes = list(dict.fromkeys(mode for mode, _ in rows))
     workers = list(dict.fromkeys(number for _, number in rows))

@@ -3,6 +3,8 @@
 import argparse
 import contextlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from torchvision.transforms import v2
 from enact_common.attention.clustering import EntropyClustering
 from enact_common.attention.layer import EnactSelfAttention
 from enact_common.benchmark.eager import replaced
+from enact_common.cli.types import natural_int, positive_int
 from enact_common.data.annotations import find_split
 from enact_common.data.coco import CocoDetection, collate
 from enact_common.data.transforms import to_model_input
@@ -24,7 +27,7 @@ from enact_common.models.detector import num_classes_of
 from enact_common.nested_tensor import NestedTensor
 from enact_common.training.engine import TrainStep
 from enact_common.training.optimization import build_optimization
-from enact_common.utils.device import autocast, check_precision, find_device
+from enact_common.utils.device import AMP_DTYPE, autocast, check_precision, find_device
 from enact_common.utils.errors import UserError
 from enact_common.variants import VARIANTS, load_variant
 
@@ -38,18 +41,58 @@ OBJECTS = 7
 
 Batch = tuple[NestedTensor, list[dict[str, Tensor]]]
 
+# Flags that several benchmarks share.
+COMMON_FLAGS = {
+    "size": {"type": positive_int, "nargs": 2, "metavar": ("H", "W"), "help": "image size, pixels (default: 800 1333)"},
+    "batch": {"type": positive_int, "metavar": "N", "help": "images per batch (default: %(default)s)"},
+    "amp": {"choices": tuple(AMP_DTYPE), "help": "mixed precision (default: %(default)s)"},
+    "device": {"help": "cpu, cuda, cuda:1, ... (default: a GPU if there is one)"},
+    "repeat": {"type": positive_int, "metavar": "N", "help": "timed runs of each row (default: %(default)s)"},
+    "warmup": {
+        "type": natural_int, "metavar": "N", "help": "untimed runs before the timed ones (default: %(default)s)"
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The settings of one measured row.
+
+    Attributes:
+        row: the row's name in its benchmark.
+        args: the variant's parsed arguments.
+        size: (height, width) of the images, pixels.
+        repeat, warmup: numbers of timed runs, and of untimed runs before them.
+        real: use images of `args.coco_path` instead of noise.
+        graphed: run the encoder as CUDA graphs.
+        objects: number of objects in each image of noise.
+    """
+
+    variant: str
+    row: str
+    args: argparse.Namespace
+    size: tuple[int, int]
+    repeat: int
+    warmup: int
+    real: bool = False
+    graphed: bool = False
+    objects: int = OBJECTS
+
+    @property
+    def name(self) -> str:
+        """The model's name in the published table."""
+        return model_name(self.variant, self.args)
+
+    def batch(self) -> Batch:
+        """Return the images and targets to measure with."""
+        return coco_batch(self.args, self.size) if self.real else noise_batch(self.args, self.size, self.objects)
+
 
 def parse_flags(variant: str, device: str, flags: Sequence[str], overrides: Sequence[str]) -> argparse.Namespace:
-    """Parse and check a variant's flags.
+    """Parse and check a variant's flags: the user's, then `overrides` of the benchmark.
 
     Three defaults differ from the variant's: the batch size is the published one, the backbone has random weights, and
     the device is `device`.
-
-    Args:
-        variant: a key of `VARIANTS`.
-        device: the default of `--device`.
-        flags: the user's model flags.
-        overrides: flags set by the benchmark; they override `flags`.
 
     Raises:
         UserError: the flags do not work together, or not on this machine.
@@ -65,19 +108,17 @@ def parse_flags(variant: str, device: str, flags: Sequence[str], overrides: Sequ
 
 
 def refuse_flags(flags: Sequence[str], refused: dict[str, str]) -> None:
-    """Reject model flags that the benchmark sets itself.
-
-    Args:
-        flags: command-line words after `--`.
-        refused: flag to the advice for the user.
-
-    Raises:
-        UserError: a flag is in `refused`.
-    """
+    """Reject model flags that the benchmark sets itself; `refused` maps them to the advice for the user."""
     for word in flags:
         flag = word.partition("=")[0]
         if flag in refused:
             raise UserError(f"{flag} after --: {refused[flag]}")
+
+
+def add_common_flags(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Add flags of `COMMON_FLAGS` with their defaults."""
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", default=default, **COMMON_FLAGS[name])
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -91,11 +132,8 @@ def model_name(variant: str, args: argparse.Namespace) -> str:
 
 
 class Fit:
-    """Transform that resizes an image to the largest size that fits a rectangle, keeping the aspect ratio.
-
-    Args:
-        height, width: size of the rectangle, pixels.
-    """
+    """Transform that resizes an image to the largest size that fits (height, width) pixels, keeping the aspect
+    ratio."""
 
     def __init__(self, height: int, width: int):
         self.limits = (height, width)
@@ -110,14 +148,9 @@ class Fit:
 
 
 def noise_batch(args: argparse.Namespace, size: tuple[int, int], objects: int = OBJECTS) -> Batch:
-    """Return a batch of unpadded noise images with random objects, seeded with `args.seed`.
+    """Return a batch of unpadded noise images (height, width) with random objects, seeded with `args.seed`.
 
     The images pass through the last transform of the data sets, so the batch looks like a loader's.
-
-    Args:
-        args: parsed arguments.
-        size: (height, width), pixels.
-        objects: number of objects in each image.
     """
     generator = torch.Generator().manual_seed(args.seed)
     height, width = size
@@ -139,9 +172,7 @@ def noise_batch(args: argparse.Namespace, size: tuple[int, int], objects: int = 
 def coco_batch(args: argparse.Namespace, size: tuple[int, int]) -> Batch:
     """Return the first validation images of `args.coco_path` with their annotations, padded to one size.
 
-    Args:
-        args: parsed arguments; `num_classes` is set to the data set's.
-        size: (height, width), pixels; each image is resized to fit and padded to this size.
+    Each image is resized to fit (height, width). `args.num_classes` is set to the data set's.
 
     Raises:
         UserError: the data are invalid, or there are fewer images than the batch size.
@@ -167,11 +198,7 @@ def build_detector(
 ) -> tuple[nn.Module, nn.Module, nn.Module]:
     """Build (model, criterion, post-processing) on a device, seeded with `args.seed`; `prepare` is not called.
 
-    Args:
-        variant: a key of `VARIANTS`.
-        args: parsed arguments.
-        samples: images; the first one sets the batch-norm statistics of a random backbone.
-        device: target device.
+    The first image of `samples` sets the batch-norm statistics of a random backbone.
     """
     torch.manual_seed(args.seed)
     model, criterion, postprocessors = load_variant(variant).models.build_model(args)
@@ -183,14 +210,10 @@ def build_detector(
 
 @torch.no_grad()
 def set_frozen_statistics(model: nn.Module, samples: NestedTensor) -> None:
-    """Set the statistics of each frozen batch norm to those of its input, as with trained weights.
+    """Set the statistics of each frozen batch norm of a detector to those of its input, as with trained weights.
 
     With the initial mean 0 and variance 1, the activations of a random ResNet-101 grow to tens of thousands. Attention
     and clustering would be dominated by a few extreme tokens, and fp16 would overflow.
-
-    Args:
-        model: a detector; its frozen batch norms are changed in place.
-        samples: images, on the model's device.
     """
 
     def measure_and_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
@@ -242,14 +265,9 @@ def counted_clusters(model: nn.Module) -> Iterator[list[int]]:
 
 @torch.no_grad()
 def inspect_forward(model: nn.Module, samples: NestedTensor, amp: str) -> dict:
-    """Count the operations, tokens and clusters of a forward pass.
+    """Count the operations, tokens and clusters of a detector's forward pass, in evaluation mode.
 
     Call it before `prepare`: hooks do not run in a compiled model.
-
-    Args:
-        model: a detector, in evaluation mode.
-        samples: a batch, on the model's device.
-        amp: a key of `AMP_DTYPE`.
 
     Returns:
         `flops`: per image, two for each multiply-add, of matrix products, convolutions and unfused attention;

@@ -35,9 +35,6 @@ def eager_attention(variant: str) -> Iterator[None]:
 
     `scaled_dot_product_attention` uses its unfused backend, which stores queries times keys. Anchor DETR's products
     are computed by their definitions. Weights and results do not change.
-
-    Args:
-        variant: a key of `VARIANTS`.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))

@@ -52,6 +52,16 @@ class Outcome:
     details: str = ""
     numerics: dict | None = None
 
+    def fields(self) -> dict[str, Any]:
+        """Return the entries of a row of figures that every measurement has."""
+        return {"status": self.status, "message": self.message, "numerics": self.numerics}
+
+    def log(self, name: str, result: Callable[[], str], more: str = "") -> None:
+        """Print the result of a named measurement, or why it failed, to standard error."""
+        text = result() if self.status == DONE else f"{self.status} ({self.message})"
+        print(f"{name}: {text}{more}", file=sys.stderr)
+        print(self.details, end="", file=sys.stderr, flush=True)
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the host or a GPU ran out of memory."""
@@ -119,9 +129,7 @@ class Worker:
     def call(self, function: Callable, *args) -> Outcome:
         """Call a function in the process and wait for its outcome.
 
-        Args:
-            function: a top-level function of a module; its arguments and return value must be picklable.
-            args: its arguments.
+        It is a top-level function of a module; its arguments and return value must be picklable.
         """
         if self._process is None:
             self._start()
@@ -173,12 +181,9 @@ def worker_for(device: torch.device) -> Worker:
 
 
 def died(exitcode: int, limit: bool) -> Outcome:
-    """Return the outcome of a process that ended without reporting one.
+    """Return the outcome of a process that ended without reporting one, by its exit code, negative for a signal.
 
-    Args:
-        exitcode: as given by `multiprocessing`: negative for a signal.
-        limit: whether memory was limited; if so, SIGABRT means out of memory, since C++ aborts on an uncaught
-            `std::bad_alloc`.
+    If memory was limited, SIGABRT means out of memory, since C++ aborts on an uncaught `std::bad_alloc`.
     """
     if exitcode >= 0:
         return Outcome(FAILED, message=f"ended with status {exitcode}")

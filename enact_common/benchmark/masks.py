@@ -2,9 +2,7 @@
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,16 +10,17 @@ from torch import Tensor, nn
 from enact_common.benchmark.detectors import (
     OBJECTS,
     Batch,
+    Measurement,
+    add_common_flags,
     add_model_flags,
     build_detector,
     build_train_step,
-    model_name,
     noise_batch,
     parse_flags,
     refuse_flags,
 )
 from enact_common.benchmark.eager import replaced
-from enact_common.benchmark.isolated import DONE, FAILED, run_isolated
+from enact_common.benchmark.isolated import DONE, run_isolated
 from enact_common.benchmark.labels import GIB, attention_text, precision_text
 from enact_common.benchmark.measuring import MemoryMeter, spread, synchronizer, take_turns
 from enact_common.benchmark.report import (
@@ -34,16 +33,17 @@ from enact_common.benchmark.report import (
     figure_range,
     heading,
     markdown_table,
+    memory_note,
+    memory_text,
     quotient,
 )
-from enact_common.benchmark.table import memory_text
 from enact_common.boxes import box_cxcywh_to_xyxy
-from enact_common.cli.types import natural_int, positive_int
+from enact_common.cli.types import positive_int
 from enact_common.models import mask_head, mask_losses, segmentation
 from enact_common.models.mask_head import DETRsegm
 from enact_common.nested_tensor import NestedTensor
 from enact_common.utils.acceleration import prepare
-from enact_common.utils.device import AMP_DTYPE, default_device, find_device
+from enact_common.utils.device import default_device, find_device
 from enact_common.utils.errors import UserError
 
 # Rows: name to label in the table.
@@ -63,32 +63,8 @@ REFUSED = {
 ALL_AT_ONCE = 2**31 - 1
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """The settings of one measured row.
-
-    Attributes:
-        row: a key of `ROWS`.
-        args: DETR's parsed arguments.
-        size: (height, width) of the images, pixels.
-        objects: number of objects in each image.
-        repeat, warmup: numbers of timed runs, and of untimed runs before them.
-    """
-
-    row: str
-    args: argparse.Namespace
-    size: tuple[int, int]
-    objects: int
-    repeat: int
-    warmup: int
-
-
 class AllMasks(nn.Module):
-    """DETR that computes the masks of all queries in training too, as the original does.
-
-    Args:
-        model: the DETR with a mask head to wrap.
-    """
+    """DETR with a mask head that computes the masks of all queries in training too, as the original does."""
 
     def __init__(self, model: DETRsegm):
         super().__init__()
@@ -113,13 +89,7 @@ def at_once() -> Iterator[None]:
 
 
 def masks_batch(args: argparse.Namespace, size: tuple[int, int], objects: int) -> Batch:
-    """Return a batch of noise images with random objects, whose masks are their filled boxes.
-
-    Args:
-        args: parsed arguments.
-        size: (height, width), pixels.
-        objects: number of objects in each image.
-    """
+    """Return a batch of noise images (height, width) with random objects, whose masks are their filled boxes."""
     samples, targets = noise_batch(args, size, objects)
     for target in targets:
         target["masks"] = filled_boxes(target["boxes"], size)
@@ -135,10 +105,9 @@ def filled_boxes(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def measure(measurement: Measurement) -> dict:
-    """Measure time and memory of training steps; run it in a new process.
+    """Return `seconds` per batch of each timed training step, and `memory` as read by `MemoryMeter`.
 
-    Returns:
-        `seconds` per batch of each timed run, and `memory` as read by `MemoryMeter`.
+    Run it in a new process.
     """
     args = measurement.args
     device = find_device(args.device)
@@ -164,18 +133,15 @@ def measure_row(measurement: Measurement) -> dict:
     values = outcome.value or {}
     row = {
         "row": measurement.row,
-        "status": outcome.status,
-        "message": outcome.message,
-        "numerics": outcome.numerics,
+        **outcome.fields(),
         "runs": values.get("seconds"),
         "seconds": values and spread(values["seconds"]),
         "memory": values.get("memory"),
     }
-    summary = f"{outcome.status} ({outcome.message})"
-    if outcome.status == DONE:
-        summary = f"{row['seconds']['median']:.2f} s a step, peak {row['memory']['peak'] / GIB:.2f} GiB"
-    print(f"{ROWS[measurement.row]}: {summary}", file=sys.stderr)
-    print(outcome.details, end="", file=sys.stderr, flush=True)
+    outcome.log(
+        ROWS[measurement.row],
+        lambda: f"{row['seconds']['median']:.2f} s a step, peak {row['memory']['peak'] / GIB:.2f} GiB",
+    )
     return row
 
 
@@ -206,15 +172,12 @@ def to_markdown(figures: dict) -> str:
         lines.append([ROWS[row["row"]], memory, time, *ratios])
     settings = figures["settings"]
     height, width = settings["size"]
-    memory = (
-        "allocated (reserved)" if figures["device"].startswith("cuda") else "resident in the process (rise in the runs)"
-    )
     return (
         f"{heading(figures)}\n\n"
         f"{settings['model']}, {settings['attention']}, {settings['queries']} queries; {settings['batch']} x {height} "
         f"x {width} pixels of noise with {settings['objects']} objects; precision: {settings['precision']}. Whole "
-        f"training steps: median of {settings['repeat']} runs (least to most). Peak memory: {memory}.\n\n"
-        + markdown_table(columns, lines)
+        f"training steps: median of {settings['repeat']} runs (least to most). Peak memory: "
+        f"{memory_note(figures['device'])}.\n\n" + markdown_table(columns, lines)
     )
 
 
@@ -230,12 +193,7 @@ def to_csv(rows: list[dict]) -> list[dict]:
 
 
 def plan(args: argparse.Namespace) -> list[Measurement]:
-    """Return the rows that the command line selects.
-
-    Raises:
-        UserError: model flags conflict with each other or with the benchmark's flags, or --objects is larger than the
-            number of queries.
-    """
+    """Return the rows that the command line selects."""
     refuse_flags(args.flags, REFUSED)
     overrides = ["--amp", args.amp, "--batch_size", str(args.batch), "--coco_path", "."]
     overrides += ["--device", args.device] if args.device else []
@@ -243,7 +201,7 @@ def plan(args: argparse.Namespace) -> list[Measurement]:
     for row in args.rows:
         masks = [] if row == "boxes" else ["--masks"]
         parsed = parse_flags("detr", default_device(), args.flags, [*overrides, *masks])
-        rows.append(Measurement(row, parsed, tuple(args.size), args.objects, args.repeat, args.warmup))
+        rows.append(Measurement("detr", row, parsed, tuple(args.size), args.repeat, args.warmup, objects=args.objects))
     if args.objects > parsed.num_queries:
         raise UserError(
             f"--objects {args.objects}: more than the model's {parsed.num_queries} queries; pass fewer, or more "
@@ -253,32 +211,19 @@ def plan(args: argparse.Namespace) -> list[Measurement]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure all rows, print the table and write the files.
-
-    Returns:
-        the exit status: 1 if a row failed for a reason other than memory, else 0.
-    """
+    """Measure all rows, print the results and write the files; return 1 if one failed, unless for memory."""
     rows = plan(args)
     model = rows[0].args
     report = Report(args.output_dir, "masks")
     settings = {name: getattr(args, name) for name in ("size", "batch", "objects", "repeat", "warmup", "flags")}
     settings |= {
-        "model": model_name("detr", model),
+        "model": rows[0].name,
         "attention": attention_text(model.encoder_attention),
         "queries": model.num_queries,
         "precision": precision_text(args.amp),
     }
-    figures = {
-        "benchmark": "masks",
-        **environment(args.argv, find_device(model.device)),
-        "settings": settings,
-        "rows": [],
-    }
-    for measurement in rows:
-        figures["rows"].append(measure_row(measurement))
-        report.save_figures(figures)
-    report.save(figures, to_markdown(figures), to_csv(figures["rows"]))
-    return int(any(row["status"] == FAILED for row in figures["rows"]))
+    figures = {"benchmark": "masks", **environment(args.argv, find_device(model.device)), "settings": settings}
+    return report.measure(figures, rows, measure_row, to_markdown, to_csv)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -288,29 +233,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="rows to train: boxes only, masks as in this project, masks of all queries with every intermediate kept "
         "for the backward pass (default: all)",
     )  # fmt: skip
-    parser.add_argument(
-        "--size", type=positive_int, nargs=2, default=[800, 1333], metavar=("H", "W"),
-        help="image size, pixels (default: 800 1333)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--batch", type=positive_int, default=1, metavar="N", help="images per batch (default: %(default)s)"
-    )
+    add_common_flags(parser, size=[800, 1333], batch=1, amp="none", device=None, repeat=3, warmup=1)
     parser.add_argument(
         "--objects", type=positive_int, default=OBJECTS, metavar="N", help="objects per image (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--amp", choices=tuple(AMP_DTYPE), default="none", help="mixed precision (default: %(default)s)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    parser.add_argument(
-        "--repeat", type=positive_int, default=3, metavar="N", help="timed runs of each row (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--warmup",
-        type=natural_int,
-        default=1,
-        metavar="N",
-        help="untimed runs before the timed ones (default: %(default)s)",
     )
     add_report_arguments(parser)
     add_model_flags(parser)

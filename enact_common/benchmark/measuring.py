@@ -28,7 +28,7 @@ def take_turns(
     synchronize: Callable[[], None] = lambda: None,
     warmup: int = 1,
 ) -> dict[str, list[float]]:
-    """Time several steps, in turns so that drift of the machine affects all of them equally.
+    """Time several steps by name, in turns so that drift of the machine affects all of them equally.
 
     Args:
         steps: name to the function to time.
@@ -57,11 +57,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 class MemoryMeter:
-    """Meter of the peak memory since its construction: of tensors on a GPU, of the resident process on a CPU.
-
-    Args:
-        device: the device of the computation.
-    """
+    """Meter of the peak memory since its construction: of tensors on a GPU, of the resident process on a CPU."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -96,9 +92,7 @@ def forget_peak() -> None:
 def peak_resident() -> int:
     """Return this process's peak resident memory, bytes."""
     peak = proc_bytes("/proc/self/status", "VmHWM")
-    if peak is not None:
-        return peak
-    return greatest_resident()
+    return greatest_resident() if peak is None else peak
 
 
 def machine(device: torch.device) -> str:

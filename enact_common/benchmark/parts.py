@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from enact_common.benchmark import table
-from enact_common.benchmark.detectors import build_detector, build_train_step, coco_batch, model_name, noise_batch
+from enact_common.benchmark.detectors import build_detector, build_train_step
 from enact_common.benchmark.eager import eager_attention
-from enact_common.benchmark.isolated import DONE, FAILED, run_isolated
+from enact_common.benchmark.isolated import run_isolated
 from enact_common.benchmark.labels import PARTS, ROWS
 from enact_common.benchmark.measuring import spread, synchronizer, take_turns
 from enact_common.benchmark.report import LEFT, RIGHT, Report, figure, heading, markdown_table
@@ -96,9 +95,7 @@ def measure(measurement: Measurement) -> dict[str, list[float]]:
     args = measurement.args
     device = find_device(args.device)
     with eager_attention(measurement.variant) if measurement.row == "eager" else contextlib.nullcontext():
-        samples, targets = (
-            coco_batch(args, measurement.size) if measurement.real else noise_batch(args, measurement.size)
-        )
+        samples, targets = measurement.batch()
         model, criterion, _ = build_detector(measurement.variant, args, samples, device)
         prepare(model, args, device)
         step = build_train_step(model, criterion, args, device)
@@ -179,35 +176,29 @@ def to_csv(rows: list[dict]) -> list[dict]:
     return flat
 
 
-def run(args: argparse.Namespace) -> int:
-    """Measure all rows, print the table and write the files.
+def measure_row(measurement: Measurement) -> dict:
+    """Measure one row and return its figures; print the progress to standard error."""
+    outcome = run_isolated(measure, measurement, limit=find_device(measurement.args.device).type == "cpu")
+    row = {
+        "variant": measurement.variant,
+        "row": measurement.row,
+        "model": measurement.name,
+        "batch": measurement.args.batch_size,
+        **outcome.fields(),
+        "runs": outcome.value or {},
+        "seconds": {name: spread(values) for name, values in (outcome.value or {}).items()},
+    }
+    name = f"{row['model']}, {ROWS[measurement.row][0]}"
+    outcome.log(name, lambda: f"{row['seconds'][WHOLE]['median']:.3f} s a step")
+    return row
 
-    Returns:
-        the exit status: 1 if a row failed for a reason other than memory, else 0.
-    """
+
+def run(args: argparse.Namespace) -> int:
+    """Measure all rows, print the results and write the files; return 1 if one failed, unless for memory."""
     measurements = table.plan(args)
     report = Report(args.output_dir, "parts")
-    figures = {**table.describe(args, measurements), "benchmark": "parts", "rows": []}
-    for measurement in measurements:
-        outcome = run_isolated(measure, measurement, limit=find_device(measurement.args.device).type == "cpu")
-        row = {
-            "variant": measurement.variant,
-            "row": measurement.row,
-            "model": model_name(measurement.variant, measurement.args),
-            "batch": measurement.args.batch_size,
-            "status": outcome.status,
-            "message": outcome.message,
-            "numerics": outcome.numerics,
-            "runs": outcome.value or {},
-            "seconds": {name: spread(values) for name, values in (outcome.value or {}).items()},
-        }
-        figures["rows"].append(row)
-        summary = f"{row['seconds'][WHOLE]['median']:.3f} s a step" if outcome.status == DONE else outcome.message
-        print(f"{row['model']}, {ROWS[measurement.row][0]}: {summary}", file=sys.stderr, flush=True)
-        print(outcome.details, end="", file=sys.stderr, flush=True)
-        report.save_figures(figures)
-    report.save(figures, to_markdown(figures), to_csv(figures["rows"]))
-    return int(any(row["status"] == FAILED for row in figures["rows"]))
+    figures = {**table.describe(args, measurements), "benchmark": "parts"}
+    return report.measure(figures, measurements, measure_row, to_markdown, to_csv)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import itertools
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader
 from enact_common.benchmark.detectors import (
     BATCH_SIZES,
     Batch,
+    add_common_flags,
     add_model_flags,
     build_detector,
     build_train_step,
@@ -19,7 +19,7 @@ from enact_common.benchmark.detectors import (
     parse_flags,
     refuse_flags,
 )
-from enact_common.benchmark.isolated import DONE, FAILED, run_isolated
+from enact_common.benchmark.isolated import DONE, run_isolated
 from enact_common.benchmark.measuring import spread, synchronizer
 from enact_common.benchmark.report import (
     LEFT,
@@ -42,14 +42,9 @@ from enact_common.utils.device import default_device, find_device
 from enact_common.utils.errors import UserError
 from enact_common.variants import VARIANTS, load_variant
 
-# Images drawn without --coco_path: the size of most COCO images, and about as many objects.
-SHAPES_SIZE = (480, 640)
-SHAPES_OBJECTS = (3, 11)
-SHAPES_EXTENTS = (0.05, 0.5)  # fractions of the shorter side
-
-# Descriptions of the images' source.
-SHAPES_SOURCE = f"{{}} JPEG files of drawn shapes, {SHAPES_SIZE[0]} x {SHAPES_SIZE[1]} pixels"
-COCO_SOURCE = "up to {} training images of {}"
+# Images drawn without --coco_path: the size of most COCO images, and about as many objects. Their extents are fractions
+# of the shorter side.
+SHAPES = {"size": (480, 640), "objects": (3, 11), "object_size": (0.05, 0.5)}
 
 # Values of --cache_mode, and the variant's flags for each.
 CACHE_MODES = {"off": [], "encoded": ["--cache_mode", "encoded"], "decoded": ["--cache_mode", "decoded"]}
@@ -88,19 +83,11 @@ def loading_rates(loader: DataLoader, repeat: int) -> list[float]:
 
 
 def training_waits(variant: str, args: argparse.Namespace, loader: DataLoader, repeat: int, steps: int) -> dict:
-    """Measure which fraction of training time is spent waiting for batches.
+    """Measure which fraction of training time is spent waiting for batches, `repeat` times over some training steps.
 
-    The device is synchronized after each step, so that its work does not count as waiting for the loader.
-
-    Args:
-        variant, args: the model's variant and parsed arguments.
-        loader: the data loader.
-        repeat: number of measurements.
-        steps: training steps per measurement.
-
-    Returns:
-        a list with one value per measurement each: `wait_shares`, in [0, 1], and `step_seconds`, the mean of a step
-        without its wait.
+    The device is synchronized after each step, so that its work does not count as waiting for the loader. Returns a
+    list with one value per measurement each: `wait_shares`, in [0, 1], and `step_seconds`, the mean of a step without
+    its wait.
     """
     device = find_device(args.device)
     synchronize = synchronizer(device)
@@ -131,18 +118,9 @@ def training_waits(variant: str, args: argparse.Namespace, loader: DataLoader, r
 
 
 def measure(variant: str, args: argparse.Namespace, repeat: int, steps: int) -> dict:
-    """Measure one number of workers with one cache mode; run it in a new process.
+    """Measure one number of workers with one cache mode, `repeat` times; run it in a new process.
 
-    Args:
-        variant, args: the variant and its parsed arguments.
-        repeat: number of measurements.
-        steps: training steps per measurement; 0 skips training.
-
-    Returns:
-        `images_per_second` of each measurement; with `steps` also the result of `training_waits`.
-
-    Raises:
-        UserError: the data are invalid, or there are fewer images than the batch size.
+    Returns `images_per_second` of each measurement; with `steps` also the result of `training_waits`.
     """
     dataset = load_variant(variant).datasets.build_dataset("train", args)
     args = with_flags(args, num_classes=dataset.label_map.num_classes)
@@ -161,9 +139,7 @@ def measure(variant: str, args: argparse.Namespace, repeat: int, steps: int) -> 
 
 def to_markdown(figures: dict) -> str:
     """Return the figures as a Markdown table."""
-    columns = {
-        "cache": LEFT, "workers": RIGHT, "images/s": RIGHT, "training step s": RIGHT, "waiting %": RIGHT
-    }  # fmt: skip
+    columns = {"cache": LEFT, **dict.fromkeys(("workers", "images/s", "training step s", "waiting %"), RIGHT)}
     lines = []
     for row in figures["rows"]:
         rate = figure_range(row["images_per_second"], ".1f") if row["status"] == DONE else row["status"]
@@ -191,30 +167,18 @@ def to_csv(rows: list[dict]) -> list[dict]:
 
 
 def plan(args: argparse.Namespace, coco_path: str) -> list[tuple[str, argparse.Namespace]]:
-    """Return (cache mode, parsed arguments) of each row that the command line selects.
-
-    Raises:
-        UserError: model flags conflict with each other or with the benchmark's flags, or the data set is missing.
-    """
+    """Return (cache mode, parsed arguments) of each row that the command line selects."""
     refuse_flags(args.flags, REFUSED)
     if args.coco_path:
         find_split(args.coco_path, "train")
     overrides = ["--coco_path", coco_path, "--limit_train", str(args.images)]
     overrides += ["--device", args.device] if args.device else []
     overrides += ["--batch_size", str(args.batch)] if args.batch else []
-    return [
-        (
-            mode,
-            parse_flags(
-                args.variant,
-                default_device(),
-                args.flags,
-                [*overrides, "--num_workers", str(workers), *CACHE_MODES[mode]],
-            ),
-        )
-        for mode in args.cache_mode
-        for workers in args.workers
-    ]
+    rows = []
+    for mode, workers in itertools.product(args.cache_mode, args.workers):
+        own = [*overrides, "--num_workers", str(workers), *CACHE_MODES[mode]]
+        rows.append((mode, parse_flags(args.variant, default_device(), args.flags, own)))
+    return rows
 
 
 def measure_row(mode: str, variant: str, flags: argparse.Namespace, repeat: int, steps: int) -> dict:
@@ -226,42 +190,29 @@ def measure_row(mode: str, variant: str, flags: argparse.Namespace, repeat: int,
     row = {
         "cache_mode": mode,
         "workers": flags.num_workers,
-        "status": outcome.status,
-        "message": outcome.message,
-        "numerics": outcome.numerics,
+        **outcome.fields(),
         "runs": runs,
         "images_per_second": runs["images_per_second"] and spread(runs["images_per_second"]),
         "step_seconds": runs["step_seconds"] and spread(runs["step_seconds"]),
         "wait_share": runs["wait_shares"] and spread(runs["wait_shares"]),
     }
-    summary = f"{outcome.status} ({outcome.message})"
-    if outcome.status == DONE:
-        summary = f"{row['images_per_second']['median']:.1f} images/s"
-    print(f"cache {mode}, {flags.num_workers} workers: {summary}", file=sys.stderr)
-    print(outcome.details, end="", file=sys.stderr, flush=True)
+    name = f"cache {mode}, {flags.num_workers} workers"
+    outcome.log(name, lambda: f"{row['images_per_second']['median']:.1f} images/s")
     return row
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure all rows, print the table and write the files.
-
-    Returns:
-        the exit status: 1 if a row failed for a reason other than memory, else 0.
-    """
+    """Measure all rows, print the results and write the files; return 1 if one failed, unless for memory."""
     with tempfile.TemporaryDirectory() as folder:
         rows = plan(args, args.coco_path or folder)
         report = Report(args.output_dir, "pipeline")
         if not args.coco_path:
-            make_shapes(
-                folder,
-                args.images,
-                val=0,
-                size=SHAPES_SIZE,
-                objects=SHAPES_OBJECTS,
-                object_size=SHAPES_EXTENTS,
-                parallel=True,
-            )
+            make_shapes(folder, args.images, val=0, parallel=True, **SHAPES)
         flags = rows[0][1]
+        height, width = SHAPES["size"]
+        source = f"{args.images} JPEG files of drawn shapes, {height} x {width} pixels"
+        if args.coco_path:
+            source = f"up to {args.images} training images of {args.coco_path}"
         figures = {
             "benchmark": "pipeline",
             **environment(args.argv, find_device(flags.device)),
@@ -269,46 +220,31 @@ def run(args: argparse.Namespace) -> int:
                 "variant": args.variant,
                 "model": model_name(args.variant, flags),
                 "batch": flags.batch_size,
-                "images": args.images,
-                "source": COCO_SOURCE.format(args.images, args.coco_path)
-                if args.coco_path
-                else SHAPES_SOURCE.format(args.images),
-                "repeat": args.repeat,
-                "steps": args.steps,
-                "flags": args.flags,
+                "source": source,
+                **{name: getattr(args, name) for name in ("images", "repeat", "steps", "flags")},
             },
-            "rows": [],
         }
-        for mode, flags in rows:
-            figures["rows"].append(measure_row(mode, args.variant, flags, args.repeat, args.steps))
-            report.save_figures(figures)
-    report.save(figures, to_markdown(figures), to_csv(figures["rows"]))
-    return int(any(row["status"] == FAILED for row in figures["rows"]))
+
+        def measured(row: tuple[str, argparse.Namespace]) -> dict:
+            return measure_row(row[0], args.variant, row[1], args.repeat, args.steps)
+
+        return report.measure(figures, rows, measured, to_markdown, to_csv)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument(
-        "--variant",
-        choices=tuple(VARIANTS),
-        default="detr",
+        "--variant", choices=tuple(VARIANTS), default="detr",
         help="variant of the model and its data loader (default: %(default)s)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--workers",
-        type=natural_int,
-        nargs="+",
-        default=[0, 1, 2, 4],
-        metavar="N",
+        "--workers", type=natural_int, nargs="+", default=[0, 1, 2, 4], metavar="N",
         help="numbers of loader processes, one row for each (default: 0 1 2 4)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--cache_mode",
-        nargs="+",
-        choices=tuple(CACHE_MODES),
-        default=list(CACHE_MODES),
+        "--cache_mode", nargs="+", choices=tuple(CACHE_MODES), default=list(CACHE_MODES),
         help="image caches to measure, one row for each: none, encoded files, decoded images (default: all)",
-    )
+    )  # fmt: skip
     parser.add_argument("--coco_path", metavar="DIR", help="data set (default: drawn shapes in a temporary folder)")
     parser.add_argument(
         "--images", type=positive_int, default=256, metavar="N", help="number of training images (default: %(default)s)"
@@ -316,13 +252,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     batches = ", ".join(f"{name} {batch}" for name, batch in BATCH_SIZES.items())
     parser.add_argument("--batch", type=positive_int, metavar="N", help=f"images per batch (default: {batches})")
     parser.add_argument(
-        "--steps",
-        type=natural_int,
-        default=20,
-        metavar="N",
+        "--steps", type=natural_int, default=20, metavar="N",
         help="training steps per measurement; 0 measures only the loader (default: %(default)s)",
-    )
-    parser.add_argument("--device", help="device to train on: cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    )  # fmt: skip
+    add_common_flags(parser, device=None)
     parser.add_argument(
         "--repeat", type=positive_int, default=3, metavar="N", help="measurements per row (default: %(default)s)"
     )

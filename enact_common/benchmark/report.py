@@ -6,14 +6,16 @@ import io
 import json
 import platform
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision
 
-from enact_common.benchmark.isolated import attempt, run_isolated
+from enact_common.benchmark.isolated import FAILED, attempt, run_isolated
+from enact_common.benchmark.labels import GIB
 from enact_common.benchmark.measuring import machine
 from enact_common.utils.files import make_folder, write_atomically
 
@@ -22,12 +24,7 @@ LEFT, RIGHT = "---", "---:"
 
 
 def markdown_table(columns: Mapping[str, str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table.
-
-    Args:
-        columns: header to `LEFT` or `RIGHT`.
-        rows: cells of each row, one per column.
-    """
+    """Return a Markdown table; `columns` maps each header to `LEFT` or `RIGHT`."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "|".join(columns.values()) + "|"]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
@@ -45,18 +42,26 @@ def figure_range(values: Mapping[str, float] | None, form: str, scale: float = 1
     return f"{median} ({least} to {most})"
 
 
+def memory_text(memory: dict | None, device: str) -> str:
+    """Return the peak in GiB, followed by the reserved memory on a GPU, or the rise on a CPU, in brackets."""
+    if memory is None:
+        return "-"
+    other = memory["reserved" if device.startswith("cuda") else "rise"]
+    return f"{memory['peak'] / GIB:.2f} ({other / GIB:.2f})"
+
+
+def memory_note(device: str) -> str:
+    """Return what `memory_text` shows, for a table's text."""
+    return "allocated (reserved)" if device.startswith("cuda") else "resident in the process (rise in the runs)"
+
+
 def quotient(numerator: float | None, denominator: float | None) -> float | None:
     """Return a ratio; None if a value is missing or the denominator is 0."""
     return None if numerator is None or not denominator else numerator / denominator
 
 
 def environment(argv: Sequence[str], device: torch.device) -> dict:
-    """Return the environment of a benchmark: `command`, `date`, `machine`, `versions` and `device`.
-
-    Args:
-        argv: the benchmark's command line.
-        device: the device of the computation.
-    """
+    """Return the environment of a benchmark: `command`, `date`, `machine`, `versions` and `device`."""
     # Asking for a GPU's name creates a CUDA context, which takes GPU memory until the process ends.
     outcome = run_isolated(machine, device) if device.type == "cuda" else attempt(machine, device)
     return {
@@ -97,10 +102,9 @@ def numerics_text(numerics: dict) -> str:
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flag for the reports' folder."""
     parser.add_argument(
-        "--output_dir",
-        metavar="DIR",
+        "--output_dir", metavar="DIR",
         help="write JSON, CSV, Markdown and a chart to this folder (default: write no files)",
-    )
+    )  # fmt: skip
 
 
 class Report:
@@ -117,9 +121,28 @@ class Report:
     def __init__(self, output_dir: str | None, name: str):
         self.folder = Path(output_dir) if output_dir else None
         self.name = name
-        if self.folder is None:
-            return
-        make_folder(self.folder)
+        if self.folder is not None:
+            make_folder(self.folder)
+
+    def measure(
+        self,
+        figures: dict,
+        measurements: Iterable[Any],
+        measure_row: Callable[[Any], dict],
+        to_markdown: Callable[[dict], str],
+        to_csv: Callable[[list[dict]], list[dict]],
+    ) -> int:
+        """Measure all rows into `figures`, print the table and write the files.
+
+        Returns:
+            the exit status: 1 if a row failed for a reason other than memory, else 0.
+        """
+        figures["rows"] = []
+        for measurement in measurements:
+            figures["rows"].append(measure_row(measurement))
+            self.save_figures(figures)
+        self.save(figures, to_markdown(figures), to_csv(figures["rows"]))
+        return int(any(row["status"] == FAILED for row in figures["rows"]))
 
     def save_figures(self, figures: dict) -> None:
         """Write the JSON file; called after each row, so that an interrupted run keeps its rows."""

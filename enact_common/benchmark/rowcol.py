@@ -25,13 +25,7 @@ PLAIN_CASES = ((50, 84, 50 * 84), (40, 50, 40 * 50), (50, 84, 900))
 
 
 class Product:
-    """A row-column product with random attention weights and values.
-
-    Args:
-        function: computes the product.
-        shapes: shapes of its arguments; the last argument holds the values.
-        device: the device of the tensors.
-    """
+    """A row-column product with random attention weights and values, by its arguments' shapes, the values last."""
 
     def __init__(self, function: Callable[..., Tensor], shapes: list[tuple[int, ...]], device: torch.device):
         torch.manual_seed(0)
@@ -121,23 +115,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, symbol, cases in (("clustered", "M", CLUSTERED_CASES), ("plain", "Q", PLAIN_CASES)):
         default = ", ".join(" ".join(map(str, case)) for case in cases)
         parser.add_argument(
-            f"--{flag}",
-            type=positive_int,
-            nargs=3,
-            action="append",
-            metavar=("H", "W", symbol),
+            f"--{flag}", type=positive_int, nargs=3, action="append", metavar=("H", "W", symbol),
             help=f"map size, number of {'clusters' if symbol == 'M' else 'queries'}; repeatable (default: {default})",
-        )
+        )  # fmt: skip
     parser.add_argument(
         "--batch", type=positive_int, default=32, metavar="N", help="batch size times heads (default: %(default)s)"
     )
     parser.add_argument(
-        "--channels",
-        type=positive_int,
-        default=32,
-        metavar="D",
+        "--channels", type=positive_int, default=32, metavar="D",
         help="head_dim: channels per head (default: %(default)s)",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--repeat", type=positive_int, default=9, metavar="N", help="timed runs of each product (default: %(default)s)"
     )

@@ -1,22 +1,20 @@
 """Inference time of a detector on the CPU: in PyTorch, compiled, and exported to other runtimes."""
 
 import argparse
-import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from enact_common.benchmark.detectors import (
+    Measurement,
+    add_common_flags,
     add_model_flags,
     build_detector,
-    model_name,
-    noise_batch,
     parse_flags,
     refuse_flags,
 )
-from enact_common.benchmark.isolated import DONE, FAILED, run_isolated
+from enact_common.benchmark.isolated import DONE, run_isolated
 from enact_common.benchmark.labels import MIB, attention_text
 from enact_common.benchmark.measuring import spread, take_turns
 from enact_common.benchmark.report import (
@@ -31,7 +29,6 @@ from enact_common.benchmark.report import (
     markdown_table,
 )
 from enact_common.cli.flags import with_flags
-from enact_common.cli.types import natural_int, positive_int
 from enact_common.export.formats import FORMATS, load_exported, needed, quantize
 from enact_common.export.graph import DetectorGraph, Interface, calibrated_lengths, fix_window_lengths, refuse_rival
 from enact_common.models.layers import ENCODER_ATTENTIONS
@@ -62,49 +59,28 @@ REFUSED = {
 }
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """The settings of one measured row.
-
-    Attributes:
-        variant: a key of `VARIANTS`.
-        runtime: a key of `RUNTIMES`.
-        args: the variant's parsed arguments.
-        size: (height, width) of the images, pixels.
-        repeat, warmup: numbers of timed runs, and of untimed runs before them.
-    """
-
-    variant: str
-    runtime: str
-    args: argparse.Namespace
-    size: tuple[int, int]
-    repeat: int
-    warmup: int
-
-
 def measure(measurement: Measurement) -> dict:
     """Time a batch from pixels to detections; run it in a new process.
 
-    Returns:
-        `seconds` of each timed run, and `bytes` of the exported file, None without a file.
+    Returns `seconds` of each timed run, and `bytes` of the exported file, None without a file.
     """
     args = measurement.args
-    samples, _ = noise_batch(args, measurement.size)
+    samples, _ = measurement.batch()
     model, _, postprocess = build_detector(measurement.variant, args, samples, torch.device("cpu"))
     model.eval()
-    if measurement.runtime == "onnx_fixed":
+    if measurement.row == "onnx_fixed":
         fix_window_lengths(model, calibrated_lengths(model, samples.tensors.split(1)))
     graph = DetectorGraph(model, postprocess, Interface(args.batch_size, measurement.size)).eval()
-    if measurement.runtime in EXPORT_FORMATS:
-        export_format = FORMATS[EXPORT_FORMATS[measurement.runtime]]
+    if measurement.row in EXPORT_FORMATS:
+        export_format = FORMATS[EXPORT_FORMATS[measurement.row]]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"model{export_format.suffix}"
             export_format.write(graph, {"outputs": graph.interface.outputs}, path)
-            if measurement.runtime == "onnx_int8":
+            if measurement.row == "onnx_int8":
                 quantize(path, path)
             size, run = path.stat().st_size, load_exported(path)
     else:
-        prepare(model, with_flags(args, compile=measurement.runtime == "compiled"), torch.device("cpu"))
+        prepare(model, with_flags(args, compile=measurement.row == "compiled"), torch.device("cpu"))
         size, run = None, torch.inference_mode()(graph)
     seconds = take_turns({"run": lambda: run(samples.tensors)}, measurement.repeat, warmup=measurement.warmup)["run"]
     return {"seconds": seconds, "bytes": size}
@@ -116,19 +92,16 @@ def measure_row(measurement: Measurement) -> dict:
     values = outcome.value or {}
     row = {
         "variant": measurement.variant,
-        "model": model_name(measurement.variant, measurement.args),
+        "model": measurement.name,
         "attention": measurement.args.encoder_attention,
-        "runtime": measurement.runtime,
-        "status": outcome.status,
-        "message": outcome.message,
-        "numerics": outcome.numerics,
+        "runtime": measurement.row,
+        **outcome.fields(),
         "runs": values.get("seconds"),
         "seconds": values and spread(values["seconds"]),
         "bytes": values.get("bytes"),
     }
-    summary = f"{row['seconds']['median']:.3f} s" if values else f"{outcome.status} ({outcome.message})"
-    print(f"{row['model']}, {row['attention']}, {RUNTIMES[measurement.runtime]}: {summary}", file=sys.stderr)
-    print(outcome.details, end="", file=sys.stderr, flush=True)
+    name = f"{row['model']}, {row['attention']}, {RUNTIMES[measurement.row]}"
+    outcome.log(name, lambda: f"{row['seconds']['median']:.3f} s")
     return row
 
 
@@ -168,11 +141,7 @@ def to_csv(rows: list[dict]) -> list[dict]:
 
 
 def plan(args: argparse.Namespace) -> list[Measurement]:
-    """Return the rows that the command line selects.
-
-    Raises:
-        UserError: model flags conflict with each other or with the benchmark's flags, or a package is missing.
-    """
+    """Return the rows that the command line selects."""
     refuse_flags(args.flags, REFUSED)
     if any(EXPORT_FORMATS.get(runtime) == "onnx" for runtime in args.runtimes):
         for module in ("onnx", "onnxscript", "onnxruntime"):
@@ -198,11 +167,7 @@ def plan(args: argparse.Namespace) -> list[Measurement]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure all rows, print the table and write the files.
-
-    Returns:
-        the exit status: 1 if a row failed for a reason other than memory, else 0.
-    """
+    """Measure all rows, print the results and write the files; return 1 if one failed, unless for memory."""
     rows = plan(args)
     report = Report(args.output_dir, "runtimes")
     settings = {name: getattr(args, name) for name in ("size", "batch", "repeat", "flags")}
@@ -211,51 +176,25 @@ def run(args: argparse.Namespace) -> int:
         for name in ("onnx", "onnxruntime")
         if any(EXPORT_FORMATS.get(runtime) == "onnx" for runtime in args.runtimes)
     }
-    figures = {"benchmark": "runtimes", **environment(args.argv, torch.device("cpu")), "settings": settings, "rows": []}
+    figures = {"benchmark": "runtimes", **environment(args.argv, torch.device("cpu")), "settings": settings}
     figures["versions"] |= versions
-    for measurement in rows:
-        figures["rows"].append(measure_row(measurement))
-        report.save_figures(figures)
-    report.save(figures, to_markdown(figures), to_csv(figures["rows"]))
-    return int(any(row["status"] == FAILED for row in figures["rows"]))
+    return report.measure(figures, rows, measure_row, to_markdown, to_csv)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument(
-        "--variants",
-        nargs="+",
-        choices=tuple(VARIANTS),
-        default=list(VARIANTS),
+        "--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS),
         help="models to measure (default: all)",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--attentions", nargs="+", choices=ENCODER_ATTENTIONS, default=["enact", "mhsa"],
         help="encoder attentions to measure (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--runtimes",
-        nargs="+",
-        choices=tuple(RUNTIMES),
-        default=list(RUNTIMES),
+        "--runtimes", nargs="+", choices=tuple(RUNTIMES), default=list(RUNTIMES),
         help="runtimes to measure (default: all)",
-    )
-    parser.add_argument(
-        "--size", type=positive_int, nargs=2, default=[800, 1333], metavar=("H", "W"),
-        help="image size, pixels (default: 800 1333)",
     )  # fmt: skip
-    parser.add_argument(
-        "--batch", type=positive_int, default=1, metavar="N", help="images per batch (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--repeat", type=positive_int, default=5, metavar="N", help="timed runs of each row (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--warmup",
-        type=natural_int,
-        default=2,
-        metavar="N",
-        help="untimed runs before the timed ones (default: %(default)s)",
-    )
+    add_common_flags(parser, size=[800, 1333], batch=1, repeat=5, warmup=2)
     add_report_arguments(parser)
     add_model_flags(parser)

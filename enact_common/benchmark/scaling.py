@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from enact_common.attention.kernels import TORCH, TRITON
 from enact_common.attention.layer import EnactSelfAttention
 from enact_common.attention.rivals import RIVALS, RivalSelfAttention
-from enact_common.benchmark.detectors import counted_clusters
+from enact_common.benchmark.detectors import add_common_flags, counted_clusters
 from enact_common.benchmark.isolated import DONE, FAILED, OUT_OF_MEMORY, Outcome, Worker, worker_for
 from enact_common.benchmark.labels import GPU_LAYERS, GRAPHED_LAYERS, LAYERS, LIMIT, MIB, TRITON_LAYERS, precision_text
 from enact_common.benchmark.measuring import MemoryMeter, spread, synchronizer, take_turns
@@ -34,7 +34,7 @@ from enact_common.benchmark.report import (
 from enact_common.cli.types import non_negative_float, positive_int
 from enact_common.models.graphed import capture
 from enact_common.models.layers import map_keywords
-from enact_common.utils.device import AMP_DTYPE, autocast, check_precision, default_device, find_device
+from enact_common.utils.device import autocast, check_precision, default_device, find_device
 from enact_common.utils.errors import UserError
 from enact_common.variants import load_variant
 
@@ -62,11 +62,7 @@ ANCHOR_SIGMA = 5.0
 
 
 def map_shape(tokens: int) -> tuple[int, int]:
-    """Return (height, width) of a map of about 3:4 with `tokens` cells, or nearly as many if no such map exists.
-
-    Args:
-        tokens: number of cells, at least 1.
-    """
+    """Return (height, width) of a map of about 3:4 with `tokens` cells, or nearly as many if no such map exists."""
     heights = [h for h in range(1, math.isqrt(tokens) + 1) if tokens % h == 0 and 2 * h * h >= tokens]
     if heights:
         height = min(heights, key=lambda h: abs(math.log(h * h / tokens / ASPECT)))
@@ -78,9 +74,7 @@ def map_shape(tokens: int) -> tuple[int, int]:
 def blur(maps: Tensor, cells: float) -> Tensor:
     """Smooth maps (batch, h, w, d) with a Gaussian, then rescale them to their original variance.
 
-    Args:
-        maps: the maps; their edges are replicated.
-        cells: standard deviation, cells; 0 returns `maps` unchanged.
+    `cells` is its standard deviation; 0 returns `maps` unchanged. The maps' edges are replicated.
     """
     if cells == 0:
         return maps
@@ -96,14 +90,7 @@ def blur(maps: Tensor, cells: float) -> Tensor:
 
 @dataclass
 class Problem:
-    """The settings shared by all measured layers.
-
-    Attributes:
-        batch, channels, heads: sizes of the attention.
-        smooth: standard deviation of the maps' blur, cells.
-        device: name of a device.
-        amp: a key of `AMP_DTYPE`.
-    """
+    """The settings of all layers: sizes of the attention, the maps' blur in cells, device, precision."""
 
     batch: int
     channels: int
@@ -114,13 +101,7 @@ class Problem:
 
 
 class Workload:
-    """One layer with a random map as its input, called as in an encoder.
-
-    Args:
-        name: a key of `LAYERS`.
-        shape: (height, width) of the map.
-        problem: the settings shared by all layers.
-    """
+    """One layer of `LAYERS` with a random map (height, width) as its input, called as in an encoder."""
 
     def __init__(self, name: str, shape: tuple[int, int], problem: Problem):
         torch.manual_seed(0)
@@ -222,21 +203,16 @@ def measure_size(names: list[str], shape: tuple[int, int], problem: Problem, rep
     rows = []
     for name in names:
         outcome = timed if name in fitting else outcomes[name]
-        row = {
-            "layer": name,
-            "tokens": shape[0] * shape[1],
-            "shape": list(shape),
-            "status": outcome.status,
-            "message": outcome.message,
-        }
-        measured = outcomes[name].value or {"memory": None, "clusters": None}
         seconds = timed.value[name] if outcome.status == DONE else None
         rows.append(
             {
-                **row,
+                "layer": name,
+                "tokens": shape[0] * shape[1],
+                "shape": list(shape),
+                **outcome.fields(),
                 "runs": seconds,
                 "seconds": spread(seconds) if seconds else None,
-                **measured,
+                **(outcomes[name].value or {"memory": None, "clusters": None}),
                 "numerics": outcomes[name].numerics,
             }
         )
@@ -256,12 +232,8 @@ def add_ratios(rows: list[dict]) -> None:
 def fit_exponent(tokens: list[int], values: list[float | None]) -> float | None:
     """Return the exponent b of the power law `a * tokens ** b`, fitted by least squares of the logarithms.
 
-    Args:
-        tokens: number of tokens of each point; points below `FIT_FROM` are ignored.
-        values: cost of each point; points with a missing or non-positive cost are ignored.
-
-    Returns:
-        the exponent; None if fewer than two different sizes remain.
+    Points below `FIT_FROM` tokens, and with a missing or non-positive value, are ignored. None if fewer than two
+    different sizes remain.
     """
     points = [(n, y) for n, y in zip(tokens, values, strict=True) if n >= FIT_FROM and y is not None and y > 0]
     if len({n for n, _ in points}) < 2:
@@ -336,14 +308,7 @@ def to_csv(rows: list[dict]) -> list[dict]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure all layers, print the tables and write the files.
-
-    Returns:
-        the exit status: 1 if a layer failed for a reason other than memory, else 0.
-
-    Raises:
-        UserError: the flags do not work together, or not on this machine.
-    """
+    """Measure all rows, print the results and write the files; return 1 if one failed, unless for memory."""
     if args.channels % args.heads:
         raise UserError(f"--channels {args.channels}: must be a multiple of --heads ({args.heads})")
     device = find_device(args.device or default_device())
@@ -382,23 +347,14 @@ def run(args: argparse.Namespace) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument(
-        "--tokens",
-        type=positive_int,
-        nargs="+",
-        default=[300, 600, 1050, 2100, 4200, 8400, 17000],
-        metavar="N",
+        "--tokens", type=positive_int, nargs="+", default=[300, 600, 1050, 2100, 4200, 8400, 17000], metavar="N",
         help="numbers of tokens to measure; the maps are about 3:4 (default: %(default)s)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--layers",
-        nargs="+",
-        choices=tuple(LAYERS),
-        metavar="LAYER",
+        "--layers", nargs="+", choices=tuple(LAYERS), metavar="LAYER",
         help=f"layers to measure, of {', '.join(LAYERS)}; triton and graph need a GPU (default: all that run)",
-    )
-    parser.add_argument(
-        "--batch", type=positive_int, default=1, metavar="N", help="images per batch (default: %(default)s)"
-    )
+    )  # fmt: skip
+    add_common_flags(parser, batch=1, amp="none", device=None, repeat=9)
     parser.add_argument(
         "--channels", type=positive_int, default=256, metavar="D", help="channels of each token (default: %(default)s)"
     )
@@ -406,18 +362,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heads", type=positive_int, default=8, metavar="N", help="attention heads (default: %(default)s)"
     )
     parser.add_argument(
-        "--smooth",
-        type=non_negative_float,
-        default=0.0,
-        metavar="CELLS",
+        "--smooth", type=non_negative_float, default=0.0, metavar="CELLS",
         help="standard deviation of a blur of the random maps, cells: as in real maps, neighbours become similar and "
         "clusters larger (default: 0, no blur)",
-    )
-    parser.add_argument(
-        "--amp", choices=tuple(AMP_DTYPE), default="none", help="mixed precision (default: %(default)s)"
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    parser.add_argument(
-        "--repeat", type=positive_int, default=9, metavar="N", help="timed runs of each layer (default: %(default)s)"
-    )
+    )  # fmt: skip
     add_report_arguments(parser)

@@ -4,10 +4,8 @@ with ENACT."""
 import argparse
 import contextlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,13 +13,12 @@ from torch import nn
 from enact_common.attention.clustering import EQUAL
 from enact_common.benchmark.detectors import (
     BATCH_SIZES,
+    Measurement,
+    add_common_flags,
     add_model_flags,
     build_detector,
     build_train_step,
-    coco_batch,
     inspect_forward,
-    model_name,
-    noise_batch,
     parse_flags,
     refuse_flags,
 )
@@ -39,13 +36,15 @@ from enact_common.benchmark.report import (
     figure_range,
     heading,
     markdown_table,
+    memory_note,
+    memory_text,
     quotient,
 )
-from enact_common.cli.types import natural_int, positive_int
+from enact_common.cli.types import positive_int
 from enact_common.data.annotations import find_split
 from enact_common.models.graphed import graph_encoder
 from enact_common.utils.acceleration import prepare
-from enact_common.utils.device import AMP_DTYPE, autocast, default_device, find_device
+from enact_common.utils.device import autocast, default_device, find_device
 from enact_common.utils.errors import UserError
 from enact_common.variants import VARIANTS
 
@@ -60,43 +59,16 @@ REFUSED = {
 }
 
 
-@dataclass
-class Measurement:
-    """The settings of one measured row.
-
-    Attributes:
-        variant: a key of `VARIANTS`.
-        row: a key of `ROWS`.
-        args: the variant's parsed arguments.
-        size: (height, width) of the images, pixels.
-        real: use images of `args.coco_path` instead of noise.
-        repeat, warmup: numbers of timed runs, and of untimed runs before them.
-        graphed: run the encoder as CUDA graphs.
-    """
-
-    variant: str
-    row: str
-    args: argparse.Namespace
-    size: tuple[int, int]
-    real: bool
-    repeat: int
-    warmup: int
-    graphed: bool = False
-
-
 def measure(measurement: Measurement, phase: str) -> dict:
     """Measure time and memory of a model's training steps or of its inference.
 
-    Returns:
-        `seconds` per batch of each timed run, and `memory` as read by `MemoryMeter`. For inference also `parameters`
-        and, if memory suffices, the result of `inspect_forward`.
+    Returns `seconds` per batch of each timed run, and `memory` as read by `MemoryMeter`. For inference also
+    `parameters` and, if memory suffices, the result of `inspect_forward`.
     """
     args = measurement.args
     device = find_device(args.device)
     with eager_attention(measurement.variant) if measurement.row == "eager" else contextlib.nullcontext():
-        samples, targets = (
-            coco_batch(args, measurement.size) if measurement.real else noise_batch(args, measurement.size)
-        )
+        samples, targets = measurement.batch()
         model, criterion, postprocess = build_detector(measurement.variant, args, samples, device)
         if phase == "training":
             make_ready(model, measurement, device)
@@ -149,7 +121,7 @@ def measure_row(measurement: Measurement, worker: Worker) -> dict:
     row = {
         "variant": measurement.variant,
         "row": measurement.row,
-        "model": model_name(measurement.variant, args),
+        "model": measurement.name,
         "batch": args.batch_size,
     }
     counts = {}
@@ -157,24 +129,19 @@ def measure_row(measurement: Measurement, worker: Worker) -> dict:
         start = time.perf_counter()
         outcome = worker.call(measure, measurement, phase)
         row[phase] = {"status": outcome.status, "message": outcome.message}
-        summary = f"{outcome.status} ({outcome.message})"
         if outcome.status == DONE:
             row["numerics"] = outcome.numerics
             figures = outcome.value
             counts = {name: value for name, value in figures.items() if name not in ("seconds", "memory")}
             per_image = spread([seconds / args.batch_size for seconds in figures["seconds"]])
-            row[phase] |= {
-                "seconds": figures["seconds"],
-                "seconds_per_image": per_image,
-                "memory": figures["memory"],
-            }
-            summary = f"{per_image['median']:.4f} s an image, peak {figures['memory']['peak'] / GIB:.2f} GiB"
-        print(
-            f"{row['model']}, {ROWS[measurement.row][0]}, {phase}: {summary}; took {time.perf_counter() - start:.0f} s",
-            file=sys.stderr,
-            flush=True,
+            row[phase] |= {"seconds": figures["seconds"], "seconds_per_image": per_image, "memory": figures["memory"]}
+        outcome.log(
+            f"{row['model']}, {ROWS[measurement.row][0]}, {phase}",
+            lambda phase=row[phase]: (
+                f"{phase['seconds_per_image']['median']:.4f} s an image, peak {phase['memory']['peak'] / GIB:.2f} GiB"
+            ),
+            f"; took {time.perf_counter() - start:.0f} s",
         )
-        print(outcome.details, end="", file=sys.stderr, flush=True)
     clusters = counts.get("clusters")
     return {
         **row,
@@ -213,11 +180,6 @@ def ratios_of(rows: list[dict]) -> list[dict]:
     return ratios
 
 
-def phase_cell(phase: dict, text: str) -> str:
-    """Return the table cell of a phase: the text if the phase is done, else its status."""
-    return text if phase["status"] == DONE else phase["status"]
-
-
 def to_markdown(figures: dict) -> str:
     """Return the figures and the ratios as two Markdown tables."""
     columns = {
@@ -230,8 +192,9 @@ def to_markdown(figures: dict) -> str:
         memory, times = {}, {}
         for phase in PHASES:
             part = row[phase]
-            memory[phase] = phase_cell(part, memory_text(part.get("memory"), figures["device"]))
-            times[phase] = phase_cell(part, figure_range(part.get("seconds_per_image"), ".4f"))
+            done = part["status"] == DONE
+            memory[phase] = memory_text(part["memory"], figures["device"]) if done else part["status"]
+            times[phase] = figure_range(part["seconds_per_image"], ".4f") if done else part["status"]
         flops, parameters = row["flops_per_image"], row["parameters"]
         lines.append(
             [
@@ -243,14 +206,11 @@ def to_markdown(figures: dict) -> str:
         )  # fmt: skip
     settings = figures["settings"]
     height, width = settings["size"]
-    memory = (
-        "allocated (reserved)" if figures["device"].startswith("cuda") else "resident in the process (rise in the runs)"
-    )
     text = (
         f"{heading(figures)}\n\n"
         f"{height} x {width} pixels, images: {settings['images']}; precision: {settings['precision']}. Seconds: median "
-        f"of {settings['repeat']} runs (least to most) of a batch, divided by its size. Peak memory: {memory}.\n\n"
-        + markdown_table(columns, lines)
+        f"of {settings['repeat']} runs (least to most) of a batch, divided by its size. Peak memory: "
+        f"{memory_note(figures['device'])}.\n\n" + markdown_table(columns, lines)
     )
     if figures["ratios"]:
         columns = {
@@ -258,27 +218,15 @@ def to_markdown(figures: dict) -> str:
             "inference time": RIGHT, "inference memory": RIGHT, "GFLOP": RIGHT,
         }  # fmt: skip
         keys = (
-            "training_memory",
-            "training_memory_rise",
-            "training_seconds",
-            "inference_seconds",
-            "inference_memory",
+            "training_memory", "training_memory_rise", "training_seconds", "inference_seconds", "inference_memory",
             "flops",
-        )
+        )  # fmt: skip
         lines = [
             [f"{ratio['model']}, {ROWS[ratio['over']][0]}", *(figure(ratio[key], ".2f") for key in keys)]
             for ratio in figures["ratios"]
         ]
         text += "\n\n" + markdown_table(columns, lines)
     return text
-
-
-def memory_text(memory: dict | None, device: str) -> str:
-    """Return the peak in GiB, followed by the reserved memory on a GPU, or the rise on a CPU, in brackets."""
-    if memory is None:
-        return "-"
-    other = memory["reserved" if device.startswith("cuda") else "rise"]
-    return f"{memory['peak'] / GIB:.2f} ({other / GIB:.2f})"
 
 
 def to_csv(rows: list[dict]) -> list[dict]:
@@ -298,11 +246,7 @@ def to_csv(rows: list[dict]) -> list[dict]:
 
 
 def plan(args: argparse.Namespace) -> list[Measurement]:
-    """Return the rows that the command line selects, by variant.
-
-    Raises:
-        UserError: model flags conflict with each other or with the benchmark's flags, or the data set is missing.
-    """
+    """Return the rows that the command line selects, by variant."""
     refuse_flags(args.flags, REFUSED)
     if args.coco_path:
         find_split(args.coco_path, "val")
@@ -318,9 +262,9 @@ def plan(args: argparse.Namespace) -> list[Measurement]:
             row,
             parse_flags(variant, default_device(), args.flags, [*overrides, "--encoder_attention", ROWS[row][1]]),
             tuple(args.size),
-            args.coco_path is not None,
             args.repeat,
             args.warmup,
+            args.coco_path is not None,
             args.graph_encoder,
         )
         for variant in VARIANTS
@@ -365,11 +309,7 @@ def describe(args: argparse.Namespace, measurements: list[Measurement]) -> dict:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure all rows, print the table and write the files.
-
-    Returns:
-        the exit status: 1 if a row failed for a reason other than memory, else 0.
-    """
+    """Measure all rows, print the results and write the files; return 1 if one failed, unless for memory."""
     measurements = plan(args)
     report = Report(args.output_dir, "table")
     figures = {**describe(args, measurements), "benchmark": "table", "rows": []}
@@ -385,51 +325,23 @@ def run(args: argparse.Namespace) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument(
-        "--variants",
-        nargs="+",
-        choices=tuple(VARIANTS),
-        default=list(VARIANTS),
+        "--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS),
         help="detectors to measure (default: all)",
-    )
+    )  # fmt: skip
     parser.add_argument(
-        "--rows",
-        nargs="+",
-        choices=tuple(ROWS),
-        default=list(ROWS),
+        "--rows", nargs="+", choices=tuple(ROWS), default=list(ROWS),
         help="rows of each detector: plain with attention stored, plain as in this project, ENACT (default: all)",
-    )
-    parser.add_argument(
-        "--size",
-        type=positive_int,
-        nargs=2,
-        default=[800, 1333],
-        metavar=("H", "W"),
-        help="image size, pixels (default: 800 1333)",
-    )
+    )  # fmt: skip
     batches = ", ".join(f"{name} {batch}" for name, batch in BATCH_SIZES.items())
     parser.add_argument("--batch", type=positive_int, metavar="N", help=f"images per batch (default: {batches})")
-    parser.add_argument(
-        "--amp", choices=tuple(AMP_DTYPE), default="none", help="mixed precision (default: %(default)s)"
-    )
+    add_common_flags(parser, size=[800, 1333], amp="none", device=None, repeat=10, warmup=3)
     parser.add_argument("--compile", action="store_true", help="pass --compile to the models")
     parser.add_argument(
-        "--graph_encoder",
-        action="store_true",
+        "--graph_encoder", action="store_true",
         help="run the encoders of DETR and Conditional DETR as CUDA graphs; ENACT needs -- --enact_clusters equal",
-    )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    )  # fmt: skip
     parser.add_argument(
         "--coco_path", metavar="DIR", help="use the first validation images of this data set (default: noise)"
-    )
-    parser.add_argument(
-        "--repeat", type=positive_int, default=10, metavar="N", help="timed runs of each row (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--warmup",
-        type=natural_int,
-        default=3,
-        metavar="N",
-        help="untimed runs before the timed ones (default: %(default)s)",
     )
     add_report_arguments(parser)
     add_model_flags(parser)

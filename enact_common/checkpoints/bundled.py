@@ -11,12 +11,7 @@ BUNDLED = ("blood_cells",)
 def bundled_file(checkpoint: str | Path, suffix: str = ".pth") -> Path | None:
     """Return a bundled detector's checkpoint, or its image for the suffix ".jpg".
 
-    Args:
-        checkpoint: what a command was given as checkpoint.
-        suffix: ".pth" or ".jpg".
-
-    Returns:
-        None if the checkpoint is none of `BUNDLED`, or a file or folder of its name exists, which is meant then.
+    None if the checkpoint is none of `BUNDLED`, or a file or folder of its name exists, which is meant then.
     """
     name = str(checkpoint)
     return FOLDER / f"{name}{suffix}" if name in BUNDLED and not Path(name).exists() else None

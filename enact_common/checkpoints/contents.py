@@ -94,8 +94,7 @@ def arguments_of(
     values["encoder_attention"] = attention_of(weights)
     values["masks"] = has_masks(checkpoint["model"])
     values["backbone"] = backbone_of(weights) or values["backbone"]
-    for flag, value in sizes_of(weights).items():
-        values[flag] = value
+    values |= sizes_of(weights)
     values["backbone_norm"] = "batch" if any(name.endswith("num_batches_tracked") for name in weights) else "frozen"
     for flag in (*MODEL_FLAGS, *CLUSTERING_FLAGS, *IMAGE_FLAGS):
         if saved.get(flag) is not None and flag in values:
@@ -136,13 +135,9 @@ def default_arguments(variant: str) -> argparse.Namespace:
 
 
 def model_words(args: argparse.Namespace, variant: str) -> list[str]:
-    """The command-line words that build a model: its flags that differ from the variant's defaults.
+    """The command-line words that build a model of a variant: its flags that differ from the variant's defaults.
 
     The number of labels is left out: the checkpoint or the annotations say it. `DIR` stands for the panoptic folder.
-
-    Args:
-        args: the arguments that build the model.
-        variant: a key of `VARIANTS`.
     """
     differing = differing_flags(vars(default_arguments(variant)), args)
     words = [flag_text(flag, getattr(args, flag)) for flag in differing if flag != "num_classes"]
@@ -157,12 +152,7 @@ def attention_of(weights: Mapping[str, Tensor]) -> str:
 
 
 def labels_of(checkpoint: dict[str, Any], variant: str) -> LabelMap:
-    """The stored label map; else the one of COCO or COCO panoptic if the number of classes matches; else numbers.
-
-    Args:
-        checkpoint: from `load_checkpoint`.
-        variant: a key of `VARIANTS`.
-    """
+    """The stored label map; else the one of COCO or COCO panoptic if the number of classes matches; else numbers."""
     if "label_map" in checkpoint:
         return LabelMap.from_dict(checkpoint["label_map"])
     names = coco_names()

@@ -22,13 +22,12 @@ from enact_common.checkpoints.huggingface import (
     facts_of_config,
     from_hugging_face,
     is_hugging_face,
-    read_json,
     weights_file,
 )
 from enact_common.cli.flags import CLUSTERING_FLAGS, ENACT_FLAGS, MODEL_FLAGS, NEGATABLE_FLAGS
 from enact_common.utils.download import download, is_url
 from enact_common.utils.errors import UserError
-from enact_common.utils.files import read_tensors, write_file
+from enact_common.utils.files import read_json, read_tensors, write_file
 
 logger = logging.getLogger("enact")
 
@@ -156,14 +155,8 @@ def load_checkpoint(source: str, to_resume: bool = False) -> dict[str, Any]:
 def with_config(path: Path) -> tuple[Path, dict[str, Any] | None]:
     """Return the path of the weights, and the `config.json` beside them.
 
-    Args:
-        path: a checkpoint; or a folder with a `config.json`, or the file of weights in it.
-
-    Returns:
-        the path; and the configuration, None if there is none, or it is of a model without counterpart here.
-
-    Raises:
-        UserError: a folder holds another model, or no weights.
+    The path is a checkpoint; or a folder with a `config.json`, or the file of weights in it. The configuration is None
+    if there is none, or it is of a model without counterpart here; a folder of another model is refused.
     """
     folder = path if path.is_dir() else path.parent
     config = read_json(folder / CONFIG) if path.is_dir() or path.name in WEIGHT_FILES else None
@@ -181,14 +174,9 @@ def with_config(path: Path) -> tuple[Path, dict[str, Any] | None]:
 
 
 def find_weights(state: Any, nested: int = MOST_NESTED) -> tuple[dict[str, torch.Tensor] | None, str]:
-    """Find the state dict in a file's content.
+    """Find the state dict in a file's content, at most `nested` dicts deep.
 
-    Args:
-        state: tensors and built-in types.
-        nested: depth to which nested dicts are searched.
-
-    Returns:
-        the state dict, or None; and its keys joined by dots, "" for the top level.
+    Returns the state dict, or None; and its keys joined by dots, "" for the top level.
     """
     if not isinstance(state, dict) or not nested:
         return None, ""
@@ -203,15 +191,10 @@ def find_weights(state: Any, nested: int = MOST_NESTED) -> tuple[dict[str, torch
 def own_names(weights: dict[str, Any], source: str) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Rename a state dict to the detector's names, without the prefixes of wrappers and training programs.
 
-    Args:
-        weights: from names to tensors. Other values are left out.
-        source: the checkpoint's name, for the message.
-
-    Returns:
-        the state dict, and the changes in words.
+    Values that are not tensors are left out. Returns the state dict, and the changes in words.
 
     Raises:
-        UserError: two tensors would get the same name.
+        UserError: two tensors of `source` would get the same name.
     """
     changes = []
     wrappers = {part for name in weights for part in name.split(".")[:-1] if part in WRAPPERS}
@@ -246,12 +229,7 @@ def saved_clustering_flags(saved: dict[str, Any], args: argparse.Namespace) -> d
 
 
 def check_model_flags(source: str, saved: dict[str, Any], args: argparse.Namespace) -> None:
-    """Refuse a checkpoint whose model flags differ from this run's.
-
-    Args:
-        source: the checkpoint's name, for the message.
-        saved: the checkpoint's arguments. Missing flags are ignored.
-        args: this run's arguments.
+    """Refuse a checkpoint whose model flags differ from this run's; missing flags are ignored.
 
     Raises:
         UserError: flags differ. The message lists the flags to pass.
@@ -266,12 +244,7 @@ def check_model_flags(source: str, saved: dict[str, Any], args: argparse.Namespa
 
 
 def differing_flags(saved: dict[str, Any], args: argparse.Namespace) -> list[str]:
-    """The model flags whose values differ between a checkpoint and this run.
-
-    Args:
-        saved: the checkpoint's arguments. Missing flags are ignored.
-        args: this run's arguments.
-    """
+    """The model flags that differ between a checkpoint's arguments and this run's; missing flags are ignored."""
     flags = [flag for flag in MODEL_FLAGS if flag not in ENACT_FLAGS or args.encoder_attention == "enact"]
     return [
         flag
@@ -340,11 +313,6 @@ def optimizer_state_by_name(
     order of the checkpoint's state dict gives each number its name. Groups without parameters, such as Anchor DETR's
     third, are ignored, because this project has none. The implementation (fused or not) stays this optimizer's. Moments
     get their parameter's memory format, because a fused step reads both in storage order.
-
-    Args:
-        checkpoint: with `model` and `optimizer`.
-        model: this project's model, with the same tensor names.
-        optimizer: over the model's parameters.
 
     Raises:
         UserError: the optimizer's kind, the groups or the numbers of parameters differ.

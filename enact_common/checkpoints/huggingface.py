@@ -4,7 +4,6 @@ Tensor names differ between transformers 4 (and all published files) and the mod
 the names of transformers 4 are written, which both read.
 """
 
-import json
 import logging
 import re
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from enact_common.data.categories import LabelMap, coco_names
 from enact_common.models.backbone import SHALLOW_BACKBONES, STAGES
 from enact_common.models.normalization import IMAGENET_MEAN, IMAGENET_STD
 from enact_common.utils.errors import UserError
+from enact_common.utils.files import read_json
 
 logger = logging.getLogger("enact")
 
@@ -116,9 +116,7 @@ def variant_of_names(names: Mapping[str, Any]) -> str:
 def from_hugging_face(weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     """Convert a state dict of Hugging Face's DETR or Conditional DETR, with or without a mask head, to our names.
 
-    Args:
-        weights: with the names of transformers 4 or 5, and a ResNet of timm or transformers.
-        source: the checkpoint's name, for the message.
+    It has the names of transformers 4 or 5, and a ResNet of timm or transformers.
 
     Raises:
         UserError: a tensor has no counterpart, for example in a model with another backbone.
@@ -193,12 +191,9 @@ def replaced_start(name: str, starts: Mapping[str, str]) -> str:
 
 
 def to_hugging_face(weights: Mapping[str, Tensor], variant: str, timm_backbone: bool) -> dict[str, Tensor]:
-    """Convert a plain DETR's or Conditional DETR's state dict to the names of transformers 4.
+    """Convert the state dict of a plain "detr" or "conditional" without a mask head to the names of transformers 4.
 
-    Args:
-        weights: without a mask head, from attention without clusters.
-        variant: "detr" or "conditional".
-        timm_backbone: name the backbone as timm does instead of as transformers does.
+    With `timm_backbone`, the backbone is named as timm does instead of as transformers does.
     """
     theirs: dict[str, Tensor] = {}
     for name, tensor in weights.items():
@@ -223,15 +218,6 @@ def to_hugging_face(weights: Mapping[str, Tensor], variant: str, timm_backbone: 
 # ---------------------------------------------------------------------------------------------------- configurations
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return a JSON file's object; None if the file is missing or holds something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
 def weights_file(folder: Path) -> Path:
     """Return the file with the weights of a folder of Hugging Face's or of `save_pretrained`.
 
@@ -253,12 +239,9 @@ def weights_file(folder: Path) -> Path:
 
 
 def facts_of_config(config: Mapping[str, Any], folder: Path, weights: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return what a Hugging Face model's configuration says that its tensors do not show.
+    """Return what a Hugging Face model's configuration says that its tensors, by our names, do not show.
 
-    Args:
-        config: the content of `config.json`.
-        folder: its folder, which may have a `preprocessor_config.json`.
-        weights: the model's tensors by our names.
+    The folder may have a `preprocessor_config.json`.
 
     Returns:
         `args`, flags by name, and `label_map` if the configuration names the classes of a model without masks; a
@@ -307,10 +290,8 @@ def facts_of_config(config: Mapping[str, Any], folder: Path, weights: Mapping[st
 def label_map_of(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """Return a label map (`LabelMap.to_dict`) from the configuration's names of the classes.
 
-    Category ids are the labels, unless `config_of` wrote the data set's.
-
-    Returns:
-        None if the names are placeholders, do not fit the number of logits, or are COCO's: then our own rule applies.
+    Category ids are the labels, unless `config_of` wrote the data set's. None if the names are placeholders, do not fit
+    the number of logits, or are COCO's: then our own rule applies.
     """
     id2label, ids = config.get("id2label") or {}, config.get(CATEGORY_IDS)
     count = len(weights["class_embed.bias"]) - (variant_of_names(weights) == "detr")
@@ -327,14 +308,7 @@ def label_map_of(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> di
 
 
 def config_of(args: Any, variant: str, label_map: LabelMap, timm_backbone: bool) -> dict[str, Any]:
-    """Return the `config.json` of a plain DETR or Conditional DETR.
-
-    Args:
-        args: the arguments that build the model.
-        variant: "detr" or "conditional".
-        label_map: its labels.
-        timm_backbone: the backbone is timm's, the only one with dilation.
-    """
+    """Return the `config.json` of a plain "detr" or "conditional"; a dilated backbone must be timm's."""
     model_type = next(kind for kind, name in MODEL_TYPES.items() if name == variant)
     stages = args.backbone_stages
     backbone: dict[str, Any] = {"use_timm_backbone": timm_backbone, "use_pretrained_backbone": False}

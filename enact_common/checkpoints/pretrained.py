@@ -40,8 +40,7 @@ class Fit:
     Attributes:
         weights: the tensors to load, by the model's names.
         skipped: the checkpoint's tensors that are not loaded, each with the reason.
-        fresh: the model's tensors that keep their initial values.
-        converted: attention layers converted from plain attention to the model's.
+        fresh, converted: the model's tensors that keep their initial values, and attention layers that were plain.
     """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
@@ -51,12 +50,7 @@ class Fit:
 
 
 def check_pretrained(checkpoint: dict[str, Any], variant: str, args: argparse.Namespace) -> None:
-    """Refuse a checkpoint of another variant or backbone.
-
-    Args:
-        checkpoint: from `load_checkpoint`.
-        variant: this run's variant.
-        args: this run's arguments.
+    """Refuse a checkpoint of another variant or backbone than this run's.
 
     Raises:
         UserError: the variant, the backbone or its number of stages differs.
@@ -87,18 +81,12 @@ def check_pretrained(checkpoint: dict[str, Any], variant: str, args: argparse.Na
 def load_pretrained(
     model: nn.Module, checkpoint: dict[str, Any], variant: str, args: argparse.Namespace, label_map: LabelMap
 ) -> None:
-    """Load the weights of a checkpoint that fit the model, and log the skipped tensors.
+    """Load the weights of a checkpoint that fit the newly built model, and log the skipped tensors.
 
     Plain multi-head attention is converted where the model has ENACT or a rival (`clustered_weights`): while each
     cluster is one token, the output of ENACT's layer is unchanged. Anchor DETR's row-column attention computes another
-    function with ENACT; its weights are loaded unchanged as a start.
-
-    Args:
-        model: newly built; changed in place.
-        checkpoint: from `load_checkpoint`: of this project, an original repository or ENACT's authors.
-        variant: the model's variant.
-        args: this run's arguments.
-        label_map: the model's labels. If the checkpoint's labels differ, its classification head is skipped.
+    function with ENACT; its weights are loaded unchanged as a start. If the checkpoint's labels differ from
+    `label_map`, its classification head is skipped.
 
     Raises:
         UserError: see `check_pretrained`; or backbone tensors are missing.
@@ -144,17 +132,12 @@ def load_pretrained(
 
 
 def fit_weights(
-    weights: Mapping[str, Tensor],
-    own: Mapping[str, Tensor],
-    nheads: int,
-    same_labels: bool,
-    scale_logits: bool,
+    weights: Mapping[str, Tensor], own: Mapping[str, Tensor], nheads: int, same_labels: bool, scale_logits: bool
 ) -> Fit:
     """Sort a checkpoint's tensors into those that fit a model and those that do not.
 
     Args:
-        weights: the checkpoint's state dict.
-        own: the model's state dict.
+        weights, own: the state dicts of the checkpoint and of the model.
         nheads: number of attention heads.
         same_labels: whether the labels match. If not, the classification head is skipped.
         scale_logits: whether the model's encoder attention scales its logits.
@@ -193,13 +176,7 @@ def shape_text(tensor: Tensor) -> str:
 
 
 def describe(fit: Fit, source: str, attention: str) -> str:
-    """Report the loaded, converted and skipped tensors, with one line per reason.
-
-    Args:
-        fit: the sorted tensors.
-        source: the checkpoint's name.
-        attention: the model's encoder attention, one of `ENCODER_ATTENTIONS`.
-    """
+    """Report the loaded, converted and skipped tensors, with one line per reason."""
     lines = [f"--pretrained {source}: {len(fit.weights)} tensors loaded"]
     if fit.converted:
         layers = f"{len(fit.converted)} attention layers" if len(fit.converted) > 1 else "1 attention layer"

@@ -3,9 +3,16 @@
 `enact weights` lists them, and a test compares docs/method/weights.md with this table.
 """
 
+import argparse
 from dataclasses import dataclass
+from typing import Any
+
+from enact_common.cli.flags import COCO, PANOPTIC
 
 TITLES = {"detr": "DETR", "conditional": "Conditional DETR", "anchor": "Anchor DETR"}
+
+# Model flags that the model's name sets.
+NAMED = ("backbone", "dilation", "encoder_attention")
 
 DRIVE = "https://drive.google.com/file/d/{}/view"
 # This page has a table "Model Zoo", which links the files and the logs.
@@ -40,6 +47,17 @@ class Model:
         return f"{prefix}detr_{self.backbone}{suffixes}"
 
     @property
+    def flags(self) -> dict[str, Any]:
+        """The flags that make a variant this model."""
+        flags = {name: getattr(self, name) for name in NAMED}
+        return {**flags, "masks": self.panoptic, "dataset_file": PANOPTIC if self.panoptic else COCO}
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, variant: str) -> "Model":
+        """Return the model that has the parts of these arguments; its sizes may differ."""
+        return cls(variant, args.backbone, bool(args.dilation), args.encoder_attention, args.dataset_file == PANOPTIC)
+
+    @property
     def title(self) -> str:
         """A readable description."""
         names = {"mhsa": "plain", "enact": "with ENACT"}
@@ -61,7 +79,6 @@ class PublishedFile:
     """A checkpoint that a paper's authors published.
 
     Attributes:
-        model: its model.
         epochs: epochs of its training; None if the table does not say.
         ap: AP on COCO val2017 as its authors report it, as text; of panoptic models the boxes' AP and PQ, in percent.
         url: address of the file, or of the page that links it.
@@ -82,8 +99,11 @@ class PublishedFile:
         return self.model.name
 
 
-def drive_file(model: Model, epochs: int, ap: str, file: str, log: str) -> PublishedFile:
+def drive_file(
+    variant: str, backbone: str, dilation: bool, attention: str, epochs: int, ap: str, file: str, log: str
+) -> PublishedFile:
     """A checkpoint and its log on Google Drive, by their ids."""
+    model = Model(variant, backbone, dilation, attention)
     return PublishedFile(model, epochs, ap, DRIVE.format(file), DRIVE.format(log))
 
 
@@ -111,18 +131,12 @@ def original_conditional(backbone: str, dilation: bool, ap: str) -> PublishedFil
 
 
 FILES = (
-    drive_file(
-        Model("detr", "resnet50", False, "enact"), 300, "39.0",
-        "1SSPlsywBkV5qUk4h4K0gstD8kgJldvaN", "1sTyChBg0PA-Blf1upRdQ9rkSRemgf530",
-    ),
-    drive_file(
-        Model("conditional", "resnet101", False, "enact"), 50, "41.5",
-        "1_RyhT_xn9TqqJy1-4mb39KUexjJrMV_d", "1OLhlMNd2k7g9lIb7mbWg82gkdeykAG6E",
-    ),
-    drive_file(
-        Model("anchor", "resnet50", True, "enact"), 50, "42.9",
-        "1CLWJl49gE8vCdBbCAMHrcgzeiK6JKiza", "1arBV_A-HCi_lXlUxNGNAGOhKIxjs_D1Z",
-    ),
+    drive_file("detr", "resnet50", False, "enact", 300, "39.0",
+               "1SSPlsywBkV5qUk4h4K0gstD8kgJldvaN", "1sTyChBg0PA-Blf1upRdQ9rkSRemgf530"),
+    drive_file("conditional", "resnet101", False, "enact", 50, "41.5",
+               "1_RyhT_xn9TqqJy1-4mb39KUexjJrMV_d", "1OLhlMNd2k7g9lIb7mbWg82gkdeykAG6E"),
+    drive_file("anchor", "resnet50", True, "enact", 50, "42.9",
+               "1CLWJl49gE8vCdBbCAMHrcgzeiK6JKiza", "1arBV_A-HCi_lXlUxNGNAGOhKIxjs_D1Z"),
     original_detr("resnet50", False, "42.0", "e632da11"),
     original_detr("resnet50", True, "43.3", "f0fb7ef5"),
     original_detr("resnet101", False, "43.5", "2c7b67e5"),
@@ -134,20 +148,12 @@ FILES = (
     original_conditional("resnet50", True, "43.7"),
     original_conditional("resnet101", False, "42.8"),
     original_conditional("resnet101", True, "45.0"),
-    drive_file(
-        Model("anchor", "resnet50", False, "mhsa"), 50, "42.1",
-        "1ktLJyw4PGdaXkOn61W537Z67WHcttXDs", "1CoEUzs6pxYw-z1ew04qC1jFJwVjdDlPv",
-    ),
-    drive_file(
-        Model("anchor", "resnet50", True, "mhsa"), 50, "44.3",
-        "1lJZWdIlHj6KKmAdU28Y01tTyO0hc6Jxs", "1ywmE02P7ORj_1HQOR2lYW11kfuqX00v-",
-    ),
-    drive_file(
-        Model("anchor", "resnet101", False, "mhsa"), 50, "43.5",
-        "1eBLYzlKWwSF_RRcfjgRXqIplRKetsvtg", "1XIDSpYCioYlK5NwdJnbUHQls-PUr_xwi",
-    ),
-    drive_file(
-        Model("anchor", "resnet101", True, "mhsa"), 50, "45.1",
-        "1irmZPSALME4Nht3_qhM9WLExDyO9Sj-J", "1KIIYid8mmoAWX7w6T6VPhORc86STqoXR",
-    ),
+    drive_file("anchor", "resnet50", False, "mhsa", 50, "42.1",
+               "1ktLJyw4PGdaXkOn61W537Z67WHcttXDs", "1CoEUzs6pxYw-z1ew04qC1jFJwVjdDlPv"),
+    drive_file("anchor", "resnet50", True, "mhsa", 50, "44.3",
+               "1lJZWdIlHj6KKmAdU28Y01tTyO0hc6Jxs", "1ywmE02P7ORj_1HQOR2lYW11kfuqX00v-"),
+    drive_file("anchor", "resnet101", False, "mhsa", 50, "43.5",
+               "1eBLYzlKWwSF_RRcfjgRXqIplRKetsvtg", "1XIDSpYCioYlK5NwdJnbUHQls-PUr_xwi"),
+    drive_file("anchor", "resnet101", True, "mhsa", 50, "45.1",
+               "1irmZPSALME4Nht3_qhM9WLExDyO9Sj-J", "1KIIYid8mmoAWX7w6T6VPhORc86STqoXR"),
 )  # fmt: skip

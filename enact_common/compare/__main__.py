@@ -67,11 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def find_scenes(args: argparse.Namespace, runs: list[RecordedRun]) -> tuple[list[Scene], str]:
-    """Return the images to detect in, and the reason if there are none.
-
-    Raises:
-        UserError: an image of `--images` is missing or unreadable.
-    """
+    """Return the images to detect in, and the reason if there are none."""
     scenes = given_scenes(args.images, args.pictures)
     if args.pictures == 0 and not scenes:
         return [], "--pictures is 0"
@@ -92,10 +88,7 @@ def enumeration(names: list[str]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compare the runs.
-
-    Returns:
-        the exit status.
+    """Compare the runs; return the exit status.
 
     Raises:
         UserError: an argument or a file of a run is invalid. Nothing has been written then.
@@ -145,11 +138,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the comparison.
-
-    Returns:
-        the exit status: 0, or 2 for a user error.
-    """
+    """Run the comparison; return the exit status: 0, or 2 for a user error."""
     parser = build_parser()
     args = parser.parse_args(argv)
     return exit_status(parser.prog, lambda: run(args))

@@ -6,7 +6,7 @@ from typing import Any
 
 from enact_common.compare.pictures import evaluated_data
 from enact_common.compare.recorded import RecordedRun
-from enact_common.compare.tables import Cell, Table
+from enact_common.compare.tables import Table
 from enact_common.compare.terms import objects, versus
 from enact_common.evaluation.bootstrap import CONFIDENCE, difference_intervals, draw_images, resampled_metrics
 from enact_common.evaluation.stored import RESULTS, check_recorded, match, read_results, read_truth
@@ -17,14 +17,7 @@ CHANCE = "may be chance"
 
 @dataclass
 class Difference:
-    """A run's difference to the first run in one metric.
-
-    Attributes:
-        metric: name of the metric.
-        run, against: names of the two runs.
-        difference: run minus first run.
-        low, high: ends of its interval.
-    """
+    """A run's difference to the first run, `against`, in one metric, with the ends of its interval."""
 
     metric: str
     run: str
@@ -49,13 +42,7 @@ class Difference:
 
 
 def measure_differences(runs: Sequence[RecordedRun], resamples: int, seed: int) -> tuple[list[Difference], str]:
-    """Return the differences of all runs to the first one, and the reason if there are none.
-
-    Args:
-        runs: the compared runs.
-        resamples: number of bootstrap resamples.
-        seed: seed of the resamples.
-    """
+    """Return the differences of all runs to the first one, and the reason if there are none."""
     if not resamples:
         return [], "--resamples is 0"
     if len(runs) < 2:
@@ -81,11 +68,7 @@ def measure_differences(runs: Sequence[RecordedRun], resamples: int, seed: int) 
 
 
 def between(runs: Sequence[RecordedRun], resamples: int, seed: int) -> list[Difference]:
-    """Return the differences of all runs to the first one.
-
-    Raises:
-        UserError: the evaluation data or a run's detections cannot be read, or do not belong together.
-    """
+    """Return the differences of all runs to the first one."""
     first = runs[0]
     images = (first.evaluation or {}).get("images")
     _, annotations = evaluated_data(first)
@@ -109,15 +92,10 @@ def differences_table(differences: Sequence[Difference], resamples: int) -> Tabl
     if not differences:
         return None
     several = len({one.run for one in differences}) > 1
-    rows = [
-        [
-            Cell(f"{one.metric} {one.run}" if several else one.metric),
-            Cell(f"{one.difference:+.3f}"),
-            Cell(f"{one.low:+.3f} to {one.high:+.3f}"),
-            Cell(one.verdict),
-        ]
-        for one in differences
-    ]
+    rows = []
+    for one in differences:
+        name = f"{one.metric} {one.run}" if several else one.metric
+        rows.append([name, f"{one.difference:+.3f}", f"{one.low:+.3f} to {one.high:+.3f}", one.verdict])
     who = "" if several else f"{differences[0].run} "
     return Table(
         f"Differences {who}to {differences[0].against}",

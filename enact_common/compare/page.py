@@ -28,25 +28,25 @@ def swatch(run: int) -> str:
 
 
 def cell_html(cell: Cell, room: bool) -> str:
-    """Return a body cell of a table.
-
-    Args:
-        cell: its content.
-        room: whether to reserve width for a difference.
-    """
+    """Return a body cell of a table; `room` reserves width for a difference."""
     text = f"<b>{escape(cell.text)}</b>" if cell.best else escape(cell.text)
     # An empty span keeps the numbers of a column aligned.
     difference = f' <span class="difference">{escape(cell.difference)}</span>' if room else ""
     return f'<td data-value="{escape(cell.text)}">{text}{difference}</td>'
 
 
+def section_html(title: str, table: str, note: str = "") -> str:
+    """Return a section with a table, and how to read it."""
+    below = f'<p class="note">{escape(note)}</p>' if note else ""
+    # A scrolling region must be reachable by keyboard.
+    region = f'<div class="wide" tabindex="0" role="region" aria-label="{escape(title)}">'
+    return f"<section><h2>{escape(title)}</h2>\n{region}\n{table}</div>\n{below}</section>"
+
+
 def table_html(table: Table, runs: Sequence[RecordedRun], sortable: bool = False) -> str:
     """Return a table with its title and a colour patch at each run's name.
 
-    Args:
-        table: the table.
-        runs: all runs, in order.
-        sortable: whether a click on a column head sorts the rows.
+    If it is `sortable`, a click on a column head sorts the rows.
     """
     places = {run.name: i for i, run in enumerate(runs)}
     heads = []
@@ -61,27 +61,25 @@ def table_html(table: Table, runs: Sequence[RecordedRun], sortable: bool = False
         body = "".join(cell_html(cell, room) for cell, room in zip(cells, rooms, strict=True))
         lines.append(f'<tr{marked}><th scope="row">{escape(head.text)}</th>{body}</tr>')
     kinds = " ".join(kind for kind, holds in (("numeric", table.numeric), ("sortable", sortable)) if holds)
-    return "\n".join(
-        [
-            f"<section><h2>{escape(table.title)}</h2>",
-            # A scrolling region must be reachable by keyboard.
-            f'<div class="wide" tabindex="0" role="region" aria-label="{escape(table.title)}">',
-            f'<table class="{kinds}"><caption>{escape(table.title)}</caption>',
-            f"<thead><tr>{''.join(heads)}</tr></thead>",
-            "<tbody>",
-            *lines,
-            "</tbody></table></div>",
-            f'<p class="note">{escape(table.note)}</p></section>' if table.note else "</section>",
-        ]
+    body = "\n".join(lines)
+    content = (
+        f'<table class="{kinds}"><caption>{escape(table.title)}</caption>\n<thead><tr>{"".join(heads)}</tr></thead>\n'
+        f"<tbody>\n{body}\n</tbody></table>"
     )
+    return section_html(table.title, content, table.note)
 
 
 def terms_html(inequalities: Sequence[str]) -> str:
     """Return the section on whether the runs are on equal terms."""
     if not inequalities:
         return f'<section class="terms equal">{escape(EQUAL)}</section>'
-    items = "".join(f"<li>{escape(text)}</li>" for text in inequalities)
-    return f'<section class="terms"><strong>Not on equal terms.</strong><ul>{items}</ul></section>'
+    return list_html("Not on equal terms.", inequalities)
+
+
+def list_html(lead: str, texts: Sequence[str]) -> str:
+    """Return a section with a list of sentences."""
+    items = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    return f'<section class="terms"><strong>{lead}</strong><ul>{items}</ul></section>'
 
 
 def curves(runs: Sequence[RecordedRun]) -> dict:
@@ -146,13 +144,9 @@ def panel_html(image: str, panel: Panel) -> str:
 
 
 def pictures_html(title: str, scenes: Sequence[tuple[str, Sequence[Panel]]], reason: str, note: str) -> str:
-    """Return a section with images side by side, or the reason why there are none.
+    """Return a section with the panels of images side by side, or the reason why there are none.
 
-    Args:
-        title: the section's title.
-        scenes: name and panels of each image.
-        reason: why there are no scenes.
-        note: how to read the pictures.
+    `scenes` are the name and panels of each image, `note` is how to read them.
     """
     if not scenes:
         return f'<h2>{escape(title)}</h2><p class="missing">No pictures: {escape(reason)}</p>'
@@ -161,11 +155,6 @@ def pictures_html(title: str, scenes: Sequence[tuple[str, Sequence[Panel]]], rea
         for name, panels in scenes
     )
     return f'<h2>{escape(title)}</h2><p class="note">{escape(note)}</p>{rows}'
-
-
-def unmeasured_html(reason: str) -> str:
-    """Return the section that says why no difference in AP has an interval."""
-    return f'<h2>Differences</h2><p class="missing">No intervals: {escape(reason)}</p>'
 
 
 def build_page(
@@ -181,19 +170,14 @@ def build_page(
     reason: str,
     threshold: float,
 ) -> str:
-    """Return the page.
+    """Return the page of the compared runs.
 
     Args:
-        title: the page's title.
-        runs: the compared runs.
         inequalities: sentences on why the runs are not on equal terms.
-        settings: tables of the runs' settings.
-        figures: tables of metrics and costs.
-        differences: the table of differences in AP with their intervals, or None.
-        unmeasured: why there are no intervals.
+        settings, figures: tables of the settings, and of metrics and costs.
+        differences, unmeasured: the table of differences in AP, or None and the reason.
         classes: the table of classes, or None.
-        scenes: name and panels of each image.
-        reason: why there are no scenes.
+        scenes, reason: name and panels of each image; the reason if there are none.
         threshold: minimum score of the drawn detections.
     """
     data = curves(runs)
@@ -203,7 +187,9 @@ def build_page(
             f'<div class="tables">{"".join(table_html(table, runs) for table in group)}</div>'
             for group in (settings, figures)
         ),
-        table_html(differences, runs) if differences else unmeasured_html(unmeasured),
+        table_html(differences, runs)
+        if differences
+        else f'<h2>Differences</h2><p class="missing">No intervals: {escape(unmeasured)}</p>',
         curves_html(data),
         table_html(classes, runs, sortable=True) if classes else "",
         pictures_html("Detections", scenes, reason, f"Scores of at least {threshold:g}. Click to enlarge."),
@@ -212,13 +198,9 @@ def build_page(
 
 
 def document(title: str, maker: str, sections: Sequence[str], data: dict) -> str:
-    """Return a page with its style and script inside.
+    """Return a page of the module `maker`, with its style and script inside.
 
-    Args:
-        title: the page's title.
-        maker: name of the module that makes the page.
-        sections: HTML of the sections; empty ones are left out.
-        data: the charts' data, from `curves`.
+    Empty `sections` are left out; `data` are the charts', from `curves`.
     """
     # A run name may contain "</script>".
     embedded = json.dumps(data).replace("<", "\\u003c")

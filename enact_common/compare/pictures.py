@@ -53,6 +53,13 @@ class Panel:
     reason: str = ""
 
 
+def corners(boxes: Sequence[Sequence[float]]) -> np.ndarray:
+    """Return xywh boxes as xyxy, float64 (n, 4)."""
+    table = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    table[:, 2:] += table[:, :2]
+    return table
+
+
 def given_scenes(sources: Sequence[Path], most: int) -> list[Scene]:
     """Return the images of `--images`: each file, and the first `most` images of each folder.
 
@@ -100,11 +107,7 @@ def evaluated_data(run: RecordedRun) -> tuple[Path, Path]:
 
 
 def read_scenes(folder: Path, annotations: Path, most: int) -> list[Scene]:
-    """Return the first images of a data set, ordered by id, with their annotations except crowds.
-
-    Raises:
-        UserError: annotations or images cannot be read.
-    """
+    """Return the first images of a data set, ordered by id, with their annotations except crowds."""
     annotated = not annotations.name.startswith("image_info")
     data = load_annotations(annotations, annotated)
     check_file_names(data["images"], folder, annotations)
@@ -112,24 +115,15 @@ def read_scenes(folder: Path, annotations: Path, most: int) -> list[Scene]:
     scenes = []
     for image in sorted(data["images"], key=lambda image: image["id"])[:most]:
         own = [a for a in data["annotations"] if a["image_id"] == image["id"] and not a["iscrowd"]]
-        boxes = np.array([a["bbox"] for a in own], dtype=np.float64).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
         path = folder / image["file_name"]
         decode_image(path)
-        truth = Objects(boxes, [names[a["category_id"]] for a in own]) if annotated else None
-        scenes.append(Scene(path, truth))
+        truth = Objects(corners([a["bbox"] for a in own]), [names[a["category_id"]] for a in own])
+        scenes.append(Scene(path, truth if annotated else None))
     return scenes
 
 
 def detect(run: RecordedRun, scenes: Sequence[Scene], threshold: float, device: str | None) -> list[Objects] | str:
-    """Return a run's detections in each image, or the reason why there are none.
-
-    Args:
-        run: the run.
-        scenes: the images.
-        threshold: minimum score, in [0, 1].
-        device: "cuda", "cpu"; None for a GPU if available.
-    """
+    """Return a run's detections with a score of at least `threshold` in each image, or why there are none."""
     if run.checkpoint is None:
         return "no checkpoint"
     try:
@@ -143,19 +137,11 @@ def detect(run: RecordedRun, scenes: Sequence[Scene], threshold: float, device: 
     return objects
 
 
-def draw(scene: Scene, objects: Objects, colours: dict[str, int]) -> str:
-    """Draw objects into an image and return it as a data URI.
-
-    Args:
-        scene: the image.
-        objects: the objects to draw.
-        colours: class name to colour number.
-    """
-    return draw_objects(as_pixels(scene.path, scene.exif).permute(1, 2, 0).numpy(), objects, colours)
-
-
 def draw_objects(pixels: np.ndarray, objects: Objects, colours: dict[str, int]) -> str:
-    """Draw objects into an image uint8 (height, width, 3) and return it as a data URI; other arguments as `draw`."""
+    """Draw objects into an image uint8 (height, width, 3) and return it as a data URI.
+
+    `colours` maps class names to colour numbers.
+    """
     height, width = pixels.shape[:2]
     scale = min(1.0, LONGEST_SIDE / max(height, width))
     if scale < 1:
@@ -182,15 +168,16 @@ def side_by_side(
     names = sorted({name for objects in all_objects for name in objects.names})
     colours = {name: i for i, name in enumerate(names)}
     for i, scene in enumerate(scenes):
+        pixels = as_pixels(scene.path, scene.exif).permute(1, 2, 0).numpy()  # (height, width, 3)
         panels = []
         if scene.truth is not None:
             caption = f"annotated: {len(scene.truth.names)}"
-            panels.append(Panel(caption, draw(scene, scene.truth, colours)))
+            panels.append(Panel(caption, draw_objects(pixels, scene.truth, colours)))
         for run in runs:
             outcome = outcomes[run.name]
             if isinstance(outcome, str):
                 panels.append(Panel(run.name, reason=outcome))
             else:
                 caption = f"{run.name}: {len(outcome[i].names)} found"
-                panels.append(Panel(caption, draw(scene, outcome[i], colours)))
+                panels.append(Panel(caption, draw_objects(pixels, outcome[i], colours)))
         yield scene.path.name, panels

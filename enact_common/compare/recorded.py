@@ -20,7 +20,6 @@ class RecordedRun:
     """A run, read from its folder. Missing parts are empty or None.
 
     Attributes:
-        name: display name.
         epochs: the log's rows, from `read_epochs`.
         evaluation: the record from `read_evaluation`.
         checkpoint: the checkpoint to detect with: the best one if it exists, else the latest.
@@ -113,14 +112,9 @@ def read_run(source: Path, name: str) -> RecordedRun:
 
 
 def read_arguments(run: RecordedRun) -> None:
-    """Fill in a run's variant, arguments and epochs from its checkpoint.
-
-    Raises:
-        UserError: the checkpoint cannot be read.
-    """
+    """Fill in a run's variant, arguments and epochs from its checkpoint."""
     state = load_checkpoint(str(run.checkpoint))
-    run.variant = variant_of(state)
-    run.args = state["args"]
+    run.variant, run.args = variant_of(state), state["args"]
     # Checkpoints of the original repositories lack the flag, but their tensor names show the attention.
     run.args.setdefault("encoder_attention", attention_of(state["model"]))
     run.trained = state["epoch"] + 1 if is_finite(state.get("epoch")) else None

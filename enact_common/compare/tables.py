@@ -16,7 +16,6 @@ class Cell:
     """A cell of a table.
 
     Attributes:
-        text: the value.
         difference: difference to the first run; empty for none.
         best: whether the value is the best of its row.
     """
@@ -37,9 +36,7 @@ class Table:
     """A table whose first column holds the row names.
 
     Attributes:
-        title: heading of the table.
-        header: column names.
-        rows: for each row, one cell per column.
+        rows: for each row, one cell per column; texts become cells.
         note: how to read the table.
         marked: for each row, whether to highlight it; empty for none.
         numeric: whether all columns except the first hold numbers.
@@ -47,10 +44,13 @@ class Table:
 
     title: str
     header: list[str]
-    rows: list[list[Cell]]
+    rows: list[list[Cell | str]]
     note: str = ""
     marked: list[bool] = field(default_factory=list)
     numeric: bool = False
+
+    def __post_init__(self):
+        self.rows = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in self.rows]
 
     def markdown(self) -> str:
         """Return the table as Markdown, with aligned columns to be readable on a terminal."""
@@ -77,14 +77,10 @@ def compared(
     difference: Callable[[float, float], str],
     best: Callable[[Sequence[float]], float] | None = None,
 ) -> list[Cell]:
-    """Return a row of values with their differences to the first run.
+    """Return a row of values, one per run, with their differences to the first run.
 
-    Args:
-        name: the row's name.
-        values: one value per run; None if missing.
-        form: formats a value.
-        difference: formats the difference between a run's value and the first run's.
-        best: `max` or `min`; None if no value is better than another.
+    `form` and `difference` make texts of a value, and of a run's and the first run's value. `best` is `max` or `min`;
+    None if no value is better than another.
     """
     texts = [DASH if value is None else form(value) for value in values]
     known = [value for value in values if value is not None]
@@ -117,7 +113,7 @@ def figures_table(runs: Sequence[RecordedRun]) -> Table:
     """Return the twelve COCO metrics, and the best AP in the log."""
     rows = [ap_row(name, [run.figures.get(name) for run in runs]) for name in METRICS]
     rows.append(ap_row("highest AP", [run.best and run.best[1] for run in runs]))
-    rows.append([Cell("at epoch"), *(Cell(str(run.best[0]) if run.best else DASH) for run in runs)])
+    rows.append(["at epoch", *(str(run.best[0]) if run.best else DASH for run in runs)])
     return Table(
         "COCO metrics",
         ["metric", *(run.name for run in runs)],
@@ -159,6 +155,6 @@ def classes_table(runs: Sequence[RecordedRun]) -> Table | None:
         known = [rows_of.get(name) for rows_of in by_run]
         counts = list(dict.fromkeys(str(row["objects"]) for row in known if row))
         cells = [ap_row("", [row and row[figure] for row in known])[1:] for figure in ("AP", "AP50")]
-        rows.append([Cell(name), Cell(" / ".join(counts)), *cells[0], *cells[1]])
+        rows.append([name, " / ".join(counts), *cells[0], *cells[1]])
     columns = [f"{figure} {run.name}" for figure in ("AP", "AP50") for run in runs]
     return Table("Classes", ["class", "objects", *columns], rows, note="", numeric=True)

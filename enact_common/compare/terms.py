@@ -8,7 +8,7 @@ from typing import Any
 from enact_common.attention.rivals import RIVALS
 from enact_common.cli.flags import CLUSTERING_FLAGS, ENACT_FLAGS
 from enact_common.compare.recorded import RecordedRun
-from enact_common.compare.tables import DASH, Cell, Table
+from enact_common.compare.tables import DASH, Table
 from enact_common.models.layers import encoder_settings, rival_text
 
 # Shown if the runs are comparable.
@@ -138,7 +138,7 @@ def settings_table(runs: Sequence[RecordedRun]) -> Table:
     return Table(
         "The runs",
         ["", *(run.name for run in runs)],
-        [[Cell(name), *(Cell(text or DASH) for text in row)] for name, row in texts.items() if any(row)],
+        [[name, *(text or DASH for text in row)] for name, row in texts.items() if any(row)],
         note="Marked rows differ.",
         # An unknown value does not count as a difference.
         marked=[len(set(row) - {None}) > 1 for row in texts.values() if any(row)],
@@ -147,7 +147,7 @@ def settings_table(runs: Sequence[RecordedRun]) -> Table:
 
 def flags_table(runs: Sequence[RecordedRun]) -> Table | None:
     """Return the table of the differing flags of `differing_flags`, or None if no flag differs."""
-    rows = [[Cell(f"--{flag}"), *(Cell(value or DASH) for value in row)] for flag, row in differing_flags(runs).items()]
+    rows = [[f"--{flag}", *(value or DASH for value in row)] for flag, row in differing_flags(runs).items()]
     return Table("Flags that differ", ["flag", *(run.name for run in runs)], rows) if rows else None
 
 

@@ -66,10 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Diagnose a run or a checkpoint.
-
-    Returns:
-        the exit status.
+    """Diagnose a run or a checkpoint; return the exit status.
 
     Raises:
         UserError: hotcoco is not installed, or an argument or a file is invalid.
@@ -97,11 +94,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the diagnosis.
-
-    Returns:
-        the exit status: 0, or 2 for a user error.
-    """
+    """Run the diagnosis; return the exit status: 0, or 2 for a user error."""
     parser = build_parser()
     args = parser.parse_args(argv)
     return exit_status(parser.prog, lambda: run(args))

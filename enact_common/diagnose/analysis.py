@@ -41,11 +41,7 @@ WRONG_CLASS, NOT_ANNOTATED, ANNOTATED_TWICE = "wrong class", "not annotated", "a
 
 
 def hotcoco_package() -> ModuleType:
-    """Return hotcoco.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """Return hotcoco; a UserError names the extra if it is not installed."""
     return needed("hotcoco", "the diagnosis", "diagnose")
 
 
@@ -102,10 +98,7 @@ def measured(value: float) -> float | None:
 def best_threshold(detections: np.ndarray, status: dict[int, str], objects: int) -> float:
     """Return the score at which F1 over all classes is best; 0.5 if no detection is right.
 
-    Args:
-        detections: float64 (n, 7).
-        status: "tp" or "fp" of each detection's id that counts.
-        objects: number of objects.
+    `status` is "tp" or "fp" by the id of each detection that counts, `objects` the number of objects.
     """
     ids = np.array(sorted(status), dtype=np.int64)
     scores, right = detections[ids - 1, 5], np.array([status[i] == "tp" for i in ids.tolist()], dtype=bool)
@@ -188,12 +181,9 @@ def rows_by_image(rows: Sequence[Any], image_of: Sequence[int]) -> dict[int, lis
 
 
 def error_of(detection: np.ndarray, objects: Sequence[dict], found: Sequence[bool]) -> str:
-    """Return TIDE's type of a wrong detection.
+    """Return TIDE's type of a wrong detection (7,).
 
-    Args:
-        detection: (7,), a row of the detections.
-        objects: the image's annotations without crowds.
-        found: whether another detection matches each of them.
+    `objects` are the image's annotations without crowds, `found` says whether another detection matches each of them.
     """
     iou = overlaps([detection[1:5]], [a["bbox"] for a in objects])[0]
     own = np.array([a["category_id"] == detection[6] for a in objects], dtype=bool)
@@ -211,10 +201,7 @@ def error_of(detection: np.ndarray, objects: Sequence[dict], found: Sequence[boo
 def worst_images(truth: dict[str, Any], detections: np.ndarray, diagnostics: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the images with errors, those with most errors first, with all their objects and detections.
 
-    Args:
-        truth: the ground truth.
-        detections: (n, 7), from the threshold on.
-        diagnostics: hotcoco's diagnostics of these detections.
+    `diagnostics` are hotcoco's of these detections (n, 7), from the threshold on.
     """
     names = {category["id"]: str(category["name"]) for category in truth["categories"]}
     objects = [a for a in truth["annotations"] if not a["iscrowd"]]
@@ -253,10 +240,7 @@ def worst_images(truth: dict[str, Any], detections: np.ndarray, diagnostics: dic
 def label_errors(truth: dict[str, Any], detections: np.ndarray, diagnostics: dict[str, Any]) -> list[dict[str, Any]]:
     """Return likely label errors, the likeliest first: doubled annotations, then by the score of the contradiction.
 
-    Args:
-        truth: the ground truth.
-        detections: (n, 7), from the threshold on.
-        diagnostics: hotcoco's diagnostics of these detections.
+    Arguments are those of `worst_images`.
 
     Returns:
         dicts with `kind`; `file_name` and `image_id`; `annotated` and `detected`, class names or None; `score` or None;

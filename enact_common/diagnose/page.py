@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from enact_common.compare.page import curves, document, pictures_html, table_html
-from enact_common.compare.pictures import Objects, Panel, draw_objects
-from enact_common.compare.tables import DASH, Cell, Table
+from enact_common.compare.page import curves, document, list_html, pictures_html, section_html, table_html
+from enact_common.compare.pictures import Objects, Panel, corners, draw_objects
+from enact_common.compare.tables import DASH, Table
 from enact_common.data.images import decode_image
 from enact_common.diagnose.analysis import ANNOTATED_TWICE, NOT_ANNOTATED, WRONG_CLASS
 from enact_common.utils.errors import UserError
@@ -79,10 +79,7 @@ def confused_pairs(diagnosis: dict[str, Any]) -> list[tuple[str, str, int]]:
 def errors_table(diagnosis: dict[str, Any]) -> Table:
     """Return the table of TIDE's error types."""
     found = diagnosis["errors"]
-    rows = [
-        [Cell(row["error"]), Cell(f"{row['count']:,}"), Cell(f"{row['costs']:.3f}"), Cell(row["meaning"])]
-        for row in found["types"]
-    ]
+    rows = [[row["error"], f"{row['count']:,}", f"{row['costs']:.3f}", row["meaning"]] for row in found["types"]]
     return Table(
         "Errors by kind",
         ["error", "count", "costs AP50", "meaning"],
@@ -96,10 +93,9 @@ def errors_table(diagnosis: dict[str, Any]) -> Table:
 def breakdown_tables(diagnosis: dict[str, Any]) -> list[Table]:
     """Return the tables of AP by size and by crowding."""
 
-    def rows(key: str, columns: Sequence[str]) -> list[list[Cell]]:
+    def rows(key: str, columns: Sequence[str]) -> list[list[str]]:
         return [
-            [Cell(str(row[columns[0]]))]
-            + [Cell(ap_text(row[c]) if c.startswith("AP") else f"{row[c]:,}") for c in columns[1:]]
+            [row[columns[0]], *(ap_text(row[c]) if c.startswith("AP") else f"{row[c]:,}" for c in columns[1:])]
             for row in diagnosis[key]
         ]
 
@@ -115,7 +111,7 @@ def breakdown_tables(diagnosis: dict[str, Any]) -> list[Table]:
 def classes_table(diagnosis: dict[str, Any]) -> Table:
     """Return the table of AP by class, the weakest first."""
     rows = [
-        [Cell(row["name"]), Cell(f"{row['objects']}"), Cell(ap_text(row["AP"])), Cell(ap_text(row["AP50"]))]
+        [row["name"], f"{row['objects']}", ap_text(row["AP"]), ap_text(row["AP50"])]
         for row in sorted(diagnosis["classes"], key=lambda row: row["AP"])
     ]
     return Table("AP by class", ["class", "objects", "AP", "AP50"], rows, numeric=True)
@@ -123,7 +119,7 @@ def classes_table(diagnosis: dict[str, Any]) -> Table:
 
 def confusions_table(diagnosis: dict[str, Any]) -> Table:
     """Return the table of the most frequent confusions, for the terminal."""
-    rows = [[Cell(name), Cell(other), Cell(f"{count:,}")] for name, other, count in confused_pairs(diagnosis)]
+    rows = [[name, other, f"{count:,}"] for name, other, count in confused_pairs(diagnosis)]
     more = len(rows) - MOST_ROWS
     note = f"Scores of at least {diagnosis['threshold']:.3g}."
     return Table(
@@ -139,12 +135,9 @@ def labels_table(diagnosis: dict[str, Any]) -> Table:
     cases = diagnosis["label_errors"]
     rows = [
         [
-            Cell(case["file_name"]),
-            Cell(case["kind"]),
-            Cell(case["annotated"] or DASH),
-            Cell(case["detected"] or DASH),
-            Cell(DASH if case["score"] is None else f"{case['score']:.2f}"),
-            Cell(", ".join(f"{side:.0f}" for side in case["bbox"])),
+            *(case["file_name"], case["kind"], case["annotated"] or DASH, case["detected"] or DASH),
+            DASH if case["score"] is None else f"{case['score']:.2f}",
+            ", ".join(f"{side:.0f}" for side in case["bbox"]),
         ]
         for case in cases[:MOST_ROWS]
     ]
@@ -162,7 +155,7 @@ def labels_table(diagnosis: dict[str, Any]) -> Table:
 def worst_table(diagnosis: dict[str, Any]) -> Table:
     """Return the table of the images with most errors."""
     rows = [
-        [Cell(row["file_name"]), *(Cell(str(row[key])) for key in ("right", "wrong", "missed"))]
+        [row["file_name"], *(str(row[key]) for key in ("right", "wrong", "missed"))]
         for row in diagnosis["worst_images"][:MOST_ROWS]
     ]
     note = f"Detections with scores of at least {diagnosis['threshold']:.3g}, right from IoU 0.5 on."
@@ -181,12 +174,6 @@ def tables(diagnosis: dict[str, Any]) -> list[Table]:
     ]
 
 
-def summary_html(diagnosis: dict[str, Any]) -> str:
-    """Return the section with the summary."""
-    items = "".join(f"<li>{escape(text)}</li>" for text in summary(diagnosis))
-    return f'<section class="terms"><strong>In short</strong><ul>{items}</ul></section>'
-
-
 def errors_html(diagnosis: dict[str, Any]) -> str:
     """Return the table of error types with a bar for each cost."""
     table = errors_table(diagnosis)
@@ -198,12 +185,11 @@ def errors_html(diagnosis: dict[str, Any]) -> str:
             f'<tr><th scope="row">{name.text}</th><td>{meaning.text}</td><td class="number">{count.text}</td>'
             f'<td class="number">{costs.text}</td><td>{bar}</td></tr>'
         )
-    return (
-        f'<section><h2>{table.title}</h2><div class="wide" tabindex="0" role="region" aria-label="{table.title}">'
+    content = (
         '<table><thead><tr><th scope="col">error</th><th scope="col">meaning</th><th scope="col">count</th>'
-        f'<th scope="col" colspan="2">costs AP50</th></tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
-        f'<p class="note">{escape(table.note)}</p></section>'
+        f'<th scope="col" colspan="2">costs AP50</th></tr></thead><tbody>{"".join(lines)}</tbody></table>'
     )
+    return section_html(table.title, content, table.note)
 
 
 def confusion_html(diagnosis: dict[str, Any]) -> str:
@@ -228,27 +214,15 @@ def confusion_html(diagnosis: dict[str, Any]) -> str:
         for i in places
     )
     part = f" The {MOST_CLASSES} classes with most errors of {background}." if background > MOST_CLASSES else ""
-    return (
-        '<section><h2>Confusion matrix</h2><div class="wide" tabindex="0" role="region" aria-label="Confusion matrix">'
-        f'<table class="matrix"><thead><tr><td></td>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
-        f'<p class="note">{CONFUSION_NOTE} Scores of at least {diagnosis["threshold"]:.3g}.{part}</p></section>'
-    )
-
-
-def corners(boxes: Sequence[Sequence[float]]) -> np.ndarray:
-    """Return xywh boxes as xyxy, float64 (n, 4)."""
-    table = np.array(boxes, dtype=np.float64).reshape(-1, 4)
-    table[:, 2:] += table[:, :2]
-    return table
+    content = f'<table class="matrix"><thead><tr><td></td>{heads}</tr></thead><tbody>{lines}</tbody></table>'
+    note = f"{CONFUSION_NOTE} Scores of at least {diagnosis['threshold']:.3g}.{part}"
+    return section_html("Confusion matrix", content, note)
 
 
 def panel(caption: str, pixels: np.ndarray, rows: Sequence[tuple[Sequence[float], str, int, float | None]]) -> Panel:
-    """Return a picture with boxes.
+    """Return a picture with boxes in pixels uint8 (height, width, 3).
 
-    Args:
-        caption: its caption.
-        pixels: uint8 (height, width, 3).
-        rows: (xywh box in pixels, text, colour number, score) of each box; either all or none have a score.
+    `rows` has (xywh box in pixels, text, colour number, score) of each box; either all or none have a score.
     """
     scores = [score for *_, score in rows if score is not None] or None
     # A text has one colour, so texts tell right from wrong.
@@ -296,14 +270,7 @@ def label_panels(case: dict[str, Any], pixels: np.ndarray) -> list[Panel]:
 
 
 def scenes(rows: Sequence[dict[str, Any]], folder: Path, most: int, panels_of: Any) -> list[tuple[str, list[Panel]]]:
-    """Return name and pictures of the first rows.
-
-    Args:
-        rows: of `worst_images` or `label_errors`.
-        folder: folder of the images.
-        most: greatest number of rows.
-        panels_of: makes the panels of a row and its image.
-    """
+    """Return name and pictures, from `panels_of`, of the first `most` rows of `worst_images` or `label_errors`."""
     shown = []
     for row in rows[:most]:
         name = f"{row['file_name']}: {row['kind']}" if "kind" in row else row["file_name"]
@@ -316,10 +283,10 @@ def scenes(rows: Sequence[dict[str, Any]], folder: Path, most: int, panels_of: A
 
 
 def build_page(name: str, diagnosis: dict[str, Any], folder: Path, pictures: int) -> str:
-    """Return the page.
+    """Return the page of a run or checkpoint.
 
     Args:
-        name: name of the run or checkpoint.
+        name: its name.
         diagnosis: from `diagnose`.
         folder: folder of the images.
         pictures: greatest number of worst images, and of likely label errors, that are drawn.
@@ -327,7 +294,7 @@ def build_page(name: str, diagnosis: dict[str, Any], folder: Path, pictures: int
     none = "--pictures is 0" if not pictures else "there are none"
     sizes, crowding = breakdown_tables(diagnosis)
     sections = [
-        summary_html(diagnosis),
+        list_html("In short", summary(diagnosis)),
         errors_html(diagnosis),
         f'<div class="tables">{"".join(table_html(t, ()) for t in (sizes, crowding))}</div>',
         table_html(classes_table(diagnosis), (), sortable=True),

@@ -30,10 +30,8 @@ class Source:
     """Detections and the ground truth that they are compared with.
 
     Attributes:
-        name: display name.
         detections: float64 (n, 7), from `read_results`.
         truth: from `read_truth`.
-        images: folder of the images.
         file: file of the detections.
         record: the evaluation record next to them; None for none.
     """
@@ -48,9 +46,6 @@ class Source:
 
 def read_source(args: argparse.Namespace) -> Source:
     """Read the detections that a command line names; evaluates a checkpoint and writes its detections first.
-
-    Args:
-        args: parsed arguments of the command.
 
     Raises:
         UserError: the source is none of the three kinds, or its data cannot be read. Nothing has been written then.
@@ -78,15 +73,7 @@ def read_source(args: argparse.Namespace) -> Source:
 
 
 def in_folder(folder: Path, record: dict[str, Any] | None) -> tuple[Path | None, Path | None]:
-    """Return the detections in a run's folder, or else the checkpoint to evaluate.
-
-    Args:
-        folder: the folder.
-        record: its latest evaluation; None for none.
-
-    Raises:
-        UserError: there is neither.
-    """
+    """Return the detections in a folder, whose latest evaluation is `record`, or else the checkpoint to evaluate."""
     results = folder / RESULTS
     checkpoint = next((folder / name for name in (BEST, LATEST) if (folder / name).is_file()), None)
     if results.is_file() and not (is_outdated(record) and checkpoint is not None):
@@ -106,11 +93,7 @@ def in_folder(folder: Path, record: dict[str, Any] | None) -> tuple[Path | None,
 
 
 def evaluation_files(args: argparse.Namespace, split: str) -> tuple[Path, Path]:
-    """Return the image folder and the annotation file to compare with.
-
-    Raises:
-        UserError: the flags do not name them, or they are missing.
-    """
+    """Return the image folder and the annotation file to compare with."""
     if not (args.coco_path or args.val_images):
         raise UserError("the annotations are missing: pass --coco_path DIR, or --val_images and --val_annotations")
     if bool(args.val_images) != bool(args.val_annotations):
@@ -120,17 +103,9 @@ def evaluation_files(args: argparse.Namespace, split: str) -> tuple[Path, Path]:
 
 
 def evaluate_checkpoint(checkpoint: Path, args: argparse.Namespace) -> Path:
-    """Evaluate a checkpoint on the validation images as `--eval` does, and write its two files to `--output_dir`.
+    """Evaluate a checkpoint on the validation images as `--eval` does; return the file of the detections.
 
-    Args:
-        checkpoint: the checkpoint.
-        args: parsed arguments of the command.
-
-    Returns:
-        the file of the detections.
-
-    Raises:
-        UserError: the checkpoint is not one of a box detector of this project, or does not fit the data.
+    This file and `evaluation.json` are written to `--output_dir`.
     """
     detector = load_detector(checkpoint, args.device, threshold=0.0)
     if detector.things is not None:

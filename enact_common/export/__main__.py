@@ -65,10 +65,9 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"kind of file; {FORMAT} is a folder with weights, of plain DETR and Conditional DETR",
     )  # fmt: skip
     parser.add_argument(
-        "--output",
-        metavar="FILE",
+        "--output", metavar="FILE",
         help="output file or folder; default: the checkpoint's name with the format's suffix, in the current folder",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--size", type=positive_int, nargs=2, metavar=("H", "W"),
         help="height and width of the input images in pixels; default: the model's shorter side in evaluation for both",
@@ -83,11 +82,10 @@ def build_parser() -> argparse.ArgumentParser:
         "several sizes",
     )  # fmt: skip
     parser.add_argument(
-        "--raw",
-        action="store_true",
+        "--raw", action="store_true",
         help="return the model's raw outputs for all queries: pred_logits, pred_boxes, and pred_masks if it has a mask "
         "head",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--clusters", metavar="N|PATH",
         help="ENACT: fixed windows, for runtimes without data-dependent sizes: N tokens, or each layer's median over "
@@ -133,24 +131,14 @@ def add_clustering_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: the arguments; None for `sys.argv`.
-
-    Returns:
-        the exit status: 0; 1 if the file's results differ from PyTorch's; 2 for user errors.
-    """
+    """Run the command line; return 0, 1 if the file's results differ from PyTorch's, or 2 for user errors."""
     parser = build_parser()
     args = parser.parse_args(argv)
     return exit_status(parser.prog, lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the arguments, export, and compare the file's outputs with PyTorch's.
-
-    Returns:
-        the exit status, see `main`.
+    """Check the arguments, export, and compare the file's outputs with PyTorch's; return the exit status, see `main`.
 
     Raises:
         UserError: the arguments, the checkpoint or the environment are not usable.
@@ -184,11 +172,7 @@ def run(args: argparse.Namespace) -> int:
 def export_folder(args: argparse.Namespace) -> int:
     """Write a folder for Hugging Face's transformers, and print how far its outputs are from this project's.
 
-    Returns:
-        0; 1 if the outputs differ by more than `TOLERANCE`.
-
-    Raises:
-        UserError: the arguments, the checkpoint or the environment are not usable.
+    Returns 1 if the outputs differ by more than `TOLERANCE`, else 0.
     """
     output = Path(args.output or f"{own_name(args.checkpoint)}_{FORMAT}")
     check_folder(args, output)
@@ -209,11 +193,7 @@ def own_name(checkpoint: str) -> str:
 
 
 def check_arguments(args: argparse.Namespace, output: Path) -> None:
-    """Refuse conflicting arguments, before any work.
-
-    Raises:
-        UserError: arguments conflict, or a package is missing. The message says what to change.
-    """
+    """Refuse conflicting arguments and missing packages, before any work."""
     check_no_folder(output)
     suffix = FORMATS[args.format].suffix
     if output.suffix != suffix:
@@ -228,11 +208,7 @@ def check_arguments(args: argparse.Namespace, output: Path) -> None:
 
 
 def window_lengths(detector: LoadedDetector, clusters: str | None) -> list[int] | None:
-    """The window length of each encoder layer in tokens, from `--clusters`; None for lengths from each image.
-
-    Raises:
-        UserError: the path does not exist or has no image.
-    """
+    """The window length of each encoder layer in tokens, from `--clusters`; None for lengths from each image."""
     layers = len(clusterings(detector.model))
     if clusters is None:
         return None
@@ -244,11 +220,7 @@ def window_lengths(detector: LoadedDetector, clusters: str | None) -> list[int] 
 
 
 def find_images(path: Path) -> list[Path]:
-    """The path of an image, or the paths of a folder's images, sorted by name.
-
-    Raises:
-        UserError: the path does not exist or has no image.
-    """
+    """The path of an image, or the paths of a folder's images, sorted by name."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -277,9 +249,7 @@ def report(output: Path, lengths: list[int] | None) -> None:
 def check(graph: DetectorGraph, exported: ExportedDetector, quantized: bool) -> int:
     """Compare a file's outputs with its model's on blurred noise, and print the greatest difference.
 
-    Returns:
-        1 if the difference is more than rounding explains, else 0. For an 8-bit file always 0: a large difference only
-        prints a warning.
+    Returns 1 if it is more than rounding explains, else 0. For an 8-bit file, a large difference only prints a warning.
     """
     sizes = [graph.interface.size] if graph.interface.size else TEST_SIZES
     greatest = 0.0

@@ -39,10 +39,9 @@ QUANTIZED = ["MatMul", "Gemm"]
 
 @dataclass(frozen=True)
 class Format:
-    """An export format.
+    """An export format with its file suffix.
 
     Attributes:
-        suffix: file suffix.
         write: takes (graph, metadata, path), traces the graph and writes it; may raise a UserError.
         load: takes a path and returns (metadata, function from input tensors to output tensors).
     """
@@ -87,11 +86,7 @@ def silenced(name: str | None = None) -> Iterator[None]:
 
 
 def export_program(graph: DetectorGraph) -> ExportedProgram:
-    """Trace the graph into PyTorch's exported program.
-
-    Raises:
-        UserError: PyTorch is too old.
-    """
+    """Trace the graph into PyTorch's exported program."""
     if TORCH_VERSION < EXPORTING:
         tried = ".".join(map(str, EXPORTING))
         raise UserError(
@@ -120,13 +115,8 @@ def write_onnx(graph: DetectorGraph, metadata: dict, path: Path) -> None:
     needed("onnxscript", "--format onnx")
     program = export_program(graph)
     with silenced("onnxscript"):
-        exported = torch.onnx.export(
-            program,
-            input_names=graph.interface.inputs,
-            output_names=list(graph.interface.outputs),
-            dynamo=True,
-            verbose=False,
-        )
+        names = {"input_names": graph.interface.inputs, "output_names": list(graph.interface.outputs)}
+        exported = torch.onnx.export(program, dynamo=True, verbose=False, **names)
     save_onnx(onnx, exported.model_proto, metadata, path)
 
 
@@ -185,11 +175,7 @@ def load_program(path: Path) -> tuple[dict, Callable[..., Sequence[Tensor]]]:
 
 
 def read_metadata(path: Path, text: str | bytes) -> dict:
-    """Parse a file's metadata.
-
-    Raises:
-        UserError: the file has no metadata.
-    """
+    """Parse a file's metadata."""
     if not text:
         raise UserError(f"{path}: has no metadata of this project; export it with python -m enact_common.export")
     return json.loads(text)
@@ -245,12 +231,9 @@ def quantize(source: Path, path: Path) -> None:
     (metadata,) = (prop.value for prop in model.metadata_props if prop.key == METADATA)
     with tempfile.TemporaryDirectory() as folder, silenced():
         quantized = Path(folder) / "int8.onnx"
+        kind = quantization.QuantType.QUInt8
         quantization.quantize_dynamic(
-            model,
-            quantized,
-            weight_type=quantization.QuantType.QUInt8,
-            per_channel=True,
-            op_types_to_quantize=QUANTIZED,
+            model, quantized, weight_type=kind, per_channel=True, op_types_to_quantize=QUANTIZED
         )
         model = onnx.load(quantized)
     save_onnx(onnx, model, json.loads(metadata) | {"quantized": True}, path)

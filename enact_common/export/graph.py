@@ -96,13 +96,7 @@ class Interface:
 
 
 class DetectorGraph(nn.Module):
-    """The exported module: a detector with its post-processing, from image tensors to output tensors.
-
-    Args:
-        model: a detector, in evaluation mode.
-        postprocess: the detector's post-processing.
-        interface: the inputs and outputs.
-    """
+    """The exported module: a detector with its post-processing, from image tensors to output tensors."""
 
     def __init__(self, model: nn.Module, postprocess: nn.Module, interface: Interface):
         super().__init__()
@@ -132,9 +126,7 @@ def fix_window_lengths(model: nn.Module, lengths: Sequence[int] | None) -> None:
 def calibrated_lengths(model: nn.Module, images: Iterable[Tensor]) -> list[int]:
     """The median cluster length of each encoder layer over images, in tokens, at least 1.
 
-    Args:
-        model: a detector, in evaluation mode.
-        images: batches of one, (1, 3, height, width), at the evaluation size.
+    The model is in evaluation mode; images are batches of one, (1, 3, height, width), at the evaluation size.
     """
     layers = clusterings(model)
     layer_lengths: list[list[float]] = [[] for _ in layers]
@@ -151,11 +143,7 @@ def calibrated_lengths(model: nn.Module, images: Iterable[Tensor]) -> list[int]:
 
 
 def check_interface(detector: LoadedDetector, interface: Interface, lengths: Sequence[int] | None) -> None:
-    """Refuse interfaces and settings that cannot be exported.
-
-    Raises:
-        UserError: a setting cannot be exported. The message names the flag to change.
-    """
+    """Refuse interfaces and settings that cannot be exported; the message names the flag to change."""
     if interface.size is not None and not (
         LEAST_SIDE <= min(interface.size) <= max(interface.size) <= interface.greatest_side
     ):
@@ -188,11 +176,7 @@ def check_interface(detector: LoadedDetector, interface: Interface, lengths: Seq
 
 
 def refuse_rival(attention: str, dynamic: bool) -> None:
-    """Refuse encoder attentions that cannot be exported.
-
-    Args:
-        attention: one of `ENCODER_ATTENTIONS`.
-        dynamic: whether the file takes images of any size.
+    """Refuse encoder attentions that cannot be exported, or not for a file that takes images of any size (`dynamic`).
 
     Raises:
         UserError: naming the attention, and what to do.

@@ -33,11 +33,7 @@ GRAPH_FLAGS = ("size", "batch", "dynamic", "mask", "raw", "clusters", "quantize"
 
 
 def check_folder(args: argparse.Namespace, output: Path) -> None:
-    """Refuse flags of the other formats, an output that exists, and missing packages, before any work.
-
-    Raises:
-        UserError: naming what to change.
-    """
+    """Refuse flags of the other formats, an output that exists, and missing packages, before any work."""
     given = [flag for flag in GRAPH_FLAGS if getattr(args, flag)]
     given += [flag for flag in CLUSTERING_FLAGS if getattr(args, flag, None) is not None]
     if given:
@@ -51,11 +47,7 @@ def check_folder(args: argparse.Namespace, output: Path) -> None:
 
 
 def check_model(detector: LoadedDetector) -> None:
-    """Refuse models that Hugging Face's library does not have.
-
-    Raises:
-        UserError: naming what it lacks, and another way.
-    """
+    """Refuse models that Hugging Face's library does not have."""
     args = detector.args
     if detector.variant not in MODEL_TYPES.values():
         raise UserError(
@@ -81,12 +73,7 @@ def check_model(detector: LoadedDetector) -> None:
 def write_folder(detector: LoadedDetector, output: Path) -> float:
     """Write the folder, after loading it with transformers and comparing its outputs.
 
-    Args:
-        detector: a model that `check_model` allows.
-        output: the folder to create.
-
-    Returns:
-        the greatest difference of logits and boxes on noise, in a batch with padding.
+    Returns the greatest difference of logits and boxes on noise, in a batch with padding.
 
     Raises:
         UserError: a package is missing, or the folder cannot be written.

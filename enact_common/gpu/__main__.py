@@ -47,7 +47,6 @@ class Step:
         name: name of the step and its folder.
         limit: time limit, seconds; the command is killed after it.
         module: module in `enact_common` to run.
-        words: the command line.
         small: the command line of a trial that takes seconds on a CPU.
     """
 
@@ -128,11 +127,7 @@ def run_step(step: Step, folder: Path, device: str, small: bool) -> dict:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the steps; return 1 if one failed, else 0.
-
-    Raises:
-        UserError: the device is missing, or the folder cannot be created.
-    """
+    """Run the steps; return 1 if one failed, else 0."""
     device = find_device(args.device or default_device())
     if device.type == "cpu" and not args.small:
         raise UserError("no GPU found: a full run would take hours on a CPU; pass --small to try the commands")
@@ -186,11 +181,7 @@ def check(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Write the page of a run's results; return 0.
-
-    Raises:
-        UserError: the folder has no run.json, or the page's folder cannot be created.
-    """
+    """Write the page of a run's results; return 0."""
     # Imported here, since only the page needs matplotlib, which a GPU server may lack.
     from enact_common.gpu.page import write_page
 
@@ -218,12 +209,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     check_parser = commands.add_parser("check", help="run only checks", formatter_class=HelpFormatter)
     check_parser.add_argument(
-        "names",
-        nargs="*",
-        choices=tuple(CHECKS),
-        metavar="CHECK",
+        "names", nargs="*", choices=tuple(CHECKS), metavar="CHECK",
         help=f"checks to run, of {', '.join(CHECKS)}; default: all",
-    )
+    )  # fmt: skip
     check_parser.add_argument("--output_dir", default="gpu_run", metavar="DIR", help="folder for the JSON files")
     check_parser.add_argument("--device", **device)
     check_parser.add_argument("--small", **small)
@@ -239,11 +227,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        the exit status: 0; 1 if a step or a check failed; 2 for an error that the user can fix.
-    """
+    """Run the command line; return 0, 1 if a step or a check failed, or 2 for an error that the user can fix."""
     parser = build_parser()
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)

@@ -88,10 +88,10 @@ class Setting:
         """The (batch, tokens) of encoder layers to check."""
         return SMALL if self.small else PUBLISHED
 
-    def milliseconds(self, step: Callable[[], object]) -> float:
+    def milliseconds(self, step: Callable[[], object], runs: int | None = None, warmup: int = 3) -> float:
         """Return the median time of a step, milliseconds, with the device synchronized."""
-        runs = 2 if self.small else 12
-        return 1e3 * statistics.median(take_turns({"": step}, runs, synchronizer(self.device), warmup=3)[""])
+        runs = runs or (2 if self.small else 12)
+        return 1e3 * statistics.median(take_turns({"": step}, runs, synchronizer(self.device), warmup)[""])
 
 
 @contextlib.contextmanager
@@ -380,11 +380,7 @@ def compare_kernels(
 ) -> dict:
     """Return the difference, the times and on a GPU the kernels of a step in PyTorch and with Triton's kernels.
 
-    Args:
-        setting: the device and sizes.
-        name: the kernels' name in `failed_kernels`.
-        step: computes outputs and gradients, with the choice of kernels.
-        choices: the two choices.
+    `name` is the kernels' name in `failed_kernels`. The step computes outputs and gradients with one of `choices`.
     """
     expected, results = map(step, choices)
     differences = [
@@ -505,7 +501,10 @@ def check_sizes(setting: Setting) -> list[dict]:
             before = torch.backends.cuda.cudnn_sdp_enabled()
             torch.backends.cuda.enable_cudnn_sdp(cudnn)
             try:
-                times = [timed(setting, lambda pair=pair, step=step: step(*pair)) for _ in range(3) for pair in batches]
+                times = [
+                    setting.milliseconds(lambda pair=pair, step=step: step(*pair), runs=1, warmup=0)
+                    for _ in range(3) for pair in batches
+                ]  # fmt: skip
             finally:
                 torch.backends.cuda.enable_cudnn_sdp(before)
             step.check()
@@ -513,11 +512,6 @@ def check_sizes(setting: Setting) -> list[dict]:
             new, again = times[: len(sizes)], times[len(sizes) :]
             rows.append({**row, "new": statistics.median(new), "new, most": max(new), "seen": statistics.median(again)})
     return rows
-
-
-def timed(setting: Setting, step: Callable[[], object]) -> float:
-    """Return the milliseconds of one call."""
-    return 1e3 * take_turns({"": step}, 1, synchronizer(setting.device), warmup=0)[""][0]
 
 
 def check_faults(setting: Setting) -> list[dict]:
@@ -545,10 +539,11 @@ def check_faults(setting: Setting) -> list[dict]:
 def check_resume(setting: Setting) -> list[dict]:
     """A short `--deterministic` training, uninterrupted and resumed: the last losses, and whether all weights agree."""
     rows = []
-    sizes = "--train_sizes 64 --eval_size 64 --max_size 96".split()
-    train, val, size = (8, 2, (64, 80)) if setting.small else (96, 16, (256, 320))
-    if not setting.small:
-        sizes = "--train_sizes 224 256 --eval_size 256 --max_size 400".split()
+    sizes = "--train_sizes 224 256 --eval_size 256 --max_size 400".split()
+    train, val, size = 96, 16, (256, 320)
+    if setting.small:
+        sizes = "--train_sizes 64 --eval_size 64 --max_size 96".split()
+        train, val, size = 8, 2, (64, 80)
     for amp in ("none", "bf16"):
         with tempfile.TemporaryDirectory() as folder:
             shapes = make_shapes(Path(folder) / "shapes", train=train, val=val, size=size, seed=3)

@@ -23,7 +23,6 @@ class Case:
 
     Attributes:
         name: names of the file and the case.
-        variant: a key of `VARIANTS`.
         argv: the flags that make our model equal to the recorded one.
         spec: `argv`, `sizes`, `objects` and `seed`, as `tests/golden/README.md` describes them.
         recorded: recorded arrays by name, such as `eval/pred_logits`.
@@ -37,11 +36,7 @@ class Case:
 
 
 def load_recipe() -> ModuleType:
-    """Load the module that makes the weights, images and targets of the recorded cases.
-
-    Raises:
-        UserError: there is no checkout.
-    """
+    """Load the module that makes the weights, images and targets of the recorded cases."""
     path = FOLDER / "recipe.py"
     if not path.is_file():
         raise UserError(f"{FOLDER}: no such folder; the recorded cases come with a checkout: run this in one")

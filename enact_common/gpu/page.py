@@ -8,7 +8,7 @@ from enact_common.benchmark.labels import MIB
 from enact_common.benchmark.measuring import spread
 from enact_common.benchmark.report import LEFT, RIGHT, figure_range, markdown_table, numerics_text
 from enact_common.utils.errors import UserError
-from enact_common.utils.files import make_folder, write_atomically
+from enact_common.utils.files import make_folder, read_json, write_atomically
 
 TABLES = {"table": table.to_markdown, "scaling": scaling.to_markdown}
 
@@ -18,16 +18,12 @@ Made by `python -m enact_common.gpu report` from the JSON files of one run."""
 
 
 def write_page(folder: Path, page: Path) -> None:
-    """Write a run's tables to a page, and its charts to a folder named after the page.
-
-    Args:
-        folder: output folder of `python -m enact_common.gpu run`.
-        page: Markdown file to write.
+    """Write the tables of a run, in `folder`, to a Markdown page, and its charts to a folder named after the page.
 
     Raises:
         UserError: the folder has no run.json, or the page's folder cannot be created.
     """
-    summary = read(folder / "run.json")
+    summary = read_json(folder / "run.json")
     if summary is None:
         raise UserError(f"{folder}: no run.json; name the folder of results of python -m enact_common.gpu run")
     pictures = page.parent / page.stem
@@ -49,14 +45,9 @@ def write_page(folder: Path, page: Path) -> None:
     write_atomically(page, lambda file: file.write(text.encode()), sync=False)
 
 
-def read(path: Path) -> dict | None:
-    """Return the object in a JSON file; None if there is no such file."""
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
 def section_of(path: Path, pictures: Path) -> str:
     """Return a step's JSON file as Markdown; a benchmark's chart is written to `pictures`."""
-    result = read(path)
+    result = json.loads(path.read_text())
     if "check" in result:
         return check_text(result)
     if path.stem == "rowcol":
@@ -99,7 +90,5 @@ def rowcol_text(result: dict) -> str:
         ]
         for row in result["rows"]
     ]
-    about = (
-        f"Machine: {result['machine']}\n\nBatch times heads {result['batch']}, head_dim {result['channels']}, float32."
-    )
-    return f"{about}\n\n{markdown_table(columns, rows)}"
+    about = f"Batch times heads {result['batch']}, head_dim {result['channels']}, float32."
+    return f"Machine: {result['machine']}\n\n{about}\n\n{markdown_table(columns, rows)}"

@@ -65,11 +65,10 @@ class FrozenNorm(FrozenBatchNorm2d):
 
     def fold_into(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Return a convolution's weight (channels, ...) with the norm folded in, and its bias (channels,)."""
-        if torch.compiler.is_compiling():
-            return weight * self.scale.view(-1, 1, 1, 1), self.offset
-        if self.versions != versions(self.weight, self.bias, self.running_mean, self.running_var):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self.versions != versions(self.weight, self.bias, self.running_mean, self.running_var):
             self.refresh()  # a tensor was changed in place
-        if not self.keeps_folded or torch.is_grad_enabled():
+        if compiling or not self.keeps_folded or torch.is_grad_enabled():
             return weight * self.scale.view(-1, 1, 1, 1), self.offset
         if self.folded[0] != versions(weight):
             self.folded = versions(weight), weight * self.scale.view(-1, 1, 1, 1)
@@ -158,11 +157,9 @@ class BackboneBase(nn.Module):
 
     Args:
         backbone: a torchvision ResNet.
-        train_backbone: train it; otherwise all its parameters are frozen.
+        train_backbone, return_interm_layers, stages: as in `Backbone`.
         num_channels: channels of the last feature map.
-        return_interm_layers: return the maps of all stages instead of only the last one.
         train_stem: with train_backbone, also train the stem and the first stage, which are frozen otherwise.
-        stages: how many stages to use, 1 to 4.
     """
 
     def __init__(
@@ -190,10 +187,8 @@ class BackboneBase(nn.Module):
         Strides of the stages are 4, 8, 16 and 32 pixels (16 for the last with dilation). `stride_of` gives the stride
         of the last stage in use.
         """
-        features: dict[str, NestedTensor] = {}
-        for name, map_ in self.body(images.tensors).items():
-            features[name] = NestedTensor(map_, resize_mask(images.mask, map_))
-        return features
+        maps = self.body(images.tensors)
+        return {name: NestedTensor(map_, resize_mask(images.mask, map_)) for name, map_ in maps.items()}
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Called by `torch.jit.script`: return a backbone whose ResNet is a traced graph, which holds folded norms."""
@@ -286,12 +281,7 @@ def load_backbone_weights(name: str, weights: str) -> dict[str, Tensor] | None:
 
 
 class Joiner(nn.Sequential):
-    """A backbone and the position encoding of its deepest feature map, which the transformer gets.
-
-    Args:
-        backbone: returns a dict of NestedTensor.
-        position_embedding: returns the position encoding of a NestedTensor.
-    """
+    """A backbone and the position encoding of its deepest feature map, which the transformer gets."""
 
     def __init__(self, backbone: BackboneBase, position_embedding: nn.Module):
         super().__init__(backbone, position_embedding)

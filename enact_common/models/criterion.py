@@ -16,10 +16,7 @@ from enact_common.utils.distributed import all_reduce_mean
 def build_weights(args, class_weight: float, **others: float) -> dict[str, float]:
     """Return the weight of each loss in the total, by name, including earlier decoder layers with `aux_loss`.
 
-    Args:
-        args: parsed arguments.
-        class_weight: weight of the classification loss.
-        others: weights of a model's additional losses.
+    `class_weight` is the weight of the classification loss, `others` are the weights of a model's additional losses.
     """
     weights = {"loss_ce": class_weight, "loss_bbox": args.bbox_loss_coef, "loss_giou": args.giou_loss_coef}
     weights |= others
@@ -42,7 +39,7 @@ class SoftmaxClassLoss(nn.Module):
         self.register_buffer("class_weight", class_weight, persistent=False)
 
     def forward(self, logits: Tensor, classes: Tensor, objects: Tensor) -> Tensor:
-        """The weighted mean over each layer's queries: (layers,).
+        """Return the weighted mean over each layer's queries: (layers,).
 
         Args:
             logits: (layers, batch, Q, num_classes + 1).
@@ -96,8 +93,6 @@ class SetCriterion(nn.Module):
     """Matches predictions to objects, then supervises the class of every query and the box of each matched one.
 
     Args:
-        num_classes: labels.
-        matcher: assigns queries to objects.
         weight_dict: weight of each loss in the total, by name. Losses without a weight are only logged.
         class_loss: maps (logits, classes, objects) to the classification loss of each layer.
         losses: any of "labels", "boxes", "cardinality".

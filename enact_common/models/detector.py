@@ -20,12 +20,9 @@ def num_classes_of(args) -> int:
 
 
 def detector_outputs(logits: Tensor, boxes: Tensor, aux_loss: bool) -> dict:
-    """Put the predictions of all decoder layers into the form that criteria and post-processing take.
+    """Put logits (layers, batch, Q, classes) and boxes (layers, batch, Q, 4) into the form that criteria take.
 
-    Args:
-        logits: (layers, batch, Q, classes).
-        boxes: (layers, batch, Q, 4).
-        aux_loss: keep the predictions of earlier layers.
+    `aux_loss` keeps the predictions of earlier layers.
     """
     layers = [{"pred_logits": c, "pred_boxes": b} for c, b in zip(logits, boxes, strict=True)]
     outputs = layers.pop()
@@ -40,8 +37,8 @@ class Intermediates:
 
     Attributes:
         features: the backbone's feature maps, from fine to coarse.
-        src: (batch, d, h, w), the transformer's input, projected from the coarsest map.
-        memory: (batch, d, h, w), the encoder's output.
+        src, memory: (batch, d, h, w), the transformer's input, projected from the coarsest map, and the encoder's
+            output.
         decoded: the decoder's output.
     """
 
@@ -56,7 +53,6 @@ class Detector(Scriptable):
 
     Args:
         backbone: returns feature maps and their position encodings.
-        transformer: encodes the last map and decodes the queries.
         num_logits: class logits per query.
         num_queries: objects that can be detected in one image.
         aux_loss: return the predictions of all decoder layers.

@@ -47,13 +47,10 @@ def capture(module: nn.Module, function: Callable[..., Tensor], *samples: Tensor
 
 
 def graph_encoder(model: nn.Module) -> None:
-    """Make a detector's encoder run as CUDA graphs, in place.
+    """Make the encoder of a detector, or an encoder, run as CUDA graphs, in place.
 
     The first training pass and the first inference pass are captured. Later ones of the same batch and map size replay
     the graph, others run as before. Call it after the model is on its GPU; the model can then not be copied or pickled.
-
-    Args:
-        model: a detector, or its encoder.
 
     Raises:
         ValueError: `reason_against_graphs` names a reason.

@@ -23,14 +23,7 @@ PRIOR_LOGIT = math.log(0.01 / 0.99)
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them.
-
-    Args:
-        input_dim: input channels.
-        hidden_dim: channels between the layers.
-        output_dim: output channels.
-        num_layers: linear layers, at least one.
-    """
+    """Linear layers, at least one, with ReLU between them."""
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int):
         super().__init__()
@@ -76,12 +69,7 @@ def attention_settings(args) -> dict:
 
 
 def has_effect(flag: str, attention: str) -> bool:
-    """Whether a flag of ENACT or of its rivals has an effect with an encoder attention.
-
-    Args:
-        flag: a name in `CLUSTERING_FLAGS` or `ENACT_FLAGS`.
-        attention: one of `ENCODER_ATTENTIONS`.
-    """
+    """Whether a flag in `CLUSTERING_FLAGS` or `ENACT_FLAGS` has an effect with one of `ENCODER_ATTENTIONS`."""
     if flag == "token_budget":
         return attention in RIVALS and RIVALS[attention].takes_budget
     if flag == "enact_kernels" and attention == "mhsa":
@@ -140,10 +128,7 @@ def map_keywords(attention: nn.Module, size: tuple[int, int] | None) -> dict[str
 class FeedForwardLayer(Recomputed):
     """Base class of transformer layers, with their feed-forward network; subclasses add attention and norms.
 
-    Args:
-        d_model: channels d.
-        dim_feedforward: hidden channels.
-        dropout: probability, between the two linear maps.
+    `dropout` is between the two linear maps; the other arguments are the numbers of channels d and of hidden channels.
     """
 
     def __init__(self, d_model: int, dim_feedforward: int, dropout: float):
@@ -196,16 +181,13 @@ class TransformerEncoderLayer(FeedForwardLayer):
         pos: Tensor | None = None,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Run the layer.
+        """Run the layer on src (N, batch, d), and return this shape.
 
         Args:
             src: (N, batch, d).
             key_padding_mask: bool (batch, N), True where padded.
             pos: (N, batch, d), added to queries and keys but not to values.
             size: height and width of the map, for attentions that need it.
-
-        Returns:
-            (N, batch, d).
         """
         if self.normalize_before:
             src = src + self.dropout1(self.attend(self.norm1(src), key_padding_mask, pos, size))
@@ -225,13 +207,7 @@ class TransformerEncoderLayer(FeedForwardLayer):
 class DecoderLayer(FeedForwardLayer):
     """Three residual blocks: attention among the queries, attention to the memory, a feed-forward network.
 
-    This is a base class: subclasses define how to attend.
-
-    Args:
-        d_model: channels d.
-        dim_feedforward: hidden channels of the feed-forward network.
-        dropout: probability, after every block and inside the feed-forward network.
-        normalize_before: normalise the input of each block instead of its output (pre-norm).
+    This is a base class: subclasses define how to attend. Arguments are those of `TransformerEncoderLayer`.
     """
 
     def __init__(self, d_model: int, dim_feedforward: int, dropout: float, normalize_before: bool):

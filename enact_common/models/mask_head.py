@@ -41,15 +41,12 @@ class AttentionMaps(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, queries: Tensor, memory: Tensor, mask: Tensor) -> Tensor:
-        """Compute the attention weights.
+        """Return the attention weights float32 (batch, Q, heads, h, w), in [0, 1]; those of a query add up to 1.
 
         Args:
             queries: (batch, Q, d).
             memory: (batch, d, h, w).
             mask: bool (batch, h, w), True where padded; padded cells get weight 0.
-
-        Returns:
-            float32 (batch, Q, heads, h, w), in [0, 1]; the weights of a query add up to 1.
         """
         # (batch, Q, heads, head_dim) and (batch, h w, heads, head_dim)
         q = self.q_linear(queries).unflatten(-1, (self.nhead, -1))
@@ -97,15 +94,12 @@ class MaskHead(Recomputed):
         return [first, *(adapter(map_) for adapter, map_ in zip(adapters, fpns, strict=True))]
 
     def forward(self, maps: Tensor, image: Tensor, first: Tensor, *adapted: Tensor) -> Tensor:
-        """Compute the masks of n queries.
+        """Return the masks of n queries: logits (n, h', w'), at the finest map's size.
 
         Args:
             maps: (n, heads, h, w), the queries' attention maps.
             image: int64 (n,), each query's index into the batch.
             first, adapted: the result of `share`.
-
-        Returns:
-            logits (n, h', w'), at the finest map's size.
         """
         # Attention maps are float32 even if the model was cast to another dtype.
         x = first[image] + F.conv2d(maps.to(first.dtype), self.lay1.weight[:, self.d_model :], padding=1)
@@ -123,7 +117,6 @@ class QueryMasks:
     """The masks of a batch's queries, computed on demand: training needs only those of matched queries.
 
     Attributes:
-        head: computes the masks.
         maps: (batch, Q, heads, h, w), attention maps.
         shared: the result of `MaskHead.share`.
         autocast: the model's autocast dtype; None without autocast.
@@ -154,12 +147,8 @@ class QueryMasks:
             # Split by queries, so that the number of steps does not depend on the batch.
             parts = [self.of_batch(maps) for maps in self.maps.split(HEAD_CHUNK, dim=1)]
             return torch.cat(parts, dim=1)
-        image, query = (
-            index.flatten()
-            for index in torch.meshgrid(
-                *(torch.arange(n, device=self.maps.device) for n in (batch, queries)), indexing="ij"
-            )
-        )
+        ranges = (torch.arange(n, device=self.maps.device) for n in (batch, queries))
+        image, query = torch.cartesian_prod(*ranges).unbind(dim=1)
         return self.select(image, query).unflatten(0, (batch, queries))
 
     def of_batch(self, maps: Tensor) -> Tensor:
@@ -179,7 +168,6 @@ class DETRsegm(Scriptable):
     Args:
         detr: the detector; its backbone returns the maps of all four stages.
         nhead: heads of the attention that the masks are made from.
-        frozen: do not train the detector.
     """
 
     def __init__(self, detr: Detector, nhead: int, frozen: bool = False):

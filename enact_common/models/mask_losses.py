@@ -17,21 +17,14 @@ ALPHA, GAMMA = 0.25, 2.0
 
 
 class MaskCriterion(SetCriterion):
-    """DETR's losses, plus a focal loss and a dice loss on the masks of matched queries.
-
-    Arguments are those of `SetCriterion`.
-    """
+    """A `SetCriterion` with DETR's losses, plus a focal loss and a dice loss on the masks of matched queries."""
 
     def last_layer_losses(
         self, outputs: dict, targets: list[dict[str, Tensor]], matches: Matches, objects: Tensor
     ) -> dict[str, Tensor]:
         """Return `loss_mask` and `loss_dice`, divided by the number of objects in the batch.
 
-        Args:
-            outputs: outputs of `DETRsegm`.
-            targets: each image's targets, with `masks` bool (n, h, w) at the image's size without padding.
-            matches: only those of the last layer are used.
-            objects: (), the number to divide by.
+        Targets have `masks` bool (n, h, w) at the image's size without padding.
         """
         query = matches.query[-1]
         if "query_masks" in outputs:
@@ -53,16 +46,11 @@ def padded_masks(masks: Sequence[Tensor]) -> Tensor:
 
 
 def mask_losses(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
-    """Return per-mask losses; logits are resized to the targets.
+    """Return per-mask losses: `loss_mask`, the focal loss's mean over the pixels, and `loss_dice`, in [0, 1]: (n,)
+    each.
 
-    A few masks are resized at a time, and again in the backward pass, to save memory.
-
-    Args:
-        logits: float32 (n, h', w').
-        masks: bool (n, h, w).
-
-    Returns:
-        `loss_mask`, the focal loss's mean over the pixels, and `loss_dice`, in [0, 1]: (n,) each.
+    Logits (n, h', w') are resized to the masks bool (n, h, w), a few at a time, and again in the backward pass, to save
+    memory.
     """
     chunk_losses = recompute_in_backward(full_size_losses) if torch.is_grad_enabled() else full_size_losses
     # Without objects there is one empty chunk, so the losses are empty tensors.
@@ -84,14 +72,9 @@ def full_size_losses(logits: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dice_loss(logits: Tensor, masks: Tensor) -> Tensor:
-    """1 - Dice coefficient of probability and target (Milletari et al., "V-Net", 3DV 2016), smoothed by one pixel.
+    """Return 1 - Dice coefficient (n,), in [0, 1], of logits and targets (n, pixels), smoothed by one pixel.
 
-    Args:
-        logits: (n, pixels), before the sigmoid.
-        masks: (n, pixels), 0 or 1.
-
-    Returns:
-        (n,), in [0, 1].
+    Source: Milletari et al., "V-Net", 3DV 2016.
     """
     probability = logits.sigmoid()
     common = 2 * (probability * masks).sum(dim=1)

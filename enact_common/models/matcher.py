@@ -100,10 +100,7 @@ class HungarianMatcher(nn.Module):
     def match_layers(self, logits: Tensor, boxes: Tensor, targets: list[dict[str, Tensor]]) -> Matches:
         """Match the predictions of all decoder layers, with one transfer from the device and one back.
 
-        Args:
-            logits: (layers, batch, Q, classes).
-            boxes: (layers, batch, Q, 4) cxcywh in [0, 1].
-            targets: as in `forward`.
+        Logits are (layers, batch, Q, classes), boxes (layers, batch, Q, 4) cxcywh in [0, 1], targets as in `forward`.
         """
         assigned = self.assign(logits, boxes, targets)
         offsets = np.cumsum([0] + [len(target["labels"]) for target in targets])

@@ -26,13 +26,10 @@ class PixelNormalization(nn.Module):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
     def forward(self, images: NestedTensor) -> NestedTensor:
-        """Normalise uint8 images; floating-point images only change dtype.
+        """Normalise uint8 images (batch, 3, H, W), RGB, 0 to 255; floating-point images only change dtype.
 
-        Args:
-            images: (batch, 3, H, W), RGB: uint8, 0 to 255; or floating point, already normalised.
-
-        Returns:
-            the batch in the model's dtype (float32, unless the model was cast). Padding of uint8 images is exactly 0.
+        Returns the batch in the model's dtype (float32, unless the model was cast). Padding of uint8 images is exactly
+        0.
 
         Raises:
             TypeError: the images have another integer dtype.

@@ -80,11 +80,7 @@ class PositionEmbeddingSine(nn.Module):
 
 
 class PositionEmbeddingLearned(nn.Module):
-    """A learned vector for each row and column of the feature map.
-
-    Args:
-        num_pos_feats: channels per axis.
-    """
+    """A learned vector of `num_pos_feats` channels for each row and column of the feature map."""
 
     # Rows and columns, as in the released weights.
     MAX_CELLS: Final = 50

@@ -18,26 +18,20 @@ EXAMPLE_SIZE = (96, 128)
 
 
 class TensorDetector(nn.Module):
-    """A detector with tensors as inputs and outputs, as graphs need.
-
-    Args:
-        model: a detector.
-    """
+    """A detector with tensors as inputs and outputs, as graphs need."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """Detect objects.
+        """Return `pred_logits` and `pred_boxes` of the last decoder layer, as the detector does.
+
+        In evaluation mode, a model with a mask head also has `pred_masks`.
 
         Args:
             images: (batch, 3, H, W), as in `Detector`.
             mask: bool (batch, H, W), True where padded; None for no padding.
-
-        Returns:
-            `pred_logits` and `pred_boxes` of the last decoder layer, and `pred_masks` from a mask head in evaluation
-            mode; as the detector returns them.
         """
         if mask is None:
             mask = torch.zeros_like(images[:, 0], dtype=torch.bool)
@@ -48,11 +42,8 @@ class TensorDetector(nn.Module):
 def traced(module: nn.Module, *examples: Tensor) -> torch.jit.ScriptModule:
     """Trace a module into a TorchScript module that takes tensors of any size and shares the parameters.
 
-    Dropout and batch norms keep the mode, training or evaluation, that they have now.
-
-    Args:
-        module: takes and returns tensors, or returns a dict of them.
-        examples: the inputs to trace with.
+    Dropout and batch norms keep the mode, training or evaluation, that they have now. The module takes tensors like
+    `examples`, and returns tensors or a dict of them.
     """
     with warnings.catch_warnings():
         # Warnings about size checks, which also hold for the graph, and about TorchScript's deprecation.
@@ -71,8 +62,7 @@ def with_parts(module: nn.Module, **parts: nn.Module) -> nn.Module:
 class ScriptableDetector(nn.Module):
     """A detector for `torch.jit.script`: its traced graph behind the detector's own signature.
 
-    Args:
-        model: a detector, in the mode, training or evaluation, that the graph keeps.
+    The graph keeps the mode, training or evaluation, that the model has now.
     """
 
     def __init__(self, model: nn.Module):

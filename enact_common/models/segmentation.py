@@ -22,39 +22,33 @@ FULL_SIZE_CHUNK = 8
 def full_size_masks(
     logits: Tensor, padded: tuple[int, int], size: tuple[int, int], original: tuple[int, int]
 ) -> Iterator[Tensor]:
-    """Yield the masks of one image at its original size, a few at a time.
+    """Yield the masks of one image at its original size, bool (..., height, width), up to `FULL_SIZE_CHUNK` at a time.
 
     As in the original, masks are resized to the model's input size, thresholded, and then sampled.
 
     Args:
         logits: (n, h', w'), covering the padded batch.
-        padded: (height, width) of the padded batch.
-        size: (height, width) of the image within the batch.
-        original: (height, width) of the resulting masks.
-
-    Yields:
-        bool, up to `FULL_SIZE_CHUNK` masks (..., height, width).
+        padded, size, original: (height, width) of the padded batch, of the image within it, and of the resulting masks.
     """
     rows, columns = nearest_indices(size, original, logits.device)
-    for part in logits.split(FULL_SIZE_CHUNK):
-        if len(part):
-            resized = F.interpolate(part.unsqueeze(1).float(), size=padded, mode="bilinear").squeeze(1)
-            yield resized[:, rows][:, :, columns] > 0
+    for part in resized_parts(logits, padded, rows, columns):
+        yield part > 0
+
+
+def resized_parts(logits: Tensor, padded: tuple[int, int], rows: Tensor, columns: Tensor) -> Iterator[Tensor]:
+    """Yield logits (n, h', w'), up to `FULL_SIZE_CHUNK` at a time, resized to the padded batch, at rows and columns."""
+    for part in logits.split(FULL_SIZE_CHUNK) if len(logits) else ():
+        resized = F.interpolate(part.unsqueeze(1).float(), size=padded, mode="bilinear").squeeze(1)
+        yield resized[:, rows][:, :, columns]
 
 
 def nearest_indices(
     size: tuple[int, int], target: tuple[int, int], device: torch.device, centred: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return the rows and columns that nearest-neighbour sampling takes, so that only these need thresholding.
+    """Return the rows int64 (height,) and columns (width,) that nearest-neighbour sampling takes.
 
-    Args:
-        size: (height, width) of the input.
-        target: (height, width) of the result.
-        device: device of the indices.
-        centred: compare the centres of pixels instead of their upper left corners.
-
-    Returns:
-        int64 (height,) and (width,).
+    Only these need thresholding. `size` and `target` are (height, width) of the input and of the result; `centred`
+    compares the centres of pixels instead of their upper left corners.
     """
     return tuple(
         ((torch.arange(new, device=device) + centred * 0.5) * (old / new)).long().clamp(max=old - 1)
@@ -188,37 +182,24 @@ class PostProcessPanoptic(nn.Module):
         number = torch.zeros_like(area)
         number[present] = torch.arange(1, len(present) + 1, device=area.device)
         best = torch.zeros(len(names), device=scores.device).scatter_reduce(0, group, scores, "amax")
+        values = zip(present.tolist(), area[present].tolist(), best[present].tolist(), strict=True)
         segments = [
-            {
-                "id": i,
-                "category_id": names[first],
-                "isthing": names[first] in self.things,
-                "area": pixels,
-                "score": score,
-            }
-            for i, (first, pixels, score) in enumerate(
-                zip(present.tolist(), area[present].tolist(), best[present].tolist(), strict=True), start=1
-            )
+            {"id": i, "category_id": label, "isthing": label in self.things, "area": pixels, "score": score}
+            for i, (label, pixels, score) in enumerate(((names[first], *rest) for first, *rest in values), start=1)
         ]
         return {"id_map": number[owner].cpu(), "segments": segments}
 
 
 def likeliest(logits: Tensor, padded: tuple[int, int], size: tuple[int, int], original: tuple[int, int]) -> Tensor:
-    """Return the likeliest mask at each pixel of an image at its original size; the first one on ties.
+    """Return the likeliest mask at each pixel of an image at its original size, int64 (height, width); 0 without masks.
 
-    Args:
-        logits: (n, h', w'), covering the padded batch.
-        padded, size, original: as in `full_size_masks`.
-
-    Returns:
-        int64 (height, width), 0 without masks.
+    Arguments are those of `full_size_masks`. On ties, the first mask is returned.
     """
     rows, columns = nearest_indices(size, original, logits.device, centred=True)
     place = torch.zeros(original, dtype=torch.int64, device=logits.device)
     highest = torch.full(original, -torch.inf, device=logits.device)
-    for number, part in enumerate(logits.split(FULL_SIZE_CHUNK) if len(logits) else ()):
-        resized = F.interpolate(part.unsqueeze(1).float(), size=padded, mode="bilinear").squeeze(1)
-        value, index = resized[:, rows][:, :, columns].max(dim=0)
+    for number, part in enumerate(resized_parts(logits, padded, rows, columns)):
+        value, index = part.max(dim=0)
         place = torch.where(value > highest, index + number * FULL_SIZE_CHUNK, place)
         highest = torch.maximum(highest, value)
     return place

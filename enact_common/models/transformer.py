@@ -15,7 +15,6 @@ class TransformerEncoder(nn.Module):
 
     Args:
         encoder_layer: the layer, which is copied.
-        num_layers: the number of layers.
         norm: applied to the result; None for none.
         order: one of `ORDERS`, the order of the tokens in the layers; clusters are stretches of it.
     """
@@ -27,16 +26,13 @@ class TransformerEncoder(nn.Module):
         self.norm = norm
 
     def forward(self, src: Tensor, key_padding_mask: Tensor, pos: Tensor, size: tuple[int, int]) -> Tensor:
-        """Encode the tokens of a feature map.
+        """Encode the tokens (N, batch, d) of a feature map, in row order, and return them in this shape and order.
 
         Args:
-            src: (N, batch, d), in row order.
+            src: (N, batch, d).
             key_padding_mask: bool (batch, N), True where padded.
             pos: (N, batch, d).
             size: height and width of the map, which has N cells.
-
-        Returns:
-            (N, batch, d), in row order.
         """
         if self.order == HILBERT:
             order, back = hilbert_permutations(*size, src.device)
@@ -72,10 +68,9 @@ class Transformer(nn.Module):
         """Encode a feature map and decode the queries.
 
         Args:
-            src: (batch, d, h, w).
+            src, pos_embed: (batch, d, h, w).
             mask: bool (batch, h, w), True where padded.
             query_embed: (Q, d).
-            pos_embed: (batch, d, h, w).
 
         Returns:
             the decoder's output and, for heads that use the map, the memory (batch, d, h, w).
@@ -92,12 +87,7 @@ class Transformer(nn.Module):
 
 
 def build_encoder(args, normalize_before: bool) -> TransformerEncoder:
-    """Build the encoder from the arguments.
-
-    Args:
-        args: parsed arguments; `--pre_norm` adds a norm after the last layer.
-        normalize_before: use pre-norm in the layers.
-    """
+    """Build the encoder from the arguments; `--pre_norm` adds a norm after the last layer."""
     layer = TransformerEncoderLayer(
         encoder_self_attention(
             args.encoder_attention, args.hidden_dim, args.nheads, args.dropout, attention_settings(args)

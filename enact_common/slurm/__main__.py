@@ -123,11 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def job_module(name: str) -> ModuleType:
-    """Import a module of this package that needs submitit.
-
-    Raises:
-        UserError: submitit is not installed.
-    """
+    """Import a module of this package that needs submitit."""
     try:
         return importlib.import_module(f"{slurm.__name__}.{name}")
     except ModuleNotFoundError as error:
@@ -137,11 +133,7 @@ def job_module(name: str) -> ModuleType:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Check the flags, and set `cluster` and `tasks_per_node` if they are not given.
-
-    Raises:
-        UserError: flags do not work together, or Slurm is missing.
-    """
+    """Check the flags, and set `cluster` and `tasks_per_node` if they are not given."""
     if args.cluster is None:
         if shutil.which("srun") is None:
             raise UserError("no srun here, so Slurm is missing: pass --cluster local to train on this machine")
@@ -164,10 +156,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 
 def check_variant(args: argparse.Namespace, argv: Sequence[str]) -> tuple[list[str], argparse.Namespace]:
-    """Parse and check the variant's command line, without looking at the data or the job's machines.
-
-    Returns:
-        (command line to run, parsed arguments).
+    """Return the variant's command line to run, and its parsed arguments, without looking at the data or the machines.
 
     Raises:
         UserError: a flag does not work with the others or in a job.
@@ -207,14 +196,7 @@ def check_variant(args: argparse.Namespace, argv: Sequence[str]) -> tuple[list[s
 
 
 def submit(args: argparse.Namespace, argv: Sequence[str]) -> int:
-    """Check all arguments, then submit the job.
-
-    Args:
-        args: parsed flags before the `--`.
-        argv: the variant's command line.
-
-    Returns:
-        the exit status.
+    """Check all arguments, then submit the job; return the exit status. `argv` is the variant's command line.
 
     Raises:
         UserError: an argument is invalid, or the cluster rejects the job; no job was submitted.
@@ -242,11 +224,7 @@ def submit(args: argparse.Namespace, argv: Sequence[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse the command line and submit the job.
-
-    Returns:
-        the exit status: 0; with --wait 1 if the job failed; 2 for an error that the user can fix.
-    """
+    """Submit the job; return 0, with --wait 1 if the job failed, or 2 for an error that the user can fix."""
     words = sys.argv[1:] if argv is None else argv
     separator = words.index("--") if "--" in words else len(words)
     parser = build_parser()

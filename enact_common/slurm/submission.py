@@ -24,12 +24,7 @@ GRACE_POLLS = 10
 
 
 def slurm_parameters(args: argparse.Namespace, num_workers: int) -> dict:
-    """Return the parameters of submitit's Slurm executor.
-
-    Args:
-        args: parsed and checked flags.
-        num_workers: number of loader processes in each task.
-    """
+    """Return the parameters of submitit's Slurm executor; each task has `num_workers` loader processes."""
     extra = dict(args.slurm_parameter)
     cpus = args.cpus_per_task or num_workers + 1
     parameters = {
@@ -47,8 +42,8 @@ def slurm_parameters(args: argparse.Namespace, num_workers: int) -> dict:
         # Slurm 22.05, srun does not inherit --cpus-per-task from sbatch.
         "srun_args": ["--kill-on-bad-exit=1", "--wait=0", f"--cpus-per-task={cpus}"],
     }
-    parameters |= {name: getattr(args, name) for name in ("partition", "account", "qos", "constraint", "exclude")}
-    parameters["comment"] = args.comment
+    names = ("partition", "account", "qos", "constraint", "exclude", "comment")
+    parameters |= {name: getattr(args, name) for name in names}
     if args.gpus_per_node and not any(name in extra for name in GPU_PARAMETERS):
         parameters["gpus_per_node"] = args.gpus_per_node
     # A cluster's default may forbid requeueing, so allow it explicitly.
@@ -57,12 +52,7 @@ def slurm_parameters(args: argparse.Namespace, num_workers: int) -> dict:
 
 
 def make_executor(args: argparse.Namespace, folder: Path, num_workers: int) -> submitit.Executor:
-    """Return submitit's executor for this job.
-
-    Args:
-        args: parsed and checked flags.
-        folder: folder for submitit's files and the logs.
-        num_workers: number of loader processes in each task.
+    """Return submitit's executor for this job, with its files and the logs in `folder`.
 
     Raises:
         UserError: Slurm is missing on this machine.
@@ -88,11 +78,7 @@ def make_executor(args: argparse.Namespace, folder: Path, num_workers: int) -> s
 
 
 def wait(job: submitit.Job) -> int:
-    """Wait until the job ends or its first task fails.
-
-    Returns:
-        0; 1 if a task failed, after printing its error.
-    """
+    """Wait until the job ends or its first task fails; return 0, or 1 after printing the error of a failed task."""
     tasks = [job.task(number) for number in range(job.num_tasks)]
     while True:
         done = job.done()
@@ -109,9 +95,7 @@ def wait(job: submitit.Job) -> int:
 def failure(task: submitit.Job, done: bool) -> str | Exception | None:
     """Return the error of a failed task; None if the task succeeded or is running.
 
-    Args:
-        task: a task of the job.
-        done: the job has ended, so a task without a result has failed.
+    If the job is `done`, a task without a result has failed.
     """
     result = task.paths.result_pickle
     if result.is_file():

@@ -42,12 +42,7 @@ def variant_parser(variant: str) -> VariantParser:
 
 
 class Task:
-    """A callable that runs a variant's command line, called in each task of a job.
-
-    Args:
-        variant: a key of `VARIANTS`.
-        argv: words of the command line.
-    """
+    """A callable that runs a variant's command line, `argv`, called in each task of a job."""
 
     def __init__(self, variant: str, argv: Sequence[str]):
         self.variant = variant
@@ -55,9 +50,6 @@ class Task:
 
     def __call__(self) -> int:
         """Run the command line.
-
-        Returns:
-            0.
 
         Raises:
             RuntimeError: the command line failed.
@@ -97,14 +89,9 @@ def end_stopped(requeue: Callable | int | None) -> None:
     """End a task whose training was stopped by a signal.
 
     The main process requeues the job after a time-out or a preemption, but not after a cancellation. The other tasks
-    wait for the main process to end, because Slurm ends all tasks when the first one ends.
-
-    Args:
-        requeue: submitit's signal handler, which ends the main process; there is none with --cluster debug.
-
-    Raises:
-        SystemExit: always, except in the next case.
-        submitit.core.utils.UncompletedJobError: the job timed out too often.
+    wait for the main process to end, because Slurm ends all tasks when the first one ends. `requeue` is submitit's
+    signal handler, which ends the main process, or raises an error after too many time-outs; with --cluster debug there
+    is none.
     """
     environment = submitit.JobEnvironment()
     if environment.global_rank == 0:

@@ -40,11 +40,8 @@ FEWEST = 16
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the command-line parser."""
-    parser = Parser(
-        prog=program("enact_common.study"),
-        description=study.__doc__.splitlines()[0],
-        formatter_class=HelpFormatter,
-    )
+    description = study.__doc__.splitlines()[0]
+    parser = Parser(prog=program("enact_common.study"), description=description, formatter_class=HelpFormatter)
     parser.add_argument("--preset", choices=tuple(PRESETS), required=True, default=argparse.SUPPRESS, help="study size")
     parser.add_argument(
         "--output_dir", required=True, metavar="DIR", default=argparse.SUPPRESS,
@@ -93,20 +90,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def chosen_preset(args: argparse.Namespace) -> Preset:
-    """Return the preset with the changes of the command line.
-
-    Raises:
-        UserError: `--coco_mini` or `--bccd` is not a data set, or the preset has none of the `--problems` or
-            `--variants`.
-    """
+    """Return the preset with the changes of the command line; refuse unknown folders, problems and variants."""
     preset = PRESETS[args.preset]
-    made = list(preset.trials)
     folders = {"coco_mini": args.coco_mini, "bccd": args.bccd}
     for name, folder in folders.items():
         if folder and not (Path(folder) / "annotations").is_dir():
             raise UserError(f"--{name} {folder}: has no annotations/ folder; pass a data set in COCO's layout")
-    if any(folders.values()):
-        made = list(photograph_trials(args.preset, **folders))
+    made = list(photograph_trials(args.preset, **folders) if any(folders.values()) else preset.trials)
     made = only(made, "problems", args.problems, [trial.source.name for trial in made])
     made = only(made, "variants", args.variants, [trial.variant for trial in made])
     if args.arms:
@@ -124,11 +114,7 @@ def chosen_preset(args: argparse.Namespace) -> Preset:
 
 
 def only(made: list[Trial], flag: str, wanted: list[str] | None, names: list[str]) -> list[Trial]:
-    """Return the trials whose names are wanted; all if None.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Return the trials whose names are wanted; all if None. Refuse if there is none."""
     chosen = [trial for trial, name in zip(made, names, strict=True) if wanted is None or name in wanted]
     if not chosen:
         known = ", ".join(dict.fromkeys(names))
@@ -190,11 +176,7 @@ def measure_costs(preset: Preset, folder: Path) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, measure, and write the page.
-
-    Raises:
-        UserError: the command line or the data is invalid.
-    """
+    """Train, measure, and write the page."""
     begin = time.perf_counter()
     preset = chosen_preset(args)
     device = find_device(preset.device)
@@ -219,14 +201,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the study.
-
-    Args:
-        argv: the command line's words; None for `sys.argv[1:]`.
-
-    Returns:
-        the exit status: 0, or 2 for a user error.
-    """
+    """Run the study; return the exit status: 0, or 2 for a user error."""
     parser = build_parser()
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else list(argv)

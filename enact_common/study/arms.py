@@ -51,7 +51,6 @@ class Arm:
 
     Attributes:
         name: name on the command line and in files.
-        title: title in tables.
         flags: flags for the variant's command line.
         changes: changes of the built model, applied in order.
         lengths_of: another arm, whose window lengths the changes use.
@@ -76,11 +75,7 @@ class Arm:
 
 
 class NoAttention(nn.Module):
-    """A stand-in for an encoder layer's attention that leaves only its feed-forward network.
-
-    Args:
-        replaced: the attention, whose call signature is kept.
-    """
+    """A stand-in for an encoder layer's attention, with its call signature: only the feed-forward network is left."""
 
     def __init__(self, replaced: nn.Module):
         super().__init__()
@@ -104,11 +99,7 @@ class EqualShares(nn.Module):
 
 
 class MiddleAlone(nn.Module):
-    """Pooling logits that select the middle token of each window: strided selection of tokens.
-
-    Args:
-        length: window length in tokens.
-    """
+    """Pooling logits that select the middle token of each window of `length` tokens: strided selection of tokens."""
 
     def __init__(self, length: int):
         super().__init__()
@@ -141,8 +132,7 @@ class LearnedTemperature(nn.Module):
 class SharedClusters:
     """Clusters that may share a token; an ablation of `equal_information` whose borders pass a gradient.
 
-    Args:
-        weights: (batch, M, N), the pooling weights; those of a cluster add up to one.
+    `weights` (batch, M, N) are the pooling weights; those of a cluster add up to one.
     """
 
     padding_mask = None
@@ -159,9 +149,7 @@ class SharedClusters:
 def share_border_tokens(clustering: EntropyClustering, logits: Tensor, key_padding_mask: Tensor | None):
     """Cut the information exactly, through tokens; the pooling weights are the parts of the tokens' information.
 
-    Args:
-        clustering: an ENACT clustering with `max_clusters`.
-        logits, key_padding_mask: as in `EntropyClustering.cluster_scores`.
+    The clustering has `max_clusters`; other arguments are those of `EntropyClustering.cluster_scores`.
     """
     if key_padding_mask is not None:
         logits = logits.masked_fill(key_padding_mask, torch.finfo(logits.dtype).min)
@@ -181,11 +169,7 @@ def share_border_tokens(clustering: EntropyClustering, logits: Tensor, key_paddi
 
 @dataclass(frozen=True)
 class FixedCount:
-    """A change that cuts every map into at most a number of windows of one length, regardless of the scores.
-
-    Attributes:
-        clusters: the number.
-    """
+    """A change that cuts every map into at most `clusters` windows of one length, regardless of the scores."""
 
     clusters: int
 
@@ -205,8 +189,7 @@ class FixedCount:
 class ChangeShares:
     """A change that gives each clustering other pooling weights.
 
-    Attributes:
-        kind: class of the module that computes the pooling logits; its argument is the fixed window length.
+    `kind` is the class of the module that computes the pooling logits; its argument is the fixed window length.
     """
 
     kind: type[nn.Module]

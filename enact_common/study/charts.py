@@ -26,12 +26,7 @@ LEAST_BY_CLUSTERS = -14.0
 
 
 def draw_examples(sources: Sequence[Shapes], picture: Path) -> None:
-    """Draw images as the models see them, a row for each data set, with the boxes and classes of their objects.
-
-    Args:
-        sources: the data sets.
-        picture: file to write.
-    """
+    """Draw images as the models see them, a row for each data set, with the boxes and classes of their objects."""
     figure = Figure(figsize=(2 * EXAMPLES, 2.1 * len(sources)), layout="constrained")
     for row, source in zip(figure.subplots(len(sources), EXAMPLES, squeeze=False), sources, strict=True):
         row[0].set_ylabel(source.name)
@@ -51,9 +46,7 @@ def draw_examples(sources: Sequence[Shapes], picture: Path) -> None:
 def draw_differences(differences: Mapping[str, Mapping[str, tuple[float, float | None]]], picture: Path) -> None:
     """Draw each arm's difference in AP to plain attention with its standard error, best first, a panel for each trial.
 
-    Args:
-        differences: (mean, standard error or None) in points of AP, by trial and arm.
-        picture: file to write.
+    `differences` are (mean, standard error or None) in points of AP, by trial and arm.
     """
     heights = [len(arms) + 2.2 for arms in differences.values()]
     figure = Figure(figsize=(9, 0.3 * sum(heights)), layout="constrained")
@@ -78,11 +71,8 @@ def draw_differences(differences: Mapping[str, Mapping[str, tuple[float, float |
 def draw_by_clusters(panels: Mapping[str, tuple[Mapping, Mapping]], picture: Path) -> None:
     """Draw the AP of each family minus plain attention's, by the number of clusters and by the encoder layer's time.
 
-    A row for each trial; without times, a single row with a panel for each trial.
-
-    Args:
-        panels: by trial, the results of `points_of` and `timed_points`; the second may be empty.
-        picture: file to write.
+    A row for each trial; without times, a single row with a panel for each trial. `panels` has, by trial, the results
+    of `points_of` and `timed_points`; the second may be empty.
     """
     families = list(dict.fromkeys(name for points, _ in panels.values() for name in points))
     styles = {name: style_of(i) for i, name in enumerate(families)}
@@ -137,12 +127,9 @@ def style_of(index: int) -> dict[str, str]:
 
 
 def draw_clusters(results: TrialResults, picture: Path) -> None:
-    """Draw the clusters per image in the first and last encoder layer during training, averaged over seeds, for as many
-    arms as there are colours.
+    """Draw the clusters per image in the first and last encoder layer during training, averaged over seeds.
 
-    Args:
-        results: results by trial, arm and seed, only for arms whose clusters follow trained scores.
-        picture: file to write.
+    As many arms as there are colours are drawn, of results only for arms whose clusters follow trained scores.
     """
     figure = Figure(figsize=(5.2 * len(results), 4.2), layout="constrained")
     for axes, (title, arms) in zip(figure.subplots(1, len(results), squeeze=False)[0], results.items(), strict=True):

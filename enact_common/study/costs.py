@@ -65,13 +65,9 @@ def measure_encoders(
     The arms take turns. Needs a separate process.
 
     Args:
-        variant: a key of `VARIANTS`.
-        arms: the arms to time.
         length: window length, in tokens, for arms that do not compute it.
         shape: height and width of the map.
-        batch: number of images.
         device_name, amp, threads: device, precision and number of CPU threads.
-        repeat: number of timed runs.
 
     Returns:
         for each arm `seconds`, a list, and `clusters`, None for an arm without clusters.
@@ -91,11 +87,7 @@ def measure_encoders(
 
 
 class EncoderStep:
-    """A callable without arguments that runs forward and backward of an encoder.
-
-    Args:
-        as in `measure_encoders`.
-    """
+    """A callable that runs forward and backward of an encoder; arguments are those of `measure_encoders`."""
 
     def __init__(self, variant, arm, length, shape, batch, device, amp):
         parser = load_variant(variant).main.get_args_parser()

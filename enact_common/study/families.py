@@ -70,11 +70,7 @@ FAMILIES = {
         "equal information, borders that pass a gradient", (*RECOMMENDED, *EQUAL), (share_tokens,), budgets=(24, 48)
     ),
     **{
-        name: Family(
-            kind.title,
-            ("--encoder_attention", name),
-            limit="--token_budget" * kind.takes_budget,
-        )
+        name: Family(kind.title, ("--encoder_attention", name), limit="--token_budget" * kind.takes_budget)
         for name, kind in RIVALS.items()
     },
 }

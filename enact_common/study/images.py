@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -80,7 +80,6 @@ class Images:
         labels: int64 (objects,) of each image, from 0.
         boxes: float (objects, 4) of each image, centre x, centre y, width, height as fractions of the image's sides.
         areas: float (objects,) of each image, in square pixels of the original, which set COCO's size of an object.
-        classes: class names.
     """
 
     pixels: Tensor
@@ -109,10 +108,6 @@ class Images:
         targets = [{"labels": self.labels[i], "boxes": self.boxes[i]} for i in indices.tolist()]
         return NestedTensor(self.pixels[indices.to(device)], mask), targets
 
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield the indices of all images in batches."""
-        yield from torch.arange(len(self)).split(size)
-
     def truth(self) -> COCO:
         """Return the ground truth for pycocotools. Image ids start at 0, category ids at 1."""
         annotations = []
@@ -120,16 +115,8 @@ class Images:
             height, width = self.original[i].tolist()
             corners = box_convert(boxes.cpu(), "cxcywh", "xywh") * torch.tensor([width, height, width, height])
             for label, box, area in zip(labels.tolist(), corners.tolist(), areas.tolist(), strict=True):
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": i,
-                        "category_id": label + 1,
-                        "bbox": box,
-                        "area": area,
-                        "iscrowd": 0,
-                    }  # fmt: skip
-                )
+                ids = {"id": len(annotations) + 1, "image_id": i, "category_id": label + 1}
+                annotations.append({**ids, "bbox": box, "area": area, "iscrowd": 0})
         coco = COCO()
         coco.dataset = {
             "info": {},
@@ -157,14 +144,7 @@ class Images:
 
 
 def collected(rows: Iterable[Row], count: int, height: int, width: int, classes: list[str]) -> Images:
-    """Return a split of a data set.
-
-    Args:
-        rows: the images.
-        count: number of images.
-        height, width: of the largest image, in pixels.
-        classes: class names.
-    """
+    """Return a split of a data set, of `count` images; `height` and `width` are the largest image's, in pixels."""
     pixels = torch.zeros(count, 3, height, width, dtype=torch.uint8)
     images = Images(pixels, *torch.zeros(2, count, 2, dtype=torch.int64), [], [], [], classes)
     for i, (image, original, labels, boxes, areas) in enumerate(rows):

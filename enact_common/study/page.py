@@ -2,7 +2,6 @@
 `plots`)."""
 
 import importlib.util
-import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ from enact_common.study.images import Shapes
 from enact_common.study.presets import ARMS, Preset, Trial, sources_of
 from enact_common.study.schedule import tasks_of
 from enact_common.study.training import Results, start_of
-from enact_common.utils.files import write_atomically
+from enact_common.utils.files import read_json, write_atomically
 
 METRICS = ("AP", "AP50", "APS", "APM", "APL")
 
@@ -258,19 +257,15 @@ def trial_text(preset: Preset, trial: Trial, results: Results, costs: Mapping[st
 
 
 def write_page(preset: Preset, folder: Path, about: Mapping[str, Any]) -> Path:
-    """Write the tables and, if matplotlib is installed, the charts.
+    """Write the tables and, if matplotlib is installed, the charts; return the page's path.
 
     Args:
         preset: the study.
         folder: folder of the results, where the page is written.
         about: `command`, `date`, `machine`, `seconds` and `fraction`.
-
-    Returns:
-        the page's path.
     """
     results = Results(folder)
-    costs_file = folder / "costs.json"
-    costs = json.loads(costs_file.read_text()) if costs_file.is_file() else {}
+    costs = read_json(folder / "costs.json") or {}
     head = [
         "# Results of the study",
         f"Machine: {about['machine']}; {about['date']}; {about['seconds'] / 60:.0f} minutes",

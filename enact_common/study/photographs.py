@@ -43,7 +43,6 @@ class Photographs:
     """A data set in COCO's layout.
 
     Attributes:
-        name: name in results.
         folder: contains `train2017/`, `val2017/` and `annotations/`.
         height, width: pixels; every image is resized to fit into these.
     """
@@ -102,7 +101,6 @@ class Material:
     Attributes:
         backgrounds: photographs, uint8 (h, w, 3), RGB.
         cutouts: objects by kind.
-        classes: class names.
     """
 
     backgrounds: list[np.ndarray]
@@ -115,17 +113,13 @@ def annotation_file(folder: str, part: str) -> Path:
     return Path(folder) / "annotations" / f"instances_{part}2017.json"
 
 
-def read_image(folder: str, part: str, image: Mapping) -> np.ndarray:
-    """Return an image, uint8 (height, width, 3), RGB, by its entry in the annotations."""
-    return decode_image(Path(folder) / f"{part}2017" / image["file_name"]).permute(1, 2, 0).numpy()
+def image_file(folder: str, part: str, image: Mapping) -> Path:
+    """Return the path of an image by its entry in the annotations."""
+    return Path(folder) / f"{part}2017" / image["file_name"]
 
 
 def read_photographs(source: Photographs, part: str) -> Images:
-    """Read one split without crowds.
-
-    Raises:
-        UserError: the split is missing, or has no objects.
-    """
+    """Read one split without crowds; refuse one that is missing, or has no objects."""
     path = annotation_file(source.folder, part)
     content = load_annotations(path)
     categories = sorted(content["categories"], key=lambda category: category["id"])
@@ -139,7 +133,7 @@ def read_photographs(source: Photographs, part: str) -> Images:
         raise UserError(f"{path}: has no objects (crowds do not count); pass another data set")
 
     def row(image: dict) -> Row:
-        whole = decode_image(Path(source.folder) / f"{part}2017" / image["file_name"])
+        whole = decode_image(image_file(source.folder, part, image))
         scale = min(source.height / whole.shape[1], source.width / whole.shape[2])
         own = [max(round(side * scale), 1) for side in whole.shape[1:]]
         small = transforms.resize(whole, own, antialias=True).permute(1, 2, 0).numpy()
@@ -186,7 +180,7 @@ def read_material(source: Pasted, part: str) -> Material:
     backgrounds: list[np.ndarray] = []
     cutouts: dict[str, list[Cutout]] = {kind: [] for kind in kinds}
     for entry in content["images"][:MOST_PHOTOGRAPHS]:
-        image = read_image(source.folder, part, entry)
+        image = decode_image(image_file(source.folder, part, entry)).permute(1, 2, 0).numpy()  # (height, width, 3)
         if not by_image[entry["id"]]:
             backgrounds.append(image)
         for annotation in filter(can_be_cut_out, by_image[entry["id"]]):
@@ -256,16 +250,10 @@ def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
 def paste(
     rng: np.random.Generator, image: np.ndarray, owner: np.ndarray, cutout: Cutout, side: float, number: int
 ) -> None:
-    """Paste an object into an image, mirrored at random, at the place of `PLACES` where the most hidden earlier object
-    keeps most.
+    """Paste an object into an image, mirrored at random, where the most hidden earlier object keeps most.
 
-    Args:
-        rng: source of all randomness.
-        image: uint8 (height, width, 3), changed in place.
-        owner: int64 (height, width), changed in place: the number of the object that a pixel shows, 0 for none.
-        cutout: the object.
-        side: its longer side in the image, in pixels.
-        number: its number.
+    That is the best of `PLACES` places. `image` uint8 (height, width, 3) and `owner` int64 (height, width), the number
+    of the object that a pixel shows, 0 for none, are changed in place. `side` is the object's longer side in pixels.
     """
     scale = min(side / max(cutout.mask.shape), *(a / b for a, b in zip(owner.shape, cutout.mask.shape, strict=True)))
     h, w = (max(math.floor(old * scale), 1) for old in cutout.mask.shape)

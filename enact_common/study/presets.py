@@ -37,12 +37,9 @@ TENTH = 0.1
 def conversions(
     kind: str, title: str, flags: tuple[str, ...] = (), changes: tuple[Change, ...] = (), trained: bool = True
 ) -> list[Arm]:
-    """Return the arms of trained plain attention, converted: without further training, and trained further.
+    """Return the arms of trained plain attention, converted: without further training, and `trained` further.
 
-    Args:
-        kind: kind of clusters, for the arms' names; "" for ENACT's windows.
-        title, flags, changes: as in `Arm`.
-        trained: whether to include the arm that is trained further.
+    `kind` is the kind of clusters, for the arms' names; "" for ENACT's windows. Other arguments are those of `Arm`.
     """
     suffix = f"_{kind}" * bool(kind)
     made = []
@@ -58,42 +55,24 @@ SHORTER = ("--smoothing_sigma", "1")
 
 LIST = (
     Arm(PLAIN, "plain attention", ("--encoder_attention", "mhsa")),
-    Arm(
-        NONE,
-        "none: only the encoder's feed-forward networks",
-        ("--encoder_attention", "mhsa"),
-        (attend_to_nothing,),
-    ),
+    Arm(NONE, "none: only the encoder's feed-forward networks", ("--encoder_attention", "mhsa"), (attend_to_nothing,)),
     *(arm for name in FAMILIES for arm in arms_of(name)),
     Arm(WINDOWS, "ENACT: windows, as published"),
     Arm("regions", "ENACT: regions", ("--enact_clusters", "regions")),
-    Arm(
-        "per_image",
-        "ENACT: windows of each image, without padding",
-        ("--enact_per_image", "--enact_mask_padding"),
-    ),
+    Arm("per_image", "ENACT: windows of each image, without padding", ("--enact_per_image", "--enact_mask_padding")),
     Arm(
         UNIFORM,
         "average pooling over windows of the same lengths",
         changes=(fix_lengths, ChangeShares(EqualShares)),
         lengths_of=WINDOWS,
     ),
-    Arm(
-        "strided",
-        "every c-th token",
-        changes=(fix_lengths, ChangeShares(MiddleAlone)),
-        lengths_of=WINDOWS,
-    ),
+    Arm("strided", "every c-th token", changes=(fix_lengths, ChangeShares(MiddleAlone)), lengths_of=WINDOWS),
     Arm("sigma_1", "shorter windows, from less smoothed information", SHORTER),
     Arm("hilbert", "windows along a Hilbert curve", CURVE),
     Arm("temperature", "windows, unequal pooling weights", DIFFERING),
     Arm("scaled", "windows, logits scaled", SCALED),
     Arm("scaled_hilbert", "windows along a Hilbert curve, logits scaled", (*SCALED, *CURVE)),
-    Arm(
-        "scaled_hilbert_sigma_1",
-        "shorter windows along a Hilbert curve, logits scaled",
-        (*SCALED, *CURVE, *SHORTER),
-    ),
+    Arm("scaled_hilbert_sigma_1", "shorter windows along a Hilbert curve, logits scaled", (*SCALED, *CURVE, *SHORTER)),
     Arm(
         "scaled_hilbert_temperature",
         "windows along a Hilbert curve, logits scaled, unequal pooling weights",
@@ -127,12 +106,7 @@ LIST = (
         "windows, unequal pooling weights by a learned temperature",
         changes=(ChangeShares(LearnedTemperature),),
     ),
-    Arm(
-        "regions_by_size",
-        "regions weighted by their size",
-        ("--enact_clusters", "regions"),
-        changes=(weigh_by_size,),
-    ),
+    Arm("regions_by_size", "regions weighted by their size", ("--enact_clusters", "regions"), changes=(weigh_by_size,)),
     *conversions("", "ENACT's windows"),
     Arm(LONGER, "plain, a tenth longer", ("--encoder_attention", "mhsa"), begins_with=PLAIN, budget=TENTH, rate=TENTH),
     *conversions("sigma_1", "shorter windows", SHORTER),
@@ -159,8 +133,6 @@ class Trial:
     """Arms that are compared with each other.
 
     Attributes:
-        source: the data set.
-        variant: a key of `VARIANTS`.
         arms: names in `ARMS`, plain attention first.
         flags: flags for the variant's command line, for all arms.
         images: number of training images of each arm, counting repeats.
@@ -192,8 +164,6 @@ class Preset:
     """The settings of a study.
 
     Attributes:
-        trials: the trials.
-        device: name of the device.
         jobs: number of parallel trainings.
         threads: CPU threads of each training.
         seconds: time after which running trainings save their state, for the next call to continue.
@@ -256,11 +226,8 @@ def trials(
 ) -> tuple[Trial, ...]:
     """Return the trials of several variants on one data set.
 
-    Args:
-        source, images, start_source, encoder_alone: as in `Trial`.
-        model: flags for all variants.
-        variants: `start_images` and `seeds` of each variant. With start images, the start training of the first variant
-            provides the backbone for the others.
+    `model` has the flags for all variants, `variants` the `start_images` and `seeds` of each. With start images, the
+    start training of the first variant provides the backbone for the others. Other arguments are those of `Trial`.
     """
     made: list[Trial] = []
     for variant, (start_images, seeds) in variants.items():
@@ -290,12 +257,8 @@ def in_context(shapes: Shapes, dotted: str = "one", names: tuple[str, str] = ("d
 
     In the start training, detectors learn to find objects, with and without dots, and to read an object's own dots. The
     arms then train only the encoder: to the frozen decoder, each object must look as if it had the dots. So accuracy
-    shows the encoder attention's contribution.
-
-    Args:
-        shapes: the images' other settings.
-        dotted: "one" or "each", as in `Shapes`.
-        names: names of the data sets of the start training and of the arms.
+    shows the encoder attention's contribution. `names` are those of the data sets of the start training and of the
+    arms.
     """
     own, others = replace(shapes, name=names[0], dotted="some"), replace(shapes, name=names[1], dotted=dotted)
     return {"source": others, "start_source": own, "encoder_alone": True}
@@ -352,14 +315,11 @@ ORDINARY_ARMS = (PLAIN, NONE, WINDOWS, UNIFORM, CONVERTED)
 
 
 def in_company(folder: str) -> dict[str, Any]:
-    """Return settings for the problem that needs attention on photographs: an animal or a vehicle sets the class of all
-    people.
+    """Return settings for the problem that needs attention on photographs of COCO, or a part of it.
 
-    As `in_context`: in the start training, animals and vehicles among the people show their own class, and that of
-    people is random. To the frozen decoder, people must then look like the animal or the vehicle of their image.
-
-    Args:
-        folder: COCO, or a part of it.
+    An animal or a vehicle sets the class of all people. As `in_context`: in the start training, animals and vehicles
+    among the people show their own class, and that of people is random. To the frozen decoder, people must then look
+    like the animal or the vehicle of their image.
     """
     near, company = (
         replace(PASTED, name=name, folder=folder, cue=cue) for name, cue in (("near", "some"), ("company", "one"))
@@ -368,12 +328,7 @@ def in_company(folder: str) -> dict[str, Any]:
 
 
 def photograph_trials(preset: str, bccd: str | None, coco_mini: str | None) -> tuple[Trial, ...]:
-    """Return the trials on photographs, of a preset's first variant.
-
-    Args:
-        preset: a key of `PRESETS`.
-        bccd, coco_mini: folders of the data sets; None to leave out their trials.
-    """
+    """Return the trials on photographs, of a preset's first variant; a folder of None leaves out its trials."""
     model, first = {"cpu": CPU_MODEL, "gpu": GPU_MODEL}[preset], PRESETS[preset].trials[0]
     made: tuple[Trial, ...] = ()
     if coco_mini:

@@ -44,10 +44,7 @@ def run_task(task: Task, folder: Path, threads: int, seconds: float) -> tuple[fl
 def run_trainings(preset: Preset, folder: Path, until: float) -> int:
     """Run the unfinished trainings, in parallel as the preset says, until a time of `time.perf_counter`.
 
-    At that time, running ones save their state, and continue in the next call.
-
-    Returns:
-        the number of trainings left.
+    At that time, running ones save their state, and continue in the next call. Returns the number of trainings left.
     """
     results = Results(folder)
     tasks = tasks_of(preset)

@@ -1,6 +1,8 @@
 """The study's data sets: drawn images, or frozen features of photographs, made once and kept in a file."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -13,13 +15,16 @@ from enact_common.utils.files import read_tensors, write_atomically
 Source = Shapes | Photographs | Pasted
 
 
-def load_images(source: Source, cache: Path) -> dict[str, Images]:
-    """Return both splits of a data set, by `TRAIN` and `VAL`: drawn images, or frozen features of photographs. They are
-    cached in a file.
+def keep(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file of the study atomically, and create its folder if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, write, sync=False)
 
-    Args:
-        source: the data set to make or read.
-        cache: folder for that file.
+
+def load_images(source: Source, cache: Path) -> dict[str, Images]:
+    """Return both splits of a data set, by `TRAIN` and `VAL`: drawn images, or frozen features of photographs.
+
+    They are cached in a file in the folder `cache`.
 
     Raises:
         UserError: a real data set is missing, or the cached file is damaged or of another preset.
@@ -27,8 +32,7 @@ def load_images(source: Source, cache: Path) -> dict[str, Images]:
     path = cache / f"{source.name}.pt"
     if not path.is_file():
         made = {part: vars(make_images(source, part)) for part in (TRAIN, VAL)}
-        cache.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: torch.save((str(source), made), file), sync=False)
+        keep(path, lambda file: torch.save((str(source), made), file))
     made_from, made = read_tensors(path, "the study's images: remove the file to make them again")
     if made_from != str(source):
         raise UserError(f"{path}: contains images of another preset; remove it, or choose another --output_dir")

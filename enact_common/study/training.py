@@ -28,13 +28,12 @@ from enact_common.study.arms import PLAIN, Arm, Setting, attend_to_nothing, enco
 from enact_common.study.features import take_features
 from enact_common.study.images import TRAIN, VAL, Images, Shapes
 from enact_common.study.presets import ARMS
-from enact_common.study.sources import Source, load_images
+from enact_common.study.sources import Source, keep, load_images
 from enact_common.training.engine import TrainStep
 from enact_common.training.optimization import Optimization, build_optimization
 from enact_common.utils.acceleration import BATCH_NORMS, prepare
 from enact_common.utils.device import autocast
 from enact_common.utils.errors import UserError
-from enact_common.utils.files import write_atomically
 from enact_common.variants import load_variant
 
 # The training without encoder attention, from whose weights all arms start.
@@ -57,18 +56,13 @@ class Task:
     """One training.
 
     Attributes:
-        source: the data set.
-        variant: a key of `VARIANTS`.
-        flags: flags for the variant's command line, for all arms.
-        arm: the arm to train.
         seed: seed of the weights and of the image order.
         images: number of training images of an arm with budget 1, counting repeats.
-        start_images: number of images of the start training without encoder attention; 0 for random weights.
-        device: name of the device.
         start_source: data set of the start training, if it differs.
         encoder_alone: whether arms train only their encoder.
         backbone_of: start training of another variant, from whose backbone this variant's start training starts; None
             for random weights.
+        source, variant, flags, start_images: as in `Trial`.
     """
 
     source: Source
@@ -105,15 +99,11 @@ class Task:
         return replace(self, arm=arm)
 
 
+@dataclass
 class Results:
-    """The files of finished trainings: a small JSON file of each, and the weights that others start from.
+    """The files of finished trainings in the study's folder: a small JSON file of each, and the weights of some."""
 
-    Args:
-        folder: the study's folder.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
+    folder: Path
 
     def path(self, task: Task) -> Path:
         """Return the file of a training's result."""
@@ -128,11 +118,7 @@ class Results:
         return self.folder / "paused" / f"{task.name}.pt"
 
     def read(self, task: Task) -> dict[str, Any] | None:
-        """Return a training's result, or None if it is missing or has other settings.
-
-        Raises:
-            UserError: the file is damaged.
-        """
+        """Return a training's result, or None if it is missing or has other settings; refuse a damaged file."""
         path = self.path(task)
         try:
             result = json.loads(path.read_text()) if path.is_file() else {}
@@ -142,10 +128,8 @@ class Results:
 
     def write(self, task: Task, result: Mapping[str, Any]) -> None:
         """Write a training's result atomically."""
-        path = self.path(task)
-        path.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"settings": task.settings, **result}, indent=1).encode()
-        write_atomically(path, lambda file: file.write(content), sync=False)
+        keep(self.path(task), lambda file: file.write(content))
 
 
 def arguments(task: Task):
@@ -237,10 +221,9 @@ def set_training(model: nn.Module, task: Task) -> None:
 
 
 class ClusterTrace:
-    """A trace of the number of clusters in a model's encoder layers during training.
+    """A trace of the number of clusters in a detector's encoder layers during training.
 
-    Args:
-        model: a detector; its clusters are counted when `step` is a multiple of `TRACE_EVERY`.
+    They are counted when `step` is a multiple of `TRACE_EVERY`.
     """
 
     def __init__(self, model: nn.Module):
@@ -273,17 +256,10 @@ class ClusterTrace:
 
 
 def train(task: Task, results: Results, until: float = math.inf) -> dict[str, Any] | None:
-    """Train and evaluate an arm, write its result and return it.
+    """Train and evaluate an arm, write its result and return it; None for an unfinished training.
 
-    If it starts from missing weights of another training, that one runs first.
-
-    Args:
-        task: the training.
-        results: where its files are.
-        until: time of `time.perf_counter` at which an unfinished training is saved, to continue in the next call.
-
-    Returns:
-        the result; None for an unfinished training.
+    If it starts from missing weights of another training, that one runs first. An unfinished training is saved at a
+    time of `time.perf_counter`, `until`, to continue in the next call.
     """
     device = torch.device(task.device)
     parts = {name: part.to(device) for name, part in load_images(task.source, results.folder / "data").items()}
@@ -333,9 +309,7 @@ def train(task: Task, results: Results, until: float = math.inf) -> dict[str, An
         "map_size": list(map_size),
     }
     if task.arm.name in (START.name, PLAIN):
-        path = results.weights(task)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: torch.save(model.state_dict(), file), sync=False)
+        keep(results.weights(task), lambda file: torch.save(model.state_dict(), file))
     results.write(task, result)
     progress.path.unlink(missing_ok=True)
     return result
@@ -343,13 +317,9 @@ def train(task: Task, results: Results, until: float = math.inf) -> dict[str, An
 
 @dataclass
 class Progress:
-    """The state of a training that continues in another call.
+    """The state of a training that continues in another call, in a file; `restore` changes its parts in place.
 
     The dropout of all presets is 0, so no random state is needed.
-
-    Attributes:
-        path: the file.
-        task, model, optimization, losses, trace: the training and its parts, which `restore` changes in place.
     """
 
     path: Path
@@ -366,8 +336,7 @@ class Progress:
             "model": self.model.state_dict(), "optimizer": self.optimization.optimizer.state_dict(),
             "losses": self.losses, "rows": self.trace.rows,
         }  # fmt: skip
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, lambda file: torch.save(state, file), sync=False)
+        keep(self.path, lambda file: torch.save(state, file))
 
     def restore(self, before: dict) -> tuple[int, dict, float]:
         """Return the steps done, the saved `before`, and the seconds they took; (0, before, 0) without saved state."""
@@ -392,12 +361,9 @@ def feature_map_size(task: Task, data: Images) -> tuple[int, int]:
 
 def order_of(count: int, batch: int, seed: int) -> Iterator[Tensor]:
     """Yield batches of indices int64 (batch,) without end, shuffled anew in each pass."""
-    number = 0
-    while True:
-        generator = np.random.default_rng([seed, number])
-        order = torch.from_numpy(generator.permutation(count))
+    for number in itertools.count():
+        order = torch.from_numpy(np.random.default_rng([seed, number]).permutation(count))
         yield from order[: count // batch * batch].split(batch)
-        number += 1
 
 
 @torch.inference_mode()
@@ -406,16 +372,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a model on images and leave it in evaluation mode.
 
-    Returns:
-        `figures`, the COCO metrics by name; `right`, the fraction of objects whose best query has the right class,
-        among those that a query's box covers (IoU of 0.5 or more), which measures classification apart from
-        localisation. `right` is None if no object is covered.
+    Returns `figures`, the COCO metrics by name, and `right`, the fraction of objects whose best query has the right
+    class, among those that a query's box covers (`COVERED`), which measures classification apart from localisation;
+    None if no object is covered.
     """
     model.eval()
     ids = [i + 1 for i in range(len(data.classes))]
     evaluator = CocoBoxEvaluator(LabelMap.from_dict({"category_ids": ids, "names": data.classes}))
     right: list[bool] = []
-    for indices in data.batches(EVALUATION_BATCH):
+    for indices in torch.arange(len(data)).split(EVALUATION_BATCH):
         samples, targets = data.batch(indices)
         with autocast(device, args.amp):
             outputs = model(samples)
@@ -427,14 +392,10 @@ def evaluate(
 
 
 def right_classes(outputs: Mapping[str, Tensor], targets: list[dict[str, Tensor]], classes: int) -> list[bool]:
-    """Return whether the best query's class is right, for each object that a query's box covers with an IoU of 0.5 or
-    more.
+    """Return whether the best query's class is right, for each object that a query's box covers (`COVERED`).
 
-    Args:
-        outputs: `pred_logits` (batch, Q, classes or more), `pred_boxes` (batch, Q, 4), centre x, centre y, width,
-            height as fractions of the image.
-        targets: `labels` and `boxes` of each image's objects.
-        classes: number of classes.
+    `outputs` have `pred_logits` (batch, Q, classes or more) and `pred_boxes` (batch, Q, 4), cxcywh as fractions of the
+    image; `targets` have `labels` and `boxes` of each image's objects.
     """
     correct: list[bool] = []
     for logits, boxes, target in zip(outputs["pred_logits"], outputs["pred_boxes"], targets, strict=True):
@@ -487,23 +448,16 @@ def information_traces(model: nn.Module, map_size: tuple[int, int]) -> Iterator[
 
 @torch.no_grad()
 def look(model: nn.Module, data: Images, map_size: tuple[int, int], amp: str) -> dict[str, list[float | None]]:
-    """Return how the information of the encoder layers relates to objects. The model is left in evaluation mode.
+    """Return how the information of the encoder layers relates to objects, on a few batches (`INTROSPECTION_BATCHES`).
 
-    Args:
-        model: a detector.
-        data: the images; only the first `INTROSPECTION_BATCHES` batches are used.
-        map_size: height and width of the feature map.
-        amp: a key of `AMP_DTYPE`.
-
-    Returns:
-        for each layer `correlation`, Pearson's r of a cell's information with being in an object's box, over an image's
-        cells without padding, averaged over images; and `inequality` of `InformationTrace`, averaged over batches. None
-        if undefined.
+    For each layer `correlation`, Pearson's r of a cell's information with being in an object's box, over an image's
+    cells without padding, averaged over images; and `inequality` of `InformationTrace`, averaged over batches. None if
+    undefined. The model is left in evaluation mode.
     """
     model.eval()
     cells: list[tuple[Tensor, Tensor]] = []
     with information_traces(model, map_size) as traces:
-        for indices in itertools.islice(data.batches(EVALUATION_BATCH), INTROSPECTION_BATCHES):
+        for indices in torch.arange(len(data)).split(EVALUATION_BATCH)[:INTROSPECTION_BATCHES]:
             samples, _ = data.batch(indices)
             with autocast(samples.tensors.device, amp):
                 model(samples)
@@ -516,11 +470,10 @@ def look(model: nn.Module, data: Images, map_size: tuple[int, int], amp: str) ->
 
 
 def correlation(information: Tensor, inside: Tensor, padding: Tensor) -> float | None:
-    """Return Pearson's r of the information with being inside an object, averaged over images; None if undefined.
+    """Return Pearson's r of the information (n, N) with being inside an object, averaged over images; None if
+    undefined.
 
-    Args:
-        information: (n, N).
-        inside, padding: bool (n, N).
+    `inside` and `padding` are bool (n, N).
     """
     coefficients = []
     for values, marks, skipped in zip(information.double(), inside.double(), padding, strict=True):

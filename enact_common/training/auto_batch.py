@@ -5,6 +5,7 @@ rest. So the learning rate's meaning does not depend on the GPU.
 """
 
 import argparse
+import bisect
 import gc
 import logging
 import math
@@ -29,11 +30,7 @@ MARGIN = 0.1
 
 
 def check_auto_device(args: argparse.Namespace, device: torch.device) -> None:
-    """Refuse `--batch_size auto` without a GPU and with several processes.
-
-    Raises:
-        UserError: says what to do.
-    """
+    """Refuse `--batch_size auto` without a GPU and with several processes."""
     if args.batch_size != AUTO_BATCH:
         return
     if device.type != "cuda":
@@ -50,11 +47,7 @@ def resolve_batch(
 ) -> argparse.Namespace:
     """Return the arguments with the largest `--batch_size` that fits and the `--accumulate` that goes with it.
 
-    Args:
-        args: with `batch_size` "auto"; `effective_batch_size` None stands for the published images per step.
-        network: on its device. Its weights, buffers and random numbers stay as they are.
-        train_set: the images to train on.
-        device: a GPU.
+    The network's weights, buffers and random numbers stay as they are.
 
     Raises:
         UserError: not even one image fits.
@@ -67,38 +60,23 @@ def resolve_batch(
     def step_fits(batch: int) -> bool:
         # One image is never padded, so it is not both as high and as wide as the worst batch.
         shape = (height, width) if batch > 1 else (short_side(args), max(height, width))
-        fitting = fits(lambda: trial_step(network, args, device, batch, shape, objects), device)
-        words = batch, *shape, "fits" if fitting else "does not fit"
+        complete = fits(lambda: trial_step(network, args, device, batch, shape, objects), device)
+        words = batch, *shape, "fits" if complete else "does not fit"
         logger.info("--batch_size auto: a step with %d images of %d x %d pixels (height x width) %s", *words)
-        return fitting
+        return complete
 
-    batch = largest_fitting(candidates, step_fits)
-    if batch is None:
+    # All candidates below one that fits fit too.
+    fitting = bisect.bisect_left(candidates, True, key=lambda batch: not step_fits(batch))
+    if not fitting:
         raise UserError(
             f"--batch_size {AUTO_BATCH}: not even one image of {short_side(args)} x {max(height, width)} pixels fits "
             f"into the memory of {device}: pass --amp bf16, --checkpoint_activations, or smaller --train_sizes and "
             "--max_size"
         )
+    batch = candidates[fitting - 1]
     accumulate = effective // batch
     logger.info("--batch_size auto: --batch_size %d --accumulate %d, %d images per step", batch, accumulate, effective)
     return with_flags(args, batch_size=batch, accumulate=accumulate, effective_batch_size=None)
-
-
-def largest_fitting(candidates: Sequence[int], fit: Callable[[int], bool]) -> int | None:
-    """Return the largest candidate that fits, by bisection; None if none fits.
-
-    Args:
-        candidates: ascending.
-        fit: whether a candidate fits; all candidates below one that fits fit too.
-    """
-    low, high = -1, len(candidates)
-    while high - low > 1:
-        middle = (low + high) // 2
-        if fit(candidates[middle]):
-            low = middle
-        else:
-            high = middle
-    return candidates[low] if low >= 0 else None
 
 
 def fits(step: Callable[[], None], device: torch.device) -> bool:
@@ -132,9 +110,7 @@ def short_side(args: argparse.Namespace) -> int:
 def worst_shape(args: argparse.Namespace, sizes: Sequence[tuple[float, float]]) -> tuple[int, int]:
     """Return the (height, width) in pixels that a batch is padded to at worst.
 
-    Args:
-        args: `train_sizes` or `eval_size`, `max_size` and `augmentation`.
-        sizes: (width, height) of each image; infinite if unknown, which counts as any shape.
+    `sizes` are (width, height) of each image; infinite if unknown, which counts as any shape.
     """
     short, ratios = short_side(args), [1.0, 1.0]
     for width, height in sizes:
@@ -148,22 +124,12 @@ def worst_shape(args: argparse.Namespace, sizes: Sequence[tuple[float, float]]) 
 
 
 def trial_step(
-    network: Network,
-    args: argparse.Namespace,
-    device: torch.device,
-    batch: int,
-    shape: tuple[int, int],
-    objects: int,
+    network: Network, args: argparse.Namespace, device: torch.device, batch: int, shape: tuple[int, int], objects: int
 ) -> None:
     """Run a forward and a backward pass on noise, with memory for the optimizer's state, and leave no trace.
 
-    Args:
-        network: the model, in training mode afterwards, and the criterion.
-        args: `amp`, `masks`, `sgd` and `num_classes`.
-        device: the model's device.
-        batch: images.
-        shape: (height, width) of each image, in pixels.
-        objects: objects in each image.
+    The batch has images of `shape` (height, width) pixels, each with this number of objects. The network's model is in
+    training mode afterwards.
     """
     model, criterion = network.model, network.criterion
     buffers = [buffer.clone() for buffer in model.buffers()]
@@ -190,14 +156,7 @@ def trial_step(
 
 
 def noise_batch(args: argparse.Namespace, batch: int, shape: tuple[int, int], objects: int):
-    """Return a batch as the loader's, of noise images without padding.
-
-    Args:
-        args: `num_classes` and `masks`.
-        batch: images.
-        shape: (height, width) in pixels.
-        objects: objects in each image.
-    """
+    """Return a batch as the loader's, of noise images of `shape` (height, width) pixels without padding."""
     height, width = shape
     items = []
     for _ in range(batch):

@@ -1,12 +1,9 @@
 """An exponential moving average (EMA) of a model's weights (`--ema`), often better than the latest weights."""
 
-import argparse
 import copy
 
 import torch
 from torch import nn
-
-from enact_common.utils.acceleration import prepare
 
 
 class WeightAverage:
@@ -29,10 +26,6 @@ class WeightAverage:
         self.model = copy.deepcopy(model)
         self.decay = decay
         self.steps = 0
-
-    def prepare(self, args: argparse.Namespace, device: torch.device) -> None:
-        """Move the EMA model to its device, without compiling it, since it only evaluates."""
-        prepare(self.model, argparse.Namespace(**{**vars(args), "compile": False}), device)
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:

@@ -26,14 +26,10 @@ class BestTracker:
         self.resumed_from = Path(resumed_from)
 
     def add(self, epoch: int, ap: float | None) -> bool:
-        """Add an evaluation; if its metric is the highest so far, copy the latest checkpoint to `best.pth`.
+        """Add an evaluation; if its `main_metric` is the highest so far, copy the latest checkpoint to `best.pth`.
 
-        Args:
-            epoch: from 0.
-            ap: the `main_metric`; None (not measured) is ignored, also by `--early_stop`.
-
-        Returns:
-            whether the metric is the highest so far.
+        A metric of None (not measured) is ignored, also by `--early_stop`. Returns whether the metric is the highest so
+        far.
         """
         if ap is None:
             return False

@@ -3,7 +3,6 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -61,16 +60,6 @@ def loss_report(losses: dict[str, float], weight_dict: dict[str, float]) -> dict
     return report | {f"{name}_unscaled": value for name, value in losses.items() if name != "class_error"}
 
 
-@dataclass
-class Batch:
-    """A batch with its losses, kept to report a loss that is not finite."""
-
-    samples: NestedTensor
-    targets: list[dict[str, Tensor]]
-    losses: dict[str, Tensor]
-    where: str
-
-
 class TrainStep:
     """A training step: forward pass, losses, backward pass, and an optimizer step once a group of batches is complete.
 
@@ -81,9 +70,6 @@ class TrainStep:
 
     Args:
         model: possibly wrapped in DistributedDataParallel.
-        criterion: computes the losses, their weights and the total.
-        optimization: the optimizer and its settings.
-        device: the model's device.
 
     Attributes:
         stop: whether a process was asked to stop, as of the last `check`.
@@ -101,7 +87,7 @@ class TrainStep:
         self._votes = torch.zeros(2, pin_memory=device.type == "cuda")  # processes with a fault, processes to stop
         self._arrived = torch.cuda.Event() if device.type == "cuda" else None
         self._overflows = torch.zeros((), device=device)  # consecutive overflows under fp16
-        self._unchecked: Batch | None = None
+        self._unchecked: tuple | None = None  # the last batch, as `describe_non_finite` takes it
 
     def __call__(
         self,
@@ -111,16 +97,13 @@ class TrainStep:
         group: int = 1,
         complete: bool = True,
     ) -> dict[str, Tensor]:
-        """Process one batch.
+        """Process one batch, and return its losses, detached, on the device.
 
         Args:
             samples, targets: a batch from the loader.
             where: the step, in words, for the report.
             group: batches whose gradients are averaged in this optimizer step.
             complete: whether this is the last batch of the group.
-
-        Returns:
-            the losses, detached, on the device.
 
         Raises:
             NonFiniteLossError: the previous batch had a loss or gradients that are not finite. The weights are those
@@ -147,18 +130,14 @@ class TrainStep:
         if self._arrived is not None:
             self._arrived.record(torch.cuda.current_stream(self.device))
         losses = {name: value.detach() for name, value in losses.items()}
-        self._unchecked = Batch(samples, targets, losses, where)
+        self._unchecked = samples, targets, losses, where
         return losses
 
     def step_optimizer(self, finite: Tensor) -> Tensor:
-        """Clip the gradients and update the weights, if the loss and the gradients are finite.
+        """Clip the gradients and update the weights, if the loss (`finite`, bool ()) and the gradients are finite.
 
-        Args:
-            finite: bool (), whether the loss is finite.
-
-        Returns:
-            bool (), whether the loss and the gradients are finite. Under fp16, overflows only count after
-            `MAX_OVERFLOWS` in a row, since the scaler answers them with a smaller scale.
+        Returns bool (), whether they are. Under fp16, overflows only count after `MAX_OVERFLOWS` in a row, since the
+        scaler answers them with a smaller scale.
         """
         optimizer, scaler = self.optimization.optimizer, self.optimization.scaler
         scaler.unscale_(optimizer)
@@ -178,11 +157,11 @@ class TrainStep:
         return finite
 
     def check(self) -> None:
-        """Read the result of the last batch of all processes: report a loss or gradients that are not finite, and set
-        `stop`.
+        """Read the result of the last batch of all processes, and set `stop`.
 
         Raises:
-            NonFiniteLossError: they are not finite in some process; all processes raise the same message.
+            NonFiniteLossError: the loss or a gradient is not finite in some process; all processes raise the same
+                message.
         """
         batch, self._unchecked = self._unchecked, None
         if batch is None:
@@ -194,9 +173,7 @@ class TrainStep:
         if faults:
             # Unwrap the model: the wrapper's forward would wait for the other processes.
             unwrapped = getattr(self.model, "module", self.model)
-            report = describe_non_finite(
-                unwrapped, batch.samples, batch.targets, batch.losses, batch.where, self.optimization.amp
-            )
+            report = describe_non_finite(unwrapped, *batch, self.optimization.amp)
             # Gradients are all-reduced, so every rank has the fault; prefer the rank with an earlier one.
             reports = gather_objects(report)
             raise NonFiniteLossError(next((text for text in reports if GRADIENTS not in text), reports[0]))
@@ -218,11 +195,8 @@ def train_one_epoch(
 
     Args:
         model: possibly wrapped in DistributedDataParallel.
-        criterion: computes the losses, their weights and the total.
         loader: yields (NestedTensor, targets); its sampler and data set are already set to the epoch, and skip the
             `first` batches.
-        optimization: the optimizer and its settings.
-        device: the model's device.
         epoch: number, from 0.
         print_freq: steps between two progress lines.
         meter: the losses of the epoch's batches so far, empty at its start; updated in place.
@@ -287,12 +261,7 @@ def describe_non_finite(
 ) -> str:
     """Return the message about a loss that is not finite: the step, the images, and the first tensor at fault.
 
-    Runs the batch through the model once more and checks the output of every module.
-
-    Args:
-        model, samples, targets, losses: the step's model, batch and losses.
-        where: the step, in words.
-        amp: the step's precision, a key of `AMP_DTYPE`.
+    Runs the batch through the model once more, in the precision `amp`, and checks the output of every module.
     """
     images = ", ".join(str(int(target["image_id"])) for target in targets if "image_id" in target)
     candidates = [("input images", samples.tensors)]
@@ -379,7 +348,6 @@ def evaluate(
         loader: yields (NestedTensor, targets), or None for a batch of unreadable images. Processes may have different
             numbers of batches.
         evaluator: collects the detections; afterwards it holds those of all processes.
-        device: the model's device.
         amp: a key of `AMP_DTYPE`.
         print_freq: steps between two progress lines.
         panoptic: collects the segments of a model with the post-processor "panoptic"; None for other models.

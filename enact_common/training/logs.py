@@ -66,8 +66,7 @@ class AverageMeter:
 
     def synchronized(self) -> dict[str, float]:
         """Return the means over the values of all processes; some processes may have no values."""
-        total = AverageMeter.merged(gather_objects(self.state()))
-        return total.averages()
+        return AverageMeter.merged(gather_objects(self.state())).averages()
 
     def state(self) -> dict[str, Any]:
         """Return sums and count as built-in types, for checkpoints."""
@@ -76,12 +75,7 @@ class AverageMeter:
 
     @classmethod
     def merged(cls, states: Sequence[dict[str, Any]], device: torch.device | None = None) -> "AverageMeter":
-        """Return a meter with the values of all these states.
-
-        Args:
-            states: from `state`.
-            device: device of the values to add later.
-        """
+        """Return a meter with the values of all these states; `device` is that of the values to add later."""
         meter = cls()
         for state in states:
             if state["count"]:
@@ -143,12 +137,7 @@ class RunLog:
         return [metrics[epoch] for epoch in range(epochs) if metrics.get(epoch) is not None]
 
     def write(self, epoch: int, stats: dict) -> None:
-        """Add an epoch.
-
-        Args:
-            epoch: from 0.
-            stats: scalars, and lists of COCO's twelve metrics: `test_coco_eval_bbox` and, with masks,
-                `test_coco_eval_masks`.
+        """Add an epoch's scalars and its lists of COCO's twelve metrics.
 
         Raises:
             UserError: the log cannot be written, for example because the disk is full.
@@ -165,10 +154,7 @@ class RunLog:
     def write_best(self, epoch: int, stats: dict, pictures: Callable[[], dict[str, np.ndarray]]) -> None:
         """Send the metrics of the best checkpoint so far to the trackers, under `best/`, and pictures.
 
-        Args:
-            epoch: from 0.
-            stats: as for `write`.
-            pictures: draws them; called only if there are trackers.
+        `pictures` draws them; it is called only if there are trackers.
         """
         if self._trackers:
             # Metrics have upper-case names, unlike losses.

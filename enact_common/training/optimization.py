@@ -40,11 +40,7 @@ def build_optimization(
 ) -> Optimization:
     """Return the optimizer, learning-rate schedule and gradient scaler that the arguments ask for.
 
-    Args:
-        model: on its device.
-        args: parsed arguments.
-        device: the model's device.
-        average: the EMA weights to update in each step; None without EMA.
+    The model is on its device; `average` are the EMA weights to update in each step.
 
     Raises:
         UserError: a name in `--lr_backbone_names` or `--lr_linear_proj_names` matches no parameter.
@@ -52,12 +48,7 @@ def build_optimization(
     for flag in ("lr_backbone_names", "lr_linear_proj_names"):
         check_parameter_names(model, f"--{flag}", getattr(args, flag))
     groups = parameter_groups(
-        model,
-        args.lr,
-        args.lr_backbone,
-        args.lr_backbone_names,
-        args.lr_linear_proj_names,
-        args.lr_linear_proj_mult,
+        model, args.lr, args.lr_backbone, args.lr_backbone_names, args.lr_linear_proj_names, args.lr_linear_proj_mult
     )
     # Fused runs one kernel per group instead of a dozen per tensor, which saves much of a small model's step time.
     settings = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": True}
@@ -69,14 +60,9 @@ def build_optimization(
 
     def set_lr(epoch: int, step: int, steps: int) -> None:
         factor = learning_rate_factor(
-            args.lr_schedule,
-            epoch * steps + step,
-            epoch,
-            args.epochs * steps,
-            args.lr_drop,
-            args.warmup_steps,
+            args.lr_schedule, epoch * steps + step, epoch, args.epochs * steps, args.lr_drop, args.warmup_steps,
             args.lr_drop_epochs,
-        )
+        )  # fmt: skip
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
 
@@ -109,8 +95,6 @@ def parameter_groups(
     """Return the trained parameters in groups: the backbone and linear projections have separate learning rates.
 
     Args:
-        model: the model; the names of its parameters define the groups.
-        lr, lr_backbone: learning rates.
         backbone_names: a parameter whose name contains one of these belongs to the backbone.
         linear_proj_names: any other parameter whose name contains one of these is a linear projection.
         linear_proj_mult: learning rate of linear projections as a fraction of `lr`.
@@ -134,12 +118,7 @@ def parameter_groups(
 
 
 def check_parameter_names(model: nn.Module, flag: str, parts: Sequence[str]) -> None:
-    """Refuse a part that occurs in no parameter's name.
-
-    Args:
-        model: the model; its frozen parameters count too.
-        flag: the flag that names the parts, for the message.
-        parts: each must occur in the name of a parameter.
+    """Refuse a part that occurs in no parameter's name; frozen parameters count too.
 
     Raises:
         UserError: names the flag, the part and example parameters.
@@ -155,10 +134,7 @@ def check_parameter_names(model: nn.Module, flag: str, parts: Sequence[str]) -> 
 def drops_until(epoch: int, lr_drop: int, drop_epochs: Sequence[int] | None) -> int:
     """Return how often the step schedule has dropped the learning rate after `epoch` epochs.
 
-    Args:
-        epoch: epochs done.
-        lr_drop: epochs between two drops.
-        drop_epochs: epochs after which the rate drops; None for every `lr_drop`.
+    It drops after each of `drop_epochs`; without them, after every `lr_drop` epochs.
     """
     return epoch // lr_drop if drop_epochs is None else sum(epoch >= drop for drop in set(drop_epochs))
 
@@ -172,16 +148,10 @@ def learning_rate_factor(
     warmup_steps: int,
     drop_epochs: Sequence[int] | None = None,
 ) -> float:
-    """Return the factor of the base learning rates, in [0, 1].
+    """Return the factor of the base learning rates, in [0, 1], after `step` optimizer steps and `epoch` epochs.
 
-    Args:
-        schedule: "step", divided by 10 at each drop; or "cosine", from 1 to 0 over the whole run.
-        step: optimizer steps done, over all epochs.
-        epoch: epochs done.
-        total_steps: optimizer steps of the whole run.
-        lr_drop: epochs between two drops.
-        warmup_steps: steps in which the factor rises linearly from near 0.
-        drop_epochs: epochs after which the rate drops; None for every `lr_drop`.
+    The schedule is "step", divided by 10 at each drop (`drops_until`); or "cosine", from 1 to 0 over `total_steps`. In
+    the first `warmup_steps`, the factor rises linearly from near 0.
     """
     if step < warmup_steps:
         return (step + 1) / (warmup_steps + 1)

@@ -20,14 +20,9 @@ LONGEST = 1280
 
 
 def evaluation_pictures(data: Data, evaluator: CocoBoxEvaluator) -> dict[str, np.ndarray]:
-    """Return pictures of the first validation images, by name, without images that cannot be read.
+    """Return pictures of the first validation images, without images that cannot be read.
 
-    Args:
-        data: with ground truth.
-        evaluator: holds the detections.
-
-    Returns:
-        RGB uint8 (height, width, 3), by `pictures/` and the image's file name without suffix.
+    RGB uint8 (height, width, 3), by `pictures/` and the image's file name without suffix.
     """
     names, labels = data.label_map.names, data.label_map.labels()
     pictures = {}

@@ -28,13 +28,11 @@ def report_evaluation(
 
     Args:
         data: holds the ground truth; without it there are no metrics.
-        evaluator: holds the detections.
         panoptic: holds the segments; None for a model without segments.
         source: the first entries of the record, which say where the weights come from.
         output_dir: None writes nothing.
         masks: also compute the metrics of masks.
-        per_class: also print the metrics of each class, and write `results.json` and the segments of a panoptic model
-            (`panoptic_results/`).
+        per_class: also print the metrics of each class, and write `results.json` and `panoptic_results/`.
 
     Returns:
         the metrics under the log's names: COCO's twelve of boxes and of masks as lists, PQ, SQ and RQ as dicts. Empty

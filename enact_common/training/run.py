@@ -18,6 +18,7 @@ from enact_common.cli.arguments import VariantParser
 from enact_common.cli.checks import is_installed
 from enact_common.cli.config import CONFIG, config_text
 from enact_common.cli.flags import AUTO_BATCH, with_flags
+from enact_common.data.annotations import parse_once
 from enact_common.data.coco import CocoDetection
 from enact_common.data.loading import worker_death
 from enact_common.evaluation.coco import CocoBoxEvaluator
@@ -25,7 +26,7 @@ from enact_common.evaluation.panoptic import PanopticEvaluator
 from enact_common.training.auto_batch import check_auto_device, resolve_batch
 from enact_common.training.best import BestTracker
 from enact_common.training.engine import NonFiniteLossError, evaluate, train_one_epoch
-from enact_common.training.logs import AverageMeter, RunLog, main_metric, setup_logging
+from enact_common.training.logs import RunLog, main_metric, setup_logging
 from enact_common.training.optimization import build_optimization
 from enact_common.training.pictures import evaluation_pictures
 from enact_common.training.report import report_evaluation
@@ -35,7 +36,6 @@ from enact_common.training.setup import (
     check_backbone_weights,
     check_data,
     check_paths,
-    checking,
     is_measurable,
     load_data,
     load_network,
@@ -43,7 +43,7 @@ from enact_common.training.setup import (
     resolve_model_flags,
     wrap_model,
 )
-from enact_common.training.state import TrainingState
+from enact_common.training.state import Position, TrainingState
 from enact_common.training.summary import log_summary
 from enact_common.training.trackers import Trackers
 from enact_common.utils.device import check_precision, find_device, peak_memory, start_counting_memory
@@ -135,13 +135,7 @@ def with_latest(args: argparse.Namespace) -> argparse.Namespace:
 def run(
     variant: str, parser: VariantParser, args: argparse.Namespace, build_model: Callable, build_dataset: Callable
 ) -> None:
-    """Check files and devices, set up, then train or evaluate.
-
-    Args:
-        variant: name of the variant.
-        parser: the variant's command line.
-        args: parsed arguments.
-        build_model, build_dataset: as in `main`.
+    """Check files and devices, set up, then train or evaluate; arguments are as in `main`.
 
     Raises:
         UserError: the arguments, the data or a file is wrong; raised before any work starts, except for unreadable
@@ -164,7 +158,7 @@ def run(
             "machines share, or --resume CKPT"
         )
 
-    with checking():
+    with failing_together(), parse_once():
         sources = load_sources(variant, args)
         output_dir = check_paths(args)
         check_backbone_weights(args, sources)
@@ -172,7 +166,7 @@ def run(
             make_folder(output_dir)
     # The same seed in all processes, so that randomly initialised weights are equal.
     seed_generators(args.seed)
-    with checking():
+    with failing_together(), parse_once():
         auto = args.batch_size == AUTO_BATCH
         data = load_data(with_flags(args, batch_size=1) if auto else args, build_dataset, sources, device)
         args = resolve_model_flags(args, sources, data.label_map)
@@ -192,11 +186,8 @@ def run(
         log_summary(variant, args, data, network, device, output_dir)
         data.cache(args.cache_mode)
         _, evaluator, panoptic = evaluate_network(args, data, network, device, unreadable)
-        source = {
-            "set": args.eval_set,
-            "epoch": (sources.resumed or {}).get("epoch"),
-            "checkpoint": args.resume or args.pretrained,
-        }
+        epoch = (sources.resumed or {}).get("epoch")
+        source = {"set": args.eval_set, "epoch": epoch, "checkpoint": args.resume or args.pretrained}
         masks = "segm" in network.postprocessors
         report_evaluation(data, evaluator, panoptic, source, output_dir, masks, per_class=True)
     else:
@@ -225,10 +216,9 @@ def train(
     unreadable: "UnreadableImages",
     measurable: bool,
 ) -> None:
-    """Train to the last epoch; save, evaluate and log after each epoch.
+    """Train to the last epoch from what `run` has set up; save, evaluate and log after each epoch.
 
     Args:
-        variant, args, data, network, device, output_dir, unreadable: as set up in `run`.
         settings: the content of `config.yaml`.
         checkpoint: the checkpoint to resume; None for a new training.
         measurable: whether the validation images have objects, so that AP or PQ can be computed.
@@ -283,26 +273,24 @@ def train(
         for epoch in range(start.epoch, args.epochs):
             if best.has_stopped_improving(args.early_stop):
                 break
-            first, meter, earlier = 0, AverageMeter(), 0.0
-            if epoch == start.epoch:
-                first, meter, earlier = start.batches, start.meter, start.seconds
+            position = start if epoch == start.epoch else Position(epoch)
             data.train_loader.sampler.set_epoch(epoch)
-            data.train_loader.sampler.first = first * args.batch_size
+            data.train_loader.sampler.first = position.batches * args.batch_size
             data.train_set.set_epoch(epoch)
             start_counting_memory(device)
-            epoch_begin = time.perf_counter() - earlier
+            epoch_begin = time.perf_counter() - position.seconds
 
-            def after_step(batches: int, stop: bool, epoch=epoch, meter=meter, epoch_begin=epoch_begin) -> None:
+            def after_step(batches: int, stop: bool, epoch=epoch, position=position, begin=epoch_begin) -> None:
                 steps = batches // args.accumulate
                 if stop or (args.save_every_steps and steps % args.save_every_steps == 0):
-                    state.save_within_epoch(epoch, batches, meter, time.perf_counter() - epoch_begin)
+                    state.save_within_epoch(epoch, batches, position.meter, time.perf_counter() - begin)
                 if stop:
                     unreadable.log(data.train_set, "others take their places")
                     raise stopped(f"in epoch {epoch}, after {batches} of {len(data.train_loader)} batches", output_dir)
 
             train_stats = train_one_epoch(
                 network.wrapped, network.criterion, data.train_loader, optimization, device, epoch, args.print_freq,
-                meter, first, after_step,
+                position.meter, position.batches, after_step,
             )  # fmt: skip
             cost = {
                 "train_seconds": time.perf_counter() - epoch_begin,
@@ -317,12 +305,7 @@ def train(
 
 
 def open_trackers(variant: str, args: argparse.Namespace, settings: str, output_dir: Path | None) -> Trackers | None:
-    """Open the trackers of `--log`, in the main process; without the flag, TensorBoard if it is installed.
-
-    Args:
-        variant, args, output_dir: as set up in `run`.
-        settings: the content of `config.yaml`.
-    """
+    """Open the trackers of `--log`, in the main process; without the flag, TensorBoard if it is installed."""
     if output_dir is None or not is_main_process():
         return None
     if args.log:
@@ -338,9 +321,8 @@ def evaluate_network(
 ) -> tuple[dict[str, float], CocoBoxEvaluator, PanopticEvaluator | None]:
     """Run the model on the images to evaluate on.
 
-    Returns:
-        (losses, evaluator, panoptic). The losses are empty without annotations. The evaluators hold boxes and masks,
-        and segments; `panoptic` is None for a model without segments.
+    Returns (losses, evaluator, panoptic). The losses are empty without annotations; `panoptic` is None for a model
+    without segments.
     """
     evaluator = CocoBoxEvaluator(data.label_map)
     panoptic = PanopticEvaluator() if "panoptic" in network.postprocessors else None
@@ -371,14 +353,9 @@ class UnreadableImages:
         self.named: set[tuple[CocoDetection, int]] = set()
 
     def log(self, dataset: CocoDetection, consequence: str) -> int:
-        """Warn about images of a data set that could not be read and were not named yet.
+        """Warn about images that could not be read and were not named yet; `consequence` is how the run treats them.
 
-        Args:
-            dataset: the data set.
-            consequence: how the run treats these images, for the message.
-
-        Returns:
-            the number of unreadable images of the data set since the run started, over all processes.
+        Returns the number of unreadable images of the data set since the run started, over all processes.
         """
         bad = sorted(set().union(*gather_objects(dataset.unreadable())))
         new = [i for i in bad if (dataset, i) not in self.named]

@@ -32,10 +32,7 @@ def read_epochs(source: Path) -> list[dict]:
     """Return the epochs of a run, in order, each once.
 
     A run that was resumed from an earlier checkpoint logs some epochs again. The new epochs replace the old ones and
-    all that followed them.
-
-    Args:
-        source: a `log.txt`, of this project or of an original repository, or its folder.
+    all that followed them. The source is a `log.txt`, of this project or of an original repository, or its folder.
 
     Raises:
         UserError: there is no such file, or none of its lines is an epoch.
@@ -60,10 +57,7 @@ def read_evaluation(source: Path) -> dict[str, Any]:
     """Return the record of an evaluation, as `evaluation_record` makes it, without NaN and Inf.
 
     A broken model can have metrics that are not finite. Then the `AP` and `AP50` of a class are None, and its
-    `precision` lacks those curves.
-
-    Args:
-        source: an `evaluation.json`, or its folder.
+    `precision` lacks those curves. The source is an `evaluation.json`, or its folder.
 
     Raises:
         UserError: there is no such file, or it is not an evaluation's record.
@@ -105,9 +99,6 @@ def classes_by_name(records: Sequence[dict]) -> list[dict[str, dict]]:
 
     Classes are matched by name, because data sets may number them differently.
 
-    Args:
-        records: from `read_evaluation`.
-
     Returns:
         {name: class} for each record, in the record's order.
     """
@@ -130,10 +121,7 @@ def is_finite(value: Any) -> bool:
 def series(epochs: Sequence[dict], key: str, position: int | None = None) -> list[tuple[int, float]]:
     """Return a quantity over the epochs that have it, as (epochs done, value), without COCO metrics of -1.
 
-    Args:
-        epochs: from `read_epochs`.
-        key: the log's key of the quantity.
-        position: index in the key's list of COCO metrics; None if the key holds a number.
+    `position` is the index in the key's list of COCO metrics; None if the key holds a number.
     """
     points = []
     for row in epochs:
@@ -147,11 +135,7 @@ def series(epochs: Sequence[dict], key: str, position: int | None = None) -> lis
 
 
 def run_names(sources: Sequence[Path], names: Sequence[str] | None = None) -> list[str]:
-    """Return a name for each run: the user's names, else the shortest path endings that are unique.
-
-    Args:
-        sources: run folders, or files in them.
-        names: the user's names, one per run; None for names from the paths.
+    """Return a name for each run, a folder or a file in it: the user's, else the shortest path endings that are unique.
 
     Raises:
         UserError: the numbers of names and runs differ, or two names or runs are equal.

@@ -3,8 +3,7 @@
 import argparse
 import inspect
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +23,6 @@ from enact_common.checkpoints.files import (
 )
 from enact_common.checkpoints.pretrained import check_pretrained, load_pretrained
 from enact_common.cli.flags import PANOPTIC, with_flags
-from enact_common.data.annotations import parse_once
 from enact_common.data.build import data_files
 from enact_common.data.cache import cache_images
 from enact_common.data.categories import LabelMap
@@ -44,13 +42,7 @@ logger = logging.getLogger("enact")
 
 @dataclass(frozen=True)
 class Sources:
-    """The checkpoints that a run starts from; None for a flag that is not given.
-
-    Attributes:
-        resumed: from `--resume`, to resume or to evaluate.
-        pretrained: from `--pretrained`, to fine-tune.
-        frozen: from `--frozen_weights`, the frozen detector of a mask head.
-    """
+    """The checkpoints of `--resume`, `--pretrained` and `--frozen_weights` that a run starts from."""
 
     resumed: dict | None
     pretrained: dict | None
@@ -83,11 +75,7 @@ def load_sources(variant: str, args: argparse.Namespace) -> Sources:
 
 
 def check_paths(args: argparse.Namespace) -> Path | None:
-    """Refuse missing data, and an output folder that holds another run.
-
-    Returns:
-        the output folder; None without `--output_dir`.
-    """
+    """Refuse missing data, and an output folder of another run; return the folder, None without `--output_dir`."""
     for split in (args.eval_set,) if args.eval else ("train", args.eval_set):
         data_files(args, split)
     if not args.output_dir:
@@ -133,11 +121,7 @@ class Data:
         )
 
     def cache(self, mode: str | None) -> None:
-        """Read all images into memory (`--cache_mode`). Call it after all checks and before the loaders' workers start.
-
-        Args:
-            mode: the value of `--cache_mode`; None or False does nothing.
-        """
+        """Read all images into memory (`--cache_mode`), after all checks and before the loaders' workers start."""
         if mode:
             with failing_together():
                 cache_images([data for data in (self.train_set, self.val_set) if data is not None], mode)
@@ -240,7 +224,6 @@ class Network:
     Attributes:
         model: on its device; compiled with `--compile`.
         wrapped: the model, or the model in DistributedDataParallel.
-        criterion, postprocessors: from `build_model`.
         average: the EMA weights (`--ema`); None without EMA.
         num_parameters: trained parameters.
     """
@@ -298,7 +281,8 @@ def load_network(
     # Copy the model before it is compiled: the copy must not call the original's compiled methods.
     average = None if args.ema is None or args.eval else WeightAverage(model, args.ema)
     if average:
-        average.prepare(args, device)
+        # Not compiled, since it only evaluates.
+        prepare(average.model, with_flags(args, compile=False), device)
     prepare(model, args, device)
     criterion.to(device)
     num_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -321,10 +305,3 @@ def check_backbone_weights(args: argparse.Namespace, sources: Sources) -> None:
     """Load the backbone's weights once, to fail before the annotations are read."""
     if not (sources.resumed or sources.pretrained or sources.frozen):
         load_backbone_weights(args.backbone, args.backbone_weights)
-
-
-@contextmanager
-def checking() -> Iterator[None]:
-    """A block of set-up in which all processes fail together, and each annotation file is parsed once."""
-    with failing_together(), parse_once():
-        yield

@@ -3,7 +3,7 @@
 import argparse
 import logging
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -59,49 +59,31 @@ class Position:
     """
 
     epoch: int
-    batches: int
-    meter: AverageMeter
-    seconds: float
+    batches: int = 0
+    meter: AverageMeter = field(default_factory=AverageMeter)
+    seconds: float = 0.0
 
 
+@dataclass
 class TrainingState:
     """The state of a training that checkpoints save and restore.
 
-    Args:
-        variant: name of the variant.
-        args: resolved arguments.
-        network: the model and its EMA weights.
-        optimization: optimizer and gradient scaler.
-        label_map: the model's label map.
+    Attributes:
         output_dir: folder of the checkpoints; None writes none.
-        device: the model's device.
     """
 
-    def __init__(
-        self,
-        variant: str,
-        args: argparse.Namespace,
-        network: Network,
-        optimization: Optimization,
-        label_map: LabelMap,
-        output_dir: Path | None,
-        device: torch.device,
-    ):
-        self.variant = variant
-        self.args = args
-        self.network = network
-        self.optimization = optimization
-        self.label_map = label_map
-        self.output_dir = output_dir
-        self.device = device
+    variant: str
+    args: argparse.Namespace
+    network: Network
+    optimization: Optimization
+    label_map: LabelMap
+    output_dir: Path | None
+    device: torch.device
 
     def save(self, epoch: int, names: list[str], more: dict) -> None:
-        """Write a checkpoint atomically.
+        """Write a checkpoint under each of these names, atomically, with additional entries.
 
-        Args:
-            epoch: the last complete epoch, -1 before the first.
-            names: file names.
-            more: additional entries of the checkpoint.
+        `epoch` is the last complete one, -1 before the first.
 
         Raises:
             UserError: the file cannot be written; raised in all processes.
@@ -153,20 +135,15 @@ class TrainingState:
         return [f"checkpoint{epoch:04}.pth"] if drops or (epoch + 1) % args.save_every == 0 else []
 
     def resume(self, checkpoint: dict | None, num_batches: int) -> Position:
-        """Restore optimizer, scaler, EMA weights and random states from a checkpoint.
+        """Restore optimizer, scaler, EMA weights and random states; return the position at which the training resumes.
 
-        Args:
-            checkpoint: None starts at `--start_epoch`.
-            num_batches: batches per epoch.
-
-        Returns:
-            the position at which the training resumes.
+        Without a checkpoint, it is `--start_epoch`. An epoch has `num_batches` batches.
 
         Raises:
             UserError: the checkpoint's training froze other parameters, kept EMA weights while this one does not, or
                 had another optimizer.
         """
-        args, start = self.args, Position(self.args.start_epoch, 0, AverageMeter(), 0.0)
+        args, start = self.args, Position(self.args.start_epoch)
         if not checkpoint:
             return start
         if "optimizer" not in checkpoint or "epoch" not in checkpoint:
@@ -195,23 +172,18 @@ class TrainingState:
         epoch = checkpoint["epoch"] + 1
         if checkpoint.get("within_epoch"):
             return self.resume_within_epoch(epoch, WithinEpoch(**checkpoint["within_epoch"]), num_batches)
-        return Position(epoch, 0, AverageMeter(), 0.0)
+        return Position(epoch)
 
     def check_same_training(self, checkpoint: dict) -> None:
-        """Refuse to resume a training that froze other parameters, or whose EMA weights would be lost.
-
-        Raises:
-            UserError: `--freeze` or `--frozen_weights` differs, or `--ema` is missing.
-        """
+        """Refuse to resume a training that froze other parameters, or whose EMA weights would be lost."""
         args, saved = self.args, checkpoint.get("args", {})
         frozen = saved.get("freeze") or []
+        saved_flag = None
         if sorted(frozen) != sorted(args.freeze):
             saved_flag = f"--freeze {' '.join(frozen)}" if frozen else "no --freeze"
-            raise UserError(
-                f"{args.resume}: was trained with {saved_flag}; pass the same, or start anew with --pretrained"
-            )
-        if bool(saved.get("frozen_weights")) != bool(args.frozen_weights):
+        elif bool(saved.get("frozen_weights")) != bool(args.frozen_weights):
             saved_flag = "--frozen_weights CKPT" if saved.get("frozen_weights") else "no --frozen_weights"
+        if saved_flag:
             raise UserError(
                 f"{args.resume}: was trained with {saved_flag}; pass the same, or start anew with --pretrained"
             )

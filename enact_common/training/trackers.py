@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from enact_common.utils.errors import UserError
-from enact_common.utils.files import write_file
+from enact_common.utils.files import read_json, write_file
 
 logger = logging.getLogger("enact")
 
@@ -160,7 +160,7 @@ class Trackers:
 
     def __init__(self, names: Sequence[str], folder: Path, settings: Mapping[str, Any]):
         self._open: list[Tracker] = []
-        ids = self._read_ids(folder / RUN_IDS)
+        ids = read_json(folder / RUN_IDS) or {}
         for name in dict.fromkeys(names):
             try:
                 self._open.append(OPENERS[name](folder, settings, ids.get(name)))
@@ -201,14 +201,6 @@ class Trackers:
             except Exception as error:
                 self._open.remove(tracker)
                 self._warn(tracker.name, error)
-
-    @staticmethod
-    def _read_ids(path: Path) -> dict[str, str]:
-        try:
-            ids = json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            return {}
-        return ids if isinstance(ids, dict) else {}
 
     @staticmethod
     def _warn(name: str, error: Exception) -> None:

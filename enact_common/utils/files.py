@@ -1,6 +1,7 @@
 """Atomic writing of files, and safe reading of tensor files from any source."""
 
 import argparse
+import json
 import os
 import re
 import tarfile
@@ -142,3 +143,12 @@ def describe(error: Exception) -> str:
         text = text.rpartition("WeightsUnpickler error:")[2].partition(" In PyTorch 2.6")[0]
         reason = (text.strip() or type(error).__name__).splitlines()[0][:200]
     return f"truncated, or not a file of tensors ({reason})"
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return a JSON file's object; None if the file is missing or holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

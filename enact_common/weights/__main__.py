@@ -25,7 +25,7 @@ from enact_common.checkpoints.contents import (
 )
 from enact_common.checkpoints.files import flag_text, load_checkpoint
 from enact_common.checkpoints.published import FILES, HUGGING_FACE, Model, PublishedFile
-from enact_common.cli.flags import COCO, PANOPTIC, with_flags
+from enact_common.cli.flags import PANOPTIC, with_flags
 from enact_common.cli.program import Parser, program
 from enact_common.cli.types import HelpFormatter
 from enact_common.data.categories import LabelMap
@@ -65,25 +65,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: the arguments; None for `sys.argv`.
-
-    Returns:
-        the exit status: 0; 1 for a checkpoint that does not load; 2 for user errors.
-    """
+    """Run the command line; return 0, 1 for a checkpoint that does not load, or 2 for user errors."""
     parser = build_parser()
     args = parser.parse_args(argv)
     return exit_status(parser.prog, lambda: run(args))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what the arguments ask for; return the exit status.
-
-    Raises:
-        UserError: the arguments do not fit each other, or a file is not usable.
-    """
+    """Do what the arguments ask for; return the exit status."""
     if (args.shrink is None) != (args.output is None):
         raise UserError("--shrink FILE and --output FILE need each other: pass both")
     if args.shrink is not None and args.check is not None:
@@ -111,11 +100,7 @@ def list_files() -> int:
 
 def published_arguments(model: Model) -> argparse.Namespace:
     """Return the arguments that build a published model."""
-    return with_flags(
-        default_arguments(model.variant), backbone=model.backbone, dilation=model.dilation,
-        encoder_attention=model.encoder_attention, masks=model.panoptic,
-        dataset_file=PANOPTIC if model.panoptic else COCO,
-    )  # fmt: skip
+    return with_flags(default_arguments(model.variant), **model.flags)
 
 
 def evaluation(source: str, args: argparse.Namespace, variant: str) -> str:
@@ -134,10 +119,7 @@ def size_words(args: argparse.Namespace, variant: str) -> list[str]:
 
 
 def check(source: str) -> int:
-    """Print what a checkpoint is, whether it loads, and the command that evaluates it.
-
-    Returns:
-        0; 1 if it does not load.
+    """Print what a checkpoint is, whether it loads, and the command that evaluates it; return 1 if it does not load.
 
     Raises:
         UserError: it is not a checkpoint, or of no variant.
@@ -145,7 +127,7 @@ def check(source: str) -> int:
     state = load_checkpoint(source)
     variant = known_variant(state, source)
     args, label_map = arguments_of(state, variant)
-    model = model_of(args, variant)
+    model = Model.of(args, variant)
     print(f"{source}: {model.title}{', with a mask head for instances' * (args.masks and not model.panoptic)}")
     count = sum(tensor.numel() for tensor in state["model"].values())
     print(f"  tensors     {len(state['model'])}, with {count / 1e6:.1f} million numbers")
@@ -169,11 +151,7 @@ def check(source: str) -> int:
 
 
 def shrink(source: str, output: Path) -> int:
-    """Write a checkpoint as a small file that all commands take, and print both sizes.
-
-    Raises:
-        UserError: the checkpoint is not usable, or the output exists, is named as another format or cannot be written.
-    """
+    """Write a checkpoint as a small file that all commands take, and print both sizes."""
     if output.exists():
         raise UserError(f"--output {output}: already exists; choose another name")
     if output.suffix == ".safetensors":
@@ -184,12 +162,6 @@ def shrink(source: str, output: Path) -> int:
     detector.save_file(output)
     print(f"{output}: {output.stat().st_size / 2**20:.1f} MiB of weights and settings, without a training's state")
     return 0
-
-
-def model_of(args: argparse.Namespace, variant: str) -> Model:
-    """Return the named model that has these arguments' parts; its sizes may differ."""
-    panoptic = args.dataset_file == PANOPTIC
-    return Model(variant, args.backbone, bool(args.dilation), args.encoder_attention, panoptic)
 
 
 def classes_text(label_map: LabelMap) -> str:
@@ -210,17 +182,9 @@ def possible_dilations(state: dict[str, Any], args: argparse.Namespace) -> tuple
 def origin(
     state: dict[str, Any], source: str, candidates: list[argparse.Namespace], variant: str, label_map: LabelMap
 ) -> tuple[str, list[argparse.Namespace]]:
-    """Say which published file a checkpoint is or may be.
+    """Say which published file a checkpoint is or may be, by the `candidates`, arguments that fit it.
 
-    Args:
-        state: from `load_checkpoint`.
-        source: its name.
-        candidates: the arguments that fit it.
-        variant: its variant.
-        label_map: its labels.
-
-    Returns:
-        the origin in words, and those of the arguments that remain.
+    Returns the origin in words, and those of the arguments that remain.
     """
     if "variant" in state:
         epoch = f", after epoch {state['epoch']}" if isinstance(state.get("epoch"), int) else ""
@@ -229,7 +193,7 @@ def origin(
     published = {file.model: file for file in FILES}
     fitting: list[tuple[PublishedFile, argparse.Namespace]] = []
     for args in candidates:
-        model = model_of(args, variant)
+        model = Model.of(args, variant)
         same_sizes = model_words(args, variant) == model_words(published_arguments(model), variant)
         if model in published and label_map.num_classes == expected and same_sizes:
             fitting.append((published[model], args))

@@ -27,10 +27,6 @@ UNKNOWN = "unknown: the checkpoint does not say"
 def about_run(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
     """Return what a checkpoint and its run's folder say about the training, in JSON types and without paths.
 
-    Args:
-        state: from `load_checkpoint`.
-        checkpoint: its path; `evaluation.json` and `log.txt` are read from its folder.
-
     Returns:
         `data`, the data set's name, None if unknown; `epoch`, the last one, from 0, None if unknown; `training`, flags
         by name; and `evaluation`, see `evaluation_of`.
@@ -52,15 +48,11 @@ def about_run(state: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
 
 
 def evaluation_of(checkpoint: Path, epoch: int) -> dict[str, Any] | None:
-    """Return the evaluation of a checkpoint's weights in its run's folder.
-
-    Args:
-        checkpoint: its path.
-        epoch: its last epoch, from 0.
+    """Return the evaluation of a checkpoint's weights, of this epoch, in its run's folder; None if none is recorded.
 
     Returns:
         `set`, "val", "train" or None if unknown; `images`, their number or None; `metrics`, COCO's of boxes by name, in
-        [0, 1], without those that no object has. None if no evaluation of this epoch is recorded.
+        [0, 1], without those that no object has.
     """
     folder = checkpoint.parent
     for read in (record_of_epoch, log_of_epoch):
@@ -107,8 +99,6 @@ def card(
 
     Args:
         title: the model in words.
-        variant: a key of `VARIANTS`.
-        label_map: its labels.
         about: from `about_run`.
         model_flags: the command-line flags that build the model, beyond the defaults.
         num_queries: the most objects of an image.

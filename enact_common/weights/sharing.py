@@ -11,15 +11,15 @@ import torch
 from enact_common.checkpoints.bundled import bundled_file
 from enact_common.checkpoints.contents import IMAGE_FLAGS, model_words
 from enact_common.checkpoints.files import LIBRARY, flag_text, load_checkpoint
-from enact_common.checkpoints.huggingface import CONFIG, PREPROCESSOR, SAFETENSORS, WEIGHT_FILES, read_json
+from enact_common.checkpoints.huggingface import CONFIG, PREPROCESSOR, SAFETENSORS, WEIGHT_FILES
 from enact_common.checkpoints.published import Model
-from enact_common.cli.flags import CLUSTERING_FLAGS, MODEL_FLAGS, PANOPTIC
+from enact_common.cli.flags import CLUSTERING_FLAGS, MODEL_FLAGS
 from enact_common.inference.detector import LoadedDetector, detector_parts, find_inference_device
 from enact_common.models.layers import has_effect
 from enact_common.utils.download import is_url
 from enact_common.utils.errors import UserError
 from enact_common.utils.extras import needed
-from enact_common.utils.files import make_folder, write_file
+from enact_common.utils.files import make_folder, read_json, write_file
 from enact_common.weights.card import about_run, card
 
 CARD = "README.md"
@@ -163,14 +163,8 @@ class EnactDetector(LoadedDetector):
         }
 
     def card(self, license: str | None = None, name: str = THIS_FOLDER) -> str:
-        """Return the model card.
-
-        Args:
-            license, name: as in `save_pretrained`.
-        """
-        args = self.args
-        panoptic = args.dataset_file == PANOPTIC
-        model = Model(self.variant, args.backbone, bool(args.dilation), args.encoder_attention, panoptic)
+        """Return the model card; arguments are those of `save_pretrained`."""
+        args, model = self.args, Model.of(self.args, self.variant)
         core = getattr(self.model, "detr", self.model)
         words = model_words(args, self.variant)
         for flag in CLUSTERING_FLAGS:
@@ -185,11 +179,7 @@ class EnactDetector(LoadedDetector):
 
 
 def fetch(name: str, revision: str | None, token: str | None, cache_dir: str | Path | None) -> str:
-    """Download a model from Hugging Face's hub; return its folder in the cache.
-
-    Raises:
-        UserError: it is not a name on the hub, cannot be downloaded, or huggingface_hub is not installed.
-    """
+    """Download a model from Hugging Face's hub; return its folder in the cache."""
     if not HUB_NAME.fullmatch(name) or name.startswith(".") or name.endswith(FILE_SUFFIXES):
         raise UserError(f"{name}: no such file or folder; pass one, or a name on Hugging Face's hub, OWNER/MODEL")
     hub = needed("huggingface_hub", f"{name}: no such file or folder here; fetching it from the hub", "huggingface")
