@@ -40,15 +40,15 @@ TRAINING = (
     "--device cpu --backbone resnet18 --backbone_weights none --backbone_norm batch --enc_layers 2 --dec_layers 3 "
     "--dim_feedforward 512 --dropout 0 --no_augmentation --train_sizes 112 --eval_size 112 "
     "--max_size 112 --batch_size 16 --epochs 3 --lr 2e-4 --lr_backbone 1e-3 --lr_schedule cosine --warmup_steps 50 "
-    "--bbox_loss_coef 1.25 --giou_loss_coef 0.5 --num_workers 1 --print_freq 50"
+    "--bbox_loss_coef 1.25 --giou_loss_coef 0.5 --num_workers 0 --print_freq 50"
 ).split()
 
 # Additional flags of each variant, which override `TRAINING`.
 OWN = {
     "detr": "--num_queries 10 --eos_coef 0.4".split(),
     "conditional": (
-        "--num_queries 10 --backbone_stages 2 --train_sizes 80 --eval_size 80 --max_size 80 --enc_layers 1 --lr 5e-4 "
-        "--epochs 4"
+        "--num_queries 10 --backbone_stages 2 --train_sizes 64 --eval_size 64 --max_size 64 --enc_layers 1 "
+        "--dec_layers 4 --lr 5e-4 --epochs 5"
     ).split(),
     "anchor": (
         "--num_query_position 20 --num_query_pattern 1 --no-dilation --lr 3e-4 --batch_size 8 --warmup_steps 100"

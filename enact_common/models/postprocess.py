@@ -29,9 +29,8 @@ class PostProcess(nn.Module):
                 before any resizing.
 
         Returns:
-            for each image, with n detections, here Q: `scores` (n,) in [0, 1], `labels` int64 (n,), `boxes` (n, 4) xyxy
-            in
-            pixels, and `queries` int64 (n,), each detection's query.
+            for each image, with n detections, here Q: `scores` (n,) in [0, 1], `labels` int64 (n,), `boxes` (n, 4)
+            xyxy in pixels, and `queries` int64 (n,), each detection's query.
 
         Raises:
             ValueError: target_sizes is not (batch, 2).
