@@ -662,7 +662,9 @@ def test_documented_commands_parse():
     root = Path(__file__).resolve().parents[1]
     commands = []
     for path in (root / "README.md", *sorted((root / "docs").rglob("*.md"))):
-        commands += re.findall(r"python -m enact_common\.benchmark (.+?)(?:`|\)|$)", path.read_text(), re.MULTILINE)
+        commands += re.findall(
+            r"(?:python -m enact_common\.|\benact )benchmark (.+?)(?:`|\)|$)", path.read_text(), re.MULTILINE
+        )
     assert {command.split()[0] for command in commands} == {*COMMANDS, "rowcol", "runtimes", "agreement"}
     for command in commands:
         build_parser().parse_args(shlex.split(command, comments=True))
