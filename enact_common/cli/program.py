@@ -1,4 +1,4 @@
-"""What all commands share: the name by which they were called, and a parser with short errors."""
+"""The name by which a command was called, and the parser of all commands, whose errors are short."""
 
 import argparse
 import difflib

@@ -94,8 +94,8 @@ def make_shapes(
         progress: show a progress bar on standard error, if that is a terminal.
         force: replace an earlier data set of this function in the folder, whatever its parameters. Only the files of
             that data set are removed.
-        parallel: draw many images in one process per CPU core. A script that calls this needs the guard `if __name__ ==
-            "__main__":`, since the processes import it.
+        parallel: draw many images in one process per CPU core. The calling script then needs the guard
+            `if __name__ == "__main__":`, since the processes import it.
 
     Raises:
         ValueError: a parameter is out of range; nothing was written.
