@@ -124,6 +124,12 @@ def test_every_object_stays_visible_enough():
     assert 0.6 <= min(fractions) < 0.8 and max(fractions) == 1
 
 
+def test_objects_need_not_hide_each_other():
+    drawn = [objects for _, objects in scenes(20, objects=(3, 3), object_size=(0.3, 0.6), min_visible=1)]
+    assert {item.visible_fraction for objects in drawn for item in objects} == {1}
+    assert any(len(objects) == 3 for objects in drawn)
+
+
 def test_object_counts_fill_the_range():
     counts = {len(objects) for _, objects in scenes(60, 64, 64, objects=(2, 4), object_size=(0.15, 0.3))}
     assert counts == {2, 3, 4}
@@ -201,6 +207,8 @@ def test_all_classes_are_drawn_and_class_indices_follow_their_order():
         {"classes": ("circle", "circle")},
         {"classes": ("hexagon",)},
         {"classes": "circle"},
+        {"min_visible": 1.1},
+        {"min_visible": float("nan")},
     ],
 )
 def test_bad_scene_options_raise(options):
@@ -312,6 +320,7 @@ def test_second_call_writes_nothing_and_draws_nothing(tmp_path, monkeypatch):
         {"objects": (1, 4)},
         {"object_size": (0.2, 0.5)},
         {"classes": SHAPES[:3]},
+        {"min_visible": 1},
     ],
 )
 def test_other_parameters_are_refused_without_force(tmp_path, change):
@@ -320,6 +329,17 @@ def test_other_parameters_are_refused_without_force(tmp_path, change):
     with pytest.raises(FileExistsError, match=next(iter(change))):
         make_shapes(root, **{**SMALL, **change})
     assert snapshot(root) == before
+
+
+def test_a_set_from_before_a_parameter_was_added_is_the_default_one(tmp_path):
+    root = make_shapes(tmp_path / "set", **SMALL)
+    for path in (root / "synthetic_shapes.json", root / "annotations" / "instances_val2017.json"):
+        content = json.loads(path.read_bytes())
+        del content.get("info", content)["parameters"]["min_visible"]
+        path.write_text(json.dumps(content))
+    assert make_shapes(root, **SMALL) == root
+    with pytest.raises(FileExistsError, match="min_visible 0.6 instead of 1"):
+        make_shapes(root, **SMALL, min_visible=1)
 
 
 def test_other_version_is_refused_without_force(tmp_path, monkeypatch):
@@ -451,6 +471,8 @@ def test_command_line_makes_the_same_set_as_python(tmp_path, capsys):
             "--classes",
             "star",
             "circle",
+            "--min_visible",
+            "1",
         ]
     )
     assert str(tmp_path / "cli") in capsys.readouterr().out
@@ -463,6 +485,7 @@ def test_command_line_makes_the_same_set_as_python(tmp_path, capsys):
         objects=(0, 2),
         object_size=(0.2, 0.4),
         classes=("star", "circle"),
+        min_visible=1,
     )
     assert contents(tmp_path / "cli") == contents(same)
 
@@ -481,6 +504,7 @@ def test_command_line_makes_the_same_set_as_python(tmp_path, capsys):
         (["--classes", "hexagon"], "hexagon"),
         (["--classes", "star", "star"], "classes"),
         (["--size", "20"], "at least 6"),
+        (["--min_visible", "60"], "min_visible"),
     ],
 )
 def test_command_line_errors(tmp_path, capsys, arguments, message):
@@ -505,5 +529,5 @@ def test_help_states_every_default(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    for default in ("1000", "200", "[192]", "[1, 5]", "[0.15, 0.5]"):
+    for default in ("1000", "200", "[192]", "[1, 5]", "[0.15, 0.5]", "0.6"):
         assert f"(default: {default})" in text

@@ -10,7 +10,7 @@ import numpy as np
 
 SHAPES = ("circle", "square", "triangle", "star", "crescent", "cross")
 
-MIN_VISIBLE = 0.6  # minimum fraction of an object's area that later objects leave visible
+MIN_VISIBLE = 0.6  # default of `min_visible`
 MIN_EXTENT = 6  # pixels; below this size the shapes are indistinguishable
 MAX_OBJECTS = 255  # the id map has 8 bits, and 0 is the ground
 
@@ -32,7 +32,7 @@ class SceneObject:
         polygons: outlines of the visible pieces, each a flat list x0, y0, x1, y1, ... in pixels with at least three
             points. A piece with a hole is cut in two, since COCO's polygons have no holes.
         area: square pixels.
-        visible_fraction: visible area / area of the whole object, from MIN_VISIBLE to 1.
+        visible_fraction: visible area / area of the whole object, from `min_visible` to 1.
         extent: longer side in pixels of the box around the whole object.
     """
 
@@ -99,14 +99,14 @@ def _rotated_outline(rng: np.random.Generator, shape: str) -> np.ndarray:
     return points / points.max()
 
 
-def _add_object(rng, id_map, placed, class_index, shape, extents) -> None:
+def _add_object(rng, id_map, placed, class_index, shape, extents, min_visible) -> None:
     """Add an object to `placed` and to `id_map`, as its number in `placed` from 1, if a valid place is found.
 
-    A place is valid if every earlier object keeps MIN_VISIBLE of its area. The extent, from smallest to largest in
+    A place is valid if every earlier object keeps `min_visible` of its area. The extent, from smallest to largest in
     pixels, is drawn log-uniformly.
     """
     height, width = (side // SUPERSAMPLING for side in id_map.shape)
-    hideable = np.array([0] + [p.visible - math.ceil(MIN_VISIBLE * p.whole) for p in placed])
+    hideable = np.array([0] + [p.visible - math.ceil(min_visible * p.whole) for p in placed])
     for draw in range(SIZE_DRAWS * PLACE_DRAWS):
         # Try several places per size; otherwise crowded scenes would lack large objects.
         if draw % PLACE_DRAWS == 0:
@@ -247,12 +247,12 @@ def draw_scene(
     objects: tuple[int, int] = (1, 5),
     object_size: tuple[float, float] = (0.15, 0.5),
     classes: Sequence[str] = SHAPES,
+    min_visible: float = MIN_VISIBLE,
 ) -> tuple[np.ndarray, list[SceneObject]]:
     """Draw one scene; the same state of `rng` gives the same scene.
 
-    Every object lies entirely within the image. A later object may hide part of an earlier one, but at least
-    MIN_VISIBLE of every object's area stays visible. An object without a valid place is skipped, so a crowded scene can
-    have fewer than `objects[0]` objects.
+    Every object lies entirely within the image. A later object may hide part of an earlier one. An object without a
+    valid place is skipped, so a crowded scene can have fewer than `objects[0]` objects.
 
     Args:
         rng: source of all randomness.
@@ -261,6 +261,7 @@ def draw_scene(
         object_size: minimum and maximum extent (longer side of the box around the whole object) as a fraction of the
             shorter image side, within (0, 1]; drawn log-uniformly.
         classes: shapes to draw from with equal probability; a subset of SHAPES.
+        min_visible: minimum fraction of every object's area that later objects leave visible, within [0, 1].
 
     Returns:
         The image, (H, W, 3) uint8 RGB, and its objects from back to front.
@@ -269,18 +270,18 @@ def draw_scene(
         ValueError: a value is out of range, or the smallest object is below MIN_EXTENT pixels.
         TypeError: a count or a length is not an integer.
     """
-    _check_scene(height, width, objects, object_size, classes)
+    _check_scene(height, width, objects, object_size, classes, min_visible)
     extents = [fraction * min(height, width) for fraction in object_size]
     id_map = np.zeros((height * SUPERSAMPLING, width * SUPERSAMPLING), np.uint8)
     placed = []
     for _ in range(rng.integers(objects[0], objects[1], endpoint=True)):
         class_index = int(rng.integers(len(classes)))
-        _add_object(rng, id_map, placed, class_index, classes[class_index], extents)
+        _add_object(rng, id_map, placed, class_index, classes[class_index], extents, min_visible)
     image = _paint(rng, id_map, placed)
     return image, [_annotate(id_map, spot, index) for index, spot in enumerate(placed)]
 
 
-def _check_scene(height, width, objects, object_size, classes) -> None:
+def _check_scene(height, width, objects, object_size, classes, min_visible) -> None:
     if min(operator.index(height), operator.index(width)) < 1:
         raise ValueError(f"size must be at least 1 x 1 pixel, not {height} x {width}")
     least, most = (operator.index(count) for count in _pair("objects", objects))
@@ -294,6 +295,8 @@ def _check_scene(height, width, objects, object_size, classes) -> None:
             f"object_size {smallest} of the shorter image side, {min(height, width)} pixels, is "
             f"{smallest * min(height, width):.3g} pixels; objects need at least {MIN_EXTENT}"
         )
+    if not 0 <= min_visible <= 1:
+        raise ValueError(f"min_visible must be from 0 to 1, not {min_visible}")
     unknown = [name for name in classes if name not in SHAPES]
     if isinstance(classes, str) or unknown or not classes or len(set(classes)) != len(classes):
         raise ValueError(f"classes must be one or more distinct names out of {', '.join(SHAPES)}, not {classes!r}")

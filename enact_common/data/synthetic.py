@@ -32,7 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 from enact_common.cli.program import Parser, program
-from enact_common.data.scenes import MAX_OBJECTS, SHAPES, SceneObject, _check_scene, draw_scene
+from enact_common.data.scenes import MAX_OBJECTS, MIN_VISIBLE, SHAPES, SceneObject, _check_scene, draw_scene
 from enact_common.utils.errors import exit_status
 from enact_common.utils.files import write_atomically
 from enact_common.utils.pool import PARALLEL_FROM, mapped
@@ -44,12 +44,12 @@ VERSION = 1  # increment when the same parameters give other images or annotatio
 JPEG_QUALITY = 95
 
 
-def _checked_parameters(train, val, size, seed, objects, object_size, classes) -> dict:
+def _checked_parameters(train, val, size, seed, objects, object_size, classes, min_visible) -> dict:
     """Check the parameters of a data set and return them as recorded in JSON; errors as `make_shapes`."""
     size = list(size) if isinstance(size, Sequence) else [size, size]
     if len(size) != 2:
         raise ValueError(f"size must be one or two lengths in pixels, not {size!r}")
-    _check_scene(*size, objects, object_size, classes)
+    _check_scene(*size, objects, object_size, classes, min_visible)
     for name, value in (("train", train), ("val", val), ("seed", seed)):
         if operator.index(value) < 0:
             raise ValueError(f"{name} must be 0 or more, not {value}")
@@ -61,6 +61,7 @@ def _checked_parameters(train, val, size, seed, objects, object_size, classes) -
         "objects": [int(count) for count in objects],
         "object_size": [float(fraction) for fraction in object_size],
         "classes": list(classes),
+        "min_visible": float(min_visible),
     }
 
 
@@ -73,6 +74,7 @@ def make_shapes(
     objects: tuple[int, int] = (1, 5),
     object_size: tuple[float, float] = (0.15, 0.5),
     classes: Sequence[str] = SHAPES,
+    min_visible: float = MIN_VISIBLE,
     progress: bool = False,
     force: bool = False,
     parallel: bool = False,
@@ -91,6 +93,7 @@ def make_shapes(
         object_size: minimum and maximum object extent as a fraction of the shorter image side, see `draw_scene`. COCO's
             evaluation counts every object below 32 pixels as "small".
         classes: names out of SHAPES; category ids count from 1 in this order.
+        min_visible: minimum fraction of an object's area that others leave visible, see `draw_scene`; 1: no overlap.
         progress: show a progress bar on standard error, if that is a terminal.
         force: replace an earlier data set of this function in the folder, whatever its parameters. Only the files of
             that data set are removed.
@@ -104,7 +107,7 @@ def make_shapes(
             `force` is not set; nothing was changed.
         NotADirectoryError: a parent of `output_dir` is a file.
     """
-    parameters = _checked_parameters(train, val, size, seed, objects, object_size, classes)
+    parameters = _checked_parameters(train, val, size, seed, objects, object_size, classes, min_visible)
     root = Path(output_dir)
     record = {"generator": GENERATOR, "version": VERSION, "parameters": parameters}
     _claim_folder(root, record, force)
@@ -183,7 +186,9 @@ def _read_record(path: Path) -> dict | None:
         return None
     if not isinstance(info.get("parameters"), dict):
         return None
-    return {key: info.get(key) for key in ("generator", "version", "parameters")}
+    record = {key: info.get(key) for key in ("generator", "version", "parameters")}
+    # Data sets of earlier versions do not name this parameter.
+    return {**record, "parameters": {"min_visible": MIN_VISIBLE, **info["parameters"]}}
 
 
 def _make_split(root: Path, split: str, record: dict, progress: bool, parallel: bool) -> None:
@@ -222,7 +227,7 @@ def _make_image(root: Path, split: str, parameters: dict, index: int) -> list[Sc
     """Draw image `index`, write it if it is missing, and return its objects."""
     # A separate random stream per image: an image must not depend on earlier ones.
     stream = np.random.SeedSequence(parameters["seed"], spawn_key=(SPLITS.index(split), index))
-    scene_options = {key: parameters[key] for key in ("objects", "object_size", "classes")}
+    scene_options = {key: parameters[key] for key in ("objects", "object_size", "classes", "min_visible")}
     image, objects = draw_scene(np.random.default_rng(stream), *parameters["size"], **scene_options)
     path = _image_path(root, split, index + 1)
     if not path.exists():
@@ -267,6 +272,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--classes", nargs="+", default=list(SHAPES), choices=SHAPES, metavar="SHAPE",
         help=f"shapes to draw, in the order of their category ids, out of {', '.join(SHAPES)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--min_visible", type=float, default=MIN_VISIBLE, metavar="FRACTION",
+        help="minimum fraction of an object's area that later objects leave visible, from 0 to 1; 1: no overlap",
     )  # fmt: skip
     parser.add_argument(
         "--force", action="store_true",
