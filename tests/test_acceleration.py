@@ -105,7 +105,7 @@ def test_blocks_with_trainable_norms_are_not_recomputed():
     assert all(m.recompute for m in model.transformer.modules() if isinstance(m, Recomputed))
 
 
-@pytest.mark.parametrize("variant_and_attention", [("detr", "enact"), ("anchor", "enact")], ids="-".join, indirect=True)
+@pytest.mark.parametrize("variant_and_attention", [("anchor", "enact")], ids="-".join, indirect=True)
 def test_compiled_parts_match_eager(model_and_batch, monkeypatch):
     model, batch = model_and_batch
     expected, names = outputs_and_gradients(model, batch), set(model.state_dict())
@@ -133,7 +133,7 @@ def test_compile_with_activation_checkpointing_needs_a_recent_pytorch(monkeypatc
     device.TORCH_VERSION < checks.COMPILED_AND_RECOMPUTED, reason="this PyTorch is too old, and the parser says so"
 )
 def test_compile_with_activation_checkpointing_matches_eager(monkeypatch):
-    flags = [*SMALL_MODEL["detr"], "--backbone_norm", "frozen", "--dropout", "0", "--encoder_attention", "mhsa"]
+    flags = [*SMALL_MODEL["detr"], "--backbone_norm", "frozen", "--dropout", "0"]
     model, images = build("detr", *flags)[0].train(), torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
     expected = outputs_and_gradients(model, images)
     monkeypatch.setattr(acceleration, "BACKEND", "aot_eager")
@@ -172,8 +172,8 @@ def test_without_a_compiler_one_line_warns(monkeypatch, caplog):
     model(torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8))
 
 
-def sixty_losses(variant: str, attention: str, amp: str, shapes) -> torch.Tensor:
-    """Losses of sixty steps with batches of two images; weights and order are the same in every call."""
+def forty_losses(variant: str, attention: str, amp: str, shapes) -> torch.Tensor:
+    """Losses of forty steps with batches of two images; weights and order are the same in every call."""
     from enact_common.data.build import build_dataset
     from enact_common.data.coco import collate
     from enact_common.training.engine import TrainStep
@@ -188,7 +188,7 @@ def sixty_losses(variant: str, attention: str, amp: str, shapes) -> torch.Tensor
     dataset = build_dataset("train", args)
     step = TrainStep(model.train(), criterion, build_optimization(model, args, CPU), CPU)
     losses = []
-    for i in range(60):
+    for i in range(40):
         dataset.set_epoch(i)
         items = [dataset[(2 * i + k) % len(dataset)] for k in range(2)]
         losses.append(criterion.total(step(*collate(items))))
@@ -197,10 +197,10 @@ def sixty_losses(variant: str, attention: str, amp: str, shapes) -> torch.Tensor
 
 @pytest.mark.parametrize("variant_and_attention", PAIRS, ids="-".join)
 def test_losses_in_bf16_stay_within_two_percent(variant_and_attention, shapes):
-    expected, ours = (sixty_losses(*variant_and_attention, amp, shapes) for amp in ("none", "bf16"))
+    expected, ours = (forty_losses(*variant_and_attention, amp, shapes) for amp in ("none", "bf16"))
     # The model must learn. Single steps are noisy, so means of ten steps are compared. The learning rate is that of the
     # plain models; at several times that rate, bf16 can deviate by more than the noise of float32.
-    assert expected[-10:].mean() < 0.97 * expected[:10].mean()
+    assert expected[-10:].mean() < 0.98 * expected[:10].mean()
     assert_close(ours.view(-1, 10).mean(1), expected.view(-1, 10).mean(1), rtol=0.02, atol=0)
 
 
@@ -280,7 +280,7 @@ def test_compiled_parts_take_any_size_without_falling_back(variant, monkeypatch)
         return run
 
     flags = [*SMALL_MODEL[variant], "--backbone_norm", "frozen", "--dropout", "0"]
-    model = build(variant, *flags, "--enc_layers", "3", "--dec_layers", "3")[0]
+    model = build(variant, *flags, "--enc_layers", "2")[0]
     eager = copy.deepcopy(model)
     monkeypatch.setattr(acceleration, "BACKEND", counting)
     torch._dynamo.reset()

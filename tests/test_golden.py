@@ -3,6 +3,7 @@
 `golden/README.md` lists the recorded values and the tolerances for float32 on a CPU.
 """
 
+import functools
 import json
 
 import numpy as np
@@ -24,6 +25,7 @@ FILES = {
     "anchor_enact": ("anchor", "enact"),
     "anchor_rcda": ("anchor", "mhsa"),
 }
+FILL_VALUE = functools.cache(load_recipe().fill_value)
 RECORDED = {file: np.load(GOLDEN / f"{file}.npz") for file in FILES}
 
 
@@ -42,8 +44,7 @@ def arguments(file: str, argv: list[str]) -> list[str]:
 @pytest.fixture(scope="module", params=cases("spec"), ids="-".join)
 def case(request):
     """(recorded entries by name, spec, arguments, model, criterion, postprocessors) of one recorded case."""
-    import recipe
-
+    recipe = load_recipe()
     file, name = request.param
     data = RECORDED[file]
     recorded = {key.removeprefix(f"{name}/"): data[key] for key in data.files if key.startswith(f"{name}/")}
@@ -52,7 +53,10 @@ def case(request):
     variant = FILES[file][0]
     with Undrawn():
         model, criterion, postprocessors = build(variant, *argv)
-    recipe.fill(model)
+    # Cases share most names and shapes.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "fill_value", FILL_VALUE)
+        recipe.fill(model)
     return recorded, spec, parse(variant, *argv), model, criterion, postprocessors
 
 
@@ -118,7 +122,7 @@ def test_five_training_steps(case):
     samples, targets = golden_batch(load_recipe(), spec)
     model.train()
     groups = parameter_groups(model, args.lr, args.lr_backbone)
-    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
     totals = []
     for _ in range(5):
         total = criterion.total(criterion(model(samples), targets))
