@@ -33,6 +33,7 @@ SHAPES = {
     "objects": (1, 3),
     "object_size": (0.25, 0.6),
     "classes": ("circle", "square", "triangle", "star"),
+    "min_visible": 1,
 }
 
 # A small detector of any variant learns in minutes on two CPU cores; docs/results/demo.md explains the flags.
@@ -47,8 +48,8 @@ TRAINING = (
 OWN = {
     "detr": "--num_queries 10 --eos_coef 0.4".split(),
     "conditional": (
-        "--num_queries 10 --backbone_stages 2 --train_sizes 64 --eval_size 64 --max_size 64 --enc_layers 1 "
-        "--dec_layers 4 --lr 5e-4 --epochs 5"
+        "--num_queries 10 --backbone_stages 2 --train_sizes 64 --eval_size 64 --max_size 64 --hidden_dim 128 "
+        "--dim_feedforward 256 --enc_layers 1 --dec_layers 4 --lr 5e-4 --epochs 5"
     ).split(),
     "anchor": (
         "--num_query_position 20 --num_query_pattern 1 --no-dilation --lr 3e-4 --batch_size 8 --warmup_steps 100"

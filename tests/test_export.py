@@ -142,15 +142,14 @@ def test_torchscript_matches_the_model(variant_and_attention, checkpoint_of, tmp
 
 
 @pytest.mark.parametrize(
-    "suffix, attention",
+    "suffix, attention, queries",
     [
-        (".pt", "enact"),
-        pytest.param(".onnx", "mhsa", marks=[exporting, pytest.mark.slow]),
+        (".pt", "enact", "20"),  # more than one chunk of the mask head
+        pytest.param(".onnx", "mhsa", "8", marks=[exporting, pytest.mark.slow]),
     ],
 )
-def test_exported_masks_match_the_model(suffix, attention, checkpoint_of, tmp_path, capsys):
-    # More queries than one chunk of the mask head.
-    checkpoint = checkpoint_of("detr", attention, *ALL_STAGES, "--masks", "--num_queries", "20")
+def test_exported_masks_match_the_model(suffix, attention, queries, checkpoint_of, tmp_path, capsys):
+    checkpoint = checkpoint_of("detr", attention, *ALL_STAGES, "--masks", "--num_queries", queries)
     assert export(checkpoint, tmp_path / f"model{suffix}", "--dynamic", "--mask", "--raw") == 0
     assert "logits, boxes and masks" in capsys.readouterr().out
     if suffix == ".onnx":
