@@ -201,15 +201,20 @@ def _make_split(root: Path, split: str, record: dict, progress: bool, parallel: 
     indices = [i for i in range(_count(record, split)) if not annotated or not _image_path(root, split, i + 1).exists()]
     images, annotations = [], []
     parallel = parallel and len(indices) >= PARALLEL_FROM
-    with mapped(partial(_make_image, root, split, parameters), indices, parallel) as scenes:
-        bar = tqdm(scenes, desc=split, unit="image", total=len(indices), disable=None if progress else True)
-        for index, objects in zip(indices, bar, strict=True):
-            name = _image_path(root, split, index + 1).name
-            images.append({"id": index + 1, "file_name": name, "height": height, "width": width})
-            for item in objects:
-                owner = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": item.class_index + 1}
-                place = {"bbox": list(item.bbox), "area": item.area, "iscrowd": 0, "segmentation": item.polygons}
-                annotations.append({**owner, **place})
+    try:
+        with mapped(partial(_make_image, root, split, parameters), indices, parallel) as scenes:
+            bar = tqdm(scenes, desc=split, unit="image", total=len(indices), disable=None if progress else True)
+            for index, objects in zip(indices, bar, strict=True):
+                name = _image_path(root, split, index + 1).name
+                images.append({"id": index + 1, "file_name": name, "height": height, "width": width})
+                for item in objects:
+                    owner = {"id": len(annotations) + 1, "image_id": index + 1, "category_id": item.class_index + 1}
+                    place = {"bbox": list(item.bbox), "area": item.area, "iscrowd": 0, "segmentation": item.polygons}
+                    annotations.append({**owner, **place})
+    finally:
+        # A process that a signal ends while it writes leaves a partial file.
+        for path in (root / split).glob("*.jpg.partial"):
+            path.unlink()
     if not annotated:
         annotation_path.parent.mkdir(exist_ok=True)
         names = enumerate(parameters["classes"], start=1)
