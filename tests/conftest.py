@@ -108,6 +108,37 @@ def one_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def known_resnets():
+    """Copy a ResNet that was drawn from the same random state before: drawing takes ten times longer."""
+    import torch
+
+    from enact_common.models import backbone
+
+    original = backbone.ResNet
+
+    @functools.lru_cache(maxsize=8)
+    def drawn(random_state: bytes, block: type, layers: tuple[int, ...], norm_layer: type, dilated: tuple[bool, ...]):
+        resnet = original(block, list(layers), norm_layer=norm_layer, replace_stride_with_dilation=list(dilated))
+        return resnet, torch.get_rng_state()
+
+    def resnet(block, layers, *, norm_layer, replace_stride_with_dilation):
+        # A mode may leave weights undrawn or make them on another device.
+        if torch._C._len_torch_function_stack():
+            return original(
+                block, layers, norm_layer=norm_layer, replace_stride_with_dilation=replace_stride_with_dilation
+            )
+        random_state = torch.get_rng_state().numpy().tobytes()
+        made, after = drawn(random_state, block, tuple(layers), norm_layer, tuple(replace_stride_with_dilation))
+        torch.set_rng_state(after)
+        # Frozen norms notice that their tensors were copied; this refreshes them, as if they were new.
+        return copy.deepcopy(made).float()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone, "ResNet", resnet)
+        yield
+
+
 @pytest.fixture(params=[(v, a) for v in VARIANTS for a in ATTENTIONS], ids="-".join)
 def variant_and_attention(request):
     """Every variant, with and without ENACT."""

@@ -126,8 +126,9 @@ def test_kills_at_any_moment_leave_a_checkpoint_that_resumes(whole_training, sha
 
 def test_torchrun_passes_the_signal_on(shapes, tmp_path):
     argv = [*STEPS, "--auto_resume", "--epochs", "30"]
-    (process,) = start(2, "detr", shapes, tmp_path, *argv, torchrun=True)
-    wait_for_line(process, "epoch 0 [2/6]")
+    # Others stop several processes; one starts faster.
+    (process,) = start(1, "detr", shapes, tmp_path, *argv, torchrun=True)
+    wait_for_line(process, "epoch 0 [ 5/12]")
     process.send_signal(signal.SIGTERM)
     (status,) = end([process])
     # torchrun returns its own status, but waits for the processes.
