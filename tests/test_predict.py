@@ -1008,7 +1008,7 @@ def test_model_sizes_are_inferred_from_a_file_of_weights(variant, attention, pho
     argv = [*SMALL_MODEL[variant], *SIZES[variant].split(), "--encoder_attention", attention, "--num_classes", "3"]
     model, _, _ = build(variant, *argv)
     torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
-    detector = load_detector(tmp_path / "weights.pth", "cpu", 0.0, nheads=4, dilation=False)
+    detector = load_detector(tmp_path / "weights.pth", "cpu", 0.0, nheads=4, dilation=False, eval_size=64, max_size=96)
     assert not caplog.text
     args = parse(variant, *argv)
     assert all(getattr(detector.args, flag) == getattr(args, flag) for flag in MODEL_FLAGS if hasattr(args, flag))
