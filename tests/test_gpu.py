@@ -28,8 +28,9 @@ PROMISES = {
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_checks_run_on_a_cpu(name, monkeypatch):
-    # The resume check writes several checkpoints; two backbone stages keep them small.
-    monkeypatch.setattr(checks, "SMALL_DETECTOR", [*checks.SMALL_DETECTOR, "--backbone_stages", "2"])
+    # The resume check trains three times and writes several checkpoints.
+    smaller = "--backbone_stages 2 --hidden_dim 32 --nheads 4 --dim_feedforward 64 --num_queries 8".split()
+    monkeypatch.setattr(checks, "SMALL_DETECTOR", [*checks.SMALL_DETECTOR, *smaller])
     result = run_check(name, SMALL)
     assert result["rows"]
     for row in result["rows"]:

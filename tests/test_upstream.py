@@ -192,7 +192,7 @@ def test_a_scripted_batch_is_the_same_batch():
 def test_a_bare_model_can_be_exported_to_onnx(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    model = small("detr", "enact")
+    model = small("detr", "enact", "--dec_layers", "1")
     names = ["pred_logits", "pred_boxes"]
     images = torch.rand(1, 3, 75, 80)
     torch.onnx.export(model, (images,), tmp_path / "model.onnx", input_names=["inputs"], output_names=names)
