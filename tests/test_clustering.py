@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close as assert_tensors_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from enact_common.attention import clustering
 from enact_common.attention.clustering import (
     EntropyClustering,
     count_regions,
@@ -19,7 +20,7 @@ from enact_common.attention.clustering import (
     smooth,
     window_length,
 )
-from enact_common.attention.clusters import Windows, cut_windows
+from enact_common.attention.clusters import RaggedClusters, TracedRaggedClusters, Windows, cut_windows
 
 RECORDED = np.load(GOLDEN / "attention.npz")
 
@@ -248,3 +249,23 @@ def test_row_column_clustering_matches_the_recorded_reference(name):
         assert_close(tensor.grad, RECORDED[f"{name}/d{part}"])
     for parameter, tensor in layer.named_parameters():
         assert_close(tensor.grad, RECORDED[f"{name}/grad/{parameter}"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"clusters": "regions", "max_clusters": 4}, {"clusters": "equal", "max_clusters": 5}, {"per_image": True}],
+    ids=lambda settings: settings.get("clusters", "per_image"),
+)
+def test_traced_clusters_are_the_listed_ones(settings, monkeypatch):
+    """Graphs use another class for the same clusters, of which a trace runs only a part."""
+    layer = EntropyClustering(8, sigma=1.0, mask_padding=True, **settings)
+    tokens, padding = torch.randn(2, 30, 8), torch.arange(30) >= torch.tensor([[30], [21]])
+    listed = layer.cluster(tokens, padding)
+    monkeypatch.setattr(clustering, "is_tracing", lambda: True)
+    traced = layer.cluster(tokens, padding)
+    assert type(listed) is RaggedClusters and type(traced) is TracedRaggedClusters
+    assert listed.shape == traced.shape and torch.equal(listed.sizes(), traced.sizes())
+    assert torch.equal(listed.assignment(30), traced.assignment(30)) and listed.assignment(30).min() == -1
+    assert_tensors_close(traced.pool(tokens), listed.pool(tokens))
+    index = torch.arange(30) // 5
+    assert_tensors_close(traced.pool_shared(tokens[:, :6], index), listed.pool_shared(tokens[:, :6], index))

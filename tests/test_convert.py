@@ -591,6 +591,30 @@ def roboflow_folders_without_yaml(root: Path) -> None:
     without_yaml(root)
 
 
+def several_yamls(root: Path) -> None:
+    (root / "data.yaml").rename(root / "mine.yaml")
+    write(root / "yours.yaml", "names: [cell]\n")
+
+
+def without_training_images(root: Path) -> None:
+    without_yaml(root)
+    (root / "images" / "train").rename(root / "images" / "learning")
+
+
+@pytest.mark.parametrize(
+    "rearrange, flags, said",
+    [
+        (several_yamls, (), "several YAML files (mine.yaml, yours.yaml); pass one as DIR"),
+        (without_yaml, ("--train_set", "learning", "--val_set", "val"), "--train_set learning: neither"),
+        (without_training_images, (), "no folder images/train or train/images; pass --train_set and --val_set"),
+    ],
+)
+def test_unclear_yolo_folders_are_refused_with_the_way_out(rearrange, flags, said, yolo, tmp_path, capsys):
+    rearrange(yolo)
+    assert convert_to(tmp_path / "out", "yolo", yolo, *flags) == 2
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "rearrange", [path_lists, another_machines_path, roboflow_folders, without_yaml, roboflow_folders_without_yaml]
 )

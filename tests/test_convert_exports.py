@@ -176,6 +176,28 @@ def test_dota_keeps_corners_and_difficult_objects(tmp_path):
     assert turned["difficult"] == 1 and turned["iscrowd"] == 0
 
 
+def test_dota_files_are_paired_by_name(tmp_path, capsys):
+    root = make("dota", tmp_path / "dota")
+    write(root / "train" / "labels" / "a.txt", "10 8 40 8 40 24 10 24 plate 0\n")
+    assert convert_to(tmp_path / "out", "dota", root) == 1
+    assert "a.jpg" not in all_boxes(tmp_path / "out")
+    assert "images with several label files: left out: 1" in (tmp_path / "out" / "conversion.txt").read_text()
+    for path in list(root.rglob("*.txt")):
+        path.rename(path.with_stem(f"{path.stem}_label"))
+    assert convert_to(tmp_path / "none", "dota", root) == 2
+    assert "3 images and 4 text files, but no pair of the same name" in capsys.readouterr().err
+
+
+def test_other_csv_files_are_left_out_of_open_images(tmp_path):
+    root = make("openimages", tmp_path / "in")
+    write(root / "notes.csv", "a,b,c\n")
+    (root / "broken.csv").write_bytes(b"\xff\xfe\xff")
+    assert convert_to(tmp_path / "out", "openimages", root) == 1
+    text = (tmp_path / "out" / "conversion.txt").read_text()
+    assert "CSV files that are not Open Images' boxes or class names: ignored: 1" in text and "notes.csv" in text
+    assert "CSV files that cannot be read: left out: 1" in text and "broken.csv" in text
+
+
 def test_open_images_groups_are_crowds(tmp_path):
     root = make("openimages", tmp_path / "oid", rows="a,x,/m/02,1,0,0.5,0,0.5,1,0,1,0\n")
     assert convert_to(tmp_path / "out", "openimages", root) == 0

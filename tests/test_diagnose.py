@@ -325,6 +325,7 @@ def test_a_folder_in_hugging_faces_layout_is_a_checkpoint(tmp_path):
         ("other.pth", "", "other.pth: fits none of the variants"),
         ("words.pth", "", "words.pth: not a file of tensors but a text file; pass a checkpoint"),
         ("truth.json", "", "truth.json: not detections but a JSON dict"),
+        ("broken.json", "", "broken.json: not a JSON file ("),
         ("run", "no annotations", "the annotations are missing: pass --coco_path DIR"),
         ("run", "half the flags", "--val_images and --val_annotations belong together"),
         ("run", "test images", "run: was evaluated on test images"),
@@ -342,6 +343,7 @@ def test_bad_input_is_refused_before_anything_is_written(data, capsys, source, c
     (data / "logged" / "log.txt").write_text(json.dumps({"epoch": 0, "train_loss": 3.0}))
     torch.save({"model": {"some.weight": torch.zeros(3)}}, data / "other.pth")
     (data / "words.pth").write_text("words")
+    (data / "broken.json").write_text("[{")
     record = {"figures": {"AP": 0.111}, "recall": [], "classes": [], "images": 3}
     if change in ("test images", "other AP"):
         record |= {"set": "test"} if change == "test images" else {}

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import build
+from conftest import SMALL_MODEL, build
 from processes import FORKS
 from torch import nn
 from torch.nn import functional as F
@@ -222,6 +222,16 @@ def test_weighing_by_size_counts_a_cluster_once_per_token():
     )
     expected = layer.W_o(F.scaled_dot_product_attention(q, k, v / 4, scale=1.0).transpose(1, 2).flatten(2))
     assert_close(layer(query, key, key)[0], expected)
+
+
+@pytest.mark.parametrize(
+    "arm, attribute, value", [("regions_by_size", "weigh_by_size", True), ("untrained_single", "fixed_length", 12 * 14)]
+)
+def test_arms_without_a_flag_change_the_built_model(arm, attribute, value):
+    model = build("conditional", *SMALL_MODEL["conditional"])[0]
+    for change in ARMS[arm].changes:
+        change(model, SETTING)
+    assert [getattr(clustering, attribute) for clustering in clusterings(model)] == [value]
 
 
 def test_all_arms_start_from_the_same_weights_and_see_the_same_images(tmp_path):
