@@ -403,6 +403,13 @@ def test_only_missing_files_are_made_again(tmp_path):
     assert {name: after[name][0] for name in after} == {name: before[name][0] for name in before}
 
 
+def test_partial_files_of_an_ended_process_are_removed(tmp_path):
+    root = make_shapes(tmp_path / "set", **SMALL)
+    before = contents(root)
+    (root / "train2017" / "000000000002.jpg.partial").write_bytes(b"half")
+    assert contents(make_shapes(root, **SMALL)) == before
+
+
 def test_interrupted_run_is_completed_by_the_next(tmp_path, monkeypatch):
     whole = contents(make_shapes(tmp_path / "whole", **SMALL))
     drawn = []
