@@ -117,19 +117,19 @@ def known_resnets():
 
     original = backbone.ResNet
 
+    def make(block: type, layers: tuple[int, ...], norm_layer: type, dilated: tuple[bool, ...]):
+        return original(block, list(layers), norm_layer=norm_layer, replace_stride_with_dilation=list(dilated))
+
     @functools.lru_cache(maxsize=8)
-    def drawn(random_state: bytes, block: type, layers: tuple[int, ...], norm_layer: type, dilated: tuple[bool, ...]):
-        resnet = original(block, list(layers), norm_layer=norm_layer, replace_stride_with_dilation=list(dilated))
-        return resnet, torch.get_rng_state()
+    def drawn(random_state: bytes, *parts):
+        return make(*parts), torch.get_rng_state()
 
     def resnet(block, layers, *, norm_layer, replace_stride_with_dilation):
+        parts = block, tuple(layers), norm_layer, tuple(replace_stride_with_dilation)
         # A mode may leave weights undrawn or make them on another device.
         if torch._C._len_torch_function_stack():
-            return original(
-                block, layers, norm_layer=norm_layer, replace_stride_with_dilation=replace_stride_with_dilation
-            )
-        random_state = torch.get_rng_state().numpy().tobytes()
-        made, after = drawn(random_state, block, tuple(layers), norm_layer, tuple(replace_stride_with_dilation))
+            return make(*parts)
+        made, after = drawn(torch.get_rng_state().numpy().tobytes(), *parts)
         torch.set_rng_state(after)
         # Frozen norms notice that their tensors were copied; this refreshes them, as if they were new.
         return copy.deepcopy(made).float()

@@ -200,7 +200,7 @@ def test_losses_in_bf16_stay_within_two_percent(variant_and_attention, shapes):
     expected, ours = (forty_losses(*variant_and_attention, amp, shapes) for amp in ("none", "bf16"))
     # The model must learn. Single steps are noisy, so means of ten steps are compared. The learning rate is that of the
     # plain models; at several times that rate, bf16 can deviate by more than the noise of float32.
-    assert expected[-10:].mean() < 0.98 * expected[:10].mean()
+    assert expected[-10:].mean() < 0.97 * expected[:10].mean()
     assert_close(ours.view(-1, 10).mean(1), expected.view(-1, 10).mean(1), rtol=0.02, atol=0)
 
 
