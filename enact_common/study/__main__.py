@@ -31,8 +31,8 @@ from enact_common.utils.device import find_device
 from enact_common.utils.errors import UserError, exit_status
 from enact_common.utils.files import make_folder, write_atomically
 
-# Timed runs of each encoder.
-REPEAT = 5
+# Timed runs of each encoder: on the published size, and on the study's own maps, where a run takes few milliseconds.
+REPEAT, POINT_REPEAT = 5, 25
 
 # Minimum number of images that `--fraction` leaves of a data set.
 FEWEST = 16
@@ -162,12 +162,13 @@ def measure_costs(preset: Preset, folder: Path) -> None:
         arms = tuple(task.arm for task in settings if task.arm.name != NONE)
         # The points of the main figure are timed on the study's own map, which their numbers of clusters belong to.
         points = tuple(task.arm for task in tasks if task.arm.family or task.arm.name == PLAIN)
-        for kind, measured, shape in (
-            ("encoders", arms, preset.cost_map), ("points", points, results.read(tasks[0])["map_size"])
+        own_map = results.read(tasks[0])["map_size"]
+        for kind, measured, shape, repeat in (
+            ("encoders", arms, preset.cost_map, REPEAT), ("points", points, own_map, POINT_REPEAT)
         ):  # fmt: skip
             outcome = run_isolated(
                 measure_encoders, trial.variant, measured, round(sum(lengths) / len(lengths)), tuple(shape),
-                preset.cost_batch, preset.device, preset.amp, preset.jobs * preset.threads, REPEAT,
+                preset.cost_batch, preset.device, preset.amp, preset.jobs * preset.threads, repeat,
             )  # fmt: skip
             if outcome.status != DONE:
                 raise UserError(f"encoders of {trial.variant}: {outcome.message}\n{outcome.details}")
