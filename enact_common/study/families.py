@@ -64,10 +64,10 @@ FAMILIES = {
         "averages of equal windows, scaled, Hilbert", (*SCALED, *CURVE), (ChangeShares(EqualShares),), "", True
     ),
     "equal_mixed": Family(
-        "equal information, half of it spread evenly", (*RECOMMENDED, *EQUAL), (mix_with_lengths,), budgets=(24, 48)
+        "equal information, half of it spread evenly", (*RECOMMENDED, *EQUAL), (mix_with_lengths,), budgets=(48,)
     ),
     "equal_shared": Family(
-        "equal information, borders that pass a gradient", (*RECOMMENDED, *EQUAL), (share_tokens,), budgets=(24, 48)
+        "equal information, borders that pass a gradient", (*RECOMMENDED, *EQUAL), (share_tokens,), budgets=(48,)
     ),
     **{
         name: Family(kind.title, ("--encoder_attention", name), limit="--token_budget" * kind.takes_budget)
