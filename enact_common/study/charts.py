@@ -101,8 +101,8 @@ def draw_by_clusters(panels: Mapping[str, tuple[Mapping, Mapping]], picture: Pat
         axes.set_xlabel("most clusters or keys per image")
         axes.set_ylabel("AP minus plain attention's, points")
         axes.set_title(title)
-        means = [mean for values in points.values() for mean, _ in values.values()]
-        limits = max(min(means) - 0.5, LEAST_BY_CLUSTERS), max(1.0, max(means) + 0.5)
+        ends = [mean + sign * (error or 0) for v in points.values() for mean, error in v.values() for sign in (-1, 1)]
+        limits = max(min(ends) - 0.5, LEAST_BY_CLUSTERS), max(1.0, max(ends) + 0.5)
         shown = [axes, grid[i, 1]] if timed else [axes]
         for name, values in times.items():
             ratios, means, errors = zip(*values, strict=True)
