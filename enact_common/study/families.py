@@ -57,6 +57,11 @@ FAMILIES = {
     "recommended": Family("ENACT: scaled windows, Hilbert, temperature 1", RECOMMENDED, budgets=FEW),
     "recommended_random": Family("the same windows, random scores", RECOMMENDED, (keep_scores,), budgets=FEW),
     "equal": Family("ENACT: equal information, scaled, Hilbert, temperature 1", (*RECOMMENDED, *EQUAL)),
+    "equal_sharp": Family(
+        "equal information, temperature 0.25",
+        (*SCALED, *CURVE, "--enact_temperature", "0.25", *EQUAL),
+        budgets=(24, 48, 96),
+    ),
     "equal_random": Family("equal information, random scores", (*RECOMMENDED, *EQUAL), (keep_scores,)),
     "rows_equal": Family("ENACT: equal information, temperature 1", (*DIFFERING, *EQUAL), rows=True),
     "rows_temperature": Family("ENACT: windows, temperature 1", DIFFERING, budgets=FEW, rows=True),
