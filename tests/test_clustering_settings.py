@@ -9,7 +9,14 @@ from torch.testing import assert_close
 
 from enact_common import NestedTensor
 from enact_common.attention import clusters
-from enact_common.attention.clustering import CLUSTERS, EntropyClustering, count_regions, self_information, smooth
+from enact_common.attention.clustering import (
+    CLUSTERS,
+    EntropyClustering,
+    clusterings,
+    count_regions,
+    self_information,
+    smooth,
+)
 from enact_common.attention.layer import EnactSelfAttention
 from enact_common.attention.rivals import RIVALS
 from enact_common.checkpoints.files import load_checkpoint
@@ -364,7 +371,26 @@ def test_clustering_settings_are_off_by_default():
         **COMBINATIONS[0],
         "temperature": None,
         "kernels": "auto",
+        "zero_scores": False,
     }
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_scores_that_start_at_zero_learn(variant):
+    """At first, clusters do not depend on the tokens. The scores get a gradient, although their weights are zero."""
+    argv = "--enact_zero_scores --enact_clusters equal --enact_max_clusters 4 --enact_temperature 1".split()
+    model, *_ = build(variant, *SMALL_MODEL[variant], *argv)
+    layers = clusterings(model)
+    assert layers
+    for layer in layers:
+        first, second = (
+            layer.cluster_scores(layer.score(torch.randn(1, 24, layer.W_prob.in_features))) for _ in range(2)
+        )
+        assert_close(first.weights, second.weights)
+        assert first.assignment(24).tolist() == second.assignment(24).tolist()
+    nested = NestedTensor(torch.randn(1, 3, 64, 96), torch.zeros(1, 64, 96, dtype=torch.bool))
+    model.train()(nested)["pred_logits"].square().sum().backward()
+    assert all(layer.W_prob.weight.grad.abs().max() > 0 for layer in layers)
 
 
 def test_gradients_do_not_depend_on_the_part_size(monkeypatch):

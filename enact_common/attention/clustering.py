@@ -267,6 +267,8 @@ class EntropyClustering(nn.Module):
         temperature: above 0. The pooling weights are the softmax of information / (temperature * its mean in the
             image), which lets them differ. None: the softmax of the information in bits, as published. N tokens with
             equal scores have log2(N) / N bits each, so the published weights are nearly equal for any scores.
+        zero_scores: start with scores of zero, so that all tokens count alike until training tells them apart. Random
+            scores, as published, prefer random tokens at first. Weights that are loaded later replace the zeros.
         fixed_length: the length of all windows, tokens, whatever the information: for graphs whose sizes must not
             depend on data. Padding is then clustered too. None: the information sets the length.
         kernels: "torch", "triton" or "auto", which is "torch" for now. Triton's kernels pool pairs of tensors into
@@ -294,6 +296,7 @@ class EntropyClustering(nn.Module):
         temperature: float | None = None,
         fixed_length: int | None = None,
         kernels: str = AUTO,
+        zero_scores: bool = False,
     ):
         super().__init__()
         if clusters not in CLUSTERS:
@@ -311,9 +314,16 @@ class EntropyClustering(nn.Module):
         self.kernels = check_kernels(kernels)
         self.pooling_logits = InformationLogits(temperature)
         self._cluster_hooks: dict[int, Callable[[Tensor, Clusters], None]] = OrderedDict()
+        self.zero_scores = zero_scores
         self.W_prob = nn.Linear(embed_dim, 1)
+        self.start_scores()
         # A constant: it moves with the module but stays out of checkpoints.
         self.register_buffer("kernel", gaussian_kernel(sigma), persistent=False)
+
+    def start_scores(self) -> None:
+        """With `zero_scores`, zero the scoring weights; call it again after initialising all weights of a model."""
+        if self.zero_scores:
+            nn.init.zeros_(self.W_prob.weight)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -30,7 +30,8 @@ class EnactSelfAttention(EntropyClustering):
         dropout: probability of dropping an attention weight in training. The reference has none.
         sigma: standard deviation of the information's smoothing, tokens.
         batch_first: tensors are (batch, N, d) instead of (N, batch, d).
-        clusters, per_image, mask_padding, max_clusters, temperature, kernels: as in `EntropyClustering`.
+        clusters, per_image, mask_padding, max_clusters, temperature, kernels, zero_scores: as in
+            `EntropyClustering`.
         scale_logits: scale the logits by head_dim^-0.5 and do not divide the values, as in plain attention. The
             published weights were trained without it; new trainings learn better with it (docs/results/accuracy.md).
         tokens: which keys are a feature map's. The others are not clustered: each stays a key. None: all are the map's.
@@ -63,9 +64,18 @@ class EnactSelfAttention(EntropyClustering):
         scale_logits: bool = False,
         tokens: MapTokens | None = None,
         kernels: str = AUTO,
+        zero_scores: bool = False,
     ):
         super().__init__(
-            embed_dim, sigma, clusters, per_image, mask_padding, max_clusters, temperature, kernels=kernels
+            embed_dim,
+            sigma,
+            clusters,
+            per_image,
+            mask_padding,
+            max_clusters,
+            temperature,
+            kernels=kernels,
+            zero_scores=zero_scores,
         )
         if not isinstance(tokens, MapTokens | None):
             raise ValueError(f"tokens must be a MapTokens, such as MapTokens(before=1), got {tokens!r}")

@@ -53,6 +53,7 @@ def plug_in(
     map_size: tuple[int, int] | None = None,
     tokens: MapTokens | None = None,
     kernels: str = AUTO,
+    zero_scores: bool = False,
 ) -> list[str]:
     """Replace the encoder self-attention of any model by ENACT's or a rival's, in place, keeping its weights.
 
@@ -73,7 +74,7 @@ def plug_in(
         where: which attention modules to replace: a regular expression that must match the whole dotted name, or a
             function (name, module) -> bool. None: the encoder self-attention (see `in_encoder`) of supported classes.
         kind: "enact", or a name in `RIVALS`.
-        clusters, per_image, mask_padding, max_clusters, temperature, kernels: as in `EntropyClustering`.
+        clusters, per_image, mask_padding, max_clusters, temperature, kernels, zero_scores: as in `EntropyClustering`.
         scale_logits: as in `EnactSelfAttention`. It does not change the model's output, but how it trains.
         token_budget, map_size: as in `RivalSelfAttention`. A kind that needs the map's size needs it here, unless the
             model passes `map_size` in its calls.
@@ -104,6 +105,7 @@ def plug_in(
             "map_size": map_size,
             "tokens": tokens,
             "kernels": kernels,
+            "zero_scores": zero_scores,
         },
     )
     candidates = attention_modules(module)

@@ -239,6 +239,11 @@ def add_model_flags(group) -> None:
         "the attended values by head_dim; for new trainings; leave it off for published weights",
     )  # fmt: skip
     add(
+        "--enact_zero_scores", action="store_true",
+        help="ENACT: start training with scores of zero, so that all tokens count alike until training tells them "
+        "apart, instead of random scores; for new trainings, and for --pretrained weights of plain attention",
+    )  # fmt: skip
+    add(
         "--token_budget", type=natural_int, metavar="M",
         help=f"rivals of ENACT: most keys and values per image; 0 is 1/{DEFAULT_SHARE} of the tokens; default: the "
         "checkpoint's, else 0",

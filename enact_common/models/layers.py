@@ -56,6 +56,7 @@ def clustering_settings(args) -> dict:
         "max_clusters": getattr(args, "enact_max_clusters", None) or None,
         "temperature": getattr(args, "enact_temperature", None) or None,
         "kernels": getattr(args, "enact_kernels", None) or AUTO,
+        "zero_scores": bool(getattr(args, "enact_zero_scores", False)),
     }
 
 

@@ -23,6 +23,7 @@ CURVE = ("--enact_order", "hilbert")
 DIFFERING = ("--enact_temperature", "1")
 RECOMMENDED = (*SCALED, *CURVE, *DIFFERING)
 EQUAL = ("--enact_clusters", "equal")
+ZERO = ("--enact_zero_scores",)
 
 LIMIT = "--enact_max_clusters"
 
@@ -56,12 +57,9 @@ FAMILIES = {
     "published": Family("ENACT: windows, as published", budgets=FEW, rows=True),
     "recommended": Family("ENACT: scaled windows, Hilbert, temperature 1", RECOMMENDED, budgets=FEW),
     "recommended_random": Family("the same windows, random scores", RECOMMENDED, (keep_scores,), budgets=FEW),
+    "recommended_zero": Family("the same windows, scores that start at zero", (*RECOMMENDED, *ZERO), budgets=FEW),
     "equal": Family("ENACT: equal information, scaled, Hilbert, temperature 1", (*RECOMMENDED, *EQUAL)),
-    "equal_sharp": Family(
-        "equal information, temperature 0.25",
-        (*SCALED, *CURVE, "--enact_temperature", "0.25", *EQUAL),
-        budgets=(24, 48, 96),
-    ),
+    "equal_zero": Family("the same clusters, scores that start at zero", (*RECOMMENDED, *EQUAL, *ZERO)),
     "equal_random": Family("equal information, random scores", (*RECOMMENDED, *EQUAL), (keep_scores,)),
     "rows_equal": Family("ENACT: equal information, temperature 1", (*DIFFERING, *EQUAL), rows=True),
     "rows_temperature": Family("ENACT: windows, temperature 1", DIFFERING, budgets=FEW, rows=True),

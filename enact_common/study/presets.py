@@ -24,7 +24,7 @@ from enact_common.study.arms import (
     keep_scores,
     weigh_by_size,
 )
-from enact_common.study.families import CURVE, DIFFERING, FAMILIES, SCALED, arms_of
+from enact_common.study.families import CURVE, DIFFERING, FAMILIES, RECOMMENDED, SCALED, ZERO, arms_of
 from enact_common.study.images import Shapes
 from enact_common.study.photographs import Pasted, Photographs
 from enact_common.study.sources import Source
@@ -76,12 +76,17 @@ LIST = (
     Arm(
         "scaled_hilbert_temperature",
         "windows along a Hilbert curve, logits scaled, unequal pooling weights",
-        (*SCALED, *CURVE, *DIFFERING),
+        RECOMMENDED,
+    ),
+    Arm(
+        "scaled_hilbert_zero",
+        "windows along a Hilbert curve, logits scaled, unequal pooling weights, scores that start at zero",
+        (*RECOMMENDED, *ZERO),
     ),
     Arm(
         "scaled_hilbert_random",
         "windows along a Hilbert curve, logits scaled, unequal pooling weights by random scores",
-        (*SCALED, *CURVE, *DIFFERING),
+        RECOMMENDED,
         (keep_scores,),
     ),
     Arm(

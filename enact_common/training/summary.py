@@ -72,7 +72,7 @@ def log_summary(
     rows["evaluated images"] = f"{len(data.val_set):,}{truth}, of {args.eval_set}"
     rows["output"] = str(output_dir or "none (--output_dir)")
     logger.info("\n".join(f"{name:<18} {text}" for name, text in rows.items()))
-    given = [flag for flag in (*CLUSTERING_FLAGS, "enact_scale_logits") if getattr(args, flag)]
+    given = [flag for flag in (*CLUSTERING_FLAGS, "enact_scale_logits", "enact_zero_scores") if getattr(args, flag)]
     idle = [f"--{flag}" for flag in given if not has_effect(flag, args.encoder_attention)]
     if idle:
         logger.info("note: %s: no effect with --encoder_attention %s", ", ".join(idle), args.encoder_attention)
