@@ -62,6 +62,9 @@ FAMILIES = {
     "equal_zero": Family("the same clusters, scores that start at zero", (*RECOMMENDED, *EQUAL, *ZERO)),
     "equal_random": Family("equal information, random scores", (*RECOMMENDED, *EQUAL), (keep_scores,)),
     "rows_equal": Family("ENACT: equal information, temperature 1", (*DIFFERING, *EQUAL), rows=True),
+    "rows_zero": Family(
+        "the same clusters, scores that start at zero", (*DIFFERING, *EQUAL, *ZERO), budgets=(24, 48, 96), rows=True
+    ),
     "rows_temperature": Family("ENACT: windows, temperature 1", DIFFERING, budgets=FEW, rows=True),
     "averages": Family(
         "averages of equal windows, scaled, Hilbert", (*SCALED, *CURVE), (ChangeShares(EqualShares),), "", True

@@ -217,7 +217,7 @@ ANCHOR_ARMS = (
     PLAIN, NONE, *(name for name, arm in ARMS.items() if arm.family and FAMILIES[arm.family].rows),
     WINDOWS, "regions", "per_image", UNIFORM, "strided", "temperature", UNTRAINED, CONVERTED,
 )  # fmt: skip
-ROWS_ALONE = ("rows_equal", "rows_temperature")
+ROWS_ALONE = ("rows_equal", "rows_zero", "rows_temperature")
 OTHER_ARMS = tuple(name for name, arm in ARMS.items() if arm.family not in ROWS_ALONE)
 
 
