@@ -213,7 +213,12 @@ def test_shipped_files_hold_the_published_values(variant, suffix):
         expected |= {"enact_per_image": False, "enact_mask_padding": False, "enact_scale_logits": False}
     elif suffix:
         own = variant != "anchor"
-        expected |= {"enact_temperature": 1, "enact_order": "hilbert" if own else None, "enact_scale_logits": own}
+        expected |= {
+            "enact_temperature": 1,
+            "enact_zero_scores": own,
+            "enact_order": "hilbert" if own else None,
+            "enact_scale_logits": own,
+        }
     assert {name: getattr(args, name) for name in expected} == expected
     # All other values are the parser's defaults, as in the published trainings.
     assert {name: value for name, value in settings_of(args).items() if name not in expected} == {

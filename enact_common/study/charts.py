@@ -75,7 +75,8 @@ def draw_by_clusters(panels: Mapping[str, tuple[Mapping, Mapping]], picture: Pat
     of `points_of` and `timed_points`; the second may be empty.
     """
     families = list(dict.fromkeys(name for points, _ in panels.values() for name in points))
-    styles = {name: style_of(i) for i, name in enumerate(families)}
+    # By the place among all families, so that a family looks alike in all charts.
+    styles = {name: style_of(list(FAMILIES).index(name)) for name in families}
     timed = any(times for _, times in panels.values())
     shape = (len(panels), 2) if timed else (1, len(panels))
     figure = Figure(figsize=(6.5 * shape[1], 5 * shape[0] + 1.5), layout="constrained")
@@ -115,7 +116,7 @@ def draw_by_clusters(panels: Mapping[str, tuple[Mapping, Mapping]], picture: Pat
             panel.set_ylim(limits)
             panel.grid(alpha=0.3)
     titles = [FAMILIES[name].title for name in handles]
-    figure.legend(list(handles.values()), titles, loc="outside lower center", ncols=2, fontsize=9)
+    figure.legend(list(handles.values()), titles, loc="outside lower center", ncols=min(shape[1], 2), fontsize=9)
     save(figure, picture)
 
 

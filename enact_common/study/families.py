@@ -57,13 +57,16 @@ FAMILIES = {
     "published": Family("ENACT: windows, as published", budgets=FEW, rows=True),
     "recommended": Family("ENACT: scaled windows, Hilbert, temperature 1", RECOMMENDED, budgets=FEW),
     "recommended_random": Family("the same windows, random scores", RECOMMENDED, (keep_scores,), budgets=FEW),
-    "recommended_zero": Family("the same windows, scores that start at zero", (*RECOMMENDED, *ZERO), budgets=FEW),
+    "recommended_zero": Family("ENACT: these windows, scores start at zero", (*RECOMMENDED, *ZERO), budgets=FEW),
     "equal": Family("ENACT: equal information, scaled, Hilbert, temperature 1", (*RECOMMENDED, *EQUAL)),
-    "equal_zero": Family("the same clusters, scores that start at zero", (*RECOMMENDED, *EQUAL, *ZERO)),
+    "equal_zero": Family("ENACT: these clusters, scores start at zero", (*RECOMMENDED, *EQUAL, *ZERO)),
     "equal_random": Family("equal information, random scores", (*RECOMMENDED, *EQUAL), (keep_scores,)),
     "rows_equal": Family("ENACT: equal information, temperature 1", (*DIFFERING, *EQUAL), rows=True),
     "rows_zero": Family(
-        "the same clusters, scores that start at zero", (*DIFFERING, *EQUAL, *ZERO), budgets=(24, 48, 96), rows=True
+        "ENACT: equal information, temperature 1, scores start at zero",
+        (*DIFFERING, *EQUAL, *ZERO),
+        budgets=(24, 48, 96),
+        rows=True,
     ),
     "rows_temperature": Family("ENACT: windows, temperature 1", DIFFERING, budgets=FEW, rows=True),
     "averages": Family(
