@@ -241,7 +241,7 @@ def add_model_flags(group) -> None:
     add(
         "--enact_zero_scores", action="store_true",
         help="ENACT: start training with scores of zero, so that all tokens count alike until training tells them "
-        "apart, instead of random scores; for new trainings, and for --pretrained weights of plain attention",
+        "apart, instead of random scores; for new trainings",
     )  # fmt: skip
     add(
         "--token_budget", type=natural_int, metavar="M",
