@@ -12,6 +12,7 @@ from enact_common.study.arms import (
     keep_scores,
     mix_with_lengths,
     share_tokens,
+    zero_rival_scores,
 )
 
 # Most keys per image. The CPU preset's maps have 1,024 or 1,152 tokens, the GPU preset's four times as many.
@@ -81,6 +82,16 @@ FAMILIES = {
     **{
         name: Family(kind.title, ("--encoder_attention", name), limit="--token_budget" * kind.takes_budget)
         for name, kind in RIVALS.items()
+    },
+    **{
+        f"{name}_zero": Family(
+            f"{RIVALS[name].title}, scores start at zero",
+            ("--encoder_attention", name),
+            (zero_rival_scores,),
+            "--token_budget",
+            budgets=(48,),
+        )
+        for name in ("topk", "pnp")
     },
 }
 
