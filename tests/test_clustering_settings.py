@@ -433,7 +433,9 @@ def test_arguments_of_earlier_versions_are_accepted():
 @pytest.mark.parametrize("name", RIVALS)
 def test_rivals_get_their_budget(name, words, budget):
     args = parse("detr", "--encoder_attention", name, *(("--token_budget", *words) if words else ()))
-    assert attention_settings(args) == ({"token_budget": budget} if RIVALS[name].takes_budget else {})
+    expected = {"token_budget": budget} if RIVALS[name].takes_budget else {}
+    expected |= {"zero_scores": False} if RIVALS[name].learns_scores else {}
+    assert attention_settings(args) == expected
 
 
 @pytest.mark.parametrize(
@@ -442,6 +444,7 @@ def test_rivals_get_their_budget(name, words, budget):
         ("mhsa", "--enact_per_image", "--enact_per_image"),
         ("enact", "--enact_per_image --token_budget 9", "--token_budget"),
         ("avgpool", "--enact_scale_logits --token_budget 9", "--enact_scale_logits"),
+        ("kmeans", "--enact_zero_scores", "--enact_zero_scores"),
     ],
 )
 def test_settings_without_effect_are_named(attention, given, idle, shapes, capfd):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import SMALL_MODEL, build
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -55,6 +56,17 @@ def test_a_full_budget_is_plain_attention(name, padded):
     expected = plain(key, key, value, key_padding_mask=mask)[0]
     close = torch.ones(key.shape[:2], dtype=torch.bool) if mask is None else ~mask
     assert_close(layer(key, key, value, key_padding_mask=mask)[0][close], expected[close], rtol=1e-5, atol=1e-5)
+
+
+@every_rival
+def test_scores_can_start_at_zero(name):
+    argv = (*SMALL_MODEL["conditional"], "--encoder_attention", name, "--enact_zero_scores")
+    model, *_ = build("conditional", *argv)
+    scores = [tensor for key, tensor in model.state_dict().items() if key.endswith("W_score.weight")]
+    assert bool(scores) == RIVALS[name].learns_scores and not any(tensor.any() for tensor in scores)
+    if not scores:
+        with pytest.raises(ValueError, match="learns no scores"):
+            RIVALS[name](DIM, HEADS, zero_scores=True)
 
 
 @pytest.mark.parametrize("budget", [None, 1, 10, 20, 1000])

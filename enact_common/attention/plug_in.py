@@ -321,7 +321,12 @@ def settings_of_kind(kind: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         own = set(inspect.signature(EnactSelfAttention).parameters)
     elif kind in RIVALS:
         rival = RIVALS[kind]
-        own = {name for name, has in (("token_budget", rival.takes_budget), ("map_size", rival.needs_map_size)) if has}
+        has = {
+            "token_budget": rival.takes_budget,
+            "map_size": rival.needs_map_size,
+            "zero_scores": rival.learns_scores,
+        }
+        own = {name for name in has if has[name]}
     else:
         raise ValueError(f"kind={kind!r}: choose from enact, {', '.join(RIVALS)}")
     defaults = inspect.signature(plug_in).parameters

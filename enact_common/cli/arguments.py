@@ -240,8 +240,8 @@ def add_model_flags(group) -> None:
     )  # fmt: skip
     add(
         "--enact_zero_scores", action="store_true",
-        help="ENACT: start training with scores of zero, so that all tokens count alike until training tells them "
-        "apart, instead of random scores; for new trainings",
+        help="ENACT, and the rivals topk and pnp: start training with scores of zero instead of random ones, so that "
+        "all tokens count alike until training tells them apart; for new trainings",
     )  # fmt: skip
     add(
         "--token_budget", type=natural_int, metavar="M",

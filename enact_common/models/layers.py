@@ -63,16 +63,22 @@ def clustering_settings(args) -> dict:
 def attention_settings(args) -> dict:
     """Return the settings of the encoder's self-attention from the arguments, for `encoder_self_attention`."""
     if args.encoder_attention in RIVALS:
+        rival = RIVALS[args.encoder_attention]
         # With `--token_budget 0`, and for checkpoints without the flag, the layer chooses.
         budget = getattr(args, "token_budget", None) or None
-        return {"token_budget": budget} if has_effect("token_budget", args.encoder_attention) else {}
+        settings = {"token_budget": budget} if rival.takes_budget else {}
+        if rival.learns_scores:
+            settings["zero_scores"] = bool(getattr(args, "enact_zero_scores", False))
+        return settings
     return {**clustering_settings(args), "scale_logits": bool(getattr(args, "enact_scale_logits", False))}
 
 
 def has_effect(flag: str, attention: str) -> bool:
-    """Whether a flag in `CLUSTERING_FLAGS` or `ENACT_FLAGS` has an effect with one of `ENCODER_ATTENTIONS`."""
+    """Whether a flag of ENACT or of its rivals has an effect with one of `ENCODER_ATTENTIONS`."""
     if flag == "token_budget":
         return attention in RIVALS and RIVALS[attention].takes_budget
+    if flag == "enact_zero_scores" and attention in RIVALS:
+        return RIVALS[attention].learns_scores
     if flag == "enact_kernels" and attention == "mhsa":
         return True  # in Anchor DETR
     return attention == "enact"

@@ -6,8 +6,9 @@ Positional encodings are added to queries and keys in every attention of the enc
 import torch
 from torch import Tensor, nn
 
-from enact_common.attention.clustering import clusterings
+from enact_common.attention.clustering import EntropyClustering
 from enact_common.attention.hilbert import HILBERT, ROWS, hilbert_permutations
+from enact_common.attention.rivals.base import RivalSelfAttention
 from enact_common.models.layers import TransformerEncoderLayer, attention_settings, clone_layers, encoder_self_attention
 
 
@@ -64,8 +65,9 @@ class Transformer(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
-        for clustering in clusterings(encoder):
-            clustering.start_scores()
+        for module in encoder.modules():
+            if isinstance(module, EntropyClustering | RivalSelfAttention):
+                module.start_scores()
 
     def forward(self, src: Tensor, mask: Tensor, query_embed: Tensor, pos_embed: Tensor) -> tuple:
         """Encode a feature map and decode the queries.

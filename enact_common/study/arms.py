@@ -20,7 +20,6 @@ from enact_common.attention.clustering import (
     smooth,
 )
 from enact_common.attention.clusters import cut_windows
-from enact_common.attention.rivals.base import RivalSelfAttention
 
 PLAIN, NONE, WINDOWS, UNIFORM = "plain", "none", "windows", "uniform"
 CONVERTED, UNTRAINED, LONGER = "converted", "untrained", "longer"
@@ -238,13 +237,6 @@ def keep_scores(model: nn.Module, setting: Setting) -> None:
     """Freeze the random scoring projection, which still determines clusters and pooling weights."""
     for clustering in clusterings(model):
         clustering.W_prob.requires_grad_(False)
-
-
-def zero_rival_scores(model: nn.Module, setting: Setting) -> None:
-    """Zero the scores by which a rival selects keys, as `--enact_zero_scores` does for ENACT."""
-    for module in model.modules():
-        if isinstance(module, RivalSelfAttention) and hasattr(module, "W_score"):
-            nn.init.zeros_(module.W_score.weight)
 
 
 def mix_with_lengths(model: nn.Module, setting: Setting) -> None:

@@ -12,7 +12,6 @@ from enact_common.study.arms import (
     keep_scores,
     mix_with_lengths,
     share_tokens,
-    zero_rival_scores,
 )
 
 # Most keys per image. The CPU preset's maps have 1,024 or 1,152 tokens, the GPU preset's four times as many.
@@ -85,13 +84,13 @@ FAMILIES = {
     },
     **{
         f"{name}_zero": Family(
-            f"{RIVALS[name].title}, scores start at zero",
-            ("--encoder_attention", name),
-            (zero_rival_scores,),
-            "--token_budget",
+            f"{kind.title}, scores start at zero",
+            ("--encoder_attention", name, *ZERO),
+            limit="--token_budget",
             budgets=(48,),
         )
-        for name in ("topk", "pnp")
+        for name, kind in RIVALS.items()
+        if kind.learns_scores
     },
 }
 

@@ -30,21 +30,24 @@ class RivalSelfAttention(nn.Module):
         batch_first: tensors are (batch, N, d) instead of (N, batch, d).
         token_budget: M, the most keys and values per image; None for `default_budget` of its tokens.
         map_size: height and width of the feature map, for callers that cannot pass it to `forward`.
+        zero_scores: as in `EntropyClustering`, for methods that learn scores.
 
     Attributes:
         title: what the method does, for tables and charts.
         needs_map_size: whether the method needs the map's height and width.
         takes_budget: whether the method has a number of keys to choose.
+        learns_scores: whether the method selects keys by learned scores, `W_score`.
         exact_at_full_budget: whether a budget of N gives plain multi-head attention.
         export_fault: why the layer cannot be exported; None if it can.
 
     Raises:
-        ValueError: embed_dim is not a multiple of num_heads, or the budget is below 1 or not of this method.
+        ValueError: embed_dim is not a multiple of num_heads, the budget is below 1, or a setting is not of this method.
     """
 
     title = ""
     needs_map_size = False
     takes_budget = True
+    learns_scores = False
     exact_at_full_budget = True
     export_fault: str | None = None
 
@@ -60,6 +63,7 @@ class RivalSelfAttention(nn.Module):
         batch_first: bool = False,
         token_budget: int | None = None,
         map_size: tuple[int, int] | None = None,
+        zero_scores: bool = False,
     ):
         super().__init__()
         if embed_dim % num_heads:
@@ -68,6 +72,9 @@ class RivalSelfAttention(nn.Module):
             raise ValueError(f"token_budget must be at least 1, or None for the default, got {token_budget}")
         if token_budget is not None and not self.takes_budget:
             raise ValueError(f"{type(self).__name__} has no token_budget, got {token_budget}; leave it out")
+        if zero_scores and not self.learns_scores:
+            raise ValueError(f"{type(self).__name__} learns no scores: leave out zero_scores")
+        self.zero_scores = zero_scores
         self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.dropout = dropout
@@ -78,6 +85,11 @@ class RivalSelfAttention(nn.Module):
         self.W_k = nn.Linear(embed_dim, embed_dim)
         self.W_v = nn.Linear(embed_dim, embed_dim)
         self.W_o = nn.Linear(embed_dim, embed_dim)
+
+    def start_scores(self) -> None:
+        """As in `EntropyClustering`."""
+        if self.zero_scores:
+            nn.init.zeros_(self.W_score.weight)
 
     def forward(
         self,

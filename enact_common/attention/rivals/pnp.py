@@ -32,11 +32,13 @@ class PollPoolSelfAttention(RivalSelfAttention):
     """
 
     title = "poll and pool"
+    learns_scores = True
 
     def __init__(self, embed_dim: int, *args, **kwargs):
         super().__init__(embed_dim, *args, **kwargs)
         # Biases would change all logits alike, so they would get no gradient.
         self.W_score = nn.Linear(embed_dim, 1, bias=False)
+        self.start_scores()
         self.W_pool = nn.Linear(embed_dim, MOST_POOLED, bias=False)
 
     def reduce(self, key: Tensor, value: Tensor, present: Tensor, map_size: tuple[int, int] | None) -> Reduced:

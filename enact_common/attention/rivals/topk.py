@@ -21,11 +21,13 @@ class TopKSelfAttention(RivalSelfAttention):
     """
 
     title = "the highest learned scores"
+    learns_scores = True
 
     def __init__(self, embed_dim: int, *args, **kwargs):
         super().__init__(embed_dim, *args, **kwargs)
         # A bias would change all logits alike, so it would get no gradient.
         self.W_score = nn.Linear(embed_dim, 1, bias=False)
+        self.start_scores()
 
     def reduce(self, key: Tensor, value: Tensor, present: Tensor, map_size: tuple[int, int] | None) -> Reduced:
         """As in the base class."""
