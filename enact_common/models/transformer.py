@@ -65,6 +65,7 @@ class Transformer(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
+        # The loop above has overwritten scores that start at zero.
         for module in encoder.modules():
             if isinstance(module, EntropyClustering | RivalSelfAttention):
                 module.start_scores()
