@@ -9,10 +9,11 @@ imported:
 import pytest
 import torch
 import triton.language as tl
+from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 from triton.runtime.interpreter import InterpreterBuilder
 
-from enact_common.attention import EnactSelfAttention, EntropyClustering, kernels
+from enact_common.attention import EnactSelfAttention, EntropyClustering, kernels, packed
 from enact_common.attention.clustering import (
     GREATEST_LOGIT,
     LEAST_MEAN,
@@ -172,18 +173,95 @@ def test_the_layer_computes_the_same_under_autocast(settings, monkeypatch):
     monkeypatch.setattr(pooling, "_checked", set())
     layer = EnactSelfAttention(16, 2, sigma=1.0, **settings)
     layer.weigh_by_size = True
-    src, pos = torch.randn(2, 18, 2, 16)
+    src = torch.randn(18, 2, 16)
     results = []
-    for choice in ("torch", "triton"):
-        layer.kernels = choice
-        layer.zero_grad()
-        leaf = src.clone().requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16):
-            output = layer(leaf + pos, leaf + pos, leaf)[0]
-        output.float().square().sum().backward()
-        results.append([output, leaf.grad, *(parameter.grad for parameter in layer.parameters())])
+    for layer.kernels in ("torch", "triton"):
+        results.append(layer_results(layer, src, amp=True))
     assert pooling._checked
     assert_close(results[1], results[0], rtol=3e-2, atol=3e-2)
+
+
+class Unwritten(torch.autograd.Function):
+    """Packed rows as they are. Behind the last image's, their gradients are NaN, as fused kernels may leave them."""
+
+    @staticmethod
+    def forward(ctx, rows, starts):
+        ctx.written = int(starts[-1])
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        grad[ctx.written :] = torch.nan
+        return grad, None
+
+
+def attend_one_by_one(q, k, v, q_starts, k_starts, most, dropout, scale):
+    """Takes the place of `packed.attend_sequences`."""
+    k, v = (Unwritten.apply(rows, k_starts) for rows in (k, v))
+    results = []
+    for image in range(len(k_starts) - 1):
+        queries, members = (slice(*starts[image : image + 2].tolist()) for starts in (q_starts, k_starts))
+        assert queries.stop - queries.start == most[0] and members.stop - members.start <= most[1]
+        parts = (rows.transpose(0, 1) for rows in (q[queries], k[members], v[members]))
+        results.append(scaled_dot_product_attention(*parts, dropout_p=dropout, scale=scale).transpose(0, 1))
+    return torch.cat(results)
+
+
+def layer_results(layer: EnactSelfAttention, src, amp: bool) -> list:
+    """The layer's output, and the gradients of its input and its weights."""
+    layer.zero_grad()
+    leaf = src.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        output = layer(leaf, leaf, leaf)[0]
+    output.float().square().sum().backward()
+    return [output, leaf.grad, *(parameter.grad.clone() for parameter in layer.parameters())]
+
+
+PACKED = {
+    "few windows": (30, 3, False, {"sigma": 1.0}),
+    "limited, with a temperature": (35, 2, False, {"max_clusters": 4, "temperature": 0.5, "scale_logits": True}),
+    "large batch in bfloat16, batch first": (18, 9, True, {"sigma": 0.5, "batch_first": True}),
+    "one token": (1, 2, False, {}),
+}
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "read back"])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_windows_give_the_layer_the_same_results(name, fused, monkeypatch):
+    num_tokens, batch, amp, settings = PACKED[name]
+    monkeypatch.setattr(packed, "takes_packed", lambda q: fused)
+    monkeypatch.setattr(packed, "attend_sequences", attend_one_by_one)
+    monkeypatch.setattr(packed, "_checked", set())
+    layer = EnactSelfAttention(16, 2, **settings)
+    src = torch.randn(num_tokens, batch, 16)
+    src = src.transpose(0, 1) if layer.batch_first else src
+    expected = layer_results(layer, src, amp)
+    layer.kernels = "triton"
+    with packed.packed_windows() as overflows:
+        results = layer_results(layer, src, amp)
+    assert_close(results, expected, **({"rtol": 3e-2, "atol": 3e-2} if amp else {"rtol": 1e-4, "atol": 1e-5}))
+    assert [int(overflow) for overflow in overflows] == [0] and bool(packed._checked) == fused
+
+
+def test_too_many_windows_are_noted_and_made_longer(monkeypatch):
+    monkeypatch.setattr(packed, "takes_packed", lambda q: True)
+    monkeypatch.setattr(packed, "attend_sequences", attend_one_by_one)
+    layer = EnactSelfAttention(16, 2, sigma=0.4)  # one tap
+    src = torch.randn(21, 2, 16)
+    src[::2] = -src[1]  # alternating scores
+    src[1::2] = src[1]
+    with layer.register_cluster_hook(lambda _, clusters: lengths.append(clusters.weights.shape[2])):
+        lengths: list[int] = []
+        layer_results(layer, src, False)
+        layer.max_clusters = 10
+        expected = layer_results(layer, src, False)
+    assert lengths == [1, 2]
+    layer.kernels, layer.max_clusters = "triton", None
+    with packed.packed_windows() as overflows:
+        results = layer_results(layer, src, False)
+    assert [int(overflow) for overflow in overflows] == [1]
+    assert_close(results, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [1, 4, 20])
@@ -218,13 +296,13 @@ def test_the_window_length_is_rounded_half_to_even(num_tokens, regions, max_clus
     batch = len(regions)
     borders = torch.zeros(batch, 5, dtype=torch.int32)
     borders[:, 3] = torch.tensor(regions) - 1
-    length, divisors = torch.empty(1, dtype=torch.int32), torch.empty(batch)
+    first, divisors = torch.empty(3 + batch, dtype=torch.int32), torch.empty(batch)
     pooling.window_length[(1,)](
-        torch.zeros(batch, 5, 2), borders, length, divisors, batch, num_tokens, 5, max_clusters or 0, 0.0,
+        torch.zeros(batch, 5, 2), borders, first, divisors, batch, num_tokens, 5, max_clusters or 0, num_tokens, 0.0,
         TEMPERED=False, IMAGES=8, CHUNK=2, BLOCKS=8,
     )  # fmt: skip
     expected = window_length(torch.full((batch,), num_tokens), torch.tensor(regions), max_clusters)[0]
-    assert length.item() == expected and divisors.tolist() == [1.0] * batch
+    assert first[0] == expected and divisors.tolist() == [1.0] * batch
 
 
 PRODUCTS = {"clusters": "bhm,bwm,bme->bhwe", "map": "bmh,bmw,bhwe->bme"}

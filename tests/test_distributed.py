@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from conftest import free_port, read_log, start, train
 from test_stopping import end
-from test_train import toy_batch, toy_step
+from test_train import PackingToyModel, toy_batch, toy_step
 from torch import nn
 
 from enact_common.data import loading
@@ -17,7 +17,7 @@ from enact_common.data.loading import EvaluationBatches, TrainSampler
 from enact_common.data.synthetic import make_shapes
 from enact_common.evaluation.coco import EVALUATION, METRICS
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
-from enact_common.training import setup
+from enact_common.training import engine, setup
 from enact_common.training.engine import GRADIENTS, NonFiniteLossError, first_non_finite_output, keep_frozen_norms
 from enact_common.utils.acceleration import BATCH_NORMS
 
@@ -180,6 +180,31 @@ def test_a_non_finite_loss_in_one_process_stops_all(tmp_path):
     # Both report the fault found in rank 1.
     assert texts[0] == texts[1] and "at step 1" in texts[0]
     assert "first tensor at fault: input images" in texts[0] and GRADIENTS not in texts[0]
+
+
+def too_many_windows_in_rank_1(rank: int, folder: str, port: int) -> None:
+    """Run three steps of the toy model; at the second, packed windows do not fit in rank 1. Write calls and result."""
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    engine.packs_windows = lambda model: True
+    step = toy_step(lambda output: output**2, 0.0, torch.optim.SGD, toy=PackingToyModel)
+    toy, step.model = step.model, setup.wrap_model(step.model, step.device)
+    for value in (1.0, 1.0 - rank, 1.0):
+        step(*toy_batch(value))
+    step.check()
+    Path(folder, str(rank)).write_text(f"{toy.calls} {toy.number.item()}")
+    torch.distributed.destroy_process_group()
+
+
+def test_all_processes_repeat_a_batch_whose_packed_windows_do_not_fit_in_one(tmp_path):
+    mp.start_processes(too_many_windows_in_rank_1, (str(tmp_path), free_port()), nprocs=2, start_method="forkserver")
+    results = [(tmp_path / str(rank)).read_text().split() for rank in range(2)]
+    assert results[0] == results[1] and results[0][0] == "4"
+    # Gradients of the two processes are averaged, here those of two batches.
+    step = toy_step(lambda output: output**2, 0.0, torch.optim.SGD, toy=PackingToyModel)
+    for values in ((1.0, 1.0), (1.0, 0.0), (1.0, 1.0)):
+        for place, value in enumerate(values):
+            step(*toy_batch(value), group=2, complete=place == 1)
+    assert float(results[0][1]) == pytest.approx(step.model.number.item())
 
 
 @pytest.mark.parametrize(

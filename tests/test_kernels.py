@@ -11,9 +11,11 @@ from conftest import SMALL_MODEL, build, parse
 from torch import nn
 from torch.testing import assert_close
 
-from enact_common.attention import EnactSelfAttention, EntropyClustering, kernels
+from enact_common.attention import EnactSelfAttention, EntropyClustering, kernels, packed
 from enact_common.attention.clustering import InformationLogits
 from enact_common.models.layers import clustering_settings, encoder_settings
+from enact_common.training.engine import packs_windows
+from enact_common.utils import acceleration
 from enact_common.variants import VARIANTS, load_variant
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -206,6 +208,37 @@ def test_the_flag_reaches_every_layer(variant, attention):
     model = build(variant, *flags)[0]
     choices = [module.kernels for module in model.modules() if hasattr(module, "kernels")]
     assert set(choices) <= {"triton"} and bool(choices) == (attention == "enact" or variant == "anchor")
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--enact_kernels", "triton"], True),
+        ([], False),  # `auto` is PyTorch
+        (["--enact_kernels", "triton", "--enact_clusters", "equal"], False),
+        (["--enact_kernels", "triton", "--checkpoint_activations"], False),
+        (["--enact_kernels", "triton", "--encoder_attention", "mhsa"], False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_training_packs_windows_that_the_kernels_make(variant, flags, expected):
+    args = parse(variant, *SMALL_MODEL[variant], *flags)
+    model = load_variant(variant).models.build_model(args)[0]
+    acceleration.prepare(model, args, torch.device("cpu"))
+    # Anchor DETR's products need the number of windows.
+    assert packs_windows(model) == (expected and variant != "anchor")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_attention_within_sequences_has_the_shapes_and_dtypes_of_its_inputs(dtype):
+    """On tensors without data, whose contents the host cannot read."""
+    q, k, v = (torch.empty(2, size, 4, 32, dtype=dtype, device="meta", requires_grad=True) for size in (50, 25, 25))
+    starts = torch.empty(3, dtype=torch.int32, device="meta")
+    attended = packed.fused_attention(q, k.flatten(0, 1), v.flatten(0, 1), starts, 0.1, 0.5)
+    gradients = torch.autograd.grad(attended.sum(), [q, k, v])
+    assert attended.shape == q.shape and attended.dtype == dtype
+    assert [grad.shape for grad in gradients] == [q.shape, k.shape, v.shape]
 
 
 def test_the_flag_is_reported_only_if_it_is_not_the_default():

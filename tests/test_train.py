@@ -19,11 +19,13 @@ import torch
 from conftest import SMALL_MODEL, build, equal_states, parse, read_log, start, train
 
 from enact_common import UserError, load_detector
+from enact_common.attention.packed import is_packing, note_overflow
 from enact_common.checkpoints.files import check_model_flags, load_checkpoint, optimizer_state_by_name, save_checkpoint
 from enact_common.data import cache, images
 from enact_common.data.synthetic import make_shapes
 from enact_common.inference.introspection import check_kinds
 from enact_common.nested_tensor import nested_tensor_from_tensor_list
+from enact_common.training import engine
 from enact_common.training.engine import NonFiniteLossError, TrainStep, describe_non_finite, first_non_finite_output
 from enact_common.training.logs import AverageMeter
 from enact_common.training.optimization import Optimization, build_optimization, learning_rate_factor, parameter_groups
@@ -714,15 +716,28 @@ class ToyModel(torch.nn.Module):
         return self.number * samples.tensors.mean()
 
 
+class PackingToyModel(ToyModel):
+    """Counts its calls. Within `packed_windows`, batches of zeros have too many windows, and wrong results."""
+
+    calls = 0
+
+    def forward(self, samples):
+        self.calls += 1
+        too_many = is_packing() and not samples.tensors.any()
+        if is_packing():
+            note_overflow(torch.tensor(int(too_many), dtype=torch.int32))
+        return super().forward(samples) + self.number * (7 if too_many else 1)
+
+
 def toy_batch(value: float):
     """A batch of one constant image without objects."""
     target = {"image_id": torch.tensor([7]), "labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}
     return nested_tensor_from_tensor_list([torch.full((3, 4, 4), value)]), [target]
 
 
-def toy_step(function, clip_max_norm=0.1, kind=torch.optim.AdamW, fp16=False):
+def toy_step(function, clip_max_norm=0.1, kind=torch.optim.AdamW, fp16=False, toy=ToyModel):
     """A training step of the toy model; `fp16` turns the gradient scaler on, but computes in float32."""
-    model, device = ToyModel(), torch.device("cpu")
+    model, device = toy(), torch.device("cpu")
     optimizer = kind(model.parameters(), lr=0.1, fused=True)
     scaler = torch.amp.GradScaler("cpu", enabled=fp16)
     optimization = Optimization(optimizer, lambda *place: None, "none", scaler, clip_max_norm, 1)
@@ -744,6 +759,20 @@ def test_a_step_that_is_not_finite_changes_nothing(kind, clip):
     assert step.model.number.item() == number
     # The optimizer did not count the bad step. SGD without momentum has no state.
     assert [state["step"] for state in step.optimization.optimizer.state.values() if state] in ([], [1])
+
+
+def test_a_batch_with_too_many_packed_windows_is_run_again(monkeypatch, caplog):
+    numbers, calls = [], []
+    for packs in (True, False):
+        monkeypatch.setattr(engine, "packs_windows", lambda model, packs=packs: packs)
+        step = toy_step(lambda output: output**2, 0.0, torch.optim.SGD, toy=PackingToyModel)
+        for i, value in enumerate((1.0, 0.0, 1.0, 0.0)):
+            step(*toy_batch(value), f"step {i}", 2, complete=i % 2 == 1)
+        step.check()
+        numbers.append(step.model.number.item())
+        calls.append(step.model.calls)
+    assert numbers[0] == numbers[1] < 2 and calls == [6, 4]
+    assert len(caplog.records) == 1 and "too many windows" in caplog.text
 
 
 def test_check_reports_a_fault_of_the_last_step():

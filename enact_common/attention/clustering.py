@@ -383,10 +383,13 @@ class EntropyClustering(nn.Module):
         *others: Tensor,
         key_padding_mask: Tensor | None = None,
         narrow: Tensor | None = None,
+        packed: bool = False,
     ) -> Callable[[], tuple[tuple[Tensor, ...], Clusters]]:
         """Return a function that returns the result of `pool`. Arguments: as in `pool`.
 
         What is computed between the two calls runs on the GPU while the host waits for the length of the windows.
+        `packed`: whether the host may not wait instead. If the clusters then have `starts`, the pooled tensors are
+        packed, see `packed.packed_windows`.
         """
 
         def pool() -> tuple[tuple[Tensor, ...], Clusters]:
@@ -396,15 +399,18 @@ class EntropyClustering(nn.Module):
             return pooled, clusters
 
         inputs = scored, scored if narrow is None else narrow, *others
-        return self.prefer_kernels(inputs, key_padding_mask, pool)
+        return self.prefer_kernels(inputs, key_padding_mask, pool, packed)
 
-    def prefer_kernels(self, inputs: tuple[Tensor, ...], key_padding_mask: Tensor | None, pool: Callable) -> Callable:
+    def prefer_kernels(
+        self, inputs: tuple[Tensor, ...], key_padding_mask: Tensor | None, pool: Callable, packed: bool = False
+    ) -> Callable:
         """Start Triton's kernels where they cover the inputs.
 
         Args:
             inputs: the scored tokens, these or `narrow`, and the other tensors to pool; see `start_kernels`.
             key_padding_mask: as in `pool`.
             pool: computes the same with PyTorch.
+            packed: as in `start_pooling`.
 
         Returns:
             a function that returns the kernels' result, or that of `pool`.
@@ -412,7 +418,7 @@ class EntropyClustering(nn.Module):
         if not wants_triton(self.kernels):
             return pool
         reason = reason_against_pooling(*inputs) or self.reason_against_kernels(inputs[0], key_padding_mask)
-        finish = attempt("clusters", self.kernels, reason, lambda: self.start_kernels(inputs, key_padding_mask))
+        finish = attempt("clusters", self.kernels, reason, lambda: self.start_kernels(inputs, key_padding_mask, packed))
         return pool if finish is None else lambda: attempt("clusters", self.kernels, None, finish) or pool()
 
     def reason_against_kernels(self, scored: Tensor, key_padding_mask: Tensor | None) -> str | None:
@@ -434,7 +440,7 @@ class EntropyClustering(nn.Module):
         return next((reason for reason, applies in reasons.items() if applies), None)
 
     def start_kernels(
-        self, inputs: tuple[Tensor, Tensor, Tensor], key_padding_mask: Tensor | None
+        self, inputs: tuple[Tensor, Tensor, Tensor], key_padding_mask: Tensor | None, packed: bool
     ) -> Callable[[], tuple[tuple[Tensor, Tensor], Clusters]]:
         """Do what `start_pooling` does, with Triton.
 
@@ -442,6 +448,7 @@ class EntropyClustering(nn.Module):
             inputs: the scored tokens, these or `narrow`, and the values, (batch, N, d) each. Instead of the values:
                 float32 (batch, W), scores that are added in each of a map's columns; see `pooling.pool_clusters`.
             key_padding_mask: as in `pool`.
+            packed: as in `start_pooling`.
         """
         # Imported here, since Triton is optional.
         from .kernels import pooling
@@ -452,6 +459,7 @@ class EntropyClustering(nn.Module):
             share=DEFAULT_SHARE if self.max_clusters is None else 0,
             max_clusters=self.max_clusters,
             temperature=self.pooling_logits.temperature,
+            packed=packed,
         )
         weight, bias = self.W_prob.weight[0], self.W_prob.bias
         padded = key_padding_mask.contiguous() if setting.equal and key_padding_mask is not None else None

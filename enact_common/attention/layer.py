@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .clustering import EntropyClustering, autocast_dtype
-from .kernels import AUTO
+from .clustering import WINDOWS, EntropyClustering, autocast_dtype
+from .kernels import AUTO, wants_triton
 from .map_tokens import MapTokens
+from .packed import is_packing, note_overflow, packed_attention
 
 
 class EnactSelfAttention(EntropyClustering):
@@ -146,6 +147,7 @@ class EnactSelfAttention(EntropyClustering):
             tokens.of_map(value),
             key_padding_mask=None if padded is None else tokens.of_map(padded),
             narrow=tokens.of_map(key),
+            packed=is_packing() and self.packs(),
         )
         q = self.W_q(query)  # before the end of the pooling, which may wait for the GPU
         pooled, clusters = finish()
@@ -159,20 +161,29 @@ class EnactSelfAttention(EntropyClustering):
         key, value = (tokens.rejoin(*parts) for parts in zip((key, value), pooled, strict=True))
         q, k, v = (x.unflatten(-1, (self.num_heads, head_dim)) for x in (q, self.W_k(key), self.W_v(value)))
         # Transpose after the projection: transposed before it, the inputs would be copied, and the copies kept.
-        q = q.transpose(1, 2) if self.batch_first else q.permute(1, 2, 0, 3)  # (batch, heads, L, head_dim)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (batch, heads, M, head_dim)
+        q = q if self.batch_first else q.transpose(0, 1)  # (batch, L, heads, head_dim)
         # The division by head_dim is linear in V, and V has M rows where the output has L.
-        bias = None if padding_mask is None else ~padding_mask[:, None, None]  # (batch, 1, 1, M)
-        if sizes is not None:
-            # log(0) is minus infinity, which masks missing clusters.
-            bias = sizes.to(q.dtype).log()[:, None, None]
         v, scale = (v, head_dim**-0.5) if self.scale_logits else (v / head_dim, 1.0)
-        attended = F.scaled_dot_product_attention(
-            q, k, v, bias, dropout_p=self.dropout if self.training else 0.0, scale=scale
-        )
-        attended = attended.transpose(1, 2) if self.batch_first else attended.permute(2, 0, 1, 3)
+        dropout = self.dropout if self.training else 0.0
+        if getattr(clusters, "starts", None) is not None:
+            note_overflow(clusters.overflow)
+            # (batch, rows an image, heads, head_dim) -> (rows, heads, head_dim)
+            attended = packed_attention(q, k.flatten(0, 1), v.flatten(0, 1), clusters.starts, dropout, scale)
+        else:
+            bias = None if padding_mask is None else ~padding_mask[:, None, None]  # (batch, 1, 1, M)
+            if sizes is not None:
+                # log(0) is minus infinity, which masks missing clusters.
+                bias = sizes.to(q.dtype).log()[:, None, None]
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, heads, L or M, head_dim)
+            attended = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout, scale=scale).transpose(1, 2)
+        attended = attended if self.batch_first else attended.transpose(0, 1)
         # (batch, L, heads, head_dim) or (L, batch, heads, head_dim) -> the query's shape
         return self.W_o(attended.flatten(2)), None
+
+    def packs(self) -> bool:
+        """Whether the layer packs its windows within `packed_windows`, for inputs that the kernels cover."""
+        kernels = wants_triton(self.kernels)
+        return kernels and self.clusters == WINDOWS and self.tokens.all and not self.weigh_by_size
 
     def extra_repr(self) -> str:
         own = f"num_heads={self.num_heads}, dropout={self.dropout}" + ", scale_logits" * self.scale_logits

@@ -1,6 +1,7 @@
 """The loops of one training epoch and of an evaluation, without the set-up around them."""
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from enact_common.attention.layer import EnactSelfAttention
+from enact_common.attention.packed import packed_windows
 from enact_common.evaluation.coco import CocoBoxEvaluator
 from enact_common.evaluation.panoptic import PanopticEvaluator
 from enact_common.nested_tensor import NestedTensor
@@ -18,6 +21,8 @@ from enact_common.utils.device import autocast
 from enact_common.utils.distributed import all_reduce_sum, gather_objects, get_world_size
 from enact_common.utils.progress import Progress
 from enact_common.utils.signals import Stopped, stop_requested
+
+logger = logging.getLogger(__name__)
 
 # Steps between two returns of freed CPU memory to the system: rare enough to cost nothing.
 GIVE_BACK_EVERY = 50
@@ -60,13 +65,21 @@ def loss_report(losses: dict[str, float], weight_dict: dict[str, float]) -> dict
     return report | {f"{name}_unscaled": value for name, value in losses.items() if name != "class_error"}
 
 
+def packs_windows(model: nn.Module) -> bool:
+    """Whether a training step packs windows: a layer can, and no activations are recomputed outside of the context."""
+    modules = list(model.modules())
+    recomputed = any(getattr(module, "recompute", False) for module in modules)
+    return not recomputed and any(isinstance(module, EnactSelfAttention) and module.packs() for module in modules)
+
+
 class TrainStep:
     """A training step: forward pass, losses, backward pass, and an optimizer step once a group of batches is complete.
 
-    The host waits for the device once per step, for the matching costs (and for what the model reads back: ENACT does
-    so once per layer). The device checks whether the loss and the gradients are finite and skips the optimizer step if
-    they are not. The host reads the result in the next step, which costs no extra wait. An all-reduce shares the
-    result, and whether a process was asked to stop, so all processes react in the same step.
+    The host waits for the device once per step, for the matching costs, and for what the model reads back: ENACT does
+    so once per layer, unless its windows are packed (`packed_windows`). The device checks whether the loss and the
+    gradients are finite and skips the optimizer step if they are not. The host reads the result in the next step, which
+    costs no extra wait. An all-reduce shares the result, and whether a process was asked to stop, so all processes
+    react in the same step.
 
     Args:
         model: possibly wrapped in DistributedDataParallel.
@@ -88,6 +101,9 @@ class TrainStep:
         self._arrived = torch.cuda.Event() if device.type == "cuda" else None
         self._overflows = torch.zeros((), device=device)  # consecutive overflows under fp16
         self._unchecked: tuple | None = None  # the last batch, as `describe_non_finite` takes it
+        self._packs = packs_windows(model)
+        self._overflow = torch.zeros((), pin_memory=device.type == "cuda")  # layers whose packed windows did not fit
+        self._repeated = False  # whether a batch was run once more
 
     def __call__(
         self,
@@ -113,9 +129,7 @@ class TrainStep:
         samples, targets = to_device(samples, targets, self.device)
         wait = contextlib.nullcontext() if complete or get_world_size() == 1 else self.model.no_sync()
         with wait:
-            with autocast(self.device, self.optimization.amp):
-                outputs = self.model(samples)
-            losses = self.criterion(outputs, targets)
+            losses = self.compute_losses(samples, targets)
             # Here, because the matching has just waited for the device, so this read costs no extra wait.
             self.check()
             total = self.criterion.total(losses)
@@ -126,12 +140,46 @@ class TrainStep:
             finite = finite & self.step_optimizer(finite)
             optimizer.zero_grad(set_to_none=True)
         votes = torch.stack((1 - finite.float(), torch.full_like(total, stop_requested() is not None)))
-        self._votes.copy_(all_reduce_sum(votes.float()), non_blocking=True)
-        if self._arrived is not None:
-            self._arrived.record(torch.cuda.current_stream(self.device))
+        self.copy_to_host(self._votes, all_reduce_sum(votes.float()))
         losses = {name: value.detach() for name, value in losses.items()}
         self._unchecked = samples, targets, losses, where
         return losses
+
+    def compute_losses(self, samples: NestedTensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Run the model on a batch, and return its losses."""
+        if not self._packs:
+            return self.criterion(self.run_model(samples), targets)
+        with packed_windows() as overflows:
+            outputs = self.run_model(samples)
+        overflow = sum(overflows, torch.zeros((), dtype=torch.int32, device=self.device))
+        self.copy_to_host(self._overflow, all_reduce_sum(overflow.float()))
+        losses = self.criterion(outputs, targets)
+        # Costs no wait either, for the same reason as `check`.
+        self.await_copies()
+        if not self._overflow:
+            return losses
+        if not self._repeated:
+            logger.warning("a batch has too many windows for packed attention; each such batch is run once more")
+            self._repeated = True
+        # Free the memory of the first run. All processes repeat it, since their norms may be synchronized.
+        del outputs, losses
+        return self.criterion(self.run_model(samples), targets)
+
+    def run_model(self, samples: NestedTensor):
+        """Return the model's outputs."""
+        with autocast(self.device, self.optimization.amp):
+            return self.model(samples)
+
+    def copy_to_host(self, pinned: Tensor, numbers: Tensor) -> None:
+        """Queue a copy, to be read after `await_copies`."""
+        pinned.copy_(numbers, non_blocking=True)
+        if self._arrived is not None:
+            self._arrived.record(torch.cuda.current_stream(self.device))
+
+    def await_copies(self) -> None:
+        """Wait for the copies queued so far."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
 
     def step_optimizer(self, finite: Tensor) -> Tensor:
         """Clip the gradients and update the weights, if the loss (`finite`, bool ()) and the gradients are finite.
@@ -166,8 +214,7 @@ class TrainStep:
         batch, self._unchecked = self._unchecked, None
         if batch is None:
             return
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        self.await_copies()
         faults, stops = self._votes.tolist()
         self.stop = stops > 0
         if faults:

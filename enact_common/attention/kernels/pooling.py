@@ -35,7 +35,7 @@ TILE = 4096
 # Sizes that change from batch to batch: kernels are not compiled anew where one is 1 or a multiple of 16.
 kernel = triton.jit(
     do_not_specialize=[
-        "num_images", "num_tokens", "num_clusters", "num_blocks", "max_clusters", "skipped", "length", "width",
+        "num_images", "num_tokens", "num_clusters", "num_blocks", "max_clusters", "capacity", "width",
     ]
 )  # fmt: skip
 
@@ -231,12 +231,12 @@ def equal_borders(
 
 @kernel
 def window_length(
-    block_sums, block_borders, length, divisors, num_images, num_tokens, num_blocks, max_clusters, temperature,
+    block_sums, block_borders, first, divisors, num_images, num_tokens, num_blocks, max_clusters, capacity, temperature,
     TEMPERED: tl.constexpr, IMAGES: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the windows' common length as `window_length` of `..clustering`, in one program.
+    """Compute the windows' common length as `window_length` of `..clustering`, in one program; fill `Started.first`.
 
-    max_clusters: 0 for no limit.
+    max_clusters: 0 for no limit. capacity: rows of an image; more windows than that are noted and made longer.
     """
     image = tl.arange(0, IMAGES)
     borders = tl.zeros((IMAGES,), tl.int32)
@@ -253,34 +253,55 @@ def window_length(
     tokens = tl.maximum(whole + up.to(tl.int64), 1)
     if max_clusters > 0:
         tokens = tl.maximum(tokens, num_tokens // (max_clusters + 1) + 1)
-    tl.store(length, tokens.to(tl.int32))
+    least = num_tokens // (capacity + 1) + 1
+    tl.store(first + 1, (tokens < least).to(tl.int32))
+    tokens = tl.maximum(tokens, least).to(tl.int32)
+    tl.store(first, tokens)
+    tl.store(first + 2, 0)
     for one in range(0, num_images):
         divisor, _ = divisor_of(block_sums, one, num_tokens, num_blocks, temperature, TEMPERED, BLOCKS)
         tl.store(divisors + one, divisor)
+        tl.store(first + 3 + one, (one + 1) * (num_tokens // tokens))
 
 
 @triton.jit
-def span_of(first, image, cluster, num_clusters, skipped, length, WINDOWS: tl.constexpr):
-    """The first place of a cluster, and the place behind its last one."""
+def windows_of(first, num_tokens):
+    """The windows' length, their number in each image, and the place of the first one."""
+    length = tl.load(first)
+    count = num_tokens // length
+    return length, count, (num_tokens - count * length) // 2
+
+
+@triton.jit
+def span_of(first, image, cluster, num_tokens, num_clusters, WINDOWS: tl.constexpr):
+    """The first place of a cluster, the place behind its last one, and its row in pooled tensors.
+
+    Windows of all images are packed: the rows of missing ones, which have no places, come last.
+    """
     if WINDOWS:
-        begin = skipped + cluster * length
-        end = begin + length
+        length, count, begin = windows_of(first, num_tokens)
+        begin += cluster * length
+        there = cluster < count
+        end = tl.where(there, begin + length, begin)
+        missing = tl.num_programs(1) * count + image * (num_clusters - count) + cluster - count
+        row = tl.where(there, image * count + cluster, missing)
     else:
         address = first + image * (num_clusters + 1) + cluster
         begin = tl.load(address)
         end = tl.load(address + 1)
-    return begin, end
+        row = image * num_clusters + cluster
+    return begin, end, row
 
 
 @kernel
 def pool(
     key, value, smooth, divisors, first, order, pooled_key, pooled_value,
-    num_tokens, num_clusters, channels, skipped, length, width, key_image, key_token, value_image, value_token,
+    num_tokens, num_clusters, channels, width, key_image, key_token, value_image, value_token,
     MASKED: tl.constexpr, WINDOWS: tl.constexpr, SIDES: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Pool the keys of one cluster, and its values, or its weights in the columns and rows of the map."""
     cluster, image = tl.program_id(0), tl.program_id(1)
-    begin, end = span_of(first, image, cluster, num_clusters, skipped, length, WINDOWS)
+    begin, end, row = span_of(first, image, cluster, num_tokens, num_clusters, WINDOWS)
     divisor = tl.load(divisors + image)
     channel = tl.arange(0, CHANNELS)
     side = tl.arange(0, SIDES if SIDES > 0 else CHANNELS)
@@ -308,7 +329,6 @@ def pool(
         total += tl.sum(weight, axis=0)
     # A missing cluster has no tokens; NaN must stay NaN.
     total = tl.where(begin < end, total, 1.0)
-    row = image * num_clusters + cluster
     tl.store(pooled_key + row * channels + channel, key_sum / total, mask=channel < channels)
     sides = channels
     if SIDES > 0:
@@ -319,7 +339,7 @@ def pool(
 @kernel
 def weight_grad(
     key, value, smooth, divisors, first, order, key_grad, value_grad, smooth_grad, weights,
-    num_tokens, num_clusters, channels, skipped, length, width, key_image, key_token, value_image, value_token,
+    num_tokens, num_clusters, channels, width, key_image, key_token, value_image, value_token,
     MASKED: tl.constexpr, WINDOWS: tl.constexpr, SIDES: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Compute the pooling weights w of one cluster, and the gradient of its smoothed information.
@@ -327,10 +347,9 @@ def weight_grad(
     With a_j the sum of token j's keys and values times their cluster's gradients: w_j (a_j - sum_i w_i a_i) / divisor.
     """
     cluster, image = tl.program_id(0), tl.program_id(1)
-    begin, end = span_of(first, image, cluster, num_clusters, skipped, length, WINDOWS)
+    begin, end, row = span_of(first, image, cluster, num_tokens, num_clusters, WINDOWS)
     divisor = tl.load(divisors + image)
     channel = tl.arange(0, CHANNELS)
-    row = image * num_clusters + cluster
     of_keys = tl.load(key_grad + row * channels + channel, mask=channel < channels, other=0.0).to(tl.float32)
     if SIDES > 0:
         of_sides = value_grad + row * (width + num_tokens // width)
@@ -378,8 +397,7 @@ def weight_grad(
 
 @kernel
 def prob_grad(
-    logits, block_stats, taps, present, smooth_grad, probability_grad, block_sums,
-    num_tokens, num_clusters, num_blocks, skipped, length,
+    logits, block_stats, taps, present, first, smooth_grad, probability_grad, block_sums, num_tokens, num_blocks,
     MASKED: tl.constexpr, WINDOWS: tl.constexpr, TAPS: tl.constexpr, PLACES: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Pass the gradient through the smoothing and `-p log2 p`; add up p times its gradient over each block."""
@@ -391,8 +409,8 @@ def prob_grad(
     # Places in no cluster have no gradient, and none is stored for them.
     begin, end = 0, count
     if WINDOWS:
-        begin = skipped
-        end = skipped + num_clusters * length
+        length, clusters, begin = windows_of(first, num_tokens)
+        end = begin + clusters * length
     greatest, total = softmax_terms(block_stats, image, num_blocks, BLOCKS)
     grad = tl.zeros((PLACES,), tl.float32)
     for tap in range(TAPS):
@@ -409,9 +427,8 @@ def prob_grad(
 
 @kernel
 def token_grad(
-    key, weight, logits, block_stats, present, order, cluster, weights, probability_grad, block_sums,
-    key_grad, value_grad, scored_out, value_out, weight_out,
-    num_tokens, num_clusters, channels, num_blocks, skipped, length,
+    key, weight, logits, block_stats, present, order, cluster, first, weights, probability_grad, block_sums,
+    key_grad, value_grad, scored_out, value_out, weight_out, num_tokens, num_clusters, channels, num_blocks,
     key_image, key_token, scored_image, scored_token, value_image, value_token,
     MASKED: tl.constexpr, WINDOWS: tl.constexpr, SIDES: tl.constexpr, PLACES: tl.constexpr, CHANNELS: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -437,13 +454,15 @@ def token_grad(
     grad = probability * (tl.load(probability_grad + address, mask=kept, other=0.0) - mean)
     grad = tl.where(kept, grad, 0.0)  # (PLACES,), of the logits
     if WINDOWS:
-        own = (place - skipped) // length
-        pooled = (place >= skipped) & (own < num_clusters)
+        length, clusters, begin = windows_of(first, num_tokens)
+        own = (place - begin) // length
+        pooled = (place >= begin) & (own < clusters)
     else:
+        clusters = num_clusters
         own = tl.load(cluster + address, mask=kept, other=0)
         pooled = kept
     share = tl.load(weights + address, mask=pooled, other=0.0)
-    row = (image * num_clusters + own) * channels
+    row = (image * clusters + own) * channels
     out = weight_out + (image * num_blocks + block) * (channels + 1)
     for start in range(0, channels, CHANNELS):
         channel = start + tl.arange(0, CHANNELS)
@@ -478,6 +497,8 @@ class Setting:
         share: tokens per cluster of any image, if equal; 0 for `num_clusters` in each.
         max_clusters: limit of the number of windows; None for none.
         temperature: of the pooling weights; None for the softmax of the information.
+        packed: the host does not wait for the number of windows. The rows of all images' windows are packed, and zeros
+            follow, up to a number of rows that is known.
     """
 
     equal: bool
@@ -485,6 +506,7 @@ class Setting:
     share: int = 0
     max_clusters: int | None = None
     temperature: float | None = None
+    packed: bool = False
 
 
 class Started:
@@ -501,7 +523,10 @@ class Started:
 
     Attributes:
         counts: int32 (batch,), clusters of each image, if equal.
-        shape: (batch, M), after `await_length`.
+        first: int32 (batch, M + 1), the first place of each cluster, if equal. Of windows: (3 + batch,), their length;
+            1 if packed windows would have been more than the rows, and were made longer, else 0; and the first row of
+            each image's packed windows, with the row behind the last.
+        shape: (batch, M), after `await_length`; M is the number of rows an image if packed.
     """
 
     def __init__(
@@ -533,11 +558,13 @@ class Started:
         self.order = torch.empty(masked_size, dtype=torch.int32, device=device)
         self.present = torch.empty(masked_size[:1], dtype=torch.int32, device=device)
         self.cluster = torch.empty(equal_size, dtype=torch.int32, device=device)
-        self.first = torch.empty(equal_size[0], setting.num_clusters + 1, dtype=torch.int32, device=device)
+        first_size = (batch, setting.num_clusters + 1) if setting.equal else (3 + batch,)
+        self.first = torch.empty(first_size, dtype=torch.int32, device=device)
         self.counts = torch.empty(equal_size[:1], dtype=torch.int32, device=device)
         block_sums = torch.empty_like(self.block_stats)
         borders = torch.empty(batch * (not setting.equal), self.num_blocks, dtype=torch.int32, device=device)
-        self.skipped = self.length = 0
+        self.length = 0
+        self.read_back: ReadBack | None = None
         grid = self.num_blocks, batch
         score[grid](
             scored, weight, bias, columns if self.width else bias, padded if self.masked else scored, self.logits,
@@ -560,27 +587,28 @@ class Started:
             self.shape = batch, setting.num_clusters
         else:
             images = triton.next_power_of_2(batch)
-            length = torch.empty(1, dtype=torch.int32, device=device)
+            capacity = max(num_tokens // 2, 1) if setting.packed else num_tokens
+            capacity = min(capacity, setting.max_clusters or capacity)
             window_length[(1,)](
-                block_sums, borders, length, self.divisors, batch, num_tokens, self.num_blocks,
-                setting.max_clusters or 0, IMAGES=images, CHUNK=max(min(TILE // images, self.blocks), 1),
+                block_sums, borders, self.first, self.divisors, batch, num_tokens, self.num_blocks,
+                setting.max_clusters or 0, capacity, IMAGES=images, CHUNK=max(min(TILE // images, self.blocks), 1),
                 BLOCKS=self.blocks, **temperature,
             )  # fmt: skip
-            self.read_back: ReadBack | None = ReadBack(length)
+            self.shape = batch, capacity
+            if not setting.packed:
+                self.read_back = ReadBack(self.first[:1])
 
     def await_length(self) -> None:
-        """Wait for the length of the windows. The number of clusters of equal information is known."""
-        if not self.setting.equal:
+        """Wait for the length of the windows, if the shape depends on it."""
+        if self.read_back is not None:
             batch, num_tokens = self.logits.shape
             self.length = self.read_back.wait()
             self.read_back = None  # frees its pinned memory
-            num_windows = num_tokens // self.length
-            self.skipped = (num_tokens - num_windows * self.length) // 2
-            self.shape = batch, num_windows
+            self.shape = batch, num_tokens // self.length
 
     def sizes(self) -> tuple[int, ...]:
         """The integers that `pool` and `weight_grad` take behind the tensors."""
-        return self.logits.shape[1], self.shape[1], self.scored_layout.shape[2], self.skipped, self.length, self.width
+        return self.logits.shape[1], self.shape[1], self.scored_layout.shape[2], self.width
 
     def kinds(self) -> dict[str, bool]:
         """The constants that choose between kinds of clusters."""
@@ -656,14 +684,14 @@ def pool_gradients(
         weights, *started.sizes(), *key.stride()[:2], *value.stride()[:2], **started.kinds(), **started.tile(),
     )  # fmt: skip
     prob_grad[(num_blocks, batch)](
-        logits, started.block_stats, started.taps, started.present, smooth_grad, probability_grad, block_sums,
-        num_tokens, started.shape[1], num_blocks, started.skipped, started.length, **started.kinds(),
-        TAPS=len(started.taps), PLACES=BLOCK, BLOCKS=started.blocks,
+        logits, started.block_stats, started.taps, started.present, started.first, smooth_grad, probability_grad,
+        block_sums, num_tokens, num_blocks, **started.kinds(), TAPS=len(started.taps), PLACES=BLOCK,
+        BLOCKS=started.blocks,
     )  # fmt: skip
     token_grad[(num_blocks, batch)](
-        key, weight, logits, started.block_stats, started.present, started.order, started.cluster, weights,
-        probability_grad, block_sums, key_grad, value_grad, scored_out, value_out, weight_out,
-        num_tokens, started.shape[1], channels, num_blocks, started.skipped, started.length,
+        key, weight, logits, started.block_stats, started.present, started.order, started.cluster, started.first,
+        weights, probability_grad, block_sums, key_grad, value_grad, scored_out, value_out, weight_out,
+        num_tokens, started.shape[1], channels, num_blocks,
         *key.stride()[:2], *scored_out.stride()[:2], *value_out.stride()[:2], **started.kinds(),
         SIDES=started.sides_tile(), PLACES=BLOCK, CHANNELS=TILE // BLOCK // 2, BLOCKS=started.blocks,
     )  # fmt: skip
@@ -702,10 +730,14 @@ class PooledClusters:
     Attributes:
         shape: (batch, M).
         padding_mask: bool (batch, M), True where an image has no such cluster; None if all images have M clusters.
+        starts: int32 (batch + 1,), the first row of each image's packed windows, with the row behind the last; None if
+            not packed.
+        overflow: int32 (), 1 if packed windows would have been more than the rows, and were made longer, else 0.
     """
 
     def __init__(self, started: Started):
         self.shape = started.shape
+        self.overflow, self.starts = (started.first[1], started.first[2:]) if started.setting.packed else (None, None)
         self.padding_mask: Tensor | None = None
         if started.masked:
             slot = torch.arange(self.shape[1], device=started.counts.device)
@@ -713,7 +745,7 @@ class PooledClusters:
         self.started = started
 
     def sizes(self) -> Tensor:
-        """Return the number of tokens in each cluster: int64 (batch, M), 0 at missing clusters."""
+        """Return the number of tokens in each cluster: int64 (batch, M), 0 at missing clusters. Not if packed."""
         if self.started.setting.equal:
             return self.started.first.long().diff(dim=1)
         return torch.full(self.shape, self.started.length, device=self.started.logits.device)
