@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from enact_common.attention import EnactSelfAttention, kernels
+from enact_common.attention import EnactSelfAttention, kernels, packed
 from enact_common.attention.hilbert import HILBERT, ROWS
 from enact_common.attention.rivals import RIVALS
 from enact_common.models.graphed import encoder_of, graph_encoder, reason_against_graphs
@@ -74,16 +74,35 @@ def test_the_host_neither_reads_nor_copies_with_clusters_of_equal_information(at
     assert all(gradients) if message is None else not any(gradients)
 
 
-def test_the_host_only_launches_with_kernels_for_clusters_of_equal_information(meta, monkeypatch):
+@pytest.mark.parametrize(
+    "settings, packs, launched",
+    [
+        ({"clusters": "equal"}, False, True),
+        ({}, True, True),
+        ({"max_clusters": 6, "temperature": 1.0, "scale_logits": True}, True, True),
+        ({}, False, False),
+    ],
+    ids=["equal", "packed windows", "packed windows, set", "windows"],
+)
+def test_the_host_only_launches_kernels_unless_it_reads_the_number_of_windows(
+    settings, packs, launched, meta, monkeypatch
+):
     pytest.importorskip("triton", minversion="3.6")
     from enact_common.attention.kernels import pooling, report
 
     monkeypatch.setattr(kernels, "reason_against", lambda _: None)
-    monkeypatch.setattr(pooling, "_checked", set())
-    model = encoder(enact(clusters="equal", kernels="triton")).to("meta")
-    with report.recorded(pooling) as launches, NoTraffic():
+    monkeypatch.setattr(kernels, "_failed", set())
+    monkeypatch.setattr(kernels, "_logged", set())
+    monkeypatch.setattr(packed, "takes_packed", lambda q: True)
+    for module in (pooling, packed):
+        monkeypatch.setattr(module, "_checked", set())
+    model = encoder(enact(kernels="triton", **settings)).to("meta")
+    expected = contextlib.nullcontext() if launched else pytest.raises(RuntimeError, match="item()")
+    packing = packed.packed_windows() if packs else contextlib.nullcontext([])
+    with expected, report.recorded(pooling) as launches, NoTraffic(), packing as overflows:
         model(*inputs(device="meta")).sum().backward()
-    assert "pool" in {launch.name for launch in launches} and not kernels.failed_kernels()
+    assert ("pool" in {launch.name for launch in launches}) == launched
+    assert bool(kernels.failed_kernels()) != launched and len(overflows) == packs
 
 
 @pytest.fixture

@@ -14,10 +14,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from enact_common.attention.kernels import TORCH, TRITON
 from enact_common.attention.layer import EnactSelfAttention
+from enact_common.attention.packed import packed_windows
 from enact_common.attention.rivals import RIVALS, RivalSelfAttention
 from enact_common.benchmark.detectors import add_common_flags, counted_clusters
 from enact_common.benchmark.isolated import DONE, FAILED, OUT_OF_MEMORY, Outcome, Worker, worker_for
-from enact_common.benchmark.labels import GPU_LAYERS, GRAPHED_LAYERS, LAYERS, LIMIT, MIB, TRITON_LAYERS, precision_text
+from enact_common.benchmark.labels import (
+    GPU_LAYERS,
+    GRAPHED_LAYERS,
+    LAYERS,
+    LIMIT,
+    MIB,
+    PACKED_LAYERS,
+    TRITON_LAYERS,
+    precision_text,
+)
 from enact_common.benchmark.measuring import MemoryMeter, spread, synchronizer, take_turns
 from enact_common.benchmark.report import (
     LEFT,
@@ -111,6 +121,7 @@ class Workload:
         size = (problem.batch, *shape, problem.channels)
         src, pos = (blur(torch.randn(size), problem.smooth).to(self.device) for _ in range(2))
         graphed, name = name in GRAPHED_LAYERS, GRAPHED_LAYERS.get(name, name)
+        self.packs, name = name in PACKED_LAYERS, PACKED_LAYERS.get(name, name)
         kernels, name = TRITON if name in TRITON_LAYERS else TORCH, TRITON_LAYERS.get(name, name)
         make = self.row_column if name in ("rcda", "clustered_rcda") else self.multi_head
         self.layer, self.inputs, self.attend = make(name, src, pos, problem, kernels)
@@ -157,7 +168,11 @@ class Workload:
 
     def step(self) -> None:
         """Run forward and backward once."""
-        with sdpa_kernel(SDPBackend.MATH) if self.eager else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            if self.eager:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if self.packs:
+                stack.enter_context(packed_windows())
             with autocast(self.device, self.amp):
                 output = self.attend(self.inputs)
             output.sum().backward()

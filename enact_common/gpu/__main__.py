@@ -76,7 +76,7 @@ STEPS = (
     table("table_float32", 120, "--repeat 5 --warmup 3"),
     table("detr_dc5", 40, "--variants detr --amp bf16 --batch 4 --repeat 5 --warmup 3", "--dilation"),
     checks("attention", 80, "attention", "layers"),
-    checks("kernels", 60, "kernels"),
+    checks("kernels", 60, "kernels", "packed"),
     table("table_triton", 70, "--rows enact --amp bf16 --repeat 5 --warmup 3", "--enact_kernels triton"),
     checks("graphs", 40, "graphs"),
     table(

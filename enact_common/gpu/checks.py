@@ -33,6 +33,7 @@ from enact_common.attention.clustering import (
 from enact_common.attention.clusters import Windows
 from enact_common.attention.kernels import TORCH, TRITON, failed_kernels
 from enact_common.attention.layer import EnactSelfAttention
+from enact_common.attention.packed import packed_windows
 from enact_common.benchmark.detectors import build_detector, build_train_step, noise_batch, parse_flags
 from enact_common.benchmark.isolated import numerics
 from enact_common.benchmark.measuring import synchronizer, take_turns
@@ -53,6 +54,9 @@ UNIT = 1e-4
 # (batch, tokens) of an encoder layer: the published sizes of DETR-C5 and Anchor DETR-DC5, and a small one for trials.
 PUBLISHED = ((8, 850), (4, 4200))
 SMALL = ((2, 60),)
+
+# Triton's kernels with packed windows, where checks name the kernels.
+PACKED = "packed"
 
 # PyTorch's error messages for inputs that an attention backend does not support, on a GPU and on a CPU.
 NO_BACKEND = ("No available kernel", "No viable backend")
@@ -345,19 +349,34 @@ def check_kernels(setting: Setting) -> list[dict]:
                 layer = EnactSelfAttention(256, 8, **LAYERS[name]).to(setting.device)
                 step = partial(layer_gradients, setting, layer, batch, tokens, amp)
                 row = {"of": f"{name}, {batch} x {tokens} tokens", "precision": amp}
-                rows.append(row | compare_kernels(setting, "clusters", step))
+                rows.append(row | compare_kernels(setting, {"clusters"}, step))
     height, width, heads = (3, 5, 2) if setting.small else (50, 84, 32)
     for amp in ("none", "bf16"):
         for name in ("ENACT", "ENACT, equal information"):
             layer = load_variant("anchor").models.transformer.MapClustering(256, **LAYERS[name]).to(setting.device)
             step = partial(map_gradients, setting, layer, (4, height, width), amp)
             row = {"of": f"{name}, clusters of 4 maps of {height} x {width}", "precision": amp}
-            rows.append(row | compare_kernels(setting, "clusters", step))
+            rows.append(row | compare_kernels(setting, {"clusters"}, step))
     for dtype in (torch.float32, torch.bfloat16):
         for kind in ("clusters", "map"):
             step = partial(product_gradients, setting, kind, heads, height, width, dtype)
             row = {"of": f"product over the {kind}, {height} x {width}", "precision": str(dtype).removeprefix("torch.")}
-            rows.append(row | compare_kernels(setting, "row-column products", step))
+            rows.append(row | compare_kernels(setting, {"row-column products"}, step))
+    return rows
+
+
+def check_packed(setting: Setting) -> list[dict]:
+    """Windows of one encoder layer with Triton's kernels: read back, and packed as in training.
+
+    Columns as of the kernels' check. On a CPU, PyTorch computes both.
+    """
+    rows = []
+    for batch, tokens in setting.maps:
+        for amp in ("none", "bf16"):
+            layer = EnactSelfAttention(256, 8).to(setting.device)
+            step = partial(layer_gradients, setting, layer, batch, tokens, amp)
+            row = {"of": f"windows, {batch} x {tokens} tokens", "precision": amp}
+            rows.append(row | compare_kernels(setting, {"clusters", "packed attention"}, step, (TRITON, PACKED)))
     return rows
 
 
@@ -371,23 +390,23 @@ def check_graphs(setting: Setting) -> list[dict]:
         for kernels in (TORCH, TRITON):
             step = encoder_step(setting, batch, tokens, kernels)
             row = {"of": f"kernels {kernels}, {batch} x {tokens} tokens"}
-            rows.append(row | compare_kernels(setting, "clusters", step, ("eager", "graph")))
+            rows.append(row | compare_kernels(setting, {"clusters"}, step, ("eager", "graph")))
     return rows
 
 
 def compare_kernels(
-    setting: Setting, name: str, step: Callable[[str], list[Tensor]], choices: tuple[str, str] = (TORCH, TRITON)
+    setting: Setting, names: set[str], step: Callable[[str], list[Tensor]], choices: tuple[str, str] = (TORCH, TRITON)
 ) -> dict:
     """Return the difference, the times and on a GPU the kernels of a step in PyTorch and with Triton's kernels.
 
-    `name` is the kernels' name in `failed_kernels`. The step computes outputs and gradients with one of `choices`.
+    `names` are those of the kernels in `failed_kernels`. The step computes outputs and gradients with one of `choices`.
     """
     expected, results = map(step, choices)
     differences = [
         ((result - other).abs().max() / other.abs().max().clamp(min=UNIT)).item()
         for result, other in zip(results, expected, strict=True)
     ]
-    row = {"ran": setting.cuda and name not in failed_kernels(), "difference": max(differences)}
+    row = {"ran": setting.cuda and not names & failed_kernels(), "difference": max(differences)}
     for choice in choices:
         row[f"{choice}: ms"] = setting.milliseconds(partial(step, choice))
     for choice in choices if setting.cuda else ():
@@ -396,12 +415,15 @@ def compare_kernels(
 
 
 def layer_gradients(setting: Setting, layer: EnactSelfAttention, batch: int, tokens: int, amp: str, kernels: str):
-    """Return the output of a layer with these kernels, and the gradients of its input and its scores, in float32."""
+    """Return the output of a layer with these kernels, and the gradients of its input and its scores, in float32.
+
+    `PACKED`: with Triton's kernels and packed windows.
+    """
     torch.manual_seed(0)
-    layer.kernels = kernels
+    layer.kernels = TRITON if kernels == PACKED else kernels
     src, gradient = torch.randn(2, tokens, batch, 256, device=setting.device)
     src.requires_grad_()
-    with autocast(setting.device, amp):
+    with autocast(setting.device, amp), packed_windows() if kernels == PACKED else contextlib.nullcontext():
         output = layer(src, src, src)[0].float()
     return [output.detach(), *torch.autograd.grad(output, [src, layer.W_prob.weight], gradient)]
 
@@ -577,6 +599,7 @@ CHECKS = {
     "attention": check_attention,
     "layers": check_layers,
     "kernels": check_kernels,
+    "packed": check_packed,
     "graphs": check_graphs,
     "sizes": check_sizes,
 }
