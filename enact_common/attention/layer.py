@@ -147,7 +147,7 @@ class EnactSelfAttention(EntropyClustering):
             tokens.of_map(value),
             key_padding_mask=None if padded is None else tokens.of_map(padded),
             narrow=tokens.of_map(key),
-            packed=is_packing() and self.packs(),
+            packed=self.packs() and is_packing(),
         )
         q = self.W_q(query)  # before the end of the pooling, which may wait for the GPU
         pooled, clusters = finish()

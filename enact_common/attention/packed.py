@@ -92,10 +92,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, dropout: fl
     batch, length = q.shape[:2]
     queries = torch.arange(0, batch * length + 1, length, dtype=torch.int32, device=q.device)
     most = length, len(k) // batch
-    attended = attend_sequences(
-        q.flatten(0, 1), *_WithinRows.apply(k, v, starts), queries, starts, most, dropout, scale
-    )
-    return attended.view(q.shape)
+    k, v = _WithinRows.apply(k, v, starts)
+    return attend_sequences(q.flatten(0, 1), k, v, queries, starts, most, dropout, scale).view(q.shape)
 
 
 def attend_sequences(
