@@ -160,7 +160,7 @@ class EnactSelfAttention(EntropyClustering):
             padding_mask = tokens.rejoin(beside, missing if padding_mask is None else padding_mask)
         key, value = (tokens.rejoin(*parts) for parts in zip((key, value), pooled, strict=True))
         q, k, v = (x.unflatten(-1, (self.num_heads, head_dim)) for x in (q, self.W_k(key), self.W_v(value)))
-        # Transpose after the projection: transposed before it, the inputs would be copied, and the copies kept.
+        # Transpose after projections: transposed before, their inputs would be copied, and the copies kept.
         q = q if self.batch_first else q.transpose(0, 1)  # (batch, L, heads, head_dim)
         # The division by head_dim is linear in V, and V has M rows where the output has L.
         v, scale = (v, head_dim**-0.5) if self.scale_logits else (v / head_dim, 1.0)
@@ -169,14 +169,15 @@ class EnactSelfAttention(EntropyClustering):
             note_overflow(clusters.overflow)
             # (batch, rows an image, heads, head_dim) -> (rows, heads, head_dim)
             attended = packed_attention(q, k.flatten(0, 1), v.flatten(0, 1), clusters.starts, dropout, scale)
-        else:
-            bias = None if padding_mask is None else ~padding_mask[:, None, None]  # (batch, 1, 1, M)
-            if sizes is not None:
-                # log(0) is minus infinity, which masks missing clusters.
-                bias = sizes.to(q.dtype).log()[:, None, None]
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, heads, L or M, head_dim)
-            attended = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout, scale=scale).transpose(1, 2)
-        attended = attended if self.batch_first else attended.transpose(0, 1)
+            output = self.W_o(attended.flatten(2))  # (batch, L, d)
+            return output if self.batch_first else output.transpose(0, 1), None
+        bias = None if padding_mask is None else ~padding_mask[:, None, None]  # (batch, 1, 1, M)
+        if sizes is not None:
+            # log(0) is minus infinity, which masks missing clusters.
+            bias = sizes.to(q.dtype).log()[:, None, None]
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (batch, heads, L or M, head_dim)
+        attended = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=dropout, scale=scale)
+        attended = attended.transpose(1, 2) if self.batch_first else attended.permute(2, 0, 1, 3)
         # (batch, L, heads, head_dim) or (L, batch, heads, head_dim) -> the query's shape
         return self.W_o(attended.flatten(2)), None
 
