@@ -1,5 +1,6 @@
 """The Triton kernels: their results in Triton's interpreter, what they need on GPUs, and when PyTorch takes over."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import torch
 from conftest import SMALL_MODEL, build, parse
 from torch import nn
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from enact_common.attention import EnactSelfAttention, EntropyClustering, kernels, packed
 from enact_common.attention.clustering import InformationLogits
@@ -228,6 +230,58 @@ def test_training_packs_windows_that_the_kernels_make(variant, flags, expected):
     acceleration.prepare(model, args, torch.device("cpu"))
     # Anchor DETR's products need the number of windows.
     assert packs_windows(model) == (expected and variant != "anchor")
+
+
+class Operations(TorchDispatchMode):
+    """Counts PyTorch's operations that compute something, for each of which a GPU would launch a kernel."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.number += not (function.is_view or "empty" in name or name in ("_unsafe_view", "detach"))
+        return function(*args, **(kwargs or {}))
+
+
+class OneOperation(torch.autograd.Function):
+    """Takes the place of fused attention: an operation forward and one backward, with results of the right shapes."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        return torch.ones_like(q)
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v = ctx.saved_tensors
+        return torch.ones_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def launches_of(layer: nn.Module, packs: bool = False) -> int:
+    """Operations and kernels of a layer in bf16, forward and backward. Kernels are counted, but not run."""
+    report = pytest.importorskip("enact_common.attention.kernels.report")
+    src, pos = torch.randn(2, 60, 2, 16)
+    query = src.requires_grad_() + pos
+    packing = packed.packed_windows() if packs else contextlib.nullcontext()
+    with report.recorded(report.pooling) as launches, Operations() as operations:
+        with torch.autocast("cpu", torch.bfloat16), packing:
+            output = layer(query, query, src, need_weights=False)[0]
+        torch.autograd.backward(output, torch.empty_like(output))
+    return operations.number + len(launches)
+
+
+def test_layers_with_kernels_launch_hardly_more_than_plain_attention(pretended, monkeypatch):
+    report = pytest.importorskip("enact_common.attention.kernels.report")
+    monkeypatch.setattr(report.pooling, "ReadBack", report.KnownLength)
+    monkeypatch.setattr(report.pooling, "check_gradients", lambda *_: None)
+    monkeypatch.setattr(packed, "takes_packed", lambda q: True)
+    monkeypatch.setattr(packed, "try_fused", packed.fused_attention)
+    monkeypatch.setattr(packed, "attend_sequences", lambda q, k, v, *_: OneOperation.apply(q, k, v))
+    plain = launches_of(nn.MultiheadAttention(16, 2))
+    for settings, packs in (({"clusters": "equal"}, False), ({}, False), ({}, True)):
+        count = launches_of(EnactSelfAttention(16, 2, kernels="triton", **settings), packs)
+        assert not kernels.failed_kernels() and count <= plain + (10 if packs else 4), (settings, packs, count, plain)
+        assert 3 * count < 2 * launches_of(EnactSelfAttention(16, 2, **settings))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

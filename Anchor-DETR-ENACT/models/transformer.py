@@ -186,7 +186,7 @@ class MapClustering(EntropyClustering):
         narrow = src.to(autocast_dtype(src))
         mask = None if mask is None else mask.flatten(1)
         with torch.autocast(src.device.type, enabled=False):
-            x_scores = weigh_channels(x, self.W_prob.weight[0])  # (batch, W)
+            x_scores = weigh_channels(x, self.W_prob.weight.flatten())  # (batch, W)
 
             def pool() -> tuple[tuple[Tensor, ...], Clusters]:
                 scores = self.score(src, narrow) + x_scores.unsqueeze(1)  # (batch, H, W)

@@ -461,7 +461,7 @@ class EntropyClustering(nn.Module):
             temperature=self.pooling_logits.temperature,
             packed=packed,
         )
-        weight, bias = self.W_prob.weight[0], self.W_prob.bias
+        weight, bias = self.W_prob.weight.flatten(), self.W_prob.bias
         padded = key_padding_mask.contiguous() if setting.equal and key_padding_mask is not None else None
         columns = inputs[2] if inputs[2].ndim == 2 else None
         started = pooling.start(inputs[0], padded, weight, bias, self.kernel, setting, columns)
@@ -482,7 +482,7 @@ class EntropyClustering(nn.Module):
             tokens: any memory layout; no copy is made.
             narrow: the tokens in a lower precision, saved instead of them for the gradient of `W_prob`.
         """
-        return weigh_channels(tokens, self.W_prob.weight[0], narrow) + self.W_prob.bias
+        return weigh_channels(tokens, self.W_prob.weight.flatten(), narrow) + self.W_prob.bias
 
     def cluster_scores(self, logits: Tensor, key_padding_mask: Tensor | None = None) -> Clusters:
         """Cluster tokens with scores (batch, N); key_padding_mask: bool (batch, N), True where padded."""
