@@ -11,6 +11,7 @@ import torch
 import triton.language as tl
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 from triton.runtime.interpreter import InterpreterBuilder
 
 from enact_common.attention import EnactSelfAttention, EntropyClustering, kernels, packed
@@ -262,6 +263,36 @@ def test_too_many_windows_are_noted_and_made_longer(monkeypatch):
         results = layer_results(layer, src, False)
     assert [int(overflow) for overflow in overflows] == [1]
     assert_close(results, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_read_the_number_of_windows_once_fused_attention_has_failed(monkeypatch):
+    monkeypatch.setattr(packed, "takes_packed", lambda q: True)
+    monkeypatch.setattr(kernels, "_failed", set())
+    layer = EnactSelfAttention(16, 2)  # on a CPU, which has no such kernels
+    src = torch.randn(21, 2, 16)
+    expected = layer_results(layer, src, False)
+    layer.kernels = "triton"
+    for noted in (1, 0):
+        with packed.packed_windows() as overflows:
+            results = layer_results(layer, src, False)
+        assert_close(results, expected, rtol=1e-4, atol=1e-5)
+        assert len(overflows) == noted
+    (message,) = kernels._logged
+    assert message.startswith("packed attention: the GPU kernels failed, PyTorch takes over (NotImplementedError")
+    kernels._logged.clear()
+
+
+@pytest.mark.parametrize("settings", [{}, {"clusters": "equal"}], ids=["windows", "equal"])
+def test_clusters_can_be_recomputed_in_the_backward_pass(settings):
+    """An error ends the recomputation in the kernels' own function, whose tensors are the last to be kept."""
+    layer = EntropyClustering(16, kernels="triton", **settings)
+    key, value = torch.randn(2, 2, 21, 16, requires_grad=True)
+    leaves = [key, value, layer.W_prob.weight]
+    gradients = [
+        torch.autograd.grad(sum(tensor.square().sum() for tensor in pooled), leaves)
+        for pooled in (layer(key, value), checkpoint(layer, key, value, use_reentrant=False))
+    ]
+    assert_close(*gradients, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("count", [1, 4, 20])

@@ -115,7 +115,7 @@ def test_pytorch_takes_over_from_kernels_that_fail(pretended, caplog):
     for _ in range(2):
         assert_close(asking(tokens, tokens, tokens)[0], plain(tokens, tokens, tokens)[0], rtol=0, atol=0)
     (record,) = caplog.records
-    assert record.message.startswith("clusters: the Triton kernels failed, PyTorch takes over (")
+    assert record.message.startswith("clusters: the GPU kernels failed, PyTorch takes over (")
 
 
 def test_pytorch_takes_over_without_triton(pretended, monkeypatch, caplog):

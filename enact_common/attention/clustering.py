@@ -251,7 +251,8 @@ class EntropyClustering(nn.Module):
     of them.
 
     The scores reach the result only through the pooling weights: the gradient treats the borders as constants. The
-    borders also cause the only host read-back of a call, since the result's shape depends on them, except "equal".
+    borders also cause the only host read-back of a call, since the result's shape depends on them, except "equal"
+    and in `packed_windows`.
 
     Args:
         embed_dim: channels d of the scored tokens.

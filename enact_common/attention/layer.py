@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .clustering import WINDOWS, EntropyClustering, autocast_dtype
-from .kernels import AUTO, wants_triton
+from .kernels import AUTO, failed_kernels, wants_triton
 from .map_tokens import MapTokens
-from .packed import is_packing, note_overflow, packed_attention
+from .packed import PACKED_ATTENTION, is_packing, note_overflow, packed_attention
 
 
 class EnactSelfAttention(EntropyClustering):
@@ -183,8 +183,8 @@ class EnactSelfAttention(EntropyClustering):
 
     def packs(self) -> bool:
         """Whether the layer packs its windows within `packed_windows`, for inputs that the kernels cover."""
-        kernels = wants_triton(self.kernels)
-        return kernels and self.clusters == WINDOWS and self.tokens.all and not self.weigh_by_size
+        works = wants_triton(self.kernels) and PACKED_ATTENTION not in failed_kernels()
+        return works and self.clusters == WINDOWS and self.tokens.all and not self.weigh_by_size
 
     def extra_repr(self) -> str:
         own = f"num_heads={self.num_heads}, dropout={self.dropout}" + ", scale_logits" * self.scale_logits

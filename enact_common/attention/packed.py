@@ -17,6 +17,9 @@ from .kernels import TRITON, attempt
 
 _overflows: ContextVar[list[Tensor] | None] = ContextVar("overflows", default=None)
 
+# Its name in `failed_kernels`.
+PACKED_ATTENTION = "packed attention"
+
 # The kinds of inputs whose backward kernels have run once.
 _checked: set[tuple] = set()
 
@@ -26,7 +29,8 @@ def packed_windows() -> Iterator[list[Tensor]]:
     """Context in which layers leave the number of windows on the GPU, where Triton's kernels make the windows.
 
     Yields a list to which each such layer appends an int32 tensor (): 1 if its windows did not fit, else 0. If one is 1
-    when the context ends, all results and gradients have to be computed again outside of it.
+    when the context ends, all results and gradients have to be computed again outside of it, by all processes that
+    train together. Layers in the context cannot be recomputed in the backward pass (activation checkpointing).
     """
     token = _overflows.set([])
     try:
@@ -60,7 +64,7 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, dropout: f
         (batch, L, heads, head_dim).
     """
     if takes_packed(q):
-        attended = attempt("packed attention", TRITON, None, lambda: try_fused(q, k, v, starts, dropout, scale))
+        attended = attempt(PACKED_ATTENTION, TRITON, None, lambda: try_fused(q, k, v, starts, dropout, scale))
         if attended is not None:
             return attended
     batch, rows = len(q), int(starts[1])
@@ -76,12 +80,12 @@ def takes_packed(q: Tensor) -> bool:
 def try_fused(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, dropout: float, scale: float) -> Tensor:
     """Return the result of `fused_attention`, after a trial of its backward pass for each new kind of input.
 
-    `packed_attention` can still choose another way after a forward pass that fails, but not after a backward pass.
+    `packed_attention` can still choose another way after a forward pass that fails, but not after a backward pass. The
+    trial is without dropout, which would draw random numbers.
     """
     kind = q.device, q.dtype, q.shape[2:]
     if torch.is_grad_enabled() and kind not in _checked:
         trial = [x.detach().requires_grad_() for x in (q, k, v)]
-        # Without dropout, which would draw random numbers.
         torch.autograd.grad(fused_attention(*trial, starts, 0.0, scale).sum(), trial)
         _checked.add(kind)
     return fused_attention(q, k, v, starts, dropout, scale)

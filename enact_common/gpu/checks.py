@@ -33,7 +33,7 @@ from enact_common.attention.clustering import (
 from enact_common.attention.clusters import Windows
 from enact_common.attention.kernels import TORCH, TRITON, failed_kernels
 from enact_common.attention.layer import EnactSelfAttention
-from enact_common.attention.packed import packed_windows
+from enact_common.attention.packed import PACKED_ATTENTION, packed_windows
 from enact_common.benchmark.detectors import build_detector, build_train_step, noise_batch, parse_flags
 from enact_common.benchmark.isolated import numerics
 from enact_common.benchmark.measuring import synchronizer, take_turns
@@ -376,7 +376,7 @@ def check_packed(setting: Setting) -> list[dict]:
             layer = EnactSelfAttention(256, 8).to(setting.device)
             step = partial(layer_gradients, setting, layer, batch, tokens, amp)
             row = {"of": f"windows, {batch} x {tokens} tokens", "precision": amp}
-            rows.append(row | compare_kernels(setting, {"clusters", "packed attention"}, step, (TRITON, PACKED)))
+            rows.append(row | compare_kernels(setting, {"clusters", PACKED_ATTENTION}, step, (TRITON, PACKED)))
     return rows
 
 

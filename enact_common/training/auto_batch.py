@@ -6,6 +6,7 @@ rest. So the learning rate's meaning does not depend on the GPU.
 
 import argparse
 import bisect
+import contextlib
 import gc
 import logging
 import math
@@ -14,10 +15,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torchvision import tv_tensors
 
+from enact_common.attention.packed import packed_windows
 from enact_common.cli.flags import AUTO_BATCH, with_flags
 from enact_common.data.coco import CocoDetection, collate
 from enact_common.data.transforms import CROP_RANGE, to_model_input
-from enact_common.training.engine import keep_frozen_norms, to_device
+from enact_common.training.engine import keep_frozen_norms, packs_windows, to_device
 from enact_common.training.setup import Network
 from enact_common.utils.device import autocast, peak_memory, start_counting_memory
 from enact_common.utils.distributed import get_world_size
@@ -141,7 +143,7 @@ def trial_step(
         # Dropout must not change the random numbers of the training.
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             samples, targets = to_device(*noise_batch(args, batch, shape, objects), device)
-            with autocast(device, args.amp):
+            with autocast(device, args.amp), packed_windows() if packs_windows(model) else contextlib.nullcontext():
                 outputs = model(samples)
             criterion.total(criterion(outputs, targets)).backward()
         # AdamW keeps two moments of each parameter, SGD one.

@@ -104,6 +104,7 @@ class TrainStep:
         self._packs = packs_windows(model)
         self._overflow = torch.zeros((), pin_memory=device.type == "cuda")  # layers whose packed windows did not fit
         self._repeated = False  # whether a batch was run once more
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" and self._packs else None
 
     def __call__(
         self,
@@ -146,13 +147,18 @@ class TrainStep:
         return losses
 
     def compute_losses(self, samples: NestedTensor, targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Run the model on a batch, and return its losses."""
+        """Run the model on a batch, and return its losses.
+
+        If packed windows do not fit in some process, all run the batch once more without packing. The running
+        statistics of trained batch norms then count it twice.
+        """
         if not self._packs:
             return self.criterion(self.run_model(samples), targets)
         with packed_windows() as overflows:
             outputs = self.run_model(samples)
-        overflow = sum(overflows, torch.zeros((), dtype=torch.int32, device=self.device))
-        self.copy_to_host(self._overflow, all_reduce_sum(overflow.float()))
+        with self.beside():
+            overflow = sum(overflows, torch.zeros((), dtype=torch.int32, device=self.device))
+            self.copy_to_host(self._overflow, all_reduce_sum(overflow.float()))
         losses = self.criterion(outputs, targets)
         # Costs no wait either, for the same reason as `check`.
         self.await_copies()
@@ -161,7 +167,7 @@ class TrainStep:
         if not self._repeated:
             logger.warning("a batch has too many windows for packed attention; each such batch is run once more")
             self._repeated = True
-        # Free the memory of the first run. All processes repeat it, since their norms may be synchronized.
+        # Free the memory of the first run.
         del outputs, losses
         return self.criterion(self.run_model(samples), targets)
 
@@ -169,6 +175,16 @@ class TrainStep:
         """Return the model's outputs."""
         with autocast(self.device, self.optimization.amp):
             return self.model(samples)
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        """Context whose work on a GPU follows what is queued so far, and holds up nothing that is queued later."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._side):
+            yield
 
     def copy_to_host(self, pinned: Tensor, numbers: Tensor) -> None:
         """Queue a copy, to be read after `await_copies`."""

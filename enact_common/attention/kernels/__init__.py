@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import _StopRecomputationError
 
 from ..tracing import is_tracing
 
@@ -116,12 +117,13 @@ def attempt(name: str, kernels: str, reason: str | None, run: Callable[[], Resul
     if reason is None and name not in _failed:
         try:
             return run()
-        except torch.cuda.OutOfMemoryError:
+        except (torch.cuda.OutOfMemoryError, _StopRecomputationError):
+            # Activation checkpointing ends a recomputation by an error.
             raise
         except Exception as error:
             _failed.add(name)
             text = (str(error).strip() or "no message").splitlines()[0]
-            _log_once(f"{name}: the Triton kernels failed, PyTorch takes over ({type(error).__name__}: {text})")
+            _log_once(f"{name}: the GPU kernels failed, PyTorch takes over ({type(error).__name__}: {text})")
     elif reason is not None and kernels == TRITON:
         _log_once(f"{name}: PyTorch instead of Triton kernels, since {reason}")
     return None
