@@ -460,6 +460,9 @@ def test_wrong_flags_and_damaged_results_are_refused(tmp_path, capsys):
     argv = ["--preset", "cpu", "--output_dir", str(tmp_path)]
     assert command.main([*argv, "--variants", "detr"]) == 2
     assert "this preset has none of these; choose from conditional, anchor" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main([*argv, "--arms", "plain", "equal_zero_47"])
+    assert "no arm 'equal_zero_47'; nearest: equal_zero_48" in capsys.readouterr().err
     results, task = Results(tmp_path), task_of("plain")
     results.write(task, {})
     assert results.read(task)["settings"] == task.settings

@@ -1,6 +1,7 @@
 """The study's command line: `python -m enact_common.study --preset cpu --output_dir study`."""
 
 import argparse
+import difflib
 import json
 import shlex
 import sys
@@ -51,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="variants to study (default: the preset's)")
     parser.add_argument(
-        "--arms", nargs="+", choices=tuple(ARMS), metavar="NAME",
+        "--arms", nargs="+", type=arm_name, choices=tuple(ARMS), metavar="NAME",
         help="arms to train, with the arms they start from (default: those of the preset): "
         f"{', '.join(name for name, arm in ARMS.items() if not arm.clusters)}; and by the most clusters M, of "
         f"{', '.join(map(str, BUDGETS))}: {', '.join(f'{name}_M' for name in FAMILIES if name not in ARMS)}",
@@ -87,6 +88,14 @@ def build_parser() -> argparse.ArgumentParser:
         "--skip_costs", action="store_true", help="do not measure time and memory, e.g. on a busy machine"
     )
     return parser
+
+
+def arm_name(text: str) -> str:
+    """The name of an arm, for argparse, whose own message would list all of them."""
+    if text not in ARMS:
+        near = difflib.get_close_matches(text, ARMS, 3)
+        raise argparse.ArgumentTypeError(f"no arm {text!r}" + (f"; nearest: {', '.join(near)}" if near else ""))
+    return text
 
 
 def chosen_preset(args: argparse.Namespace) -> Preset:
