@@ -96,11 +96,14 @@ def test_the_host_only_launches_kernels_unless_it_reads_the_number_of_windows(
     monkeypatch.setattr(packed, "takes_packed", lambda q: True)
     for module in (pooling, packed):
         monkeypatch.setattr(module, "_checked", set())
-    model = encoder(enact(kernels="triton", **settings)).to("meta")
+    # In float32, the meta function of fused attention's backward pass fails in PyTorch 2.11.
+    dtype = torch.bfloat16 if packs else torch.float32
+    model = encoder(enact(kernels="triton", **settings)).to("meta", dtype)
+    src, mask, pos, size = inputs(device="meta")
     expected = contextlib.nullcontext() if launched else pytest.raises(RuntimeError, match="item()")
     packing = packed.packed_windows() if packs else contextlib.nullcontext([])
     with expected, report.recorded(pooling) as launches, NoTraffic(), packing as overflows:
-        model(*inputs(device="meta")).sum().backward()
+        model(src.to(dtype), mask, pos.to(dtype), size).sum().backward()
     assert ("pool" in {launch.name for launch in launches}) == launched
     assert bool(kernels.failed_kernels()) != launched and len(overflows) == packs
 

