@@ -120,6 +120,12 @@ def test_invalid_runs_and_reports_are_refused(argv, message, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_broken_summary_is_named(tmp_path, capsys):
+    (tmp_path / "run.json").write_text("{")
+    assert command.main(["report", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'run.json'}: broken" in capsys.readouterr().err
+
+
 def test_a_backend_without_support_for_the_input_has_no_times(monkeypatch):
     def fail(*args, **kwargs):
         raise RuntimeError(checks.NO_BACKEND[0] + ". Aborting execution.")

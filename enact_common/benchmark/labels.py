@@ -54,8 +54,9 @@ LAYERS |= {name: f"{LAYERS[layer]}, packed" for name, layer in PACKED_LAYERS.ite
 # Layers that run as CUDA graphs, and all that need a GPU, with the name of the layer that does not.
 GRAPHED_LAYERS = {f"{name}_graph": name for name in ("mha", "enact_equal", "enact_equal_triton")}
 LAYERS |= {name: f"{LAYERS[layer]}, CUDA graph" for name, layer in GRAPHED_LAYERS.items()}
-OTHER_LAYERS = PACKED_LAYERS | GRAPHED_LAYERS
-GPU_LAYERS = TRITON_LAYERS | {name: TRITON_LAYERS.get(layer, layer) for name, layer in OTHER_LAYERS.items()}
+GPU_LAYERS = TRITON_LAYERS | {
+    name: TRITON_LAYERS.get(layer, layer) for name, layer in (PACKED_LAYERS | GRAPHED_LAYERS).items()
+}
 
 # Parts of a training step, in order of execution.
 PARTS = ("backbone", "encoder attention", "encoder, the rest", "decoder", "losses", "optimizer")

@@ -7,6 +7,7 @@ from enact_common.benchmark import charts, scaling, table
 from enact_common.benchmark.labels import MIB
 from enact_common.benchmark.measuring import spread
 from enact_common.benchmark.report import LEFT, RIGHT, figure_range, markdown_table, numerics_text
+from enact_common.cli.program import enact
 from enact_common.utils.errors import UserError
 from enact_common.utils.files import make_folder, read_json, write_atomically
 
@@ -21,11 +22,13 @@ def write_page(folder: Path, page: Path) -> None:
     """Write the tables of a run, in `folder`, to a Markdown page, and its charts to a folder named after the page.
 
     Raises:
-        UserError: the folder has no run.json, or the page's folder cannot be created.
+        UserError: the folder has no run.json or a broken one, or the page's folder cannot be created.
     """
     summary = read_json(folder / "run.json")
     if summary is None:
-        raise UserError(f"{folder}: no run.json; name the folder of results of python -m enact_common.gpu run")
+        if (folder / "run.json").exists():
+            raise UserError(f"{folder / 'run.json'}: broken, perhaps cut off; copy the folder of results again")
+        raise UserError(f"{folder}: no run.json; name the folder of results of {enact()} gpu run")
     pictures = page.parent / page.stem
     make_folder(pictures)
     warning = "\n\n**Tiny sizes: a trial of the code, nothing was measured.**" if summary["small"] else ""

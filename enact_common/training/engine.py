@@ -102,7 +102,7 @@ class TrainStep:
         self._overflows = torch.zeros((), device=device)  # consecutive overflows under fp16
         self._unchecked: tuple | None = None  # the last batch, as `describe_non_finite` takes it
         self._packs = packs_windows(model)
-        self._overflow = torch.zeros((), pin_memory=device.type == "cuda")  # layers whose packed windows did not fit
+        self._too_many = torch.zeros((), pin_memory=device.type == "cuda")  # layers with more windows than fit
         self._repeated = False  # whether a batch was run once more
         self._side = torch.cuda.Stream(device) if device.type == "cuda" and self._packs else None
 
@@ -158,11 +158,11 @@ class TrainStep:
             outputs = self.run_model(samples)
         with self.beside():
             overflow = sum(overflows, torch.zeros((), dtype=torch.int32, device=self.device))
-            self.copy_to_host(self._overflow, all_reduce_sum(overflow.float()))
+            self.copy_to_host(self._too_many, all_reduce_sum(overflow.float()))
         losses = self.criterion(outputs, targets)
         # Costs no wait either, for the same reason as `check`.
         self.await_copies()
-        if not self._overflow:
+        if not self._too_many:
             return losses
         if not self._repeated:
             logger.warning("a batch has too many windows for packed attention; each such batch is run once more")

@@ -5,6 +5,7 @@
 The kernels are compiled for the arguments of the layers' own launches, which run on tensors without data.
 """
 
+import argparse
 import contextlib
 import re
 import subprocess
@@ -213,5 +214,6 @@ def table(dtype: torch.dtype) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Print what each Triton kernel needs on a GPU, as Markdown.").parse_args()
     for dtype in (torch.bfloat16, torch.float32):
         print(f"Triton {triton.__version__}, {str(dtype).removeprefix('torch.')}:\n\n{table(dtype)}\n")
